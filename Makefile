@@ -1,0 +1,49 @@
+# Two commands: `make pretrain` shows what the package does, `make test` proves it.
+# A Python to start from: PYTHON=python3.12 make test.  Extra words for pip: PIP_ARGS="...".
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+THREADS ?= 2
+RECIPE ?= object-transformer-mini
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+.DEFAULT_GOAL := help
+.PHONY: help pretrain test notebooks docs bench wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+.venv/made:
+	@$(PYTHON) tools/check_python.py
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@touch $@
+
+.venv/runtime: .venv/made settings.ini setup.py constraints.txt
+	@echo "installing the runtime set (a few minutes the first time)"
+	@$(INSTALL) -e .
+	@touch $@
+
+.venv/dev: .venv/runtime settings.ini setup.py constraints.txt
+	@echo "installing the test set"
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+pretrain: .venv/runtime  ## install, then pre-train the embedded default on the CPU
+	$(BIN)/unipre3d pretrain $(RECIPE) $(ARGS)
+
+notebooks: .venv/dev  ## run every notebook
+	$(BIN)/python tools/run_notebooks.py
+
+test: .venv/dev notebooks  ## install, run every notebook, then pytest
+	$(BIN)/python -m pytest -q tests $(ARGS)
+
+docs: .venv/dev  ## build the documentation site into _docs/
+	$(BIN)/python tools/build_site.py
+
+bench: .venv/dev  ## time the renderer beside a plain torch one
+	$(BIN)/python benchmarks/render.py
+
+wheel: .venv/dev  ## build a wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
+clean:  ## remove everything that the targets above made
+	rm -rf .venv _docs _proc build dist unipre3d.egg-info .pytest_cache
