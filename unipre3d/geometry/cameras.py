@@ -32,7 +32,7 @@ def intrinsics_from_fov(
 # %% ../../nbs/geometry/10_cameras.ipynb #8b0c509d
 def look_at(
     eye: Float[Tensor, "v 3"],  # camera positions in the world
-    at: Float[Tensor, "3"] = (0., 0., 0.),  # the point to look at
+    at: Float[Tensor, "#v 3"] = (0., 0., 0.),  # the point to look at, one for all ([3]) or one each ([v 3])
     up: Float[Tensor, "3"] = (0., 0., 1.),  # direction that should point up in the image
 ) -> Float[Tensor, "v 4 4"]:
     "Poses `world_to_cam` that look from `eye` to `at`; looking along `up` picks some roll, not an error."
