@@ -46,7 +46,10 @@ setup(
     include_package_data=False,
     install_requires=requirements(""),
     extras_require={extra: requirements(extra) for extra in ("dev", "docs", "gpu", "prepare")},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     classifiers=[
         "Development Status :: " + statuses[int(cfg["status"]) - 1],
         "Intended Audience :: " + cfg["audience"],
