@@ -1,0 +1,2 @@
+"""Backbones: one model a file; each has `stem`, `body`, `norm`, `stem_width` and `width`."""
+from unipre3d.backbones.transformer import StandardTransformer
