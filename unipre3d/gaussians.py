@@ -76,11 +76,14 @@ class GaussianHead(nn.Module):
         sh_degree: int = 1,  # 0 to 3; the paper has 1, which makes 23 numbers
         max_offset: float = 0.2,  # largest distance per axis between a point and its Gaussian, world units
         initial_scale: float = 0.05,  # standard deviation of every Gaussian before training, world units
+        min_scale: float = 0.,  # floor of the standard deviation, world units; the released code has exp(-1) = 0.37
         hidden: int | None = None,  # width of the hidden layer; None means `width`
     ):
         super().__init__()
         if initial_scale <= 0: raise ValueError(f"GaussianHead: expected initial_scale > 0 in world units, got {initial_scale}")
+        if min_scale < 0: raise ValueError(f"GaussianHead: expected min_scale >= 0 in world units, got {min_scale}")
         self.max_offset, self.sh_degree = max_offset, sh_degree
+        self.min_log_scale = math.log(max(min_scale, math.exp(-20)))
         self.mlp = nn.Sequential(nn.Linear(width, hidden or width), nn.ReLU(), nn.Linear(hidden or width, 11 + 3 * (sh_degree + 1) ** 2))
         nn.init.normal_(self.mlp[2].weight, std=1e-2)
         with torch.no_grad():
@@ -93,9 +96,9 @@ class GaussianHead(nn.Module):
         raw: Float[Tensor, "n 23"],  # offset 3, opacity 1, scale 3, rotation 4, colour 3 (degree + 1)^2
         points: PointBatch,  # the points that the offsets start from
     ) -> GaussianBatch:
-        "Raw numbers to Gaussians. Scales are kept in e^-20..e^20 so that they stay finite."
+        "Raw numbers to Gaussians. Scales are kept in max(min_scale, e^-20)..e^20 so that they stay finite."
         offset, opacity, scale, quat, sh = raw.float().split([3, 1, 3, 4, raw.shape[1] - 11], dim=1)
-        return GaussianBatch(mean=points.xyz + self.max_offset * offset.tanh(), scale=scale.clamp(-20, 20).exp(), quat=F.normalize(quat, dim=1),
+        return GaussianBatch(mean=points.xyz + self.max_offset * offset.tanh(), scale=scale.clamp(self.min_log_scale, 20).exp(), quat=F.normalize(quat, dim=1),
                              opacity=opacity[:, 0].sigmoid(), sh=sh.unflatten(1, (-1, 3)), batch=points.batch, size=points.size)
 
     def forward(self, points: PointBatch) -> GaussianBatch:

@@ -52,13 +52,13 @@ def ssim(
 
 # %% ../nbs/53_losses.ipynb #a8d6c941
 def best_constant_colour(
-    target: Float[Tensor, "v 3 h w"],  # the images to be scored, 0..1
-    steps: int = 101,  # brightness levels tried between black and the mean colour times two
+    mean: Float[Tensor, "v 3"],  # mean colour of each image to be scored
+    energy: Float[Tensor, "v"],  # mean square over pixels and channels of each image
+    steps: int = 101,  # brightness levels tried, from black to twice the overall mean colour
 ) -> tuple[Float[Tensor, "3"], float]:  # the colour, and its mean PSNR in dB
-    "The multiple of the mean colour that, as an image, has the highest mean PSNR on `target`."
-    mean, energy = target.mean((2, 3)), target.square().mean((1, 2, 3))
+    "The multiple of the overall mean colour that has the highest mean PSNR as an image."
     colour = mean.mean(0)
-    level = torch.linspace(0, 2, steps, device=target.device)
+    level = torch.linspace(0, 2, steps, device=mean.device)
     mse = energy[:, None] - 2 * level * (mean @ colour)[:, None] / 3 + level.square() * colour.square().mean()
     scores = (-10 * mse.clamp(min=1e-10).log10()).mean(0)
     best = int(scores.argmax())
