@@ -1,0 +1,559 @@
+"""Gaussian splatting on the CPU: every compiled function of `unipre3d.render`, forward and backward.
+
+The chapter `52_render` teaches what is computed here; this file is about doing it fast. The plan:
+
+1. `project` turns the Gaussians of one view into 2-D ones (float64 arithmetic, it is scalar code anyway), drops those that
+   cannot reach a pixel and sorts the rest by depth.
+2. `draw` walks over tiles of 8 x 32 pixels. For every Gaussian and tile column the rows that can reach 1/255 are known
+   exactly, so few pixels are visited in vain. The innermost loop, `blend`, has no branch and must be compiled to vector code.
+3. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray. Nothing but the images is
+   needed from the forward pass, and there is no division by the transmittance. It leaves ten sums for each Gaussian and view.
+4. `project_backward` takes these sums back to means, quaternions, scales, opacities and harmonics.
+
+All functions release the interpreter lock and write to memory of their own, so a caller may run them in threads: `project` over
+views, `draw*` over (view, strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads.
+All kernels live in one file because the on-disk cache does not see edits to a callee in another one.
+"""
+import math
+
+import numpy as np
+from numba import njit
+
+f32, u64, i32 = np.float32, np.uint64, np.int32
+
+TILE_W, TILE_H = 8, 32            # pixels of a tile: one 256-bit vector wide
+PIXELS = TILE_W * TILE_H
+N_REC, N_SUM = 8, 10              # floats that describe a 2-D Gaussian; sums that its backward leaves
+CHECK = 8                         # a tile asks after this many Gaussians whether any pixel still takes light
+
+LOG2_255 = math.log2(255.0)
+HALF_LOG2E = 0.5 / math.log(2.0)  # sigma = d' inv(cov) d / 2, in bits
+LN4 = 2.0 * math.log(2.0)
+MARGIN = 1.0 + 1e-5               # extents are enlarged by this much: rounding never drops a pixel
+
+ONE, ZERO = f32(1.0), f32(0.0)
+ALPHA_MIN, ALPHA_MAX, T_MIN = f32(1.0 / 255.0), f32(0.999), f32(1e-4)
+FAINT = f32(-9.0)                 # log2 alpha is not followed below this; 1/255 is -7.99
+P1, P2, P3, P4 = u64(PIXELS), u64(2 * PIXELS), u64(3 * PIXELS), u64(4 * PIXELS)
+P5, P6 = u64(5 * PIXELS), u64(6 * PIXELS)
+
+# 2^x on [-1, 0], relative error 7.5e-8
+E0, E1, E2 = f32(9.99999925e-01), f32(6.93142253e-01), f32(2.40172189e-01)
+E3, E4, E5 = f32(5.52797228e-02), f32(9.18861184e-03), f32(9.38788340e-04)
+
+# real spherical harmonics up to degree 3
+S0, S1 = math.sqrt(1 / (4 * math.pi)), math.sqrt(3 / (4 * math.pi))
+S2A, S2B, S2C = math.sqrt(15 / (4 * math.pi)), math.sqrt(5 / (16 * math.pi)), math.sqrt(15 / (16 * math.pi))
+S3A, S3B, S3C = math.sqrt(35 / (32 * math.pi)), math.sqrt(105 / (4 * math.pi)), math.sqrt(21 / (32 * math.pi))
+S3D, S3E = math.sqrt(7 / (16 * math.pi)), math.sqrt(105 / (16 * math.pi))
+
+kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath=True)
+exact = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+
+
+# ---------------------------------------------------------------------------------------------------------------- one Gaussian
+
+@exact
+def rotation(quat, g):
+    "Unit quaternion of Gaussian g, the inverse of its length, and the rotation matrix, row by row."
+    w, x, y, z = float(quat[g, 0]), float(quat[g, 1]), float(quat[g, 2]), float(quat[g, 3])
+    r = 1.0 / math.sqrt(w * w + x * x + y * y + z * z)
+    w, x, y, z = w * r, x * r, y * r, z * r
+    return (w, x, y, z, r,
+            1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+            2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
+
+
+@exact
+def to_camera(mean, g, cam, v):
+    "Camera coordinates of Gaussian g's centre in view v."
+    x, y, z = float(mean[g, 0]), float(mean[g, 1]), float(mean[g, 2])
+    return (cam[v, 0, 0] * x + cam[v, 0, 1] * y + cam[v, 0, 2] * z + cam[v, 0, 3],
+            cam[v, 1, 0] * x + cam[v, 1, 1] * y + cam[v, 1, 2] * z + cam[v, 1, 3],
+            cam[v, 2, 0] * x + cam[v, 2, 1] * y + cam[v, 2, 2] * z + cam[v, 2, 3])
+
+
+@exact
+def frustum(K, v, H, W):
+    "Limits of x/z and y/z where the projection is linearised: the image and 15 % of its size around it."
+    mx, my = 0.15 * W / K[v, 0, 0], 0.15 * H / K[v, 1, 1]
+    return (-K[v, 0, 2] / K[v, 0, 0] - mx, (W - K[v, 0, 2]) / K[v, 0, 0] + mx,
+            -K[v, 1, 2] / K[v, 1, 1] - my, (H - K[v, 1, 2]) / K[v, 1, 1] + my)
+
+
+@exact
+def harmonics(d, x, y, z, k):
+    "Fill the first k spherical harmonics at the unit direction (x, y, z) and their derivatives: d [16 4], value first."
+    d[0, 0], d[0, 1], d[0, 2], d[0, 3] = S0, 0.0, 0.0, 0.0
+    if k > 1:
+        d[1, 0], d[1, 1], d[1, 2], d[1, 3] = -S1 * y, 0.0, -S1, 0.0
+        d[2, 0], d[2, 1], d[2, 2], d[2, 3] = S1 * z, 0.0, 0.0, S1
+        d[3, 0], d[3, 1], d[3, 2], d[3, 3] = -S1 * x, -S1, 0.0, 0.0
+    if k > 4:
+        xx, yy, zz = x * x, y * y, z * z
+        d[4, 0], d[4, 1], d[4, 2], d[4, 3] = S2A * x * y, S2A * y, S2A * x, 0.0
+        d[5, 0], d[5, 1], d[5, 2], d[5, 3] = -S2A * y * z, 0.0, -S2A * z, -S2A * y
+        d[6, 0], d[6, 1], d[6, 2], d[6, 3] = S2B * (3 * zz - 1), 0.0, 0.0, 6 * S2B * z
+        d[7, 0], d[7, 1], d[7, 2], d[7, 3] = -S2A * x * z, -S2A * z, 0.0, -S2A * x
+        d[8, 0], d[8, 1], d[8, 2], d[8, 3] = S2C * (xx - yy), 2 * S2C * x, -2 * S2C * y, 0.0
+        if k > 9:
+            d[9, 0], d[9, 1], d[9, 2], d[9, 3] = -S3A * y * (3 * xx - yy), -6 * S3A * x * y, -3 * S3A * (xx - yy), 0.0
+            d[10, 0], d[10, 1], d[10, 2], d[10, 3] = S3B * x * y * z, S3B * y * z, S3B * x * z, S3B * x * y
+            d[11, 0], d[11, 1], d[11, 2], d[11, 3] = -S3C * y * (5 * zz - 1), 0.0, -S3C * (5 * zz - 1), -10 * S3C * y * z
+            d[12, 0], d[12, 1], d[12, 2], d[12, 3] = S3D * z * (5 * zz - 3), 0.0, 0.0, S3D * (15 * zz - 3)
+            d[13, 0], d[13, 1], d[13, 2], d[13, 3] = -S3C * x * (5 * zz - 1), -S3C * (5 * zz - 1), 0.0, -10 * S3C * x * z
+            d[14, 0], d[14, 1], d[14, 2], d[14, 3] = S3E * z * (xx - yy), 2 * S3E * x * z, -2 * S3E * y * z, S3E * (xx - yy)
+            d[15, 0], d[15, 1], d[15, 2], d[15, 3] = -S3A * x * (xx - 3 * yy), -3 * S3A * (xx - yy), 6 * S3A * x * y, 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- forward, a view
+
+@exact
+def sort_by_depth(depth, order):
+    "Stable order of positive float64 depths: four counting passes over the 44 leading bits of their distance in bits."
+    n = len(depth)
+    if n == 0: return
+    bits = depth.view(np.uint64)
+    low, high = bits[0], bits[0]
+    for i in range(n):
+        low, high = min(low, bits[i]), max(high, bits[i])
+    shift = u64(0)
+    while (high - low) >> shift >= u64(1 << 44): shift += u64(1)
+    other, count = np.empty(n, np.int32), np.empty(2048, np.int32)
+    for i in range(n): order[i] = i
+    a, b = order, other
+    for step in range(4):
+        count[:] = 0
+        down = shift + u64(11 * step)
+        for i in range(n): count[((bits[i] - low) >> down) & u64(2047)] += 1
+        total = 0
+        for i in range(2048):
+            count[i], total = total, total + count[i]
+        for i in range(n):
+            digit = ((bits[a[i]] - low) >> down) & u64(2047)
+            b[count[digit]] = a[i]
+            count[digit] += 1
+        a, b = b, a
+
+
+@exact
+def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, far, eps2d, antialiased, ids, xy, rec, order):
+    """Project Gaussians first..last into view v, keep those that can reach a pixel, sort them; returns how many there are.
+
+    Written for each: `ids` its index, `xy` the centre in pixels, `rec` (e, f, h, log2 opacity, red, green, blue, depth). The
+    triangle (e f; 0 h) is the root of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
+    alpha = opacity * 2^-(y1^2 + y2^2).
+    """
+    fx, fy, cx, cy = K[v, 0, 0], K[v, 1, 1], K[v, 0, 2], K[v, 1, 2]
+    u0, u1, v0, v1 = frustum(K, v, H, W)
+    r00, r01, r02 = cam[v, 0, 0], cam[v, 0, 1], cam[v, 0, 2]
+    r10, r11, r12 = cam[v, 1, 0], cam[v, 1, 1], cam[v, 1, 2]
+    r20, r21, r22 = cam[v, 2, 0], cam[v, 2, 1], cam[v, 2, 2]
+    ox = -(r00 * cam[v, 0, 3] + r10 * cam[v, 1, 3] + r20 * cam[v, 2, 3])
+    oy = -(r01 * cam[v, 0, 3] + r11 * cam[v, 1, 3] + r21 * cam[v, 2, 3])
+    oz = -(r02 * cam[v, 0, 3] + r12 * cam[v, 1, 3] + r22 * cam[v, 2, 3])
+    k = sh.shape[1]
+    Y, depth, m = np.empty((16, 4)), np.empty(last - first), 0
+    for g in range(first, last):
+        alpha = float(opacity[g])
+        if not alpha * 255.0 >= 1.0: continue
+        x, y, z = to_camera(mean, g, cam, v)
+        if not (z >= near and z <= far): continue
+        rz = 1.0 / z
+        mx, my = fx * x * rz + cx, fy * y * rz + cy
+        tu, tv = min(max(x * rz, u0), u1), min(max(y * rz, v0), v1)
+        _, _, _, _, _, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
+        jx, jy = fx * rz, fy * rz
+        p00, p01, p02 = jx * (r00 - tu * r20), jx * (r01 - tu * r21), jx * (r02 - tu * r22)
+        p10, p11, p12 = jy * (r10 - tv * r20), jy * (r11 - tv * r21), jy * (r12 - tv * r22)
+        s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+        q00, q10 = (p00 * a00 + p01 * a10 + p02 * a20) * s0, (p10 * a00 + p11 * a10 + p12 * a20) * s0
+        q01, q11 = (p00 * a01 + p01 * a11 + p02 * a21) * s1, (p10 * a01 + p11 * a11 + p12 * a21) * s1
+        q02, q12 = (p00 * a02 + p01 * a12 + p02 * a22) * s2, (p10 * a02 + p11 * a12 + p12 * a22) * s2
+        a, b, c = q00 * q00 + q01 * q01 + q02 * q02, q00 * q10 + q01 * q11 + q02 * q12, q10 * q10 + q11 * q11 + q12 * q12
+        det0 = a * c - b * b
+        a, c = a + eps2d, c + eps2d
+        det = a * c - b * b
+        if antialiased:
+            alpha *= math.sqrt(max(det0, 0.0) / det)
+            if not alpha * 255.0 >= 1.0: continue
+        lo = math.log2(alpha)
+        reach = math.sqrt((lo + LOG2_255) / HALF_LOG2E) * MARGIN
+        rx, ry = reach * math.sqrt(a), reach * math.sqrt(c)
+        if mx + rx < 0.5 or mx - rx > W - 0.5 or my + ry < 0.5 or my - ry > H - 0.5: continue
+        e, h = math.sqrt(HALF_LOG2E * c / det), math.sqrt(HALF_LOG2E / c)
+        dx, dy, dz = float(mean[g, 0]) - ox, float(mean[g, 1]) - oy, float(mean[g, 2]) - oz
+        r = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
+        harmonics(Y, dx * r, dy * r, dz * r, k)
+        for j in range(3):
+            colour = 0.5
+            for i in range(k): colour += Y[i, 0] * sh[g, i, j]
+            rec[m, 4 + j] = max(colour, 0.0)
+        ids[m], xy[m, 0], xy[m, 1], depth[m] = g, mx, my, z
+        rec[m, 0], rec[m, 1], rec[m, 2], rec[m, 3], rec[m, 7] = e, -e * b / c, h, lo, z
+        m += 1
+    sort_by_depth(depth[:m], order)
+    return m
+
+
+@exact
+def rows(mx, my, e, f, h, room, x0, H):
+    "Rows first..last that a Gaussian reaches within the tile column that starts at pixel x0."
+    fh = f * f + h * h
+    half = math.sqrt(fh * room) / (e * h)
+    top = math.sqrt(room) / h
+    tip = -f * top / e
+    left, right = max(x0 + 0.5 - mx, -half), min(x0 + (TILE_W - 0.5) - mx, half)
+    if left > right: return 0, 0
+    lo, hi = min(max(-tip, left), right), min(max(tip, left), right)
+    lo = -(e * f * lo + math.sqrt(max(fh * room - (e * h * lo) ** 2, 0.0))) / fh
+    hi = (-e * f * hi + math.sqrt(max(fh * room - (e * h * hi) ** 2, 0.0))) / fh
+    first, last = math.ceil(my + max(lo, -1e6) - 0.5), math.floor(my + min(hi, 1e6) - 0.5) + 1
+    return max(int(first), 0), min(int(last), H)
+
+
+@exact
+def columns(mx, e, f, h, room, begin, end):
+    "Tile columns first..last, within begin..end, that a Gaussian reaches."
+    half = math.sqrt((f * f + h * h) * room) / (e * h)
+    first, last = (mx - half - 0.5) / TILE_W, (mx + half - 0.5) / TILE_W
+    return max(int(math.floor(max(first, -1.0))), begin), min(int(math.floor(min(last, float(end)))) + 1, end)
+
+
+@exact
+def column_lists(m, xy, rec, order, begin, end, H):
+    "For tile columns begin..end: who reaches it, front to back, and which rows. Returns starts, ends, and (index, first, last)."
+    starts, ends = np.zeros(end - begin + 1, np.int64), np.empty(end - begin, np.int64)
+    for i in range(m):
+        room = (float(rec[i, 3]) + LOG2_255) * MARGIN
+        c0, c1 = columns(xy[i, 0], float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2]), room, begin, end)
+        for c in range(c0, c1): starts[c - begin + 1] += 1
+    for c in range(end - begin): starts[c + 1] += starts[c]
+    ends[:] = starts[:-1]
+    entry = np.empty((starts[end - begin], 3), np.int32)
+    for j in range(m):
+        i = order[j]
+        mx, my, e, f, h = xy[i, 0], xy[i, 1], float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
+        room = (float(rec[i, 3]) + LOG2_255) * MARGIN
+        c0, c1 = columns(mx, e, f, h, room, begin, end)
+        for c in range(c0, c1):
+            r0, r1 = rows(mx, my, e, f, h, room, c * TILE_W, H)
+            if r0 < r1:
+                at = ends[c - begin]
+                entry[at, 0], entry[at, 1], entry[at, 2] = i, r0, r1
+                ends[c - begin] = at + 1
+    return starts, ends, entry
+
+
+@kernel
+def exp2(q):
+    "2^q for -126 < q <= 0."
+    n = i32(q)
+    x = q - f32(n)
+    p = f32(((((E5 * x + E4) * x + E3) * x + E2) * x + E1) * x + E0)
+    return i32(i32(n << i32(23)) + f32(p).view(i32)).view(f32)
+
+
+@kernel
+def blend(buf, at, n, grid, e, f, h, lo, k1, k2, r, g, b, z):
+    "Add one Gaussian to n pixels of a tile from pixel `at` on. The heart of the forward pass: it must vectorise."
+    for i in range(n):
+        j = i + at
+        y1 = e * grid[i] + (f * grid[i + P1] + k1)
+        y2 = h * grid[i + P1] + k2
+        alpha = min(exp2(max(lo - y1 * y1 - y2 * y2, FAINT)), ALPHA_MAX)
+        alpha = alpha if alpha >= ALPHA_MIN else ZERO
+        T = buf[j]
+        left = T - T * alpha
+        alive = left > T_MIN
+        w = T * alpha if alive else ZERO
+        buf[j] = left if alive else -abs(T)
+        buf[j + P1] += w * r
+        buf[j + P2] += w * g
+        buf[j + P3] += w * b
+        buf[j + P4] += w * z
+        buf[j + P5] += w
+
+
+@kernel
+def alive(buf, n):
+    "Does any of the first n pixels still take light?"
+    top = f32(-1.0)
+    for i in range(n): top = max(top, buf[i])
+    return top > ZERO
+
+
+@kernel
+def unit_grid():
+    "Pixel centres of a tile, x then y."
+    grid = np.empty(2 * PIXELS, np.float32)
+    for i in range(PIXELS):
+        grid[i], grid[i + PIXELS] = f32(i % TILE_W + 0.5), f32(i // TILE_W + 0.5)
+    return grid
+
+
+@kernel
+def draw(m, xy, rec, order, begin, end, back, rgb, alpha, depth, light):
+    "Draw tile columns begin..end of one view: rgb [3 h w]; alpha, depth and the light that is left, [h w]."
+    H, W = alpha.shape
+    starts, ends, entry = column_lists(m, xy, rec, order, begin, end, H)
+    grid, buf = unit_grid(), np.empty(6 * PIXELS, np.float32)
+    for c in range(begin, end):
+        x0, x1 = c * TILE_W, min(c * TILE_W + TILE_W, W)
+        for y0 in range(0, H, TILE_H):
+            y1 = min(y0 + TILE_H, H)
+            n_pix = u64((y1 - y0) * TILE_W)
+            buf[:PIXELS] = ONE
+            buf[PIXELS:] = ZERO
+            if x1 - x0 < TILE_W:
+                for y in range(y1 - y0):
+                    for x in range(x1 - x0, TILE_W): buf[y * TILE_W + x] = -ONE
+            seen = 0
+            for t in range(starts[c - begin], ends[c - begin]):
+                r0, r1 = max(entry[t, 1], y0), min(entry[t, 2], y1)
+                if r0 >= r1: continue
+                i = entry[t, 0]
+                dx, dy = x0 - xy[i, 0], r0 - xy[i, 1]
+                k1, k2 = f32(rec[i, 0] * dx + rec[i, 1] * dy), f32(rec[i, 2] * dy)
+                blend(buf, u64((r0 - y0) * TILE_W), u64((r1 - r0) * TILE_W), grid, rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], k1, k2,
+                      rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7])
+                seen += 1
+                if seen % CHECK == 0 and not alive(buf, n_pix): break
+            for y in range(y0, y1):
+                for x in range(x0, x1):
+                    p = (y - y0) * TILE_W + x - x0
+                    T = abs(buf[p])
+                    A = buf[p + 5 * PIXELS]
+                    alpha[y, x], light[y, x] = A, T
+                    depth[y, x] = buf[p + 4 * PIXELS] / A if A > ZERO else ZERO
+                    for j in range(3): rgb[j, y, x] = buf[p + (j + 1) * PIXELS] + T * back[j]
+
+
+# ------------------------------------------------------------------------------------------------------------------- backward
+
+@kernel
+def blend_backward(buf, at, n, grid, e, f, h, lo, k1, k2, r, g, b, z):
+    """The same pixels again; returns sums over them of v, v y1, v y2, v y1^2, v y1 y2, v y2^2 (v = dL/d ln alpha), and of
+    the weight times the gradient of red, green, blue and depth. It must vectorise too."""
+    s, s1, s2, s11, s12, s22 = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
+    cr, cg, cb, cz = ZERO, ZERO, ZERO, ZERO
+    for i in range(n):
+        j = i + at
+        y1 = e * grid[i] + (f * grid[i + P1] + k1)
+        y2 = h * grid[i + P1] + k2
+        full = exp2(max(lo - y1 * y1 - y2 * y2, FAINT))
+        alpha = min(full, ALPHA_MAX)
+        alpha = alpha if alpha >= ALPHA_MIN else ZERO
+        T = buf[j]
+        left = T - T * alpha
+        alive = left > T_MIN
+        alpha = alpha if alive else ZERO
+        w = T * alpha
+        buf[j] = left if alive else -abs(T)
+        gr, gg, gb, gz = buf[j + P2], buf[j + P3], buf[j + P4], buf[j + P5]
+        own = w * (gr * r + gg * g + gb * b + gz * z)
+        rest = buf[j + P1] - own
+        buf[j + P1] = rest
+        v = own - rest * (alpha / (ONE - alpha))
+        v = v if full <= ALPHA_MAX else ZERO
+        cr += w * gr
+        cg += w * gg
+        cb += w * gb
+        cz += w * gz
+        v1, v2 = v * y1, v * y2
+        s += v
+        s1 += v1
+        s2 += v2
+        s11 += v1 * y1
+        s12 += v1 * y2
+        s22 += v2 * y2
+    return s, s1, s2, s11, s12, s22, cr, cg, cb, cz
+
+
+@kernel
+def draw_backward(m, xy, rec, order, begin, end, rgb, alpha, depth, light, g_rgb, g_alpha, g_depth, sums, g_back):
+    "Gradients of tile columns begin..end of one view: fills sums [m 10] of the 2-D Gaussians and g_back [3]."
+    H, W = alpha.shape
+    starts, ends, entry = column_lists(m, xy, rec, order, begin, end, H)
+    grid, buf = unit_grid(), np.empty(6 * PIXELS, np.float32)
+    sums[:m] = ZERO
+    back_r, back_g, back_b = 0.0, 0.0, 0.0
+    for c in range(begin, end):
+        x0, x1 = c * TILE_W, min(c * TILE_W + TILE_W, W)
+        for y0 in range(0, H, TILE_H):
+            y1 = min(y0 + TILE_H, H)
+            n_pix = u64((y1 - y0) * TILE_W)
+            buf[:PIXELS] = -ONE
+            buf[PIXELS:] = ZERO
+            for y in range(y0, y1):
+                for x in range(x0, x1):
+                    p = (y - y0) * TILE_W + x - x0
+                    A, gz, ga = alpha[y, x], g_depth[y, x], g_alpha[y, x]
+                    gr, gg, gb = g_rgb[0, y, x], g_rgb[1, y, x], g_rgb[2, y, x]
+                    gz = gz / A if A > ZERO else ZERO
+                    T = light[y, x]
+                    back_r += gr * T
+                    back_g += gg * T
+                    back_b += gb * T
+                    buf[p] = ONE
+                    buf[p + PIXELS] = (gr * rgb[0, y, x] + gg * rgb[1, y, x] + gb * rgb[2, y, x] + gz * depth[y, x] * A
+                                       - T * (ga - gz * depth[y, x]))
+                    buf[p + 2 * PIXELS], buf[p + 3 * PIXELS] = gr, gg
+                    buf[p + 4 * PIXELS], buf[p + 5 * PIXELS] = gb, gz
+            seen = 0
+            for t in range(starts[c - begin], ends[c - begin]):
+                r0, r1 = max(entry[t, 1], y0), min(entry[t, 2], y1)
+                if r0 >= r1: continue
+                i = entry[t, 0]
+                dx, dy = x0 - xy[i, 0], r0 - xy[i, 1]
+                k1, k2 = f32(rec[i, 0] * dx + rec[i, 1] * dy), f32(rec[i, 2] * dy)
+                s, s1, s2, s11, s12, s22, cr, cg, cb, cz = blend_backward(
+                    buf, u64((r0 - y0) * TILE_W), u64((r1 - r0) * TILE_W), grid, rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], k1, k2,
+                    rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7])
+                sums[i, 0] += s
+                sums[i, 1] += s1
+                sums[i, 2] += s2
+                sums[i, 3] += s11
+                sums[i, 4] += s12
+                sums[i, 5] += s22
+                sums[i, 6] += cr
+                sums[i, 7] += cg
+                sums[i, 8] += cb
+                sums[i, 9] += cz
+                seen += 1
+                if seen % CHECK == 0 and not alive(buf, n_pix): break
+    g_back[0], g_back[1], g_back[2] = back_r, back_g, back_b
+
+
+@exact
+def project_backward(first, last, view_first, view_last, mean, quat, scale, opacity, sh, cam, K, H, W, eps2d, antialiased,
+                     base, count, ids, rec, sums, g_mean, g_quat, g_scale, g_opacity, g_sh):
+    """Gradients of Gaussians first..last of one cloud from the sums of its views view_first..view_last.
+
+    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec` and `sums` [strips, rows, 10].
+    """
+    k, n_views = sh.shape[1], view_last - view_first
+    cursor, centre, Y, got = np.empty(n_views, np.int64), np.empty((n_views, 3)), np.empty((16, 4)), np.empty(N_SUM)
+    acc_sh = np.empty((16, 3))
+    for o in range(n_views):
+        v = view_first + o
+        lo, hi = base[v], base[v] + count[v]
+        while lo < hi:
+            mid = (lo + hi) // 2
+            if ids[mid] < first: lo = mid + 1
+            else: hi = mid
+        cursor[o] = lo
+        for j in range(3):
+            centre[o, j] = -(cam[v, 0, j] * cam[v, 0, 3] + cam[v, 1, j] * cam[v, 1, 3] + cam[v, 2, j] * cam[v, 2, 3])
+    for g in range(first, last):
+        w, x, y, z, norm, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
+        s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+        m00, m01, m02, m10, m11, m12 = a00 * s0, a01 * s1, a02 * s2, a10 * s0, a11 * s1, a12 * s2
+        m20, m21, m22 = a20 * s0, a21 * s1, a22 * s2
+        gm0, gm1, gm2, g_log = 0.0, 0.0, 0.0, 0.0
+        d00, d01, d02, d10, d11, d12, d20, d21, d22 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        acc_sh[:k] = 0.0
+        for o in range(n_views):
+            v, at = view_first + o, cursor[o]
+            if at >= base[v] + count[v] or ids[at] != g: continue
+            cursor[o] = at + 1
+            for j in range(N_SUM):
+                total = 0.0
+                for strip in range(sums.shape[0]): total += sums[strip, at, j]
+                got[j] = total
+            e, f, h = float(rec[at, 0]), float(rec[at, 1]), float(rec[at, 2])
+            g_log += got[0]
+
+            # harmonics and the direction they are seen from
+            dx, dy, dz = float(mean[g, 0]) - centre[o, 0], float(mean[g, 1]) - centre[o, 1], float(mean[g, 2]) - centre[o, 2]
+            r = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
+            dx, dy, dz = dx * r, dy * r, dz * r
+            harmonics(Y, dx, dy, dz, k)
+            hx, hy, hz = 0.0, 0.0, 0.0
+            for j in range(3):
+                if rec[at, 4 + j] > ZERO:
+                    gc = got[6 + j]
+                    for i in range(k):
+                        acc_sh[i, j] += Y[i, 0] * gc
+                        c = sh[g, i, j] * gc
+                        hx += Y[i, 1] * c
+                        hy += Y[i, 2] * c
+                        hz += Y[i, 3] * c
+            along = hx * dx + hy * dy + hz * dz
+            gm0 += (hx - along * dx) * r
+            gm1 += (hy - along * dy) * r
+            gm2 += (hz - along * dz) * r
+
+            # the forward projection once more
+            X, Yc, Z = to_camera(mean, g, cam, v)
+            fx, fy = K[v, 0, 0], K[v, 1, 1]
+            u0, u1, v0, v1 = frustum(K, v, H, W)
+            rz = 1.0 / Z
+            tu, tv = min(max(X * rz, u0), u1), min(max(Yc * rz, v0), v1)
+            jx, jy = fx * rz, fy * rz
+            r00, r01, r02 = cam[v, 0, 0], cam[v, 0, 1], cam[v, 0, 2]
+            r10, r11, r12 = cam[v, 1, 0], cam[v, 1, 1], cam[v, 1, 2]
+            r20, r21, r22 = cam[v, 2, 0], cam[v, 2, 1], cam[v, 2, 2]
+            p00, p01, p02 = jx * (r00 - tu * r20), jx * (r01 - tu * r21), jx * (r02 - tu * r22)
+            p10, p11, p12 = jy * (r10 - tv * r20), jy * (r11 - tv * r21), jy * (r12 - tv * r22)
+            q00, q10 = p00 * m00 + p01 * m10 + p02 * m20, p10 * m00 + p11 * m10 + p12 * m20
+            q01, q11 = p00 * m01 + p01 * m11 + p02 * m21, p10 * m01 + p11 * m11 + p12 * m21
+            q02, q12 = p00 * m02 + p01 * m12 + p02 * m22, p10 * m02 + p11 * m12 + p12 * m22
+
+            # 2-D covariance: G = dL/dcov (symmetric), and the centre in pixels
+            k2 = 0.5 * LN4 * LN4
+            G00 = k2 * e * e * got[3]
+            G01 = k2 * e * (f * got[3] + h * got[4])
+            G11 = k2 * (f * f * got[3] + 2 * f * h * got[4] + h * h * got[5])
+            g_mx, g_my = LN4 * e * got[1], LN4 * (f * got[1] + h * got[2])
+            if antialiased:
+                a, b, c = q00 * q00 + q01 * q01 + q02 * q02, q00 * q10 + q01 * q11 + q02 * q12, q10 * q10 + q11 * q11 + q12 * q12
+                i0, i1 = 0.5 * got[0] / (a * c - b * b), 0.5 * got[0] / ((a + eps2d) * (c + eps2d) - b * b)
+                G00 += i0 * c - i1 * (c + eps2d)
+                G01 -= i0 * b - i1 * b
+                G11 += i0 * a - i1 * (a + eps2d)
+
+            # cov = Q Q', Q = P M, M = R diag(scale)
+            b00, b01, b02 = 2 * (G00 * q00 + G01 * q10), 2 * (G00 * q01 + G01 * q11), 2 * (G00 * q02 + G01 * q12)
+            b10, b11, b12 = 2 * (G01 * q00 + G11 * q10), 2 * (G01 * q01 + G11 * q11), 2 * (G01 * q02 + G11 * q12)
+            d00 += p00 * b00 + p10 * b10
+            d01 += p00 * b01 + p10 * b11
+            d02 += p00 * b02 + p10 * b12
+            d10 += p01 * b00 + p11 * b10
+            d11 += p01 * b01 + p11 * b11
+            d12 += p01 * b02 + p11 * b12
+            d20 += p02 * b00 + p12 * b10
+            d21 += p02 * b01 + p12 * b11
+            d22 += p02 * b02 + p12 * b12
+            t00, t01, t02 = b00 * m00 + b01 * m01 + b02 * m02, b00 * m10 + b01 * m11 + b02 * m12, b00 * m20 + b01 * m21 + b02 * m22
+            t10, t11, t12 = b10 * m00 + b11 * m01 + b12 * m02, b10 * m10 + b11 * m11 + b12 * m12, b10 * m20 + b11 * m21 + b12 * m22
+
+            # P = (fx/z)(row_x - u row_z), u = x/z held inside the frustum
+            g_jx = t00 * (r00 - tu * r20) + t01 * (r01 - tu * r21) + t02 * (r02 - tu * r22)
+            g_jy = t10 * (r10 - tv * r20) + t11 * (r11 - tv * r21) + t12 * (r12 - tv * r22)
+            g_u = -jx * (t00 * r20 + t01 * r21 + t02 * r22) if X * rz == tu else 0.0
+            g_v = -jy * (t10 * r20 + t11 * r21 + t12 * r22) if Yc * rz == tv else 0.0
+            g_u += fx * g_mx
+            g_v += fy * g_my
+            gX, gY = g_u * rz, g_v * rz
+            gZ = got[9] - (g_jx * jx + g_jy * jy + g_u * X * rz + g_v * Yc * rz) * rz
+            gm0 += r00 * gX + r10 * gY + r20 * gZ
+            gm1 += r01 * gX + r11 * gY + r21 * gZ
+            gm2 += r02 * gX + r12 * gY + r22 * gZ
+
+        g_mean[g, 0], g_mean[g, 1], g_mean[g, 2] = gm0, gm1, gm2
+        g_opacity[g] = g_log / opacity[g] if opacity[g] > ZERO else 0.0
+        for i in range(k):
+            for j in range(3): g_sh[g, i, j] = acc_sh[i, j]
+        g_scale[g, 0] = d00 * a00 + d10 * a10 + d20 * a20
+        g_scale[g, 1] = d01 * a01 + d11 * a11 + d21 * a21
+        g_scale[g, 2] = d02 * a02 + d12 * a12 + d22 * a22
+        d00, d10, d20, d01, d11, d21, d02, d12, d22 = d00 * s0, d10 * s0, d20 * s0, d01 * s1, d11 * s1, d21 * s1, d02 * s2, d12 * s2, d22 * s2
+        gw = 2 * (-z * d01 + y * d02 + z * d10 - x * d12 - y * d20 + x * d21)
+        gx = 2 * (y * (d01 + d10) + z * (d02 + d20) - 2 * x * (d11 + d22) + w * (d21 - d12))
+        gy = 2 * (x * (d01 + d10) + z * (d12 + d21) - 2 * y * (d00 + d22) + w * (d02 - d20))
+        gz = 2 * (x * (d02 + d20) + y * (d12 + d21) - 2 * z * (d00 + d11) + w * (d10 - d01))
+        along = w * gw + x * gx + y * gy + z * gz
+        g_quat[g, 0], g_quat[g, 1] = (gw - along * w) * norm, (gx - along * x) * norm
+        g_quat[g, 2], g_quat[g, 3] = (gy - along * y) * norm, (gz - along * z) * norm
