@@ -16,7 +16,7 @@ from ..core import PointBatch, from_padded, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, knn
 
 # %% auto #0
-__all__ = ['group_points', 'RowNorm', 'GroupEncoder', 'drop_branch', 'Block', 'released_key', 'StandardTransformer']
+__all__ = ['group_points', 'GroupEncoder', 'drop_branch', 'Block', 'released_key', 'StandardTransformer']
 
 # %% ../../nbs/backbones/40_transformer.ipynb #bbcce2a2
 def group_points(
@@ -35,14 +35,6 @@ def group_points(
     return groups, centre, near
 
 # %% ../../nbs/backbones/40_transformer.ipynb #b6927d96
-class RowNorm(nn.BatchNorm1d):
-    "Batch normalisation of rows [r c], through the channels-last kernel, whose backward pass is the faster one on a CPU."
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training: self.num_batches_tracked += 1
-        y = F.batch_norm(x.t()[None, :, :, None], self.running_mean, self.running_var, self.weight, self.bias,
-                         self.training, self.momentum, self.eps)
-        return y[0, :, :, 0].t()
-
 class GroupEncoder(nn.Module):
     "A small PointNet: groups [m k c] to tokens [m out_channels]."
     def __init__(self,
@@ -52,8 +44,8 @@ class GroupEncoder(nn.Module):
     ):
         super().__init__()
         a, b, c = widths
-        self.first = nn.Sequential(nn.Linear(in_channels, a), RowNorm(a), nn.ReLU(), nn.Linear(a, b))
-        self.second = nn.Sequential(nn.Linear(2 * b, c), RowNorm(c), nn.ReLU(), nn.Linear(c, out_channels))
+        self.first = nn.Sequential(nn.Linear(in_channels, a), nn.BatchNorm1d(a), nn.ReLU(), nn.Linear(a, b))
+        self.second = nn.Sequential(nn.Linear(2 * b, c), nn.BatchNorm1d(c), nn.ReLU(), nn.Linear(c, out_channels))
 
     def forward(self, groups: Tensor) -> Tensor:
         m, k, _ = groups.shape

@@ -1,0 +1,175 @@
+"Standard Transformer: released numbers, ragged batches, odd clouds."
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unipre3d.backbones import StandardTransformer
+from unipre3d.backbones.transformer import GroupEncoder, drop_branch, group_points, released_key
+from unipre3d.core import PointBatch
+
+PARITY = Path(__file__).parent / "parity" / "backbone_transformer_eval"
+SMALL = dict(num_groups=16, group_size=8, radius=.3, encoder_widths=(16, 24, 32), encoder_dims=24, width=24, depth=3, num_heads=3)
+
+
+def pack(*clouds):
+    xyz = torch.cat(clouds)
+    return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+
+
+def close(a, b, tolerance=1e-4):
+    scale = b.abs().max()
+    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
+
+
+@pytest.fixture
+def released():
+    data, card = load_file(f"{PARITY}.safetensors"), json.loads(PARITY.with_suffix(".json").read_text())
+    model = StandardTransformer.from_released(card["kwargs"])
+    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model.load_state_dict(model.convert_released(state))
+    return model.eval(), data, state
+
+
+def test_parity_with_the_released_model(released):
+    model, data, state = released
+    pos = data["in/pos"].clone().requires_grad_()
+    flat = pos.flatten(0, 1)
+    points = PointBatch(flat, flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos))
+
+    _, centre, near = group_points(points, model.num_groups, model.group_size, model.radius)
+    base = torch.arange(len(pos)) * pos.shape[1]
+    assert torch.equal(centre.view(2, -1) - base[:, None], data["out/fps_idx"])
+    assert torch.equal(near.view(2, 16, -1) - base[:, None, None], data["out/ball_idx"])
+
+    tokens = model.stem(points)
+    torch.testing.assert_close(tokens.xyz.view(2, 16, 3), data["out/center"])
+    p, cls = model.summarise(tokens)
+    close(p.feat.view(2, 16, -1), data["out/pre_fusion"][:, 1:])
+    close(cls, data["out/pre_fusion"][:, 0])
+
+    mixed = torch.cat([p.feat, data["out/mapped"][:, 1:].flatten(0, 1)], 1)
+    weight = state["fusion_mlps.0.weight"].clone().requires_grad_()
+    fused = torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()
+    features = model.norm(fused).view(2, 16, -1)
+    close(features, data["out/features"])
+
+    (features * data["loss/R"]).sum().backward()
+    close(pos.grad, data["grad/in/pos"])
+    close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
+    ours = dict(model.named_parameters())
+    for name in ("cls_token", "blocks.0.qkv.weight", "encoder.first.0.weight"):
+        recorded = data[f"grad/state/encoder.{released_key(name)}"]
+        close(ours[name].grad, recorded.reshape(ours[name].shape))
+
+
+def test_every_released_key_is_used_once(released):
+    model, _, state = released
+    ours = {f"encoder.{released_key(k)}" for k in model.state_dict()}
+    assert ours == {k for k in state if k.startswith("encoder.")}
+
+
+def test_released_size():
+    assert round(sum(p.numel() for p in StandardTransformer().parameters()) / 1e6, 2) == 29.07
+
+
+def test_a_batch_equals_its_clouds_alone():
+    torch.manual_seed(0)
+    model = StandardTransformer(**SMALL).eval()
+    clouds = [torch.randn(60, 3) * .3, torch.zeros(0, 3), torch.randn(9, 3) * .3, torch.randn(1, 3)]
+    together = model(pack(*clouds))
+    assert together.counts.tolist() == [16, 0, 9, 1]
+    for i, cloud in enumerate(clouds):
+        torch.testing.assert_close(together.feat[together.batch == i], model(pack(cloud)).feat, rtol=1e-4, atol=1e-5)
+
+
+def test_order_of_points_does_not_matter_after_the_first():
+    torch.manual_seed(0)
+    model = StandardTransformer(**SMALL | dict(group_size=64, radius=.4)).eval()  # balls that never overflow
+    cloud = torch.rand(64, 3)
+    order = torch.cat([torch.tensor([0]), 1 + torch.randperm(63)])
+    a, b = model(pack(cloud)), model(pack(cloud[order]))
+    torch.testing.assert_close(a.xyz, b.xyz)
+    torch.testing.assert_close(a.feat, b.feat, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("clouds", [
+    [torch.full((40, 3), .2)],                                    # all points coincide
+    [torch.rand(20, 3).repeat(3, 1), torch.zeros(0, 3)],          # every point three times, and an empty cloud
+    [torch.zeros(1, 3)],                                          # a single point
+], ids=["coincident", "duplicated", "single"])
+def test_odd_clouds_have_finite_gradients(train, clouds):
+    torch.manual_seed(0)
+    model = StandardTransformer(**SMALL, drop_path_rate=.1).train(train)
+    points = pack(*clouds)
+    xyz = points.xyz.clone().requires_grad_()
+    out = model(PointBatch(xyz, xyz, points.batch, points.size))
+    (out.feat * torch.randn_like(out.feat)).sum().backward()
+    assert out.feat.isfinite().all() and xyz.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_nothing_in_nothing_out(size):
+    model = StandardTransformer(**SMALL)
+    none = PointBatch(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), size)
+    out = model(none)
+    assert len(out) == 0 and out.size == size and out.feat.shape == (0, 24)
+
+
+def test_extra_columns_are_read():
+    torch.manual_seed(0)
+    model = StandardTransformer(in_channels=6, **SMALL).eval()
+    xyz = torch.rand(50, 3)
+    grey, red = torch.full((50, 3), .5), torch.tensor([[1., 0, 0]]).expand(50, 3)
+    batch = torch.zeros(50, dtype=torch.long)
+    a, b = (model(PointBatch(xyz, torch.cat([xyz, colour], 1), batch, 1)).feat for colour in (grey, red))
+    assert (a - b).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="at least 6 columns"):
+        model(PointBatch(xyz, xyz, batch, 1))
+
+
+def test_nearest_groups():
+    points = pack(torch.rand(50, 3))
+    groups, centre, near = group_points(points, 8, 5, None)
+    assert groups.shape == (8, 5, 3) and torch.equal(near[:, 0], centre)
+
+
+def test_group_encoder_gradients():
+    torch.manual_seed(0)
+    encoder = GroupEncoder(3, 4, (5, 6, 7)).double()
+    assert torch.autograd.gradcheck(encoder, torch.randn(3, 4, 3, dtype=torch.double, requires_grad=True))
+
+
+def test_stochastic_depth_keeps_the_mean():
+    torch.manual_seed(0)
+    x = drop_branch(torch.ones(20_000, 1, 1), .3, True)
+    assert abs(x.mean() - 1) < .02 and x.unique().numel() == 2 and x.min() == 0
+
+
+def test_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    model, points = StandardTransformer(**SMALL).eval(), pack(torch.rand(40, 3))
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(StandardTransformer.from_pretrained(tmp_path / "m")(points).feat, model(points).feat)
+    with pytest.raises(FileNotFoundError, match="config.json"): StandardTransformer.from_pretrained(tmp_path)
+    (tmp_path / "m" / "config.json").write_text('{"backbone": "PTv3"}')
+    with pytest.raises(ValueError, match="PTv3"): StandardTransformer.from_pretrained(tmp_path / "m")
+
+
+def test_errors_name_the_argument(released):
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of width = 24"): StandardTransformer(**SMALL | dict(num_heads=5))
+    with pytest.raises(ValueError, match="unknown argument 'trans_dims'"): StandardTransformer.from_released({"trans_dims": 3})
+    model, _, state = released
+    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected \\[24"): model.convert_released(state | {"encoder.cls_token": torch.zeros(2)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees():
+    torch.manual_seed(0)
+    model, points = StandardTransformer(**SMALL).eval(), pack(torch.rand(200, 3), torch.rand(50, 3))
+    torch.testing.assert_close(model.cuda()(points.to("cuda")).feat.cpu(), model.cpu()(points).feat, rtol=1e-3, atol=1e-4)
