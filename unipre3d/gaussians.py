@@ -98,7 +98,7 @@ class GaussianHead(nn.Module):
     ) -> GaussianBatch:
         "Raw numbers to Gaussians. Scales are kept in max(min_scale, e^-20)..e^20 so that they stay finite."
         offset, opacity, scale, quat, sh = raw.float().split([3, 1, 3, 4, raw.shape[1] - 11], dim=1)
-        return GaussianBatch(mean=points.xyz + self.max_offset * offset.tanh(), scale=scale.clamp(self.min_log_scale, 20).exp(), quat=F.normalize(quat, dim=1),
+        return GaussianBatch(mean=points.xyz + self.max_offset * offset.tanh(), scale=scale.clamp(self.min_log_scale, 20).exp(), quat=F.normalize(quat, dim=1, eps=1e-6),
                              opacity=opacity[:, 0].sigmoid(), sh=sh.unflatten(1, (-1, 3)), batch=points.batch, size=points.size)
 
     def forward(self, points: PointBatch) -> GaussianBatch:
