@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from unipre3d.backbones import StandardTransformer
-from unipre3d.backbones.transformer import GroupEncoder, drop_branch, group_points, released_key
+from unipre3d.backbones.transformer import GroupEncoder, GroupMax, drop_branch, group_points, released_key
 from unipre3d.core import PointBatch
 
 PARITY = Path(__file__).parent / "parity" / "backbone_transformer_eval"
@@ -144,10 +144,29 @@ def test_group_encoder_gradients():
     assert torch.autograd.gradcheck(encoder, torch.randn(3, 4, 3, dtype=torch.double, requires_grad=True))
 
 
+def test_group_maximum():
+    torch.manual_seed(0)
+    x = torch.randint(4, (6, 5, 3)).float()
+    a, b, g = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(6, 3)
+    GroupMax.apply(a).backward(g), b.amax(1).backward(g)
+    torch.testing.assert_close(a.grad, b.grad)
+    assert torch.autograd.gradcheck(GroupMax.apply, torch.rand(4, 5, 3, dtype=torch.double, requires_grad=True))
+
+
 def test_stochastic_depth_keeps_the_mean():
     torch.manual_seed(0)
     x = drop_branch(torch.ones(20_000, 1, 1), .3, True)
     assert abs(x.mean() - 1) < .02 and x.unique().numel() == 2 and x.min() == 0
+
+
+def test_mixed_precision():
+    torch.manual_seed(0)
+    model, points = StandardTransformer(**SMALL), pack(torch.rand(60, 3), torch.rand(9, 3))
+    exact = model(points).feat
+    with torch.autocast("cpu", dtype=torch.bfloat16): rough = model(points).feat
+    rough.float().square().sum().backward()
+    assert (rough - exact).abs().max() < .2
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_save_and_load(tmp_path):

@@ -16,7 +16,7 @@ from ..core import PointBatch, from_padded, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, knn
 
 # %% auto #0
-__all__ = ['group_points', 'GroupEncoder', 'drop_branch', 'Block', 'released_key', 'StandardTransformer']
+__all__ = ['group_points', 'GroupMax', 'GroupEncoder', 'drop_branch', 'Block', 'released_key', 'StandardTransformer']
 
 # %% ../../nbs/backbones/40_transformer.ipynb #bbcce2a2
 def group_points(
@@ -35,6 +35,21 @@ def group_points(
     return groups, centre, near
 
 # %% ../../nbs/backbones/40_transformer.ipynb #b6927d96
+class GroupMax(torch.autograd.Function):
+    "The maximum over each group, [m k c] to [m c]; ties share the gradient equally."
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        top = x.amax(1)
+        ctx.save_for_backward(x, top)
+        return top
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, top = ctx.saved_tensors
+        hit = torch.eq(x, top[:, None], out=torch.empty_like(x))
+        return hit.mul_((grad / hit.sum(1))[:, None])
+
 class GroupEncoder(nn.Module):
     "A small PointNet: groups [m k c] to tokens [m out_channels]."
     def __init__(self,
@@ -52,10 +67,10 @@ class GroupEncoder(nn.Module):
         local = self.first(groups.flatten(0, 1)).view(m, k, -1)
         join, *rest = self.second
         from_summary, from_point = join.weight.chunk(2, 1)
-        x = F.linear(local, from_point) + F.linear(local.amax(1), from_summary, join.bias)[:, None]
+        x = F.linear(local, from_point) + F.linear(GroupMax.apply(local), from_summary, join.bias)[:, None]
         x = x.flatten(0, 1)
         for layer in rest: x = layer(x)
-        return x.view(m, k, -1).amax(1)
+        return GroupMax.apply(x.view(m, k, -1))
 
 # %% ../../nbs/backbones/40_transformer.ipynb #3af6f9c5
 def drop_branch(
