@@ -16,10 +16,10 @@ class BuildWithData(build_py):
     "Carry the top-level `data/` into the wheel as `unipre3d/_data`; an editable install reads the folder where it lies."
 
     def run(self):
+        if not self.editable_mode: shutil.rmtree(Path(self.build_lib) / cfg["lib_name"], ignore_errors=True)
         super().run()
         if self.editable_mode: return
         target = Path(self.build_lib) / cfg["lib_name"] / "_data"
-        shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(root / "data", target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
 
 

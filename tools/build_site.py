@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 from run_notebooks import OUT, ROOT, notebooks
+from sidebar import sidebar as contents
 
 STAGE, SITE = OUT / "book", ROOT / "_docs"
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation"}
@@ -134,7 +135,6 @@ def number(pages, names):
                     caption = f"{kind}-cap"
                     opts[caption] = f"{KINDS[kind]} {take(opts['label'], kind)}: {opts.get(caption, '')}"
                     if kind == "fig" and "code-fold" not in opts: opts |= {"code-fold": True, "code-summary": "Code of this figure"}
-                if "code-fold" in opts and "exports" in others: opts |= {"code-fold": True, "code-summary": "Source"}
                 others = [o for o in others if not re.match(r"exports?(\s|$)|label", o)]
                 cell["source"] = with_options(opts, [], code)
     return labels
@@ -207,16 +207,38 @@ def code_pages(folder):
     return written
 
 
-def order_entries(notebook):
-    "A cell that defines several names: all reference entries first, then the source once."
+def is_entry(cell):
+    return cell["cell_type"] == "code" and "show_doc(" in source(cell)
+
+
+def arrange_entries(notebook, longest=40):
+    """A cell that defines several names: all reference entries first, then the source once. A short source is shown, and
+    its entries keep only their headings, since signature and comments stand right below; a longer one is folded."""
     cells, done = notebook["cells"], []
-    waiting = None
-    for cell in cells:
-        entry = cell["cell_type"] == "code" and "show_doc(" in source(cell)
-        if waiting is not None and not entry: done.append(waiting); waiting = None
-        if cell["cell_type"] == "code" and "#| code-summary: \"Exported source\"" in source(cell): waiting = cell
-        else: done.append(cell)
-    notebook["cells"] = done + ([waiting] if waiting is not None else [])
+    while cells:
+        block = [cells.pop(0)]
+        exported = block[0]["cell_type"] == "code" and 'code-summary: "Exported source"' in source(block[0])
+        if exported or is_entry(block[0]):  # nbdev puts the first entry before the source, the others behind it
+            while cells and (is_entry(cells[0]) or 'code-summary: "Exported source"' in source(cells[0]) and not any('"Exported source"' in source(c) for c in block)):
+                block.append(cells.pop(0))
+        entries, sources = [c for c in block if is_entry(c)], [c for c in block if not is_entry(c)]
+        if entries and sources:
+            opts, others, code = options(source(sources[0]))
+            if len(code.splitlines()) <= longest:
+                for entry in entries: headings_only(entry)
+                opts = {k: v for k, v in opts.items() if not k.startswith("code-")}
+            else: opts |= {"code-fold": True, "code-summary": "Source"}
+            sources[0]["source"] = with_options(opts, others, code)
+        done += entries + sources
+    notebook["cells"] = done
+
+
+def headings_only(entry):
+    "Cut a reference entry behind its heading."
+    for output in entry.get("outputs", []):
+        lines = "".join(output.get("data", {}).get("text/markdown", "")).split("\n")
+        last = next((n for n, line in enumerate(lines) if line.startswith("###")), len(lines))
+        if lines != [""]: output["data"]["text/markdown"] = "\n".join(lines[: last + 1]) + "\n"
 
 
 def prepare():
@@ -226,7 +248,7 @@ def prepare():
     pages = {p.relative_to(folder): json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.ipynb"))}
     if not pages: fail("nbdev processed no notebook")
     names = page_names(pages)
-    for notebook in pages.values(): order_entries(notebook)
+    for notebook in pages.values(): arrange_entries(notebook)
     problems = refer(pages, names, number(pages, names), config["website"]["site-url"], config["website"]["repo-url"])
     for path, notebook in pages.items():
         (folder / path).unlink()
@@ -237,26 +259,10 @@ def prepare():
     quarto["format"].pop("commonmark", None)
     for key in ("keep-md", "html-math-method"): quarto["format"]["html"].pop(key, None)
     (folder / "_quarto.yml").write_text(yaml.safe_dump(quarto, sort_keys=False))
-    sidebar = (folder / "sidebar.yml").read_text()
-    for path, name in names.items(): sidebar = re.sub(rf"(?<=[\s\"']){re.escape(str(path))}(?=[\s\"'])", str(name), sidebar)
-    (folder / "sidebar.yml").write_text(drop_absent(sidebar, folder))
+    sidebar = contents()
+    for path, name in names.items(): sidebar = sidebar.replace(f"- {path}\n", f"- {name}\n")
+    (folder / "sidebar.yml").write_text(sidebar)
     return folder, problems
-
-
-def drop_absent(sidebar, folder):
-    "Leave out chapters that are listed but not written yet."
-    def keep(items):
-        for item in items:
-            href = item if isinstance(item, str) else item.get("href")
-            if isinstance(item, dict) and "contents" in item:
-                item["contents"] = list(keep(item["contents"]))
-                if item["contents"]: yield item
-            elif (folder / href).exists(): yield item
-            else: print(f"  sidebar: {href} is not here yet", file=sys.stderr)
-
-    data = yaml.safe_load(sidebar)
-    data["website"]["sidebar"]["contents"] = list(keep(data["website"]["sidebar"]["contents"]))
-    return yaml.safe_dump(data, sort_keys=False)
 
 
 # ---------------------------------------------------------------- what pages need beside them

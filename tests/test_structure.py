@@ -1,0 +1,218 @@
+"""What the repository promises about its own shape: order of modules, lessons beside code, clean pages.
+
+Each failure is one line that names the notebook and what is missing."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from build_site import options  # noqa: E402
+
+NOTEBOOKS = sorted((p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
+
+
+def names(paths):
+    return [str(p.relative_to(ROOT / "nbs")) for p in paths]
+
+
+def cells(path):
+    "Every cell as (kind, directives without a value, options, code)."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        opts, others, code = options(text) if cell["cell_type"] == "code" else ({}, [], text)
+        yield cell["cell_type"], [o.split() for o in others if o.split()], opts, code
+
+
+def tree(code):
+    "The cell's syntax tree, with shell and magic lines taken out."
+    return ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", code))
+
+
+def module_of(path):
+    "The module that a notebook exports, or None."
+    for kind, directives, _, _ in cells(path):
+        for d in directives if kind == "code" else []:
+            if d[0] == "default_exp": return d[1]
+
+
+ORDER = {module_of(p): n for n, p in enumerate(NOTEBOOKS) if module_of(p)}
+
+
+def complain(problems):
+    "Fail with one line for each problem."
+    problems = list(problems)
+    if problems: pytest.fail("\n".join(problems), pytrace=False)
+
+
+# ---------------------------------------------------------------- order
+
+def imported(code, package):
+    "The modules of the package that some code imports, at any depth."
+    for node in ast.walk(tree(code)):
+        if isinstance(node, ast.Import): yield from (a.name.removeprefix("unipre3d.") for a in node.names if a.name.startswith("unipre3d."))
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: -node.level]
+                base = ".".join(["unipre3d", *parent, *([node.module] if node.module else [])])
+            if base == "unipre3d": yield from (a.name for a in node.names)
+            elif base.startswith("unipre3d."):
+                module = base.removeprefix("unipre3d.")
+                yield from [f"{module}.{a.name}" for a in node.names if f"{module}.{a.name}" in ORDER] or [module]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_exported_imports_point_backwards(path):
+    module = module_of(path)
+    if module is None: return
+    def wrong():
+        for kind, directives, _, code in cells(path):
+            if kind != "code" or not any(d[0] in ("export", "exporti", "exports") for d in directives): continue
+            for other in imported(code, module):
+                if other in ORDER and ORDER[other] >= ORDER[module] and other != module:
+                    yield f"{path.name}: imports unipre3d.{other}, which is a later chapter ({NOTEBOOKS[ORDER[other]].name})"
+    complain(wrong())
+
+
+def test_modules_belong_to_a_notebook():
+    modules = {".".join(p.relative_to(ROOT / "unipre3d").with_suffix("").parts) for p in (ROOT / "unipre3d").rglob("*.py")}
+    modules = {m for m in modules if not m.endswith("__init__") and m not in ("_modidx", "__main__")}
+    used = "\n".join(p.read_text(encoding="utf-8") for p in NOTEBOOKS)
+    complain(f"unipre3d.{m}: no notebook exports it or imports it; a dense kernel needs a chapter that teaches it"
+             for m in sorted(modules - set(ORDER)) if f"unipre3d.{m}" not in used and f"from unipre3d.{m.rpartition('.')[0]} import {m.rpartition('.')[2]}" not in used)
+
+
+# ---------------------------------------------------------------- lessons
+
+def public_definitions(code):
+    return [n.name for n in tree(code).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+
+
+def mentions(code):
+    "Every name and attribute that a cell uses."
+    try: nodes = list(ast.walk(tree(code)))
+    except SyntaxError: return set(re.findall(r"\w+", code))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_every_exported_name_is_run_within_two_cells(path):
+    code_cells = [c for c in cells(path) if c[0] == "code"]
+    def unseen():
+        for n, (_, directives, _, code) in enumerate(code_cells):
+            if not any(d[0] in ("export", "exports") for d in directives): continue
+            near = set().union(*(mentions(c[3]) for c in code_cells[n: n + 3]))
+            for name in public_definitions(code):
+                if name not in near: yield f"{path.name}: {name} is exported but not run in its own or the next two code cells"
+    complain(unseen())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_first_cell_is_title_and_description(path):
+    kind, _, _, text = next(cells(path))
+    lines = text.strip().split("\n")
+    if kind != "markdown" or not lines[0].startswith("# "): complain([f"{path.name}: the first cell must be Markdown that starts with '# Title'"])
+    if len(lines) < 3 or lines[1] or not lines[2].startswith("> "): complain([f"{path.name}: the title must be followed by an empty line and '> one line of description'"])
+    if len(lines) > 3: complain([f"{path.name}: the first cell holds more than title and description; start a new cell"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_page_opens_and_closes_for_the_reader(path):
+    texts = [text for kind, _, _, text in cells(path) if kind == "markdown"]
+    opening, closing = " ".join(texts[1:2]), " ".join(texts[-1:])
+    def missing():
+        if path.stem != "index":
+            for words in ("You will learn", "It needs", "It runs"):
+                if words.lower() not in opening.lower(): yield f"{path.name}: the page's first paragraph must say '{words} ...'"
+            if "next" not in closing.lower() and path != NOTEBOOKS[-1]: yield f"{path.name}: the page's last paragraph must say what comes next"
+    complain(missing())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_imports_stand_in_cells_of_their_own(path):
+    def mixed():
+        for kind, _, _, code in cells(path):
+            if kind != "code" or "nbdev_export(" in code: continue
+            body = [n for n in tree(code).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+            if imports and any(isinstance(n, (ast.Expr, ast.Assign)) for n in body):
+                yield f"{path.name}: a cell mixes imports with other code: {ast.unparse(imports[0])}"
+    complain(mixed())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_figures_have_label_caption_and_alt_text(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    seen = set()
+    def wanting():
+        for cell in notebook["cells"]:
+            if cell["cell_type"] != "code": continue
+            opts, others, code = options("".join(cell["source"]))
+            drawn = any("image/png" in o.get("data", {}) or "image/svg+xml" in o.get("data", {}) for o in cell["outputs"])
+            label = str(opts.get("label", ""))
+            if label in seen: yield f"{path.name}: the label {label} is used twice"
+            seen.add(label) if label else None
+            if "hide" in others or opts.get("include") is False: continue
+            for key, rule in (("label", label.startswith("fig-")), ("fig-cap", opts.get("fig-cap")), ("fig-alt", opts.get("fig-alt"))):
+                if (drawn or label.startswith("fig-")) and not rule: yield f"{path.name}: a figure without {key}: {(label or code.strip().splitlines()[0])[:60]}"
+    complain(wanting())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_has_no_error_and_no_leftover_warning(path):
+    def faults():
+        for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+            for out in cell.get("outputs", []):
+                if out["output_type"] == "error": yield f"{path.name}: cell {n} holds an error output: {out['ename']}"
+                if out.get("name") == "stderr" and "Warning" in "".join(out["text"]): yield f"{path.name}: cell {n} shows a warning: {''.join(out['text']).strip().splitlines()[0][:80]}"
+    complain(faults())
+
+
+# ---------------------------------------------------------------- the whole repository
+
+def tracked():
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode: pytest.skip("not a git checkout")
+    for name in filter(None, done.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink() and path.suffix not in (".png", ".npz", ".safetensors", ".zip", ".gz", ".xz", ".gif", ".ply"): yield path
+
+
+LOCAL = re.compile(r"(?<![\w./-])/(?:" + "|".join(["ro" + "ot", "wo" + "rk", "ho" + "me/\\w+", "Us" + "ers/\\w+"]) + r")/[\w.-]+")
+HOSTS = re.compile("|".join(re.escape(h) for h in ("py" + "pi.org", "files.python" + "hosted.org", "registry.npm" + "js.org", "npm" + "js.com", "download.py" + "torch.org", "deb.deb" + "ian.org")))
+
+
+def test_no_machine_path_and_no_registry_host():
+    def found():
+        for path in tracked():
+            try: text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError: continue
+            for what, rule in (("a path of one machine", LOCAL), ("the host of a package registry", HOSTS)):
+                for match in sorted(set(rule.findall(text)))[:3]: yield f"{path.relative_to(ROOT)}: names {what}: {match}"
+    complain(found())
+
+
+def test_readme_agrees_with_the_landing_page():
+    if not (ROOT / "nbs" / "index.ipynb").exists(): pytest.skip("no landing page yet")
+    from readme import differences
+    complain(differences())
+
+
+def test_sidebar_lists_the_notebooks_that_are_here():
+    from sidebar import sidebar
+    complain(["nbs/sidebar.yml does not list the notebooks that are here; run `python tools/sidebar.py`"] if (ROOT / "nbs" / "sidebar.yml").read_text() != sidebar() else [])
+
+
+def test_constraints_pin_every_requirement():
+    from configparser import ConfigParser
+    cfg = ConfigParser()
+    cfg.read(ROOT / "settings.ini")
+    pinned = {re.split(r"==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = [w for key in ("requirements", "dev_requirements", "docs_requirements") for w in cfg["DEFAULT"][key].split()]
+    complain(f"constraints.txt: no pin for {name}" for name in sorted({re.split(r"[<>=;\[!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned))

@@ -1,0 +1,31 @@
+"""The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to.
+
+    python tools/sidebar.py            write nbs/sidebar.yml
+"""
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = {0: "Start here", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, images",
+         6: "Pre-training", 7: "Downstream", 8: "Results", 9: "Command line"}
+
+
+def part_of(path):
+    "The part of a notebook; the landing page stands before all others."
+    found = re.match(r"(\d)\d", path.name)
+    return int(found[1]) if found else 0
+
+
+def sidebar():
+    "The text of nbs/sidebar.yml."
+    nbs = ROOT / "nbs"
+    found = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)]
+    lines = ["# Written by tools/sidebar.py", "website:", "  sidebar:", "    contents:"]
+    for number, title in PARTS.items():
+        chapters = sorted((p for p in found if part_of(p) == number), key=lambda p: (p.stem != "index", p.name))
+        if chapters: lines += [f"      - section: {title}", "        contents:", *(f"          - {p.as_posix()}" for p in chapters)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "nbs" / "sidebar.yml").write_text(sidebar(), encoding="utf-8")
