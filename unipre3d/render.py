@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -155,8 +156,10 @@ class Splat(torch.autograd.Function):
         base = np.cumsum([0] + [start[b + 1] - start[b] for b in cloud])
         ids, order = np.empty(base[-1], np.int32), np.empty(base[-1], np.int32)
         xy, rec = np.empty((base[-1], 2)), np.empty((base[-1], splat.N_REC), np.float32)
-        out = [np.empty((n_views, *shape), np.float32) for shape in ((3, H, W), (H, W), (H, W), (H, W))]
+        wide = -(-W // 8) * 8  # whole vectors; what lies beyond the image is drawn and cut off
+        out = [np.empty((n_views, *shape), np.float32) for shape in ((3, H, wide), (H, wide), (H, wide), (H, wide))]
         strips = view_strips(n_views, W)
+        lists, C = {}, splat.table()
 
         def project(v):
             b, at = cloud[v], slice(base[v], base[v + 1])
@@ -165,29 +168,31 @@ class Splat(torch.autograd.Function):
 
         def draw(v, begin, end):
             at = slice(base[v], base[v] + count[v])
-            splat.draw(count[v], xy[at], rec[at], order[at], begin, end, back[v], *(image[v] for image in out))
+            lists[v, begin] = splat.column_lists(count[v], xy[at], rec[at], order[at], begin, end, H)
+            splat.draw(C, xy[at], rec[at], *lists[v, begin], begin, end, back[v], *(image[v] for image in out))
 
         in_threads(project, [(v,) for v in range(n_views)])
         in_threads(draw, [(v, *strip) for v in range(n_views) for strip in strips])
-        ctx.state = arrays, pose, K, cloud, start, base, count, ids, xy, rec, order, strips, antialiased
-        rgb, alpha, depth, light = (torch.from_numpy(image) for image in out)
-        ctx.save_for_backward(mean, scale, quat, opacity, sh, rgb, alpha, depth, light)
-        return rgb, alpha, depth
+        ctx.state = arrays, pose, K, cloud, start, base, count, ids, xy, rec, lists, strips, (H, W), antialiased
+        full = [torch.from_numpy(image) for image in out]
+        ctx.save_for_backward(mean, scale, quat, opacity, sh, *full)
+        return tuple(full[:3]) if wide == W else tuple(image[..., :W].contiguous() for image in full[:3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_rgb, g_alpha, g_depth):
         from unipre3d.kernels import splat
-        arrays, pose, K, cloud, start, base, count, ids, xy, rec, order, strips, antialiased = ctx.state
+        arrays, pose, K, cloud, start, base, count, ids, xy, rec, lists, strips, (H, W), antialiased = ctx.state
         out = [t.numpy() for t in ctx.saved_tensors[5:]]
-        grads = [t.contiguous().numpy() for t in (g_rgb, g_alpha, g_depth)]
-        (n_views, H, W), n_strips = out[1].shape, len(strips)
+        pad = out[1].shape[-1] - W
+        grads = [(F.pad(t, (0, pad)) if pad else t).contiguous().numpy() for t in (g_rgb, g_alpha, g_depth)]
+        n_views, n_strips, C = len(cloud), len(strips), splat.table()
         sums, g_back = np.empty((n_strips, base[-1], splat.N_SUM), np.float32), np.empty((n_views, n_strips, 3), np.float32)
         g_mean, g_quat, g_scale, g_opacity, g_sh = g_arrays = [np.zeros_like(a) for a in arrays]
 
         def draw(v, s):
             at = slice(base[v], base[v] + count[v])
-            splat.draw_backward(count[v], xy[at], rec[at], order[at], *strips[s], *(image[v] for image in out),
+            splat.draw_backward(C, xy[at], rec[at], *lists[v, strips[s][0]], *strips[s], *(image[v] for image in out),
                                 *(image[v] for image in grads), sums[s, at], g_back[v, s])
 
         def project(first, last, view_first, view_last):

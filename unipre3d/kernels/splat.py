@@ -15,31 +15,29 @@ views, `draw*` over (view, strip of columns), `project_backward` over ranges of 
 All kernels live in one file because the on-disk cache does not see edits to a callee in another one.
 """
 import math
+import operator
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, overload, register_model
 
-f32, u64, i32 = np.float32, np.uint64, np.int32
+f32, u64 = np.float32, np.uint64
 
-TILE_W, TILE_H = 8, 32            # pixels of a tile: one 256-bit vector wide
-PIXELS = TILE_W * TILE_H
+TILE_W, TILE_H = 8, 64            # pixels of a tile: one vector wide
+ROW = 6 * TILE_W                  # floats of a tile row in the working buffer: six images
 N_REC, N_SUM = 8, 10              # floats that describe a 2-D Gaussian; sums that its backward leaves
-CHECK = 8                         # a tile asks after this many Gaussians whether any pixel still takes light
+CHECK = 16                        # a tile asks after this many Gaussians whether any pixel still takes light
 
 LOG2_255 = math.log2(255.0)
 HALF_LOG2E = 0.5 / math.log(2.0)  # sigma = d' inv(cov) d / 2, in bits
 LN4 = 2.0 * math.log(2.0)
 MARGIN = 1.0 + 1e-5               # extents are enlarged by this much: rounding never drops a pixel
 
-ONE, ZERO = f32(1.0), f32(0.0)
-ALPHA_MIN, ALPHA_MAX, T_MIN = f32(1.0 / 255.0), f32(0.999), f32(1e-4)
-FAINT = f32(-9.0)                 # log2 alpha is not followed below this; 1/255 is -7.99
-P1, P2, P3, P4 = u64(PIXELS), u64(2 * PIXELS), u64(3 * PIXELS), u64(4 * PIXELS)
-P5, P6 = u64(5 * PIXELS), u64(6 * PIXELS)
-
-# 2^x on [-1, 0], relative error 7.5e-8
-E0, E1, E2 = f32(9.99999925e-01), f32(6.93142253e-01), f32(2.40172189e-01)
-E3, E4, E5 = f32(5.52797228e-02), f32(9.18861184e-03), f32(9.38788340e-04)
+ZERO, TINY = f32(0.0), f32(1e-10)
+ALPHA_MAX, T_MIN = 0.999, 1e-4
+EXP2 = 9.99999925e-01, 6.93142253e-01, 2.40172189e-01, 5.52797228e-02, 9.18861184e-03, 9.38788340e-04  # 2^x on [-1, 0]
+CAP, FAINT, DARK, LIGHT = 56, 64, 72, 80  # where `table` keeps the largest alpha, log2 of the smallest, the least light, 1
 
 # real spherical harmonics up to degree 3
 S0, S1 = math.sqrt(1 / (4 * math.pi)), math.sqrt(3 / (4 * math.pi))
@@ -47,13 +45,14 @@ S2A, S2B, S2C = math.sqrt(15 / (4 * math.pi)), math.sqrt(5 / (16 * math.pi)), ma
 S3A, S3B, S3C = math.sqrt(35 / (32 * math.pi)), math.sqrt(105 / (4 * math.pi)), math.sqrt(21 / (32 * math.pi))
 S3D, S3E = math.sqrt(7 / (16 * math.pi)), math.sqrt(105 / (16 * math.pi))
 
-kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath=True)
-exact = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+RULES = dict(nogil=True, error_model="numpy", fastmath={"contract"})
+kernel = njit(cache=True, **RULES)
+part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only called from kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------- one Gaussian
 
-@exact
+@part
 def rotation(quat, g):
     "Unit quaternion of Gaussian g, the inverse of its length, and the rotation matrix, row by row."
     w, x, y, z = float(quat[g, 0]), float(quat[g, 1]), float(quat[g, 2]), float(quat[g, 3])
@@ -65,7 +64,7 @@ def rotation(quat, g):
             2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
 
 
-@exact
+@part
 def to_camera(mean, g, cam, v):
     "Camera coordinates of Gaussian g's centre in view v."
     x, y, z = float(mean[g, 0]), float(mean[g, 1]), float(mean[g, 2])
@@ -74,7 +73,7 @@ def to_camera(mean, g, cam, v):
             cam[v, 2, 0] * x + cam[v, 2, 1] * y + cam[v, 2, 2] * z + cam[v, 2, 3])
 
 
-@exact
+@part
 def frustum(K, v, H, W):
     "Limits of x/z and y/z where the projection is linearised: the image and 15 % of its size around it."
     mx, my = 0.15 * W / K[v, 0, 0], 0.15 * H / K[v, 1, 1]
@@ -82,7 +81,7 @@ def frustum(K, v, H, W):
             -K[v, 1, 2] / K[v, 1, 1] - my, (H - K[v, 1, 2]) / K[v, 1, 1] + my)
 
 
-@exact
+@part
 def harmonics(d, x, y, z, k):
     "Fill the first k spherical harmonics at the unit direction (x, y, z) and their derivatives: d [16 4], value first."
     d[0, 0], d[0, 1], d[0, 2], d[0, 3] = S0, 0.0, 0.0, 0.0
@@ -109,7 +108,7 @@ def harmonics(d, x, y, z, k):
 
 # ------------------------------------------------------------------------------------------------------------- forward, a view
 
-@exact
+@part
 def sort_by_depth(depth, order):
     "Stable order of positive float64 depths: four counting passes over the 44 leading bits of their distance in bits."
     n = len(depth)
@@ -124,7 +123,7 @@ def sort_by_depth(depth, order):
     for i in range(n): order[i] = i
     a, b = order, other
     for step in range(4):
-        count[:] = 0
+        for i in range(2048): count[i] = 0
         down = shift + u64(11 * step)
         for i in range(n): count[((bits[i] - low) >> down) & u64(2047)] += 1
         total = 0
@@ -137,7 +136,7 @@ def sort_by_depth(depth, order):
         a, b = b, a
 
 
-@exact
+@kernel
 def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, far, eps2d, antialiased, ids, xy, rec, order):
     """Project Gaussians first..last into view v, keep those that can reach a pixel, sort them; returns how many there are.
 
@@ -197,48 +196,195 @@ def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, 
     return m
 
 
-@exact
-def rows(mx, my, e, f, h, room, x0, H):
-    "Rows first..last that a Gaussian reaches within the tile column that starts at pixel x0."
-    fh = f * f + h * h
-    half = math.sqrt(fh * room) / (e * h)
-    top = math.sqrt(room) / h
-    tip = -f * top / e
-    left, right = max(x0 + 0.5 - mx, -half), min(x0 + (TILE_W - 0.5) - mx, half)
-    if left > right: return 0, 0
-    lo, hi = min(max(-tip, left), right), min(max(tip, left), right)
-    lo = -(e * f * lo + math.sqrt(max(fh * room - (e * h * lo) ** 2, 0.0))) / fh
-    hi = (-e * f * hi + math.sqrt(max(fh * room - (e * h * hi) ** 2, 0.0))) / fh
-    first, last = math.ceil(my + max(lo, -1e6) - 0.5), math.floor(my + min(hi, 1e6) - 0.5) + 1
-    return max(int(first), 0), min(int(last), H)
+# ------------------------------------------------------------------------------------------------------- eight floats at a time
+
+class Float8(types.Type):
+    "Eight float32 in a vector register (two of them where registers have 128 bits)."
+    def __init__(self): super().__init__(name="float8")
 
 
-@exact
-def columns(mx, e, f, h, room, begin, end):
-    "Tile columns first..last, within begin..end, that a Gaussian reaches."
-    half = math.sqrt((f * f + h * h) * room) / (e * h)
+float8 = Float8()
+V8, V8I = ir.VectorType(ir.FloatType(), 8), ir.VectorType(ir.IntType(32), 8)
+FUSE = ("contract",)  # a product and a sum may become one instruction
+
+
+@register_model(Float8)
+class Float8Model(models.PrimitiveModel):
+    def __init__(self, manager, kind): super().__init__(manager, kind, V8)
+
+
+def constant(value, kind=V8): return ir.Constant(kind, [value] * 8)
+
+
+def pointer(context, builder, signature, args):
+    "Address of array[index] as a vector pointer."
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.bitcast(builder.gep(array.data, [args[1]]), V8.as_pointer())
+
+
+@intrinsic
+def load8(typing, array, index):
+    "array[index : index + 8] of a contiguous float32 array."
+    def code(context, builder, signature, args): return builder.load(pointer(context, builder, signature, args), align=4)
+    return float8(array, index), code
+
+
+@intrinsic
+def store8(typing, array, index, value):
+    "array[index : index + 8] = value"
+    def code(context, builder, signature, args):
+        builder.store(args[2], pointer(context, builder, signature, args), align=4)
+        return context.get_dummy_value()
+    return types.void(array, index, value), code
+
+
+@intrinsic
+def splat8(typing, value):
+    "One float32 in all eight places."
+    def code(context, builder, signature, args):
+        one = builder.insert_element(ir.Constant(V8, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, ir.Constant(V8, ir.Undefined), constant(0, V8I))
+    return float8(types.float32), code
+
+
+def arithmetic(op, name):
+    "Teach the compiler `op` between two float8."
+    @intrinsic
+    def apply(typing, a, b):
+        def code(context, builder, signature, args): return getattr(builder, name)(*args, flags=FUSE)
+        return float8(a, b), code
+
+    @overload(op)
+    def implementation(a, b):
+        if a is float8 and b is float8: return lambda a, b: apply(a, b)
+
+
+for op, name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")): arithmetic(op, name)
+
+
+@intrinsic
+def pick8(typing, a, b, yes, no):
+    "yes where a >= b, else no"
+    def code(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
+    return float8(a, b, yes, no), code
+
+
+@intrinsic
+def keep8(typing, a, b, value):
+    "value where a >= b, else 0"
+    def code(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], constant(0.0))
+    return float8(a, b, value), code
+
+
+@intrinsic
+def least8(typing, a, b):
+    "The smaller of the two."
+    def code(context, builder, signature, args): return builder.select(builder.fcmp_ordered("<", *args), *args)
+    return float8(a, b), code
+
+
+@intrinsic
+def size8(typing, a):
+    "|a|"
+    def code(context, builder, signature, args):
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], V8I), constant(2**31 - 1, V8I)), V8)
+    return float8(a), code
+
+
+@intrinsic
+def dead8(typing, a):
+    "-|a|"
+    def code(context, builder, signature, args):
+        return builder.bitcast(builder.or_(builder.bitcast(args[0], V8I), constant(-2**31, V8I)), V8)
+    return float8(a), code
+
+
+@intrinsic
+def any_alive8(typing, a):
+    "Is any of the eight without a minus sign?"
+    def code(context, builder, signature, args):
+        mask = builder.icmp_signed(">=", builder.bitcast(args[0], V8I), constant(0, V8I))
+        return builder.icmp_unsigned("!=", builder.bitcast(mask, ir.IntType(8)), ir.Constant(ir.IntType(8), 0))
+    return types.boolean(a), code
+
+
+@intrinsic
+def whole8(typing, a):
+    "The whole part of a, towards zero."
+    def code(context, builder, signature, args): return builder.sitofp(builder.fptosi(args[0], V8I), V8)
+    return float8(a), code
+
+
+@intrinsic
+def scale8(typing, a, power):
+    "a * 2^power for whole numbers in `power` that leave a normal number."
+    def code(context, builder, signature, args):
+        up = builder.shl(builder.fptosi(args[1], V8I), constant(23, V8I))
+        return builder.bitcast(builder.add(up, builder.bitcast(args[0], V8I)), V8)
+    return float8(a, power), code
+
+
+def table():
+    """Constants of the inner loops, eight of each, as an array: read from memory they cost no instruction of their own.
+
+    Pixel centres of a tile row; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of the smallest, the least light, 1."""
+    numbers = [*EXP2, ALPHA_MAX, -LOG2_255, np.nextafter(f32(T_MIN), f32(1)), 1.0]
+    return np.concatenate([np.arange(TILE_W) + 0.5, np.repeat(numbers, 8)]).astype(np.float32)
+
+
+@part
+def exp2_8(a, C):
+    "2^a for -126 < a <= 0: the whole part goes into the exponent, a polynomial gives the rest."
+    n = whole8(a)
+    x = a - n
+    xx = x * x
+    p = (load8(C, 48) * x + load8(C, 40)) * xx + (load8(C, 32) * x + load8(C, 24))
+    return scale8(p * xx + (load8(C, 16) * x + load8(C, 8)), n)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- tiles
+
+@part
+def columns(mx, half, begin, end):
+    "Tile columns first..last, within begin..end, that a Gaussian of this half width reaches."
     first, last = (mx - half - 0.5) / TILE_W, (mx + half - 0.5) / TILE_W
     return max(int(math.floor(max(first, -1.0))), begin), min(int(math.floor(min(last, float(end)))) + 1, end)
 
 
-@exact
+@kernel
 def column_lists(m, xy, rec, order, begin, end, H):
-    "For tile columns begin..end: who reaches it, front to back, and which rows. Returns starts, ends, and (index, first, last)."
-    starts, ends = np.zeros(end - begin + 1, np.int64), np.empty(end - begin, np.int64)
+    """For tile columns begin..end: which Gaussians reach it, front to back, and in which rows exactly.
+
+    Returns starts, ends [columns] and entry [.. 3] = (index, first row, last row)."""
+    starts, ends, half = np.zeros(end - begin + 1, np.int64), np.empty(end - begin, np.int64), np.empty(m)
     for i in range(m):
-        room = (float(rec[i, 3]) + LOG2_255) * MARGIN
-        c0, c1 = columns(xy[i, 0], float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2]), room, begin, end)
+        e, f, h = float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
+        half[i] = math.sqrt((f * f + h * h) * (float(rec[i, 3]) + LOG2_255) * MARGIN) / (e * h)
+        c0, c1 = columns(xy[i, 0], half[i], begin, end)
         for c in range(c0, c1): starts[c - begin + 1] += 1
     for c in range(end - begin): starts[c + 1] += starts[c]
-    ends[:] = starts[:-1]
+    for c in range(end - begin): ends[c] = starts[c]
     entry = np.empty((starts[end - begin], 3), np.int32)
     for j in range(m):
         i = order[j]
-        mx, my, e, f, h = xy[i, 0], xy[i, 1], float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
-        room = (float(rec[i, 3]) + LOG2_255) * MARGIN
-        c0, c1 = columns(mx, e, f, h, room, begin, end)
+        mx, my, wide = xy[i, 0], xy[i, 1], half[i]
+        e, f, h = float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
+        c0, c1 = columns(mx, wide, begin, end)
+        if c0 >= c1: continue
+        # the ellipse is f'h dy^2 + 2 e f dx dy + e^2 dx^2 = room; its top lies at dx = tip, its bottom at -tip
+        fh = f * f + h * h
+        slope, aspect = -e * f / fh, e * h / fh
+        tip = -f * wide / math.sqrt(fh)
         for c in range(c0, c1):
-            r0, r1 = rows(mx, my, e, f, h, room, c * TILE_W, H)
+            left, right = max(c * TILE_W + 0.5 - mx, -wide), min(c * TILE_W + (TILE_W - 0.5) - mx, wide)
+            if left > right: continue
+            lo, hi = min(max(-tip, left), right), min(max(tip, left), right)
+            lo = my + slope * lo - aspect * math.sqrt(max(wide * wide - lo * lo, 0.0))
+            hi = my + slope * hi + aspect * math.sqrt(max(wide * wide - hi * hi, 0.0))
+            r0, r1 = max(int(math.ceil(max(lo, 0.0) - 0.5)), 0), int(math.floor(min(hi, H + 1.0) - 0.5)) + 1
+            r1 = min(r1, H)
             if r0 < r1:
                 at = ends[c - begin]
                 entry[at, 0], entry[at, 1], entry[at, 2] = i, r0, r1
@@ -246,187 +392,172 @@ def column_lists(m, xy, rec, order, begin, end, H):
     return starts, ends, entry
 
 
-@kernel
-def exp2(q):
-    "2^q for -126 < q <= 0."
-    n = i32(q)
-    x = q - f32(n)
-    p = f32(((((E5 * x + E4) * x + E3) * x + E2) * x + E1) * x + E0)
-    return i32(i32(n << i32(23)) + f32(p).view(i32)).view(f32)
+@part
+def alive(buf, rows):
+    "Does any pixel of the first rows of a tile still take light?"
+    for y in range(rows):
+        if any_alive8(load8(buf, y * ROW)): return True
+    return False
+
+
+@part
+def blend(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z):
+    "Add one Gaussian to some rows of a tile. A row of the buffer holds light, red, green, blue, depth, alpha of 8 pixels."
+    y1, y2, f, h, lo = splat8(e) * load8(C, 0) + splat8(k1), splat8(k2), splat8(f), splat8(h), splat8(lo)
+    r, g, b, z = splat8(r), splat8(g), splat8(b), splat8(z)
+    for _ in range(rows):
+        T = load8(buf, at)
+        if any_alive8(T):
+            q = lo - y1 * y1 - y2 * y2
+            alpha = least8(exp2_8(q, C), load8(C, CAP))
+            alpha = keep8(q, load8(C, FAINT), alpha)
+            w = T * alpha
+            left = T - w
+            w = keep8(left, load8(C, DARK), w)
+            store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
+            store8(buf, at + 8, load8(buf, at + 8) + w * r)
+            store8(buf, at + 16, load8(buf, at + 16) + w * g)
+            store8(buf, at + 24, load8(buf, at + 24) + w * b)
+            store8(buf, at + 32, load8(buf, at + 32) + w * z)
+            store8(buf, at + 40, load8(buf, at + 40) + w)
+        y1, y2, at = y1 + f, y2 + h, at + ROW
 
 
 @kernel
-def blend(buf, at, n, grid, e, f, h, lo, k1, k2, r, g, b, z):
-    "Add one Gaussian to n pixels of a tile from pixel `at` on. The heart of the forward pass: it must vectorise."
-    for i in range(n):
-        j = i + at
-        y1 = e * grid[i] + (f * grid[i + P1] + k1)
-        y2 = h * grid[i + P1] + k2
-        alpha = min(exp2(max(lo - y1 * y1 - y2 * y2, FAINT)), ALPHA_MAX)
-        alpha = alpha if alpha >= ALPHA_MIN else ZERO
-        T = buf[j]
-        left = T - T * alpha
-        alive = left > T_MIN
-        w = T * alpha if alive else ZERO
-        buf[j] = left if alive else -abs(T)
-        buf[j + P1] += w * r
-        buf[j + P2] += w * g
-        buf[j + P3] += w * b
-        buf[j + P4] += w * z
-        buf[j + P5] += w
+def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, light):
+    """Draw tile columns begins..end of one view, whose width must be a multiple of 8.
 
-
-@kernel
-def alive(buf, n):
-    "Does any of the first n pixels still take light?"
-    top = f32(-1.0)
-    for i in range(n): top = max(top, buf[i])
-    return top > ZERO
-
-
-@kernel
-def unit_grid():
-    "Pixel centres of a tile, x then y."
-    grid = np.empty(2 * PIXELS, np.float32)
-    for i in range(PIXELS):
-        grid[i], grid[i + PIXELS] = f32(i % TILE_W + 0.5), f32(i // TILE_W + 0.5)
-    return grid
-
-
-@kernel
-def draw(m, xy, rec, order, begin, end, back, rgb, alpha, depth, light):
-    "Draw tile columns begin..end of one view: rgb [3 h w]; alpha, depth and the light that is left, [h w]."
+    Images are flat: rgb [3 h w]; alpha, depth and the light that is left, [h w]; size (H, W) comes from the shape of alpha."""
     H, W = alpha.shape
-    starts, ends, entry = column_lists(m, xy, rec, order, begin, end, H)
-    grid, buf = unit_grid(), np.empty(6 * PIXELS, np.float32)
+    rgb, alpha, depth, light = rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), light.reshape(-1)
+    back_r, back_g, back_b, tiny = splat8(back[0]), splat8(back[1]), splat8(back[2]), splat8(TINY)
+    buf = np.empty(ROW * TILE_H, np.float32)
     for c in range(begin, end):
-        x0, x1 = c * TILE_W, min(c * TILE_W + TILE_W, W)
+        x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
-            y1 = min(y0 + TILE_H, H)
-            n_pix = u64((y1 - y0) * TILE_W)
-            buf[:PIXELS] = ONE
-            buf[PIXELS:] = ZERO
-            if x1 - x0 < TILE_W:
-                for y in range(y1 - y0):
-                    for x in range(x1 - x0, TILE_W): buf[y * TILE_W + x] = -ONE
-            seen = 0
+            y1, seen = min(y0 + TILE_H, H), 0
+            for i in range(len(buf)): buf[i] = ZERO
+            for y in range(y1 - y0): store8(buf, y * ROW, load8(C, LIGHT))
             for t in range(starts[c - begin], ends[c - begin]):
                 r0, r1 = max(entry[t, 1], y0), min(entry[t, 2], y1)
                 if r0 >= r1: continue
                 i = entry[t, 0]
-                dx, dy = x0 - xy[i, 0], r0 - xy[i, 1]
+                dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
                 k1, k2 = f32(rec[i, 0] * dx + rec[i, 1] * dy), f32(rec[i, 2] * dy)
-                blend(buf, u64((r0 - y0) * TILE_W), u64((r1 - r0) * TILE_W), grid, rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], k1, k2,
+                blend(buf, (r0 - y0) * ROW, r1 - r0, C, rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], k1, k2,
                       rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7])
                 seen += 1
-                if seen % CHECK == 0 and not alive(buf, n_pix): break
+                if seen % CHECK == 0 and not alive(buf, y1 - y0): break
             for y in range(y0, y1):
-                for x in range(x0, x1):
-                    p = (y - y0) * TILE_W + x - x0
-                    T = abs(buf[p])
-                    A = buf[p + 5 * PIXELS]
-                    alpha[y, x], light[y, x] = A, T
-                    depth[y, x] = buf[p + 4 * PIXELS] / A if A > ZERO else ZERO
-                    for j in range(3): rgb[j, y, x] = buf[p + (j + 1) * PIXELS] + T * back[j]
+                p, at = (y - y0) * ROW, y * W + x0
+                T, A = size8(load8(buf, p)), load8(buf, p + 40)
+                store8(light, at, T)
+                store8(alpha, at, A)
+                store8(depth, at, load8(buf, p + 32) / pick8(A, tiny, A, tiny))
+                store8(rgb, at, load8(buf, p + 8) + T * back_r)
+                store8(rgb, at + H * W, load8(buf, p + 16) + T * back_g)
+                store8(rgb, at + 2 * H * W, load8(buf, p + 24) + T * back_b)
 
 
 # ------------------------------------------------------------------------------------------------------------------- backward
 
-@kernel
-def blend_backward(buf, at, n, grid, e, f, h, lo, k1, k2, r, g, b, z):
-    """The same pixels again; returns sums over them of v, v y1, v y2, v y1^2, v y1 y2, v y2^2 (v = dL/d ln alpha), and of
-    the weight times the gradient of red, green, blue and depth. It must vectorise too."""
-    s, s1, s2, s11, s12, s22 = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-    cr, cg, cb, cz = ZERO, ZERO, ZERO, ZERO
-    for i in range(n):
-        j = i + at
-        y1 = e * grid[i] + (f * grid[i + P1] + k1)
-        y2 = h * grid[i + P1] + k2
-        full = exp2(max(lo - y1 * y1 - y2 * y2, FAINT))
-        alpha = min(full, ALPHA_MAX)
-        alpha = alpha if alpha >= ALPHA_MIN else ZERO
-        T = buf[j]
-        left = T - T * alpha
-        alive = left > T_MIN
-        alpha = alpha if alive else ZERO
-        w = T * alpha
-        buf[j] = left if alive else -abs(T)
-        gr, gg, gb, gz = buf[j + P2], buf[j + P3], buf[j + P4], buf[j + P5]
-        own = w * (gr * r + gg * g + gb * b + gz * z)
-        rest = buf[j + P1] - own
-        buf[j + P1] = rest
-        v = own - rest * (alpha / (ONE - alpha))
-        v = v if full <= ALPHA_MAX else ZERO
-        cr += w * gr
-        cg += w * gg
-        cb += w * gb
-        cz += w * gz
-        v1, v2 = v * y1, v * y2
-        s += v
-        s1 += v1
-        s2 += v2
-        s11 += v1 * y1
-        s12 += v1 * y2
-        s22 += v2 * y2
-    return s, s1, s2, s11, s12, s22, cr, cg, cb, cz
+@part
+def blend_backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
+    """The same rows again, from the front. A row of the buffer holds light, what is still to come along the ray times its
+    gradient, and the gradients of red, green, blue and depth. Adds to lanes[own : own + 80] ten sums, eight parts each:
+    v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red, green, blue, depth.
+
+    Within a column of pixels y1 = a + ratio * y2 with constant a, so three sums with v are enough until the end."""
+    y1, y2, f, h, lo = splat8(e) * load8(C, 0) + splat8(k1), splat8(k2), splat8(f), splat8(h), splat8(lo)
+    r, g, b, z, zero = splat8(r), splat8(g), splat8(b), splat8(z), splat8(ZERO)
+    s, s2, s22, cr, cg, cb, cz = zero, zero, zero, zero, zero, zero, zero
+    ratio = f / h
+    a = y1 - ratio * y2
+    for _ in range(rows):
+        T = load8(buf, at)
+        if any_alive8(T):
+            q = lo - y1 * y1 - y2 * y2
+            full = exp2_8(q, C)
+            alpha = least8(full, load8(C, CAP))
+            alpha = keep8(q, load8(C, FAINT), alpha)
+            w = T * alpha
+            left = T - w
+            w = keep8(left, load8(C, DARK), w)
+            store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
+            gr, gg, gb, gz = load8(buf, at + 16), load8(buf, at + 24), load8(buf, at + 32), load8(buf, at + 40)
+            mine = w * (gr * r + gg * g + gb * b + gz * z)
+            rest = load8(buf, at + 8) - mine
+            store8(buf, at + 8, rest)
+            cr, cg, cb, cz = cr + w * gr, cg + w * gg, cb + w * gb, cz + w * gz
+            v = mine - keep8(left, load8(C, DARK), rest * (alpha / (load8(C, LIGHT) - alpha)))
+            v = keep8(load8(C, CAP), full, v)
+            v2 = v * y2
+            s, s2, s22 = s + v, s2 + v2, s22 + v2 * y2
+        y1, y2, at = y1 + f, y2 + h, at + ROW
+    s1, s12 = a * s + ratio * s2, a * s2 + ratio * s22
+    s11 = a * s1 + ratio * s12
+    store8(lanes, own, load8(lanes, own) + s)
+    store8(lanes, own + 8, load8(lanes, own + 8) + s1)
+    store8(lanes, own + 16, load8(lanes, own + 16) + s2)
+    store8(lanes, own + 24, load8(lanes, own + 24) + s11)
+    store8(lanes, own + 32, load8(lanes, own + 32) + s12)
+    store8(lanes, own + 40, load8(lanes, own + 40) + s22)
+    store8(lanes, own + 48, load8(lanes, own + 48) + cr)
+    store8(lanes, own + 56, load8(lanes, own + 56) + cg)
+    store8(lanes, own + 64, load8(lanes, own + 64) + cb)
+    store8(lanes, own + 72, load8(lanes, own + 72) + cz)
 
 
 @kernel
-def draw_backward(m, xy, rec, order, begin, end, rgb, alpha, depth, light, g_rgb, g_alpha, g_depth, sums, g_back):
+def draw_backward(C, xy, rec, starts, ends, entry, begin, end, rgb, alpha, depth, light, g_rgb, g_alpha, g_depth, sums, g_back):
     "Gradients of tile columns begin..end of one view: fills sums [m 10] of the 2-D Gaussians and g_back [3]."
-    H, W = alpha.shape
-    starts, ends, entry = column_lists(m, xy, rec, order, begin, end, H)
-    grid, buf = unit_grid(), np.empty(6 * PIXELS, np.float32)
-    sums[:m] = ZERO
-    back_r, back_g, back_b = 0.0, 0.0, 0.0
+    (H, W), m = alpha.shape, len(sums)
+    rgb, alpha, depth, light = rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), light.reshape(-1)
+    g_rgb, g_alpha, g_depth = g_rgb.reshape(-1), g_alpha.reshape(-1), g_depth.reshape(-1)
+    buf, lanes, ends8 = np.empty(ROW * TILE_H, np.float32), np.zeros(m * 8 * N_SUM, np.float32), np.empty(24, np.float32)
+    back_r, back_g, back_b, tiny = splat8(ZERO), splat8(ZERO), splat8(ZERO), splat8(TINY)
     for c in range(begin, end):
-        x0, x1 = c * TILE_W, min(c * TILE_W + TILE_W, W)
+        x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
-            y1 = min(y0 + TILE_H, H)
-            n_pix = u64((y1 - y0) * TILE_W)
-            buf[:PIXELS] = -ONE
-            buf[PIXELS:] = ZERO
+            y1, seen = min(y0 + TILE_H, H), 0
             for y in range(y0, y1):
-                for x in range(x0, x1):
-                    p = (y - y0) * TILE_W + x - x0
-                    A, gz, ga = alpha[y, x], g_depth[y, x], g_alpha[y, x]
-                    gr, gg, gb = g_rgb[0, y, x], g_rgb[1, y, x], g_rgb[2, y, x]
-                    gz = gz / A if A > ZERO else ZERO
-                    T = light[y, x]
-                    back_r += gr * T
-                    back_g += gg * T
-                    back_b += gb * T
-                    buf[p] = ONE
-                    buf[p + PIXELS] = (gr * rgb[0, y, x] + gg * rgb[1, y, x] + gb * rgb[2, y, x] + gz * depth[y, x] * A
-                                       - T * (ga - gz * depth[y, x]))
-                    buf[p + 2 * PIXELS], buf[p + 3 * PIXELS] = gr, gg
-                    buf[p + 4 * PIXELS], buf[p + 5 * PIXELS] = gb, gz
-            seen = 0
+                p, at = (y - y0) * ROW, y * W + x0
+                A, T, D = load8(alpha, at), load8(light, at), load8(depth, at)
+                gr, gg, gb, gd = load8(g_rgb, at), load8(g_rgb, at + H * W), load8(g_rgb, at + 2 * H * W), load8(g_depth, at)
+                gz = keep8(A, tiny, gd / pick8(A, tiny, A, tiny))
+                rest = gr * load8(rgb, at) + gg * load8(rgb, at + H * W) + gb * load8(rgb, at + 2 * H * W)
+                store8(buf, p, load8(C, LIGHT))
+                store8(buf, p + 8, rest + gz * D * A - T * (load8(g_alpha, at) - gz * D))
+                store8(buf, p + 16, gr)
+                store8(buf, p + 24, gg)
+                store8(buf, p + 32, gb)
+                store8(buf, p + 40, gz)
+                back_r, back_g, back_b = back_r + gr * T, back_g + gg * T, back_b + gb * T
             for t in range(starts[c - begin], ends[c - begin]):
                 r0, r1 = max(entry[t, 1], y0), min(entry[t, 2], y1)
                 if r0 >= r1: continue
                 i = entry[t, 0]
-                dx, dy = x0 - xy[i, 0], r0 - xy[i, 1]
+                dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
                 k1, k2 = f32(rec[i, 0] * dx + rec[i, 1] * dy), f32(rec[i, 2] * dy)
-                s, s1, s2, s11, s12, s22, cr, cg, cb, cz = blend_backward(
-                    buf, u64((r0 - y0) * TILE_W), u64((r1 - r0) * TILE_W), grid, rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], k1, k2,
-                    rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7])
-                sums[i, 0] += s
-                sums[i, 1] += s1
-                sums[i, 2] += s2
-                sums[i, 3] += s11
-                sums[i, 4] += s12
-                sums[i, 5] += s22
-                sums[i, 6] += cr
-                sums[i, 7] += cg
-                sums[i, 8] += cb
-                sums[i, 9] += cz
+                blend_backward(buf, (r0 - y0) * ROW, r1 - r0, C, rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], k1, k2,
+                               rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7], lanes, i * 8 * N_SUM)
                 seen += 1
-                if seen % CHECK == 0 and not alive(buf, n_pix): break
-    g_back[0], g_back[1], g_back[2] = back_r, back_g, back_b
+                if seen % CHECK == 0 and not alive(buf, y1 - y0): break
+    store8(ends8, 0, back_r)
+    store8(ends8, 8, back_g)
+    store8(ends8, 16, back_b)
+    for j in range(3):
+        total = ZERO
+        for o in range(8): total += ends8[8 * j + o]
+        g_back[j] = total
+    for i in range(m):
+        for j in range(N_SUM):
+            total = ZERO
+            for o in range(8): total += lanes[(i * N_SUM + j) * 8 + o]
+            sums[i, j] = total
 
 
-@exact
+@kernel
 def project_backward(first, last, view_first, view_last, mean, quat, scale, opacity, sh, cam, K, H, W, eps2d, antialiased,
                      base, count, ids, rec, sums, g_mean, g_quat, g_scale, g_opacity, g_sh):
     """Gradients of Gaussians first..last of one cloud from the sums of its views view_first..view_last.
@@ -453,7 +584,8 @@ def project_backward(first, last, view_first, view_last, mean, quat, scale, opac
         m20, m21, m22 = a20 * s0, a21 * s1, a22 * s2
         gm0, gm1, gm2, g_log = 0.0, 0.0, 0.0, 0.0
         d00, d01, d02, d10, d11, d12, d20, d21, d22 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        acc_sh[:k] = 0.0
+        for i in range(k):
+            for j in range(3): acc_sh[i, j] = 0.0
         for o in range(n_views):
             v, at = view_first + o, cursor[o]
             if at >= base[v] + count[v] or ids[at] != g: continue
