@@ -51,12 +51,12 @@ def test_links_to_the_published_site_become_local():
 
 def test_a_short_source_is_shown_and_a_long_one_folded():
     def entry(name): return code(f"show_doc({name})", {"data": {"text/markdown": f"---\n\n[source](x)\n\n### {name}\n\nsignature\n"}})
-    def exported(lines): return code('#| code-fold: show\n#| code-summary: "Exported source"\n' + "x = 1\n" * lines)
+    def exported(lines): return code('#| code-fold: show\n#| code-summary: "Exported source"\ndef g(): 1\ndef f(): 2\n' + "x = 1\n" * lines)
     short, long = page(entry("f"), exported(3), entry("g"), code("f()")), page(entry("f"), exported(60))
     site.arrange_entries(short)
     site.arrange_entries(long)
-    assert [c["source"].split("\n")[0] for c in short["cells"][1:]] == ["show_doc(f)", "show_doc(g)", "x = 1", "f()"]
-    assert short["cells"][2]["outputs"][0]["data"]["text/markdown"].endswith("### g\n")
+    assert [c["source"].split("\n")[0] for c in short["cells"][1:]] == ["show_doc(g)", "show_doc(f)", "def g(): 1", "f()"]
+    assert short["cells"][2]["outputs"][0]["data"]["text/markdown"].endswith("### f\n")
     assert '#| code-fold: true\n#| code-summary: "Source"' in long["cells"][2]["source"] and "signature" in long["cells"][1]["outputs"][0]["data"]["text/markdown"]
 
 

@@ -216,3 +216,29 @@ def test_constraints_pin_every_requirement():
     pinned = {re.split(r"==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = [w for key in ("requirements", "dev_requirements", "docs_requirements") for w in cfg["DEFAULT"][key].split()]
     complain(f"constraints.txt: no pin for {name}" for name in sorted({re.split(r"[<>=;\[!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned))
+
+
+DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu120", "cumm": "spconv-cu120"}
+
+
+def test_package_imports_only_what_it_requires():
+    from configparser import ConfigParser
+    cfg = ConfigParser()
+    cfg.read(ROOT / "settings.ini")
+    def required(*keys):
+        return {re.split(r"[<>=;\[!~]", w)[0].lower() for key in keys for w in cfg["DEFAULT"][key].split()}
+    always, optional = required("requirements"), required("requirements", "gpu_requirements", "prepare_requirements")
+    def modules(nodes):
+        for node in nodes:
+            if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
+            if isinstance(node, ast.ImportFrom) and not node.level: yield node.module.split(".")[0]
+    def wrong():
+        for path in sorted((ROOT / "unipre3d").rglob("*.py")):
+            if path.name == "_modidx.py": continue
+            body = ast.parse(path.read_text(encoding="utf-8"))
+            top = set(modules(body.body))
+            for module in sorted(set(modules(ast.walk(body)))):
+                name = DISTRIBUTION.get(module, module).lower()
+                if module in sys.stdlib_module_names or module == "unipre3d" or name in always or (module not in top and name in optional): continue
+                yield f"{path.relative_to(ROOT)}: imports {module}, which settings.ini does not require{' at run time' if name in optional else ''}"
+    complain(wrong())

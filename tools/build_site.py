@@ -211,6 +211,13 @@ def is_entry(cell):
     return cell["cell_type"] == "code" and "show_doc(" in source(cell)
 
 
+def place(entry, code):
+    "Where the name of an entry is defined in the source, to keep the order in which it is read."
+    name = re.search(r"show_doc\(([\w.]+)", source(entry))[1]
+    found = re.search(rf"^\s*(?:def|class) {re.escape(name.split('.')[-1])}\b", code, flags=re.M)
+    return found.start() if found else len(code)
+
+
 def arrange_entries(notebook, longest=40):
     """A cell that defines several names: all reference entries first, then the source once. A short source is shown, and
     its entries keep only their headings, since signature and comments stand right below; a longer one is folded."""
@@ -224,6 +231,7 @@ def arrange_entries(notebook, longest=40):
         entries, sources = [c for c in block if is_entry(c)], [c for c in block if not is_entry(c)]
         if entries and sources:
             opts, others, code = options(source(sources[0]))
+            entries.sort(key=lambda e: place(e, code))
             if len(code.splitlines()) <= longest:
                 for entry in entries: headings_only(entry)
                 opts = {k: v for k, v in opts.items() if not k.startswith("code-")}
