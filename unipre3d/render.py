@@ -56,14 +56,17 @@ def pixel_alpha(
     cov: Float[Tensor, "n 2 2"],  # covariances, pixels^2
     opacity: Float[Tensor, "n"],  # 0..1
     hw: tuple[int, int],  # image height and width
-) -> Float[Tensor, "n h w"]:  # 0 where below 1/255, else at most 0.999
+    *,
+    least: float = 1 / 255,  # smaller alphas count as 0
+    most: float = 0.999,  # larger ones as this
+) -> Float[Tensor, "n h w"]:
     "How much of the light behind it each Gaussian keeps from each pixel."
     h, w = hw
     y, x = torch.meshgrid(torch.arange(h).to(uv) + .5, torch.arange(w).to(uv) + .5, indexing="ij")
     d = torch.stack([x, y], -1) - uv[:, None, None]
     sigma = .5 * torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(cov), d)
-    alpha = (opacity[:, None, None] * torch.exp(-sigma)).clamp(max=.999)
-    return torch.where(alpha >= 1 / 255, alpha, 0)
+    alpha = (opacity[:, None, None] * torch.exp(-sigma)).clamp(max=most)
+    return torch.where(alpha >= least, alpha, 0)
 
 # %% ../nbs/52_render.ipynb #7607cb92
 def composite(
@@ -71,7 +74,7 @@ def composite(
 ) -> tuple[Float[Tensor, "n h w"], Float[Tensor, "h w"]]:  # weight of each Gaussian, transmittance that is left
     "Front-to-back blending; a Gaussian that would leave no more than 1e-4 of the light ends its pixel and is not drawn."
     alpha = torch.where((1 - alpha).cumprod(0) > 1e-4, alpha, 0)
-    T = torch.cat([torch.ones_like(alpha[:1]), (1 - alpha).cumprod(0)])
+    T = torch.cat([alpha.new_ones(1, *alpha.shape[1:]), (1 - alpha).cumprod(0)])
     return alpha * T[:-1], T[-1]
 
 # %% ../nbs/52_render.ipynb #9ce346d4
@@ -220,7 +223,8 @@ def render_gsplat(gaussians, cameras, background, *, antialiased, near, far) -> 
     try: from gsplat import rasterization
     except ImportError:
         raise ImportError("render: backend 'gsplat' needs the gsplat package; install it with `pip install unipre3d[gpu]`") from None
-    g, (h, w) = gaussians, cameras.hw
+    g, (h, w), v = gaussians, cameras.hw, len(cameras)
+    if not len(g): return Render(background[:, :, None, None].expand(v, 3, h, w), background.new_zeros(v, h, w), background.new_zeros(v, h, w))
     pad = lambda x, batch: to_padded(x, batch, g.size)
     means, real = pad(g.mean, g.batch)
     ghost = (~real)[..., None].to(g.mean)
@@ -254,6 +258,7 @@ def check_render(
         if t.device != device: raise ValueError(f"render: {name}: expected device {device} like gaussians.mean, got {t.device}; move it with .to()")
         if t.dtype not in dtypes: raise ValueError(f"render: {name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}; convert it first")
         if not bool(t.isfinite().all()): raise ValueError(f"render: {name}: expected finite values, found {int((~t.isfinite()).sum())} that are not")
+    if bool((cameras.K[:, 0, 1] != 0).any()): raise ValueError("render: cameras.K: expected no skew (K[0, 1] = 0), found some; undistort the images first")
     if cameras.world_to_cam.requires_grad or cameras.K.requires_grad:
         raise ValueError("render: cameras: gradients of cameras are not computed; pass them detached")
     if len(g) and not bool((g.quat.abs().amax(1) > 0).all()):
