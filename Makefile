@@ -46,4 +46,4 @@ wheel: .venv/dev  ## build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
 clean:  ## remove everything that the targets above made
-	rm -rf .venv _docs _proc build dist unipre3d.egg-info .pytest_cache
+	rm -rf .venv _docs _proc _executed build dist unipre3d.egg-info .pytest_cache

@@ -184,7 +184,7 @@ def tracked():
         if path.is_file() and not path.is_symlink() and path.suffix not in (".png", ".npz", ".safetensors", ".zip", ".gz", ".xz", ".gif", ".ply"): yield path
 
 
-LOCAL = re.compile(r"(?<![\w./-])/(?:" + "|".join(["ro" + "ot", "wo" + "rk", "ho" + "me/\\w+", "Us" + "ers/\\w+"]) + r")/[\w.-]+")
+LOCAL = re.compile(r"(?<![\w./-])/(?:" + "|".join(["ro" + "ot", "wo" + "rk", "ho" + "me/\\w+", "Us" + "ers/\\w+"]) + r")/[\w.-]+|/tmp/tmp\w+")
 HOSTS = re.compile("|".join(re.escape(h) for h in ("py" + "pi.org", "files.python" + "hosted.org", "registry.npm" + "js.org", "npm" + "js.com", "download.py" + "torch.org", "deb.deb" + "ian.org")))
 
 

@@ -195,16 +195,15 @@ def code_pages(folder):
     from pygments.lexers import PythonLexer
 
     style = HtmlFormatter(linenos="inline", lineanchors="line", anchorlinenos=True, cssclass="module-source")
-    written = []
+    colours = "\n".join(f"{scope} .module-source {rule}" for scope, name in (("html:not(.quarto-dark)", "friendly"), ("html.quarto-dark", "github-dark"))
+                        for rule in HtmlFormatter(style=name).get_style_defs("").splitlines() if re.match(r"\s*\.\w", rule))
     for module in sorted((ROOT / "unipre3d").rglob("*.py")):
         if module.name in ("__init__.py", "_modidx.py"): continue
         name = module.relative_to(ROOT).with_suffix("")
         body = highlight(module.read_text(encoding="utf-8"), PythonLexer(), style)
         page = folder / "source" / name.with_suffix(".qmd")
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(f"---\ntitle: \"{'.'.join(name.parts)}\"\ndescription: The module as exported\nsearch: false\ntoc: false\n---\n\n````````{{=html}}\n{body}\n````````\n", encoding="utf-8")
-        written.append(page)
-    return written
+        page.write_text(f"---\ntitle: \"{'.'.join(name.parts)}\"\ndescription: The module as exported\nsearch: false\ntoc: false\n---\n\n````````{{=html}}\n<style>\n{colours}\n</style>\n{body}\n````````\n", encoding="utf-8")
 
 
 def is_entry(cell):

@@ -92,7 +92,9 @@ def write():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is out of date")
-    if not parser.parse_args().check: write()
+    args = parser.parse_args()
+    if not (ROOT / "nbs" / "index.ipynb").exists(): sys.exit("readme: nbs/index.ipynb, the landing page, does not exist")
+    if not args.check: write()
     else:
         found = list(differences())
         print("\n".join(found) or "README.md agrees with nbs/index.ipynb")
