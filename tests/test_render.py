@@ -1,8 +1,13 @@
 """The renderer: every rule of its semantics, gradients against the float64 reference, ragged batches, repeatability, vector code."""
+import importlib.util
 import math
 import multiprocessing
 import platform
 import re
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +392,72 @@ def test_against_gsplat_written_in_torch(degree):
             weight, T = composite(pixel_alpha(uv[v][order], blurred[order], opacity[order], (h, w)))
             assert gap(got.rgb[v], torch.einsum("nhw,nc->chw", weight, colour[v][order])) < 1e-5
             assert gap(got.alpha[v], 1 - T) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ the benchmark scripts
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def script(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_script_accepts_what_agrees_and_nothing_else(monkeypatch):
+    "Its checks, with the CPU renderer in the place of the GPU's."
+    gpu = script("gpu", monkeypatch)
+    rows = gpu.check_scenes("cpu", "cpu")
+    assert len(rows) == 2 * len(gpu.SCENES) and all(row["passed"] for row in rows)
+    gaussians, cameras = gpu.objects(.1, counts=(60,), views=(2,), hw=(20, 20))
+    same = gpu.outputs(gaussians, cameras, backend="cpu")
+    assert not gpu.compare(gpu.outputs(gaussians, cameras, backend="cpu", antialiased=True), same)["passed"]
+    broken = same[0], {**same[1], "quat": same[1]["quat"] * math.nan}
+    assert not gpu.compare(broken, same)["passed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_the_gpu_script_ends_with_one_line_without_a_gpu():
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1 and "CUDA" in done.stderr
+
+
+def test_the_torch_renderer_of_the_benchmark_agrees(monkeypatch):
+    bench = script("render", monkeypatch)
+    gaussians, cameras = bench.objects(.1, counts=(200,), views=(2,), hw=(40, 56))
+    assert all(gap < 1e-4 for gap in bench.torch_distance(gaussians, cameras).values())
+
+
+# gsplat's padding is ours: its arguments are checked with a stand-in that draws with the reference
+
+def test_the_batch_that_gsplat_gets(monkeypatch):
+    "Clouds and views padded to a rectangle, drawn by a stand-in for gsplat, give what the CPU renderer gives."
+    from unipre3d import render as module
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, *, near_plane, far_plane, eps2d, sh_degree, packed,
+                      render_mode, backgrounds, rasterize_mode):
+        (B, N), C = means.shape[:2], viewmats.shape[1]
+        assert quats.shape == (B, N, 4) and scales.shape == (B, N, 3) and opacities.shape == (B, N) and Ks.shape == (B, C, 3, 3)
+        assert colors.shape == (B, N, (sh_degree + 1) ** 2, 3) and backgrounds.shape == (B, C, 3)
+        assert eps2d == EPS2D and not packed and render_mode == "RGB+ED" and rasterize_mode == "antialiased"
+        assert bool((quats.norm(dim=-1) > 0).all()) and bool((scales > 0).all()) and bool((torch.linalg.det(viewmats) > .9).all())
+        flat = lambda x: x.flatten(0, 1)
+        g = GaussianBatch(flat(means), flat(scales), flat(quats), flat(opacities), flat(colors), torch.arange(B).repeat_interleave(N), B)
+        cameras = CameraBatch(flat(viewmats), flat(Ks), (height, width), torch.arange(B).repeat_interleave(C))
+        out = module.render_dense(g, cameras, flat(backgrounds), antialiased=True, near=near_plane, far=far_plane)
+        colour = torch.cat([out.rgb.permute(0, 2, 3, 1), out.depth[..., None]], -1)
+        return colour.unflatten(0, (B, C)), out.alpha[..., None].unflatten(0, (B, C)), {}
+    fake = types.ModuleType("gsplat")
+    fake.rasterization = rasterization
+    monkeypatch.setitem(sys.modules, "gsplat", fake)
+    gaussians, cameras = random_scene(0, counts=(20, 0, 35), views=(1, 2, 3), degree=2)
+    back, results = torch.rand(6, 3), []
+    for draw in (module.render_gsplat, module.render_cpu):
+        g, tensors = leaves(gaussians)
+        b = back.clone().requires_grad_()
+        out = draw(g, cameras, b, antialiased=True, near=.5, far=2.5)
+        (out.rgb.square().sum() + out.alpha.square().sum() + out.depth.square().sum()).backward()
+        results.append([out.rgb, out.alpha, out.depth, *(t.grad for t in tensors.values()), b.grad])
+    for a, b in zip(*results): assert a.shape == b.shape and gap(a, b) < 1e-4

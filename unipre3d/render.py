@@ -177,6 +177,7 @@ class Splat(torch.autograd.Function):
         in_threads(project, [(v,) for v in range(n_views)])
         in_threads(draw, [(v, *strip) for v in range(n_views) for strip in strips])
         ctx.state = arrays, pose, K, cloud, start, base, count, ids, xy, rec, lists, strips, (H, W), antialiased
+        ctx.set_materialize_grads(False)
         full = [torch.from_numpy(image) for image in out]
         ctx.save_for_backward(mean, scale, quat, opacity, sh, *full)
         return tuple(full[:3]) if wide == W else tuple(image[..., :W].contiguous() for image in full[:3])
@@ -187,9 +188,12 @@ class Splat(torch.autograd.Function):
         from unipre3d.kernels import splat
         arrays, pose, K, cloud, start, base, count, ids, xy, rec, lists, strips, (H, W), antialiased = ctx.state
         out = [t.numpy() for t in ctx.saved_tensors[5:]]
-        pad = out[1].shape[-1] - W
-        grads = [(F.pad(t, (0, pad)) if pad else t).contiguous().numpy() for t in (g_rgb, g_alpha, g_depth)]
-        n_views, n_strips, C = len(cloud), len(strips), splat.table()
+        n_views, wide = len(cloud), out[1].shape[-1]
+        grads = []
+        for shape, grad in zip(((3, H, wide), (H, wide), (H, wide)), (g_rgb, g_alpha, g_depth)):
+            if grad is None: grads.append(np.broadcast_to(np.zeros(shape, np.float32), (n_views, *shape)))
+            else: grads.append((grad if wide == W else F.pad(grad, (0, wide - W))).contiguous().numpy())
+        n_strips, C = len(strips), splat.table()
         sums, g_back = np.empty((n_strips, base[-1], splat.N_SUM), np.float32), np.empty((n_views, n_strips, 3), np.float32)
         g_mean, g_quat, g_scale, g_opacity, g_sh = g_arrays = [np.zeros_like(a) for a in arrays]
 
@@ -258,6 +262,7 @@ def check_render(
         if t.device != device: raise ValueError(f"render: {name}: expected device {device} like gaussians.mean, got {t.device}; move it with .to()")
         if t.dtype not in dtypes: raise ValueError(f"render: {name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}; convert it first")
         if not bool(t.isfinite().all()): raise ValueError(f"render: {name}: expected finite values, found {int((~t.isfinite()).sum())} that are not")
+    if max(cameras.hw) >= 2**15: raise ValueError(f"render: cameras.hw: expected images below {2**15} pixels a side, got {cameras.hw}")
     if bool((cameras.K[:, 0, 1] != 0).any()): raise ValueError("render: cameras.K: expected no skew (K[0, 1] = 0), found some; undistort the images first")
     if cameras.world_to_cam.requires_grad or cameras.K.requires_grad:
         raise ValueError("render: cameras: gradients of cameras are not computed; pass them detached")

@@ -357,7 +357,7 @@ def columns(mx, half, begin, end):
 def column_lists(m, xy, rec, order, begin, end, H):
     """For tile columns begin..end: which Gaussians reach it, front to back, and in which rows exactly.
 
-    Returns starts, ends [columns] and entry [.. 3] = (index, first row, last row)."""
+    Returns starts, ends [columns] and entry [.. 2] = (index, first row and last row in 16 bits each)."""
     starts, ends, half = np.zeros(end - begin + 1, np.int64), np.empty(end - begin, np.int64), np.empty(m)
     for i in range(m):
         e, f, h = float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
@@ -366,7 +366,7 @@ def column_lists(m, xy, rec, order, begin, end, H):
         for c in range(c0, c1): starts[c - begin + 1] += 1
     for c in range(end - begin): starts[c + 1] += starts[c]
     for c in range(end - begin): ends[c] = starts[c]
-    entry = np.empty((starts[end - begin], 3), np.int32)
+    entry = np.empty((starts[end - begin], 2), np.int32)
     for j in range(m):
         i = order[j]
         mx, my, wide = xy[i, 0], xy[i, 1], half[i]
@@ -387,7 +387,7 @@ def column_lists(m, xy, rec, order, begin, end, H):
             r1 = min(r1, H)
             if r0 < r1:
                 at = ends[c - begin]
-                entry[at, 0], entry[at, 1], entry[at, 2] = i, r0, r1
+                entry[at, 0], entry[at, 1] = i, r0 << 16 | r1
                 ends[c - begin] = at + 1
     return starts, ends, entry
 
@@ -439,7 +439,7 @@ def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, l
             for i in range(len(buf)): buf[i] = ZERO
             for y in range(y1 - y0): store8(buf, y * ROW, load8(C, LIGHT))
             for t in range(starts[c - begin], ends[c - begin]):
-                r0, r1 = max(entry[t, 1], y0), min(entry[t, 2], y1)
+                r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xffff, y1)
                 if r0 >= r1: continue
                 i = entry[t, 0]
                 dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
@@ -534,7 +534,7 @@ def draw_backward(C, xy, rec, starts, ends, entry, begin, end, rgb, alpha, depth
                 store8(buf, p + 40, gz)
                 back_r, back_g, back_b = back_r + gr * T, back_g + gg * T, back_b + gb * T
             for t in range(starts[c - begin], ends[c - begin]):
-                r0, r1 = max(entry[t, 1], y0), min(entry[t, 2], y1)
+                r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xffff, y1)
                 if r0 >= r1: continue
                 i = entry[t, 0]
                 dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
