@@ -1,2 +1,3 @@
 """Backbones: one model a file; each has `stem`, `body`, `norm`, `stem_width` and `width`."""
+from unipre3d.backbones.mamba3d import Mamba3D
 from unipre3d.backbones.transformer import StandardTransformer

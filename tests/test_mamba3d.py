@@ -1,0 +1,177 @@
+"Mamba3D: released numbers, ragged batches, odd clouds."
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unipre3d.backbones import Mamba3D
+from unipre3d.backbones.mamba import convert_weight
+from unipre3d.backbones.mamba3d import LocalPooling, released_key, spread_centres
+from unipre3d.core import PointBatch
+
+PARITY = Path(__file__).parent / "parity" / "backbone_mamba3d_eval"
+SMALL = dict(num_groups=16, group_size=8, encoder_widths=(16, 24, 32), width=24, depth=2)
+
+
+def pack(*clouds):
+    xyz = torch.cat(clouds)
+    return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+
+
+def close(a, b, tolerance=1e-4):
+    scale = b.abs().max()
+    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
+
+
+@pytest.fixture
+def released():
+    data, card = load_file(f"{PARITY}.safetensors"), json.loads(PARITY.with_suffix(".json").read_text())
+    model = Mamba3D.from_released(card["kwargs"])
+    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model.load_state_dict(model.convert_released(state))
+    return model.eval(), data, state
+
+
+def test_parity_with_the_released_model(released):
+    model, data, state = released
+    pos = data["in/pos"].clone().requires_grad_()
+    flat = pos.flatten(0, 1)
+    points = PointBatch(flat[:, :3], flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos))
+    p, cls = model.summarise(model.stem(points))
+    close(p.feat.view(2, 16, -1), data["out/pre_fusion"][:, 1:])
+    close(cls, data["out/pre_fusion"][:, 0])
+    close(model.body(model.stem(points)).feat.view(2, 16, -1), data["out/pre_fusion"][:, 1:])
+
+    mixed = torch.cat([p.feat, data["out/mapped"][:, 1:].flatten(0, 1)], 1)
+    weight = state["fusion_mlps.0.weight"].clone().requires_grad_()
+    features = model.norm(torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()).view(2, 16, -1)
+    close(features, data["out/features"])
+    (features * data["loss/R"]).sum().backward()
+    close(pos.grad, data["grad/in/pos"])
+    close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
+    compared = 0
+    for name, value in model.named_parameters():
+        key = f"grad/state/encoder.{released_key(name)}"
+        if key in data:
+            close(value.grad, convert_weight(name, data[key], value))
+            compared += 1
+    assert compared == 4
+
+
+def test_the_centres_and_not_the_cls_position_come_back(released):
+    model, data, _ = released
+    points = pack(*data["in/pos"][..., :3])
+    out = model(points)
+    assert out.xyz.shape == (32, 3) and (out.xyz[:, None] == points.xyz).all(-1).any(1).all()
+    close(data["out/center"], model.cls_pos.expand(2, 1, -1))  # what the released code returns
+
+
+def test_every_released_key_is_used_once(released):
+    model, _, state = released
+    assert {f"encoder.{released_key(k)}" for k in model.state_dict()} == {k for k in state if k.startswith("encoder.")}
+
+
+def test_released_size():
+    with torch.device("meta"): assert round(sum(p.numel() for p in Mamba3D().parameters()) / 1e6, 2) == 22.03
+
+
+def test_points_near_the_origin_are_passed_over():
+    cloud = torch.cat([torch.zeros(1, 3), torch.rand(30, 3) * .015, torch.eye(3), -torch.eye(3)])
+    assert spread_centres(pack(cloud, cloud), 20).sort().values.tolist() == [0, *range(31, 37), 37, *range(68, 74)]
+
+
+def test_a_batch_equals_its_clouds_alone():
+    torch.manual_seed(0)
+    model = Mamba3D(**SMALL).eval()
+    clouds = [torch.randn(60, 3) * .3, torch.zeros(0, 3), torch.randn(9, 3), torch.randn(1, 3)]
+    together = model(pack(*clouds))
+    assert together.counts.tolist() == [16, 0, 9, 1]
+    for i, cloud in enumerate(clouds):
+        torch.testing.assert_close(together.feat[together.batch == i], model(pack(cloud)).feat, rtol=1e-4, atol=1e-5)
+
+
+def test_released_statistics_are_those_of_the_batch():
+    torch.manual_seed(0)
+    model = Mamba3D(**SMALL, batch_statistics=True).eval()
+    a, b = torch.randn(60, 3) * .3, torch.randn(60, 3) * .05
+    assert (model(pack(a, b)).feat[:16] - model(pack(a)).feat).abs().max() > 1e-3
+    own = Mamba3D(**SMALL).eval()
+    own.load_state_dict(model.state_dict())
+    torch.testing.assert_close(own(pack(a)).feat, model(pack(a)).feat, rtol=1e-5, atol=1e-6)
+
+
+def test_order_of_points_does_not_matter_after_the_first():
+    torch.manual_seed(0)
+    model, cloud = Mamba3D(**SMALL).eval(), torch.rand(64, 3)
+    order = torch.cat([torch.tensor([0]), 1 + torch.randperm(63)])
+    a, b = model(pack(cloud)), model(pack(cloud[order]))
+    torch.testing.assert_close(a.xyz, b.xyz)
+    torch.testing.assert_close(a.feat, b.feat, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("clouds", [
+    [torch.full((40, 3), .2)],                                    # all points coincide
+    [torch.rand(20, 3).repeat(3, 1), torch.zeros(0, 3)],          # every point three times, and an empty cloud
+    [torch.zeros(1, 3)],                                          # a single point
+], ids=["coincident", "duplicated", "single"])
+def test_odd_clouds_have_finite_gradients(train, clouds):
+    torch.manual_seed(0)
+    model, points = Mamba3D(**SMALL).train(train), pack(*clouds)
+    xyz = points.xyz.clone().requires_grad_()
+    out = model(PointBatch(xyz, xyz, points.batch, points.size))
+    (out.feat * torch.randn_like(out.feat)).sum().backward()
+    assert out.feat.isfinite().all() and xyz.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_nothing_in_nothing_out(size):
+    none = PointBatch(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), size)
+    out = Mamba3D(**SMALL)(none)
+    assert len(out) == 0 and out.size == size and out.feat.shape == (0, 24)
+
+
+def test_large_features_do_not_overflow_the_pooling():
+    torch.manual_seed(0)
+    pool, near = LocalPooling(4, False), torch.randint(10, (10, 3))
+    pool.alpha.data.fill_(1e3)
+    assert pool(torch.randn(10, 4), near, torch.zeros(10, dtype=torch.long), 1).isfinite().all()
+
+
+def test_mixed_precision():
+    torch.manual_seed(0)
+    model, points = Mamba3D(**SMALL, drop_path_rate=0.), pack(torch.rand(60, 3), torch.rand(9, 3))
+    exact = model(points).feat
+    with torch.autocast("cpu", dtype=torch.bfloat16): rough = model(points).feat
+    rough.float().square().sum().backward()
+    assert (rough - exact).abs().max() < .3
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    model, points = Mamba3D(**SMALL).eval(), pack(torch.rand(40, 3))
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(Mamba3D.from_pretrained(tmp_path / "m")(points).feat, model(points).feat)
+    with pytest.raises(FileNotFoundError, match="config.json"): Mamba3D.from_pretrained(tmp_path)
+    (tmp_path / "m" / "config.json").write_text('{"backbone": "PTv3"}')
+    with pytest.raises(ValueError, match="PTv3"): Mamba3D.from_pretrained(tmp_path / "m")
+
+
+def test_errors_name_the_argument(released):
+    with pytest.raises(ValueError, match="unknown argument 'trans_dims'"): Mamba3D.from_released({"trans_dims": 3})
+    with pytest.raises(ValueError, match="bimamba_type: expected 'v4'"): Mamba3D.from_released({"bimamba_type": "v2"})
+    with pytest.raises(ValueError, match="encoder_dims: expected trans_dim = 24"): Mamba3D.from_released({"trans_dim": 24, "encoder_dims": 12})
+    model, _, state = released
+    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected a tensor like \\[24"): model.convert_released(state | {"encoder.cls_token": torch.zeros(2)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees():
+    torch.manual_seed(0)
+    model, points = Mamba3D(**SMALL).eval(), pack(torch.rand(200, 3), torch.rand(50, 3))
+    torch.testing.assert_close(model.cuda()(points.to("cuda")).feat.cpu(), model.cpu()(points).feat, rtol=1e-3, atol=1e-4)
