@@ -1,6 +1,7 @@
 """The embedded furniture, the released layout, and the loaders."""
 import csv, json, os, pickle, shutil, zipfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from unipre3d.core import CameraBatch, data_dir
+from unipre3d.core import CameraBatch, collate, data_dir
 from unipre3d.data import furniture, shapenet
 from unipre3d.data.loaders import ObjectSamples, StepSampler, about_z, eval_loader, make_loader, rotate_world
 from unipre3d.data.shapenet import ShapeNetViews, export_objects, read_pose, turntable
@@ -192,7 +193,8 @@ def test_parity_of_points_and_rotation(tmp_path):
     np.testing.assert_allclose(shapenet.released_points(p) - shapenet.released_points(p)[0], (parity["out/transform_point_data"] - parity["out/transform_point_data"][0]), atol=1e-6)
     n = len(parity["in/w2c"])
     camera = CameraBatch(torch.from_numpy(parity["in/w2c"]), torch.eye(3).repeat(n, 1, 1), (8, 8), torch.zeros(n, dtype=torch.long))
-    xyz, turned = rotate_world(torch.from_numpy(parity["out/rot_mat"]), torch.from_numpy(parity["out/transform_point_data"]), camera)
+    xyz, pose = rotate_world(torch.from_numpy(parity["out/rot_mat"]), torch.from_numpy(parity["out/transform_point_data"]), camera.world_to_cam)
+    turned = replace(camera, world_to_cam=pose)
     np.testing.assert_allclose(xyz, parity["out/rotated_pos"], atol=2e-6)
     np.testing.assert_allclose(turned.world_to_cam, parity["out/rotated_extrinsic"], atol=2e-6)
     np.testing.assert_allclose(turned.center, parity["out/camera_centers"], atol=1e-5)
@@ -328,6 +330,13 @@ def samples(**options):
     return ObjectSamples(ShapeNetViews(split="val", size=32), n_points=64, **options)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(rotate=90., features=("xyz", "normal", "height")), dict(sampling="fps", n_ref=2)])
+def test_a_batch_is_its_samples_collated(options):
+    data, keys = samples(**options), [(3, 0), (1, 5), (3, 2)]
+    a, b = data.batch(keys), collate([data[k] for k in keys])
+    assert same(a, b) and torch.equal(a.ref.camera.batch, b.ref.camera.batch) and torch.equal(a.target.mask, b.target.mask)
+
+
 def test_loader_resumes_and_workers_agree():
     data = samples(rotate=180.)
     whole = list(make_loader(data, 0, 12, batch_size=8))
@@ -367,7 +376,8 @@ def test_evaluation_is_fixed_and_complete():
 
 def test_rotation_keeps_every_pixel(embedded):
     xyz, camera = embedded.cloud(5).xyz, embedded.views(5, [0, 1, 2]).camera
-    turned_xyz, turned = rotate_world(about_z(1.2), xyz, camera)
+    turned_xyz, pose = rotate_world(torch.from_numpy(about_z(1.2)), xyz, camera.world_to_cam)
+    turned = replace(camera, world_to_cam=pose)
     one = torch.zeros(len(xyz), dtype=torch.long)
     torch.testing.assert_close(project(turned_xyz, one, turned)[0], project(xyz, one, camera)[0], atol=1e-3, rtol=0)
     assert (turned_xyz - xyz).abs().max() > .1

@@ -20,7 +20,7 @@ from ..geometry.cameras import intrinsics_from_fov
 
 # %% auto #0
 __all__ = ['HALF_TURN', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'resize_image', 'released_points', 'turntable',
-           'Cache', 'Cloud', 'ShapeNetViews', 'export_objects']
+           'as_views', 'Cache', 'Cloud', 'as_cloud', 'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #f6fa8c7b
 class Store:
@@ -88,7 +88,7 @@ def decode_image(
 ) -> Image.Image:  # mode RGB or RGBA
     "An image with three or four channels, wholly decoded."
     try:
-        image = Image.open(io.BytesIO(data)); image.load()
+        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP")); image.load()
     except Exception as problem: raise ValueError(f"{name}: expected an image, found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})") from None
     if image.mode not in ("RGB", "RGBA"): raise ValueError(f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}")
     return image
@@ -103,14 +103,14 @@ def resize_image(
     if resample not in ("bicubic", "box"): raise ValueError(f"resample: expected 'bicubic' or 'box', got {resample!r}")
     how = Image.BICUBIC if resample == "bicubic" else Image.BOX
     fit = lambda im: im if size is None or im.size == (size, size) else im.resize((size, size), how)
-    if not on_black or image.mode == "RGB":
+    if on_black and image.mode == "RGBA":
+        rgb, mask = np.asarray(fit(image.convert("RGB"))), np.asarray(fit(image.getchannel("A"))) > 0
+    else:
         rgb = np.asarray(fit(image))[..., :3]
         mask = rgb.any(-1)
-    else:
-        pixels = np.asarray(image)
-        rgb = np.asarray(fit(Image.fromarray(pixels[..., :3])))
-        mask = np.asarray(fit(Image.fromarray(pixels[..., 3]))) > 0
-    return np.concatenate([rgb.transpose(2, 0, 1), np.where(mask, np.uint8(255), np.uint8(0))[None]])
+    out = np.empty((4, *mask.shape), dtype=np.uint8)
+    out[:3], out[3] = rgb.transpose(2, 0, 1), np.where(mask, 255, 0)
+    return out
 
 # %% ../../nbs/data/22_shapenet.ipynb #921b9fb1
 def released_points(
@@ -134,6 +134,18 @@ def turntable(
     pose = np.tile(np.eye(4), (2 * n, 1, 1))
     pose[:, :3, 0], pose[:, :3, 1], pose[:, :3, 2], pose[:, :3, 3] = right, np.cross(-out, right), -out, 1.75 * out
     return HALF_TURN @ pose if z_up else pose
+
+# %% ../../nbs/data/22_shapenet.ipynb #f6eb7f50
+def as_views(
+    pixels: np.ndarray,  # [v 4 h w] uint8: colour and mask
+    world_to_cam: np.ndarray,  # [v 4 4] float32
+    fov: float,  # degrees
+    batch: np.ndarray,  # [v] which cloud each view shows
+) -> ViewBatch:
+    "Images and cameras as tensors."
+    images, hw = torch.from_numpy(pixels), tuple(pixels.shape[-2:])
+    camera = CameraBatch(torch.from_numpy(world_to_cam), intrinsics_from_fov(fov, hw).repeat(len(pixels), 1, 1), hw, torch.from_numpy(batch))
+    return ViewBatch(camera, images[:, :3].float() / 255, None, images[:, 3] > 0)
 
 # %% ../../nbs/data/22_shapenet.ipynb #e2c9a61e
 class Cache:
@@ -163,6 +175,13 @@ class Cloud:
     normal: Tensor | None  # [n 3] float32, unit, outwards
     color: Tensor | None   # [n 3] float32 in 0..1
     part: Tensor | None    # [n] long, 0 = no label; names in `ShapeNetViews.parts`
+
+def as_cloud(
+    rows: np.ndarray,  # [n 3] or [n 10] float32, as `ShapeNetViews.rows` gives them
+) -> Cloud:
+    "Columns with names."
+    xyz, normal, color, part = (torch.from_numpy(np.ascontiguousarray(c)) for c in np.split(rows, [3, 6, 9], axis=1))
+    return Cloud(xyz, None, None, None) if rows.shape[1] == 3 else Cloud(xyz, normal, color, part[:, 0].long())
 
 class ShapeNetViews:
     "Objects with posed views, read when they are asked for."
@@ -217,14 +236,14 @@ class ShapeNetViews:
 
     def _path(self, i): return "/".join(self.items[i])
 
+    def rows(self, i: int) -> np.ndarray:
+        "The object's points as [n 3] float32, or [n 10] with normals, colours in 0..1 and part numbers."
+        synset, model = self.items[i]
+        return self.cache.get(("cloud", i), lambda: self._read_cloud(f"{self._path(i)}/pts/{synset}-{model}.npy"))
+
     def cloud(self, i: int) -> Cloud:
         "The object's points."
-        synset, model = self.items[i]
-        name = f"{self._path(i)}/pts/{synset}-{model}.npy"
-        rows = self.cache.get(("cloud", i), lambda: self._read_cloud(name))
-        columns = [torch.from_numpy(c.copy()) for c in np.split(rows, [3, 6, 9], axis=1)]
-        if rows.shape[1] == 3: return Cloud(columns[0], None, None, None)
-        return Cloud(*columns[:3], columns[3][:, 0].long())
+        return as_cloud(self.rows(i))
 
     def _read_array(self, name):
         try: return np.load(io.BytesIO(self.store.read(name)), allow_pickle=False)
@@ -272,14 +291,14 @@ class ShapeNetViews:
             return resize_image(decode_image(self.store.read(name), str(self.store.root / name)), self.size, self.resample, self.convention["images"] == "on black")
         return self.cache.get(("view", i, k), read)
 
+    def world_to_cam(self, i: int) -> np.ndarray:
+        "[v 4 4] float32, OpenCV axes, of all views."
+        return self.cache.get(("world_to_cam", i), lambda: np.linalg.inv(self.poses(i)).astype(np.float32))
+
     def views(self, i: int, which: list[int] | None = None) -> ViewBatch:
         "Some views of an object (None: all) in the order asked, with `batch` 0."
         which = list(range(self.n_views)) if which is None else [int(k) for k in which]
-        pixels = torch.from_numpy(np.stack([self.pixels(i, k) for k in which]))
-        hw = tuple(pixels.shape[-2:])
-        pose = torch.from_numpy(np.linalg.inv(self.poses(i)[which])).float()
-        camera = CameraBatch(pose, intrinsics_from_fov(self.fov, hw).repeat(len(which), 1, 1), hw, torch.zeros(len(which), dtype=torch.long))
-        return ViewBatch(camera, pixels[:, :3].float() / 255, None, pixels[:, 3] > 0)
+        return as_views(np.stack([self.pixels(i, k) for k in which]), self.world_to_cam(i)[which], self.fov, np.zeros(len(which), dtype=np.int64))
 
 # %% ../../nbs/data/22_shapenet.ipynb #a18abd84
 def export_objects(
