@@ -99,6 +99,12 @@ def test_cameras_are_exact(embedded):
     assert torch.stack(share).mean() >= .99
 
 
+def test_background_is_black(embedded):
+    for i in range(0, len(embedded), 53):
+        views = embedded.views(i)
+        assert not (views.rgb * ~views.mask[:, None]).any() and views.rgb.amax(1)[views.mask].min() > 0, embedded.items[i]
+
+
 def test_clouds(embedded):
     for i in range(0, len(embedded), 41):
         c = embedded.cloud(i)

@@ -19,8 +19,8 @@ from .furniture import CONVENTION, FOV, orbit_poses, unpack_cloud
 from ..geometry.cameras import intrinsics_from_fov
 
 # %% auto #0
-__all__ = ['HALF_TURN', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'resize_image', 'released_points', 'turntable',
-           'as_views', 'Cache', 'Cloud', 'as_cloud', 'ShapeNetViews', 'export_objects']
+__all__ = ['HALF_TURN', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',
+           'turntable', 'as_views', 'Cache', 'Cloud', 'as_cloud', 'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #f6fa8c7b
 class Store:
@@ -93,6 +93,13 @@ def decode_image(
     if image.mode not in ("RGB", "RGBA"): raise ValueError(f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}")
     return image
 
+def clear_black(
+    image: Image.Image,  # RGBA, colours on black
+) -> Image.Image:
+    "Black where nothing is covered: lossless WebP leaves the colour of fully transparent pixels to the encoder."
+    pixels = np.asarray(image)
+    return Image.fromarray(pixels * (pixels[..., 3:] > 0))
+
 def resize_image(
     image: Image.Image,  # RGB or RGBA
     size: int | None,  # pixels along an edge; None keeps the image
@@ -104,6 +111,7 @@ def resize_image(
     how = Image.BICUBIC if resample == "bicubic" else Image.BOX
     fit = lambda im: im if size is None or im.size == (size, size) else im.resize((size, size), how)
     if on_black and image.mode == "RGBA":
+        image = clear_black(image)
         rgb, mask = np.asarray(fit(image.convert("RGB"))), np.asarray(fit(image.getchannel("A"))) > 0
     else:
         rgb = np.asarray(fit(image))[..., :3]
@@ -323,7 +331,8 @@ def export_objects(
             rows = np.stack([rows[:, 1], -rows[:, 2], -rows[:, 0]], 1)
         np.save(pts / f"{synset}-{model}.npy", np.ascontiguousarray(rows))
         for k, (name, pose) in enumerate(zip(source.view_names(i), poses)):
-            decode_image(source.store.read(name), name).save(easy / f"{k:02d}.png")
+            image = decode_image(source.store.read(name), name)
+            (clear_black(image) if image.mode == "RGBA" else image).save(easy / f"{k:02d}.png")
             (easy / f"{k:02d}.txt").write_text("\n".join(" ".join(repr(float(x)) for x in row) for row in pose) + "\n")
         meta = f"{source._path(i)}/easy/rendering_metadata.txt"
         if source.store.has(meta): (easy / "rendering_metadata.txt").write_bytes(source.store.read(meta))
