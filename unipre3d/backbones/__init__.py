@@ -1,3 +1,4 @@
 """Backbones: one model a file; each has `stem`, `body`, `norm`, `stem_width` and `width`."""
 from unipre3d.backbones.mamba3d import Mamba3D
+from unipre3d.backbones.pcm import PCM
 from unipre3d.backbones.transformer import StandardTransformer

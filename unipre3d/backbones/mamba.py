@@ -201,6 +201,7 @@ class MambaBlock(nn.Module):
         self.mixer, self.norm, self.drop_path = Mamba(width=width, d_state=d_state), nn.RMSNorm(width, eps=1e-5), drop_path
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden = hidden.to(self.norm.weight.dtype)  # the sum stays exact under mixed precision
         residual = hidden if residual is None else residual + drop_branch(hidden, self.drop_path, self.training)
         return self.mixer(self.norm(residual)), residual
 

@@ -1,0 +1,204 @@
+"Point Cloud Mamba: released numbers, orders, ragged batches, odd clouds."
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unipre3d.backbones import PCM
+from unipre3d.backbones.mamba import convert_weight
+from unipre3d.backbones.pcm import thin
+from unipre3d.core import PointBatch
+
+PARITY = Path(__file__).parent / "parity" / "backbone_pcm_eval"
+SMALL = dict(embed_dim=12, k_neighbors=(4, 4, 4, 4), mamba_blocks=(1, 1, 1, 1), orders=("xyz", "hilbert", "z", "zyx"), prompts_per_order=2, prompt_width=10,
+             out_channels=9, spare_head=False)
+# The recorded outputs of the encoder's levels come from a run whose PYTHONHASHSEED was another than that of the features.
+LEVELS_PROMPT_ORDER = ("zyx", "hilbert", "xyz", "yzx", "yxz", "z", "z-trans", "zxy", "xzy")
+
+
+def pack(*clouds):
+    xyz = torch.cat(clouds)
+    return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+
+
+def close(a, b, tolerance=1e-4):
+    scale = b.abs().max()
+    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
+
+
+@pytest.fixture
+def released():
+    data, card = load_file(f"{PARITY}.safetensors"), json.loads(PARITY.with_suffix(".json").read_text())
+    model = PCM.from_released(card["kwargs"], card["order_prompt_ranges"])
+    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model.load_state_dict(model.convert_released(state))
+    return model.eval(), data, state, card
+
+
+def cloud_of(pos):
+    flat = pos.flatten(0, 1)
+    return PointBatch(flat[:, :3], flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos))
+
+
+def test_parity_with_the_released_model(released):
+    model, data, state, _ = released
+    pos = data["in/pos"].clone().requires_grad_()
+    p = model.body(model.stem(cloud_of(pos)))
+    assert torch.equal(p.xyz.view(2, 64, 3), data["out/center"])
+    close(p.feat.view(2, 64, -1), data["out/pre_fusion"])
+
+    weight = state["fusion_mlps.0.weight"].clone().requires_grad_()
+    mixed = torch.cat([p.feat, data["out/mapped"].flatten(0, 1)], 1)
+    features = model.norm(torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()).view(2, 64, -1)
+    close(features, data["out/features"])
+    (features * data["loss/R"]).sum().backward()
+    close(pos.grad, data["grad/in/pos"])
+    close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
+    compared = 0
+    for name, value in model.named_parameters():
+        key = f"grad/state/encoder.{model.released_key(name)}"
+        if key in data:
+            close(value.grad, convert_weight(name, data[key], value))
+            compared += 1
+    assert compared == 3
+
+
+def test_parity_of_every_level(released):
+    model, data, _, _ = released
+    model.prompt_order = LEVELS_PROMPT_ORDER
+    for i, level in enumerate(model.encode(model.stem(cloud_of(data["in/pos"])))):
+        assert torch.equal(level.xyz.view(2, -1, 3), data[f"out/enc_p{i}"])
+        close(level.feat.view(2, len(level) // 2, -1).mT, data[f"out/enc_x{i}"])
+
+
+def test_prompts_without_ranges_are_those_of_hash_seed_0(released):
+    model, _, _, card = released
+    assert PCM.from_released(card["kwargs"]).prompt_order == model.prompt_order
+    assert PCM.from_released(card["kwargs"] | {"order_prompt_ranges": card["order_prompt_ranges"]}).prompt_order == model.prompt_order
+
+
+def test_every_released_key_is_used_once(released):
+    model, _, state, _ = released
+    assert {f"encoder.{model.released_key(k)}" for k in model.state_dict()} == {k for k in state if k.startswith("encoder.")}
+
+
+def test_released_size():
+    with torch.device("meta"):
+        for channels in (3, 4): assert round(sum(p.numel() for p in PCM(in_channels=channels).parameters()) / 1e6, 2) == 36.75
+
+
+def test_equal_widths_share_one_position_layer():
+    model = PCM(**SMALL | dict(dim_expansion=(1, 1, 1, 1)))
+    keys = [model.released_key(k) for k in model.state_dict()]
+    assert "encoder.pos_proj.weight" in keys and len(set(keys)) == len(keys)
+
+
+def test_thinning_keeps_a_share_of_each_cloud():
+    points = pack(torch.rand(21, 3), torch.rand(1, 3), torch.zeros(0, 3), torch.rand(8, 3))
+    rows = thin(points, 4)
+    assert points.batch[rows].bincount(minlength=4).tolist() == [5, 1, 0, 2] and rows.diff().gt(0).all()
+    assert torch.equal(thin(points, 1), torch.arange(30))
+
+
+def test_a_batch_equals_its_clouds_alone():
+    torch.manual_seed(0)
+    model = PCM(**SMALL).eval()
+    clouds = [torch.randn(60, 3) * .3, torch.zeros(0, 3), torch.randn(9, 3), torch.randn(1, 3)]
+    together = model(pack(*clouds))
+    assert together.counts.tolist() == [60, 0, 9, 1]
+    for i, cloud in enumerate(clouds):
+        torch.testing.assert_close(together.feat[together.batch == i], model(pack(cloud)).feat, rtol=1e-4, atol=1e-5)
+
+
+def test_permuting_the_points_permutes_the_output():
+    "Where no two points share a cell, and the first point stays first (sampling starts there)."
+    torch.manual_seed(0)
+    model, cloud = PCM(**SMALL, grid_size=1e-4).eval(), torch.rand(64, 3)
+    order = torch.cat([torch.tensor([0]), 1 + torch.randperm(63)])
+    torch.testing.assert_close(model(pack(cloud[order])).feat, model(pack(cloud)).feat[order], rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_prompts_matter():
+    torch.manual_seed(0)
+    model, points = PCM(**SMALL).eval(), pack(torch.rand(64, 3))
+    before = model(points).feat
+    model.prompt_order = model.prompt_order[::-1]
+    assert (model(points).feat - before).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("clouds", [
+    [torch.full((40, 3), .2)],                                    # all points coincide
+    [torch.rand(20, 3).repeat(3, 1), torch.zeros(0, 3)],          # every point three times, and an empty cloud
+    [torch.rand(1, 3), torch.rand(1, 3)],                         # two single points
+], ids=["coincident", "duplicated", "single"])
+def test_odd_clouds_have_finite_gradients(train, clouds):
+    torch.manual_seed(0)
+    model, points = PCM(**SMALL).train(train), pack(*clouds)
+    xyz = points.xyz.clone().requires_grad_()
+    out = model(PointBatch(xyz, xyz, points.batch, points.size))
+    (out.feat * torch.randn_like(out.feat)).sum().backward()
+    assert out.feat.isfinite().all() and xyz.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_nothing_in_nothing_out(size):
+    none = PointBatch(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), size)
+    out = PCM(**SMALL)(none)
+    assert len(out) == 0 and out.size == size and out.feat.shape == (0, 9)
+
+
+def test_too_few_points_for_training_is_said_so():
+    with pytest.raises(ValueError, match="PCM.stem: expected at least 2 points while training"): PCM(**SMALL)(pack(torch.rand(1, 3)))
+    with pytest.raises(ValueError, match="PCM.body: expected at least 2 points at every level"): PCM(**SMALL)(pack(torch.rand(9, 3)))
+    assert PCM(**SMALL).eval()(pack(torch.rand(1, 3))).feat.isfinite().all()
+
+
+def test_extra_columns_are_read():
+    torch.manual_seed(0)
+    model, xyz, batch = PCM(in_channels=6, **SMALL).eval(), torch.rand(50, 3), torch.zeros(50, dtype=torch.long)
+    a, b = (model(PointBatch(xyz, torch.cat([xyz, torch.full((50, 3), c)], 1), batch, 1)).feat for c in (0., 1.))
+    assert (a - b).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="at least 6 columns"): model(PointBatch(xyz, xyz, batch, 1))
+
+
+def test_mixed_precision():
+    torch.manual_seed(0)
+    model, points = PCM(**SMALL).eval(), pack(torch.rand(60, 3), torch.rand(20, 3))
+    exact = model(points).feat
+    with torch.autocast("cpu", dtype=torch.bfloat16): rough = model(points).feat
+    rough.float().square().sum().backward()
+    assert (rough - exact).abs().max() < .3
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    model, points = PCM(**SMALL).eval(), pack(torch.rand(40, 3))
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(PCM.from_pretrained(tmp_path / "m")(points).feat, model(points).feat)
+    with pytest.raises(FileNotFoundError, match="config.json"): PCM.from_pretrained(tmp_path)
+    (tmp_path / "m" / "config.json").write_text('{"backbone": "PTv3"}')
+    with pytest.raises(ValueError, match="PTv3"): PCM.from_pretrained(tmp_path / "m")
+
+
+def test_errors_name_the_argument(released):
+    model, _, state, card = released
+    with pytest.raises(ValueError, match="reducers: expected 4 numbers"): PCM(**SMALL, reducers=(2, 2))
+    with pytest.raises(ValueError, match="orders: expected names among"): PCM(**SMALL | dict(orders=("xyz", "peano", "z", "zyx")))
+    with pytest.raises(ValueError, match="prompt_order: expected each of orders once"): PCM(**SMALL, prompt_order=("xyz",))
+    with pytest.raises(ValueError, match="expected 'decoder_args'"): PCM.from_released({"encoder_args": {}})
+    wrong = card["kwargs"] | {"encoder_args": card["kwargs"]["encoder_args"] | {"normalize": "center"}}
+    with pytest.raises(ValueError, match="normalize: expected 'anchor'"): PCM.from_released(wrong)
+    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected a tensor like \\[18"): model.convert_released(state | {"encoder.encoder.order_prompt.weight": torch.zeros(2)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees():
+    torch.manual_seed(0)
+    model, points = PCM(**SMALL).eval(), pack(torch.rand(200, 3), torch.rand(50, 3))
+    torch.testing.assert_close(model.cuda()(points.to("cuda")).feat.cpu(), model.cpu()(points).feat, rtol=1e-3, atol=1e-4)
