@@ -64,11 +64,12 @@ class Mamba3DBlock(nn.Module):
         width: int,                      # channels of a token
         drop_path: float = 0.,           # stochastic depth, 0 .. 1
         batch_statistics: bool = False,  # see LocalPooling
+        d_state: int = 16,               # states of each channel of the scan
     ):
         super().__init__()
         self.drop_path = drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.local, self.mixer = LocalPooling(width, batch_statistics), Mamba(width=width, flip_channels=True)
+        self.local, self.mixer = LocalPooling(width, batch_statistics), Mamba(width=width, d_state=d_state, flip_channels=True)
 
     def pool(self, x: Tensor, mask: Tensor, near: Tensor, batch: Tensor) -> Tensor:
         "Local pooling of all tokens but the first."
@@ -102,20 +103,21 @@ class Mamba3D(nn.Module):
         encoder_widths: tuple[int, int, int] = (128, 256, 512),  # layers of the group encoder
         width: int = 384,                # width of the tokens and of the output
         depth: int = 16,                 # blocks
+        d_state: int = 16,               # states of each channel of the scans
         center_local_k: int = 4,         # tokens that local pooling mixes, the token itself among them
         drop_path_rate: float = .1,      # stochastic depth of the last block; the first has none
         batch_statistics: bool = False,  # True: local pooling divides by one spread for the whole batch, as the released code does
     ):
         super().__init__()
         self.config = dict(in_channels=in_channels, num_groups=num_groups, group_size=group_size, encoder_widths=tuple(encoder_widths), width=width, depth=depth,
-                           center_local_k=center_local_k, drop_path_rate=drop_path_rate, batch_statistics=batch_statistics)
+                           d_state=d_state, center_local_k=center_local_k, drop_path_rate=drop_path_rate, batch_statistics=batch_statistics)
         if in_channels < 3: raise ValueError(f"Mamba3D.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         self.num_groups, self.group_size, self.center_local_k = num_groups, group_size, center_local_k
         self.width = self.stem_width = width
         self.encoder = GroupEncoder(3, width, encoder_widths)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, width))
         self.cls_token, self.cls_pos = (nn.Parameter(.02 * torch.randn(width)) for _ in range(2))
-        self.blocks = nn.ModuleList(Mamba3DBlock(width, drop_path_rate * i / max(1, depth - 1), batch_statistics) for i in range(depth))
+        self.blocks = nn.ModuleList(Mamba3DBlock(width, drop_path_rate * i / max(1, depth - 1), batch_statistics, d_state) for i in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def stem(self, points: PointBatch) -> PointBatch:

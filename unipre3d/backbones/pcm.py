@@ -90,13 +90,14 @@ class Stage(nn.Module):
         drop_path: list[float],    # stochastic depth of each Mamba block
         prompt_width: int,         # width of the prompts before they are brought to c_out
         carry: bool,               # whether the residual stream must change its width
+        d_state: int = 16,         # states of each channel of the scans
     ):
         super().__init__()
         self.reducer, self.orders = reducer, tuple(orders)
         self.gather = Neighbourhood(c_in, c_out, neighbours, pre_blocks)
         self.carry = nn.Linear(c_in, c_out, bias=False) if carry else nn.Identity()
         self.prompt_proj = nn.Linear(prompt_width, c_out, bias=False)
-        self.blocks = nn.ModuleList(MambaBlock(width=c_out, drop_path=rate) for rate in drop_path)
+        self.blocks = nn.ModuleList(MambaBlock(width=c_out, d_state=d_state, drop_path=rate) for rate in drop_path)
 
     def shrink(self, p: PointBatch, residual: Tensor | None) -> tuple[PointBatch, Tensor | None]:
         "Fewer points with wider features, and the residual stream that goes with them."
@@ -164,6 +165,7 @@ class PCM(nn.Module):
         embed_dim: int = 384,                          # width of the stem
         dim_expansion: tuple[int, ...] = (1, 1, 2, 1), # how many times wider each stage is than the one before
         mamba_blocks: tuple[int, ...] = (1, 2, 2, 4),  # Mamba blocks of each stage
+        d_state: int = 16,                             # states of each channel of the scans
         orders: tuple[str, ...] = ("xyz", "xzy", "yxz", "yzx", "zxy", "zyx", "hilbert", "z", "z-trans"),  # one for each Mamba block
         pre_blocks: tuple[int, ...] = (1, 1, 1, 1),    # residual pairs in the neighbourhoods of each stage
         k_neighbors: tuple[int, ...] = (12, 12, 12, 12),  # points in a neighbourhood
@@ -185,7 +187,7 @@ class PCM(nn.Module):
         for times in dim_expansion: widths.append(widths[-1] * times)
         channels = tuple(decoder_channels or widths[-2::-1])
         prompt_order = tuple(prompt_order or dict.fromkeys(orders))
-        self.config = dict(in_channels=in_channels, embed_dim=embed_dim, dim_expansion=tuple(dim_expansion), mamba_blocks=tuple(mamba_blocks), orders=tuple(orders),
+        self.config = dict(in_channels=in_channels, embed_dim=embed_dim, dim_expansion=tuple(dim_expansion), mamba_blocks=tuple(mamba_blocks), d_state=d_state, orders=tuple(orders),
                            pre_blocks=tuple(pre_blocks), k_neighbors=tuple(k_neighbors), reducers=tuple(reducers), prompts_per_order=prompts_per_order,
                            prompt_width=prompt_width, prompt_order=prompt_order, decoder_channels=channels, decoder_blocks=tuple(decoder_blocks),
                            out_channels=out_channels, dropout=dropout, drop_path_rate=drop_path_rate, grid_size=grid_size, released_orders=released_orders, spare_head=spare_head)
@@ -206,7 +208,7 @@ class PCM(nn.Module):
         ends = [sum(mamba_blocks[:i]) for i in range(stages + 1)]
         self.stages = nn.ModuleList(
             Stage(widths[i], widths[i + 1], orders[ends[i]:ends[i + 1]], k_neighbors[i], reducers[i], pre_blocks[i], rates[ends[i]:ends[i + 1]], prompt_width,
-                  carry=i > 0 and widths[i] != widths[i + 1]) for i in range(stages))
+                  carry=i > 0 and widths[i] != widths[i + 1], d_state=d_state) for i in range(stages))
         coarse = (widths[-1], *channels[:-1])
         self.decoder = nn.ModuleList(Propagation(c, f, o, b) for c, f, o, b in zip(coarse, widths[-2::-1], channels, decoder_blocks))
         self.norm = nn.Sequential(*layer(channels[-1], channels[-1], bias=False), nn.Dropout(dropout), nn.Linear(channels[-1], out_channels))
