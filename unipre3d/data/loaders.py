@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/26_loaders.ipynb #6176fde0
 from __future__ import annotations
-import math
+import math, signal
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -18,7 +18,7 @@ from ..geometry.pointops import farthest_point_sample
 
 # %% auto #0
 __all__ = ['FEATURES', 'choose_views', 'rotate_world', 'about_z', 'point_features', 'ObjectSamples', 'epoch_order', 'StepSampler',
-           'make_loader', 'eval_loader']
+           'leave_interrupts', 'make_loader', 'eval_loader']
 
 # %% ../../nbs/data/26_loaders.ipynb #ac60612d
 def choose_views(
@@ -165,6 +165,12 @@ class StepSampler:
 # %% ../../nbs/data/26_loaders.ipynb #7a0b3051
 def _as_is(sample): return sample   # `ObjectSamples` collates by itself
 
+def leave_interrupts(
+    worker: int,  # number of the process
+) -> None:
+    "Let Ctrl-C reach the main process alone: it saves and then ends its workers."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def make_loader(
     samples: ObjectSamples,
     start_step: int,  # first step
@@ -179,7 +185,7 @@ def make_loader(
     "Training batches. Step s is the same whatever the first step, the workers, or what ran before."
     steps = StepSampler(len(samples), batch_size, seed, start_step, stop_step, rank, world_size)
     return DataLoader(samples, batch_sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=False,
-                      prefetch_factor=4 if num_workers else None)
+                      prefetch_factor=4 if num_workers else None, worker_init_fn=leave_interrupts)
 
 def eval_loader(
     samples: ObjectSamples,

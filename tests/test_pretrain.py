@@ -1,0 +1,132 @@
+"""The training loop as a user meets it: stopped with Ctrl-C, resumed, run by several processes, refused."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from unipre3d.cli import main
+from unipre3d.pretrain import load_tensors
+from unipre3d.recipes import load_run, recipes
+
+SMALL = ["--steps", "10", "--batch-size", "4", "--picture-every", "5", "--eval-every", "5", "--save-every", "4",
+         "--n-points", "256", "--resolution", "32", "--backbone-options.depth", "1", "--backbone-options.num-groups", "16"]
+
+
+def command(*args):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen([sys.executable, "-c", "import sys; from unipre3d.cli import main; sys.exit(main())", *map(str, args)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    return out
+
+
+def column(folder, name):
+    with open(Path(folder) / "metrics.csv", newline="") as file: return [row[name] for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "An uninterrupted run."
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finish(command("pretrain", *SMALL, "--out", folder))
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.csv", "checkpoint.safetensors", "resume.safetensors", "views.png", "record.json"}
+    record = json.loads((whole / "record.json").read_text())
+    assert record["metrics"]["images"] == record["data"]["val"] * record["values"]["n_target"]       # the whole split, not a part
+    assert record["steps"] == 10 and record["values"]["batch_size"] == 4 and len(record["data"]["sha256"]) == 64
+    assert column(whole, "step") == [str(s) for s in range(1, 11)] and column(whole, "val_psnr")[4] and not column(whole, "val_psnr")[0]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path):
+    folder = tmp_path / "parts"
+    process = command("pretrain", *SMALL, "--out", folder)
+    for _ in range(1200):
+        time.sleep(.1)
+        if process.poll() is not None: break
+        if (folder / "metrics.csv").exists() and len(column(folder, "step")) >= 3: os.killpg(process.pid, signal.SIGINT); break     # a terminal sends it to the loader workers too
+    out = finish(process, 130)
+    assert f"--resume --out {folder}" in out                                                          # it says how to go on
+    done = len(column(folder, "step"))
+    assert 3 <= done < 10 and not (folder / "record.json").exists()
+    finish(command("pretrain", "--resume", "--out", folder))
+    for name in ("loss", "grad_norm", "psnr", "lr", "val_psnr"): assert column(folder, name) == column(whole, name), name
+    ours, full = load_tensors(folder / "checkpoint.safetensors")[0], load_tensors(whole / "checkpoint.safetensors")[0]
+    assert all(torch.equal(ours[k], full[k]) for k in full)
+
+
+def test_same_seed_same_run_other_seed_other_run(whole, tmp_path):
+    finish(command("pretrain", *SMALL, "--steps", "3", "--seed", "1", "--out", tmp_path / "other"))
+    assert column(tmp_path / "other", "loss")[0] != column(whole, "loss")[0]
+
+
+def test_several_processes_hold_the_same_weights(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, torch\nfrom dataclasses import replace\nfrom pathlib import Path\nimport unipre3d.recipes as r\n"
+        "recipe = replace(r.recipes['object-transformer-mini'], steps=3, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, eval_every=9)\n"
+        "seen = {}\ntrain = r.train\n"
+        "def spy(model, *args, **kw):\n    done = train(model, *args, **kw); seen.update({k: v.clone() for k, v in model.state_dict().items()}); return done\n"
+        "r.train = spy\nr.pretrain('object-transformer-mini', recipe, Path(sys.argv[1]), device='cpu', say=lambda text: None)\n"
+        "rank = torch.distributed.get_rank()\n"
+        "flat = torch.cat([v.flatten().float() for k, v in sorted(seen.items()) if 'running' not in k and 'num_batches' not in k])\n"
+        "both = [torch.empty_like(flat) for _ in range(2)]; torch.distributed.all_gather(both, flat)\n"
+        "assert torch.equal(*both), 'the processes drifted apart'\nprint('equal' if rank == 0 else '')\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path / "run")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "equal" in done.stdout and len(column(tmp_path / "run", "step")) == 3
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["processes"] == 2
+
+
+def test_a_run_can_be_loaded_and_rendered(whole, capsys):
+    recipe, model, image_net = load_run(whole)
+    assert recipe.steps == 10 and not model.training
+    assert main(["render", str(whole), "--frames", "3", "--size", "48"]) == 0
+    from PIL import Image
+    from unipre3d.gaussians import load_ply
+    assert Image.open(whole / "turntable-val-0.gif").n_frames == 3
+    assert len(load_ply(whole / "gaussians-val-0.ply")) == 16
+
+
+def mistakes(folder):
+    "Command lines that are wrong, and what the one line must name."
+    (folder / "full").mkdir(); (folder / "full" / "file").write_text("x")
+    (folder / "broken").mkdir(); (folder / "broken" / "checkpoint.safetensors").write_bytes(b"not tensors")
+    return [
+        (["fly"], "fly"), (["pretrain", "object-unicorn"], "object-unicorn"), (["pretrain", "--stepz", "3"], "--stepz"),
+        (["pretrain", "--steps", "many"], "many"), (["pretrain", "--out", folder / "full"], "full"),
+        (["pretrain", "--resume", "--out", folder / "nowhere"], "nowhere"), (["pretrain", "--data", folder / "nowhere"], "nowhere"),
+        (["pretrain", "--backbone", "Unicorn", "--out", folder / "a"], "Unicorn"), (["pretrain", "--fusion", "Unicorn", "--out", folder / "a"], "Unicorn"),
+        (["pretrain", "object-transformer", "--out", folder / "a"], "--data"), (["render"], "checkpoint"), (["render", folder / "nowhere"], "nowhere"),
+        (["render", folder / "broken"], "broken"), (["data", "wardrobe"], "wardrobe"), (["data", "furniture", "--deb", folder / "nowhere.deb"], "nowhere.deb"),
+        (["doctor", "--loud"], "--loud")]
+
+
+def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys):
+    for args, name in mistakes(tmp_path):
+        status = main([str(a) for a in args])
+        said = capsys.readouterr().err.strip()
+        assert status == 2, (args, said)
+        assert len(said.splitlines()) == 1 and name in said and said.startswith("unipre3d: "), (args, said)
+
+
+def test_help_names_every_command_and_recipe(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("pretrain", "render", "data", "doctor", *recipes))
+    with pytest.raises(SystemExit) as end: main(["pretrain", "--help"])
+    assert end.value.code == 0 and "--batch-size" in capsys.readouterr().out
