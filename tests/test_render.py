@@ -298,7 +298,7 @@ def test_wrong_arguments_are_refused_in_one_line():
     for args, kwargs, text in [((gaussians, cameras, torch.zeros(2, 3)), {}, "background: expected shape"), ((gaussians, cameras, torch.zeros(4)), {}, "background"),
                                ((double, cameras, black), {}, "float32"), ((zero, cameras, black), {}, "quat"), ((bright, cameras, black), {}, "opacity"),
                                ((gaussians, stray, black), {}, "cameras.batch"), ((gaussians, skewed, black), {}, "skew"), ((gaussians, moving, black), {}, "detach"),
-                               ((gaussians, cameras, black), dict(backend="metal"), "backend"), ((gaussians, cameras, black), dict(backend="gsplat"), "CUDA"),
+                               ((gaussians, cameras, black), dict(backend="metal"), "backend"), ((gaussians, cameras, black), dict(near=0.), "near"), ((gaussians, cameras, black), dict(backend="gsplat"), "CUDA"),
                                ((gaussians, cameras, black.to("meta")), {}, "device")]:
         with pytest.raises(ValueError, match=text) as error: render(*args, **kwargs)
         assert "\n" not in str(error.value)

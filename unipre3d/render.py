@@ -337,6 +337,7 @@ def render(
     if backend == "auto": backend = "gsplat" if gaussians.mean.is_cuda else "cpu"
     backends = {"cpu": render_cpu, "gsplat": render_gsplat, "dense": render_dense}
     if backend not in backends: raise ValueError(f"render: backend: expected 'auto', 'cpu', 'gsplat' or 'dense', got {backend!r}")
+    if not 0 < near < far: raise ValueError(f"render: near and far: expected 0 < near < far, got {near:g} and {far:g}")
     if backend == "cpu" and gaussians.mean.device.type != "cpu":
         raise ValueError(f"render: backend 'cpu' draws tensors on the cpu, got {gaussians.mean.device}; move them or use backend='gsplat'")
     if backend == "gsplat" and not gaussians.mean.is_cuda:

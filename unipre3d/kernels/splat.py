@@ -4,11 +4,13 @@ The chapter `52_render` teaches what is computed here; this file is about doing 
 
 1. `project` turns the Gaussians of one view into 2-D ones (float64 arithmetic, it is scalar code anyway), drops those that
    cannot reach a pixel and sorts the rest by depth.
-2. `draw` walks over tiles of 8 x 32 pixels. For every Gaussian and tile column the rows that can reach 1/255 are known
-   exactly, so few pixels are visited in vain. The innermost loop, `blend`, has no branch and must be compiled to vector code.
-3. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray. Nothing but the images is
+2. `column_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in which rows exactly.
+3. `draw` walks over tiles of 8 x 64 pixels. Its inner loop, `blend`, adds one Gaussian to one row of 8 pixels at a time. It is
+   written with explicit vectors of eight floats (`Float8` below), because a compiler that finds them by itself may stop to do so
+   unnoticed, and scalar code is many times slower.
+4. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray. Nothing but the images is
    needed from the forward pass, and there is no division by the transmittance. It leaves ten sums for each Gaussian and view.
-4. `project_backward` takes these sums back to means, quaternions, scales, opacities and harmonics.
+5. `project_backward` takes these sums back to means, quaternions, scales, opacities and harmonics.
 
 All functions release the interpreter lock and write to memory of their own, so a caller may run them in threads: `project` over
 views, `draw*` over (view, strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads.
@@ -32,6 +34,7 @@ CHECK = 16                        # a tile asks after this many Gaussians whethe
 LOG2_255 = math.log2(255.0)
 HALF_LOG2E = 0.5 / math.log(2.0)  # sigma = d' inv(cov) d / 2, in bits
 LN4 = 2.0 * math.log(2.0)
+WIDEST = 2.02 * math.log(255.0)   # squared reach in standard deviations at opacity 1, with room for rounding
 MARGIN = 1.0 + 1e-5               # extents are enlarged by this much: rounding never drops a pixel
 
 ZERO, TINY = f32(0.0), f32(1e-10)
@@ -162,11 +165,16 @@ def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, 
         rz = 1.0 / z
         mx, my = fx * x * rz + cx, fy * y * rz + cy
         tu, tv = min(max(x * rz, u0), u1), min(max(y * rz, v0), v1)
-        _, _, _, _, _, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
         jx, jy = fx * rz, fy * rz
+        s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+        # cheap first: no ellipse is wider than that of a sphere of its largest scale
+        widest = max(s0 * s0, s1 * s1, s2 * s2)
+        off_x, off_y = max(0.5 - mx, mx - (W - 0.5), 0.0), max(0.5 - my, my - (H - 0.5), 0.0)
+        if off_x * off_x > WIDEST * (jx * jx * (1 + tu * tu) * widest + eps2d): continue
+        if off_y * off_y > WIDEST * (jy * jy * (1 + tv * tv) * widest + eps2d): continue
+        _, _, _, _, _, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
         p00, p01, p02 = jx * (r00 - tu * r20), jx * (r01 - tu * r21), jx * (r02 - tu * r22)
         p10, p11, p12 = jy * (r10 - tv * r20), jy * (r11 - tv * r21), jy * (r12 - tv * r22)
-        s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
         q00, q10 = (p00 * a00 + p01 * a10 + p02 * a20) * s0, (p10 * a00 + p11 * a10 + p12 * a20) * s0
         q01, q11 = (p00 * a01 + p01 * a11 + p02 * a21) * s1, (p10 * a01 + p11 * a11 + p12 * a21) * s1
         q02, q12 = (p00 * a02 + p01 * a12 + p02 * a22) * s2, (p10 * a02 + p11 * a12 + p12 * a22) * s2
