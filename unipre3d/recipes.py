@@ -12,13 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 import unipre3d
 from . import backbones, fusion
-from .core import Sample
+from .core import Sample, collate
 from .data.loaders import ObjectSamples, eval_loader, make_loader
 from .data.shapenet import ShapeNetViews
 from .gaussians import GaussianHead
@@ -28,8 +29,8 @@ from .render import render
 
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'find_recipe', 'build_image_net', 'build_model', 'build_data', 'training_batches', 'held_out',
-           'code_version', 'hardware', 'file_hash', 'free_folder', 'write_json', 'read_recipe', 'picture', 'pretrain',
-           'load_run']
+           'code_version', 'hardware', 'file_hash', 'free_folder', 'write_json', 'read_recipe', 'history', 'picture',
+           'pretrain', 'load_run']
 
 # %% ../nbs/61_recipes.ipynb #4615c1ff
 @dataclass(frozen=True)
@@ -211,6 +212,16 @@ def read_recipe(
     values["background"] = tuple(values["background"])
     return name, Recipe(**values)
 
+def history(
+    metrics: str | Path,  # a metrics.csv
+    every: int = 25,  # steps of one mean
+) -> dict[str, dict[str, list]]:
+    "The course of a run in short: means of the training columns over `every` steps, and each evaluation."
+    table = pd.read_csv(metrics)
+    means = table[["step", "loss", "psnr", "grad_norm"]].groupby((table.step - 1) // every).mean()
+    scored = table[["step", "val_psnr", "val_psnr_foreground", "val_ssim"]].dropna()
+    return {name: part.round(6).to_dict("list") for name, part in (("train", means), ("val", scored))}
+
 # %% ../nbs/61_recipes.ipynb #6a2f897a
 def picture(
     model: nn.Module, image_net: Callable | None, sample: Sample,
@@ -218,7 +229,7 @@ def picture(
     path: str | Path,  # PNG to write
     title: str,
 ) -> None:
-    "Refresh views.png from the first clouds of a held-out sample."
+    "Refresh views.png from held-out clouds."
     training, device = model.training, next(model.parameters()).device
     model.eval()
     with torch.no_grad():
@@ -248,9 +259,9 @@ def pretrain(
         if not resume: write_json(folder / "config.json", {"name": name, **asdict(recipe)})
         say(f"{name}: {len(data)} training clouds, {len(val)} held out, {sum(p.numel() for p in model.parameters()):,} parameters, on {accelerator.device}; writing to {folder}")
     samples = held_out(recipe, val)
-    first = next(iter(samples()))
+    shown = collate([val[i] for i in range(0, len(val), -(-len(val) // 8))])        # eight clouds from all over the split
 
-    def look(averaged, step): picture(averaged, image_net, first, recipe, folder / "views.png", f"{name}, step {step} of {recipe.steps}: held-out objects")
+    def look(averaged, step): picture(averaged, image_net, shown, recipe, folder / "views.png", f"{name}, step {step} of {recipe.steps}: held-out objects")
     def score(averaged, step):
         if step == recipe.steps: return None                      # the final scores are computed once, below
         found = evaluate(averaged, image_net, samples(), background=recipe.background, device=accelerator.device)
@@ -274,7 +285,7 @@ def pretrain(
               "data": {"name": recipe.data, "sha256": file_hash(data.source.store.root), "train": len(data), "val": len(val), "split": "val"},
               "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu", "processes": accelerator.num_processes, "hardware": hardware(),
               "train_seconds": meta["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
-              "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics}
+              "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics, "history": history(folder / "metrics.csv")}
     write_json(folder / "record.json", record)
     return record
 
