@@ -74,7 +74,7 @@ class Recipe:
     # run
     seed: int = 0  # of weights, data order and dropout
     workers: int = 1  # loader processes
-    cache_mb: int = 256  # memory for decoded images, megabytes for each loader process; 0 turns the cache off
+    cache_mb: int = 320  # memory for decoded images, megabytes for each loader process; 0 turns the cache off
     picture_every: int = 50  # steps between refreshed views.png
     eval_every: int = 500  # steps between evaluations on the whole validation split
     save_every: int = 250  # steps between checkpoints
