@@ -248,7 +248,7 @@ class Splat(torch.autograd.Function):
         images, w, padded = [t.numpy() for t in ctx.saved_tensors[5:]], ctx.drawing.hw[1], []
         for grad, image in zip(grads, images):
             if grad is None: padded.append(np.broadcast_to(np.zeros_like(image[:1]), image.shape))
-            else: padded.append(F.pad(grad, (0, image.shape[-1] - w)).contiguous().numpy())
+            else: padded.append((grad if image.shape[-1] == w else F.pad(grad, (0, image.shape[-1] - w))).contiguous().numpy())
         (mean, quat, scale, opacity, sh), background = draw_views_backward(ctx.drawing, images, padded)
         return (*(torch.from_numpy(g) for g in (mean, scale, quat, opacity, sh, background)), *[None] * 5)
 

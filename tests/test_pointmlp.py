@@ -1,0 +1,205 @@
+"PointMLP: released numbers, ragged batches, odd clouds."
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unipre3d.backbones.pointmlp import PointMLP, Stage, anchor_points, cloud_deviation, lift, nearest, released_key
+from unipre3d.core import PointBatch
+from unipre3d.geometry.pointops import interpolate, knn
+
+PARITY = Path(__file__).parent / "parity"
+SMALL = dict(embed_width=8, expansion=(2, 2), reduce=(2, 2), neighbours=(6, 4), pre_blocks=(1, 2), post_blocks=(2, 1), decoder_widths=(24, 16), decoder_blocks=(1, 2))
+
+
+def pack(*clouds):
+    feat = torch.cat(clouds)
+    return PointBatch(feat[:, :3], feat, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+
+
+def close(a, b, tolerance=1e-4):
+    scale = b.abs().max()
+    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
+
+
+@pytest.fixture(params=["in3", "in4"])
+def released(request):
+    path = PARITY / f"backbone_pointmlp_{request.param}_eval"
+    data, card = load_file(f"{path}.safetensors"), json.loads(path.with_suffix(".json").read_text())
+    model = PointMLP.from_released(card["kwargs"])
+    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model.load_state_dict(model.convert_released(state))
+    return model.eval(), data, state
+
+
+def test_parity_with_the_released_model(released):
+    model, data, state = released
+    pos = data["in/pos"].clone().requires_grad_()
+    size, n, _ = pos.shape
+    flat = pos.flatten(0, 1)
+    points = PointBatch(flat[:, :3], flat, torch.arange(size).repeat_interleave(n), size)
+
+    p = model.body(model.stem(points))
+    close(p.feat.view(size, n, -1), data["out/pre_fusion"])
+    torch.testing.assert_close(p.xyz.view(size, n, 3), data["out/center"][..., :3])
+
+    mixed = torch.cat([p.feat, data["out/mapped"].flatten(0, 1)], 1)
+    weight = state["fusion_mlps.0.weight"].clone().requires_grad_()
+    features = model.norm(torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()).view(size, n, -1)
+    close(features, data["out/features"])
+
+    (features * data["loss/R"]).sum().backward()
+    close(pos.grad, data["grad/in/pos"])
+    close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
+    ours = {f"encoder.{released_key(k)}": v for k, v in model.named_parameters()}
+    recorded = [k.removeprefix("grad/state/") for k in data if k.startswith("grad/state/encoder.")]
+    assert len(recorded) == 3
+    for key in recorded: close(ours[key].grad, data[f"grad/state/{key}"].reshape(ours[key].shape))
+
+
+def test_anchors_are_the_released_ones(released):
+    model, data, _ = released
+    size, n, _ = data["in/pos"].shape
+    columns, batch = data["in/pos"].flatten(0, 1), torch.arange(size).repeat_interleave(n)
+    for stage, reduce in enumerate(model.reduce):
+        anchor = anchor_points(columns, batch, size, reduce, model.three_in_memory)
+        start = torch.arange(size)[:, None] * (len(columns) // size)
+        assert torch.equal(anchor.view(size, -1) - start, data[f"out/fps_idx_stage{stage}"])
+        columns, batch = columns[anchor], batch[anchor]
+
+
+def test_every_released_key_is_used_once(released):
+    model, _, state = released
+    ours = [f"encoder.{released_key(k)}" for k in model.state_dict()]
+    assert sorted(ours) == sorted(k for k in state if k.startswith("encoder."))
+
+
+def test_released_size():
+    assert sum(p.numel() for p in PointMLP().parameters()) == 15_079_360
+    assert sum(p.numel() for p in PointMLP.from_released({}).parameters()) == 15_079_424  # reads height too
+    assert PointMLP().width == 128
+
+
+@pytest.mark.parametrize("columns", [3, 5])
+def test_a_batch_is_its_clouds(columns):
+    torch.manual_seed(0)
+    model = PointMLP(in_channels=columns, **SMALL).eval()
+    clouds = [torch.rand(70, columns), torch.rand(0, columns), torch.rand(41, columns), torch.rand(1, columns), torch.rand(5, columns)]
+    out = model(pack(*clouds))
+    assert out.counts.tolist() == [70, 0, 41, 1, 5] and out.feat.shape[1] == model.width
+    for i, cloud in enumerate(clouds):
+        torch.testing.assert_close(out.feat[out.batch == i], model(pack(cloud)).feat, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_permuted_points_permute_the_output(columns):
+    torch.manual_seed(0)
+    model, cloud = PointMLP(in_channels=columns, **SMALL).eval(), torch.rand(90, columns)
+    order = torch.cat([torch.tensor([0]), 1 + torch.randperm(89)])  # sampling starts at the first point
+    torch.testing.assert_close(model(pack(cloud[order])).feat, model(pack(cloud)).feat[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("clouds", [
+    [torch.full((40, 3), .2), torch.rand(50, 3)],                 # all points of one cloud coincide
+    [torch.rand(20, 3).repeat(3, 1), torch.zeros(0, 3)],          # every point three times, and an empty cloud
+    [torch.zeros(1, 3), torch.ones(2, 3)],                        # one point, and two that coincide
+], ids=["coincident", "duplicated", "tiny"])
+def test_odd_clouds_have_finite_gradients(train, clouds):
+    torch.manual_seed(0)
+    model = PointMLP(**SMALL).train(train)
+    points = pack(*clouds)
+    feat = points.feat.clone().requires_grad_()
+    out = model(PointBatch(feat, feat, points.batch, points.size))
+    (out.feat * torch.randn_like(out.feat)).sum().backward()
+    assert out.feat.isfinite().all() and feat.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() < 1e6 for p in model.parameters())
+
+
+def test_one_point():
+    model, single = PointMLP(**SMALL), pack(torch.zeros(1, 3))
+    assert model.eval()(single).feat.isfinite().all()
+    with pytest.raises(ValueError, match="stem: expected at least 2 rows"): model.train()(single)
+    with pytest.raises(ValueError, match="body: expected at least 2 rows"): model.train()(pack(torch.rand(3, 3)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_nothing_in_nothing_out(size):
+    none = PointBatch(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), size)
+    out = PointMLP(**SMALL)(none)
+    assert len(out) == 0 and out.size == size and out.feat.shape == (0, 16)
+
+
+def test_further_columns_count_as_distance():
+    torch.manual_seed(0)
+    points = pack(torch.rand(30, 4), torch.rand(3, 4))
+    args = (points.feat, points.batch, points.feat, points.batch, 2)
+    index = nearest(*args, 6)
+    d2 = (points.feat[:, None] - points.feat[None]).square().sum(-1).masked_fill(points.batch[:, None] != points.batch, torch.inf)
+    assert torch.equal(index[:30], d2[:30].argsort(1)[:, :6]) and torch.equal(index[30:, :3], d2[30:].argsort(1)[:, :3])
+    assert torch.equal(index[30:, 3:], index[30:, :1].expand(3, 3))  # too few points: the nearest again
+    plain = points.feat[:, :3]
+    assert torch.equal(nearest(plain, points.batch, plain, points.batch, 2, 6), knn(plain, points.batch, plain, points.batch, 2, 6))
+    known = torch.tensor([0, 4, 9, 20, 31, 32])  # two known points in the second cloud
+    place = (plain, points.batch, plain[known], torch.randn(6, 5), points.batch[known], 2)
+    torch.testing.assert_close(lift(*place), interpolate(*place))
+
+
+def test_stage_gradients():
+    torch.manual_seed(0)
+    stage = Stage(3, 4, 3, 1, 1).double().eval()
+    cloud, batch = torch.rand(9, 3, dtype=torch.double), torch.tensor([0] * 5 + [1] * 4)
+    anchor = torch.tensor([0, 3, 5, 8])
+    feature = torch.randn(9, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: stage(cloud, x, batch, 2, anchor), feature)
+
+
+def test_deviation_of_a_cloud():
+    torch.manual_seed(0)
+    groups, batch = 5 + torch.randn(7, 4, 3), torch.tensor([0, 0, 0, 2, 2, 2, 2])
+    groups[3:] *= 20
+    out = cloud_deviation(groups, batch, 3)
+    torch.testing.assert_close(out[[0, 2]], torch.stack([groups[:3].std(), groups[3:].std()]))
+    assert out[1] == 1e-12
+
+
+def test_mixed_precision():
+    torch.manual_seed(0)
+    model, points = PointMLP(**SMALL), pack(torch.rand(60, 3), torch.rand(9, 3))
+    exact = model(points).feat
+    with torch.autocast("cpu", dtype=torch.bfloat16): rough = model(points).feat
+    rough.float().square().sum().backward()
+    assert (rough - exact).abs().mean() < .25 * exact.abs().mean()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    model, points = PointMLP(in_channels=4, three_in_memory=True, **SMALL).eval(), pack(torch.rand(40, 4))
+    model.save_pretrained(tmp_path / "m")
+    again = PointMLP.from_pretrained(tmp_path / "m")
+    assert again.config == model.config
+    assert torch.equal(again(points).feat, model(points).feat)
+    with pytest.raises(FileNotFoundError, match="config.json"): PointMLP.from_pretrained(tmp_path)
+    (tmp_path / "m" / "config.json").write_text('{"backbone": "PTv3"}')
+    with pytest.raises(ValueError, match="PTv3"): PointMLP.from_pretrained(tmp_path / "m")
+
+
+def test_errors_name_the_argument(released):
+    with pytest.raises(ValueError, match="PointMLP.neighbours: expected 2 numbers"): PointMLP(**SMALL | dict(neighbours=(6, 6, 6)))
+    with pytest.raises(ValueError, match="in_channels: expected at least 3"): PointMLP(in_channels=2)
+    with pytest.raises(ValueError, match="at least 4 columns"): PointMLP(in_channels=4, **SMALL)(pack(torch.rand(9, 3)))
+    with pytest.raises(ValueError, match="unknown argument 'embed'"): PointMLP.from_released({"embed": 3})
+    with pytest.raises(ValueError, match="normalize: expected 'anchor'"): PointMLP.from_released({"normalize": "center"})
+    model, _, state = released
+    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected \\[8"): model.convert_released(state | {"encoder.embedding.net.0.weight": torch.zeros(2)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees():
+    torch.manual_seed(0)
+    model, points = PointMLP(**SMALL).eval(), pack(torch.rand(200, 3), torch.rand(50, 3))
+    torch.testing.assert_close(model.cuda()(points.to("cuda")).feat.cpu(), model.cpu()(points).feat, rtol=1e-3, atol=1e-4)
