@@ -66,7 +66,7 @@ def find_deb(
     "The source package of the furniture, given or downloaded; one line says how to get it by hand."
     if deb is None:
         if not shutil.which("apt-get"):
-            raise FileNotFoundError(f"{PACKAGE}: no .deb given and no apt-get here; download {PACKAGE}_1.8-1_all.deb from packages.debian.org and pass its path as deb")
+            raise FileNotFoundError(f"{PACKAGE}: no .deb given and no apt-get here; download {PACKAGE}_1.8-1_all.deb from Debian and pass its path as deb")
         Path(folder).mkdir(parents=True, exist_ok=True)
         if not list(Path(folder).glob(f"{PACKAGE}_1.8-1_*.deb")):
             done = subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, capture_output=True, text=True)
