@@ -244,7 +244,7 @@ def main(
         if not args or args[0] in ("-h", "--help"): print(usage()); return 0
         if args[0] not in commands: raise ValueError(f'expected a command, one of {", ".join(commands)}; got "{args[0]}"')
         return commands[args[0]](args[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"unipre3d: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
