@@ -7,8 +7,6 @@ __all__ = ['view_point_pairs', 'check_maps', 'visible_pixels', 'mean_over_views'
            'FeatureFusion']
 
 # %% ../nbs/51_fusion.ipynb #c399b0eb
-import math
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib, json, os, platform, resource, subprocess, time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
