@@ -4,10 +4,10 @@
 
 # %% ../../nbs/data/20_furniture.ipynb #2bcccb2a
 from __future__ import annotations
-import csv, hashlib, io, json, math, os, posixpath, re, shutil, subprocess, tarfile, warnings, zipfile
+import csv, hashlib, io, json, math, os, posixpath, re, shutil, subprocess, tarfile, zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import CameraBatch, ViewBatch, data_dir
-from .furniture import CONVENTION, FOV, orbit_poses, unpack_cloud
+from .furniture import FOV, orbit_poses, unpack_cloud
 from ..geometry.cameras import intrinsics_from_fov
+from ..records import data_hash
 
 # %% auto #0
 __all__ = ['HALF_TURN', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',
@@ -237,6 +238,10 @@ class ShapeNetViews:
         return [i for i in items if i in keep]
 
     def __len__(self): return len(self.items)
+
+    def fingerprint(self) -> str:
+        "Hash of the archive's bytes, or of the names and sizes of the folder's clouds."
+        return data_hash(self.store.root, "*/*/pts/*.npy")
 
     def label(self, i: int) -> int:
         "Number of the object's class in `classes`."
