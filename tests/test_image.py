@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from unipre3d.core import data_dir
 from unipre3d.data.shapenet import ShapeNetViews
-from unipre3d.image import (KLImageEncoder, cosine_lr, file_sha256, image_psnr, last_up_block, load_autoencoder, new_autoencoder,
+from unipre3d.records import data_hash
+from unipre3d.image import (KLImageEncoder, cosine_lr, image_psnr, last_up_block, load_autoencoder, new_autoencoder,
                             reconstruct, reconstruction_scores, rgb_features, save_autoencoder, shrink, split_images, train_autoencoder)
 
 PARITY = Path(__file__).parent / "parity"
@@ -222,9 +223,9 @@ def test_psnr():
 
 def test_shipped_weights():
     weights, record = MINI / "diffusion_pytorch_model.safetensors", json.loads((data_dir() / "records" / "autoencoder-mini.json").read_text())
-    assert weights.stat().st_size <= 8e6 and record["sha256"] == file_sha256(weights) and record["bytes"] == weights.stat().st_size
+    assert weights.stat().st_size <= 8e6 and record["sha256"] == data_hash(weights) and record["bytes"] == weights.stat().st_size
     assert record["data"]["split"] == "train" and record["data"]["images"] == 24 * len(ShapeNetViews(split="train"))
-    assert record["data"]["sha256"] == file_sha256(data_dir() / "furniture.zip")
+    assert record["data"]["sha256"] == data_hash(data_dir() / "furniture.zip")
     assert json.loads((MINI / "config.json").read_text())["_class_name"] == "AutoencoderKL"
 
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import hashlib, json, math, os, platform, time, warnings
+import json, math, os, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from .core import data_dir
 from .data.shapenet import ShapeNetViews
+from .records import data_hash, hardware
 
 # %% auto #0
 __all__ = ['MINI_STEPS', 'check_images', 'last_up_block', 'new_autoencoder', 'pad_to_multiple', 'download_autoencoder',
            'check_autoencoder_folder', 'load_autoencoder', 'KLImageEncoder', 'rgb_features', 'random_patches',
            'autoencoder_loss', 'reconstruct', 'image_psnr', 'cosine_lr', 'save_state', 'load_state',
-           'train_autoencoder', 'save_autoencoder', 'split_images', 'shrink', 'reconstruction_scores', 'file_sha256',
-           'machine', 'train_mini']
+           'train_autoencoder', 'save_autoencoder', 'split_images', 'shrink', 'reconstruction_scores', 'train_mini']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -374,21 +374,6 @@ def reconstruction_scores(
         scores[f"{name}psnr_foreground"] = round(image_psnr(pred, rgb, mask).nanmean().item(), 2)
     return scores | {"images": len(rgb)}
 
-# %% ../nbs/30_image.ipynb #a5db0d17
-def file_sha256(
-    path: str | os.PathLike,  # any file
-) -> str:  # 64 hexadecimal digits
-    "Hash of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-def machine() -> dict:  # what a timing or a loss depends on
-    "Processor, threads and versions."
-    try: name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"hardware": {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "diffusers", "unipre3d")}}
-
 # %% ../nbs/30_image.ipynb #bb929175
 MINI_STEPS = 1600  # optimiser steps of the shipped weights
 
@@ -410,12 +395,13 @@ def train_mini(
     held_out = split_images(ShapeNetViews(root, split="val"), views)
     stored, weights = load_autoencoder(out), out / "diffusion_pytorch_model.safetensors"
     record = {
-        "what": "small autoencoder, trained on the training split only",
-        "data": {"file": root.name, "sha256": file_sha256(root) if root.is_file() else None, "split": "train", "images": len(images)},
+        "kind": "autoencoder", "what": "small autoencoder, trained on the training split only",
+        "data": {"file": root.name, "sha256": data_hash(root), "split": "train", "images": len(images)},
         "settings": log["settings"], "parameters": sum(p.numel() for p in stored.parameters()),
-        "bytes": weights.stat().st_size, "sha256": file_sha256(weights),
+        "bytes": weights.stat().st_size, "sha256": data_hash(weights),
         "loss": [round(float(np.mean(part)), 5) for part in np.array_split(log["loss"], min(60, len(log["loss"])))],
         "val": {str(size): reconstruction_scores(stored, *shrink(held_out, size)) for size in (64, 128)},
-        "seconds": round(log["seconds"]), **machine()}
+        "seconds": round(log["seconds"]), "hardware": hardware(),
+        "versions": {p: version(p) for p in ("torch", "diffusers", "unipre3d")}}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     return out
