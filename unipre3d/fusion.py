@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['view_point_pairs', 'check_maps', 'visible_pixels', 'mean_over_views', 'gather_visible', 'NoFusion', 'norm_groups',
-           'FeatureFusion']
+           'FeatureFusion', 'cloud_boxes', 'back_project', 'join_voxels', 'PointFusion']
 
 # %% ../nbs/51_fusion.ipynb #c399b0eb
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .core import CameraBatch, PointBatch, ViewBatch, check_shapes, offsets
+from .core import CameraBatch, PointBatch, ViewBatch, cat_points, check_shapes, offsets
+from .geometry.cameras import unproject
+from .geometry.sparse import SubMConv3d, merge_voxels, point_cells
 
 # %% ../nbs/51_fusion.ipynb #d591766b
 def view_point_pairs(
@@ -127,3 +129,64 @@ class FeatureFusion(NoFusion):
     def late(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> PointBatch:
         "Join the 2-D features to the 3-D ones."
         return points.with_feat(self.mlp(torch.cat([points.feat, self.gather(points, maps, ref)], 1)))
+
+# %% ../nbs/51_fusion.ipynb #d27e5dad
+def cloud_boxes(
+    points: PointBatch,
+) -> tuple[Float[Tensor, "B 3"], Float[Tensor, "B 3"]]:  # lowest and highest corner; an empty cloud has an empty box (inf, -inf)
+    "The axis-parallel box of each cloud."
+    row, empty = points.batch[:, None].expand(-1, 3), points.xyz.new_full((points.size, 3), torch.inf)
+    return empty.scatter_reduce(0, row, points.xyz, "amin"), (-empty).scatter_reduce(0, row, points.xyz, "amax")
+
+def back_project(
+    points: PointBatch,  # the clouds, whose boxes count
+    maps: Float[Tensor, "v c h w"],  # a feature map for each view; spans the whole image, any resolution
+    ref: ViewBatch,  # v views with depth
+) -> PointBatch:  # feat [m c]
+    "Every pixel with depth inside the box of its cloud as a point that carries the image's feature there (section 3, point fusion)."
+    if ref.depth is None: raise ValueError("back_project: expected reference views with depth, got none; use FeatureFusion, or a reader that has depth")
+    (h, w), (H, W) = check_maps("back_project", maps, ref.camera), ref.camera.hw
+    xyz, valid = unproject(ref.depth, ref.camera)
+    low, high = (corner[ref.camera.batch][:, None, None] for corner in cloud_boxes(points))
+    view, row, column = (valid & (xyz >= low).all(-1) & (xyz <= high).all(-1)).nonzero(as_tuple=True)
+    feat = maps[view, :, ((2 * row + 1) * h).div(2 * H, rounding_mode="floor"), ((2 * column + 1) * w).div(2 * W, rounding_mode="floor")]
+    return PointBatch(xyz[view, row, column], feat, ref.camera.batch[view], points.size)
+
+# %% ../nbs/51_fusion.ipynb #798af9fd
+def join_voxels(
+    points: PointBatch,  # one row a voxel, from the backbone's stem
+    image: PointBatch,  # any points, features of the same width
+    voxel_size: float,  # edge of a voxel, world units
+) -> PointBatch:  # of each cloud the rows of `points` in their order, then its new voxels in the order of their first image point
+    "The union on one grid: image points are averaged in each voxel, and added to the row that is there or made a new one."
+    batch = torch.cat([points.batch, image.batch])
+    own = (torch.arange(len(batch), device=batch.device) < len(points))[batch.argsort(stable=True)]
+    voxels, inverse = merge_voxels(cat_points(points, image), voxel_size)
+    feat, _ = mean_over_views(image.feat, inverse[~own], len(voxels))
+    return voxels.with_feat(feat.index_add(0, inverse[own], points.feat))
+
+# %% ../nbs/51_fusion.ipynb #b301b449
+class PointFusion(NoFusion):
+    "Scene-level fusion: reference pixels with depth join the cloud after the backbone's stem (section 3)."
+    def __init__(
+        self,
+        width: int,  # features after the backbone's stem
+        image_width: int,  # channels of the image maps
+        voxel_size: float = .02,  # edge of a voxel in metres; the backbone's own
+    ):
+        super().__init__()
+        self.voxel_size = voxel_size
+        self.image_norm = nn.GroupNorm(norm_groups(image_width), image_width, eps=1e-6)
+        self.image_proj = nn.Linear(image_width, width)
+        self.conv = SubMConv3d(width, width, 3, bias=True)
+        self.norm = nn.BatchNorm1d(width)
+
+    def mix(self, voxels: PointBatch) -> PointBatch:
+        "Convolution, normalisation and ReLU on the union."
+        x = self.conv(point_cells(voxels, self.voxel_size))
+        return voxels.with_feat(self.norm(x.feat).relu())
+
+    def early(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> PointBatch:
+        "Join the reference pixels to the voxels."
+        image = back_project(points, self.image_norm(maps), ref)
+        return self.mix(join_voxels(points, image.with_feat(self.image_proj(image.feat)), self.voxel_size))
