@@ -4,4 +4,5 @@ from unipre3d.backbones.pcm import PCM
 from unipre3d.backbones.pointmlp import PointMLP
 from unipre3d.backbones.pointnet2 import PointNet2
 from unipre3d.backbones.ptv3 import PTv3
+from unipre3d.backbones.sparseunet import SparseUNet
 from unipre3d.backbones.transformer import StandardTransformer
