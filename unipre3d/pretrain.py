@@ -68,10 +68,10 @@ def rows_of_views(
     rendered: Float[Tensor, "v 3 h w"],  # the target views, rendered
     rows: int = 8,  # clouds to show
 ) -> Float[Tensor, "H W 3"]:
-    "An image: each row is a cloud's first reference view, then pairs of a true and a rendered target view."
+    "An image: each row is a cloud's first reference view, then up to four pairs of a true and a rendered target view."
     lines = []
     for cloud in range(min(rows, sample.points.size)):
-        ref, own = (sample.ref.camera.batch == cloud).nonzero()[0], sample.target.camera.batch == cloud
+        ref, own = (sample.ref.camera.batch == cloud).nonzero()[0], (sample.target.camera.batch == cloud).nonzero()[:4, 0]
         pairs = torch.stack([sample.target.rgb[own], rendered[own]], 1).flatten(0, 1)
         lines.append(torch.cat([sample.ref.rgb[ref], pairs]))
     width = min(len(line) for line in lines)
@@ -86,12 +86,12 @@ def save_views(
     "Write `views.png`: reference, true and rendered views side by side."
     from matplotlib.figure import Figure                       # no global state, no display
     image = rows_of_views(sample, rendered)
-    size = sample.ref.camera.hw[1]
-    columns = image.shape[1] // size
-    figure = Figure(figsize=(1.1 * columns, 1.1 * image.shape[0] / sample.ref.camera.hw[0] + .5), layout="constrained")
+    h, w = sample.ref.camera.hw
+    columns, inch = image.shape[1] // w, 1.1 / h
+    figure = Figure(figsize=(inch * image.shape[1], inch * image.shape[0] + .5), layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(image, interpolation="nearest"); axis.set_yticks([]); axis.set_title(title, fontsize=9)
-    axis.set_xticks([(i + .5) * size for i in range(columns)], ["reference"] + ["true", "rendered"] * ((columns - 1) // 2), fontsize=8)
+    axis.set_xticks([(i + .5) * w for i in range(columns)], ["reference"] + ["true", "rendered"] * ((columns - 1) // 2), fontsize=8)
     axis.xaxis.tick_top(); axis.tick_params(length=0)
     partial = Path(path).with_suffix(".partial.png")
     figure.savefig(partial, dpi=110); os.replace(partial, path)
@@ -139,22 +139,22 @@ def evaluate(
     device: str | torch.device = "cpu",
     backend: str = "auto",  # renderer
 ) -> dict[str, float]:
-    "Mean PSNR, foreground PSNR (dB) and SSIM over all target views, with the number of clouds and images."
+    "Mean PSNR, foreground PSNR (dB; where the views have masks) and SSIM over all target views; how many clouds, images and Gaussians."
     training = model.training
     model.eval()
-    colour, scores, clouds = torch.tensor(background, device=device), [], 0
+    colour, scores, clouds, gaussians = torch.tensor(background, device=device), [], 0, 0
     for sample in samples:
         sample = sample.to(device)
-        rgb = render(predict(sample.points, sample.ref, image_net, model), sample.target.camera, colour, backend=backend).rgb
-        target, mask = sample.target.rgb, sample.target.mask
-        foreground = psnr(rgb, target, mask) if mask is not None else torch.full((len(rgb),), torch.nan, device=device)
-        scores.append(torch.stack([psnr(rgb, target), foreground, ssim(rgb, target)], 1).cpu())
-        clouds += sample.points.size
+        predicted, target = predict(sample.points, sample.ref, image_net, model), sample.target
+        rgb = render(predicted, target.camera, colour, backend=backend).rgb
+        columns = {"psnr": psnr(rgb, target.rgb), "ssim": ssim(rgb, target.rgb)}
+        if target.mask is not None: columns["psnr_foreground"] = psnr(rgb, target.rgb, target.mask)
+        scores.append({k: v.cpu() for k, v in columns.items()})
+        clouds, gaussians = clouds + sample.points.size, gaussians + len(predicted)
     model.train(training)
     if not scores: raise ValueError("evaluate: expected at least one sample to score, got none")
-    table = torch.cat(scores)
-    mean = table.nanmean(0)
-    return {"psnr": float(mean[0]), "psnr_foreground": float(mean[1]), "ssim": float(mean[2]), "clouds": clouds, "images": len(table)}
+    means = {k: float(torch.cat([s[k] for s in scores]).nanmean()) for k in scores[0]}
+    return means | {"clouds": clouds, "images": sum(len(s["psnr"]) for s in scores), "gaussians_per_cloud": gaussians / clouds}
 
 def constant_baselines(
     samples: Callable[[], Iterable[Sample]],  # gives the same samples each time it is called
