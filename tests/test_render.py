@@ -220,6 +220,31 @@ def test_close_and_wide_gaussians_outside_the_frustum():
     for name in wanted: assert gap(grads[name], wanted[name]) < 1e-5, name
 
 
+def room_of_gaussians(n, hw, voxel=.08, seed=0):
+    "Flat Gaussians of about a voxel's size on the six sides of a room of 4 x 5 x 2.5 metres, and two cameras inside it."
+    g = torch.Generator().manual_seed(seed)
+    box = torch.tensor([4., 5., 2.5])
+    mean, axis = torch.rand(n, 3, generator=g) * box, torch.randint(3, (n,), generator=g)
+    mean[torch.arange(n), axis] = (torch.rand(n, generator=g) < .5) * box[axis]
+    scale = voxel * torch.exp(.3 * torch.randn(n, 3, generator=g))
+    scale[torch.arange(n), axis] *= .1
+    gaussians = GaussianBatch(mean, scale, torch.tensor([1., 0, 0, 0]).repeat(n, 1) + .05 * torch.randn(n, 4, generator=g), torch.sigmoid(torch.randn(n, generator=g)),
+                              torch.randn(n, 4, 3, generator=g) * torch.tensor([1., .2, .2, .2])[:, None], torch.zeros(n, dtype=torch.long), 1)
+    eye = torch.tensor([[1., 1., 1.5], [3., 4., 1.2]])
+    return gaussians, CameraBatch(look_at(eye, torch.tensor([[3.5, 4., .8], [.5, .5, 1.]])), intrinsics_from_fov(60, hw).repeat(2, 1, 1), hw, torch.zeros(2, dtype=torch.long))
+
+
+def test_a_room_of_twenty_thousand_gaussians():
+    "Scene scale: a camera among the Gaussians, 4:3 images, near and far; values and gradients against the float64 reference."
+    gaussians, cameras = room_of_gaussians(20_000, (12, 16))
+    clear = clear_pixels(gaussians, cameras, near=.1)
+    assert clear.double().mean() > .5
+    ours, grads = backward_of(gaussians, cameras, torch.ones(3), "cpu", torch.float32, clear, near=.1, far=4.5)
+    true, wanted = backward_of(gaussians, cameras, torch.ones(3), "dense", torch.float64, clear, near=.1, far=4.5)
+    for a, b in zip(ours, true): assert gap(a, b) < 1e-5
+    for name in wanted: assert gap(grads[name], wanted[name]) < 1e-4, (name, gap(grads[name], wanted[name]))
+
+
 def test_each_output_alone_passes_its_gradient():
     gaussians, cameras = random_scene(3)
     for field in ("rgb", "alpha", "depth"):
