@@ -162,29 +162,46 @@ def row_norm(width: int) -> nn.BatchNorm1d:
 
 class Down(nn.Module):
     "Rows to the next coarser level: a layer, and the maximum over the members of each cell."
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self,
+        c_in: int,   # channels of the finer level
+        c_out: int,  # channels of the coarser one
+    ):
         super().__init__()
         self.proj, self.norm = nn.Linear(c_in, c_out), row_norm(c_out)
 
-    def forward(self, x: Tensor, coarse: Level) -> Tensor:
+    def forward(self,
+        x: Tensor,      # [n c_in]
+        coarse: Level,  # whose `inverse` says where each row goes
+    ) -> Tensor:  # [rows of `coarse`, c_out]
         x = self.proj(x)
         top = x.new_empty(len(coarse), x.shape[1]).scatter_reduce(0, coarse.inverse[:, None].expand_as(x), x, "amax", include_self=False)
         return F.gelu(self.norm(top))
 
 class Up(nn.Module):
     "Rows of the next coarser level to their members, beside the rows that were here before."
-    def __init__(self, c_in: int, c_skip: int, c_out: int):
+    def __init__(self,
+        c_in: int,    # channels of the coarser level
+        c_skip: int,  # channels that the encoder had here
+        c_out: int,
+    ):
         super().__init__()
         self.proj, self.proj_skip = (nn.Sequential(nn.Linear(c, c_out), row_norm(c_out), nn.GELU()) for c in (c_in, c_skip))
 
-    def forward(self, x: Tensor, coarse: Level, skip: Tensor) -> tuple[Tensor, Tensor]:  # the sum, and the part that was here before
+    def forward(self,
+        x: Tensor,      # [rows of `coarse`, c_in]
+        coarse: Level,
+        skip: Tensor,   # [n c_skip]
+    ) -> tuple[Tensor, Tensor]:  # the sum [n c_out], and the part of it that was here before
         skip = self.proj_skip(skip)
         return skip + self.proj(x)[coarse.inverse], skip
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #011959fd
 class PatchAttention(nn.Module):
     "Multi-head attention within patches, on packed rows [n width]."
-    def __init__(self, width: int, heads: int):
+    def __init__(self,
+        width: int,
+        heads: int,  # must divide width
+    ):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -195,7 +212,15 @@ class PatchAttention(nn.Module):
 
 class Block(nn.Module):
     "Where am I, attention within patches along one curve, MLP; on packed rows [n width]."
-    def __init__(self, width: int, heads: int, *, curve: int, patch: int, mlp_ratio: float = 4., drop_path: float = 0.):
+    def __init__(self,
+        width: int,
+        heads: int,              # must divide width
+        *,
+        curve: int,              # which of the level's curves to walk
+        patch: int,              # rows of a patch
+        mlp_ratio: float = 4.,   # hidden width of the MLP over width
+        drop_path: float = 0.,   # probability with which a row goes without a branch, in training
+    ):
         super().__init__()
         self.curve, self.patch, self.drop_path, hidden = curve, patch, drop_path, int(mlp_ratio * width)
         self.cpe = nn.ModuleList([SubMConv3d(width, width, 3, bias=True), nn.Linear(width, width), nn.LayerNorm(width)])
