@@ -1,5 +1,7 @@
 "Sparse convolution: equal to dense convolution in values and gradients, at any number of threads, in any order of rows."
 import gc
+import sys
+import types
 import weakref
 
 import pytest
@@ -260,3 +262,58 @@ def test_gpu_agrees(backend):
     y = layers.cuda()(there)
     torch.testing.assert_close(y.feat.cpu(), want, rtol=1e-3, atol=1e-4)
     for a, b in zip(torch.autograd.grad(y.feat.square().sum(), [there.feat, *layers.parameters()]), expected): torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)
+
+
+def imitate_spconv(monkeypatch):
+    "A module with the parts of spconv's interface that are used, the same demands, and our sums behind them."
+    from unipre3d.geometry import sparse
+
+    class Tensor:
+        def __init__(self, features, indices, spatial_shape, batch_size, indice_dict=None):
+            assert indices.dtype == torch.int32 and batch_size > 0 and isinstance(spatial_shape, list) and features.device.type != "meta"
+            self.features, self.indices, self.spatial_shape, self.batch_size, self.indice_dict = features, indices, spatial_shape, batch_size, indice_dict or {}
+
+    class Layer(torch.nn.Module):
+        subm = inverse = False
+
+        def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, indice_key=None):
+            super().__init__()
+            assert not bias and indice_key
+            self.kernel_size, self.key, self.weight = kernel_size, indice_key, torch.nn.Parameter(torch.zeros(out_channels, *kernel_size, in_channels))
+            self.stride, self.padding = stride, padding
+
+        def forward(self, x):
+            assert self.training and self.weight.device.type != "meta"
+            known, ours = dict(x.indice_dict), SparseTensor(x.features, x.indices.long(), tuple(x.spatial_shape), x.batch_size)
+            data = known.get(self.key)
+            if self.inverse: return Tensor(sparse_conv(x.features, self.weight, data["rules"].reversed()), data["from"].indices, data["from"].spatial_shape, x.batch_size, known)
+            assert data is None or self.subm, "only support reuse subm indices"
+            if self.subm: coarse, rules = ours, data["rules"] if data else submanifold_rules(ours, tuple(self.kernel_size))
+            else: coarse, rules = strided_rules(ours, tuple(self.kernel_size), tuple(self.stride), tuple(self.padding))
+            known[self.key] = {"rules": rules, "from": x}
+            return Tensor(sparse_conv(x.features, self.weight, rules), coarse.index.int(), list(coarse.shape), x.batch_size, known)
+
+    module = types.ModuleType("spconv.pytorch")
+    module.SparseConvTensor = Tensor
+    module.SubMConv3d, module.SparseConv3d, module.SparseInverseConv3d = (type(k, (Layer,), v) for k, v in (("SubM", {"subm": True}), ("Strided", {}), ("Inverse", {"inverse": True})))
+    package = types.ModuleType("spconv")
+    package.pytorch = module
+    monkeypatch.setitem(sys.modules, "spconv", package)
+    monkeypatch.setitem(sys.modules, "spconv.pytorch", module)
+    monkeypatch.setattr(sparse, "_use_spconv", lambda owner, backend, x: backend != "torch")
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_spconv_is_called_as_it_wants_to_be(monkeypatch, mode):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(SubMConv3d(3, 4, 5, bias=True), SubMConv3d(4, 4, 5), SubMConv3d(4, 4, 1), SparseConv3d(4, 5, bias=True), SubMConv3d(5, 5), SparseConv3d(5, 5, 3, padding=1), SparseInverseConv3d(5, 5, 3),
+                                 SparseInverseConv3d(5, 2, bias=True)).double().train(mode)
+    x = leaf(random_tensor((9, 8, 7)))
+    want = layers(x)
+    imitate_spconv(monkeypatch)
+    found = layers(SparseTensor(x.feat, x.index, x.shape, x.size))
+    assert torch.equal(found.index, want.index) and found.shape == want.shape and set(found._cache["spconv"]) == {"subm (5, 5, 5)"}
+    close(found.feat, want.feat, torch.float64)
+    same_gradients(found.feat, want.feat, [x.feat, *layers.parameters()], torch.float64)
+    empty = SparseTensor(torch.zeros(0, 3, dtype=torch.double), torch.zeros(0, 4, dtype=torch.long), (8, 8, 8), 1)
+    assert layers(empty).feat.shape == (0, 2)

@@ -90,23 +90,20 @@ def neighbour_table(
     kernel: tuple[int, int, int], # odd widths of the window
 ) -> Tensor:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 where there is none
     "Which cells lie in the window around each cell."
-    n, volume = len(number), kernel[0] * kernel[1] * kernel[2]
-    table = torch.full((volume * n,), -1, dtype=torch.int32, device=number.device)
-    here = torch.arange(n, device=number.device)
-    table[volume // 2 * n:][:n] = here.int()
-    for line in range(kernel[0] * kernel[1] // 2 + 1):
+    n, volume, lines = len(number), kernel[0] * kernel[1] * kernel[2], kernel[0] * kernel[1]
+    table = torch.full((volume, n + 1), -1, dtype=torch.int32, device=number.device)  # the last column takes what was not found
+    here, ends = torch.arange(n, dtype=torch.int32, device=number.device), F.pad(number, (0, 1), value=-1)
+    table[volume // 2, :n] = here
+    for line in range(lines // 2 + 1):
         a, b = line // kernel[1] - kernel[0] // 2, line % kernel[1] - kernel[1] // 2
-        first = number + ((a * shape[1] + b) * shape[2] - kernel[2] // 2)
-        place = torch.searchsorted(number, first)
-        reach = kernel[2] // 2 if a == b == 0 else kernel[2]
-        for step in range(reach):
-            there = (place + step).clamp(max=n - 1)
-            along = number[there] - first
-            hit = ((along >= step) & (along < reach)).nonzero()[:, 0]
-            offset, there, to = line * kernel[2] + along[hit], there[hit], here[hit]
-            table[offset * n + to] = there.int()
-            table[(volume - 1 - offset) * n + there] = to.int()
-    return table.view(volume, n)
+        want = number + ((a * shape[1] + b) * shape[2] - kernel[2] // 2)
+        place = torch.searchsorted(number, want)
+        for offset in range(line * kernel[2], min((line + 1) * kernel[2], volume // 2)):
+            hit = ends[place] == want
+            table[offset, :n] = torch.where(hit, place, -1)
+            table[volume - 1 - offset].scatter_(0, torch.where(hit, place, n), here)
+            place, want = place + hit, want + 1
+    return table[:, :n]
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e4a235f8
 class Block(NamedTuple):
@@ -132,18 +129,23 @@ class Rulebook:
         dst_rows: Tensor,  # [m] output row of each column; columns that stand together are worked on together
     ) -> Rulebook:
         "Cut a table into blocks."
-        (volume, m), side = table.shape, 2048 if table.device.type == "cpu" else 2**17
-        table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side).transpose(0, 1)
-        hit = table >= 0
-        dst = F.pad(dst_rows.int(), (0, -m % side)).view(-1, 1, side).expand_as(table)[hit]
-        order = (hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit) - 1).mT[hit.mT]
+        (volume, m), most = table.shape, 2048 if table.device.type == "cpu" else 2**17
+        side = -(-m // max(1, -(-m // most)))  # blocks of one size
+        if not m: return cls(src_rows[:0].int(), dst_rows[:0].int(), [], 0)
+        table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side).transpose(0, 1).contiguous()
+        hit, rows = table >= 0, F.pad(dst_rows.int(), (0, -m % side))
+        pair = hit.view(-1).nonzero()[:, 0]
+        place = hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit)
+        order = place.mT.flatten().index_select(0, hit.mT.flatten().nonzero()[:, 0]) - 1
+        counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1).tolist()
         many = hit.sum(1, dtype=torch.int32)
-        start, counts, blocks, done = many.cumsum(1, dtype=torch.int32) - many, hit.sum(2).tolist(), [], 0
+        start, blocks, done = many.cumsum(1, dtype=torch.int32) - many, [], 0
         for i, count in enumerate(counts):
             pairs, r = slice(done, done + sum(count)), min(side, m - i * side)
             blocks.append(Block(pairs, count, dst_rows[i * side:][:r], order[pairs], start[i, :r]))
             done = pairs.stop
-        return cls(src_rows.int()[table[hit].long()], dst, blocks, m)
+        src = src_rows.int().index_select(0, table.view(-1).index_select(0, pair))
+        return cls(src, rows.index_select(0, pair % side + pair.div(volume * side, rounding_mode="floor") * side), blocks, m)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e2567c01
 @dataclass(frozen=True, eq=False)
@@ -282,18 +284,20 @@ def strided_rules(
 # %% ../../nbs/geometry/13_sparse.ipynb #f3187420
 def _use_spconv(owner: str, backend: str, x: SparseTensor) -> bool:
     "Whether a layer should call spconv for this tensor."
+    if backend == "torch" or (backend == "auto" and x.feat.dtype not in (torch.float32, torch.float16)): return False
     here = x.feat.device.type == "cuda" and importlib.util.find_spec("spconv") is not None
     if backend == "spconv" and not here:
         raise ValueError(f"{owner}.backend: 'spconv' needs a CUDA tensor and the spconv package, found a tensor on {x.feat.device}; use backend='auto' or 'torch'")
-    return backend != "torch" and here
+    return here
 
 def _run_spconv(x: SparseTensor, kind: str, layer: nn.Module, known: dict, key: str, **options):
     "One spconv layer with the weights of ours; `known` holds what earlier layers worked out, by key. Returns spconv's tensor."
     import spconv.pytorch as spconv
-    theirs = getattr(spconv, kind)(layer.in_channels, layer.out_channels, list(layer.kernel_size), bias=False, indice_key=key, **options)
-    theirs.train(layer.training)
+    with torch.device("meta"):  # their own weights are never used: do not make them
+        theirs = getattr(spconv, kind)(layer.in_channels, layer.out_channels, list(layer.kernel_size), bias=False, indice_key=key, **options)
     del theirs.weight
-    theirs.weight = layer.weight.to(x.feat.dtype)  # a plain tensor of the graph in place of their parameter
+    theirs.weight = layer.weight.to(x.feat.dtype)
+    theirs.train()  # in evaluation mode spconv cuts the graph, and its rulebook has no way back
     return theirs(spconv.SparseConvTensor(x.feat, x.index.int(), list(x.shape), x.size, indice_dict=dict(known)))
 
 class _SparseLayer(nn.Module):
