@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import PointBatch, Sample
+from ..core import CameraBatch, PointBatch, Sample
+from .scannet import ScanNetFrames, as_posed_views, scale_intrinsics
 from .shapenet import ShapeNetViews, as_views
+from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
 
 # %% auto #0
-__all__ = ['FEATURES', 'choose_views', 'rotate_world', 'about_z', 'point_features', 'ObjectSamples', 'epoch_order', 'StepSampler',
+__all__ = ['FEATURES', 'choose_views', 'rotate_world', 'about_z', 'point_features', 'orbit', 'walk', 'ObjectSamples', 'match',
+           'choose_frames', 'Room', 'transform_room', 'recolor', 'SceneSamples', 'epoch_order', 'StepSampler',
            'leave_interrupts', 'make_loader', 'eval_loader']
 
 # %% ../../nbs/data/26_loaders.ipynb #ac60612d
@@ -51,17 +54,48 @@ def about_z(
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=np.float32)
 
 # %% ../../nbs/data/26_loaders.ipynb #bad708da
-FEATURES = dict(xyz=3, height=1, normal=3, color=3)  # name -> columns
+FEATURES = dict(xyz=3, height=1, normal=3, color=3, color_signed=3)  # name -> columns; color in 0..1, color_signed in -1..1
 
 def point_features(
-    rows: np.ndarray,  # [n 3] or [n 10] of one cloud: xyz, normal, colour, part
+    rows: np.ndarray | dict[str, np.ndarray],  # one cloud: [n 3], or [n 10] of xyz, normal, colour (0..1), part; or columns by name
     names: tuple[str, ...] = ("xyz",),  # any of `FEATURES`, in this order; height is above the lowest point
 ) -> np.ndarray:  # [n c] float32
     "The input features of a backbone."
     if unknown := [n for n in names if n not in FEATURES]: raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {unknown[0]!r}")
-    if rows.shape[1] == 3 and (lack := {"normal", "color"} & set(names)): raise ValueError(f"features: expected a cloud with {lack.pop()}, found one with xyz only")
-    table = dict(xyz=rows[:, :3], normal=rows[:, 3:6], color=rows[:, 6:9])
-    return np.concatenate([rows[:, 2:3] - rows[:, 2].min(initial=np.inf) if n == "height" else table[n] for n in names], 1)
+    table = rows if isinstance(rows, dict) else dict(zip(("xyz", "normal", "color"), np.split(rows, [3, 6, 9], 1)[:1 if rows.shape[1] == 3 else 3]))
+    make = dict(height=lambda: table["xyz"][:, 2:] - table["xyz"][:, 2].min(initial=np.inf), color_signed=lambda: table["color"] * 2 - 1)
+    needs = [dict(height="xyz", color_signed="color").get(n, n) for n in names]
+    if lack := [n for n in needs if n not in table]: raise ValueError(f"features: expected a cloud with {lack[0]}, found one with {', '.join(table)} only")
+    return np.concatenate([make[n]() if n in make else table[n] for n in names], 1)
+
+# %% ../../nbs/data/26_loaders.ipynb #2502aa68
+def orbit(
+    frames: int,  # views on the circle
+    hw: tuple[int, int],  # image height and width in pixels
+    *,
+    fov: float = 49.134342641202636,  # degrees, horizontal
+    distance: float = 1.75,  # from the origin, object units
+    elevation: float = 20.,  # degrees above the horizon
+) -> CameraBatch:  # all on cloud 0
+    "Cameras on a circle around the origin."
+    angle, up = torch.arange(frames) * (2 * math.pi / frames), math.radians(elevation)
+    eye = distance * torch.stack([math.cos(up) * angle.cos(), math.cos(up) * angle.sin(), torch.full_like(angle, math.sin(up))], 1)
+    return CameraBatch(look_at(eye), intrinsics_from_fov(fov, hw).repeat(frames, 1, 1), hw, torch.zeros(frames, dtype=torch.long))
+
+def walk(
+    frames: int,  # views on the path
+    hw: tuple[int, int],  # image height and width in pixels
+    poses: np.ndarray,  # [f 4 4] camera to world, in order
+    K: np.ndarray,  # [3 3] for images of that size
+) -> CameraBatch:  # all on cloud 0
+    "Cameras along a path of poses, from the first to the last."
+    place = np.linspace(0, len(poses) - 1, frames)
+    before = np.minimum(place.astype(int), max(0, len(poses) - 2))
+    after, share = np.minimum(before + 1, len(poses) - 1), (place - before)[:, None, None]
+    pose = torch.from_numpy((1 - share) * poses[before] + share * poses[after])
+    u, _, v = torch.linalg.svd(pose[:, :3, :3])
+    pose[:, :3, :3] = u @ v
+    return CameraBatch(torch.linalg.inv(pose).float(), torch.from_numpy(K).float().repeat(frames, 1, 1), hw, torch.zeros(frames, dtype=torch.long))
 
 # %% ../../nbs/data/26_loaders.ipynb #18c02fd3
 class ObjectSamples(Dataset):
@@ -85,6 +119,14 @@ class ObjectSamples(Dataset):
         self.sampling, self.features, self.rotate, self.seed = sampling, tuple(features), rotate, seed
 
     def __len__(self): return len(self.source)
+
+    def name(self, index: int) -> str:
+        "Which object it is."
+        return "/".join(self.source.items[index])
+
+    def tour(self, index: int, frames: int, height: int) -> CameraBatch:
+        "Cameras on a circle around the object, for a film of square images."
+        return orbit(frames, (height, height), fov=self.source.fov)
 
     def _farthest(self, indices):
         "Rows of the farthest points of each object; one search for all that are not cached."
@@ -122,6 +164,180 @@ class ObjectSamples(Dataset):
         def views(part): return as_views(np.concatenate([p[part] for p in pixels]), np.concatenate([p[part] for p in poses]), source.fov,
                                          np.repeat(np.arange(len(keys)), len(range(*part.indices(r + self.n_target)))))
         return Sample(points, views(slice(0, r)), views(slice(r, None)), torch.tensor([source.label(i) for i, _ in keys]))
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample: return self.batch([key if isinstance(key, tuple) else (key, 0)])
+
+    def __getitems__(self, keys: list) -> Sample: return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
+
+# %% ../../nbs/data/26_loaders.ipynb #f3e0a319
+def match(
+    wanted: list[list[int]],  # for each row the places that suit it, in order of liking
+) -> list[int | None]:  # one place each, no place twice; None where there is none left
+    "As many rows as possible get a place of their own."
+    owner: dict[int, int] = {}
+    def settle(row, tried):
+        for place in wanted[row]:
+            if place in tried: continue
+            tried.add(place)
+            if place not in owner or settle(owner[place], tried):
+                owner[place] = row
+                return True
+        return False
+    for row in range(len(wanted)): settle(row, set())
+    found = {row: place for place, row in owner.items()}
+    return [found.get(row) for row in range(len(wanted))]
+
+def choose_frames(
+    n_frames: int,  # usable frames that there are
+    n_ref: int,  # frames that the model sees
+    n_target: int,  # frames that it must render
+    max_gap: int,  # places between a target and its reference, at most
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:  # places of the reference and of the target frames, none in both; reference j is near target j modulo their number
+    "Targets, and for each a reference nearby (section 1 of the paper's method); fewer of both in a short scene."
+    if n_frames < 2: raise ValueError(f"choose_frames: expected at least 2 frames (one to see, one to render), got {n_frames}")
+    share = min(1., n_frames / (n_ref + n_target))
+    m = max(1, int(n_target * share))
+    r = max(1, min(int(n_ref * share), n_frames - m))
+    best = None
+    for _ in range(16):                                # only short scenes need a second try
+        targets = rng.permutation(n_frames)[:m]
+        wanted = []
+        for target in np.resize(targets, r):
+            near = np.setdiff1d(np.arange(max(0, target - max_gap), min(n_frames, target + max_gap + 1)), targets)
+            wanted.append(rng.permutation(near).tolist())
+        found = match(wanted)
+        refs = [place if place is not None else (wanted[j] or [None])[0] for j, place in enumerate(found)]
+        score = sum(place is not None for place in found), sum(place is not None for place in refs)
+        if best is None or score > best[0]: best = score, refs, targets
+        if score[0] == r: break
+    _, refs, targets = best
+    lonely = {j % m for j, place in enumerate(refs) if place is None}   # a target whose neighbours are all targets is left out
+    keep = [k for k in range(m) if k not in lonely]
+    return np.array([place for j, place in enumerate(refs) if j % m in keep], dtype=np.int64), targets[keep]
+
+# %% ../../nbs/data/26_loaders.ipynb #7eb66b06
+@dataclass
+class Room:
+    "One sample of a scene on its way through augmentation."
+    points: dict[str, np.ndarray]  # xyz [n 3] metres; perhaps normal [n 3], color [n 3] in 0..1
+    color: np.ndarray  # [v h w 3] float32 in 0..1
+    depth: np.ndarray  # [v h w] float32 metres
+    pose: np.ndarray   # [v 4 4] float64 camera to world
+    K: np.ndarray      # [v 3 3]
+
+def transform_room(
+    room: Room,  # changed in place
+    *,
+    angle: float = 0.,  # radians about z, counterclockwise seen from above
+    scale: float = 1.,
+    mirror: bool = False,  # x becomes -x; the images flip left to right
+) -> Room:
+    "Turn, then mirror, then scale a room about the origin: points, normals, cameras and depth, so that each point keeps its pixel (the mirrored one if mirrored)."
+    M = np.diag([-1., 1., 1.]) if mirror else np.eye(3)
+    A = M @ about_z(angle).astype(np.float64)
+    room.points["xyz"] = (room.points["xyz"] @ (scale * A).T).astype(np.float32)
+    if "normal" in room.points: room.points["normal"] = (room.points["normal"] @ A.T).astype(np.float32)
+    room.pose = room.pose.copy()
+    room.pose[:, :3, :3], room.pose[:, :3, 3] = A @ room.pose[:, :3, :3] @ M, scale * room.pose[:, :3, 3] @ A.T
+    room.depth = room.depth * np.float32(scale)
+    if mirror:
+        room.color, room.depth, room.K = room.color[:, :, ::-1], room.depth[:, :, ::-1], room.K.copy()
+        room.K[:, 0, 2] = room.depth.shape[2] - room.K[:, 0, 2]
+    return room
+
+def recolor(
+    color: np.ndarray,  # [... 3] in 0..1
+    gain: float,  # contrast, 1 keeps it
+    shift: np.ndarray,  # [3] brightness of each channel, 0 keeps it
+) -> np.ndarray:  # [... 3] float32 in 0..1
+    "Contrast about the middle, then brightness."
+    return np.clip((color - .5) * gain + (.5 + shift), 0, 1).astype(np.float32)
+
+# %% ../../nbs/data/26_loaders.ipynb #c616b36c
+class SceneSamples(Dataset):
+    "Samples of rooms: `samples[index, draw]` is a pure function of the seed, the index and the draw."
+    def __init__(
+        self,
+        source: ScanNetFrames,
+        *,
+        n_points: int | None = None,  # random ones; None keeps all, a smaller cloud stays whole
+        n_ref: int = 8,  # frames that the model sees
+        n_target: int = 8,  # frames that it must render
+        max_gap: int = 5,  # places between a target and its reference among the usable frames, at most
+        features: tuple[str, ...] = ("normal", "color_signed"),  # any of `FEATURES`; the default is the released code's
+        rotate: float = 0.,  # turn about z by up to this many degrees either way
+        scale: tuple[float, float] = (1., 1.),  # smallest and largest factor
+        mirror: bool = False,  # mirror every second sample
+        jitter_color: float = 0.,  # contrast and brightness change by up to this much, alike in points and images
+        seed: int = 0,  # of frames, points and changes
+    ):
+        for name, value in dict(n_ref=n_ref, n_target=n_target, max_gap=max_gap, n_points=1 if n_points is None else n_points).items():
+            if value < 1: raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 0 < scale[0] <= scale[1]: raise ValueError(f"scale: expected two factors, 0 < smallest <= largest, got {tuple(scale)}")
+        if not 0 <= jitter_color < 1: raise ValueError(f"jitter_color: expected a share, at least 0 and below 1, got {jitter_color}")
+        point_features({name: np.zeros((1, 3), np.float32) for name in ("xyz", "normal", "color")}, tuple(features))
+        self.source, self.n_points, self.n_ref, self.n_target, self.max_gap = source, n_points, n_ref, n_target, max_gap
+        self.features, self.rotate, self.scale, self.mirror, self.jitter_color, self.seed = tuple(features), rotate, tuple(scale), mirror, jitter_color, seed
+
+    def __len__(self): return len(self.source)
+
+    def name(self, index: int) -> str:
+        "Which scene it is."
+        return self.source.scene(index)
+
+    def tour(self, index: int, frames: int, height: int) -> CameraBatch:
+        "Cameras along the path on which the scene was filmed, for a film of images of the frames' proportions."
+        h, w = self.source.hw
+        poses, hw = self.source.poses(index).copy(), (height, round(height * w / h))
+        poses[:, :3, 3] -= self.source.array(index, "coord").mean(0, dtype=np.float64)
+        return walk(frames, hw, poses, scale_intrinsics(self.source.intrinsics(index), (h, w), hw))
+
+    def choose(self, index: int, draw: int = 0) -> tuple[list[int], list[int]]:
+        "Numbers of the reference and of the target frames of a sample; reference j belongs to target j modulo their number."
+        return self._choose(index, np.random.default_rng((self.seed, draw, index)))
+
+    def _choose(self, index, rng):
+        numbers = self.source.frames(index)
+        if len(numbers) < 2: raise ValueError(f"{self.source.scene(index)}: expected at least 2 usable frames (one to see, one to render), found {len(numbers)}; leave the scene out with scenes=[...]")
+        return tuple([numbers[k] for k in part] for part in choose_frames(len(numbers), self.n_ref, self.n_target, self.max_gap, rng))
+
+    def _points(self, index, rng):
+        "The cloud about its mean, by name, and the mean."
+        source, xyz = self.source, self.source.array(index, "coord")
+        center, n = xyz.mean(0, dtype=np.float64), len(xyz)
+        keep = slice(None) if self.n_points is None or self.n_points >= n else rng.choice(n, self.n_points, replace=False)
+        points = dict(xyz=(xyz[keep] - center).astype(np.float32))
+        if "normal" in self.features: points["normal"] = source.array(index, "normal")[keep]
+        if {"color", "color_signed"} & set(self.features): points["color"] = source.array(index, "color")[keep] / np.float32(255)
+        return points, center
+
+    def _room(self, index, draw):
+        rng = np.random.default_rng((self.seed, draw, index))
+        ref, target = self._choose(index, rng)
+        points, center = self._points(index, rng)
+        color, depth, pose = map(np.stack, zip(*(self.source.view(index, k) for k in ref + target)))
+        pose[:, :3, 3] -= center
+        room = Room(points, color, depth, pose, np.tile(self.source.intrinsics(index), (len(pose), 1, 1)))
+        change = dict(angle=math.radians(rng.uniform(-self.rotate, self.rotate)), scale=rng.uniform(*self.scale), mirror=self.mirror and rng.random() < .5)
+        if change != dict(angle=0., scale=1., mirror=False): transform_room(room, **change)
+        if self.jitter_color:
+            gain, shift = 1 + rng.uniform(-1, 1) * self.jitter_color, rng.uniform(-1, 1, 3) * self.jitter_color
+            room.color = recolor(room.color / np.float32(255), gain, shift)
+            if "color" in points: points["color"] = recolor(points["color"], gain, shift)
+        return room, len(ref)
+
+    def batch(self, keys: list[tuple[int, int]]) -> Sample:
+        "The collated sample of several `(index, draw)`: the same as `collate` of each alone."
+        rooms = [self._room(index, draw) for index, draw in keys]
+        def owner(counts): return np.repeat(np.arange(len(keys)), counts)
+        join = lambda arrays: torch.from_numpy(np.concatenate(arrays))
+        points = PointBatch(join([room.points["xyz"] for room, _ in rooms]), join([point_features(room.points, self.features) for room, _ in rooms]),
+                            torch.from_numpy(owner([len(room.points["xyz"]) for room, _ in rooms])), len(keys))
+        def views(part):
+            parts = [[x[part(r)] for x in (room.color, room.depth, room.pose, room.K)] for room, r in rooms]
+            return as_posed_views(*map(np.concatenate, zip(*parts)), owner([len(p[0]) for p in parts]))
+        return Sample(points, views(lambda r: slice(0, r)), views(lambda r: slice(r, None)), None)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample: return self.batch([key if isinstance(key, tuple) else (key, 0)])
 
@@ -172,7 +388,7 @@ def leave_interrupts(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def make_loader(
-    samples: ObjectSamples,
+    samples: ObjectSamples | SceneSamples,
     start_step: int,  # first step
     stop_step: int,  # one past the last
     *,
@@ -188,7 +404,7 @@ def make_loader(
                       prefetch_factor=4 if num_workers else None, worker_init_fn=leave_interrupts)
 
 def eval_loader(
-    samples: ObjectSamples,
+    samples: ObjectSamples | SceneSamples,
     *,
     batch_size: int,
     num_workers: int = 0,

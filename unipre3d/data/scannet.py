@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import CameraBatch, ViewBatch
 from .shapenet import Cache, Store, read_pose
+from ..records import data_hash
 
 # %% auto #0
 __all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'read_intrinsics', 'scale_intrinsics', 'standard_intrinsics', 'nearest',
@@ -330,6 +331,10 @@ class ScanNetFrames:
 
     # -- what users ask for
     def __len__(self): return len(self.scenes)
+
+    def fingerprint(self) -> str:
+        "Hash of the archive's bytes, or of the names and sizes of all clouds' files."
+        return data_hash(self.root, "*/*/*.npy")
 
     def scene(self, i: int) -> str:
         "Name of a scene."
