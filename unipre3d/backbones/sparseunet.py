@@ -37,7 +37,10 @@ class ConvNorm(nn.Module):
 
 class ResidualBlock(nn.Module):
     "Two submanifold convolutions and a shortcut."
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self,
+        in_channels: int,   # width of the features that come in
+        out_channels: int,  # and of those that go out; the shortcut is a linear layer where they differ
+    ):
         super().__init__()
         self.first = ConvNorm(SubMConv3d(in_channels, out_channels))
         self.second = ConvNorm(SubMConv3d(out_channels, out_channels), relu=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class SparseTensor:
         number, order = cell_numbers(self.index, self.shape).sort()
         if (same := number[1:] == number[:-1]).any():
             row = order[int(same.nonzero()[0])]
-            raise ValueError(f"SparseTensor.index: expected each cell once, found {tuple(self.index[row].tolist())} more than once; merge rows first (voxelize)")
+            raise ValueError(f"SparseTensor.index: expected each cell once, found {tuple(self.index[row].tolist())} more than once; merge rows first (merge_voxels)")
         return order
 
     def __len__(self): return len(self.feat)
@@ -78,10 +79,10 @@ class SparseTensor:
 
 def _triple(owner: str, name: str, value: int | tuple[int, int, int], low: int) -> tuple[int, int, int]:
     "Three whole numbers from one or three, checked."
-    three = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(three) != 3 or any(not isinstance(v, int) or v < low for v in three):
+    three = (value,) * 3 if isinstance(value, Integral) else tuple(value)
+    if len(three) != 3 or any(not isinstance(v, Integral) or v < low for v in three):
         raise ValueError(f"{owner}.{name}: expected a whole number or three of them, each at least {low}, got {value!r}")
-    return three
+    return tuple(int(v) for v in three)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #3eac46d8
 def neighbour_table(
@@ -264,9 +265,9 @@ def _coarse(x: SparseTensor, kernel: tuple, stride: tuple, padding: tuple) -> tu
 
 def strided_rules(
     x: SparseTensor,
-    kernel: int | tuple[int, int, int],
-    stride: int | tuple[int, int, int],
-    padding: int | tuple[int, int, int] = 0,
+    kernel: int | tuple[int, int, int],       # cells that one output cell sees
+    stride: int | tuple[int, int, int],       # fine cells from one coarse cell to the next
+    padding: int | tuple[int, int, int] = 0,  # of air around the block
 ) -> tuple[SparseTensor, Rules]:  # the coarse cells without features [m 0], and the rules from fine to coarse
     "Coarser cells and how to get there, from the cache of `x` where they are known."
     three = _triple("strided_rules", "kernel", kernel, 1), _triple("strided_rules", "stride", stride, 1), _triple("strided_rules", "padding", padding, 0)
@@ -322,8 +323,8 @@ class _SparseLayer(nn.Module):
 class SubMConv3d(_SparseLayer):
     "Submanifold convolution: the same cells, each summing over its window (Graham et al., 2018)."
     def __init__(self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: int,   # width of the features that come in
+        out_channels: int,  # and of those that go out
         kernel_size: int | tuple[int, int, int] = 3,  # odd
         *,
         bias: bool = False,
@@ -346,12 +347,12 @@ class SubMConv3d(_SparseLayer):
 class SparseConv3d(_SparseLayer):
     "Strided convolution: the values of the dense one at every output cell that some input reaches."
     def __init__(self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int] = 2,
+        in_channels: int,   # width of the features that come in
+        out_channels: int,  # and of those that go out
+        kernel_size: int | tuple[int, int, int] = 2,  # cells that one output cell sees
         *,
-        stride: int | tuple[int, int, int] = 2,
-        padding: int | tuple[int, int, int] = 0,
+        stride: int | tuple[int, int, int] = 2,   # fine cells from one coarse cell to the next
+        padding: int | tuple[int, int, int] = 0,  # of air around the block
         bias: bool = False,
         backend: str = "auto",  # auto | torch | spconv
     ):
@@ -373,8 +374,8 @@ class SparseConv3d(_SparseLayer):
 class SparseInverseConv3d(_SparseLayer):
     "The way back from a strided convolution: exactly the rows that it consumed, in their order."
     def __init__(self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: int,   # width of the features that come in
+        out_channels: int,  # and of those that go out
         kernel_size: int | tuple[int, int, int] = 2,  # that of the strided convolution
         *,
         bias: bool = False,
