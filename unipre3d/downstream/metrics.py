@@ -264,12 +264,13 @@ def overlaps(
     n = check_shapes("overlaps", mask=(pred.mask, "m n"), segment=(segment, "n"), instance=(instance, "n"))["n"]
     there = (segment >= 0) & (instance >= 0)
     there &= scored.to(segment.device)[segment.clamp(min=0)]
-    pairs, row = torch.stack([segment, instance], 1)[there].unique(dim=0, return_inverse=True)
+    pairs, row = (instance[there].long() * len(scored) + segment[there]).unique(return_inverse=True)   # a true instance is a number and a class
     owner = torch.full((n,), len(pairs), device=segment.device).masked_scatter(there, row)
-    keep = (pred.mask.sum(1) >= least).nonzero().flatten()
-    keep = keep[pred.score[keep].argsort(descending=True, stable=True)]
+    size = pred.mask.sum(1)
+    keep = pred.score.argsort(descending=True, stable=True)
+    keep = keep[size[keep] >= least]
     shared = torch.stack([torch.bincount(owner[pred.mask[k]], minlength=len(pairs) + 1) for k in keep]) if len(keep) else owner.new_zeros(0, len(pairs) + 1)
-    return Overlaps(*(x.cpu() for x in (pred.label[keep], pred.score[keep].double(), pred.mask[keep].sum(1), pairs[:, 0], torch.bincount(row, minlength=len(pairs)), shared)))
+    return Overlaps(*(x.cpu() for x in (pred.label[keep], pred.score[keep].double(), size[keep], pairs % len(scored), torch.bincount(row, minlength=len(pairs)), shared)))
 
 def match(
     scene: Overlaps,
@@ -320,7 +321,8 @@ class InstanceScore:
         return self
 
     def _ap(self, kind, tau):
-        true, score, missed = zip(*(match(scene, kind, tau, self.least) for scene in self.scenes))
+        scenes = [s for s in self.scenes if bool((s.label == kind).any()) or bool((s.kind == kind).any())] or self.scenes[:1]
+        true, score, missed = zip(*(match(scene, kind, tau, self.least) for scene in scenes))
         return average_precision(torch.cat(true), torch.cat(score), sum(missed))
 
     def compute(self) -> dict:
