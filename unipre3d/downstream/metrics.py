@@ -105,7 +105,7 @@ def draw_confusion(
     check_shapes("draw_confusion", matrix=(matrix, f"{len(names)} {len(names)}"))
     if ax is None: ax = plt.subplots(figsize=(1.5 + .34 * len(names),) * 2)[1]
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ax.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for t, p in matrix.nonzero().tolist() if counts else []:
         ax.text(p, t, int(matrix[t, p]), ha="center", va="center", fontsize=8, color="white" if share[t, p] > .5 else "black")
     ax.set_xticks(range(len(names)), names, rotation=90); ax.set_yticks(range(len(names)), names)
