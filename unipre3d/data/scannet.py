@@ -22,9 +22,11 @@ from .shapenet import Cache, Store, read_pose
 from ..records import data_hash
 
 # %% auto #0
-__all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'read_intrinsics', 'scale_intrinsics', 'standard_intrinsics', 'nearest',
+__all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'NYU40', 'read_intrinsics', 'scale_intrinsics', 'standard_intrinsics', 'nearest',
            'read_color', 'read_depth', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color',
-           'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views', 'ScanNetFrames']
+           'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views', 'ScanNetFrames',
+           'SensHeader', 'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals', 'read_mesh',
+           'read_labels', 'convert_scans']
 
 # %% ../../nbs/data/23_scannet.ipynb #cd45cb66
 STANDARD = (577.870605, (480, 640))  # focal length in pixels that ScanNet users share, and the image size it is for
@@ -282,7 +284,7 @@ class ScanNetFrames:
             if unknown := sorted(set(scenes) - set(self.scenes)): raise ValueError(f"scenes: expected some of the {len(self.scenes)} scenes in {self.root / split}, got {unknown[0]!r}")
             self.scenes = list(scenes)
 
-    # -- where things are; the raw scans below replace these
+    # -- where things are
     def _find_scenes(self):
         if not self.root.exists(): raise FileNotFoundError(f"{self.root}: expected ScanNet as <root>/{{train,val,test}}/<scene>/coord.npy with frames in <root>/2D, found nothing there; request it at www.scan-net.org and preprocess it as Pointcept does, or convert raw scans with convert_scans")
         self.store = Store(self.root)
@@ -426,3 +428,136 @@ class ScanNetFrames:
         which = self.frames(i) if which is None else list(which)
         color, depth, pose = map(np.stack, zip(*(self.view(i, k) for k in which)))
         return as_posed_views(color, depth, pose, np.tile(self.intrinsics(i), (len(which), 1, 1)), np.zeros(len(which), dtype=np.int64))
+
+# %% ../../nbs/data/23_scannet.ipynb #1cd63eac
+class SensHeader(NamedTuple):
+    "What stands at the beginning of a `.sens` file."
+    intrinsics: np.ndarray     # [3 3] of the depth camera, our convention
+    color_hw: tuple[int, int]  # stored sizes
+    depth_hw: tuple[int, int]
+    depth_scale: float         # stored units of depth in a metre
+    frames: int                # how many follow
+
+def _take(file, form: str, name: str) -> tuple:
+    "Unpack the next numbers of a binary file."
+    size = struct.calcsize("<" + form)
+    data = file.read(size)
+    if len(data) < size: raise ValueError(f"{name}: expected {size} more bytes, found {len(data)}; the file is cut off")
+    return struct.unpack("<" + form, data)
+
+def read_sens_header(
+    file,  # a .sens file, opened in binary
+    name: str = "sens",  # the file, for messages
+) -> SensHeader:
+    "The header; the file then stands at the first frame."
+    version, = _take(file, "I", name)
+    if version != 4: raise ValueError(f"{name}: expected version 4 of the .sens format, found {version}; is it a ScanNet v2 file?")
+    length, = _take(file, "Q", name)
+    if length > 4096: raise ValueError(f"{name}: expected a sensor's name of a few letters, found a length of {length}; the file is damaged")
+    _take(file, f"{length}s", name)
+    matrices = np.array(_take(file, "64f", name), dtype=np.float64).reshape(4, 4, 4)    # K and extrinsics of colour, then of depth
+    color_kind, depth_kind = _take(file, "2i", name)
+    if (color_kind, depth_kind) != (2, 1): raise ValueError(f"{name}: expected JPEG colour and zlib depth (kinds 2 and 1), found {color_kind} and {depth_kind}")
+    color_w, color_h, depth_w, depth_h = _take(file, "4I", name)
+    scale, = _take(file, "f", name)
+    count, = _take(file, "Q", name)
+    K = read_intrinsics(" ".join(map(repr, matrices[2].ravel().tolist())), (depth_h, depth_w), name)
+    return SensHeader(K, (color_h, color_w), (depth_h, depth_w), float(scale), count)
+
+def read_sens_frames(
+    file,  # a .sens file that stands at its first frame
+    header: SensHeader,
+    every: int = 20,  # frames of the film for one that is given
+    name: str = "sens",  # the file, for messages
+) -> Iterator[tuple[int, bytes, np.ndarray, np.ndarray]]:  # number, JPEG, depth [h w] uint16, camera to world [4 4]
+    "One frame of each `every`; what is skipped is not decoded."
+    for number in range(header.frames):
+        *pose, _, _, color_bytes, depth_bytes = _take(file, "16f4Q", f"{name}, frame {number}")
+        if number % every: file.seek(color_bytes + depth_bytes, 1); continue
+        color, packed = file.read(color_bytes), file.read(depth_bytes)
+        if len(packed) < depth_bytes: raise ValueError(f"{name}, frame {number}: expected {color_bytes + depth_bytes} bytes of images, found {len(color) + len(packed)}; the file is cut off")
+        try: depth = np.frombuffer(zlib.decompress(packed), dtype="<u2").reshape(header.depth_hw)
+        except (zlib.error, ValueError) as problem: raise ValueError(f"{name}, frame {number}: expected depth of {header.depth_hw[1]} x {header.depth_hw[0]}, found bytes that do not unpack to it ({problem})") from None
+        yield number, color, depth, np.array(pose).reshape(4, 4)
+
+# %% ../../nbs/data/23_scannet.ipynb #559c1c0b
+NYU40 = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)  # NYU40 number of each of ScanNet's 20 classes
+
+def scannet20(
+    nyu40: np.ndarray,  # [n] NYU40 numbers
+) -> np.ndarray:  # [n] 0..19, -1 for what is not evaluated
+    "ScanNet's 20 classes."
+    table = np.full(max(int(np.max(nyu40, initial=0)), *NYU40) + 1, -1)
+    table[list(NYU40)] = np.arange(20)
+    return table[nyu40]
+
+def vertex_normals(
+    xyz: np.ndarray,  # [n 3]
+    faces: np.ndarray,  # [f 3]
+) -> np.ndarray:  # [n 3] unit; zeros for a vertex without a triangle
+    "Area-weighted mean of the triangles' normals."
+    a, b, c = (xyz[faces[:, k]].astype(np.float64) for k in range(3))
+    area, normal = np.cross(b - a, c - a), np.zeros((len(xyz), 3))
+    for k in range(3): np.add.at(normal, faces[:, k], area)
+    return (normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+def read_mesh(
+    path: str | Path,  # <scene>_vh_clean_2.ply
+) -> dict[str, np.ndarray]:  # coord [n 3] float32 metres, color [n 3] uint8, normal [n 3] float32
+    "Vertices of a reconstructed mesh."
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected the scene's mesh, found no such file")
+    try: ply = PlyData.read(str(path)); vertex = ply["vertex"]
+    except (PlyParseError, KeyError, OSError) as problem: raise ValueError(f"{path}: expected a PLY mesh, could not read it ({problem})") from None
+    if lack := {"x", "y", "z", "red", "green", "blue"} - {p.name for p in vertex.properties}: raise ValueError(f"{path}: expected vertices with {sorted(lack)[0]}, found {', '.join(p.name for p in vertex.properties)}")
+    xyz = np.stack([np.asarray(vertex[k], dtype=np.float32) for k in "xyz"], 1)
+    faces = np.stack(list(ply["face"]["vertex_indices"])) if "face" in ply and len(ply["face"].data) else np.zeros((0, 3), dtype=int)
+    return dict(coord=xyz, color=np.stack([np.asarray(vertex[k]) for k in ("red", "green", "blue")], 1), normal=vertex_normals(xyz, faces))
+
+def read_labels(
+    folder: str | Path,  # of a raw scene
+    scene: str,
+    n: int,  # vertices of its mesh
+) -> dict[str, np.ndarray]:  # segment20 and, where the JSON files are there, instance; nothing for a scene without labels
+    "Classes and instances of a scene's vertices."
+    folder, found = Path(folder), {}
+    labels, groups, segments = (folder / f"{scene}{end}" for end in ("_vh_clean_2.labels.ply", ".aggregation.json", "_vh_clean_2.0.010000.segs.json"))
+    if labels.is_file(): found["segment20"] = scannet20(np.asarray(PlyData.read(str(labels))["vertex"]["label"]).astype(int))
+    if groups.is_file() and segments.is_file():
+        segment, instance = np.array(json.loads(segments.read_text())["segIndices"]), np.full(n, -1)
+        for group in json.loads(groups.read_text())["segGroups"]: instance[np.isin(segment, group["segments"])] = group["objectId"]
+        found["instance"] = instance
+    for name, rows in found.items():
+        if len(rows) != n: raise ValueError(f"{folder}: expected {n} labels, one a vertex of the mesh, found {len(rows)} for {name}")
+    return found
+
+# %% ../../nbs/data/23_scannet.ipynb #1365fe3e
+def convert_scans(
+    scans: str | Path,  # folder of raw scenes, <scans>/<scene>/<scene>.sens and the others
+    out: str | Path,  # folder that gets the preprocessed layout
+    *,
+    split: str | dict[str, list[str]],  # one split for all scenes, or the scenes of each split
+    every: int = 20,  # frames of the film for one that is kept
+    hw: tuple[int, int] = (240, 320),  # stored size of the frames
+) -> Path:
+    "Raw ScanNet scenes into the preprocessed layout."
+    scans, out = Path(scans), Path(out)
+    here = sorted(p.name for p in scans.iterdir() if (p / f"{p.name}.sens").is_file()) if scans.is_dir() else []
+    if not here: raise FileNotFoundError(f"{scans}: expected raw scenes as <scene>/<scene>.sens with <scene>_vh_clean_2.ply, found none; request ScanNet at www.scan-net.org")
+    wanted = {s: split for s in here} if isinstance(split, str) else {s: name for name, scenes in split.items() for s in scenes}
+    if lack := sorted(set(wanted) - set(here)): raise FileNotFoundError(f"{scans / lack[0]}: expected a raw scene, which the split names, found none")
+    for scene, part in tqdm(sorted(wanted.items()), desc="converting scans"):
+        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, every, hw)
+    return out
+
+def _convert_scan(folder, out, scene, split, every, hw):
+    "Frames first and the cloud last: a scene whose cloud is there is complete."
+    cloud = read_mesh(folder / f"{scene}_vh_clean_2.ply")
+    cloud |= read_labels(folder, scene, len(cloud["coord"]))
+    with open(folder / f"{scene}.sens", "rb") as file:
+        header = read_sens_header(file, str(folder / f"{scene}.sens"))
+        write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", scale_intrinsics(header.intrinsics, header.depth_hw, hw))
+        for number, jpeg, depth, pose in read_sens_frames(file, header, every, str(folder / f"{scene}.sens")):
+            metres = nearest(depth, hw) / header.depth_scale
+            write_frame(out, scene, number, read_color(jpeg, hw)[0], np.round(metres * 1000).astype(np.uint16), pose)
+    write_cloud(out, split, scene, **{k: v for k, v in cloud.items() if k != "coord"})
+    write_cloud(out, split, scene, coord=cloud["coord"])
