@@ -11,7 +11,8 @@ PARTS = {0: "Start here", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Bac
 
 
 def part_of(path):
-    "The part of a notebook; the landing page stands before all others."
+    "The part of a notebook; the landing page stands before all others, and every backbone is a backbone."
+    if path.parent.name == "backbones": return 4
     found = re.match(r"(\d)\d", path.name)
     return int(found[1]) if found else 0
 
