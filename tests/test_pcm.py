@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from unipre3d.backbones import PCM
-from unipre3d.backbones.mamba import convert_weight
+from unipre3d.backbones.backbone import match_released
 from unipre3d.backbones.pcm import thin
 from unipre3d.core import PointBatch
 
@@ -56,13 +56,9 @@ def test_parity_with_the_released_model(released):
     (features * data["loss/R"]).sum().backward()
     close(pos.grad, data["grad/in/pos"])
     close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
-    compared = 0
-    for name, value in model.named_parameters():
-        key = f"grad/state/encoder.{model.released_key(name)}"
-        if key in data:
-            close(value.grad, convert_weight(name, data[key], value))
-            compared += 1
-    assert compared == 3
+    recorded = match_released(dict(model.named_parameters()), model.released_weight, data, "grad/state/encoder.")
+    for name, value in recorded.weights.items(): close(model.get_parameter(name).grad, value)
+    assert not recorded.misfit and len(recorded.weights) == 3
 
 
 def test_parity_of_every_level(released):
@@ -81,7 +77,7 @@ def test_prompts_without_ranges_are_those_of_hash_seed_0(released):
 
 def test_every_released_key_is_used_once(released):
     model, _, state, _ = released
-    assert {f"encoder.{model.released_key(k)}" for k in model.state_dict()} == {k for k in state if k.startswith("encoder.")}
+    assert {f"encoder.{model.released_weight(k)[0]}" for k in model.state_dict()} == {k for k in state if k.startswith("encoder.")}
 
 
 def test_released_size():
@@ -91,7 +87,7 @@ def test_released_size():
 
 def test_equal_widths_share_one_position_layer():
     model = PCM(**SMALL | dict(dim_expansion=(1, 1, 1, 1)))
-    keys = [model.released_key(k) for k in model.state_dict()]
+    keys = [model.released_weight(k)[0] for k in model.state_dict()]
     assert "encoder.pos_proj.weight" in keys and len(set(keys)) == len(keys)
 
 
@@ -152,8 +148,8 @@ def test_nothing_in_nothing_out(size):
 
 
 def test_too_few_points_for_training_is_said_so():
-    with pytest.raises(ValueError, match="PCM.stem: expected at least 2 points while training"): PCM(**SMALL)(pack(torch.rand(1, 3)))
-    with pytest.raises(ValueError, match="PCM.body: expected at least 2 points at every level"): PCM(**SMALL)(pack(torch.rand(9, 3)))
+    with pytest.raises(ValueError, match="PCM.stem: expected at least 2 rows in the batch while training"): PCM(**SMALL)(pack(torch.rand(1, 3)))
+    with pytest.raises(ValueError, match="PCM.body: expected at least 2 rows"): PCM(**SMALL)(pack(torch.rand(9, 3)))
     assert PCM(**SMALL).eval()(pack(torch.rand(1, 3))).feat.isfinite().all()
 
 
@@ -194,7 +190,7 @@ def test_errors_name_the_argument(released):
     wrong = card["kwargs"] | {"encoder_args": card["kwargs"]["encoder_args"] | {"normalize": "center"}}
     with pytest.raises(ValueError, match="normalize: expected 'anchor'"): PCM.from_released(wrong)
     with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
-    with pytest.raises(ValueError, match="expected a tensor like \\[18"): model.convert_released(state | {"encoder.encoder.order_prompt.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="expected \\[18"): model.convert_released(state | {"encoder.encoder.order_prompt.weight": torch.zeros(2)})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

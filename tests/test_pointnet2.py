@@ -87,7 +87,7 @@ def test_odd_clouds_have_finite_gradients(train, clouds):
 def test_one_point():
     model, single = PointNet2(**SMALL), pack(torch.zeros(1, 3))
     assert model.eval()(single).feat.isfinite().all()
-    with pytest.raises(ValueError, match="body: expected at least 2 points"): model.train()(single)
+    with pytest.raises(ValueError, match="body: expected at least 2 rows"): model.train()(single)
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])

@@ -12,12 +12,14 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from .backbone import Source
 from .transformer import drop_branch
 
 # %% auto #0
-__all__ = ['selective_scan_reference', 'ChunkedScan', 'selective_scan', 'SSM', 'Mamba', 'released_mamba_key', 'convert_weight',
+__all__ = ['selective_scan_reference', 'ChunkedScan', 'selective_scan', 'SSM', 'Mamba', 'taps_first', 'released_mamba_weight',
            'MambaBlock', 'spread']
 
 # %% ../../nbs/backbones/43_mamba.ipynb #68d6eb31
@@ -171,23 +173,21 @@ class Mamba(nn.Module):
         return self.out_proj(y)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #4064ec32
-def released_mamba_key(
-    name: str,  # name of a parameter of Mamba, such as "flipped.dt_proj.weight"
-) -> str:  # its name in mamba-ssm, or in Mamba3D's copy of it
-    "Where released checkpoints keep a weight of a Mamba layer."
-    name = name.replace("conv_", "conv1d.").removeprefix("ssm.")
-    if not name.startswith("flipped."): return name
-    head, dot, tail = name.removeprefix("flipped.").partition(".")
-    return ("A_b_log" if head == "A_log" else f"{head}_b") + dot + tail
+def taps_first(
+    w: Float[Tensor, "d 1 taps"],  # a convolution over time as PyTorch keeps it
+) -> Float[Tensor, "taps d"]:
+    "Weights of a convolution over time in our layout."
+    return w[:, 0].T
 
-def convert_weight(
-    name: str,         # ours
-    released: Tensor,  # the tensor that a released checkpoint holds
-    ours: Tensor,      # the tensor that it is to replace
-) -> Tensor:  # of the shape of ours
-    "A released tensor in our layout: convolutions over time are stored `[d 1 taps]`, linear maps with extra axes of size one."
-    if released.numel() != ours.numel(): raise ValueError(f"{name}: expected a tensor like {list(ours.shape)}, got {list(released.shape)}")
-    return released[:, 0].T.contiguous() if name.endswith("conv_weight") else released.reshape(ours.shape)
+def released_mamba_weight(
+    name: str,  # name of a parameter of Mamba, such as "flipped.dt_proj.weight"
+) -> Source:  # its key in mamba-ssm, or in Mamba3D's copy of it; how the tensor there becomes ours
+    "Where released checkpoints keep a weight of a Mamba layer."
+    change = taps_first if name.endswith("conv_weight") else None
+    name = name.replace("conv_", "conv1d.").removeprefix("ssm.")
+    if not name.startswith("flipped."): return name, change
+    head, dot, tail = name.removeprefix("flipped.").partition(".")
+    return ("A_b_log" if head == "A_log" else f"{head}_b") + dot + tail, change
 
 # %% ../../nbs/backbones/43_mamba.ipynb #d789ebe0
 class MambaBlock(nn.Module):

@@ -4,21 +4,20 @@
 
 # %% ../../nbs/backbones/45_mamba3d.ipynb #4fead0e9
 from __future__ import annotations
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .mamba import Mamba, convert_weight, released_mamba_key, spread
+from .backbone import Backbone, Source
+from .mamba import Mamba, released_mamba_weight, spread
 from .transformer import GroupEncoder, drop_branch
 from ..core import PointBatch, from_padded, to_padded
 from ..geometry.pointops import farthest_point_sample, knn
 
 # %% auto #0
-__all__ = ['spread_centres', 'LocalPooling', 'Mamba3DBlock', 'released_key', 'Mamba3D']
+__all__ = ['spread_centres', 'LocalPooling', 'Mamba3DBlock', 'Mamba3D']
 
 # %% ../../nbs/backbones/45_mamba3d.ipynb #12c0009a
 def spread_centres(
@@ -81,20 +80,7 @@ class Mamba3DBlock(nn.Module):
         return x + drop_branch(self.mixer(self.norm2(x)), self.drop_path, self.training)
 
 # %% ../../nbs/backbones/45_mamba3d.ipynb #ccb9548e
-def released_key(
-    name: str,  # name of a parameter or buffer of Mamba3D
-) -> str:  # its name inside the released encoder
-    "Where the released checkpoints keep a weight of ours."
-    if ".mixer." in name:
-        block, own = name.split(".mixer.")
-        return f"blocks.{block}.mixer.{released_mamba_key(own)}"
-    for ours, theirs in (("encoder.first.", "encoder.first_conv."), ("encoder.second.", "encoder.second_conv."), ("position.", "pos_embed."), ("blocks.", "blocks.blocks."),
-                         (".local.alpha", ".lfa.lga.affine_alpha_feat"), (".local.beta", ".lfa.lga.affine_beta_feat"), (".local.norm.", ".lfa.pre_norm_ft."),
-                         (".local.mlp.", ".lfa.mlp.share_mlp.")):
-        name = name.replace(ours, theirs)
-    return name
-
-class Mamba3D(nn.Module):
+class Mamba3D(Backbone):
     "Mamba3D as released with UniPre3D; returns one row for each group centre."
     def __init__(self, *,
         in_channels: int = 3,            # columns of the input; the model reads the coordinates only
@@ -108,12 +94,10 @@ class Mamba3D(nn.Module):
         drop_path_rate: float = .1,      # stochastic depth of the last block; the first has none
         batch_statistics: bool = False,  # True: local pooling divides by one spread for the whole batch, as the released code does
     ):
-        super().__init__()
-        self.config = dict(in_channels=in_channels, num_groups=num_groups, group_size=group_size, encoder_widths=tuple(encoder_widths), width=width, depth=depth,
-                           d_state=d_state, center_local_k=center_local_k, drop_path_rate=drop_path_rate, batch_statistics=batch_statistics)
+        super().__init__(locals())
         if in_channels < 3: raise ValueError(f"Mamba3D.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         self.num_groups, self.group_size, self.center_local_k = num_groups, group_size, center_local_k
-        self.width = self.stem_width = width
+        self.stem_width = self.body_width = self.width = width
         self.encoder = GroupEncoder(3, width, encoder_widths)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, width))
         self.cls_token, self.cls_pos = (nn.Parameter(.02 * torch.randn(width)) for _ in range(2))
@@ -142,56 +126,24 @@ class Mamba3D(nn.Module):
         "Run all blocks on the tokens of `stem`; the CLS token takes part and is dropped at the end."
         return self.summarise(p)[0] if len(p) else p
 
-    def forward(self, points: PointBatch) -> PointBatch:
-        "Stem, body and norm, without any fusion."
-        p = self.body(self.stem(points))
-        return p.with_feat(self.norm(p.feat))
+    def released_weight(self, name: str) -> Source:
+        "Where the released checkpoints keep a weight of ours."
+        name, mixer, own = name.partition(".mixer.")
+        for ours, theirs in (("encoder.first.", "encoder.first_conv."), ("encoder.second.", "encoder.second_conv."), ("position.", "pos_embed."), ("blocks.", "blocks.blocks."),
+                             (".local.alpha", ".lfa.lga.affine_alpha_feat"), (".local.beta", ".lfa.lga.affine_beta_feat"), (".local.norm.", ".lfa.pre_norm_ft."),
+                             (".local.mlp.", ".lfa.mlp.share_mlp.")):
+            name = name.replace(ours, theirs)
+        key, change = released_mamba_weight(own) if mixer else ("", None)
+        return name + mixer + key, change
 
     @classmethod
     def from_released(cls,
-        kwargs: dict,  # constructor arguments under their released names (trans_dim, num_group, center_local_k, ...)
+        kwargs: dict[str, Any],  # constructor arguments under their released names (trans_dim, num_group, center_local_k, ...)
     ) -> Mamba3D:
         "A model of the shape that released code would build, with its statistics over the batch."
         names = dict(trans_dim="width", depth="depth", drop_path_rate="drop_path_rate", group_size="group_size", num_group="num_groups", center_local_k="center_local_k")
-        unused = {"NAME", "num_heads", "encoder_dims", "bimamba_type", "ordering", "label_smooth", "lr_ratio_cls", "lr_ratio_lfa", "fusion", "in_channels"}
-        if unknown := sorted(set(kwargs) - set(names) - unused):
-            raise ValueError(f"Mamba3D.from_released: unknown argument {unknown[0]!r}, expected {', '.join(sorted(set(names) | unused))}")
-        if (kind := kwargs.get("bimamba_type", "v4")) != "v4": raise ValueError(f"Mamba3D.from_released: bimamba_type: expected 'v4', the released one, got {kind!r}")
-        given = {names[k]: v for k, v in kwargs.items() if k in names}
+        unused = frozenset({"NAME", "num_heads", "encoder_dims", "ordering", "label_smooth", "lr_ratio_cls", "lr_ratio_lfa", "fusion", "in_channels"})
+        given = cls.released_arguments(kwargs, names, fixed=dict(bimamba_type="v4"), unused=unused)
         if (dims := kwargs.get("encoder_dims", given.get("width", 384))) != given.get("width", 384):
             raise ValueError(f"Mamba3D.from_released: encoder_dims: expected trans_dim = {given.get('width', 384)}, since tokens go into the blocks as they are, got {dims}")
         return cls(**given, batch_statistics=True)
-
-    def convert_released(self,
-        state: dict[str, Tensor],  # a released state dict, which may hold more than the encoder
-        prefix: str = "encoder.",  # what stands before the encoder's own keys
-    ) -> dict[str, Tensor]:  # a state dict for load_state_dict
-        "Released weights under our names and in our shapes."
-        out = {}
-        for name, value in self.state_dict().items():
-            key = prefix + released_key(name)
-            if key not in state: raise ValueError(f"Mamba3D.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and depth")
-            out[name] = convert_weight(name, state[key], value)
-        return out
-
-    def save_pretrained(self,
-        folder: str | Path,  # made if it is not there
-    ) -> None:
-        "Write `config.json` and `model.safetensors`."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"backbone": type(self).__name__, **self.config}, indent=1))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls,
-        folder: str | Path,  # a folder that save_pretrained wrote
-    ) -> Mamba3D:
-        "The saved model, in evaluation mode."
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file(): raise FileNotFoundError(f"{Path(folder) / name}: expected a file that save_pretrained wrote, found none")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__:
-            raise ValueError(f"{Path(folder) / 'config.json'}: expected backbone {cls.__name__!r}, found {kind!r}")
-        model = cls(**config)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()

@@ -4,24 +4,22 @@
 
 # %% ../../nbs/backbones/44_pcm.ipynb #683dfe3d
 from __future__ import annotations
-import json
 import re
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .mamba import MambaBlock, convert_weight, released_mamba_key, spread
+from .backbone import Backbone, Source
+from .mamba import MambaBlock, released_mamba_weight, spread
 from .transformer import GroupMax
 from ..core import PointBatch, from_padded, offsets, to_padded
 from ..geometry.pointops import farthest_point_sample, interpolate, knn
 from ..geometry.serialization import ORDERS, grid_coordinates, serialize
 
 # %% auto #0
-__all__ = ['HASH_SEED_0', 'RENAME', 'thin', 'layer', 'Residual', 'Neighbourhood', 'Stage', 'scan_rows', 'Propagation',
-           'released_key', 'PCM']
+__all__ = ['HASH_SEED_0', 'RENAME', 'thin', 'layer', 'Residual', 'Neighbourhood', 'Stage', 'scan_rows', 'Propagation', 'PCM']
 
 # %% ../../nbs/backbones/44_pcm.ipynb #55a18817
 def thin(
@@ -150,15 +148,7 @@ RENAME = [(re.compile(ours), theirs) for ours, theirs in (
     (r"^spare\.list\.(\d+)", r"decoder.gmp_map_list.\1.net"), (r"^spare\.end", "decoder.gmp_map_end.net"),
     (r"(operation\.\d+)\.net\.([01])\.", r"\1.net1.\2."), (r"(operation\.\d+)\.net\.3\.", r"\1.net2.0."), (r"(operation\.\d+)\.net\.4\.", r"\1.net2.1."))]
 
-def released_key(
-    name: str,  # name of a parameter or buffer of PCM
-) -> str:  # its name inside the released predictor's encoder
-    "Where the released checkpoints keep a weight of ours."
-    head, mixer, own = name.partition(".mixer.")
-    for ours, theirs in RENAME: head = ours.sub(theirs, head)
-    return head + mixer + (released_mamba_key(own) if mixer else "")
-
-class PCM(nn.Module):
+class PCM(Backbone):
     "Point Cloud Mamba as released with UniPre3D; returns one row for each point."
     def __init__(self, *,
         in_channels: int = 3,                          # columns of the input that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
@@ -182,18 +172,14 @@ class PCM(nn.Module):
         released_orders: bool = False,                 # True: orders as the released code computes them, over the batch
         spare_head: bool = True,                       # the released decoder's second head, which nothing uses; False leaves it out
     ):
-        super().__init__()
+        super().__init__(locals())
         widths, stages = [embed_dim], len(dim_expansion)
         for times in dim_expansion: widths.append(widths[-1] * times)
         channels = tuple(decoder_channels or widths[-2::-1])
         prompt_order = tuple(prompt_order or dict.fromkeys(orders))
-        self.config = dict(in_channels=in_channels, embed_dim=embed_dim, dim_expansion=tuple(dim_expansion), mamba_blocks=tuple(mamba_blocks), d_state=d_state, orders=tuple(orders),
-                           pre_blocks=tuple(pre_blocks), k_neighbors=tuple(k_neighbors), reducers=tuple(reducers), prompts_per_order=prompts_per_order,
-                           prompt_width=prompt_width, prompt_order=prompt_order, decoder_channels=channels, decoder_blocks=tuple(decoder_blocks),
-                           out_channels=out_channels, dropout=dropout, drop_path_rate=drop_path_rate, grid_size=grid_size, released_orders=released_orders, spare_head=spare_head)
         if in_channels < 3: raise ValueError(f"PCM.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         for name in ("mamba_blocks", "pre_blocks", "k_neighbors", "reducers", "decoder_channels", "decoder_blocks"):
-            if len(self.config[name]) != stages: raise ValueError(f"PCM.{name}: expected {stages} numbers, one for each of dim_expansion, got {len(self.config[name])}")
+            if self.config[name] is not None and len(self.config[name]) != stages: raise ValueError(f"PCM.{name}: expected {stages} numbers, one for each of dim_expansion, got {len(self.config[name])}")
         if len(orders) != sum(mamba_blocks): raise ValueError(f"PCM.orders: expected {sum(mamba_blocks)}, one for each Mamba block, got {len(orders)}")
         if unknown := [o for o in orders if o not in ORDERS]: raise ValueError(f"PCM.orders: expected names among {', '.join(ORDERS)}, got {unknown[0]!r}")
         if set(prompt_order) != set(orders): raise ValueError(f"PCM.prompt_order: expected each of orders once ({', '.join(sorted(set(orders)))}), got {', '.join(prompt_order)}")
@@ -219,9 +205,8 @@ class PCM(nn.Module):
 
     def stem(self, points: PointBatch) -> PointBatch:
         "All points, with features of their own columns."
-        if self.in_channels > 3 and points.feat.shape[1] < self.in_channels:
-            raise ValueError(f"PCM.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}")
-        if self.training and len(points) == 1: raise ValueError("PCM.stem: expected at least 2 points while training (batch normalisation), got 1; use .eval() or more points")
+        if self.in_channels > 3: self.need_columns(points)
+        self.need_rows(len(points), "stem")
         x = torch.cat([points.xyz, points.feat[:, 3:self.in_channels]], 1) if self.in_channels > 3 else points.xyz
         return points.with_feat(self.embedding(x) if len(points) else x.new_zeros(0, self.stem_width))
 
@@ -255,19 +240,21 @@ class PCM(nn.Module):
         "Encoder and decoder; the points come back in the order in which they came."
         if not len(p): return p.with_feat(p.feat.new_zeros(0, self.body_width))
         *levels, coarse = self.encode(p)
-        if self.training and len(levels[-1]) == 1:
-            raise ValueError("PCM.body: expected at least 2 points at every level while training (batch normalisation), got 1; use .eval(), more points or more clouds")
+        for level in levels[1:]: self.need_rows(len(level), "body")
         for fine, step in zip(levels[::-1], self.decoder): coarse = step(fine, coarse)
         return coarse
 
-    def forward(self, points: PointBatch) -> PointBatch:
-        "Stem, body and norm, without any fusion."
-        p = self.body(self.stem(points))
-        return p.with_feat(self.norm(p.feat) if len(p) else p.feat.new_zeros(0, self.width))
+    def released_weight(self, name: str) -> Source:
+        "Where the released checkpoints keep a weight of ours; PCM's norm is the head of the released predictor's encoder."
+        name, mixer, own = name.partition(".mixer.")
+        for ours, theirs in RENAME: name = ours.sub(theirs, name)
+        if len(self.position) == 1: name = name.replace("pos_proj.0.", "pos_proj.")  # stages that share one layer
+        key, change = released_mamba_weight(own) if mixer else ("", None)
+        return name + mixer + key, change
 
     @classmethod
     def from_released(cls,
-        kwargs: dict,  # encoder_args, decoder_args and cls_args under their released names
+        kwargs: dict[str, Any],  # encoder_args, decoder_args and cls_args under their released names
         order_prompt_ranges: dict[str, list[int]] | None = None,  # rows of each order's prompts; None: as with PYTHONHASHSEED=0
     ) -> PCM:
         "A model of the shape that released code would build, with its orders."
@@ -291,41 +278,3 @@ class PCM(nn.Module):
         stages = len(given["dim_expansion"])
         return cls(**given | dict(orders=orders), prompt_order=tuple(by_row), decoder_channels=tuple(dec["decoder_channel_list"][-stages:]), decoder_blocks=tuple(dec["decoder_blocks"]),
                    out_channels=head["num_classes"], dropout=head.get("dropout", .5), released_orders=True)
-
-    def convert_released(self,
-        state: dict[str, Tensor],  # a released state dict, which may hold more than the encoder
-        prefix: str = "encoder.",  # what stands before the encoder's own keys
-    ) -> dict[str, Tensor]:  # a state dict for load_state_dict
-        "Released weights under our names and in our shapes."
-        out = {}
-        for name, value in self.state_dict().items():
-            key = prefix + self.released_key(name)
-            if key not in state: raise ValueError(f"PCM.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and the sizes")
-            out[name] = convert_weight(name, state[key], value)
-        return out
-
-    def released_key(self, name: str) -> str:
-        "`released_key` for this model, whose stages may share one position layer."
-        return released_key(name) if len(self.position) > 1 else released_key(name).replace("pos_proj.0.", "pos_proj.")
-
-    def save_pretrained(self,
-        folder: str | Path,  # made if it is not there
-    ) -> None:
-        "Write `config.json` and `model.safetensors`."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"backbone": type(self).__name__, **self.config}, indent=1))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls,
-        folder: str | Path,  # a folder that save_pretrained wrote
-    ) -> PCM:
-        "The saved model, in evaluation mode."
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file(): raise FileNotFoundError(f"{Path(folder) / name}: expected a file that save_pretrained wrote, found none")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__:
-            raise ValueError(f"{Path(folder) / 'config.json'}: expected backbone {cls.__name__!r}, found {kind!r}")
-        model = cls(**config)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()

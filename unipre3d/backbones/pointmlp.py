@@ -4,21 +4,19 @@
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #9f34ba0c
 from __future__ import annotations
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbone import Backbone, Source
 from .transformer import GroupMax
 from ..core import PointBatch, offsets, to_padded
 from ..geometry.pointops import farthest_point_sample, knn, squared_distance
 
 # %% auto #0
-__all__ = ['anchor_points', 'nearest', 'lift', 'cloud_deviation', 'layer', 'Residual', 'Stage', 'released_key', 'Rise',
-           'PointMLP']
+__all__ = ['anchor_points', 'nearest', 'lift', 'cloud_deviation', 'layer', 'Residual', 'Stage', 'Rise', 'PointMLP']
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #426d5bff
 def anchor_points(
@@ -134,18 +132,6 @@ class Stage(nn.Module):
         return self.post(GroupMax.apply(h.view(*near.shape, -1)))
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #f99a0516
-def released_key(
-    name: str,  # name of a parameter or buffer of PointMLP
-) -> str:  # its name inside the released encoder
-    "Where the released checkpoints keep a weight of ours."
-    part, *rest = name.split(".")
-    if part == "embed": return ".".join(["embedding.net", *rest])
-    number, what, *rest = rest
-    if what in ("alpha", "beta"): return f"local_grouper_list.{number}.affine_{what}"
-    at = {"transfer": f"pre_blocks_list.{number}.transfer.net", "pre": f"pre_blocks_list.{number}.operation", "post": f"pos_blocks_list.{number}.operation",
-          "fuse": f"decode_list.{number}.fuse.net", "blocks": f"decode_list.{number}.extraction.operation"}[what]
-    return ".".join([at, *({"first": "net1", "second": "net2"}.get(r, r) for r in rest)])
-
 class Rise(nn.Module):
     "From anchors back to the points of the level above: interpolate, join, residual layers."
     def __init__(self, in_width: int, width: int, blocks: int, residual_expansion: float = 1.):
@@ -157,7 +143,7 @@ class Rise(nn.Module):
         "What the points knew [n a] and what came from below [n b] -> [n width]."
         return self.blocks(self.fuse(torch.cat([known, lifted], 1)))
 
-class PointMLP(nn.Module):
+class PointMLP(Backbone):
     "PointMLP with a decoder, as released with UniPre3D; returns one row for every point."
     def __init__(self, *,
         in_channels: int = 3,                # columns of feat that are read: 3 = coordinates, more = also feat[:, 3:in_channels]; all count in distances
@@ -172,14 +158,13 @@ class PointMLP(nn.Module):
         residual_expansion: float = 1.,      # inner width of a residual layer over its width
         three_in_memory: bool = False,       # anchors as released kernels choose them when in_channels > 3 (see `anchor_points`)
     ):
-        super().__init__()
-        self.config = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__(locals())
         if in_channels < 3: raise ValueError(f"PointMLP.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         depth = len(expansion)
         for name in ("reduce", "neighbours", "pre_blocks", "post_blocks", "decoder_widths", "decoder_blocks"):
             if len(self.config[name]) != depth: raise ValueError(f"PointMLP.{name}: expected {depth} numbers, one for each of expansion, got {len(self.config[name])}")
         self.in_channels, self.embed_width, self.reduce, self.three_in_memory = in_channels, embed_width, self.config["reduce"], three_in_memory
-        self.stem_width, self.width = embed_width + in_channels - 3, decoder_widths[-1]
+        self.stem_width, self.body_width, self.width = embed_width + in_channels - 3, decoder_widths[-1], decoder_widths[-1]
         self.embed = layer(in_channels, embed_width)
         widths = [embed_width]
         for factor in expansion: widths.append(widths[-1] * factor)
@@ -190,15 +175,11 @@ class PointMLP(nn.Module):
 
     def stem(self, points: PointBatch) -> PointBatch:
         "Every point with its embedding; columns beyond the coordinates stay behind it."
-        if points.feat.shape[1] < self.in_channels:
-            raise ValueError(f"PointMLP.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}")
-        self._check_rows(len(points), "stem")
+        self.need_columns(points)
+        self.need_rows(len(points), "stem")
         columns = points.feat[:, :self.in_channels]
         x = self.embed(columns) if len(points) else columns.new_zeros(0, self.embed_width)
         return points.with_feat(torch.cat([x, columns[:, 3:]], 1) if self.in_channels > 3 else x)
-
-    def _check_rows(self, rows: int, where: str) -> None:
-        if self.training and rows == 1: raise ValueError(f"PointMLP.{where}: expected at least 2 rows in the batch while training (batch normalisation), got 1; use more points or clouds, or call eval()")
 
     def body(self, p: PointBatch) -> PointBatch:
         "Down to few anchors and back up to every point of `stem`."
@@ -207,7 +188,7 @@ class PointMLP(nn.Module):
         levels = [(columns, x, batch)]
         for stage, reduce in zip(self.down, self.reduce):
             anchor = anchor_points(columns, batch, p.size, reduce, self.three_in_memory)
-            self._check_rows(len(anchor), "body")
+            self.need_rows(len(anchor), "body")
             x = stage(columns, x, batch, p.size, anchor)
             columns, batch = columns[anchor], batch[anchor]
             levels.append((columns, x, batch))
@@ -218,58 +199,22 @@ class PointMLP(nn.Module):
             columns, batch = above, owner
         return p.with_feat(x)
 
-    def forward(self, points: PointBatch) -> PointBatch:
-        "Stem, body and norm, without any fusion."
-        p = self.body(self.stem(points))
-        return p.with_feat(self.norm(p.feat))
+    def released_weight(self, name: str) -> Source:
+        "Where the released checkpoints keep a weight of ours."
+        part, *rest = name.split(".")
+        if part == "embed": return ".".join(["embedding.net", *rest]), None
+        number, what, *rest = rest
+        if what in ("alpha", "beta"): return f"local_grouper_list.{number}.affine_{what}", None
+        at = {"transfer": f"pre_blocks_list.{number}.transfer.net", "pre": f"pre_blocks_list.{number}.operation", "post": f"pos_blocks_list.{number}.operation",
+              "fuse": f"decode_list.{number}.fuse.net", "blocks": f"decode_list.{number}.extraction.operation"}[what]
+        return ".".join([at, *({"first": "net1", "second": "net2"}.get(r, r) for r in rest)]), None
 
     @classmethod
     def from_released(cls,
-        kwargs: dict,  # constructor arguments under their released names (embed_dim, k_neighbors, reducers, de_dims, ...)
+        kwargs: dict[str, Any],  # constructor arguments under their released names (embed_dim, k_neighbors, reducers, de_dims, ...)
     ) -> PointMLP:
         "A model that computes what released code would; what is not named is as in the released pre-training model."
         names = dict(embed_dim="embed_width", dim_expansion="expansion", k_neighbors="neighbours", reducers="reduce", pos_blocks="post_blocks",
                      de_dims="decoder_widths", de_blocks="decoder_blocks", res_expansion="residual_expansion", in_channels="in_channels", pre_blocks="pre_blocks")
-        fixed = dict(groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor")
-        if unknown := sorted(set(kwargs) - set(names) - set(fixed)):
-            raise ValueError(f"PointMLP.from_released: unknown argument {unknown[0]!r}, expected {', '.join(sorted([*names, *fixed]))}")
-        for name, value in fixed.items():
-            if kwargs.get(name, value) != value: raise ValueError(f"PointMLP.from_released: {name}: expected {value!r}, as in all released models, got {kwargs[name]!r}")
-        given = dict(in_channels=4) | {names[k]: v for k, v in kwargs.items() if k in names}
+        given = dict(in_channels=4) | cls.released_arguments(kwargs, names, fixed=dict(groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor"))
         return cls(**given, three_in_memory=given["in_channels"] > 3)
-
-    def convert_released(self,
-        state: dict[str, Tensor],  # a released state dict, which may hold more than the encoder
-        prefix: str = "encoder.",  # what stands before the encoder's own keys
-    ) -> dict[str, Tensor]:  # a state dict for load_state_dict
-        "Released weights under our names and in our shapes."
-        out = {}
-        for name, value in self.state_dict().items():
-            key = prefix + released_key(name)
-            if key not in state: raise ValueError(f"PointMLP.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and blocks")
-            if state[key].numel() != value.numel():
-                raise ValueError(f"PointMLP.convert_released: {key!r}: expected {list(value.shape)} for this model, got {list(state[key].shape)}")
-            out[name] = state[key].reshape(value.shape)
-        return out
-
-    def save_pretrained(self,
-        folder: str | Path,  # made if it is not there
-    ) -> None:
-        "Write `config.json` and `model.safetensors`."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"backbone": type(self).__name__, **self.config}, indent=1))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls,
-        folder: str | Path,  # a folder that save_pretrained wrote
-    ) -> PointMLP:
-        "The saved model, in evaluation mode."
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file(): raise FileNotFoundError(f"{Path(folder) / name}: expected a file that save_pretrained wrote, found none")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__:
-            raise ValueError(f"{Path(folder) / 'config.json'}: expected backbone {cls.__name__!r}, found {kind!r}")
-        model = cls(**config)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()

@@ -4,19 +4,17 @@
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #db3e6c58
 from __future__ import annotations
-import json
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .transformer import GroupMax
 from ..core import PointBatch, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, interpolate
 
 # %% auto #0
-__all__ = ['shared_layers', 'SetAbstraction', 'FeaturePropagation', 'released_key', 'PointNet2']
+__all__ = ['shared_layers', 'SetAbstraction', 'FeaturePropagation', 'PointNet2']
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #40570d00
 def shared_layers(
@@ -68,13 +66,7 @@ class FeaturePropagation(nn.Module):
         return fine.with_feat(self.layers(torch.cat([fine.feat, lifted], 1)))
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #686bac7d
-def released_key(
-    name: str,  # name of a parameter or buffer of PointNet2
-) -> str:
-    "The same name: no weights of this model were released with UniPre3D, so there is no other layout to read."
-    return name
-
-class PointNet2(nn.Module):
+class PointNet2(Backbone):
     "PointNet++ with single-scale grouping and a decoder; returns one row for every point."
     def __init__(self, *,
         in_channels: int = 3,                    # columns of feat that are read; the first three are the coordinates
@@ -84,14 +76,12 @@ class PointNet2(nn.Module):
         widths: tuple[tuple[int, ...], ...] = ((64, 64, 128), (128, 128, 256), (256, 512, 1024)),  # layers of each level; the last level is the whole cloud
         decoder_widths: tuple[tuple[int, ...], ...] = ((256, 256), (256, 128), (128, 128, 128)),   # layers on the way up; the very last is `width`
     ):
-        super().__init__()
-        as_tuple = lambda v: tuple(map(as_tuple, v)) if isinstance(v, (list, tuple)) else v
-        self.config = {k: as_tuple(v) for k, v in locals().items() if k not in ("self", "__class__", "as_tuple")}
+        super().__init__(locals())
         if in_channels < 3: raise ValueError(f"PointNet2.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         for name, want in dict(radii=len(centres), neighbours=len(centres), widths=len(centres) + 1, decoder_widths=len(centres) + 1).items():
             if len(self.config[name]) != want: raise ValueError(f"PointNet2.{name}: expected {want} entries for the {len(centres)} levels of centres, got {len(self.config[name])}")
         self.in_channels, self.levels = in_channels, list(zip(centres, radii, neighbours))
-        self.stem_width, self.width = in_channels, decoder_widths[-1][-1]
+        self.stem_width, self.body_width, self.width = in_channels, decoder_widths[-1][-1], decoder_widths[-1][-1]
         known = [in_channels, *(w[-1] for w in widths)]
         self.down = nn.ModuleList(SetAbstraction(a, w) for a, w in zip(known, widths))
         below = [known[-1], *(w[-1] for w in decoder_widths)]
@@ -100,66 +90,15 @@ class PointNet2(nn.Module):
 
     def stem(self, points: PointBatch) -> PointBatch:
         "Every point with the columns that the model reads."
-        if points.feat.shape[1] < self.in_channels:
-            raise ValueError(f"PointNet2.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}")
+        self.need_columns(points)
         return points.with_feat(points.feat[:, :self.in_channels])
 
     def body(self, p: PointBatch) -> PointBatch:
         "Down to a summary of each cloud and back up to every point of `stem`."
         if not len(p): return p.with_feat(p.feat.new_zeros(0, self.width))
-        if self.training and len(p) == 1: raise ValueError("PointNet2.body: expected at least 2 points in the batch while training (batch normalisation), got 1; use more points or clouds, or call eval()")
+        self.need_rows(len(p), "body")
         seen = [p]
         for abstraction, (centres, radius, k) in zip(self.down, self.levels): seen.append(abstraction(seen[-1], centres, radius, k))
         x = self.down[-1].summarise(seen[-1])
         for propagation in self.up: x = propagation(seen.pop(), x)
         return x
-
-    def forward(self, points: PointBatch) -> PointBatch:
-        "Stem, body and norm, without any fusion."
-        p = self.body(self.stem(points))
-        return p.with_feat(self.norm(p.feat))
-
-    @classmethod
-    def from_released(cls,
-        kwargs: dict,  # arguments of the constructor
-    ) -> PointNet2:
-        "A model from a dictionary of arguments; what is not named has the default."
-        known = set(cls.__init__.__kwdefaults__)
-        if unknown := sorted(set(kwargs) - known): raise ValueError(f"PointNet2.from_released: unknown argument {unknown[0]!r}, expected {', '.join(sorted(known))}")
-        return cls(**kwargs)
-
-    def convert_released(self,
-        state: dict[str, Tensor],  # a state dict, which may hold more than the encoder
-        prefix: str = "encoder.",  # what stands before the encoder's own keys
-    ) -> dict[str, Tensor]:  # a state dict for load_state_dict
-        "The encoder's part of a state dict."
-        out = {}
-        for name, value in self.state_dict().items():
-            key = prefix + released_key(name)
-            if key not in state: raise ValueError(f"PointNet2.convert_released: expected the key {key!r} in the state, not found among {len(state)} keys; check prefix and widths")
-            if state[key].numel() != value.numel():
-                raise ValueError(f"PointNet2.convert_released: {key!r}: expected {list(value.shape)} for this model, got {list(state[key].shape)}")
-            out[name] = state[key].reshape(value.shape)
-        return out
-
-    def save_pretrained(self,
-        folder: str | Path,  # made if it is not there
-    ) -> None:
-        "Write `config.json` and `model.safetensors`."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"backbone": type(self).__name__, **self.config}, indent=1))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls,
-        folder: str | Path,  # a folder that save_pretrained wrote
-    ) -> PointNet2:
-        "The saved model, in evaluation mode."
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file(): raise FileNotFoundError(f"{Path(folder) / name}: expected a file that save_pretrained wrote, found none")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__:
-            raise ValueError(f"{Path(folder) / 'config.json'}: expected backbone {cls.__name__!r}, found {kind!r}")
-        model = cls(**config)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()

@@ -4,19 +4,18 @@
 
 # %% ../../nbs/backbones/40_transformer.ipynb #58279ef4
 from __future__ import annotations
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbone import Backbone, Source
 from ..core import PointBatch, from_padded, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, knn
 
 # %% auto #0
-__all__ = ['group_points', 'GroupMax', 'GroupEncoder', 'drop_branch', 'Block', 'released_key', 'StandardTransformer']
+__all__ = ['group_points', 'GroupMax', 'GroupEncoder', 'drop_branch', 'Block', 'StandardTransformer']
 
 # %% ../../nbs/backbones/40_transformer.ipynb #bbcce2a2
 def group_points(
@@ -102,17 +101,7 @@ class Block(nn.Module):
         return x + drop_branch(self.fc2(F.gelu(self.fc1(self.norm2(x)))), self.drop_path, self.training)
 
 # %% ../../nbs/backbones/40_transformer.ipynb #4d26d5a2
-def released_key(
-    name: str,  # name of a parameter or buffer of StandardTransformer
-) -> str:  # its name inside the released encoder
-    "Where the released checkpoints keep a weight of ours."
-    for ours, theirs in (("encoder.first.", "encoder.first_conv."), ("encoder.second.", "encoder.second_conv."), ("reduce.", "reduce_dim."),
-                         ("position.", "pos_embed."), ("blocks.", "blocks.blocks."), (".qkv.", ".attn.qkv."), (".proj.", ".attn.proj."),
-                         (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2.")):
-        name = name.replace(ours, theirs)
-    return name
-
-class StandardTransformer(nn.Module):
+class StandardTransformer(Backbone):
     "The plain point Transformer of Point-BERT and Point-MAE, as released with UniPre3D; returns one row for each group centre."
     def __init__(self, *,
         in_channels: int = 3,                # columns of the input that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
@@ -126,13 +115,11 @@ class StandardTransformer(nn.Module):
         num_heads: int = 6,                  # attention heads; must divide width
         drop_path_rate: float = .1,          # stochastic depth of the last block; the first has none
     ):
-        super().__init__()
-        self.config = dict(in_channels=in_channels, num_groups=num_groups, group_size=group_size, radius=radius, encoder_widths=tuple(encoder_widths),
-                           encoder_dims=encoder_dims, width=width, depth=depth, num_heads=num_heads, drop_path_rate=drop_path_rate)
+        super().__init__(locals())
         if in_channels < 3: raise ValueError(f"StandardTransformer.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         if width % num_heads: raise ValueError(f"StandardTransformer.num_heads: expected a divisor of width = {width}, got {num_heads}")
         self.in_channels, self.num_groups, self.group_size, self.radius = in_channels, num_groups, group_size, radius
-        self.width = self.stem_width = width
+        self.stem_width = self.body_width = self.width = width
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_widths)
         self.reduce = nn.Linear(encoder_dims, width)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
@@ -142,8 +129,7 @@ class StandardTransformer(nn.Module):
 
     def stem(self, points: PointBatch) -> PointBatch:
         "Group centres, with one token each."
-        if self.in_channels > 3 and points.feat.shape[1] < self.in_channels:
-            raise ValueError(f"StandardTransformer.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}")
+        if self.in_channels > 3: self.need_columns(points)
         groups, centre, _ = group_points(points, self.num_groups, self.group_size, self.radius, self.in_channels)
         token = self.reduce(self.encoder(groups)) if len(centre) else points.xyz.new_zeros(0, self.width)
         return PointBatch(points.xyz[centre], token, points.batch[centre], points.size)
@@ -162,54 +148,19 @@ class StandardTransformer(nn.Module):
         "Run all blocks on the tokens of `stem`; the CLS token takes part and is dropped at the end."
         return self.summarise(p)[0]
 
-    def forward(self, points: PointBatch) -> PointBatch:
-        "Stem, body and norm, without any fusion."
-        p = self.body(self.stem(points))
-        return p.with_feat(self.norm(p.feat))
+    def released_weight(self, name: str) -> Source:
+        "Where the released checkpoints keep a weight of ours."
+        for ours, theirs in (("encoder.first.", "encoder.first_conv."), ("encoder.second.", "encoder.second_conv."), ("reduce.", "reduce_dim."),
+                             ("position.", "pos_embed."), ("blocks.", "blocks.blocks."), (".qkv.", ".attn.qkv."), (".proj.", ".attn.proj."),
+                             (".fc1.", ".mlp.fc1."), (".fc2.", ".mlp.fc2.")):
+            name = name.replace(ours, theirs)
+        return name, None
 
     @classmethod
     def from_released(cls,
-        kwargs: dict,  # constructor arguments under their released names (trans_dim, encoder_dims, num_groups, ...)
+        kwargs: dict[str, Any],  # constructor arguments under their released names (trans_dim, encoder_dims, num_groups, ...)
     ) -> StandardTransformer:
         "A model of the shape that released code would build; what is not named has the released constructor's default."
-        given = dict(num_groups=256, encoder_dims=256, depth=12) | {"width" if k == "trans_dim" else k: v for k, v in kwargs.items()}
-        known = {"num_groups", "group_size", "radius", "encoder_dims", "width", "depth", "num_heads", "drop_path_rate"}
-        if unknown := sorted(set(given) - known - {"in_channels"}):
-            raise ValueError(f"StandardTransformer.from_released: unknown argument {unknown[0]!r}, expected {', '.join(sorted(known - {'width'} | {'trans_dim', 'in_channels'}))}")
-        return cls(**{k: v for k, v in given.items() if k in known})  # the released model reads coordinates only, whatever in_channels says
-
-    def convert_released(self,
-        state: dict[str, Tensor],  # a released state dict, which may hold more than the encoder
-        prefix: str = "encoder.",  # what stands before the encoder's own keys
-    ) -> dict[str, Tensor]:  # a state dict for load_state_dict
-        "Released weights under our names and in our shapes."
-        out = {}
-        for name, value in self.state_dict().items():
-            key = prefix + released_key(name)
-            if key not in state: raise ValueError(f"StandardTransformer.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and depth")
-            if state[key].numel() != value.numel():
-                raise ValueError(f"StandardTransformer.convert_released: {key!r}: expected {list(value.shape)} for this model, got {list(state[key].shape)}")
-            out[name] = state[key].reshape(value.shape)
-        return out
-
-    def save_pretrained(self,
-        folder: str | Path,  # made if it is not there
-    ) -> None:
-        "Write `config.json` and `model.safetensors`."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"backbone": type(self).__name__, **self.config}, indent=1))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls,
-        folder: str | Path,  # a folder that save_pretrained wrote
-    ) -> StandardTransformer:
-        "The saved model, in evaluation mode."
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / name).is_file(): raise FileNotFoundError(f"{Path(folder) / name}: expected a file that save_pretrained wrote, found none")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__:
-            raise ValueError(f"{Path(folder) / 'config.json'}: expected backbone {cls.__name__!r}, found {kind!r}")
-        model = cls(**config)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        return model.eval()
+        same = ("num_groups", "group_size", "radius", "encoder_dims", "depth", "num_heads", "drop_path_rate")
+        given = cls.released_arguments(kwargs, {k: k for k in same} | {"trans_dim": "width"}, unused=frozenset({"in_channels"}))
+        return cls(**dict(num_groups=256, encoder_dims=256, depth=12) | given)  # the released model reads coordinates only, whatever in_channels says
