@@ -200,7 +200,7 @@ def choose_frames(
     m = max(1, int(n_target * share))
     r = max(1, min(int(n_ref * share), n_frames - m))
     best = None
-    for _ in range(16):                                # only short scenes need a second try
+    for attempt in range(1000):                        # only short scenes need a second try
         targets = rng.permutation(n_frames)[:m]
         wanted = []
         for target in np.resize(targets, r):
@@ -210,7 +210,7 @@ def choose_frames(
         refs = [place if place is not None else (wanted[j] or [None])[0] for j, place in enumerate(found)]
         score = sum(place is not None for place in found), sum(place is not None for place in refs)
         if best is None or score > best[0]: best = score, refs, targets
-        if score[0] == r: break
+        if score[0] == r or (attempt > 14 and best[0][1]): break
     _, refs, targets = best
     lonely = {j % m for j, place in enumerate(refs) if place is None}   # a target whose neighbours are all targets is left out
     keep = [k for k in range(m) if k not in lonely]

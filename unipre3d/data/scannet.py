@@ -243,7 +243,6 @@ class _Scene:
     numbers: tuple[int, ...]  # frames that can be used
     poses: np.ndarray         # [f 4 4] camera to world
     K: np.ndarray             # [3 3] for the size wanted
-    size: tuple[int, int]     # stored size of the depth images
 
 def as_posed_views(
     color: np.ndarray,  # [v h w 3] uint8, or float 0..1
@@ -288,7 +287,7 @@ class ScanNetFrames:
     def _find_scenes(self):
         if not self.root.exists(): raise FileNotFoundError(f"{self.root}: expected ScanNet as <root>/{{train,val,test}}/<scene>/coord.npy with frames in <root>/2D, found nothing there; request it at www.scan-net.org and preprocess it as Pointcept does, or convert raw scans with convert_scans")
         self.store = Store(self.root)
-        found = sorted(self._list(self.split))
+        found = sorted(n for n in self._list(self.split) if self._list(f"{self.split}/{n}"))
         if not found: raise FileNotFoundError(f"{self.root / self.split}: expected one folder a scene with coord.npy, found none; {self.root} holds {', '.join(sorted(self._list(''))[:6]) or 'nothing'}")
         return found
 
@@ -313,6 +312,11 @@ class ScanNetFrames:
             for path in map(Path, names):
                 if path.suffix in suffixes and path.stem.isdigit(): found.setdefault(int(path.stem), {})[kind] = f"2D/{kind}/{self.scenes[i]}/{path.name}"
         return found
+
+    def _files(self, i, number):
+        "{kind: path} of one frame, without listing folders."
+        paths = [(kind, f"2D/{kind}/{self.scenes[i]}/{number}{suffix}") for kind, suffix in (("color", ".jpg"), ("color", ".png"), ("depth", ".png"), ("pose", ".txt"))]
+        return {kind: path for kind, path in reversed(paths) if self.store.has(path)}
 
     def _decode(self, i, number, files):
         "Colour, depth and their stored sizes; a pose of text."
@@ -386,7 +390,7 @@ class ScanNetFrames:
             self._keep(i, number, color, depth)
         self._report(i, reasons)
         K = np.eye(3) if sizes is None else standard_intrinsics(self.hw) if self.kind == "standard" else scale_intrinsics(self._stored_intrinsics(i, sizes), sizes, self.hw)
-        return _Scene(tuple(numbers), np.array(poses).reshape(-1, 4, 4), K, sizes or (0, 0))
+        return _Scene(tuple(numbers), np.array(poses).reshape(-1, 4, 4), K)
 
     def _report(self, i, reasons):
         self.skipped.update(reasons)
@@ -416,11 +420,11 @@ class ScanNetFrames:
         if frame not in seen.numbers: raise ValueError(f"frame: expected one of the {len(seen.numbers)} usable frames of {self.scenes[i]}, got {frame}")
         color, depth = (self.cache.items.get((kind, i, frame)) for kind in ("color", "depth"))
         if color is None or depth is None:
-            (color, _), (depth, _), *_ = self._decode(i, frame, self._partners(i)[frame])
+            try: (color, _), (depth, _), *_ = self._decode(i, frame, self._files(i, frame))
+            except _Skip as reason: raise ValueError(f"{self.scenes[i]}, frame {frame}: expected the files that were there before, found that {reason}") from None
             self._keep(i, frame, color, depth)
         else: [self.cache.items.move_to_end((kind, i, frame)) for kind in ("color", "depth")]
-        metres = depth * np.float32(1 / self.depth_scale)
-        metres[metres <= self.min_depth] = 0
+        metres = np.where(depth > self.min_depth * self.depth_scale, depth / np.float32(self.depth_scale), np.float32(0))
         return Frame(color, metres, seen.poses[seen.numbers.index(frame)])
 
     def views(self, i: int, which: Iterable[int] | None = None) -> ViewBatch:
