@@ -26,7 +26,7 @@ __all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'NYU40', 'read_intrinsics', 'sca
            'read_color', 'read_depth', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color',
            'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views', 'ScanNetFrames',
            'SensHeader', 'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals', 'read_mesh',
-           'read_labels', 'convert_scans']
+           'read_labels', 'read_alignment', 'convert_scans']
 
 # %% ../../nbs/data/23_scannet.ipynb #cd45cb66
 STANDARD = (577.870605, (480, 640))  # focal length in pixels that ScanNet users share, and the image size it is for
@@ -514,7 +514,9 @@ def read_mesh(
     except (PlyParseError, KeyError, OSError) as problem: raise ValueError(f"{path}: expected a PLY mesh, could not read it ({problem})") from None
     if lack := {"x", "y", "z", "red", "green", "blue"} - {p.name for p in vertex.properties}: raise ValueError(f"{path}: expected vertices with {sorted(lack)[0]}, found {', '.join(p.name for p in vertex.properties)}")
     xyz = np.stack([np.asarray(vertex[k], dtype=np.float32) for k in "xyz"], 1)
-    faces = np.stack(list(ply["face"]["vertex_indices"])) if "face" in ply and len(ply["face"].data) else np.zeros((0, 3), dtype=int)
+    index = next((p.name for p in ply["face"].properties if p.name in ("vertex_indices", "vertex_index")), None) if "face" in ply else None
+    if not index: raise ValueError(f"{path}: expected triangles (face with vertex_indices), found {', '.join(e.name for e in ply.elements)} only")
+    faces = np.stack(list(ply["face"][index])) if len(ply["face"].data) else np.zeros((0, 3), dtype=int)
     return dict(coord=xyz, color=np.stack([np.asarray(vertex[k]) for k in ("red", "green", "blue")], 1), normal=vertex_normals(xyz, faces))
 
 def read_labels(
@@ -525,14 +527,27 @@ def read_labels(
     "Classes and instances of a scene's vertices."
     folder, found = Path(folder), {}
     labels, groups, segments = (folder / f"{scene}{end}" for end in ("_vh_clean_2.labels.ply", ".aggregation.json", "_vh_clean_2.0.010000.segs.json"))
-    if labels.is_file(): found["segment20"] = scannet20(np.asarray(PlyData.read(str(labels))["vertex"]["label"]).astype(int))
+    if labels.is_file():
+        try: found["segment20"] = scannet20(np.asarray(PlyData.read(str(labels))["vertex"]["label"]).astype(int))
+        except (PlyParseError, KeyError, ValueError) as problem: raise ValueError(f"{labels}: expected a PLY file with a label at each vertex, could not read it ({str(problem).splitlines()[0]})") from None
     if groups.is_file() and segments.is_file():
-        segment, instance = np.array(json.loads(segments.read_text())["segIndices"]), np.full(n, -1)
-        for group in json.loads(groups.read_text())["segGroups"]: instance[np.isin(segment, group["segments"])] = group["objectId"]
-        found["instance"] = instance
+        try: segment, objects = np.array(json.loads(segments.read_text())["segIndices"]), json.loads(groups.read_text())["segGroups"]
+        except (ValueError, KeyError) as problem: raise ValueError(f"{groups} and {segments.name}: expected JSON with segGroups and segIndices, could not read it ({problem})") from None
+        found["instance"] = np.full(len(segment), -1)
+        for one in objects: found["instance"][np.isin(segment, one["segments"])] = one["objectId"]
     for name, rows in found.items():
         if len(rows) != n: raise ValueError(f"{folder}: expected {n} labels, one a vertex of the mesh, found {len(rows)} for {name}")
     return found
+
+def read_alignment(
+    path: str | Path,  # <scene>.txt
+) -> np.ndarray:  # [4 4] float64, from the scanner's world to one whose x and y run along the walls
+    "The line `axisAlignment = ...` of a scene's description."
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected the scene's description with axisAlignment, found no such file; convert without align")
+    lines = dict(line.split("=", 1) for line in Path(path).read_text().splitlines() if "=" in line)
+    numbers = {k.strip(): v for k, v in lines.items()}.get("axisAlignment")
+    if numbers is None: raise ValueError(f"{path}: expected a line axisAlignment = 16 numbers, found none; convert without align")
+    return read_pose(numbers, f"{path}, axisAlignment")
 
 # %% ../../nbs/data/23_scannet.ipynb #1365fe3e
 def convert_scans(
@@ -542,26 +557,30 @@ def convert_scans(
     split: str | dict[str, list[str]],  # one split for all scenes, or the scenes of each split
     every: int = 20,  # frames of the film for one that is kept
     hw: tuple[int, int] = (240, 320),  # stored size of the frames
+    align: bool = False,  # turn clouds and cameras by the axisAlignment of <scene>.txt; False keeps the scanner's world
+    progress: bool = True,  # show a bar
 ) -> Path:
-    "Raw ScanNet scenes into the preprocessed layout."
+    "Raw ScanNet scenes into the preprocessed layout; what is there already stays, so keep to one set of options."
     scans, out = Path(scans), Path(out)
     here = sorted(p.name for p in scans.iterdir() if (p / f"{p.name}.sens").is_file()) if scans.is_dir() else []
     if not here: raise FileNotFoundError(f"{scans}: expected raw scenes as <scene>/<scene>.sens with <scene>_vh_clean_2.ply, found none; request ScanNet at www.scan-net.org")
     wanted = {s: split for s in here} if isinstance(split, str) else {s: name for name, scenes in split.items() for s in scenes}
     if lack := sorted(set(wanted) - set(here)): raise FileNotFoundError(f"{scans / lack[0]}: expected a raw scene, which the split names, found none")
-    for scene, part in tqdm(sorted(wanted.items()), desc="converting scans"):
-        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, every, hw)
+    for scene, part in tqdm(sorted(wanted.items()), desc="converting scans", disable=not progress):
+        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, every, hw, align)
     return out
 
-def _convert_scan(folder, out, scene, split, every, hw):
+def _convert_scan(folder, out, scene, split, every, hw, align):
     "Frames first and the cloud last: a scene whose cloud is there is complete."
     cloud = read_mesh(folder / f"{scene}_vh_clean_2.ply")
     cloud |= read_labels(folder, scene, len(cloud["coord"]))
-    with open(folder / f"{scene}.sens", "rb") as file:
-        header = read_sens_header(file, str(folder / f"{scene}.sens"))
+    world, film = read_alignment(folder / f"{scene}.txt") if align else np.eye(4), str(folder / f"{scene}.sens")
+    cloud |= dict(coord=cloud["coord"] @ world[:3, :3].T + world[:3, 3], normal=cloud["normal"] @ world[:3, :3].T)
+    with open(film, "rb") as file, np.errstate(invalid="ignore"):
+        header = read_sens_header(file, film)
         write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", scale_intrinsics(header.intrinsics, header.depth_hw, hw))
-        for number, jpeg, depth, pose in read_sens_frames(file, header, every, str(folder / f"{scene}.sens")):
-            metres = nearest(depth, hw) / header.depth_scale
-            write_frame(out, scene, number, read_color(jpeg, hw)[0], np.round(metres * 1000).astype(np.uint16), pose)
+        for number, jpeg, depth, pose in read_sens_frames(file, header, every, film):
+            color, _ = read_color(jpeg, hw, name=f"{film}, frame {number}")
+            write_frame(out, scene, number, color, np.round(nearest(depth, hw) * (1000 / header.depth_scale)), world @ pose)
     write_cloud(out, split, scene, **{k: v for k, v in cloud.items() if k != "coord"})
     write_cloud(out, split, scene, coord=cloud["coord"])
