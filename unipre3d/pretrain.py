@@ -142,7 +142,7 @@ def evaluate(
     "Mean PSNR, foreground PSNR (dB; where the views have masks) and SSIM over all target views; how many clouds, images and Gaussians."
     training = model.training
     model.eval()
-    colour, scores, clouds, gaussians = torch.tensor(background, device=device), [], 0, 0
+    colour, scores, clouds, gaussians = torch.tensor(background, dtype=torch.float32, device=device), [], 0, 0
     for sample in samples:
         sample = sample.to(device)
         predicted, target = predict(sample.points, sample.ref, image_net, model), sample.target
@@ -288,7 +288,7 @@ def train(
         load_run_state(state, model, average, optimizer)
         start, seconds = meta["step"], meta["seconds"]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    colour, main = torch.tensor(background, device=accelerator.device), accelerator.is_main_process
+    colour, main = torch.tensor(background, dtype=torch.float32, device=accelerator.device), accelerator.is_main_process
     log, began = MetricsFile(folder / "metrics.csv", start) if main else None, time.perf_counter() - seconds
 
     def save(step):

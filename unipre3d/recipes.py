@@ -4,10 +4,9 @@
 
 # %% ../nbs/61_recipes.ipynb #954d6b36
 from __future__ import annotations
-import hashlib, json, os, platform, resource, subprocess, time
+import json, resource, time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,21 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import unipre3d
 from . import backbones, fusion
 from .core import Sample, collate
-from .data.loaders import ObjectSamples, eval_loader, make_loader
+from .data.loaders import FEATURES, ObjectSamples, SceneSamples, eval_loader, make_loader
+from .data.scannet import ScanNetFrames
 from .data.shapenet import ShapeNetViews
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
 from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, predict, save_views, train
+from .records import check_record, code_version, data_hash, hardware, write_json
 from .render import render
 
 # %% auto #0
-__all__ = ['recipes', 'Recipe', 'find_recipe', 'build_image_net', 'build_model', 'build_data', 'training_batches', 'held_out',
-           'code_version', 'hardware', 'file_hash', 'free_folder', 'write_json', 'read_recipe', 'history', 'picture',
-           'pretrain', 'load_run']
+__all__ = ['SCENES', 'ROOMS', 'SCANNET', 'SMALL', 'SHAPENET', 'PTV3_MINI', 'recipes', 'LAYOUTS', 'Recipe', 'find_recipe',
+           'build_image_net', 'build_fusion', 'build_model', 'build_data', 'object_samples', 'scene_samples',
+           'training_batches', 'held_out', 'free_folder', 'read_recipe', 'history', 'picture', 'pretrain', 'load_run']
 
 # %% ../nbs/61_recipes.ipynb #4615c1ff
 @dataclass(frozen=True)
@@ -37,19 +37,23 @@ class Recipe:
     "One pre-training run as plain values."
     about: str = ""  # what the run is for, in one line
     # data
-    data: str = "furniture"  # "furniture" (embedded), or a folder or zip in the ShapeNet multi-view layout
+    data: str = "furniture"  # "furniture" (embedded objects), "rooms" (composed from them on first use), or a folder in the layout below
+    layout: str = "shapenet"  # of the data: "shapenet" (objects, multi-view images) or "scannet" (scenes, RGB-D frames)
     convention: str = ""  # "released" for the released ShapeNet files; "" reads the data's own convention.json
-    n_points: int = 1024  # points of a cloud that the model reads
-    sampling: str = "random"  # how they are picked: "random" (anew each time) or "fps"
-    resolution: int = 64  # height and width of the images in pixels
+    rooms: int = 60  # how many rooms are composed, over all splits
+    n_points: int = 1024  # points of a cloud that the model reads; 0 keeps all
+    sampling: str = "random"  # how they are picked: "random" (anew each time) or, for objects, "fps"
+    features: tuple[str, ...] = ("xyz",)  # columns that the backbone reads; see the loaders' FEATURES
+    resolution: int = 64  # height of the images in pixels; the width follows the layout (objects 1:1, scenes 4:3)
     n_ref: int = 1  # reference views of a cloud, which the image model sees
     n_target: int = 4  # target views of a cloud, which are rendered; never a reference view
+    max_gap: int = 5  # scenes: a reference view is at most this many frames from a target
     rotate: bool = True  # turn points and cameras together about the vertical axis in training
     # model
     image: str = "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a local folder or a hub id
-    fusion: str = "FeatureFusion"  # "FeatureFusion" or "NoFusion"
+    fusion: str = "FeatureFusion"  # "FeatureFusion" (objects), "PointFusion" (scenes) or "NoFusion"
     backbone: str = "StandardTransformer"  # class in unipre3d.backbones
-    backbone_options: dict[str, Any] = field(default_factory=dict)  # its keywords
+    backbone_options: dict[str, Any] = field(default_factory=dict)  # its keywords; in_channels follows from the features
     sh_degree: int = 1  # degree of the colour harmonics; 1 makes 23 numbers a point
     max_offset: float = 0.2  # largest distance per axis of a Gaussian from its point, world units
     initial_scale: float = 0.05  # standard deviation of the Gaussians before training, world units
@@ -79,18 +83,54 @@ class Recipe:
     save_every: int = 250  # steps between checkpoints
 
 # %% ../nbs/61_recipes.ipynb #36fed197
+SCENES = dict(layout="scannet", features=("normal", "color_signed"), fusion="PointFusion", background=(1., 1., 1.), foreground_weight=1., background_weight=1.)
+ROOMS = SCENES | dict(data="rooms", n_points=20_000, resolution=60, n_ref=4, n_target=4, max_offset=.1, initial_scale=.05,
+                      steps=600, batch_size=2, lr=2e-3, warmup=30, picture_every=25, eval_every=200, save_every=100)
+SCANNET = SCENES | dict(data="", n_points=0, resolution=120, n_ref=8, n_target=8, image="stabilityai/sd-vae-ft-mse", max_offset=.2, initial_scale=.02,
+                        steps=60_000, batch_size=8, lr=1e-4, schedule="step", decay_every=10_000, decay=.9, weight_decay=.01, ema=.9999,
+                        workers=8, picture_every=500, eval_every=5000, save_every=2000)
+
+SMALL = dict(n_points=512, batch_size=16, steps=800, warmup=40)
+SHAPENET = dict(data="", convention="released", sampling="fps", resolution=128, n_target=4, image="stabilityai/sd-vae-ft-mse", max_offset=1.0, initial_scale=0.05,
+                steps=100_000, batch_size=32, lr=1e-4, schedule="step", decay_every=20_000, decay=0.8, weight_decay=0.01, ema=0.9999,
+                workers=8, cache_mb=0, picture_every=500, eval_every=5000, save_every=2000)
+PTV3_MINI = dict(stride=(2, 2), enc_depths=(1, 1, 1), enc_channels=(16, 32, 64), enc_num_head=(1, 2, 4), enc_patch_size=128,
+                 dec_depths=(1, 1), dec_channels=(32, 32), dec_num_head=(2, 2), dec_patch_size=128, drop_path=0.)
+
 recipes: dict[str, Recipe] = {
     "object-transformer-mini": Recipe(
         about="the default: a small Transformer on the embedded objects, minutes on two CPU cores",
-        backbone_options=dict(in_channels=3, width=96, depth=4, num_heads=4, num_groups=64, group_size=16, radius=None,
+        backbone_options=dict(width=96, depth=4, num_heads=4, num_groups=64, group_size=16, radius=None,
                               encoder_widths=(32, 64, 64), encoder_dims=96),
         steps=1000, warmup=50),
-    "object-transformer": Recipe(
-        about="the paper's objects: ShapeNet (pass --data), Stable Diffusion's autoencoder, Standard Transformer; one GPU",
-        data="", convention="released", sampling="fps", resolution=128, n_target=4, image="stabilityai/sd-vae-ft-mse",
-        backbone_options=dict(in_channels=3), max_offset=1.0, initial_scale=0.05,
-        steps=100_000, batch_size=32, lr=1e-4, schedule="step", decay_every=20_000, decay=0.8, weight_decay=0.01, ema=0.9999,
-        workers=8, cache_mb=0, picture_every=500, eval_every=5000, save_every=2000),
+    "object-transformer": Recipe(about="the paper's objects: ShapeNet (pass --data), Stable Diffusion's autoencoder, Standard Transformer; one GPU", **SHAPENET),
+    "object-pointnet2-mini": Recipe(about="objects: a small PointNet++", **SMALL, backbone="PointNet2", backbone_options=dict(
+        centres=(192, 48), radii=(.13, .26), neighbours=(16, 16), widths=((16, 16, 32), (32, 48, 64), (64, 128)), decoder_widths=((96, 96), (64, 64), (48, 48)))),
+    "object-pointmlp-mini": Recipe(about="objects: a small PointMLP", **SMALL, backbone="PointMLP", backbone_options=dict(embed_width=16, expansion=(2, 2, 2, 2), reduce=(8, 2, 2, 2), neighbours=(8, 8, 8, 8), pre_blocks=(1, 1, 1, 1), post_blocks=(1, 1, 1, 1), decoder_widths=(96, 64, 48, 48), decoder_blocks=(1, 1, 1, 1), residual_expansion=.5)),
+    "object-pcm-mini": Recipe(about="objects: a small Point Cloud Mamba", **SMALL, backbone="PCM", backbone_options=dict(
+        embed_dim=48, reducers=(4, 2, 2, 2), k_neighbors=(8, 8, 8, 8), mamba_blocks=(1, 1, 1, 1), d_state=8, orders=("xyz", "hilbert", "z", "z-trans"),
+        prompts_per_order=2, prompt_width=48, out_channels=48, dropout=0., spare_head=False)),
+    "object-mamba3d-mini": Recipe(about="objects: a small Mamba3D", **SMALL, backbone="Mamba3D", backbone_options=dict(
+        num_groups=64, group_size=16, encoder_widths=(32, 64, 64), width=96, depth=4, d_state=8)),
+    "object-sparseunet-mini": Recipe(about="objects: a small SparseUNet", **SMALL, backbone="SparseUNet", backbone_options=dict(
+        base_channels=24, channels=(24, 32, 48, 48, 32, 32), layers=(1, 1, 1, 1, 1, 1), voxel_size=.04)),
+    "object-ptv3-mini": Recipe(about="objects: a small PTv3", **SMALL, backbone="PTv3", backbone_options=PTV3_MINI | dict(voxel_size=.04)),
+    "object-pointnet2": Recipe(about="the paper's objects with PointNet++; one GPU", **SHAPENET, backbone="PointNet2"),
+    "object-pointmlp": Recipe(about="the paper's objects with PointMLP; one GPU", **SHAPENET, features=("xyz", "height"), backbone="PointMLP"),
+    "object-pcm": Recipe(about="the paper's objects with Point Cloud Mamba; one GPU", **SHAPENET, backbone="PCM"),
+    "object-mamba3d": Recipe(about="the paper's objects with Mamba3D; one GPU", **SHAPENET, backbone="Mamba3D"),
+    "scene-sparseunet-mini": Recipe(
+        about="rooms: a small SparseUNet with point fusion on composed rooms, minutes on two CPU cores",
+        **ROOMS, backbone="SparseUNet", backbone_options=dict(base_channels=24, channels=(24, 32, 48, 48, 32, 32), layers=(1, 1, 1, 1, 1, 1), voxel_size=.08)),
+    "scene-ptv3-mini": Recipe(
+        about="rooms: a small PTv3 with point fusion on composed rooms, minutes on two CPU cores",
+        **ROOMS, backbone="PTv3", backbone_options=PTV3_MINI | dict(voxel_size=.08)),
+    "scene-sparseunet": Recipe(
+        about="the paper's scenes: ScanNet (pass --data), Stable Diffusion's autoencoder, SparseUNet; GPUs",
+        **SCANNET, backbone="SparseUNet", backbone_options=dict(voxel_size=.02)),
+    "scene-ptv3": Recipe(
+        about="the paper's scenes: ScanNet (pass --data), Stable Diffusion's autoencoder, PTv3; GPUs",
+        **SCANNET, backbone="PTv3", backbone_options=dict(voxel_size=.02)),
 }
 
 def find_recipe(
@@ -108,6 +148,17 @@ def build_image_net(
     if recipe.image == "none" or recipe.fusion == "NoFusion": return None
     return rgb_features if recipe.image == "rgb" else KLImageEncoder.from_pretrained(recipe.image)
 
+def build_fusion(
+    recipe: Recipe,
+    backbone: nn.Module,
+    image_width: int,  # channels of the image maps
+) -> fusion.NoFusion:
+    "The fusion of a recipe, as wide as the features that it joins."
+    if recipe.fusion == "NoFusion": return fusion.NoFusion()
+    if recipe.fusion == "FeatureFusion": return fusion.FeatureFusion(backbone.body_width, image_width)
+    if not hasattr(backbone, "voxel_size"): raise ValueError(f"fusion: PointFusion needs a backbone on voxels (SparseUNet, PTv3), got {recipe.backbone}")
+    return fusion.PointFusion(backbone.stem_width, image_width, backbone.voxel_size)
+
 def build_model(
     recipe: Recipe,
     image_width: int,  # channels of the image maps
@@ -117,29 +168,51 @@ def build_model(
         known = [n for n in dir(module) if isinstance(getattr(module, n), type) and issubclass(getattr(module, n), nn.Module)]
         if name not in known: raise ValueError(f'{what}: expected one of {", ".join(known)}; got "{name}"')
     torch.manual_seed(recipe.seed)
-    try: backbone = getattr(backbones, recipe.backbone)(**recipe.backbone_options)
+    options = {"in_channels": sum(FEATURES[name] for name in recipe.features)} | recipe.backbone_options
+    try: backbone = getattr(backbones, recipe.backbone)(**options)
     except TypeError as error: raise ValueError(f"backbone_options: {recipe.backbone} does not take them ({error})") from error
-    join = fusion.NoFusion() if recipe.fusion == "NoFusion" else getattr(fusion, recipe.fusion)(getattr(backbone, "body_width", backbone.width), image_width)
+    join = build_fusion(recipe, backbone, image_width)
     head = GaussianHead(backbone.width, sh_degree=recipe.sh_degree, max_offset=recipe.max_offset,
                         initial_scale=recipe.initial_scale, min_scale=recipe.min_scale)
     return UniPre3D(backbone, join, head)
 
 # %% ../nbs/61_recipes.ipynb #ac098810
+LAYOUTS = {"shapenet": "the ShapeNet multi-view folder (<root>/<synset>/<model>/easy/NN.png and pts/); pass --data FOLDER, or use object-transformer-mini",
+           "scannet": "the ScanNet folder (<root>/train/<scene>/coord.npy and 2D/color/<scene>/N.jpg); pass --data FOLDER, or use scene-sparseunet-mini"}
+
 def build_data(
     recipe: Recipe,
     split: str,  # "train", "val" or "test"
-) -> ObjectSamples:
+) -> ObjectSamples | SceneSamples:
     "The samples of one split; only training turns them."
-    if not recipe.data:
-        raise ValueError("data: this recipe needs the ShapeNet multi-view folder (<root>/<synset>/<model>/easy/NN.png and pts/); pass --data FOLDER, or use object-transformer-mini")
+    if recipe.layout not in LAYOUTS: raise ValueError(f'layout: expected one of {", ".join(LAYOUTS)}; got "{recipe.layout}"')
+    if not recipe.data: raise ValueError(f"data: this recipe needs {LAYOUTS[recipe.layout]}")
+    return (object_samples if recipe.layout == "shapenet" else scene_samples)(recipe, split)
+
+def object_samples(
+    recipe: Recipe,
+    split: str,  # "train", "val" or "test"
+) -> ObjectSamples:
+    "Objects with rendered views."
     train, root = split == "train", None if recipe.data == "furniture" else recipe.data
     views = ShapeNetViews(root, split=split, convention=recipe.convention or None, size=recipe.resolution, cache_bytes=recipe.cache_mb * 2 ** 20)
-    return ObjectSamples(views, n_points=recipe.n_points, n_ref=recipe.n_ref, n_target=recipe.n_target, sampling=recipe.sampling,
-                         rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
+    return ObjectSamples(views, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, sampling=recipe.sampling,
+                         features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
+
+def scene_samples(
+    recipe: Recipe,
+    split: str,  # "train", "val" or "test"
+) -> SceneSamples:
+    "Scenes with RGB-D frames; embedded rooms are composed on first use."
+    from unipre3d.data.rooms import embedded_rooms
+    train, root = split == "train", embedded_rooms(rooms=recipe.rooms) if recipe.data == "rooms" else recipe.data
+    frames = ScanNetFrames(root, split=split, hw=(recipe.resolution, recipe.resolution * 4 // 3), cache_bytes=recipe.cache_mb * 2 ** 20)
+    return SceneSamples(frames, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, max_gap=recipe.max_gap,
+                        features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
 
 def training_batches(
     recipe: Recipe,
-    samples: ObjectSamples,
+    samples: ObjectSamples | SceneSamples,
     rank: int = 0, world_size: int = 1,  # this process and how many there are
 ) -> Callable[[int, int], Iterable[Sample]]:
     "A function of (start, stop) that gives the samples of those steps."
@@ -149,36 +222,12 @@ def training_batches(
 
 def held_out(
     recipe: Recipe,
-    samples: ObjectSamples,
+    samples: ObjectSamples | SceneSamples,
 ) -> Callable[[], Iterable[Sample]]:
     "A function that gives every cloud once, with fixed points and views."
     return lambda: eval_loader(samples, batch_size=recipe.batch_size)
 
 # %% ../nbs/61_recipes.ipynb #ad57fe21
-def code_version() -> str:
-    "The package's version and, in a checkout, the commit (with + where files were changed)."
-    version, root = metadata.version("unipre3d"), Path(unipre3d.__file__).resolve().parent.parent
-    if not (root / ".git").exists(): return version
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return f"{version}+{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', 'unipre3d') else ''}"
-    except (OSError, subprocess.CalledProcessError): return version
-
-def hardware() -> dict[str, Any]:
-    "Processor, cores, GPU and the versions that matter."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-def file_hash(
-    path: str | Path,  # a file; a folder has no hash and gives None
-) -> str | None:
-    "sha256 of a file."
-    if not Path(path).is_file(): return None
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
-# %% ../nbs/61_recipes.ipynb #a6fd6f17
 def free_folder(
     folder: str | Path,  # wanted
 ) -> Path:
@@ -189,15 +238,6 @@ def free_folder(
         n += 1
         candidate = folder.with_name(f"{folder.name}-{n}")
     return candidate
-
-def write_json(
-    path: str | Path,
-    value: dict,
-) -> None:
-    "Write plain values, readable and at once."
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
 
 def read_recipe(
     folder: str | Path,  # a run folder
@@ -218,7 +258,7 @@ def history(
     "The course of a run in short: means of the training columns over `every` steps, and each evaluation."
     table = pd.read_csv(metrics)
     means = table[["step", "loss", "psnr", "grad_norm"]].groupby((table.step - 1) // every).mean()
-    scored = table[["step", "val_psnr", "val_psnr_foreground", "val_ssim"]].dropna()
+    scored = table[["step", "val_psnr", "val_psnr_foreground", "val_ssim"]].dropna(subset="val_psnr").dropna(axis=1)
     return {name: part.round(6).to_dict("list") for name, part in (("train", means), ("val", scored))}
 
 # %% ../nbs/61_recipes.ipynb #6a2f897a
@@ -233,7 +273,7 @@ def picture(
     model.eval()
     with torch.no_grad():
         sample = sample.to(device)
-        image = render(predict(sample.points, sample.ref, image_net, model), sample.target.camera, torch.tensor(recipe.background, device=device))
+        image = render(predict(sample.points, sample.ref, image_net, model), sample.target.camera, torch.tensor(recipe.background, dtype=torch.float32, device=device))
     model.train(training)
     save_views(sample, image.rgb, path, title)
 
@@ -260,11 +300,11 @@ def pretrain(
     samples = held_out(recipe, val)
     shown = collate([val[i] for i in range(0, len(val), -(-len(val) // 8))])        # eight clouds from all over the split
 
-    def look(averaged, step): picture(averaged, image_net, shown, recipe, folder / "views.png", f"{name}, step {step} of {recipe.steps}: held-out objects")
+    def look(averaged, step): picture(averaged, image_net, shown, recipe, folder / "views.png", f"{name}, step {step} of {recipe.steps}: held-out clouds")
     def score(averaged, step):
         if step == recipe.steps: return None                      # the final scores are computed once, below
         found = evaluate(averaged, image_net, samples(), background=recipe.background, device=accelerator.device)
-        return {"val_psnr": found["psnr"], "val_psnr_foreground": found["psnr_foreground"], "val_ssim": found["ssim"]}
+        return {f"val_{k}": found[k] for k in ("psnr", "psnr_foreground", "ssim") if k in found}
 
     if main and not resume: look(model.to(accelerator.device), 0)
     done = train(model, image_net, training_batches(recipe, data, accelerator.process_index, accelerator.num_processes), folder,
@@ -281,10 +321,11 @@ def pretrain(
     say(f"evaluating on the {len(val)} held-out clouds of the validation split")
     metrics = evaluate(model, image_net, samples(), background=recipe.background, device=accelerator.device) | constant_baselines(samples)
     record = {"kind": "pretrain", "recipe": name, "values": asdict(recipe), "code": code_version(), "seed": recipe.seed, "steps": done,
-              "data": {"name": recipe.data, "sha256": file_hash(data.source.store.root), "train": len(data), "val": len(val), "split": "val"},
+              "data": {"name": recipe.data, "sha256": data.source.fingerprint(), "train": len(data), "val": len(val), "split": "val"},
               "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu", "processes": accelerator.num_processes, "hardware": hardware(),
               "train_seconds": meta["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
               "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics, "history": history(folder / "metrics.csv")}
+    check_record(record)
     write_json(folder / "record.json", record)
     return record
 
