@@ -204,8 +204,10 @@ def scene_samples(
     split: str,  # "train", "val" or "test"
 ) -> SceneSamples:
     "Scenes with RGB-D frames; embedded rooms are composed on first use."
-    from unipre3d.data.rooms import embedded_rooms
-    train, root = split == "train", embedded_rooms(rooms=recipe.rooms) if recipe.data == "rooms" else recipe.data
+    train, root = split == "train", recipe.data
+    if root == "rooms":
+        from unipre3d.data.rooms import embedded_rooms            # composing needs a ray tracer, reading does not
+        root = embedded_rooms(rooms=recipe.rooms)
     frames = ScanNetFrames(root, split=split, hw=(recipe.resolution, recipe.resolution * 4 // 3), cache_bytes=recipe.cache_mb * 2 ** 20)
     return SceneSamples(frames, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, max_gap=recipe.max_gap,
                         features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
