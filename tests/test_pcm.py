@@ -75,16 +75,6 @@ def test_prompts_without_ranges_are_those_of_hash_seed_0(released):
     assert PCM.from_released(card["kwargs"] | {"order_prompt_ranges": card["order_prompt_ranges"]}).prompt_order == model.prompt_order
 
 
-def test_every_released_key_is_used_once(released):
-    model, _, state, _ = released
-    assert {f"encoder.{model.released_weight(k)[0]}" for k in model.state_dict()} == {k for k in state if k.startswith("encoder.")}
-
-
-def test_released_size():
-    with torch.device("meta"):
-        for channels in (3, 4): assert round(sum(p.numel() for p in PCM(in_channels=channels).parameters()) / 1e6, 2) == 36.75
-
-
 def test_equal_widths_share_one_position_layer():
     model = PCM(**SMALL | dict(dim_expansion=(1, 1, 1, 1)))
     keys = [model.released_weight(k)[0] for k in model.state_dict()]
@@ -98,24 +88,6 @@ def test_thinning_keeps_a_share_of_each_cloud():
     assert torch.equal(thin(points, 1), torch.arange(30))
 
 
-def test_a_batch_equals_its_clouds_alone():
-    torch.manual_seed(0)
-    model = PCM(**SMALL).eval()
-    clouds = [torch.randn(60, 3) * .3, torch.zeros(0, 3), torch.randn(9, 3), torch.randn(1, 3)]
-    together = model(pack(*clouds))
-    assert together.counts.tolist() == [60, 0, 9, 1]
-    for i, cloud in enumerate(clouds):
-        torch.testing.assert_close(together.feat[together.batch == i], model(pack(cloud)).feat, rtol=1e-4, atol=1e-5)
-
-
-def test_permuting_the_points_permutes_the_output():
-    "Where no two points share a cell, and the first point stays first (sampling starts there)."
-    torch.manual_seed(0)
-    model, cloud = PCM(**SMALL, grid_size=1e-4).eval(), torch.rand(64, 3)
-    order = torch.cat([torch.tensor([0]), 1 + torch.randperm(63)])
-    torch.testing.assert_close(model(pack(cloud[order])).feat, model(pack(cloud)).feat[order], rtol=1e-4, atol=1e-5)
-
-
 def test_the_order_prompts_matter():
     torch.manual_seed(0)
     model, points = PCM(**SMALL).eval(), pack(torch.rand(64, 3))
@@ -124,61 +96,10 @@ def test_the_order_prompts_matter():
     assert (model(points).feat - before).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("clouds", [
-    [torch.full((40, 3), .2)],                                    # all points coincide
-    [torch.rand(20, 3).repeat(3, 1), torch.zeros(0, 3)],          # every point three times, and an empty cloud
-    [torch.rand(1, 3), torch.rand(1, 3)],                         # two single points
-], ids=["coincident", "duplicated", "single"])
-def test_odd_clouds_have_finite_gradients(train, clouds):
-    torch.manual_seed(0)
-    model, points = PCM(**SMALL).train(train), pack(*clouds)
-    xyz = points.xyz.clone().requires_grad_()
-    out = model(PointBatch(xyz, xyz, points.batch, points.size))
-    (out.feat * torch.randn_like(out.feat)).sum().backward()
-    assert out.feat.isfinite().all() and xyz.grad.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("size", [0, 1, 3])
-def test_nothing_in_nothing_out(size):
-    none = PointBatch(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), size)
-    out = PCM(**SMALL)(none)
-    assert len(out) == 0 and out.size == size and out.feat.shape == (0, 9)
-
-
 def test_too_few_points_for_training_is_said_so():
     with pytest.raises(ValueError, match="PCM.stem: expected at least 2 rows in the batch while training"): PCM(**SMALL)(pack(torch.rand(1, 3)))
     with pytest.raises(ValueError, match="PCM.body: expected at least 2 rows"): PCM(**SMALL)(pack(torch.rand(9, 3)))
     assert PCM(**SMALL).eval()(pack(torch.rand(1, 3))).feat.isfinite().all()
-
-
-def test_extra_columns_are_read():
-    torch.manual_seed(0)
-    model, xyz, batch = PCM(in_channels=6, **SMALL).eval(), torch.rand(50, 3), torch.zeros(50, dtype=torch.long)
-    a, b = (model(PointBatch(xyz, torch.cat([xyz, torch.full((50, 3), c)], 1), batch, 1)).feat for c in (0., 1.))
-    assert (a - b).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="at least 6 columns"): model(PointBatch(xyz, xyz, batch, 1))
-
-
-def test_mixed_precision():
-    torch.manual_seed(0)
-    model, points = PCM(**SMALL).eval(), pack(torch.rand(60, 3), torch.rand(20, 3))
-    exact = model(points).feat
-    with torch.autocast("cpu", dtype=torch.bfloat16): rough = model(points).feat
-    rough.float().square().sum().backward()
-    assert (rough - exact).abs().max() < .3
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-def test_save_and_load(tmp_path):
-    torch.manual_seed(0)
-    model, points = PCM(**SMALL).eval(), pack(torch.rand(40, 3))
-    model.save_pretrained(tmp_path / "m")
-    assert torch.equal(PCM.from_pretrained(tmp_path / "m")(points).feat, model(points).feat)
-    with pytest.raises(FileNotFoundError, match="config.json"): PCM.from_pretrained(tmp_path)
-    (tmp_path / "m" / "config.json").write_text('{"backbone": "PTv3"}')
-    with pytest.raises(ValueError, match="PTv3"): PCM.from_pretrained(tmp_path / "m")
 
 
 def test_errors_name_the_argument(released):
@@ -191,10 +112,3 @@ def test_errors_name_the_argument(released):
     with pytest.raises(ValueError, match="normalize: expected 'anchor'"): PCM.from_released(wrong)
     with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
     with pytest.raises(ValueError, match="expected \\[18"): model.convert_released(state | {"encoder.encoder.order_prompt.weight": torch.zeros(2)})
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_agrees():
-    torch.manual_seed(0)
-    model, points = PCM(**SMALL).eval(), pack(torch.rand(200, 3), torch.rand(50, 3))
-    torch.testing.assert_close(model.cuda()(points.to("cuda")).feat.cpu(), model.cpu()(points).feat, rtol=1e-3, atol=1e-4)
