@@ -26,10 +26,10 @@ from ..data.loaders import FEATURES, about_z, recolor
 from ..pretrain import MetricsFile, average_weights, learning_rate, load_run_state, load_tensors, run_state, save_tensors, stop_requests
 
 # %% auto #0
-__all__ = ['Cloud', 'Start', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units', 'layer_order',
-           'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'shift', 'jitter',
-           'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'TaskMetrics', 'finetune',
-           'Labelled', 'FinetuneRecipe', 'loop_options', 'build_backbone']
+__all__ = ['Cloud', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
+           'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'shift',
+           'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'TaskMetrics',
+           'finetune', 'Labelled', 'FinetuneRecipe', 'loop_options', 'build_backbone']
 
 # %% ../../nbs/downstream/70_transfer.ipynb #9274e44e
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Start:
         parts = ", ".join(f"{states.get(s, 0)} {s}" for s in ("loaded", "missing", "other shape"))
         return f"start from {self.init} ({self.kind}): {self.coverage:.1%} of {self.table['values'].sum():,} numbers; {parts}, {len(self.unused)} unused"
 
+def counted(backbone: nn.Module) -> dict[str, Tensor]:
+    "The tensors that coverage is about: all but the step counters of batch normalisation, which nothing reads."
+    return {k: v for k, v in backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
+
 def load_weights(
     backbone: nn.Module,  # changed in place
     state: Mapping[str, Tensor],  # tensors of a checkpoint under the backbone's own names
@@ -59,17 +63,20 @@ def load_weights(
     init: str,  # where they come from, for the report and messages
     kind: str = "run",
     need: float = 1.,  # smallest coverage that will do, 0..1
+    misfit: Mapping[str, str] = {},  # what else the checkpoint has, and why it does not fit
+    unused: Sequence[str] | None = None,  # tensors without a place; None means what is over of `state`
 ) -> Start:
     "Load what fits; a one-line ValueError where that is less than `need`, and then nothing is changed."
-    own = backbone.state_dict()
+    own = counted(backbone)
     match = match_released(own, lambda name: (name, None), state)
-    rows = [(own[k].numel(), "loaded" if k in match.weights else "missing" if k in match.missing else "other shape", list(state[k].shape) if k in state else None) for k in own]
-    start = Start(init, kind, pd.DataFrame(rows, index=list(own), columns=["values", "state", "found"]), tuple(sorted(set(state) - set(own))))
+    misfit = dict(misfit) | match.misfit
+    rows = [(v.numel(), "loaded" if k in match.weights else "other shape" if k in misfit else "missing", misfit.get(k, "").split(": ", 1)[-1]) for k, v in own.items()]
+    unused = sorted(set(state) - set(backbone.state_dict())) if unused is None else unused
+    start = Start(init, kind, pd.DataFrame(rows, index=list(own), columns=["values", "state", "found"]), tuple(unused))
     if start.coverage < need:
         first = start.table[start.table.state != "loaded"].iloc[0]
-        found = "no such tensor" if first.state == "missing" else f"{first.found}"
-        raise ValueError(f"{init}: expected at least {need:.1%} of the {type(backbone).__name__}, found {start.coverage:.1%}; {first.name}: expected {list(own[first.name].shape)}, "
-                         f"found {found}; use the sizes of the checkpoint or ask for less")
+        raise ValueError(f"{init}: expected at least {need:.1%} of the {type(backbone).__name__}, found {start.coverage:.1%}; {first.name}: "
+                         f"{first.found or 'not in the file'}; use the sizes of the checkpoint or ask for less")
     backbone.load_state_dict(match.weights, strict=False)
     return start
 
@@ -87,27 +94,28 @@ def backbone_tensors(
 
 def start_from(
     backbone: Backbone,  # changed in place
-    init: str | Path,  # "none", a run folder, a checkpoint.safetensors, or a released .pth or .pt file
+    init: str | Path,  # "none", a run folder, its checkpoint.safetensors, or another file: a released checkpoint
     *,
     need: float = 1.,  # smallest coverage that will do, 0..1
 ) -> Start:
     "Give a backbone its first weights and report which they are."
     if str(init) == "none":
-        own = backbone.state_dict()
-        return Start("none", "none", pd.DataFrame([(v.numel(), "random", None) for v in own.values()], index=list(own), columns=["values", "state", "found"]))
+        own = counted(backbone)
+        return Start("none", "none", pd.DataFrame([(v.numel(), "random", "") for v in own.values()], index=list(own), columns=["values", "state", "found"]))
     if not Path(init).exists(): raise FileNotFoundError(f'--init: expected "none", a run folder or a checkpoint, found nothing at {init}')
-    if Path(init).suffix not in (".pth", ".pt"): return load_weights(backbone, backbone_tensors(init), init=str(init), need=need)
-    return start_released(backbone, Path(init), need)
+    if Path(init).is_file() and Path(init).name != "checkpoint.safetensors": return start_released(backbone, init, need)
+    return load_weights(backbone, backbone_tensors(init), init=str(init), need=need)
 
-def start_released(backbone: Backbone, path: Path, need: float) -> Start:
-    "The start from a released checkpoint; tensors only, no code of the file is run."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error: raise ValueError(f"{path}: expected a released checkpoint, could not read it ({str(error).splitlines()[0]})") from error
-    for name in ("model", "base_model", "state_dict"):
-        if isinstance(state.get(name), Mapping): state = state[name]
-    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-    match = match_released(backbone.state_dict(), backbone.released_weight, state, "encoder.")
-    return load_weights(backbone, match.weights, init=str(path), kind="released", need=need)
+def start_released(
+    backbone: Backbone,  # changed in place
+    path: str | Path,  # .pth, .pt or .safetensors
+    need: float = 1.,  # smallest coverage that will do, 0..1
+) -> Start:
+    "The start from a checkpoint of another program; no code of the file is run."
+    from unipre3d.released import compare_released
+    try: report, weights = compare_released(backbone, path)
+    except ValueError as problem: raise ValueError(str(problem) if str(problem).startswith(str(path)) else f"{path}: {problem}") from None
+    return load_weights(backbone, weights, init=str(path), kind="released", need=need, misfit=report.misfit, unused=report.unplaced)
 
 # %% ../../nbs/downstream/70_transfer.ipynb #7e8bc1ef
 def units(
