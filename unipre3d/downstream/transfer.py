@@ -77,7 +77,7 @@ def load_weights(
         first = start.table[start.table.state != "loaded"].iloc[0]
         raise ValueError(f"{init}: expected at least {need:.1%} of the {type(backbone).__name__}, found {start.coverage:.1%}; {first.name}: "
                          f"{first.found or 'not in the file'}; use the sizes of the checkpoint or ask for less")
-    backbone.load_state_dict(match.weights, strict=False)
+    backbone.load_state_dict({k: v for k, v in state.items() if k.endswith("num_batches_tracked")} | match.weights, strict=False)
     return start
 
 # %% ../../nbs/downstream/70_transfer.ipynb #b36ef0d2
@@ -141,7 +141,7 @@ def layer_order(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         xyz = torch.rand(128, 3) - .5
-        points = PointBatch(xyz, torch.cat([xyz, torch.rand(128, max(0, backbone.in_channels - 3))], 1), torch.arange(2).repeat_interleave(64), 2)
+        points = PointBatch(xyz, torch.cat([xyz, torch.rand(128, max(0, backbone.config.get("in_channels", 3) - 3))], 1), torch.arange(2).repeat_interleave(64), 2)
         try: backbone.eval()(points.to(weight.device))
         finally:
             backbone.train(training)
