@@ -98,7 +98,7 @@ def test_a_run_can_be_loaded_and_rendered(whole, capsys):
     assert main(["render", str(whole), "--frames", "3", "--size", "48"]) == 0
     from PIL import Image
     from unipre3d.gaussians import load_ply
-    assert Image.open(whole / "turntable-val-0.gif").n_frames == 3
+    assert Image.open(whole / "film-val-0.gif").n_frames == 3
     assert len(load_ply(whole / "gaussians-val-0.ply")) == 16
 
 

@@ -4,15 +4,15 @@
 
 # %% ../nbs/90_cli.ipynb #58dcda6d
 from __future__ import annotations
-import contextlib, importlib.util, io, math, os, sys
+import contextlib, importlib.util, io, os, sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
 __all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'RunOptions', 'newest_run', 'parse_pretrain', 'pretrain_command',
-           'orbit', 'RenderOptions', 'write_turntable', 'render_command', 'FurnitureOptions', 'AutoencoderOptions',
-           'data_command', 'doctor_command', 'usage', 'main']
+           'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'data_command',
+           'doctor_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -85,39 +85,24 @@ def pretrain_command(args: list[str]) -> int:
     record = pretrain(name, recipe, folder, resume=options.resume, device=options.device)
     if record is None: return 130
     m = record["metrics"]
-    print(f"held-out PSNR {m['psnr']:.2f} dB (foreground {m['psnr_foreground']:.2f} dB, SSIM {m['ssim']:.3f}) on {m['clouds']} objects, {m['images']} images; "
+    foreground = f"foreground {m['psnr_foreground']:.2f} dB, " if "psnr_foreground" in m else ""
+    print(f"held-out PSNR {m['psnr']:.2f} dB ({foreground}SSIM {m['ssim']:.3f}) on {m['clouds']} clouds, {m['images']} images; "
           f"the best constant colour has {m['constant_colour_psnr']:.2f} dB, the mean image {m['mean_image_psnr']:.2f} dB")
     print(f"pictures: {folder / 'views.png'}   record: {folder / 'record.json'}\nnext: unipre3d render {folder}")
     return 0
 
 # %% ../nbs/90_cli.ipynb #40950520
-def orbit(
-    frames: int,  # views on the circle
-    size: int,  # image height and width in pixels
-    *,
-    fov: float = 49.134342641202636,  # degrees
-    distance: float = 1.75,  # from the origin, object units
-    elevation: float = 20.,  # degrees above the horizon
-):
-    "Cameras on a circle around cloud 0, as a CameraBatch."
-    import torch
-    from unipre3d.core import CameraBatch
-    from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
-    angle, up = torch.arange(frames) * (2 * math.pi / frames), math.radians(elevation)
-    eye = distance * torch.stack([math.cos(up) * angle.cos(), math.cos(up) * angle.sin(), torch.full_like(angle, math.sin(up))], 1)
-    return CameraBatch(look_at(eye), intrinsics_from_fov(fov, (size, size)).repeat(frames, 1, 1), (size, size), torch.zeros(frames, dtype=torch.long))
-
 @dataclass(frozen=True)
 class RenderOptions:
-    "A turntable (GIF or MP4) and a Gaussian PLY from a checkpoint."
+    "A film (GIF or MP4) around an object or through a scene, and a Gaussian PLY, from a checkpoint."
     out: str | None = None  # folder for the files; default: the run folder
     split: str = "val"  # which clouds: "train", "val" or "test"
     index: int = 0  # which cloud of the split
-    frames: int = 48  # views of the turntable
-    size: int = 256  # height and width in pixels
+    frames: int = 48  # views of the film
+    size: int = 256  # height of the film in pixels
     video: str = "gif"  # "gif", or "mp4" if ffmpeg is installed
 
-def write_turntable(
+def write_film(
     frames,  # list of uint8 images [h w 3]
     path: str | Path,  # ends in .gif or .mp4
     fps: int = 20,  # frames a second
@@ -140,7 +125,7 @@ def write_turntable(
     return path
 
 def render_command(args: list[str]) -> int:
-    "unipre3d render CHECKPOINT [--key value ...]: turntable and PLY of a held-out object."
+    "unipre3d render CHECKPOINT [--key value ...]: film and PLY of a held-out object or scene."
     if not args or args[0].startswith("-"):
         if "-h" in args or "--help" in args: parse(RenderOptions, ["--help"], "unipre3d render CHECKPOINT")
         raise ValueError("render: expected a checkpoint, as in: unipre3d render runs/object-transformer-mini")
@@ -158,15 +143,15 @@ def render_command(args: list[str]) -> int:
     sample = samples[options.index]
     with torch.no_grad():
         gaussians = predict(sample.points, sample.ref, image_net, model)
-        cameras = orbit(options.frames, options.size)
-        frames = [render(gaussians, cameras.select(torch.tensor([i])), torch.tensor(recipe.background)).rgb[0] for i in tqdm(range(options.frames), desc="turntable")]
-    beside = torch.nn.functional.interpolate(sample.ref.rgb[:1], size=(options.size, options.size), mode="nearest")[0]
+        cameras = samples.tour(options.index, options.frames, options.size)
+        frames = [render(gaussians, cameras.select(torch.tensor([i])), torch.tensor(recipe.background)).rgb[0] for i in tqdm(range(options.frames), desc="film")]
+    beside = torch.nn.functional.interpolate(sample.ref.rgb[:1], size=cameras.hw, mode="nearest")[0]
     images = [(torch.cat([beside, f], 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy() for f in frames]
     folder = Path(options.out) if options.out else (Path(args[0]) if Path(args[0]).is_dir() else Path(args[0]).parent)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{options.split}-{options.index}"
-    film, ply = write_turntable(images, folder / f"turntable-{stem}.{options.video}"), save_ply(gaussians, folder / f"gaussians-{stem}.ply")
-    print(f"{'/'.join(samples.source.items[options.index])}: {len(gaussians)} Gaussians\nturntable: {film}   (left: the reference view that the model saw)\nGaussians: {ply}")
+    film, ply = write_film(images, folder / f"film-{stem}.{options.video}"), save_ply(gaussians, folder / f"gaussians-{stem}.ply")
+    print(f"{samples.name(options.index)}: {len(gaussians):,} Gaussians\nfilm: {film}   (left: the reference view that the model saw)\nGaussians: {ply}")
     return 0
 
 # %% ../nbs/90_cli.ipynb #76c03423
@@ -186,13 +171,15 @@ class AutoencoderOptions:
     seed: int = 0
 
 def data_command(args: list[str]) -> int:
-    "unipre3d data furniture | autoencoder: rebuild what the package embeds."
-    kinds = {"furniture": FurnitureOptions, "autoencoder": AutoencoderOptions}
+    "unipre3d data rooms | furniture | autoencoder: compose rooms; rebuild what the package embeds."
+    from unipre3d.data.rooms import RoomsOptions, make_rooms
+    kinds = {"rooms": RoomsOptions, "furniture": FurnitureOptions, "autoencoder": AutoencoderOptions}
     if not args or args[0] not in kinds:
-        if args and args[0] in ("-h", "--help"): print("usage: unipre3d data furniture | autoencoder [--help]"); return 0
+        if args and args[0] in ("-h", "--help"): print(f"usage: unipre3d data {' | '.join(kinds)} [--help]"); return 0
         raise ValueError(f"data: expected one of {', '.join(kinds)}, got {args[0] if args else 'nothing'}")
     options = parse(kinds[args[0]], args[1:], f"unipre3d data {args[0]}")
-    if args[0] == "furniture":
+    if args[0] == "rooms": path = make_rooms(**asdict(options))
+    elif args[0] == "furniture":
         from unipre3d.data.furniture import build_furniture
         from unipre3d.data.shapenet import ShapeNetViews, export_objects
         path = export_objects(ShapeNetViews(), options.out) if options.unpack else build_furniture(options.deb, options.out, workers=options.workers)
@@ -206,7 +193,8 @@ def doctor_command(args: list[str]) -> int:
     "unipre3d doctor: which backends, data and weights are here."
     import torch
     from unipre3d.core import data_dir
-    from unipre3d.recipes import code_version, hardware, recipes
+    from unipre3d.recipes import recipes
+    from unipre3d.records import code_version, hardware
     parse(make_dataclass("Doctor", []), args, "unipre3d doctor")
     machine, have = hardware(), lambda module: importlib.util.find_spec(module) is not None
     folder = data_dir()

@@ -89,6 +89,7 @@ def walk(
     K: np.ndarray,  # [3 3] for images of that size
 ) -> CameraBatch:  # all on cloud 0
     "Cameras along a path of poses, from the first to the last."
+    if not len(poses): raise ValueError("walk: expected at least one pose, got none")
     place = np.linspace(0, len(poses) - 1, frames)
     before = np.minimum(place.astype(int), max(0, len(poses) - 2))
     after, share = np.minimum(before + 1, len(poses) - 1), (place - before)[:, None, None]
@@ -196,16 +197,15 @@ def choose_frames(
 ) -> tuple[np.ndarray, np.ndarray]:  # places of the reference and of the target frames, none in both; reference j is near target j modulo their number
     "Targets, and for each a reference nearby (section 1 of the paper's method); fewer of both in a short scene."
     if n_frames < 2: raise ValueError(f"choose_frames: expected at least 2 frames (one to see, one to render), got {n_frames}")
-    share = min(1., n_frames / (n_ref + n_target))
-    m = max(1, int(n_target * share))
-    r = max(1, min(int(n_ref * share), n_frames - m))
+    usable, whole = min(n_frames, n_ref + n_target), n_ref + n_target
+    m = max(1, n_target * usable // whole)
+    r = max(1, min(n_ref * usable // whole, n_frames - m))
+    more, m = max(0, m - r), min(m, r)                 # targets beyond the references are chosen last, near a reference
+    def near(place, taken): return rng.permutation(np.setdiff1d(np.arange(max(0, place - max_gap), min(n_frames, place + max_gap + 1)), taken)).tolist()
     best = None
     for attempt in range(1000):                        # only short scenes need a second try
         targets = rng.permutation(n_frames)[:m]
-        wanted = []
-        for target in np.resize(targets, r):
-            near = np.setdiff1d(np.arange(max(0, target - max_gap), min(n_frames, target + max_gap + 1)), targets)
-            wanted.append(rng.permutation(near).tolist())
+        wanted = [near(target, targets) for target in np.resize(targets, r)]
         found = match(wanted)
         refs = [place if place is not None else (wanted[j] or [None])[0] for j, place in enumerate(found)]
         score = sum(place is not None for place in found), sum(place is not None for place in refs)
@@ -214,7 +214,9 @@ def choose_frames(
     _, refs, targets = best
     lonely = {j % m for j, place in enumerate(refs) if place is None}   # a target whose neighbours are all targets is left out
     keep = [k for k in range(m) if k not in lonely]
-    return np.array([place for j, place in enumerate(refs) if j % m in keep], dtype=np.int64), targets[keep]
+    refs, targets = np.array([place for j, place in enumerate(refs) if j % m in keep], dtype=np.int64), targets[keep]
+    others = match([near(place, [*refs, *targets]) for place in np.resize(refs, more)])
+    return refs, np.concatenate([targets, np.array([place for place in others if place is not None], dtype=np.int64)])
 
 # %% ../../nbs/data/26_loaders.ipynb #7eb66b06
 @dataclass

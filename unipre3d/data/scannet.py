@@ -110,6 +110,8 @@ def write_cloud(
 ) -> Path:  # the scene's folder
     "`<root>/<split>/<scene>/*.npy`."
     if unknown := set(arrays) - set(CLOUD): raise ValueError(f"write_cloud: expected some of {', '.join(CLOUD)}, got {sorted(unknown)[0]}")
+    color = np.asarray(arrays.get("color", 0))
+    if color.size and not 0 <= color.min() <= color.max() <= 255: raise ValueError(f"write_cloud: color: expected 0..255, got {color.min()}..{color.max()}")
     folder = Path(root) / split / scene
     folder.mkdir(parents=True, exist_ok=True)
     kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
@@ -243,6 +245,7 @@ class _Scene:
     numbers: tuple[int, ...]  # frames that can be used
     poses: np.ndarray         # [f 4 4] camera to world
     K: np.ndarray             # [3 3] for the size wanted
+    files: dict[int, dict[str, str]]  # number -> kind -> path
 
 def as_posed_views(
     color: np.ndarray,  # [v h w 3] uint8, or float 0..1
@@ -274,6 +277,8 @@ class ScanNetFrames:
     ):
         for name, value, known in (("intrinsics", intrinsics, ("files", "standard")), ("resample", resample, ("box", "bicubic"))):
             if value not in known: raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
+        if len(hw) != 2 or min(hw) < 1: raise ValueError(f"hw: expected a height and a width of at least 1 pixel, got {hw}")
+        if depth_scale <= 0: raise ValueError(f"depth_scale: expected stored units in a metre, above 0, got {depth_scale}")
         self.root, self.split, self.hw, self.kind, self.resample = Path(root), split, tuple(hw), intrinsics, resample
         self.depth_scale, self.min_depth, self.cache = depth_scale, min_depth, Cache(cache_bytes)
         self.skipped = Counter()  # reason -> frames, in this process
@@ -309,23 +314,20 @@ class ScanNetFrames:
         for kind, suffixes in dict(color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)).items():
             names = self._list(f"2D/{kind}/{self.scenes[i]}")
             if not names: raise FileNotFoundError(f"{self.root / '2D' / kind / self.scenes[i]}: expected the scene's frames N{suffixes[0]}, found none")
-            for path in map(Path, names):
-                if path.suffix in suffixes and path.stem.isdigit(): found.setdefault(int(path.stem), {})[kind] = f"2D/{kind}/{self.scenes[i]}/{path.name}"
+            for path in map(Path, sorted(names, reverse=True)):                # of N.jpg and N.png the first counts
+                if path.suffix in suffixes and path.stem.isdecimal(): found.setdefault(int(path.stem), {})[kind] = f"2D/{kind}/{self.scenes[i]}/{path.name}"
         return found
-
-    def _files(self, i, number):
-        "{kind: path} of one frame, without listing folders."
-        paths = [(kind, f"2D/{kind}/{self.scenes[i]}/{number}{suffix}") for kind, suffix in (("color", ".jpg"), ("color", ".png"), ("depth", ".png"), ("pose", ".txt"))]
-        return {kind: path for kind, path in reversed(paths) if self.store.has(path)}
 
     def _decode(self, i, number, files):
         "Colour, depth and their stored sizes; a pose of text."
         if lack := sorted({"color", "depth", "pose"} - set(files)): raise _Skip(f"no {lack[0]} file")
         try: pose = read_pose(self.store.read(files["pose"]).decode("utf8", "replace"), files["pose"])
         except ValueError as problem: raise _Skip("pose is not finite" if "finite numbers" in str(problem) else "pose is not a rigid 4 x 4 matrix") from None
-        try: color, depth = read_color(self.store.read(files["color"]), self.hw, self.resample), read_depth(self.store.read(files["depth"]), self.hw, str(self.root / files["depth"]))
+        try: color = read_color(self.store.read(files["color"]), self.hw, self.resample)
+        except ValueError: raise _Skip("color does not decode") from None
+        try: depth = read_depth(self.store.read(files["depth"]), self.hw, str(self.root / files["depth"]))
         except TypeError as problem: raise ValueError(str(problem)) from None
-        except ValueError as problem: raise _Skip(f"{str(problem).split(':')[0]} does not decode" if str(problem).startswith("color") else "depth does not decode") from None
+        except ValueError: raise _Skip("depth does not decode") from None
         return color, depth, pose, str(self.root / files["depth"])
 
     def _stored_intrinsics(self, i, size):
@@ -364,7 +366,9 @@ class ScanNetFrames:
         if rows.dtype.kind not in ("f", "i", "u") or (rows.dtype.kind == "f" and not np.isfinite(rows).all()):
             raise ValueError(f"{where}: expected finite numbers, found {f'{int((~np.isfinite(rows)).sum())} that are not' if rows.dtype.kind == 'f' else rows.dtype}")
         if name == "color" and (rows.min() < 0 or rows.max() > 255): raise ValueError(f"{where}: expected colours in 0..255, found {rows.min()}..{rows.max()}")
-        if name == "color" and rows.dtype.kind == "f": rows = np.round(rows)
+        if name == "color" and rows.dtype.kind == "f":
+            if rows.max() <= 1 and (rows % 1).any(): raise ValueError(f"{where}: expected colours in 0..255, found fractions up to {rows.max():.3g}; multiply by 255")
+            rows = np.round(rows)
         return np.ascontiguousarray(rows, dtype=dict(coord=np.float32, normal=np.float32, color=np.uint8).get(name, np.int32))
 
     def rows(self, i: int) -> dict[str, np.ndarray]:
@@ -377,8 +381,8 @@ class ScanNetFrames:
 
     def _look(self, i):
         "Look at all frames of a scene."
-        numbers, poses, sizes, reasons = [], [], None, Counter()
-        for number, files in sorted(self._partners(i).items()):
+        numbers, poses, sizes, reasons, partners = [], [], None, Counter(), self._partners(i)
+        for number, files in sorted(partners.items()):
             try:
                 (color, color_size), (depth, depth_size), pose, where = self._decode(i, number, files)
                 if not (depth > self.min_depth * self.depth_scale).any(): raise _Skip("depth is empty")
@@ -390,7 +394,7 @@ class ScanNetFrames:
             self._keep(i, number, color, depth)
         self._report(i, reasons)
         K = np.eye(3) if sizes is None else standard_intrinsics(self.hw) if self.kind == "standard" else scale_intrinsics(self._stored_intrinsics(i, sizes), sizes, self.hw)
-        return _Scene(tuple(numbers), np.array(poses).reshape(-1, 4, 4), K)
+        return _Scene(tuple(numbers), np.array(poses).reshape(-1, 4, 4), K, {number: partners[number] for number in numbers})
 
     def _report(self, i, reasons):
         self.skipped.update(reasons)
@@ -420,7 +424,7 @@ class ScanNetFrames:
         if frame not in seen.numbers: raise ValueError(f"frame: expected one of the {len(seen.numbers)} usable frames of {self.scenes[i]}, got {frame}")
         color, depth = (self.cache.items.get((kind, i, frame)) for kind in ("color", "depth"))
         if color is None or depth is None:
-            try: (color, _), (depth, _), *_ = self._decode(i, frame, self._files(i, frame))
+            try: (color, _), (depth, _), *_ = self._decode(i, frame, seen.files[frame])
             except _Skip as reason: raise ValueError(f"{self.scenes[i]}, frame {frame}: expected the files that were there before, found that {reason}") from None
             self._keep(i, frame, color, depth)
         else: [self.cache.items.move_to_end((kind, i, frame)) for kind in ("color", "depth")]
@@ -430,6 +434,7 @@ class ScanNetFrames:
     def views(self, i: int, which: Iterable[int] | None = None) -> ViewBatch:
         "Some frames of a scene (None: all) in the order asked, in the world of the files, with `batch` 0."
         which = self.frames(i) if which is None else list(which)
+        if not which: raise ValueError(f"{self.root / '2D'}: {self.scenes[i]}: expected at least one frame to show, found {len(self.frames(i))} usable ones")
         color, depth, pose = map(np.stack, zip(*(self.view(i, k) for k in which)))
         return as_posed_views(color, depth, pose, np.tile(self.intrinsics(i), (len(which), 1, 1)), np.zeros(len(which), dtype=np.int64))
 
@@ -465,6 +470,7 @@ def read_sens_header(
     color_w, color_h, depth_w, depth_h = _take(file, "4I", name)
     scale, = _take(file, "f", name)
     count, = _take(file, "Q", name)
+    if not (depth_w and depth_h and 0 < scale < float("inf")): raise ValueError(f"{name}: expected a size and units of depth above 0, found {depth_w} x {depth_h} and {scale:g} a metre")
     K = read_intrinsics(" ".join(map(repr, matrices[2].ravel().tolist())), (depth_h, depth_w), name)
     return SensHeader(K, (color_h, color_w), (depth_h, depth_w), float(scale), count)
 
@@ -475,8 +481,10 @@ def read_sens_frames(
     name: str = "sens",  # the file, for messages
 ) -> Iterator[tuple[int, bytes, np.ndarray, np.ndarray]]:  # number, JPEG, depth [h w] uint16, camera to world [4 4]
     "One frame of each `every`; what is skipped is not decoded."
+    if every < 1: raise ValueError(f"every: expected at least 1, got {every}")
     for number in range(header.frames):
         *pose, _, _, color_bytes, depth_bytes = _take(file, "16f4Q", f"{name}, frame {number}")
+        if color_bytes + depth_bytes > 2**28: raise ValueError(f"{name}, frame {number}: expected images of less than 256 MB, found a length of {color_bytes + depth_bytes}; the file is damaged")
         if number % every: file.seek(color_bytes + depth_bytes, 1); continue
         color, packed = file.read(color_bytes), file.read(depth_bytes)
         if len(packed) < depth_bytes: raise ValueError(f"{name}, frame {number}: expected {color_bytes + depth_bytes} bytes of images, found {len(color) + len(packed)}; the file is cut off")
@@ -517,6 +525,7 @@ def read_mesh(
     index = next((p.name for p in ply["face"].properties if p.name in ("vertex_indices", "vertex_index")), None) if "face" in ply else None
     if not index: raise ValueError(f"{path}: expected triangles (face with vertex_indices), found {', '.join(e.name for e in ply.elements)} only")
     faces = np.stack(list(ply["face"][index])) if len(ply["face"].data) else np.zeros((0, 3), dtype=int)
+    if len(faces) and not 0 <= faces.min() <= faces.max() < len(xyz): raise ValueError(f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, found {faces.min()}..{faces.max()}")
     return dict(coord=xyz, color=np.stack([np.asarray(vertex[k]) for k in ("red", "green", "blue")], 1), normal=vertex_normals(xyz, faces))
 
 def read_labels(
