@@ -77,8 +77,13 @@ def test_what_is_wrong_is_said_in_one_line_and_changes_nothing(name):
     refused({"epoch": 3}, "no tensor at all")
     refused({"a": torch.zeros(1)}, "found none among 1 keys", type(model).__name__)
     refused(state, "leave_out", "'nothing_like_it'", leave_out=["nothing_like_it"])
-    refused({"student." + k: v for k, v in state.items()} | {"teacher." + k: v for k, v in state.items()}, "found 2", "pass root=")
+    two = lambda x, y: {x + k: v for k, v in state.items()} | {y + k: v + 1 for k, v in state.items()}
+    refused(two("student.", "teacher."), "found 2", "pass root=")
+    refused(two("semantic.", "geometric."), "found 2")                                         # no average, though it has the letters
+    assert compare_released(model, {x + k: v for k, v in state.items() for x in ("last.", "best.")})[0].coverage == 1
     refused(state, "below 'decoder.'", root="decoder")
+    refused(state | {a: state[a].to("meta")}, a, "without values")
+    for nothing in (None, 3, model): refused(nothing, "expected a file or a dictionary", type(nothing).__name__)
 
     report = load_released(model, {k: v for k, v in state.items() if k != a}, leave_out=[ours[a]])
     assert report.left_out == (ours[a],) and 0 < report.coverage < 1 and "left out" in str(report)
@@ -125,6 +130,7 @@ def test_a_whole_object_predictor(name):
 
     load_released(backbone, {"model_state_dict": whole})                                        # a backbone alone takes its own part
     with pytest.raises(ValueError, match="missing in the file, first 'fusion"): load_released(model, {k.replace("point_network", "network"): v for k, v in whole.items() if "fusion" not in k and "image_conv" not in k})
+    assert load_released(model, {k.replace("point_network.", ""): v for k, v in whole.items()}).coverage == 1
     bare = UniPre3D(backbone, NoFusion(), GaussianHead(backbone.width, hidden=8))
     assert load_released(bare, {k.replace("point_network", "network"): v for k, v in whole.items() if "fusion" not in k and "image_conv" not in k}).coverage == 1
 
@@ -184,9 +190,10 @@ def test_files_that_are_no_checkpoints(tmp_path):
     model, state, _ = recorded("backbone_pointmlp_in3_eval")
     save_file(state, tmp_path / "whole.safetensors"); torch.save(state, tmp_path / "whole.pth")
     for name in ("whole.safetensors", "whole.pth"): (tmp_path / f"cut_{name}").write_bytes((tmp_path / name).read_bytes()[:5000])
+    for at in range(200, 20_000, 1980): (tmp_path / f"cut_{at}.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:at])
     (tmp_path / "empty.pth").touch(); (tmp_path / "page.pth").write_text("<html>Not found</html>")
     torch.save([1, 2], tmp_path / "list.pth"); torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    for name in ("cut_whole.safetensors", "cut_whole.pth", "empty.pth", "page.pth", "list.pth", "tensor.pth"):
+    for name in ("cut_whole.safetensors", "cut_whole.pth", "empty.pth", "page.pth", "list.pth", "tensor.pth", *(p.name for p in tmp_path.glob("cut_*0.pth"))):
         with pytest.raises(ValueError) as error: load_released(model, tmp_path / name)
         assert str(error.value).count(name) == 1 and "\n" not in str(error.value) and "expected" in str(error.value), str(error.value)
     for name in (tmp_path / "none.pth", tmp_path):

@@ -4,7 +4,7 @@
 
 # %% ../nbs/backbones/48_released.ipynb #96316b6e
 from __future__ import annotations
-import pickle
+import pickle, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,11 +37,13 @@ def read_checkpoint(
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {'a folder' if file.is_dir() else 'nothing'}")
     with file.open("rb") as stream: start = stream.read(9)
-    try: return load_file(file) if start[8:] == b"{" else dict(flat_tensors(torch.load(file, map_location="cpu", weights_only=True)))
+    try: tree = load_file(file) if start[8:] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise ValueError(f"{file}: expected tensors and plain values only, found {refused_object(problem)}; save the state dict alone, where the file comes from") from None
-    except (RuntimeError, EOFError, SafetensorError, AttributeError, KeyError) as problem:
+    except Exception as problem:  # a damaged file fails in a dozen ways
         raise ValueError(f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it ({(str(problem) or type(problem).__name__).splitlines()[0][:80]})") from None
+    if not isinstance(tree, Mapping): raise ValueError(f"{file}: expected a dictionary of tensors, found a {type(tree).__name__}")
+    return dict(flat_tensors(tree))
 
 def refused_object(
     problem: Exception,  # of torch.load
@@ -64,29 +65,33 @@ def count_roots(
     return hits
 
 def best_root(
-    hits: Counter[str],  # of count_roots
+    hits: Counter[str],           # of count_roots
+    state: Mapping[str, Tensor],  # the checkpoint
 ) -> str:
-    "The root with most keys. Of equals, the one with `ema` in its name; any other tie is a one-line ValueError."
+    "The root with most keys. Of equals, one with the word `ema`; copies of the same tensors are one; any other tie is a one-line ValueError."
     best = [root for root, n in hits.items() if n == max(hits.values())]
-    if len(best) > 1: best = [root for root in best if "ema" in root.lower()] or best
-    if len(best) > 1: raise ValueError(f"expected one copy of the weights, found {len(best)}, below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose")
+    if len(best) > 1: best = [root for root in best if "ema" in re.split(r"[._]", root.lower())] or best
+    below = lambda root: {key.removeprefix(root): t for key, t in state.items() if key.startswith(root)}
+    same = lambda a, b: a.keys() == b.keys() and all(torch.equal(t, b[key]) for key, t in a.items())
+    if len(best) > 1 and not all(same(below(best[0]), below(root)) for root in best[1:]):
+        raise ValueError(f"expected one copy of the weights, found {len(best)}, below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose")
     return best[0]
 
 # %% ../nbs/backbones/48_released.ipynb #5646a548
 PARTS = (("fusion.image_norm.", "image_conv.0."), ("fusion.image_proj.", "image_conv.1."), ("fusion.mlp.0.", "fusion_mlps.0."),
-         ("fusion.conv.", "fusion_mlps.0."), ("fusion.norm.", "fusion_mlps.1."), ("head.mlp.", "{network}.final."))
+         ("fusion.conv.", "fusion_mlps.0."), ("fusion.norm.", "fusion_mlps.1."), ("head.mlp.", "{network}final."))
 
 Layout = Callable[[str], Source]
 
 def predictor_layout(
     model: nn.Module,  # with backbone, fusion and head
-    network: str,      # "point_network" or "network"
+    network: str,      # what stands before encoder and head: "point_network.", "network." or ""
 ) -> Layout:
     "Where the released predictor keeps a weight of ours."
     def source(name: str) -> Source:
         if name.startswith("backbone."):
             key, change = model.backbone.released_weight(name.removeprefix("backbone."))
-            return f"{network}.encoder.{key}", change
+            return f"{network}encoder.{key}", change
         for ours, theirs in PARTS:
             if name.startswith(ours): return theirs.format(network=network) + name.removeprefix(ours), None
         return name, None
@@ -98,7 +103,7 @@ def layouts(
     "The layouts in which a checkpoint may hold the module: as released, then as our own."
     released = []
     if hasattr(module, "released_weight"): released = [module.released_weight]
-    elif hasattr(module, "backbone"): released = [predictor_layout(module, network) for network in ("point_network", "network")]
+    elif hasattr(module, "backbone"): released = [predictor_layout(module, network) for network in ("point_network.", "network.", "")]
     return [*released, lambda name: (name, None)]
 
 # %% ../nbs/backbones/48_released.ipynb #a526bf65
@@ -157,24 +162,28 @@ def compare_released(
     root: str | None = None,                # what stands before the keys; None looks for it
 ) -> tuple[Report, dict[str, Tensor]]:      # the report, the weights in our layout; nothing is loaded
     "What a checkpoint holds of a module."
+    if not isinstance(source, (str, Path, Mapping)): raise ValueError(f"expected a file or a dictionary of tensors, got a {type(source).__name__}")
     state = dict(flat_tensors(source)) if isinstance(source, Mapping) else read_checkpoint(source)
     leave_out = (leave_out,) if isinstance(leave_out, str) else tuple(leave_out)
     if root: root = root.removesuffix(".") + "."
     own = module.state_dict()
-    hits = [(count_roots({layout(name)[0] for name in own}, state), layout) for layout in layouts(module)]
-    roots, layout = max(hits, key=lambda h: max(h[0].values(), default=0) if root is None else h[0][root])
-    at = root if root is not None else best_root(roots) if roots else ""
+    asked = [{name: layout(name) for name in own} for layout in layouts(module)]
+    hits = [(count_roots({key for key, _ in sources.values()}, state), sources) for sources in asked]
+    roots, sources = max(hits, key=lambda h: max(h[0].values(), default=0) if root is None else h[0][root])
+    at = root if root is not None else best_root(roots, state) if roots else ""
     if not roots[at]: raise ValueError(f"expected tensors of a {type(module).__name__}{f' below {at!r}' if at else ''}, found none among {len(state)} keys (first: {', '.join(map(repr, list(state)[:3])) or 'no tensor at all'})")
     out = tuple(name for name in own if begins(name, leave_out))
-    match = match_released({k: v for k, v in own.items() if k not in out}, layout, state, at)
+    match = match_released({k: v for k, v in own.items() if k not in out}, sources.get, state, at)
     missing = {name: key for name, key in match.missing.items() if not name.endswith("num_batches_tracked")}
-    spent = {*match.used.values(), *(at + layout(name)[0] for name in out)}
+    spent = {*match.used.values(), *(at + sources[name][0] for name in out)}
     kin = {family(key.removeprefix(at)) for key in match.used.values()}
     rest = [key for key in state if key not in spent]
     unplaced = tuple(key for key in rest if key.startswith(at) and family(key.removeprefix(at)) in kin)
     for part in leave_out:
         if not any(begins(name, [part]) for name in (*out, *(key.removeprefix(at) for key in unplaced))): raise ValueError(f"leave_out: expected beginnings of the model's tensors or of keys without a place, found {part!r}, which begins none")
     unplaced = tuple(key for key in unplaced if not begins(key.removeprefix(at), leave_out))
+    for name, w in match.weights.items():
+        if w.is_meta or w.layout != torch.strided: raise ValueError(f"{match.used[name]!r}: expected plain numbers, found {'a tensor without values (meta)' if w.is_meta else w.layout}")
     loaded = {name: match.used[name] for name in match.weights}
     return Report(type(module).__name__, at, loaded, missing, match.misfit, out, unplaced, tuple(key for key in rest if key not in unplaced)), match.weights
 
@@ -186,7 +195,7 @@ def load_released(
     root: str | None = None,                # what stands before the keys; None looks for it
 ) -> Report:
     "Load a checkpoint: every tensor that is not left out, or a one-line ValueError and no change at all."
-    name = "state" if isinstance(source, Mapping) else str(source)
+    name = str(source) if isinstance(source, (str, Path)) else "state"
     try: report, weights = compare_released(module, source, leave_out=leave_out, root=root)
     except ValueError as problem: raise ValueError(str(problem) if str(problem).startswith(name) else f"load_released: {name}: {problem}") from None
     if problems := report.problems():
