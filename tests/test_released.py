@@ -53,7 +53,7 @@ def test_every_recorded_backbone_from_every_wrapping(name, tmp_path):
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", sorted({n.split("_")[1]: n for n in RECORDED}.values()))
+@pytest.mark.parametrize("name", ["backbone_transformer_eval", "backbone_mamba3d_eval", "backbone_sparseunet_fusion"])
 def test_what_is_wrong_is_said_in_one_line_and_changes_nothing(name):
     model, state, _ = recorded(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
