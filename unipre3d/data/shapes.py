@@ -1119,14 +1119,15 @@ def render_views(
     d /= np.sqrt((d * d).sum(1, keepdims=True))
     poses = np.asarray(poses, dtype=np.float32)
     eye = np.einsum("vji,vj->vi", poses[:, :3, :3], poses[:, :3, 3])                 # in the camera's axes
-    near = (eye ** 2).sum(1)[:, None] - (eye @ d.T) ** 2 < (RADIUS * 1.001) ** 2     # passes the sphere that holds the shape
-    view, ray = np.nonzero(near)
-    way = np.concatenate([d[near[v]] @ poses[v, :3, :3].T for v in range(len(poses))])
-    face, bary, _ = tracer.hit(poses[view, :3, 3], way)
+    near = np.flatnonzero(((eye ** 2).sum(1)[:, None] - (eye @ d.T) ** 2 < (RADIUS * 1.001) ** 2).any(0))   # passes the sphere that holds the shape
+    way = (d[near] @ poses[:, :3, :3].transpose(0, 2, 1)).reshape(-1, 3)
+    face, bary, _ = tracer.hit(np.repeat(poses[:, :3, 3], len(near), 0), way)
     met = np.flatnonzero(face >= 0)
-    out = np.zeros((len(poses), n * n, 4), np.float32)
-    out[view[met], ray[met]] = np.append(_lit(tracer.mesh, face[met], bary[met].astype(np.float32), way[met]), np.ones((len(met), 1), np.float32), 1)
-    return np.round(out.reshape(len(poses), size, samples, size, samples, 4).mean((2, 4)) * 255).astype(np.uint8)
+    view, ray = met // len(near), near[met % len(near)]
+    pixel = (view * size + ray // n // samples) * size + ray % n // samples
+    rgb, total = _lit(tracer.mesh, face[met], bary[met].astype(np.float32), way[met]), len(poses) * size * size
+    sums = np.stack([np.bincount(pixel, weights, total) for weights in (*rgb.T, None)], 1)
+    return np.round(sums * (255 / samples ** 2)).astype(np.uint8).reshape(len(poses), size, size, 4)
 
 def _lit(mesh, face, bary, way):
     "Shaded colour [n 3] where rays meet faces."
@@ -1285,10 +1286,12 @@ def _join(out, shards, convention):
             _write(z, name, text.encode())
     part.replace(out)
 
-def code_hash() -> str:  # 16 hexadecimal digits
-    "Changes with the code that draws and renders the shapes; comments do not count."
+def code_hash(
+    *modules: str,  # names; none means those that draw and render the shapes
+) -> str:  # 16 hexadecimal digits
+    "Changes with the code of some modules; comments do not count."
     digest = hashlib.sha256()
-    for name in ("unipre3d.data.shapes", "unipre3d.data.furniture"):
+    for name in modules or ("unipre3d.data.shapes", "unipre3d.data.furniture"):
         lines = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8").splitlines()
         digest.update("\n".join(line for line in lines if not line.startswith("#")).encode())
     return digest.hexdigest()[:16]
