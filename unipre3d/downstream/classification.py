@@ -404,7 +404,7 @@ def finetune_classification(
     say: Callable[[str], None] = print,  # where messages go
 ) -> dict | None:  # the record; None if the run was interrupted
     "Run a recipe: start, train, choose by validation, ask the test objects once, write the record."
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision if torch.cuda.is_available() and device != "cpu" else "no", cpu=device == "cpu" or not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
     folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
     rank, world, where = accelerator.process_index, accelerator.num_processes, accelerator.device
     if recipe.batch_size % world or recipe.batch_size // world < 2: raise ValueError(f"batch_size: expected a multiple of the {world} processes with at least 2 clouds each, got {recipe.batch_size}")
@@ -417,7 +417,7 @@ def finetune_classification(
         if main: say(str(found))
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        if not resume: write_json(folder / "config.json", {"name": name, "start": start, "classes": train.classes, **asdict(recipe)})
+        if not resume: write_json(folder / "config.json", {"name": name, "start": start, "class_names": train.classes, **asdict(recipe)})
         say(f"{name}: {len(train)} clouds to learn from, {len(val) if val else 'none'} to choose by, {len(test)} to be asked, {len(train.classes)} classes, on {where}; writing to {folder}")
     samples = build_samples(recipe, train, changes=True)
     batches = lambda first, stop: make_loader(samples, first, stop, batch_size=recipe.batch_size // world, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world)
@@ -454,11 +454,11 @@ def load_classifier(
     path = Path(folder) / "config.json"
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
     values = json.loads(path.read_text())
-    classes, known = values.get("classes"), {f.name for f in fields(ClassificationRecipe)}
-    if classes is None or "layout" not in values: raise ValueError(f"{path}: expected the run of a classification, found {values.get('name')!r}")
+    names, known = values.get("class_names"), {f.name for f in fields(ClassificationRecipe)}
+    if names is None or "layout" not in values: raise ValueError(f"{path}: expected the run of a classification, found {values.get('name')!r}")
     values = {k: freeze(v) for k, v in values.items() if k in known}
     values |= {"augment": Augment(**{k: freeze(v) for k, v in values["augment"].items()}), "backbone_options": {k: freeze(v) for k, v in values["backbone_options"].items()}}
     recipe = ClassificationRecipe(**values)
-    model = build_classifier(recipe, len(classes))
+    model = build_classifier(recipe, len(names))
     model.load_state_dict(load_tensors(Path(folder) / "checkpoint.safetensors")[0])
-    return recipe, model.eval(), list(classes)
+    return recipe, model.eval(), names
