@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/28_scans.ipynb #1f548aa5
 from __future__ import annotations
-import hashlib, json, math, os, zlib
+import hashlib, json, math, os, zipfile, zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def viewpoints(
     r = float(np.linalg.norm(half))
     first, far = rng.uniform(-75, 75), max(.45, r * rng.uniform(1.9, 3.) + .2)
     poses = []
-    for k in range(rng.integers(1, 4)):
+    for k in range(rng.choice([1, 2, 2, 3, 3])):
         a, e = np.radians(-90 + first + (rng.uniform(-50, 50) if k else 0)), np.radians(rng.uniform(6, 48))
         eye = middle + far * np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
         forward = middle + rng.normal(0, .08 * r, 3) - eye
@@ -179,7 +179,7 @@ def crop(
         local = xyz - middle - shift
         local = np.stack([math.cos(a) * local[:, 0] + math.sin(a) * local[:, 1], math.cos(a) * local[:, 1] - math.sin(a) * local[:, 0], local[:, 2]], 1)
         inside = (np.abs(local) < edge * scale).all(1)
-        if inside[mask].sum() > .25 * mask.sum(): break
+        if inside[mask].sum() > .4 * mask.sum(): break
     return np.flatnonzero(inside)
 
 def draw_scan(
@@ -284,7 +284,7 @@ class Scans:
         if not self.path.is_file(): raise FileNotFoundError(f"{path}: expected a file of scans, found nothing there; make it with make_scans")
         try:
             with np.load(path, allow_pickle=False) as z: self.arrays, self.about = {k: z[k] for k in ("xyz", "mask", "part", "label", "name")}, json.loads(str(z["about"]))
-        except (ValueError, KeyError, OSError, EOFError) as problem: raise ValueError(f"{path}: expected scans as make_scans writes them, found a file that does not load ({str(problem).splitlines()[0]})") from None
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as problem: raise ValueError(f"{path}: expected scans as make_scans writes them, found a file that does not load ({str(problem).splitlines()[0]})") from None
         have = self.arrays["xyz"].shape[1]
         if points is not None and not 0 < points <= have: raise ValueError(f"points: expected 1..{have}, the points of {path}, got {points}")
         self.points, self.classes, self.parts = points or have, self.about["classes"], self.about["parts"]

@@ -1037,6 +1037,12 @@ def car(b: Builder) -> None:
     if kind == "pickup":
         for s in (-1, 1): b.add("body", paint, block(.08, y * .37, .3, (s * (x / 2 - .06), t - y * .19, waist - .03)))
         b.add("body", paint, block(x * .95, .07, .3, (0, t - .05, waist - .03)))
+    if b.maybe(.6):
+        for s in (-1, 1): b.add("body", paint, cushion(.16, .08, .13, (s * (x / 2 + .05), n + y * (a + .04), waist + .02), .03))
+    if b.maybe(.25) and kind != "pickup":
+        for s in (-1, 1): b.add("body", dark, tube([(s * x * .36, n + y * a1 + .2, roof + .07), (s * x * .36, n + y * c1 - .2, roof + .07)], .025, 6))
+    if kind == "sport" or b.maybe(.12): b.add("body", paint, block(x * .8, .2, .04, (0, t - .15, waist + b.u(.06, .25))))
+    if b.maybe(.5): b.add("body", dark, block(x * .96, .12, .22, (0, n, low + .02))); b.add("body", dark, block(x * .96, .12, .22, (0, t, low + .02)))
     for fy in (b.u(.16, .2), b.u(.78, .84)):
         for s in (-1, 1): b.add("wheel", dark, move(drum(r, .22, n=18), (s * x / 2 - .11 - s * .06, n + y * fy, r), roll=90)); b.add("wheel", b.tone("metal"), move(drum(r * .55, .24, n=10), (s * x / 2 - .12 - s * .06, n + y * fy, r), roll=90))
     for s in (-1, 1): b.add("light", b.tone("glass"), block(.3, .05, .13, (s * x * .34, n - .01, waist * .58))); b.add("light", b.tone("plastic"), block(.22, .05, .13, (s * x * .37, t + .005, waist * .68)))
