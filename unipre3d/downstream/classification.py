@@ -22,6 +22,7 @@ from ..backbones.backbone import Backbone, freeze
 from ..core import PointBatch, to_padded
 from ..data.downstream import ModelNet40, ScanObjectNN
 from ..data.loaders import eval_loader, make_loader, point_features
+from ..data.scans import Scans, embedded_scans
 from ..data.shapenet import ShapeNetViews
 from .metrics import ClassScore, draw_confusion
 from .transfer import Augment, FinetuneRecipe, Labelled, augment, build_backbone, finetune, label_loss, loop_options, start_from
@@ -31,7 +32,7 @@ from ..records import code_version, data_hash, hardware, write_json
 # %% auto #0
 __all__ = ['MINI', 'FULL', 'finetune_recipes', 'FINETUNE', 'pool', 'ClassificationModel', 'Furniture', 'labels_of', 'Selection',
            'ClassificationSamples', 'hold_out', 'take_shots', 'Episode', 'draw_episode', 'class_probabilities',
-           'score_classes', 'evaluate_classes', 'vote', 'ClassificationRecipe', 'find_finetune', 'embedded_scans',
+           'score_classes', 'evaluate_classes', 'vote', 'ClassificationRecipe', 'find_finetune', 'read_scans',
            'read_clouds', 'read_splits', 'build_samples', 'build_classifier', 'classification_loss', 'save_confusion',
            'start_summary', 'run_history', 'finetune_classification', 'load_classifier']
 
@@ -251,8 +252,9 @@ def vote(
 class ClassificationRecipe(FinetuneRecipe):
     "One classification run as plain values."
     layout: str = "furniture"  # of the data: "furniture" or "scans" (embedded), "scanobjectnn" or "modelnet40" (pass a folder as data)
-    variant: str = "PB_T50_RS"  # of ScanObjectNN: PB_T50_RS, OBJ_BG, OBJ_ONLY, ...
-    classes: tuple[str, ...] = ()  # to keep, furniture only; empty keeps all
+    variant: str = "PB_T50_RS"  # of ScanObjectNN and of scans: PB_T50_RS, OBJ_BG, OBJ_ONLY, ...
+    classes: tuple[str, ...] = ()  # to keep, embedded data only; empty keeps all furniture, and ScanObjectNN's fifteen of scans
+    per_class: tuple[int, int, int] = (100, 20, 100)  # generated shapes of each class that are scanned: train, val, test
     validation: str = "share"  # objects that choose the checkpoint: "split" (the data's own), "share" (of training) or "none" (the last step)
     share: float = .1  # of training, for "share"
     shots: int = 0  # objects of each class to learn from; 0 takes all
@@ -291,21 +293,21 @@ def find_finetune(
     return finetune_recipes[name]
 
 # %% ../../nbs/downstream/72_classification.ipynb #66469afb
-def embedded_scans(
-    name: str,  # "shapes" (generated) or "furniture"
+def read_scans(
+    recipe: ClassificationRecipe,
     split: str,  # "train", "val" or "test"
-):  # a reader
-    "Partial scans of embedded objects, made on first use."
-    try: from unipre3d.data.scans import read_scans
-    except ImportError: raise ValueError("layout: scans need unipre3d.data.scans, which this version does not have; use cls-furniture-mini") from None
-    return read_scans(name, split=split)
+) -> Scans:
+    "Partial scans of generated shapes or furniture, made on first use and kept."
+    if recipe.data not in ("shapes", "furniture"): raise ValueError(f'data: expected "shapes" or "furniture" for scans, got "{recipe.data}"')
+    many = dict(zip(("train", "val", "test"), recipe.per_class))[split]
+    return Scans(embedded_scans(source=recipe.data, split=split, classes=list(recipe.classes) or None, per_class=many, variant=recipe.variant))
 
 def read_clouds(
     recipe: ClassificationRecipe,
     split: str,  # "train", "val" or "test"
 ):  # a reader
     "All objects of one split."
-    known = {"furniture": lambda: Furniture(split=split, classes=recipe.classes), "scans": lambda: embedded_scans(recipe.data, split),
+    known = {"furniture": lambda: Furniture(split=split, classes=recipe.classes), "scans": lambda: read_scans(recipe, split),
              "scanobjectnn": lambda: ScanObjectNN(recipe.data, split=split, variant=recipe.variant), "modelnet40": lambda: ModelNet40(recipe.data, split=split)}
     if recipe.layout not in known: raise ValueError(f'layout: expected one of {", ".join(known)}; got "{recipe.layout}"')
     reader = {"scanobjectnn": ScanObjectNN, "modelnet40": ModelNet40}.get(recipe.layout)
