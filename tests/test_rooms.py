@@ -1,160 +1,230 @@
-"""Composed rooms: what is on disk, whether it agrees with itself, and whether it can be made again."""
+"""Composed rooms: files, labels, geometry and provenance, checked with code that shares nothing with the composer."""
+import csv
 import hashlib
 import shutil
-from dataclasses import asdict, fields, replace
-from inspect import signature
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("embreex")
+from unipre3d.core import data_dir
+from unipre3d.data.rooms import (HEIGHT, KINDS, RoomsOptions, cache_dir, compose_room, depth_sigma, embedded_rooms, make_rooms, plan_rooms, rooms_version)
+from unipre3d.data.scannet import ScanNetFrames
 
-from unipre3d.data import rooms as R  # noqa: E402
-from unipre3d.data.furniture import read_csv  # noqa: E402
-from unipre3d.data.scannet import ScanNetFrames  # noqa: E402
-
-ROOMS, FRAMES = 3, 5                                                           # one of each split
+FRAMES = 6
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return R.make_rooms(tmp_path_factory.mktemp("rooms") / "set", rooms=ROOMS, frames=FRAMES, workers=1)
+def root(tmp_path_factory):
+    "Three rooms, one a split."
+    return make_rooms(tmp_path_factory.mktemp("made") / "rooms", rooms=3, frames=FRAMES, workers=1)
 
 
-def digest(root):
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(root).rglob("*")) if p.is_file()}
+@pytest.fixture(scope="module")
+def composed():
+    "Rooms of every type, splits in turn, not filmed."
+    return [compose_room(100 + k, split=("train", "val", "test")[k % 3], kind=kind) for k, kind in enumerate([*KINDS, *KINDS][:8])]
 
 
-def test_layout_and_types(made):
-    table = read_csv(made / "rooms.csv")
-    assert [r["split"] for r in table] == ["train", "val", "test"]
-    for r in table:
-        cloud = {p.stem: np.load(p) for p in (made / r["split"] / r["room"]).glob("*.npy")}
-        assert set(cloud) == {"coord", "color", "normal", "segment20", "segment200", "instance"}
+def table(path):
+    with open(path, newline="", encoding="utf-8") as f: return list(csv.DictReader(f))
+
+
+def digests(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def cloud(root, row, name):
+    return np.load(root / row["split"] / row["room"] / f"{name}.npy")
+
+
+# ---------------------------------------------------------------- files
+
+def test_layout_and_types(root):
+    rows = table(root / "rooms.csv")
+    assert [r["split"] for r in rows] == ["train", "val", "test"]
+    assert not list(root.glob(".part*"))
+    want = dict(coord=(np.float32, 3), color=(np.uint8, 3), normal=(np.float32, 3), segment20=(np.int16, None), segment200=(np.int16, None), instance=(np.int16, None))
+    for r in rows:
         n = int(r["points"])
-        assert n > 3000 and all(len(v) == n for v in cloud.values())
-        assert (cloud["coord"].dtype, cloud["normal"].dtype, cloud["color"].dtype) == (np.float32, np.float32, np.uint8)
-        np.testing.assert_allclose(np.linalg.norm(cloud["normal"], axis=1), 1, atol=1e-4)
-        assert -1 <= cloud["segment20"].min() and cloud["segment20"].max() <= 19 and {0, 1} <= set(cloud["segment20"].tolist())
-        assert -1 <= cloud["segment200"].min() and cloud["segment200"].max() <= 199
-        assert set(np.unique(cloud["instance"])) - {-1} == set(range(cloud["instance"].max() + 1))
-        for i in range(cloud["instance"].max() + 1): assert len(set(cloud["segment20"][cloud["instance"] == i])) == 1   # a thing has one class
-        assert len(np.unique(np.floor(cloud["coord"] / R.VOXEL), axis=0)) > .95 * n
+        assert n > 10_000
+        for name, (dtype, width) in want.items():
+            x = cloud(root, r, name)
+            assert x.dtype == dtype and x.shape == ((n,) if width is None else (n, width)), (r["room"], name)
+        assert np.isfinite(cloud(root, r, "coord")).all()
+        np.testing.assert_allclose(np.linalg.norm(cloud(root, r, "normal"), axis=1), 1, atol=1e-4)
         for k in range(FRAMES):
-            color, depth = (Image.open(made / "2D" / kind / r["room"] / f"{k}.{suffix}") for kind, suffix in (("color", "jpg"), ("depth", "png")))
-            assert color.size == depth.size == (320, 240) and color.format == "JPEG" and np.asarray(depth).dtype in (np.uint16, np.int32)
-            z, rgb = np.asarray(depth), np.asarray(color)
-            assert .3 < (z > 0).mean() < .999 and z[z > 0].min() >= 340 and z.max() < 9000 and 30 < rgb.mean() < 235
-            R3 = np.loadtxt(made / "2D" / "pose" / r["room"] / f"{k}.txt")
-            np.testing.assert_allclose(R3[:3, :3] @ R3[:3, :3].T, np.eye(3), atol=1e-6)
-            assert R3[2, 1] < 0                                                # image down is world down
-    np.testing.assert_allclose(np.loadtxt(made / "2D" / "intrinsics.txt")[:2, 2], [159.5, 119.5])
+            frame = [root / "2D" / kind / r["room"] / f"{k}.{end}" for kind, end in (("color", "jpg"), ("depth", "png"), ("pose", "txt"))]
+            color, depth, pose = np.asarray(Image.open(frame[0])), np.asarray(Image.open(frame[1])), np.loadtxt(frame[2])
+            assert color.shape == (240, 320, 3) and depth.shape == (240, 320) and depth.dtype == np.uint16
+            np.testing.assert_allclose(pose[:3, :3].T @ pose[:3, :3], np.eye(3), atol=1e-6)
+            assert np.linalg.det(pose[:3, :3]) > 0 and (pose[3] == [0, 0, 0, 1]).all()
+            assert color.mean() > 20, f"{r['room']} frame {k} is black"
+            assert (depth > 0).mean() > .3, f"{r['room']} frame {k} has hardly any depth"
 
 
-def test_the_reader_reads_them_and_the_cloud_lies_in_the_frames(made):
+def test_intrinsics_have_pixel_centres_on_whole_numbers(root):
+    K = np.loadtxt(root / "2D" / "intrinsics.txt")
+    assert K.shape == (4, 4)
+    np.testing.assert_allclose(K[:2, 2], [159.5, 119.5])
+
+
+def test_the_reader_skips_nothing(root):
     for split in ("train", "val", "test"):
-        source = ScanNetFrames(made, split=split, hw=(240, 320))
-        assert source.frames(0) == list(range(FRAMES)) and not source.skipped
-        np.testing.assert_allclose(source.intrinsics(0), R.K, atol=1e-6)
-        xyz, color, off, gap = source.array(0, "coord"), source.array(0, "color"), [], []
-        for k in source.frames(0):
-            frame = source.view(0, k)
-            local = (xyz - frame.pose[:3, 3]) @ frame.pose[:3, :3]
-            at = local[:, :2] / np.maximum(local[:, 2:], .1) * R.FOCAL + R.K[:2, 2]
-            seen = np.flatnonzero((local[:, 2] > .3) & (at >= 0).all(1) & (at < (320, 240)).all(1))
-            column, row = at[seen].astype(int).T
-            z = frame.depth[row, column]
-            near = (z > 0) & (np.abs(local[seen, 2] - z) < 6 * R.depth_sigma(z))
-            off.append(((local[seen, 2] - z) / R.depth_sigma(z))[near]); gap.append(np.abs(color[seen].astype(float) - frame.color[row, column])[near].mean(1))
-        off, gap = np.concatenate(off), np.concatenate(gap)
-        assert len(off) > 3000 and abs(np.median(off)) < .6 and off.std() < 2.5
-        assert np.median(gap) < 25                                             # of 255; exposure drifts by about 7 %
+        source = ScanNetFrames(root, split=split)
+        assert len(source) == 1 and len(source.frames(0)) == FRAMES and not source.skipped
+        rows = source.rows(0)
+        assert set(rows) >= {"xyz", "color", "normal", "segment20", "segment200", "instance"}
+        np.testing.assert_allclose(source.intrinsics(0)[:2, 2], [80, 60])
 
 
-def test_depth_is_right_up_to_its_noise():
-    room = R.compose_room(3, kind="living")
-    for frame in R.film(room, R.choose_look(room), 2):
-        there = frame["depth"] > 0
-        error = (frame["depth"] / 1000 - frame["z"])[there] / R.depth_sigma(frame["z"][there])
-        assert abs(np.median(error)) < .1 and .8 < np.percentile(np.abs(error), 68) < 1.2
+# ---------------------------------------------------------------- geometry of the scan
+
+def test_points_meet_the_depth_of_the_frames(root):
+    for r in table(root / "rooms.csv"):
+        xyz, K = cloud(root, r, "coord").astype(float), np.loadtxt(root / "2D" / "intrinsics.txt")
+        met = np.zeros(len(xyz), bool)
+        for k in range(FRAMES):
+            pose, depth = np.loadtxt(root / "2D" / "pose" / r["room"] / f"{k}.txt"), np.asarray(Image.open(root / "2D" / "depth" / r["room"] / f"{k}.png")) / 1000
+            p = (xyz - pose[:3, 3]) @ pose[:3, :3]
+            u, v = (np.round(K[i, i] * p[:, i] / np.maximum(p[:, 2], .01) + K[i, 2]).astype(int) for i in (0, 1))
+            at = np.flatnonzero((p[:, 2] > .2) & (u >= 0) & (u < 320) & (v >= 0) & (v < 240))
+            z = depth[v[at], u[at]]
+            met[at] |= (z > 0) & (np.abs(z - p[at, 2]) < 5 * depth_sigma(z) + .04)
+        assert met.mean() > .92, (r["room"], met.mean())
 
 
-def test_same_seed_same_bytes_and_a_stopped_call_goes_on(made, tmp_path):
-    before = digest(made)
-    copy = tmp_path / "copy"
-    shutil.copytree(made, copy)
-    shutil.rmtree(copy / "val"); (copy / "rooms.csv").unlink(); (copy / ".part-left").mkdir()
-    kept = (copy / "train" / "room0000_00" / "coord.npy").stat().st_mtime_ns
-    R.make_rooms(copy, rooms=ROOMS, frames=FRAMES, workers=1)
-    assert digest(copy) == before and (copy / "train" / "room0000_00" / "coord.npy").stat().st_mtime_ns == kept
-    with pytest.raises(ValueError, match="choose another folder"): R.make_rooms(copy, rooms=ROOMS, frames=FRAMES, seed=1, workers=1)
+def test_one_point_a_voxel_and_no_fringe(root):
+    for r in table(root / "rooms.csv"):
+        xyz = cloud(root, r, "coord")
+        assert len(np.unique(np.floor(xyz / .02).astype(int), axis=0)) > .98 * len(xyz)
+        floor = xyz[cloud(root, r, "segment20") == 1, 2]
+        assert np.abs(np.median(floor)) < .01 and np.mean(np.abs(floor) < .06) > .95
 
 
-def test_other_seeds_make_other_rooms():
-    a, b = R.plan_rooms(60), R.plan_rooms(60, seed=1)
-    assert not {r["seed"] for r in a} & {r["seed"] for r in b} and len({r["seed"] for r in a}) == 60
-    assert [sum(r["split"] == s for r in a) for s in ("train", "val", "test")] == [40, 8, 12]
-    assert R.plan_rooms(3) == a[:3] and {r["type"] for r in a if r["split"] == "test"} == set(R.KINDS)
+def test_normals_face_the_inside(root):
+    for r in table(root / "rooms.csv"):
+        normal, label = cloud(root, r, "normal"), cloud(root, r, "segment20")
+        assert (normal[label == 1, 2] > .8).mean() > .8
+        assert (np.abs(normal[label == 0, 2]) < .3).mean() > .7
 
 
-def rests(thing, host):
-    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 5)] * 2), -1).reshape(-1, 2)
-    return abs(R.heights(host, thing.center + (grid * thing.half) @ R.turn(thing.angle).T).max() - thing.z[0]) < .005
+# ---------------------------------------------------------------- labels
+
+def test_labels_name_known_classes(root):
+    names = {(r["set"], int(r["number"])): r["name"] for r in table(data_dir() / "scannet_classes.csv")}
+    for r in table(root / "rooms.csv"):
+        found = {names["20", n] for n in np.unique(cloud(root, r, "segment20")) if n >= 0}
+        fine = {names["200", n] for n in np.unique(cloud(root, r, "segment200")) if n >= 0}
+        assert {"wall", "floor", "door"} <= found and {"wall", "floor"} <= fine
+        assert len(found) > 5 and len(fine) > 6
+        instance, label = cloud(root, r, "instance"), cloud(root, r, "segment20")
+        assert sorted(np.unique(instance)) == list(range(-1, instance.max() + 1))
+        assert (instance[np.isin(label, (0, 1))] == -1).mean() > .99
+        assert all(len(np.unique(label[instance == k])) == 1 for k in range(instance.max() + 1))
 
 
-def collisions(room):
-    solid = [p for p in room.pieces if p.solid]
-    small = [replace(p, half=p.half - .001, z=(p.z[0] + .001, p.z[1] - .001)) for p in solid]
-    pairs = [(a, solid[j]) for k, a in enumerate(solid) for j in k + 1 + np.flatnonzero(R.boxes_overlap(small[k], small[k + 1:]))]
-    return [(a.name, b.name) for a, b in pairs if not (rests(a, b) or rests(b, a) or "window" in (a.role, b.role) and "curtain" in (a.label20, b.label20))]
+def test_every_model_has_names_that_exist():
+    from unipre3d.data.rooms import label_ids, room_models
+    ids = label_ids()
+    for m in room_models().values():
+        assert ("200", m.label200) in ids, f"{m.id}: {m.label200!r} is no ScanNet200 class"
+        assert not m.label20 or ("20", m.label20) in ids, f"{m.id}: {m.label20!r} is no ScanNet20 class"
 
 
-@pytest.mark.parametrize("kind", R.KINDS)
-def test_furniture_does_not_collide_and_stays_inside(kind):
-    split_of = {r["id"]: r["split"] for r in read_csv(R.data_dir() / "furniture.csv")}
-    for seed in range(4):
-        split = ("train", "val", "test", "train")[seed]
-        room = R.compose_room(seed, kind=kind, split=split)
-        assert collisions(room) == [] and {split_of[m] for m in room.used} <= {split}
-        assert 5 <= room.placed <= 20
+# ---------------------------------------------------------------- composition
+
+def inside(box, xy, shrink):
+    "Which points lie in a turned rectangle that is a little smaller."
+    c, s = np.cos(box.angle), np.sin(box.angle)
+    d = xy - box.center
+    return (np.abs(d @ [c, s]) < box.half[0] - shrink) & (np.abs(d @ [-s, c]) < box.half[1] - shrink)
+
+
+def spots(box, n=24):
+    "Points all over a turned rectangle."
+    t = np.linspace(-1, 1, n)
+    a, b = (np.stack(np.meshgrid(t, t), -1).reshape(-1, 2) * box.half).T
+    c, s = np.cos(box.angle), np.sin(box.angle)
+    return box.center + np.stack([a * c - b * s, a * s + b * c], 1)
+
+
+def test_furniture_on_the_floor_does_not_collide(composed):
+    for room in composed:
+        standing = [p for p in room.pieces if p.model and p.solid and p.z[0] < .2]
+        for i, a in enumerate(standing):
+            for b in standing[i + 1:]:
+                if min(a.z[1], b.z[1]) < max(a.z[0], b.z[0]): continue
+                assert not inside(a, spots(b), .003).any() and not inside(b, spots(a), .003).any(), (room.kind, a.name, b.name)
+
+
+def test_furniture_stays_in_the_room(composed):
+    for room in composed:
         for p in room.pieces:
-            assert (p.vertices[:, :2] > -.03).all() and (p.vertices[:, :2] < room.size + .03).all() and -.02 < p.vertices[:, 2].min() and p.vertices[:, 2].max() < R.HEIGHT + .01, p.name
-        eyes = R.film_path(room, 28)[:, :3, 3]
-        tall = [p for p in room.pieces if p.solid and p.z[0] < 1.5 < p.z[1]]
-        for p in tall: assert not ((np.abs((eyes[:, :2] - p.center) @ R.turn(p.angle)) < p.half).all(1)).any(), p.name   # the camera is in no cupboard
+            if not p.model: continue
+            assert p.vertices[:, :2].min() > -.01 and (p.vertices[:, :2] < room.size + .01).all(), (room.kind, p.name)
+            assert p.vertices[:, 2].min() > -.001 and p.vertices[:, 2].max() < HEIGHT + .001, (room.kind, p.name)
 
 
-def test_models_of_the_splits_are_disjoint_over_the_default_plan():
-    family = {r["id"]: r["family"] for r in read_csv(R.data_dir() / "furniture.csv")}
-    used = {"train": set(), "val": set(), "test": set()}
-    for p in R.plan_rooms(30): used[p["split"]] |= {family[m] for m in R.compose_room(p["seed"], split=p["split"], kind=p["type"]).used}
-    assert all(used.values()) and not used["train"] & used["val"] and not used["train"] & used["test"] and not used["val"] & used["test"]
+def test_rooms_hold_what_their_type_says(composed):
+    want = dict(bedroom="bed", living="sofa", kitchen="lower", bath="toilet")
+    for kind, role in want.items():
+        mine = [r for r in composed if r.kind == kind]
+        assert sum(any(p.role == role for p in r.pieces) for r in mine) >= len(mine) - 1, kind
+    assert all(r.placed <= 20 for r in composed) and np.mean([r.placed >= 8 for r in composed]) > .7
 
 
-def test_an_empty_room_has_walls_and_no_furniture(tmp_path):
-    root = R.make_rooms(tmp_path, rooms=1, frames=3, pieces=0, workers=1)
-    (row,) = read_csv(root / "rooms.csv")
-    assert (row["pieces"], row["models"]) == ("0", "") and int(row["points"]) > 1000
-    seen = set(np.load(root / "train" / "room0000_00" / "segment20.npy").tolist())
-    assert {0, 1} <= seen <= {-1, 0, 1, 7, 8, 13}                              # walls, floor, door, window, curtain
+def test_models_stay_in_their_split(composed, root):
+    split = {r["id"]: r["split"] for r in table(data_dir() / "furniture.csv")}
+    family = {r["id"]: r["family"] for r in table(data_dir() / "furniture.csv")}
+    used = {s: set() for s in ("train", "val", "test")}
+    for room in composed: used[room.split] |= set(room.used)
+    for r in table(root / "rooms.csv"): used[r["split"]] |= set(r["models"].split())
+    for s, models in used.items(): assert models and {split[m] for m in models} == {s}
+    families = {s: {family[m] for m in models} for s, models in used.items()}
+    assert not families["train"] & (families["val"] | families["test"]) and not families["val"] & families["test"]
 
 
-def test_the_cache_is_used_and_named_by_the_code(tmp_path, monkeypatch, capsys):
+def test_the_plan_grows_without_changing(composed):
+    plan = plan_rooms(60)
+    assert [sum(p["split"] == s for p in plan) for s in ("train", "val", "test")] == [40, 8, 12]
+    assert plan_rooms(7) == plan[:7] and plan_rooms(7, seed=1) != plan[:7]
+    assert all({p["type"] for p in plan if p["split"] == s} == set(KINDS) for s in ("train", "val", "test"))
+    assert len({p["seed"] for p in plan}) == 60
+
+
+# ---------------------------------------------------------------- again, on, and empty
+
+def test_an_interrupted_set_goes_on_with_the_same_bytes(root, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(root, again)
+    first = digests(root)
+    shutil.rmtree(again / "val" / "room0001_00")                       # it was stopped before this cloud was put in place
+    (again / ".part-left").mkdir()
+    kept = (again / "train" / "room0000_00" / "coord.npy").stat().st_mtime_ns
+    assert make_rooms(again, rooms=3, frames=FRAMES, workers=1) == again
+    assert digests(again) == first
+    assert (again / "train" / "room0000_00" / "coord.npy").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="choose another folder"): make_rooms(again, rooms=3, frames=FRAMES, seed=1, workers=1)
+
+
+def test_a_room_without_furniture(tmp_path):
+    make_rooms(tmp_path, rooms=1, frames=4, workers=1, pieces=0)
+    (row,) = table(tmp_path / "rooms.csv")
+    assert row["pieces"] == "0" and row["models"] == ""
+    label = np.load(tmp_path / "train" / row["room"] / "segment20.npy")
+    assert set(np.unique(label)) <= {-1, 0, 1, 7, 8, 10, 13} and {0, 1} <= set(np.unique(label))
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="kind: expected one of bedroom"): compose_room(0, kind="attic")
+    with pytest.raises(ValueError, match="rooms: expected at least 1, got 0"): plan_rooms(0)
+
+
+def test_the_cache_has_a_name_for_each_version(root, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIPRE3D_CACHE", str(tmp_path))
-    monkeypatch.setattr(R, "make_rooms", lambda out, **how: (out.mkdir(), (out / "rooms.csv").write_text(str(how)), out)[2])
-    first = R.embedded_rooms(rooms=2)
-    assert first.parent == tmp_path and R.rooms_version() in first.name and str(first) in capsys.readouterr().out
-    monkeypatch.setattr(R, "make_rooms", None)                                 # a second call makes nothing
-    assert R.embedded_rooms(rooms=2) == first
-
-
-def test_options_are_the_keywords_of_the_function():
-    assert {f.name for f in fields(R.RoomsOptions)} == set(signature(R.make_rooms).parameters) - {"pieces"}
-    assert all(signature(R.make_rooms).parameters[k].default == v for k, v in asdict(R.RoomsOptions()).items())
-
-
-def test_errors_name_the_argument(tmp_path):
-    with pytest.raises(ValueError, match="kind: expected one of"): R.compose_room(0, kind="cave")
-    with pytest.raises(ValueError, match="rooms: expected at least 1"): R.make_rooms(tmp_path, rooms=0)
+    assert cache_dir() == tmp_path
+    shutil.copytree(root, tmp_path / f"rooms-3-0-{rooms_version()}")
+    assert embedded_rooms(rooms=3) == tmp_path / f"rooms-3-0-{rooms_version()}"
+    assert set(asdict(RoomsOptions())) == {"rooms", "seed", "out", "frames", "workers"}
