@@ -672,7 +672,7 @@ def credits(
     lines = ["# Credits of the furniture", "",
              f"The {len(rows)} objects in `furniture.zip` come from the furniture libraries of Sweet Home 3D (Debian package `{PACKAGE}` 1.8-1,",
              "<https://www.sweethome3d.com>). **The models were changed:** each was scaled, centred, rendered as 24 images and sampled as a point",
-             "cloud; the meshes themselves are not included. This table is written by `unipre3d data furniture` from the catalogues of the libraries.", ""]
+             "cloud; the meshes themselves are included only as simplified, recoloured copies, from which rooms are composed. This table is written by `unipre3d data furniture` from the catalogues of the libraries.", ""]
     for library in LIBRARIES:
         mine = [r for r in rows if r["library"] == library]
         if not mine: continue
