@@ -142,6 +142,6 @@ def test_broken_files_are_named(tmp_path, train):
         with pytest.raises(kind, match=name) as problem: Scans(tmp_path / name)
         assert "\n" not in str(problem.value)
     with pytest.raises(ValueError, match="points: expected 1..256"): Scans(train.path, points=1000)
-    for bad in (dict(source="clouds"), dict(split="dev"), dict(classes=["bath"], source="shapes")):
+    for bad in (dict(source="clouds"), dict(split="dev"), dict(classes=["bath"]), dict(classes=[]), dict(classes=["pillow"], source="furniture")):
         with pytest.raises(ValueError, match="expected"): make_scans(tmp_path / "y.npz", workers=1, **bad)
     assert json.loads(json.dumps(train.about))["format"] == "unipre3d scans 1"

@@ -115,7 +115,7 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
 
 def test_errors_are_one_line():
     for call, words in ((lambda: make_mesh("unicorn", 0), "category: expected one of"), (lambda: shape_items(["unicorn"]), "categories: expected some of"),
-                        (lambda: shape_items(per_category=(1, 2)), "per_category: expected three counts"), (lambda: make_shapes("x.zip", per_category=(0, 0, 0)), "per_category: expected at least one")):
+                        (lambda: shape_items(per_category=(1, 2)), "per_category: expected three counts"), (lambda: make_shapes("x.zip", per_category=(0, 0, 0)), "make_shapes: expected at least one"), (lambda: make_shapes("x.zip", categories=[]), "make_shapes: expected at least one")):
         with pytest.raises(ValueError, match=words) as problem: call()
         assert "\n" not in str(problem.value)
 

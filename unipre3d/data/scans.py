@@ -218,9 +218,11 @@ def list_things(
     "The objects of a split."
     if source not in ("shapes", "furniture"): raise ValueError(f"source: expected 'shapes' or 'furniture', got {source!r}")
     if split not in ("train", "val", "test"): raise ValueError(f"split: expected 'train', 'val' or 'test', got {split!r}")
+    known = KINDS if source == "shapes" else {r["class"] for r in read_csv(data_dir() / "furniture.csv")} | set(ScanObjectNN.classes)
+    if unknown := sorted(set(classes) - set(known)): raise ValueError(f"classes: expected some of {', '.join(sorted(known))} ({source}), got {unknown[0]!r}")
     if source == "furniture": return [r for r in read_csv(data_dir() / "furniture.csv") if r["class"] in classes and r["split"] == split]
     many = tuple(per_class if s == split else 0 for s in ("train", "val", "test"))
-    return [i for i in shape_items(sorted(set(classes) & set(KINDS)), many, seed)]
+    return shape_items(list(classes), many, seed)
 
 def thing_mesh(
     thing: dict,  # of `list_things`
@@ -256,7 +258,7 @@ def make_scans(
 ) -> Path:
     "Draw the scans of a split into one file, which appears at once and whole."
     names = [*ScanObjectNN.classes, *sorted(set(classes or []) - set(ScanObjectNN.classes))]
-    wanted = list(classes or ScanObjectNN.classes)
+    wanted = list(ScanObjectNN.classes if classes is None else classes)
     things, how = list_things(source, split, wanted, per_class, seed), dict(variant=variant, copies=copies, points=points, seed=seed)
     if not things: raise ValueError(f"make_scans: expected objects of {', '.join(wanted)} in {source}, split {split}; found none")
     jobs, scans = [(things[k:k + 16], source, how) for k in range(0, len(things), 16)], []

@@ -1204,10 +1204,11 @@ def shape_items(
     seed: int = 0,
 ) -> list[dict]:  # id, class, split, family, seed, number
     "What a data set holds, before anything is made."
-    if unknown := set(categories or KINDS) - set(KINDS): raise ValueError(f"categories: expected some of {', '.join(KINDS)}, got {sorted(unknown)[0]!r}")
+    categories = list(KINDS) if categories is None else categories
+    if unknown := set(categories) - set(KINDS): raise ValueError(f"categories: expected some of {', '.join(KINDS)}, got {sorted(unknown)[0]!r}")
     if len(per_category) != 3 or min(per_category) < 0 or max(per_category) > 10**6: raise ValueError(f"per_category: expected three counts (train, val, test) of at most a million, got {per_category}")
     return [dict(id=f"{kind}-{seed}-{first + k}", **{"class": kind}, split=split, family=f"{kind}-{seed}-{first + k}", seed=seed, number=first + k)
-            for kind in sorted(categories or KINDS) for (split, first), many in zip(SPLITS.items(), per_category) for k in range(many)]
+            for kind in sorted(categories) for (split, first), many in zip(SPLITS.items(), per_category) for k in range(many)]
 
 def make_object(
     item: dict,  # as `shape_items` gives them
@@ -1262,7 +1263,7 @@ def make_shapes(
 ) -> Path:  # the archive; the same arguments give the same bytes
     "A data set of generated shapes in the layout of `ShapeNetViews`; run it again to go on after an interruption."
     out, items = Path(out), shape_items(categories, per_category, seed)
-    if not items: raise ValueError(f"per_category: expected at least one shape, got {per_category}")
+    if not items: raise ValueError(f"make_shapes: expected at least one shape, got categories {categories} and per_category {per_category}")
     key = hashlib.sha256(json.dumps([items, views, size, points, shard, code_hash()]).encode()).hexdigest()[:12]
     folder = out.with_name(out.name + ".parts") / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -1333,7 +1334,7 @@ def embedded_shapes(
     cache: str | Path | None = None,  # folder; None means `cache_dir()`
 ) -> Path:  # a zip for `ShapeNetViews`
     "The generated shapes, made at the first call and found again afterwards."
-    how = dict(categories=sorted(categories or KINDS), per_category=list(per_category), views=views, size=size, points=points, seed=seed)
+    how = dict(categories=sorted(KINDS if categories is None else categories), per_category=list(per_category), views=views, size=size, points=points, seed=seed)
     key = hashlib.sha256(json.dumps([how, code_hash()]).encode()).hexdigest()[:16]
     path = Path(cache or cache_dir()) / f"shapes-{key}.zip"
     if path.is_file(): return path
