@@ -40,7 +40,7 @@ class SparseTensor:
     shape: tuple[int, int, int]  # cells of the block along each axis (I, J, K)
     size: int                    # number of clouds B
     _cache: dict | None = field(default=None, repr=False)      # what was worked out about these cells; shared by with_feat
-    _origin: Origin | None = field(default=None, repr=False)   # for a strided result: where it came from
+    _origin: tuple | None = field(default=None, repr=False)   # for a strided result: where it came from
 
     def __post_init__(self):
         check_shapes("SparseTensor", feat=(self.feat, "n c"), index=(self.index, "n 4"))
