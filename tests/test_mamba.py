@@ -6,16 +6,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from parity_cases import close
 from unipre3d.backbones.backbone import match_released
 from unipre3d.backbones.mamba import (
     SSM, Mamba, MambaBlock, released_mamba_weight, selective_scan, selective_scan_reference, spread)
 
 PARITY = Path(__file__).parent / "parity"
-
-
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
 
 
 def inputs(b=2, l=19, d=5, n=3, dtype=torch.float64, device="cpu"):

@@ -1,17 +1,14 @@
 "Mamba3D: released numbers, ragged batches, odd clouds."
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from parity_cases import close, recorded
 from unipre3d.backbones import Mamba3D
 from unipre3d.backbones.backbone import match_released
 from unipre3d.backbones.mamba3d import LocalPooling, spread_centres
 from unipre3d.core import PointBatch
 
-PARITY = Path(__file__).parent / "parity" / "backbone_mamba3d_eval"
 SMALL = dict(num_groups=16, group_size=8, encoder_widths=(16, 24, 32), width=24, depth=2)
 
 
@@ -20,16 +17,9 @@ def pack(*clouds):
     return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
 
 
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
-
-
 @pytest.fixture
 def released():
-    data, card = load_file(f"{PARITY}.safetensors"), json.loads(PARITY.with_suffix(".json").read_text())
-    model = Mamba3D.from_released(card["kwargs"])
-    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model, state, data = recorded("backbone_mamba3d_eval")
     model.load_state_dict(model.convert_released(state))
     return model.eval(), data, state
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parity_cases import close
 from unipre3d.backbones import PCM
 from unipre3d.backbones.backbone import match_released
 from unipre3d.backbones.pcm import thin
@@ -21,11 +22,6 @@ LEVELS_PROMPT_ORDER = ("zyx", "hilbert", "xyz", "yzx", "yxz", "z", "z-trans", "z
 def pack(*clouds):
     xyz = torch.cat(clouds)
     return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
-
-
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
 
 
 @pytest.fixture

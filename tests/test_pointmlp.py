@@ -1,16 +1,13 @@
 "PointMLP: released numbers, ragged batches, odd clouds."
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from parity_cases import close, recorded
 from unipre3d.backbones.pointmlp import PointMLP, Stage, anchor_points, cloud_deviation, lift, nearest
 from unipre3d.core import PointBatch
 from unipre3d.geometry.pointops import interpolate, knn
 
-PARITY = Path(__file__).parent / "parity"
 SMALL = dict(embed_width=8, expansion=(2, 2), reduce=(2, 2), neighbours=(6, 4), pre_blocks=(1, 2), post_blocks=(2, 1), decoder_widths=(24, 16), decoder_blocks=(1, 2))
 
 
@@ -19,17 +16,9 @@ def pack(*clouds):
     return PointBatch(feat[:, :3], feat, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
 
 
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
-
-
 @pytest.fixture(params=["in3", "in4"])
 def released(request):
-    path = PARITY / f"backbone_pointmlp_{request.param}_eval"
-    data, card = load_file(f"{path}.safetensors"), json.loads(path.with_suffix(".json").read_text())
-    model = PointMLP.from_released(card["kwargs"])
-    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model, state, data = recorded(f"backbone_pointmlp_{request.param}_eval")
     model.load_state_dict(model.convert_released(state))
     return model.eval(), data, state
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parity_cases import close
 from unipre3d.backbones import PTv3
 from unipre3d.backbones.ptv3 import CURVES, attend_rectangle, coarser_level, curve_codes, curve_digits, cut_patches, finest_level
 from unipre3d.core import PointBatch
@@ -16,11 +17,6 @@ from unipre3d.geometry.sparse import SubMConv3d, merge_voxels, point_cells
 PARITY = Path(__file__).parent / "parity"
 SMALL = dict(in_channels=4, stride=(2, 2), enc_depths=(2, 1, 1), enc_channels=(8, 16, 16), enc_num_head=(1, 2, 2), enc_patch_size=16, dec_depths=(1, 2),
              dec_channels=(12, 16), dec_num_head=(2, 2), dec_patch_size=16)
-
-
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
 
 
 def cloud(n, seed=0, width=.5):

@@ -1,5 +1,5 @@
-"""Rooms: the preprocessed layout, raw scans, the choice of frames, augmentation, and a step of training."""
-import io, json, math, pickle, shutil, struct, warnings, zipfile, zlib
+"""Rooms: damaged files and odd arguments, in the preprocessed layout and in raw scans."""
+import io, json, pickle, shutil, struct, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +9,12 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 from safetensors.numpy import load_file
 
-from unipre3d.backbones.sparseunet import SparseUNet
-from unipre3d.core import collate
 from unipre3d.data import scannet
-from unipre3d.data.loaders import Room, SceneSamples, choose_frames, eval_loader, make_loader, match, point_features, recolor, transform_room, walk
+from unipre3d.data.loaders import Room, SceneSamples
 from unipre3d.data.scannet import (BLOCK, BOX, ScanNetFrames, as_posed_views, box_cameras, box_frame, convert_scans, nearest, read_labels, read_mesh,
                                    read_sens_frames, read_sens_header, scale_intrinsics, standard_intrinsics, write_box_rooms, write_cloud, write_frame,
                                    write_intrinsics)
-from unipre3d.fusion import FeatureFusion, NoFusion, PointFusion
-from unipre3d.gaussians import GaussianHead
 from unipre3d.geometry.cameras import project, unproject
-from unipre3d.pretrain import UniPre3D, predict, step_loss
 
 PARITY, HW = Path(__file__).parent / "parity", (24, 32)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from parity_cases import close
 from unipre3d.backbones import SparseUNet
 from unipre3d.backbones.sparseunet import unscramble
 from unipre3d.core import PointBatch
@@ -14,11 +15,6 @@ from unipre3d.geometry.sparse import SparseTensor, SubMConv3d
 
 PARITY = Path(__file__).parent / "parity"
 SMALL = dict(base_channels=6, channels=(6, 8, 8, 10, 10, 8, 8, 7), layers=(1, 2, 1, 1, 1, 1, 1, 1), voxel_size=1 / 8)
-
-
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
 
 
 def released(name):

@@ -1,16 +1,13 @@
 "Standard Transformer: released numbers, ragged batches, odd clouds."
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from parity_cases import close, recorded
 from unipre3d.backbones import StandardTransformer
 from unipre3d.backbones.transformer import GroupEncoder, GroupMax, drop_branch, group_points
 from unipre3d.core import PointBatch
 
-PARITY = Path(__file__).parent / "parity" / "backbone_transformer_eval"
 SMALL = dict(num_groups=16, group_size=8, radius=.3, encoder_widths=(16, 24, 32), encoder_dims=24, width=24, depth=3, num_heads=3)
 
 
@@ -19,16 +16,9 @@ def pack(*clouds):
     return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
 
 
-def close(a, b, tolerance=1e-4):
-    scale = b.abs().max()
-    assert (a - b).abs().max() <= tolerance * scale, f"worst {(a - b).abs().max():.2e} of {scale:.2e}"
-
-
 @pytest.fixture
 def released():
-    data, card = load_file(f"{PARITY}.safetensors"), json.loads(PARITY.with_suffix(".json").read_text())
-    model = StandardTransformer.from_released(card["kwargs"])
-    state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
+    model, state, data = recorded("backbone_transformer_eval")
     model.load_state_dict(model.convert_released(state))
     return model.eval(), data, state
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, resource, time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .data.shapenet import ShapeNetViews
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
 from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, predict, save_views, train
-from .records import check_record, code_version, data_hash, hardware, write_json
+from .records import check_record, code_version, hardware, write_json
 from .render import render
 
 # %% auto #0

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 from scipy.spatial import cKDTree
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..core import data_dir
 from .downstream import ScanObjectNN, fit_radius
-from .furniture import Material, Mesh, Tracer, normalise, read_csv
-from .rooms import depth_sigma
+from .furniture import Material, Mesh, Tracer, read_csv
+from .rooms import cache_dir, depth_sigma
 from .shapenet import ShapeNetViews
-from .shapes import KINDS, PARTS, Builder, block, cache_dir, code_hash, cushion, drum, make_mesh, only_one, shape_items
+from .shapes import KINDS, PARTS, Builder, block, code_hash, cushion, drum, make_mesh, shape_items
 from ..records import data_hash
 
 # %% auto #0
@@ -335,7 +336,8 @@ def embedded_scans(
     key = hashlib.sha256(json.dumps([how, code]).encode()).hexdigest()[:16]
     path = Path(cache or cache_dir()) / f"scans-{key}.npz"
     if path.is_file(): return path
-    with only_one(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):                                                      # a second process waits for the first
         if not path.is_file(): make_scans(path, **how, workers=workers)
     return path
 

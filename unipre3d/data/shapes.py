@@ -9,10 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .furniture import CONVENTION, FOV, RADIUS, Material, Mesh, Tracer, csv_text, normalise, orbit, orbit_poses, pack_cloud, shade
+from .rooms import cache_dir
 
 # %% auto #0
 __all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring', 'loft',
@@ -20,8 +22,7 @@ __all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'patch', 'block', 'cushion', 'la
            'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box', 'bed',
            'puff', 'pillow', 'bag', 'bin', 'display', 'door', 'leaf', 'basin', 'tap', 'sink', 'toilet', 'bathtub',
            'lamp', 'plant', 'bottle', 'vase', 'cup', 'bowl', 'car', 'clock', 'ladder', 'make_mesh', 'render_views',
-           'visible_cloud', 'shape_items', 'make_object', 'make_shapes', 'code_hash', 'cache_dir', 'only_one',
-           'embedded_shapes']
+           'visible_cloud', 'shape_items', 'make_object', 'make_shapes', 'code_hash', 'embedded_shapes']
 
 # %% ../../nbs/data/27_shapes.ipynb #98b47fa7
 def _steps(grid, axis, smooth):
@@ -1304,24 +1305,6 @@ def code_hash(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/data/27_shapes.ipynb #f32849f1
-def cache_dir() -> Path:
-    "Where made data is kept: $UNIPRE3D_CACHE, else `unipre3d` in the user's cache folder."
-    if "UNIPRE3D_CACHE" in os.environ: return Path(os.environ["UNIPRE3D_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipre3d"
-
-@contextlib.contextmanager
-def only_one(
-    path: str | Path,  # what is being made; the lock is `<path>.lock`
-):
-    "Let one process at a time work at a file; where the system has no such locks, all work and the last one's file stays."
-    lock = Path(path).with_name(Path(path).name + ".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try: import fcntl
-    except ImportError: fcntl = None
-    with open(lock, "w") as f:
-        if fcntl: fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
 def embedded_shapes(
     *,
     categories: list[str] | None = None,  # of `KINDS`; None means all
@@ -1338,6 +1321,7 @@ def embedded_shapes(
     key = hashlib.sha256(json.dumps([how, code_hash()]).encode()).hexdigest()[:16]
     path = Path(cache or cache_dir()) / f"shapes-{key}.zip"
     if path.is_file(): return path
-    with only_one(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):                                                      # a second process waits for the first
         if not path.is_file(): make_shapes(path, **how, workers=workers)
     return path
