@@ -5,7 +5,7 @@
 # %% ../nbs/90_cli.ipynb #58dcda6d
 from __future__ import annotations
 import contextlib, importlib.util, io, os, sys
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 

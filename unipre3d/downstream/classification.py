@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from ..backbones.backbone import Backbone, freeze
 from ..core import PointBatch, to_padded
 from ..data.downstream import ModelNet40, ScanObjectNN
-from ..data.loaders import eval_loader, make_loader, point_features
+from ..data.loaders import make_loader, point_features
 from ..data.scans import Scans, embedded_scans
 from ..data.shapenet import ShapeNetViews
 from .metrics import ClassScore, draw_confusion
