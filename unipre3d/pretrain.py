@@ -231,13 +231,17 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 class MetricsFile:
     "`metrics.csv`: one row a step, written at once; rows of steps that will be repeated are dropped when a run goes on."
-    columns = ("step", "lr", "loss", "psnr", "grad_norm", "skipped", "seconds", "val_psnr", "val_psnr_foreground", "val_ssim")
-    def __init__(self, path: str | Path, start: int = 0):
+    def __init__(
+        self,
+        path: str | Path,
+        start: int = 0,  # steps that are done; rows after them go
+        columns: Sequence[str] = ("step", "lr", "loss", "psnr", "grad_norm", "skipped", "seconds", "val_psnr", "val_psnr_foreground", "val_ssim"),
+    ):
         rows = []
         if start:
             with open(path, newline="") as old: rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
         self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.columns)
+        self.writer = csv.DictWriter(self.file, columns)
         self.writer.writeheader(); self.writer.writerows(rows); self.file.flush()
 
     def write(self, **values) -> None:

@@ -16,7 +16,7 @@ import unipre3d
 from .core import data_dir
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'FIELDS', 'code_version', 'hardware', 'data_hash', 'write_json', 'check_record', 'read_record',
+__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'data_hash', 'write_json', 'check_record', 'read_record',
            'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
@@ -52,7 +52,9 @@ def data_hash(
 # %% ../nbs/01_records.ipynb #70ae8754
 PRETRAIN = ("recipe", "values", "code", "seed", "steps", "data", "backend", "processes", "hardware", "train_seconds",
             "wall_seconds", "cpu_seconds", "peak_memory_mb", "resumed", "metrics", "history")
-FIELDS = {"pretrain": PRETRAIN, "autoencoder": ("data", "settings", "sha256", "loss", "val", "seconds", "hardware")}
+FINETUNE = ("recipe", "task", "values", "code", "seed", "start", "steps", "chosen", "data", "classes", "processes", "hardware", "train_seconds",
+            "wall_seconds", "cpu_seconds", "peak_memory_mb", "resumed", "metrics", "details", "history")
+FIELDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "autoencoder": ("data", "settings", "sha256", "loss", "val", "seconds", "hardware")}
 
 def write_json(
     path: str | Path,

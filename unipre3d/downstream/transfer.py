@@ -4,9 +4,9 @@
 
 # %% ../../nbs/downstream/70_transfer.ipynb #3c5043f7
 from __future__ import annotations
-import math, time
+import json, math, resource, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from .. import backbones
 from ..backbones.backbone import Backbone, match_released
 from ..core import PointBatch, to_device
 from ..data.loaders import FEATURES, about_z, recolor
+from ..records import check_record, code_version, data_hash, hardware, write_json
 from ..pretrain import MetricsFile, average_weights, learning_rate, load_run_state, load_tensors, run_state, save_tensors, stop_requests
 
 # %% auto #0
 __all__ = ['Cloud', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
            'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'shift',
-           'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'TaskMetrics',
-           'finetune', 'Labelled', 'FinetuneRecipe', 'loop_options', 'build_backbone']
+           'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'finetune',
+           'Labelled', 'FinetuneRecipe', 'loop_options', 'build_backbone', 'Task', 'start_summary', 'run_history',
+           'run_task']
 
 # %% ../../nbs/downstream/70_transfer.ipynb #9274e44e
 @dataclass(frozen=True)
@@ -270,12 +272,6 @@ class Finetuned:
     best: float | None  # their validation score; None without validation
     ended: str  # "finished", "interrupted" (and saved) or "patience"
 
-class TaskMetrics(MetricsFile):
-    "`metrics.csv` with the columns of a task."
-    def __init__(self, path: str | Path, start: int, columns: Sequence[str]):
-        self.columns = ("step", "lr", "loss", "grad_norm", "skipped", "frozen", "seconds", *columns)
-        super().__init__(path, start)
-
 def finetune(
     model: nn.Module,  # has `backbone`; trained in place
     batches: Callable[[int, int], Iterable],  # batches of the steps start .. stop - 1 of this process; tensors and dataclasses of tensors
@@ -313,7 +309,7 @@ def finetune(
     set_training(model, frozen if progress["step"] < frozen_steps else ())
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     main, kept = accelerator.is_main_process, average.module if ema else model
-    log, began = TaskMetrics(folder / "metrics.csv", progress["step"], columns) if main else None, time.perf_counter() - progress["seconds"]
+    log, began = MetricsFile(folder / "metrics.csv", progress["step"], ("step", "lr", "loss", "grad_norm", "skipped", "frozen", "seconds", *columns)) if main else None, time.perf_counter() - progress["seconds"]
     step, ended, start = progress["step"], "finished", progress["step"]
 
     def keep(score):
@@ -411,3 +407,83 @@ def build_backbone(
     options = {"in_channels": sum(FEATURES[name] for name in recipe.features)} | recipe.backbone_options
     try: return known[recipe.backbone](**options)
     except TypeError as error: raise ValueError(f"backbone_options: {recipe.backbone} does not take them ({error})") from error
+
+# %% ../../nbs/downstream/70_transfer.ipynb #5c746270
+@dataclass(frozen=True)
+class Task:
+    "What one task brings to a run."
+    name: str  # "classification", ...
+    classes: list[str]  # names, in the order of the labels
+    data: dict[str, Any]  # for the record: name, sha256, and how many clouds train, val and test have
+    model: nn.Module  # has `backbone`
+    batches: Callable[[int, int], Iterable]  # of the steps start .. stop - 1 of this process
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]  # model, batch -> loss, scores of the batch
+    test: Callable[[nn.Module, Path], tuple[dict[str, float], dict[str, Any]]]  # model, run folder -> scores, details (plain values); may leave pictures in the folder
+    columns: tuple[str, ...] = ()  # names of the scores that loss and validate give
+    validate: Callable[[nn.Module], dict[str, float]] | None = None  # None: the last step is taken
+    choose: str = ""  # the score of validate that picks the checkpoint; higher is better
+
+def start_summary(
+    start: Start,
+) -> dict[str, Any]:
+    "What a record says of the first weights; the name of the pre-training recipe where there is one."
+    path = Path(start.init)
+    found = {"init": start.init, "kind": start.kind, "coverage": start.coverage, "recipe": None, "sha256": None}
+    if start.kind == "none": return found
+    file, config = path / "checkpoint.safetensors" if path.is_dir() else path, (path if path.is_dir() else path.parent) / "config.json"
+    if start.kind == "run" and config.is_file(): found["recipe"] = json.loads(config.read_text()).get("name")
+    return found | {"sha256": data_hash(file)}
+
+def run_history(
+    metrics: str | Path,  # a metrics.csv
+    every: int = 25,  # steps of one mean
+) -> dict[str, dict[str, list]]:
+    "The course of a run in short: means of the training columns over `every` steps, and each validation."
+    table = pd.read_csv(metrics)
+    scored = [c for c in table if c.startswith("val_")]
+    means = table.drop(columns=[*scored, "lr", "skipped", "frozen", "seconds"]).groupby((table.step - 1) // every).mean()
+    return {k: part.round(6).to_dict("list") for k, part in (("train", means), ("val", table[["step", *scored]].dropna()))}
+
+def run_task(
+    name: str,  # the recipe's name, for the record
+    recipe: FinetuneRecipe,
+    make_task: Callable[..., Task],  # (recipe, rank=, world_size=, device=) -> Task
+    folder: str | Path,  # run folder
+    *,
+    init: str | Path = "none",  # see `start_from`
+    resume: bool = False,  # go on with the run in `folder`; its own start counts
+    device: str = "auto",  # "auto" or "cpu"
+    say: Callable[[str], None] = print,  # where messages go
+) -> dict | None:  # the record; None if the run was interrupted
+    "Run a recipe: start, train, choose by validation, ask the test clouds once, write the record."
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
+    folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
+    world = accelerator.num_processes
+    if recipe.batch_size % world or recipe.batch_size // world < 1: raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {recipe.batch_size}")
+    task = make_task(recipe, rank=accelerator.process_index, world_size=world, device=accelerator.device)
+    if resume: start = json.loads((folder / "config.json").read_text())["start"]
+    else:
+        found = start_from(task.model.backbone, init, need=recipe.need)
+        start = start_summary(found)
+        if main: say(str(found))
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume: write_json(folder / "config.json", {"name": name, "task": task.name, "start": start, "class_names": task.classes, **asdict(recipe)})
+        say(f"{name}: {task.data['train']} clouds to learn from, {task.data['val'] or 'none'} to choose by, {task.data['test']} to be asked, {len(task.classes)} classes, "
+            f"on {accelerator.device}; writing to {folder}")
+    done = finetune(task.model, task.batches, task.loss, folder, **loop_options(recipe), columns=task.columns, validate=task.validate, choose=task.choose, resume=resume, accelerator=accelerator)
+    if done.ended == "interrupted":
+        if main: say(f"stopped after step {done.step} of {recipe.steps}; go on with: unipre3d finetune {name} --resume --out {folder}")
+        return None
+    if not main: return None
+    weights, chosen = load_tensors(folder / "checkpoint.safetensors")
+    task.model.load_state_dict(weights)
+    metrics, details = task.test(task.model, folder)
+    record = {"kind": "finetune", "recipe": name, "task": task.name, "values": asdict(recipe), "code": code_version(), "seed": recipe.seed, "start": start,
+              "steps": done.step, "chosen": chosen, "data": task.data, "classes": task.classes, "processes": world, "hardware": hardware(),
+              "train_seconds": load_tensors(folder / "resume.safetensors")[1]["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
+              "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics, "details": details, "history": run_history(folder / "metrics.csv")}
+    check_record(record)
+    write_json(folder / "record.json", record)
+    say("test: " + ", ".join(f"{k} {v:.1%}" for k, v in metrics.items()))
+    return record
