@@ -12,10 +12,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
 from unipre3d.data.downstream import write_modelnet40, write_scanobjectnn
-from unipre3d.downstream.classification import (FINETUNE, ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
-                                                evaluate_classes, finetune_classification, finetune_recipes, hold_out, labels_of, load_classifier, pool, read_splits,
+from unipre3d.downstream.classification import (ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
+                                                evaluate_classes, classification_recipes, classification_task, hold_out, labels_of, load_classifier, pool, read_splits,
                                                 score_classes, take_shots, vote)
-from unipre3d.downstream.transfer import Augment
+from unipre3d.downstream.transfer import Augment, run_task
 from unipre3d.pretrain import load_tensors
 
 NET2 = dict(centres=(16, 8), radii=(.3, .6), neighbours=(8, 8), widths=((8, 16), (16, 16), (16, 32)), decoder_widths=((16,), (16,), (16,)))
@@ -146,25 +146,25 @@ def test_voting_says_so_and_averages_probabilities():
 def test_a_run_leaves_what_it_promises_and_comes_back(scanobjectnn, tmp_path):
     recipe = tiny(layout="scanobjectnn", data=str(scanobjectnn), votes=2, augment=Augment(rotate="up", scale=(.9, 1.1)))
     said = []
-    record = finetune_classification("cls-test", recipe, tmp_path / "run", say=said.append)
+    record = run_task("cls-test", recipe, classification_task, tmp_path / "run", say=said.append)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.csv", "checkpoint.safetensors", "resume.safetensors", "confusion.png", "record.json"}
-    assert record == json.loads((tmp_path / "run" / "record.json").read_text() ) | {"values": record["values"]} and not set(FINETUNE) - set(record)
+    assert record == json.loads((tmp_path / "run" / "record.json").read_text() ) | {"values": record["values"]}
     assert set(record["metrics"]) == {"oa", "macc", "oa_voting2", "macc_voting2"} and record["data"] | {"sha256": 0, "name": 0} == dict(train=36, val=4, test=16, sha256=0, name=0)
-    assert np.sum(record["confusion"]) == 16 and record["chosen"]["step"] in (3, 6) and record["start"]["kind"] == "none" and "from nothing" in said[0]
+    assert np.sum(record["details"]["confusion"]) == 16 and record["chosen"]["step"] in (3, 6) and record["start"]["kind"] == "none" and "from nothing" in said[0]
     again, net, names = load_classifier(tmp_path / "run")
     assert again == recipe and evaluate_classes(net, ClassificationSamples(read_splits(recipe)[2], n_points=64))["oa"] == record["metrics"]["oa"]
 
-    second = finetune_classification("cls-test", replace(recipe, probe=True, votes=0, steps=2), tmp_path / "probe", init=tmp_path / "run", say=said.append)
+    second = run_task("cls-test", replace(recipe, probe=True, votes=0, steps=2), classification_task, tmp_path / "probe", init=tmp_path / "run", say=said.append)
     a, b = (load_tensors(tmp_path / f / "checkpoint.safetensors")[0] for f in ("run", "probe"))
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("backbone.")) and len(second["start"]["sha256"]) == 64
     with pytest.raises(ValueError, match="expected at least 100.0% of the PointNet2"):
-        finetune_classification("cls-test", replace(recipe, backbone_options=NET2 | dict(decoder_widths=((16,), (16,), (8,)))), tmp_path / "wrong", init=tmp_path / "run", say=said.append)
+        run_task("cls-test", replace(recipe, backbone_options=NET2 | dict(decoder_widths=((16,), (16,), (8,)))), classification_task, tmp_path / "wrong", init=tmp_path / "run", say=said.append)
     assert not (tmp_path / "wrong").exists()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(scanobjectnn, tmp_path, monkeypatch):
     recipe = tiny(layout="scanobjectnn", data=str(scanobjectnn))
-    whole = finetune_classification("cls-test", recipe, tmp_path / "whole", say=lambda text: None)
+    whole = run_task("cls-test", recipe, classification_task, tmp_path / "whole", say=lambda text: None)
     import unipre3d.downstream.classification as module
     plain, seen = module.classification_loss, []
     def stops(*args):
@@ -173,9 +173,9 @@ def test_an_interrupted_run_goes_on_to_the_same_end(scanobjectnn, tmp_path, monk
         return plain(*args)
     monkeypatch.setattr(module, "classification_loss", stops)
     said = []
-    assert finetune_classification("cls-test", recipe, tmp_path / "parts", say=said.append) is None and "go on with: unipre3d finetune cls-test --resume" in said[-1]
-    parts = finetune_classification("cls-test", recipe, tmp_path / "parts", resume=True, say=said.append)
-    assert parts["resumed"] and all(parts[k] == whole[k] for k in ("metrics", "confusion", "history", "chosen", "start"))
+    assert run_task("cls-test", recipe, classification_task, tmp_path / "parts", say=said.append) is None and "go on with: unipre3d finetune cls-test --resume" in said[-1]
+    parts = run_task("cls-test", recipe, classification_task, tmp_path / "parts", resume=True, say=said.append)
+    assert parts["resumed"] and all(parts[k] == whole[k] for k in ("metrics", "details", "history", "chosen", "start"))
 
 
 def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
@@ -183,19 +183,19 @@ def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
         clouds = [(Boxes.classes[i % 4], np.concatenate([Boxes(n, seed).rows(i)["xyz"]] * 2, 1)) for i in range(n)]
         write_modelnet40(tmp_path / "data", clouds, Boxes.classes, split=split, form="ply_hdf5")
     recipe = tiny(layout="modelnet40", data=str(tmp_path / "data"), ways=2, shots=2, queries=3, validation="none", batch_size=4, steps=2)
-    record = finetune_classification("episode", recipe, tmp_path / "run", say=lambda text: None)
-    assert len(record["classes"]) == 2 and record["data"]["train"] == 4 and np.sum(record["confusion"]) == 6 and record["chosen"] == {"step": 2, "chosen_by": "last", "score": None}
+    record = run_task("episode", recipe, classification_task, tmp_path / "run", say=lambda text: None)
+    assert len(record["classes"]) == 2 and record["data"]["train"] == 4 and np.sum(record["details"]["confusion"]) == 6 and record["chosen"] == {"step": 2, "chosen_by": "last", "score": None}
 
 
 @pytest.mark.parametrize("values, says", [(dict(layout="scanobjectnn"), "data: this recipe needs ScanObjectNN"), (dict(layout="shapenet"), "layout: expected one of furniture"),
                                           (dict(validation="test"), 'validation: expected "split"'), (dict(ways=5, shots=5), "an episode has no objects to choose by"), (dict(batch_size=1), "batch_size: expected")])
 def test_mistakes_are_one_line(tmp_path, values, says):
-    with pytest.raises(ValueError) as error: finetune_classification("wrong", tiny(**dict(classes=("chair", "table")) | values), tmp_path / "run", say=lambda text: None)
+    with pytest.raises(ValueError) as error: run_task("wrong", tiny(**dict(classes=("chair", "table")) | values), classification_task, tmp_path / "run", say=lambda text: None)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_data_is_named_with_where_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="get it from hkust-vgd") as error: read_splits(replace(finetune_recipes["cls-scanobjectnn"], data=str(tmp_path / "nothing")))
+    with pytest.raises(FileNotFoundError, match="get it from hkust-vgd") as error: read_splits(replace(classification_recipes["cls-scanobjectnn"], data=str(tmp_path / "nothing")))
     assert "nothing there" in str(error.value)
 
 
@@ -203,6 +203,6 @@ def test_mini_recipes_fit_the_backbone_that_pretraining_made():
     from unipre3d.recipes import recipes
     before = recipes["object-transformer-mini"]
     for name in ("cls-furniture-mini", "cls-shapes-mini"):
-        after = finetune_recipes[name]
+        after = classification_recipes[name]
         assert (after.backbone, after.backbone_options, after.features) == (before.backbone, before.backbone_options, before.features)
-    assert finetune_recipes["cls-scanobjectnn"].backbone_options == recipes["object-transformer"].backbone_options == {}
+    assert classification_recipes["cls-scanobjectnn"].backbone_options == recipes["object-transformer"].backbone_options == {}

@@ -6,7 +6,7 @@ import pytest
 
 from unipre3d.data.downstream import ScanObjectNN, write_scanobjectnn
 from unipre3d.data.furniture import Material, Mesh
-from unipre3d.data.scans import VARIANTS, Scans, crop, draw_scan, embedded_scans, episode, few_shot, fuse, list_things, make_place, make_scans, shoot, spoil, surfels, thing_mesh, viewpoints
+from unipre3d.data.scans import VARIANTS, Scans, crop, draw_scan, embedded_scans, fuse, list_things, make_place, make_scans, shoot, spoil, surfels, thing_mesh, viewpoints
 from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.data.shapes import block, make_mesh
 
@@ -101,9 +101,9 @@ def test_set_of_scans(train, tmp_path):
     assert all(np.array_equal(again.arrays[k], train.arrays[k]) for k in again.arrays) and again.rows(3)["xyz"].shape == (100, 3)
 
 
-def test_other_classes_are_numbered_after_the_fifteen(tmp_path):
+def test_classes_stand_in_scanobjectnn_order_and_others_after_them(tmp_path):
     scans = Scans(make_scans(tmp_path / "x.npz", classes=["vase", "chair", "cup"], per_class=1, points=64, workers=1))
-    assert scans.classes[:15] == ScanObjectNN.classes and scans.classes[15:] == ["cup", "vase"] and sorted(scans.labels.tolist()) == [4, 15, 16]
+    assert scans.classes == ["chair", "cup", "vase"] and sorted(scans.labels.tolist()) == [0, 1, 2]
 
 
 def test_scans_become_scanobjectnn_files(train, tmp_path):
@@ -121,18 +121,6 @@ def test_furniture_families_stay_on_one_side(tmp_path):
     assert np.isfinite(mesh.corners).all() and .5 < np.ptp(mesh.corners.reshape(-1, 3), axis=0)[2] / float(thing["height"]) < 1.5
     path = embedded_scans(source="furniture", split="test", classes=["toilet"], points=64, cache=tmp_path, workers=1)
     assert len(Scans(path)) and embedded_scans(source="furniture", split="test", classes=["toilet"], points=64, cache=tmp_path) == path
-
-
-def test_few_labels_and_episodes(train):
-    picked = few_shot(train.labels, 3, seed=1)
-    assert np.bincount(train.labels[picked]).tolist() == [3] * 15 and np.array_equal(picked, few_shot(train.labels, 3, seed=1)) and not np.array_equal(picked, few_shot(train.labels, 3, seed=2))
-    objects = np.unique([train.name(i).split("#")[0] for i in range(len(train))], return_inverse=True)[1]
-    for number in range(10):
-        e = episode(train.labels, ways=4, shots=1, queries=1, number=number, groups=objects)
-        assert len(set(e["classes"])) == 4 and not set(objects[e["support"]].ravel()) & set(objects[e["query"]].ravel())
-        assert (train.labels[e["query"]] == e["classes"][:, None]).all()
-    for call in (lambda: few_shot(train.labels, 9), lambda: episode(train.labels, ways=4, shots=2, queries=1, groups=objects)):
-        with pytest.raises(ValueError, match="expected"): call()
 
 
 def test_broken_files_are_named(tmp_path, train):

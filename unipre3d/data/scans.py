@@ -23,7 +23,7 @@ from ..records import data_hash
 
 # %% auto #0
 __all__ = ['WALL', 'TOPS', 'VARIANTS', 'surfels', 'make_place', 'viewpoints', 'spoil', 'shoot', 'fuse', 'crop', 'draw_scan',
-           'list_things', 'thing_mesh', 'make_scans', 'Scans', 'embedded_scans', 'few_shot', 'episode']
+           'list_things', 'thing_mesh', 'make_scans', 'Scans', 'embedded_scans']
 
 # %% ../../nbs/data/28_scans.ipynb #490f6f00
 def surfels(
@@ -249,7 +249,7 @@ def make_scans(
     *,
     source: str = "shapes",  # or "furniture"
     split: str = "train",  # or "val", "test"
-    classes: list[str] | None = None,  # None means ScanObjectNN's fifteen; others are numbered after these
+    classes: list[str] | None = None,  # None means ScanObjectNN's fifteen; others stand after these
     per_class: int = 100,  # generated shapes of each class
     variant: str = "PB_T50_RS",  # of `VARIANTS`
     copies: int = 1,  # scans of each object, each from its own place and viewpoints
@@ -258,8 +258,8 @@ def make_scans(
     workers: int = 2,  # processes; 1 works in this one
 ) -> Path:
     "Draw the scans of a split into one file, which appears at once and whole."
-    names = [*ScanObjectNN.classes, *sorted(set(classes or []) - set(ScanObjectNN.classes))]
     wanted = list(ScanObjectNN.classes if classes is None else classes)
+    names = [k for k in (*ScanObjectNN.classes, *sorted(set(wanted) - set(ScanObjectNN.classes))) if k in wanted]
     things, how = list_things(source, split, wanted, per_class, seed), dict(variant=variant, copies=copies, points=points, seed=seed)
     if not things: raise ValueError(f"make_scans: expected objects of {', '.join(wanted)} in {source}, split {split}; found none")
     jobs, scans = [(things[k:k + 16], source, how) for k in range(0, len(things), 16)], []
@@ -340,41 +340,3 @@ def embedded_scans(
     with FileLock(f"{path}.lock"):                                                      # a second process waits for the first
         if not path.is_file(): make_scans(path, **how, workers=workers)
     return path
-
-# %% ../../nbs/data/28_scans.ipynb #c298c159
-def few_shot(
-    labels: np.ndarray,  # [n] class of every sample
-    shots: int,  # samples of each class
-    seed: int = 0,
-) -> np.ndarray:  # sorted indices, `shots` of each class that is there
-    "A training set with few labels."
-    rng, out = np.random.default_rng((seed, 0xF)), []
-    for k in np.unique(labels):
-        mine = rng.permutation(np.flatnonzero(labels == k))
-        if len(mine) < shots: raise ValueError(f"few_shot: expected {shots} samples of class {k}, found {len(mine)}")
-        out.append(mine[:shots])
-    return np.sort(np.concatenate(out))
-
-def episode(
-    labels: np.ndarray,  # [n] class of every sample
-    *,
-    ways: int,  # classes
-    shots: int,  # support samples of each
-    queries: int = 20,  # query samples of each
-    number: int = 0,  # which episode
-    seed: int = 0,
-    groups: np.ndarray | None = None,  # [n] object of each sample, so that no object is on both sides; None means that all differ
-) -> dict[str, np.ndarray]:  # classes [ways], support [ways shots], query [ways queries]: indices, a row a class
-    "An N-way K-shot episode."
-    rng = np.random.default_rng((seed, number, 0xE))
-    groups = np.arange(len(labels)) if groups is None else groups
-    firsts = np.zeros(len(labels), bool); firsts[np.unique(groups, return_index=True)[1]] = True
-    count = {int(k): int((firsts & (labels == k)).sum()) for k in np.unique(labels)}
-    enough = [k for k, n in count.items() if n >= shots + queries]
-    if len(enough) < ways: raise ValueError(f"episode: expected {ways} classes with {shots} + {queries} objects, found {len(enough)}")
-    classes = rng.choice(enough, ways, replace=False)
-    def draw(k):
-        objects = rng.permutation(np.unique(groups[labels == k]))[:shots + queries]
-        return [rng.choice(np.flatnonzero((groups == g) & (labels == k))) for g in objects]
-    found = np.array([draw(k) for k in classes])
-    return dict(classes=classes, support=found[:, :shots], query=found[:, shots:])
