@@ -12,10 +12,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
 from unipre3d.data.downstream import write_modelnet40, write_scanobjectnn
-from unipre3d.downstream.classification import (ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
-                                                evaluate_classes, classification_recipes, classification_task, hold_out, labels_of, load_classifier, pool, read_splits,
+from unipre3d.downstream.classification import (build_classifier, ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
+                                                evaluate_classes, classification_recipes, classification_task, hold_out, labels_of, pool, read_splits,
                                                 score_classes, take_shots, vote)
-from unipre3d.downstream.transfer import Augment, run_task
+from unipre3d.downstream.transfer import Augment, load_task, run_task
 from unipre3d.pretrain import load_tensors
 
 NET2 = dict(centres=(16, 8), radii=(.3, .6), neighbours=(8, 8), widths=((8, 16), (16, 16), (16, 32)), decoder_widths=((16,), (16,), (16,)))
@@ -151,7 +151,7 @@ def test_a_run_leaves_what_it_promises_and_comes_back(scanobjectnn, tmp_path):
     assert record == json.loads((tmp_path / "run" / "record.json").read_text() ) | {"values": record["values"]}
     assert set(record["metrics"]) == {"oa", "macc", "oa_voting2", "macc_voting2"} and record["data"] | {"sha256": 0, "name": 0} == dict(train=36, val=4, test=16, sha256=0, name=0)
     assert np.sum(record["details"]["confusion"]) == 16 and record["chosen"]["step"] in (3, 6) and record["start"]["kind"] == "none" and "from nothing" in said[0]
-    again, net, names = load_classifier(tmp_path / "run")
+    again, net, names = load_task(tmp_path / "run", ClassificationRecipe, build_classifier)
     assert again == recipe and evaluate_classes(net, ClassificationSamples(read_splits(recipe)[2], n_points=64))["oa"] == record["metrics"]["oa"]
 
     second = run_task("cls-test", replace(recipe, probe=True, votes=0, steps=2), classification_task, tmp_path / "probe", init=tmp_path / "run", say=said.append)

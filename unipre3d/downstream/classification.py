@@ -4,9 +4,8 @@
 
 # %% ../../nbs/downstream/72_classification.ipynb #588e729d
 from __future__ import annotations
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..backbones.backbone import Backbone, freeze
+from ..backbones.backbone import Backbone
 from ..core import PointBatch, to_padded
 from ..data.downstream import ModelNet40, ScanObjectNN
 from ..data.loaders import make_loader, point_features
 from ..data.scans import Scans, embedded_scans
 from ..data.shapenet import ShapeNetViews
 from .metrics import ClassScore, draw_confusion
-from .transfer import Augment, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, run_task
+from .transfer import Augment, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, load_task, run_task
 from ..pretrain import load_tensors
 
 # %% auto #0
@@ -32,7 +31,7 @@ __all__ = ['MINI', 'FULL', 'classification_recipes', 'pool', 'ClassificationMode
            'ClassificationSamples', 'hold_out', 'take_shots', 'Episode', 'draw_episode', 'class_probabilities',
            'score_classes', 'evaluate_classes', 'vote', 'ClassificationRecipe', 'read_scans', 'read_clouds',
            'read_splits', 'build_samples', 'build_classifier', 'classification_loss', 'save_confusion',
-           'classification_task', 'load_classifier']
+           'classification_task']
 
 # %% ../../nbs/downstream/72_classification.ipynb #1e2ce3af
 def pool(
@@ -386,20 +385,3 @@ def classification_task(
     return Task("classification", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(test)},
                 build_classifier(recipe, len(train.classes)), batches, lambda model, batch: classification_loss(model, batch, recipe.smoothing), ask,
                 columns=("train_oa", "val_oa", "val_macc"), validate=validate if val else None, choose="val_oa" if val else "")
-
-# %% ../../nbs/downstream/72_classification.ipynb #b9c54cb7
-def load_classifier(
-    folder: str | Path,  # a run folder of a classification
-) -> tuple[ClassificationRecipe, ClassificationModel, list[str]]:  # recipe, model in evaluation mode, names of the classes
-    "What a run left."
-    path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
-    values = json.loads(path.read_text())
-    names, known = values.get("class_names"), {f.name for f in fields(ClassificationRecipe)}
-    if names is None or "layout" not in values: raise ValueError(f"{path}: expected the run of a classification, found {values.get('name')!r}")
-    values = {k: freeze(v) for k, v in values.items() if k in known}
-    values |= {"augment": Augment(**{k: freeze(v) for k, v in values["augment"].items()}), "backbone_options": {k: freeze(v) for k, v in values["backbone_options"].items()}}
-    recipe = ClassificationRecipe(**values)
-    model = build_classifier(recipe, len(names))
-    model.load_state_dict(load_tensors(Path(folder) / "checkpoint.safetensors")[0])
-    return recipe, model.eval(), names

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, math, resource, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import backbones
-from ..backbones.backbone import Backbone, match_released
+from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
 from ..data.loaders import FEATURES, about_z, recolor
 from ..records import check_record, code_version, data_hash, hardware, write_json
@@ -31,7 +31,7 @@ __all__ = ['Cloud', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'sta
            'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'shift',
            'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'finetune',
            'Labelled', 'FinetuneRecipe', 'loop_options', 'build_backbone', 'Task', 'start_summary', 'run_history',
-           'run_task']
+           'run_task', 'read_task', 'load_task']
 
 # %% ../../nbs/downstream/70_transfer.ipynb #9274e44e
 @dataclass(frozen=True)
@@ -487,3 +487,27 @@ def run_task(
     write_json(folder / "record.json", record)
     say("test: " + ", ".join(f"{k} {v:.1%}" for k, v in metrics.items()))
     return record
+
+def read_task(
+    folder: str | Path,  # a run folder
+    kind: type[FinetuneRecipe] = FinetuneRecipe,  # the recipe's class
+) -> tuple[FinetuneRecipe, list[str]]:  # the recipe as it was run, names of the classes
+    "What `config.json` of a fine-tuning says."
+    path = Path(folder) / "config.json"
+    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
+    values = json.loads(path.read_text())
+    if "class_names" not in values: raise ValueError(f"{path}: expected the run of a fine-tuning, found one of {values.get('name')!r}")
+    found = {f.name: freeze(values[f.name]) for f in fields(kind) if f.name in values}
+    found |= {"augment": Augment(**{k: freeze(v) for k, v in values["augment"].items()}), "backbone_options": {k: freeze(v) for k, v in values["backbone_options"].items()}}
+    return kind(**found), values["class_names"]
+
+def load_task(
+    folder: str | Path,  # a run folder
+    kind: type[FinetuneRecipe],  # the recipe's class
+    build: Callable[[Any, int], nn.Module],  # recipe, number of classes -> model
+) -> tuple[FinetuneRecipe, nn.Module, list[str]]:  # recipe, model in evaluation mode, names of the classes
+    "The model that a run left, with the weights that validation chose."
+    recipe, names = read_task(folder, kind)
+    model = build(recipe, len(names))
+    model.load_state_dict(load_tensors(Path(folder) / "checkpoint.safetensors")[0])
+    return recipe, model.eval(), names
