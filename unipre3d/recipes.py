@@ -20,6 +20,7 @@ from .core import Sample, collate
 from .data.loaders import FEATURES, ObjectSamples, SceneSamples, eval_loader, make_loader
 from .data.scannet import ScanNetFrames
 from .data.shapenet import ShapeNetViews
+from .data.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
 from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, predict, save_views, train
@@ -37,10 +38,12 @@ class Recipe:
     "One pre-training run as plain values."
     about: str = ""  # what the run is for, in one line
     # data
-    data: str = "furniture"  # "furniture" (embedded objects), "rooms" (composed from them on first use), or a folder in the layout below
+    data: str = "furniture"  # "furniture" (embedded objects), "shapes" (generated), "rooms" (composed; both made on first use), or a folder in the layout below
     layout: str = "shapenet"  # of the data: "shapenet" (objects, multi-view images) or "scannet" (scenes, RGB-D frames)
     convention: str = ""  # "released" for the released ShapeNet files; "" reads the data's own convention.json
     rooms: int = 60  # how many rooms are composed, over all splits
+    classes: tuple[str, ...] = ()  # of generated shapes; empty takes all
+    per_class: tuple[int, int, int] = (100, 15, 35)  # generated shapes of each class: train, val, test
     n_points: int = 1024  # points of a cloud that the model reads; 0 keeps all
     sampling: str = "random"  # how they are picked: "random" (anew each time) or, for objects, "fps"
     features: tuple[str, ...] = ("xyz",)  # columns that the backbone reads; see the loaders' FEATURES
@@ -195,6 +198,7 @@ def object_samples(
 ) -> ObjectSamples:
     "Objects with rendered views."
     train, root = split == "train", None if recipe.data == "furniture" else recipe.data
+    if root == "shapes": root = embedded_shapes(categories=list(recipe.classes) or None, per_category=recipe.per_class, size=recipe.resolution)
     views = ShapeNetViews(root, split=split, convention=recipe.convention or None, size=recipe.resolution, cache_bytes=recipe.cache_mb * 2 ** 20)
     return ObjectSamples(views, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, sampling=recipe.sampling,
                          features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
@@ -250,8 +254,7 @@ def read_recipe(
     values = json.loads(path.read_text())
     name, known = values.pop("name"), {f.name for f in fields(Recipe)}
     if set(values) - known: raise ValueError(f"{path}: unknown values {', '.join(sorted(set(values) - known))}; was it written by a newer version?")
-    values["background"] = tuple(values["background"])
-    return name, Recipe(**values)
+    return name, Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 def history(
     metrics: str | Path,  # a metrics.csv
