@@ -4,25 +4,37 @@
 
 # %% ../../nbs/downstream/74_semantic.ipynb #e94f9b8e
 from __future__ import annotations
-import math
+import base64, colorsys, html, json, math, re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from matplotlib.lines import Line2D
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..backbones.backbone import Backbone
 from ..core import PointBatch
-from ..data.downstream import S3DIS, scannet_labels
+from ..data.downstream import S3DIS, Layout, scannet_labels
 from ..data.loaders import about_z, make_loader, point_features
 from ..data.scannet import ScanNetFrames
-from .transfer import Augment, Cloud, Labelled, augment, turn
-from ..geometry.pointops import voxelize
+from .metrics import SemanticScore
+from .transfer import Augment, Cloud, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, turn
+from ..geometry.pointops import interpolate, voxelize
 from ..geometry.sparse import merge_voxels
+from ..recipes import find_recipe
 
 # %% auto #0
-__all__ = ['ScanNetRooms', 'RoomSelection', 'one_per_voxel', 'crop_rows', 'mirror', 'LabelledScenes', 'WholeScene', 'ScenePoints']
+__all__ = ['VIEWER', 'ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'ScanNetRooms', 'RoomSelection',
+           'one_per_voxel', 'crop_rows', 'mirror', 'LabelledScenes', 'WholeScene', 'ScenePoints', 'carry',
+           'SemanticModel', 'lovasz_loss', 'semantic_loss', 'point_probabilities', 'evaluate_semantic', 'class_colors',
+           'paint_room', 'save_room', 'room_viewer', 'SemanticRecipe', 'read_rooms', 'hold_out_rooms', 'split_rooms',
+           'build_scenes', 'build_semantic', 'class_details', 'save_voxels', 'show_voxels', 'ask_rooms',
+           'semantic_task']
 
 # %% ../../nbs/downstream/74_semantic.ipynb #7489fe28
 class ScanNetRooms:
@@ -174,3 +186,372 @@ class ScenePoints(Dataset):
         xyz = torch.from_numpy(cloud["xyz"])
         points, inverse = merge_voxels(PointBatch(xyz, torch.from_numpy(point_features(cloud, self.features)), torch.zeros(len(xyz), dtype=torch.long), 1), self.voxel_size)
         return WholeScene(points, inverse, *(torch.from_numpy(cloud[k]).long() for k in ("segment", "instance")))
+
+# %% ../../nbs/downstream/74_semantic.ipynb #2c99d34e
+def carry(
+    backbone: Backbone,
+    points: PointBatch,  # what the backbone was given
+    p: PointBatch,  # what it returned
+) -> Float[Tensor, "n c"]:
+    "A feature for each point that went in: of its voxel, or of the nearest rows."
+    if hasattr(backbone, "voxel_size"): return p.feat[merge_voxels(points.with_feat(points.feat[:, :0]), backbone.voxel_size)[1]]
+    if len(p) == len(points) and torch.equal(p.xyz, points.xyz): return p.feat
+    return interpolate(points.xyz, points.batch, p.xyz, p.feat, p.batch, p.size)
+
+class SemanticModel(nn.Module):
+    "Any backbone of the package and one linear layer."
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,  # K
+    ):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(backbone.width, classes)
+
+    def features(self, points: PointBatch) -> Float[Tensor, "n c"]:
+        "Features of the backbone at each point."
+        return carry(self.backbone, points, self.backbone(points))
+
+    def forward(self, points: PointBatch) -> Float[Tensor, "n k"]:
+        "Logits of each point."
+        return self.head(self.features(points))
+
+# %% ../../nbs/downstream/74_semantic.ipynb #2c07fcca
+def lovasz_loss(
+    probabilities: Float[Tensor, "n k"],
+    labels: Int[Tensor, "n"],  # negative = does not count
+) -> Tensor:
+    "A continuous stand-in for one minus the mean IoU of the classes that occur."
+    p, y = probabilities[labels >= 0].float(), labels[labels >= 0]
+    if not len(y): return p.sum()
+    own = F.one_hot(y, p.shape[1])[:, (present := y.unique())].float()
+    error, order = (own - p[:, present]).abs().sort(0, descending=True)
+    hit = own.gather(0, order)
+    jaccard = 1 - (hit.sum(0) - hit.cumsum(0)) / (hit.sum(0) + (1 - hit).cumsum(0))
+    return (error * torch.cat([jaccard[:1], jaccard.diff(dim=0)])).sum(0).mean()
+
+def semantic_loss(
+    model: nn.Module,  # points -> logits
+    batch: Labelled,
+    smoothing: float = 0.,  # of labels, in the cross-entropy
+    lovasz: float = 0.,  # weight of the Lovász loss beside it; 0 is off
+) -> tuple[Tensor, dict[str, float]]:
+    "Loss and accuracy of a training batch; points without a label do not count."
+    logits = model(batch.points)
+    loss, asked = label_loss(logits, batch.label, smoothing), batch.label >= 0
+    if lovasz: loss = loss + lovasz * lovasz_loss(logits.softmax(1), batch.label)
+    return loss, {"train_allacc": float((logits.argmax(1) == batch.label)[asked].float().mean()) if bool(asked.any()) else 0.}
+
+# %% ../../nbs/downstream/74_semantic.ipynb #48b4b83a
+@torch.no_grad()
+def point_probabilities(
+    model: nn.Module,  # points -> logits
+    samples: ScenePoints,
+    index: int,  # which room
+    *,
+    votes: int = 1,  # views: turned by equal steps, every second one mirrored
+    device: str | torch.device = "cpu",
+) -> Float[Tensor, "n k"]:  # of every point of the scan, on the CPU
+    "What the model says of a room."
+    model.eval()
+    scenes = (samples.scene(index, 2 * math.pi * k / votes, bool(k % 2)) for k in range(votes))
+    return sum(model(s.points.to(device)).float().softmax(1).cpu()[s.inverse] for s in scenes) / votes
+
+def evaluate_semantic(
+    model: nn.Module,  # points -> logits
+    samples: ScenePoints,
+    *,
+    votes: int = 0,  # at least 2 for voting, and then every name says so
+    groups: dict[str, list[int]] | None = None,  # classes of one more mean each (head, common, tail)
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:  # see SemanticScore
+    "Scores over all points of all rooms."
+    if votes == 1 or votes < 0: raise ValueError(f"votes: expected 0 (off) or at least 2, got {votes}")
+    score = SemanticScore(len(samples.reader.classes), groups=groups)
+    for index in range(len(samples)):
+        found = point_probabilities(model, samples, index, votes=votes or 1, device=device).argmax(1)
+        score.update(found, torch.from_numpy(samples.reader.rows(index)["segment"]).long())
+    return {f"{k}_voting{votes}" if votes else k: v for k, v in score.compute().items()}
+
+# %% ../../nbs/downstream/74_semantic.ipynb #f2d08b67
+def class_colors(
+    classes: int,  # K
+) -> np.ndarray:  # [K + 1 3] uint8; the last is for points without a class, so that -1 finds it
+    "Colours that differ for classes that follow each other: the golden ratio around the circle of hues."
+    rows = [colorsys.hsv_to_rgb(.6 + k * .618033988749895, (.35, .75, .95, .55)[k % 4], (.9, .95, .7, .6)[(k // 2) % 4]) for k in range(classes)]
+    return np.round(255 * np.array([*rows, (.25, .25, .25)])).astype(np.uint8)
+
+def paint_room(
+    xyz: np.ndarray,  # [n 3], z up
+    rgb: np.ndarray,  # [n 3] uint8
+    normal: np.ndarray | None = None,  # [n 3]; points that show their back are left out; None shows all
+    *,
+    turned: float = .6,  # radians about the vertical
+    tilt: float = .75,  # radians above the horizon from which one looks
+    hw: tuple[int, int] = (300, 360),
+    dot: int = 2,  # pixels of a point's side
+) -> np.ndarray:  # [h w 3] uint8, white where there is nothing
+    "A room from above at a slant."
+    c, s, up = math.cos(turned), math.sin(turned), math.sin(tilt)
+    eye, right = np.array([c * math.cos(tilt), s * math.cos(tilt), up]), np.array([-s, c, 0])
+    if normal is not None: xyz, rgb = (x[normal @ eye > 0] for x in (xyz, rgb))
+    image = np.full((hw[0] * hw[1], 3), 255, dtype=np.uint8)
+    if not len(xyz): return image.reshape(*hw, 3)
+    flat = np.stack([xyz @ np.cross(right, eye), xyz @ right], 1)                     # rows run down, columns to the right
+    low, span = flat.min(0), np.ptp(flat, axis=0)
+    scale = .96 * ((np.array(hw) - dot) / np.maximum(span, 1e-6)).min()
+    pixel = ((flat - low - span / 2) * scale + (np.array(hw) - dot) / 2).round().astype(int)
+    order = np.argsort(xyz @ eye, kind="stable")                                      # far to near
+    near = np.repeat(order, dot * dot)
+    place = pixel[near] + np.tile(np.indices((dot, dot)).reshape(2, -1).T, (len(order), 1))
+    image[place[:, 0] * hw[1] + place[:, 1]] = rgb[near]
+    return image.reshape(*hw, 3)
+
+def save_room(
+    cloud: Cloud,  # xyz, color in 0..1, perhaps normal; segment
+    found: np.ndarray,  # [n] predicted classes
+    names: list[str],  # of the classes
+    path: str | Path,  # PNG to write
+    title: str = "",
+) -> Path:
+    "Write `room.png`: colours, truth, prediction; the names of the classes that occur below."
+    from matplotlib.figure import Figure                       # no global state, no display
+    table, normal = class_colors(len(names)), cloud.get("normal")
+    figure = Figure(figsize=(11, 4.2))
+    if "color" in cloud: color = np.round(255 * cloud["color"]).astype(np.uint8)
+    else: color = np.full((len(found), 3), 150, dtype=np.uint8)
+    for k, (name, rgb) in enumerate((("colours", color), ("truth", table[cloud["segment"]]), ("prediction", table[found]))):
+        axis = figure.add_axes((.005 + k * .333, .17, .325, .74)); axis.imshow(paint_room(cloud["xyz"], rgb, normal)); axis.set_axis_off(); axis.set_title(name, fontsize=9)
+    kinds = [k for k in np.unique(np.concatenate([cloud["segment"], found])) if k >= 0][:30]
+    dots = [figure.add_artist(Line2D([], [], marker="s", linestyle="", color=table[k] / 255)) for k in kinds]
+    figure.legend(dots, [names[k] for k in kinds], loc="lower center", ncol=min(10, len(kinds)), fontsize=7.5, frameon=False, handletextpad=.1, columnspacing=1.)
+    figure.suptitle(title, fontsize=9, y=.99)
+    figure.savefig(path, dpi=100)
+    return Path(path)
+
+# %% ../../nbs/downstream/74_semantic.ipynb #978a7e42
+VIEWER = """<div id="ID" style="max-width:640px"><canvas width="640" height="440" style="width:100%;cursor:grab;touch-action:none"></canvas><div class="what"></div><div style="font-size:80%">LEGEND</div></div>
+<script>(() => {
+const box = document.getElementById("ID"), canvas = box.querySelector("canvas"), pen = canvas.getContext("2d"), w = canvas.width, h = canvas.height;
+const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+const xyz = new Int16Array(bytes("XYZ").buffer), normal = new Int8Array(bytes("NORMAL").buffer), layers = LAYERS, n = xyz.length / 3;
+for (const k in layers) layers[k] = bytes(layers[k]);
+let turned = .6, tilt = .75, zoom = 1, shown = Object.keys(layers)[0], from = null;
+const image = pen.createImageData(w, h), pixels = new Uint32Array(image.data.buffer), nearest = new Float32Array(w * h);
+function draw() {
+  const c = Math.cos(turned), s = Math.sin(turned), p = Math.cos(tilt), q = Math.sin(tilt), scale = zoom * SCALE, dot = Math.ceil(scale * STEP * 1.15), rgb = layers[shown];
+  pixels.fill(0); nearest.fill(-1e9);
+  for (let i = 0; i < n; i++) {
+    const a = 3 * i, x = xyz[a], y = xyz[a + 1], z = xyz[a + 2];
+    const facing = normal[a] * c * p + normal[a + 1] * s * p + normal[a + 2] * q;
+    if (facing < 0) continue;
+    const u = Math.round(w / 2 + scale * (y * c - x * s)) - (dot >> 1), v = Math.round(h / 2 - scale * (z * p - (x * c + y * s) * q)) - (dot >> 1);
+    const near = (x * c + y * s) * p + z * q, light = .7 + .3 * facing / 127;
+    const colour = (255 << 24) | (rgb[a + 2] * light << 16) | (rgb[a + 1] * light << 8) | rgb[a] * light;
+    for (let j = Math.max(v, 0); j < Math.min(v + dot, h); j++) for (let k = Math.max(u, 0); k < Math.min(u + dot, w); k++)
+      if (near > nearest[j * w + k]) { nearest[j * w + k] = near; pixels[j * w + k] = colour; }
+  }
+  pen.putImageData(image, 0, 0);
+}
+for (const name in layers) {
+  const button = document.createElement("button");
+  button.textContent = name; button.style.marginRight = "6px"; button.onclick = () => { shown = name; draw(); };
+  box.querySelector(".what").append(button);
+}
+canvas.onpointerdown = e => { from = [e.clientX, e.clientY]; canvas.setPointerCapture(e.pointerId); };
+canvas.onpointermove = e => { if (!from) return; turned -= (e.clientX - from[0]) * .01; tilt = Math.min(1.57, Math.max(.05, tilt + (e.clientY - from[1]) * .01)); from = [e.clientX, e.clientY]; draw(); };
+canvas.onpointerup = canvas.onpointercancel = () => { from = null; };
+canvas.onwheel = e => { e.preventDefault(); zoom = Math.min(6, Math.max(.5, zoom * Math.exp(-e.deltaY * .001))); draw(); };
+draw();
+})()</script>"""
+
+def room_viewer(
+    xyz: np.ndarray,  # [n 3] metres, z up
+    normal: np.ndarray,  # [n 3] unit; points that show their back are left out
+    layers: dict[str, np.ndarray],  # text of a button -> colours [n 3] uint8
+    legend: dict[str, np.ndarray] | None = None,  # name -> colour [3] uint8, 0..255
+    *,
+    step: float = .07,  # metres between points
+    name: str = "room",  # of this viewer, unique in its page
+) -> str:  # HTML that needs nothing else
+    "A room that can be turned: drag to turn, wheel to come nearer, a button for each layer of colours."
+    middle = (xyz.min(0) + xyz.max(0)) / 2
+    pack = lambda x, kind: base64.b64encode(np.ascontiguousarray(x, dtype=kind).tobytes()).decode()
+    around = float(np.linalg.norm(xyz - middle, axis=1).max()) * 1000
+    marks = " ".join(f'<span style="white-space:nowrap"><span style="color:rgb({c[0]},{c[1]},{c[2]})">&#9632;</span> {html.escape(k)}</span>' for k, c in (legend or {}).items())
+    values = dict(ID=f"room-{html.escape(name)}", LEGEND=marks, XYZ=pack(np.round((xyz - middle) * 1000), "<i2"), NORMAL=pack(np.round(normal * 127), "i1"),
+                  LAYERS=json.dumps({k: pack(v, "u1") for k, v in layers.items()}), SCALE=f"{260 / around:.6f}", STEP=f"{step * 1000:.0f}")
+    return re.sub(r"\b(" + "|".join(values) + r")\b", lambda m: values[m[1]], VIEWER)
+
+# %% ../../nbs/downstream/74_semantic.ipynb #cf7aec3f
+@dataclass(frozen=True)
+class SemanticRecipe(FinetuneRecipe):
+    "One semantic segmentation as plain values."
+    layout: str = "scannet"  # of the data: "scannet" (or data="rooms", composed on first use) or "s3dis"
+    labels: int = 20  # classes of ScanNet: 20 or 200
+    rooms: int = 60  # how many rooms are composed, over all splits
+    validation: str = "split"  # rooms that choose the checkpoint: "split" (the data's own), "share" (of training) or "none" (the last step)
+    share: float = .05  # of the training rooms, for "share"
+    asked: str = "test"  # split that is asked at the end; ScanNet's labels end with "val"
+    test_area: int = 5  # of S3DIS
+    val_area: int = 1  # of S3DIS, taken from training, for "split"
+    voxel_size: float = .02  # metres; one training point in each cell
+    crop: str = "ball"  # training rooms with more than n_points: "ball" or "column"
+    flip: bool = True  # mirror every second draw, at random
+    lovasz: float = 0.  # weight of the Lovász loss beside the cross-entropy; 0 is off
+    votes: int = 0  # views of a test room that are averaged, reported beside the score without; 0 is off
+
+ROOM_MINI = dict(data="rooms", features=("normal", "color_signed"), voxel_size=.07, n_points=6000, crop="column", augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.1),
+                 lovasz=1., steps=800, batch_size=4, lr=4e-3, warmup=30, validate_every=100, save_every=200, votes=8)
+SCENE_FULL = dict(features=("normal", "color_signed"), voxel_size=.02, n_points=100_000, augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.05), lovasz=1.,
+                  batch_size=12, lr=2e-3, workers=8, validate_every=2000, save_every=2000, votes=8)
+
+semantic_recipes: dict[str, SemanticRecipe] = {
+    "sem-rooms-mini": SemanticRecipe(
+        about="20 classes in composed rooms: the small SparseUNet of scene-sparseunet-mini, minutes on two CPU cores",
+        **ROOM_MINI, backbone="SparseUNet", backbone_options=find_recipe("scene-sparseunet-mini").backbone_options),
+    "sem-rooms-ptv3-mini": SemanticRecipe(
+        about="20 classes in composed rooms: the small PTv3 of scene-ptv3-mini, minutes on two CPU cores",
+        **ROOM_MINI, backbone="PTv3", backbone_options=find_recipe("scene-ptv3-mini").backbone_options),
+    "sem-scannet20": SemanticRecipe(
+        about="ScanNet, 20 classes (pass --data); the paper's SparseUNet; GPUs",
+        **SCENE_FULL, validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
+    "sem-scannet200": SemanticRecipe(
+        about="ScanNet200 (pass --data); the paper's SparseUNet; GPUs",
+        **SCENE_FULL, labels=200, validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
+    "sem-s3dis": SemanticRecipe(
+        about="S3DIS, Area 5 is asked (pass --data); the paper's SparseUNet; GPUs",
+        **SCENE_FULL, layout="s3dis", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=50_000, warmup=2500),
+}
+
+# %% ../../nbs/downstream/74_semantic.ipynb #c5687067
+SCANNET_ROOMS = Layout("ScanNet", "<root>/{train,val}/<scene>/{coord,color,normal,segment20,segment200,instance}.npy", "www.scan-net.org (by a form), then Pointcept's preprocess_scannet.py or convert_scans")
+
+def read_rooms(
+    recipe: SemanticRecipe,
+    split: str,  # "train", "val" or "test"
+):  # a reader
+    "All rooms of one split."
+    layouts = {"scannet": SCANNET_ROOMS, "s3dis": S3DIS.layout}
+    if recipe.layout not in layouts: raise ValueError(f'layout: expected one of {", ".join(layouts)}; got "{recipe.layout}"')
+    if not recipe.data: raise ValueError(f"data: this recipe needs {layouts[recipe.layout].name}: {layouts[recipe.layout].tree}, from {layouts[recipe.layout].source}; pass --data FOLDER")
+    if recipe.layout == "s3dis": return S3DIS(recipe.data, split=split, test_area=recipe.test_area, val_area=recipe.val_area if recipe.validation == "split" else None)
+    root = recipe.data
+    if root == "rooms":
+        from unipre3d.data.rooms import embedded_rooms            # composing needs a ray tracer, reading does not
+        root = embedded_rooms(rooms=recipe.rooms)
+    return ScanNetRooms(root, split=split, labels=recipe.labels)
+
+def hold_out_rooms(
+    names: list[str],  # of rooms; scans of one place agree up to the underscore, as in scene0000_00 and scene0000_01
+    share: float,  # of the places, rounded, at least one
+    seed: int = 0,
+) -> tuple[list[int], list[int]]:  # rooms that train, and that choose
+    "Take a share of the places away from training."
+    places = [name.split("_")[0] for name in names]
+    known = sorted(set(places))
+    if len(known) < 2: raise ValueError(f"share: expected rooms of at least 2 places to hold one out, found {len(known)}; use validation none")
+    away = set(np.random.default_rng((seed, 0x5EAA)).permutation(known)[:max(1, round(share * len(known)))].tolist())
+    return [i for i, p in enumerate(places) if p not in away], [i for i, p in enumerate(places) if p in away]
+
+def split_rooms(
+    recipe: SemanticRecipe,
+) -> tuple[Any, Any | None, Any]:  # readers that train, choose (None: nobody does) and are asked at the end
+    "Who trains, who chooses, who is asked."
+    if recipe.validation not in ("split", "share", "none"): raise ValueError(f'validation: expected "split", "share" or "none", got {recipe.validation!r}')
+    if recipe.validation == "split" and recipe.asked == "val": raise ValueError('asked: expected "test" where the val split chooses (or validation "share"), got "val"')
+    train, val = read_rooms(recipe, "train"), None
+    if recipe.validation == "split": val = read_rooms(recipe, "val")
+    if recipe.validation == "share":
+        kept, away = hold_out_rooms([train.name(i) for i in range(len(train))], recipe.share)
+        train, val = RoomSelection(train, kept), RoomSelection(train, away)
+    return train, val, read_rooms(recipe, recipe.asked)
+
+def build_scenes(
+    recipe: SemanticRecipe,
+    reader,
+    changes: bool = False,  # whether rooms vary and are cropped, as in training
+) -> ScenePoints:
+    "The samples of a reader."
+    if not changes: return ScenePoints(reader, voxel_size=recipe.voxel_size, features=recipe.features)
+    return ScenePoints(reader, voxel_size=recipe.voxel_size, n_points=recipe.n_points or None, crop=recipe.crop, features=recipe.features, how=recipe.augment, flip=recipe.flip, seed=recipe.seed)
+
+def build_semantic(
+    recipe: SemanticRecipe,
+    classes: int,  # K
+) -> SemanticModel:
+    "Backbone and head of a recipe, with weights drawn from its seed."
+    return SemanticModel(build_backbone(recipe), classes)
+
+# %% ../../nbs/downstream/74_semantic.ipynb #ddee19c7
+def class_details(
+    names: list[str],  # K
+    scores: dict[str, Any],  # of SemanticScore
+) -> dict[str, Any]:
+    "What a record keeps: for each class IoU, accuracy (None: no value) and points; up to 50 classes also the confusion matrix."
+    plain = lambda values: [None if math.isnan(v) else round(v, 5) for v in values.tolist()]
+    rows = zip(names, plain(scores["iou"]), plain(scores["acc"]), scores["confusion"].sum(1).tolist())
+    found = {"classes": {name: {"iou": iou, "acc": acc, "points": points} for name, iou, acc, points in rows}}
+    return found | ({"confusion": scores["confusion"].tolist()} if len(names) <= 50 else {})
+
+def save_voxels(
+    cloud: Cloud,  # xyz, color in 0..1, normal, segment
+    found: np.ndarray,  # [n] predicted classes
+    voxel_size: float,  # metres
+    path: str | Path,  # .npz to write
+) -> Path:
+    "One point a voxel of a room with truth and prediction, in few bytes."
+    keep = one_per_voxel(cloud["xyz"], voxel_size)
+    cell = np.floor(cloud["xyz"][keep] / np.float32(voxel_size)).astype(np.int16)
+    short = lambda x: x[keep].astype(np.int16 if found.max() > 126 else np.int8)
+    np.savez_compressed(path, cell=(cell - cell.min(0)).astype(np.uint16 if np.ptp(cell, axis=0).max() > 255 else np.uint8), color=np.round(255 * cloud["color"][keep]).astype(np.uint8),
+                        normal=np.round(127 * cloud["normal"][keep]).astype(np.int8), truth=short(cloud["segment"]), found=short(found), voxel_size=np.float32(voxel_size))
+    return Path(path)
+
+def show_voxels(
+    path: str | Path,  # room.npz of a run
+    names: list[str],  # of the classes
+    name: str = "room",  # of the viewer, unique in its page
+) -> str:  # HTML
+    "The viewer of a test room: prediction, truth and colours."
+    with np.load(path) as file: room = dict(file)
+    table, size = class_colors(len(names)), float(room["voxel_size"])
+    legend = {names[k]: table[k] for k in np.unique(np.concatenate([room["truth"], room["found"]])) if k >= 0}
+    layers = {"prediction": table[room["found"]], "truth": table[room["truth"]], "colours": room["color"]}
+    return room_viewer(room["cell"] * size, room["normal"] / 127., layers, legend, step=size, name=name)
+
+def ask_rooms(
+    model: nn.Module,  # points -> logits
+    recipe: SemanticRecipe,
+    reader,  # the rooms that are asked
+    folder: Path,  # gets room.png and room.npz
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, float], dict[str, Any]]:  # scores, details
+    "The test: scores on every point of every room, with voting too if the recipe says so, and one room to look at."
+    samples, groups = build_scenes(recipe, reader), scannet_labels(200).groups if recipe.layout == "scannet" and recipe.labels == 200 else None
+    scores = evaluate_semantic(model, samples, groups=groups, device=device)
+    voted = evaluate_semantic(model, samples, groups=groups, votes=recipe.votes, device=device) if recipe.votes else {}
+    metrics = {k: v for k, v in (scores | voted).items() if isinstance(v, float) and math.isfinite(v)}
+    which = max(range(len(reader)), key=lambda i: len(np.unique(reader.rows(i)["segment"])))
+    cloud, found = samples.room(which), point_probabilities(model, samples, which, device=device).argmax(1).numpy()
+    save_room(cloud, found, reader.classes, folder / "room.png", f"{reader.name(which)}: {(found == cloud['segment'])[cloud['segment'] >= 0].mean():.1%} of its points right; all {len(reader)} rooms: mIoU {scores['miou']:.1%}")
+    if {"color", "normal"} <= set(cloud): save_voxels(cloud, found, max(recipe.voxel_size, .05), folder / "room.npz")
+    return metrics, class_details(reader.classes, scores) | {"room": reader.name(which)}
+
+def semantic_task(
+    recipe: SemanticRecipe,
+    *,
+    rank: int = 0, world_size: int = 1,  # this process and how many there are
+    device: str | torch.device = "cpu",
+) -> Task:
+    "Readers, model, loss and scores of a semantic segmentation."
+    train, val, asked = split_rooms(recipe)
+    samples = build_scenes(recipe, train, changes=True)
+    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
+    def validate(model):
+        scores = evaluate_semantic(model, build_scenes(recipe, val), device=device)
+        return {f"val_{k}": scores[k] for k in ("miou", "macc", "allacc")}
+    return Task("semantic segmentation", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(asked)},
+                build_semantic(recipe, len(train.classes)), batches, lambda model, batch: semantic_loss(model, batch, recipe.smoothing, recipe.lovasz),
+                lambda model, folder: ask_rooms(model, recipe, asked, folder, device),
+                columns=("train_allacc", "val_miou", "val_macc", "val_allacc"), validate=validate if val else None, choose="val_miou" if val else "")
