@@ -463,6 +463,11 @@ class Room:
         if clear: self.keep_clear(piece, clear)
         return piece
 
+    def lay(self, rug, at: np.ndarray, angle: float):
+        "Put a rug on the floor, moved so that it ends before the walls; none where the room is too small for it."
+        reach = np.abs(turn(angle)) @ place(rug, at, angle).half + .02
+        if (2 * reach < self.size).all(): self.pieces.append(place(rug, np.clip(at, reach, self.size - reach), angle, .006))
+
     def keep_clear(self, piece: Piece, clear: float):
         "Nothing may be put into the box before a piece."
         ahead = turn(piece.angle) @ [0., -1.]
@@ -578,7 +583,7 @@ def furnish_bedroom(room: Room):
         for side in (-1, 1):
             stand = next(iter(room.models("nightstand")), None)
             if stand and room.fits(p := room.beside(bed, stand, side)) and room.add(p): put_on(room, p, "nightstand top", "book", "cup", n=2)
-        if room.rng.random() < .6: room.pieces.append(place(build_rug(room.rng, 2 * bed.half[0] + .8, 1.4), bed.center + turn(bed.angle) @ [0, -.5], bed.angle, .006))
+        if room.rng.random() < .6: room.lay(build_rug(room.rng, 2 * bed.half[0] + .8, 1.4), bed.center + turn(bed.angle) @ [0, -.5], bed.angle)
     room.some("wardrobe", clear=.55)
     for chest in room.some("dresser", clear=.5): put_on(room, chest, "plant top", "toy", "nightstand top", "living top", "bath top", "dresser top", n=4)
     work_place(room, 1)
@@ -611,7 +616,7 @@ def furnish_living(room: Room):
                     chair = next(iter(room.models("armchair")), None)
                     view = replace(table, angle=table.angle + side * math.pi / 2, half=table.half[::-1])
                     if room.rng.random() < .6 and chair and room.fits(p := room.before(view, chair, .3, spin=room.rng.normal(0, .2))): room.add(p)
-                if room.rng.random() < .7: room.pieces.append(place(build_rug(room.rng, room.rng.uniform(1.8, 2.6), room.rng.uniform(1.3, 1.9)), table.center, table.angle, .006))
+                if room.rng.random() < .7: room.lay(build_rug(room.rng, room.rng.uniform(1.8, 2.6), room.rng.uniform(1.3, 1.9)), table.center, table.angle)
     for stand in room.some("tvstand", clear=.5): put_on(room, stand, "tv", "plant top", n=1, spin=.1, at=np.array([0., 0.])); put_on(room, stand, "living top", n=2)
     room.some("wall tv", z=1.1)
     room.some("shelf", n=1, clear=.4)
@@ -740,8 +745,15 @@ def compose_room(
 ) -> Room:
     "A furnished room, the same for the same arguments."
     if kind not in KINDS: raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    for larger in (0., .3, .6, .9, 1.2):
+        room = _compose(seed, split, kind, pieces, larger)
+        if room.placed >= (8 if pieces is None else min(8, pieces)): break
+    return room
+
+def _compose(seed, split, kind, pieces, larger):
+    "One attempt, on a floor that is larger by so many metres."
     rng, (furnish, low, high) = np.random.default_rng([seed, 21]), KINDS[kind]
-    room = Room(kind, tuple(np.round(rng.uniform(low, high, 2), 2)), split, rng)
+    room = Room(kind, tuple(np.round(rng.uniform(low, high, 2) + larger, 2)), split, rng)
     shell(room)
     room.budget = int(rng.integers(8, 21)) if pieces is None else pieces
     if not room.budget: return room
@@ -932,11 +944,9 @@ def spoil_depth(
     noise = rng.standard_normal((h, w)).astype(np.float32)
     coarse = np.repeat(np.repeat(rng.standard_normal((h // 4, w // 4)).astype(np.float32), 4, 0), 4, 1)   # errors of neighbours are alike
     z = z + depth_sigma(z) * (.8 * noise + .6 * coarse)
-    step = np.zeros((h, w), np.float32)
-    for axis in (0, 1):
-        jump = np.abs(np.diff(view["depth"], axis=axis))
-        step += np.pad(jump, [(1, 0), (0, 0)] if axis == 0 else [(0, 0), (1, 0)]) + np.pad(jump, [(0, 1), (0, 0)] if axis == 0 else [(0, 0), (0, 1)])
-    edge = step > .04 + .08 * view["depth"] * (view["slant"] < .3)
+    near, bend = np.pad(1 / np.maximum(view["depth"], .05), 1, "edge"), np.zeros((h, w), np.float32)
+    for a, b in ((near[:-2, 1:-1], near[2:, 1:-1]), (near[1:-1, :-2], near[1:-1, 2:])): bend += np.abs(a - 2 * near[1:-1, 1:-1] + b)
+    edge = bend * view["depth"] ** 2 > .05                                 # metres; a plane has none, however slanted: its 1 / z is linear in the pixels
     n, shift = look.noise.shape[0], rng.integers(0, 512, 2)
     blob = look.noise[(np.arange(h) + shift[0])[:, None] % n, (np.arange(w) + shift[1])[None] % n]
     chance = .65 * edge + np.clip((.22 - view["slant"]) / .22, 0, 1) + np.clip((view["depth"] - 4.2) / 2.5, 0, .9) + .8 * view["glass"] * (blob > .35)
@@ -1000,7 +1010,7 @@ def pose_of(eye: np.ndarray, yaw: float, pitch: float, roll: float) -> np.ndarra
 def film(
     room: Room,
     look: Look,
-    frames: int = 28,
+    frames: int = 24,
 ):
     "Yield the frames of a room one by one: color [h w 3] uint8, depth [h w] uint16 millimetres, pose [4 4], and what is truly there: z [h w] metres, piece [h w]."
     tracer, rng = RoomTracer(room, look), room.rng
@@ -1108,7 +1118,7 @@ def plan_rooms(
 def write_room(
     out: Path,
     plan: dict,  # a row of `plan_rooms`
-    frames: int = 28,
+    frames: int = 24,
     pieces: int | None = None,
 ) -> dict:  # the row, with the models that were used
     "Compose, film, fuse and write one room. The folder of the cloud comes last and in one step: a room that has one is complete."
@@ -1121,7 +1131,7 @@ def write_room(
         np.savetxt(part / "pose" / f"{n}.txt", frame["pose"], fmt="%.9g")
         seen.append(back_project(frame, (n % 2, n // 2 % 2)))
     cloud = fuse(seen)
-    row = plan | dict(frames=frames, points=len(cloud["coord"]), pieces=room.placed, models=" ".join(sorted(set(room.used))))
+    row = plan | dict(frames=frames, asked=pieces, points=len(cloud["coord"]), pieces=room.placed, models=" ".join(sorted(set(room.used))))
     for k, v in (cloud | label_points(room, cloud.pop("piece"))).items(): np.save(part / "cloud" / f"{k}.npy", v)
     (part / "cloud" / "room.json").write_text(json.dumps(row))
     for kind in ("color", "depth", "pose"):
@@ -1138,7 +1148,7 @@ def make_rooms(
     *,
     rooms: int = 60,  # over all splits: of each 15, 10 train, 2 val and 3 test
     seed: int = 0,
-    frames: int = 28,  # of each room
+    frames: int = 24,  # of each room
     workers: int = 2,  # processes
     pieces: int | None = None,  # of furniture in each room; None means 8 to 20; 0 leaves rooms empty
 ) -> Path:  # the folder, in ScanNet's layout; `rooms.csv` says what is in it
@@ -1148,8 +1158,8 @@ def make_rooms(
     for left in out.glob(".part-*"): shutil.rmtree(left, ignore_errors=True)
     done = {p["room"]: json.loads(f.read_text()) for p in plans if (f := out / p["split"] / p["room"] / "room.json").is_file()}
     for p in plans:
-        if p["room"] in done and any(done[p["room"]][k] != v for k, v in (p | dict(frames=frames)).items()):
-            raise ValueError(f"{out}: expected rooms of seed {seed} with {frames} frames or none, found {p['room']} made otherwise; choose another folder")
+        if p["room"] in done and any(done[p["room"]].get(k) != v for k, v in (p | dict(frames=frames, asked=pieces)).items()):
+            raise ValueError(f"{out}: expected rooms of seed {seed} with {frames} frames and pieces={pieces} or none, found {p['room']} made otherwise; choose another folder")
     centre = np.eye(4); centre[:3, :3] = K; centre[:2, 2] -= .5              # ScanNet's files have pixel centres on whole numbers
     np.savetxt(out / "2D" / "intrinsics.txt", centre, fmt="%.9g")
     jobs = [(out, p, frames, pieces) for p in plans if p["room"] not in done]
@@ -1167,7 +1177,7 @@ class RoomsOptions:
     rooms: int = 60  # over all splits: of each 15, 10 train, 2 val and 3 test
     seed: int = 0  # other seeds, other rooms
     out: str = "rooms"  # folder to write; finished rooms in it are kept
-    frames: int = 28  # of each room
+    frames: int = 24  # of each room
     workers: int = 2  # processes
 
 def cache_dir() -> Path:
