@@ -4,7 +4,9 @@
 
 # %% ../../nbs/downstream/75_instances.ipynb #7fa9aaa4
 from __future__ import annotations
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +18,20 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from ..core import check_shapes
+from ..backbones.backbone import Backbone
+from ..core import PointBatch
+from ..data.downstream import LabelSet, scannet_labels
+from ..data.loaders import make_loader
 from .metrics import InstanceScore, Instances
+from .semantic import ROOM_MINI, SCENE_FULL, LabelledScenes, ScenePoints, SemanticModel, SemanticRecipe, WholeScene, build_scenes, class_colors, lovasz_loss, paint_room, split_rooms
+from .transfer import Cloud, Task, build_backbone, label_loss
+from ..recipes import find_recipe
 
 # %% auto #0
-__all__ = ['center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou', 'suppress']
+__all__ = ['instance_recipes', 'center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou',
+           'suppress', 'InstanceModel', 'instance_loss', 'find_instances', 'thing_classes', 'evaluate_instances',
+           'partners', 'save_instances', 'InstanceRecipe', 'build_instances', 'thing_details', 'ask_instances',
+           'instance_task']
 
 # %% ../../nbs/downstream/75_instances.ipynb #45d6a4af
 def center_offsets(
@@ -84,12 +95,13 @@ def proposals(
     *,
     radius: float,  # metres, of the groups
     least: int = 50,  # points of a mask
+    both: bool = True,  # False leaves out the groups of points that were not moved
 ) -> Instances:  # on the CPU
     "Groups of points of one class, once moved by their offsets and once where they are."
     xyz, offset, probability, things = (x.detach().cpu() for x in (xyz, offset, probability, things))
     label = probability.argmax(1)
     kinds, masks = torch.where(things[label], label, -1).numpy(), []
-    for where in (xyz + offset, xyz):
+    for where in (xyz + offset, xyz)[:1 + both]:
         group = torch.from_numpy(radius_groups(where.numpy(), kinds, radius))
         size = torch.bincount(group[group >= 0])
         masks.append(group == (size >= least).nonzero())
@@ -119,3 +131,182 @@ def suppress(
         if kept[i]: kept[i + 1:] &= ~double[i, i + 1:]
     keep = order[kept]
     return Instances(pred.mask[keep], pred.label[keep], pred.score[keep])
+
+# %% ../../nbs/downstream/75_instances.ipynb #7c2036d3
+class InstanceModel(SemanticModel):
+    "Any backbone of the package, with a class and an offset for every point."
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,  # K
+    ):
+        super().__init__(backbone, classes)
+        width = backbone.width
+        self.offset = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, points: PointBatch) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n 3"]]:
+        "Logits, and offsets in metres, of each point."
+        feat = self.features(points)
+        return self.head(feat), self.offset(feat)
+
+def instance_loss(
+    model: nn.Module,  # points -> logits, offsets
+    batch: LabelledScenes,
+    things: Bool[Tensor, "k"],  # classes that have instances
+    *,
+    smoothing: float = 0.,  # of labels, in the cross-entropy
+    lovasz: float = 0.,  # weight of the Lovász loss beside it
+) -> tuple[Tensor, dict[str, float]]:
+    "Classes and offsets together, as PointGroup adds them up; what is not a thing has no offset."
+    (logits, offset), known = model(batch.points), batch.label >= 0
+    thing = known & (batch.instance >= 0) & things.to(known.device)[batch.label.clamp(min=0)]
+    target = center_offsets(batch.points.xyz, batch.points.batch, torch.where(thing, batch.instance, -1))
+    distance, direction = offset_losses(offset, target, thing)
+    loss = label_loss(logits, batch.label, smoothing) + distance + direction
+    if lovasz: loss = loss + lovasz * lovasz_loss(logits.float().softmax(1), batch.label)
+    right = (logits.argmax(1) == batch.label)[known].float()
+    return loss, {"train_allacc": float(right.mean()) if len(right) else 0., "train_distance": float(distance.detach()), "train_direction": float(direction.detach())}
+
+# %% ../../nbs/downstream/75_instances.ipynb #374c19e8
+@torch.no_grad()
+def find_instances(
+    model: nn.Module,  # points -> logits, offsets
+    scene: WholeScene,
+    things: Bool[Tensor, "k"],  # classes that have instances
+    *,
+    radius: float, least: int, both: bool = True,  # see `proposals`
+    overlap: float = .3,  # see `suppress`
+    device: str | torch.device = "cpu",
+) -> Instances:  # masks over all points of the scan, by falling confidence
+    "The things in a room."
+    logits, offset = model.eval()(scene.points.to(device))
+    found = suppress(proposals(scene.points.xyz, offset.float(), logits.float().softmax(1), things, radius=radius, least=least, both=both), overlap)
+    return Instances(found.mask[:, scene.inverse], found.label, found.score)
+
+def thing_classes(
+    labels: LabelSet,
+) -> Bool[Tensor, "k"]:
+    "Classes that have instances: all but wall and floor."
+    return ~torch.isin(torch.arange(len(labels.names)), torch.tensor(labels.skip))
+
+def evaluate_instances(
+    model: nn.Module,  # points -> logits, offsets
+    samples: ScenePoints,
+    labels: LabelSet,  # of ScanNet: which classes have no instances, and groups of classes
+    **how,  # radius, least, both, overlap, device: see `find_instances`
+) -> dict:  # as `InstanceScore`, and `things`: how many there are of each class
+    "mAP, AP50 and AP25 over the things of all rooms."
+    score, things = InstanceScore(len(labels.names), skip=labels.skip, groups=labels.groups), thing_classes(labels)
+    for i in range(len(samples)):
+        scene = samples.scene(i)
+        score.update(find_instances(model, scene, things, **how), scene.label, scene.instance)
+    found = score.compute() | {"things": sum(torch.bincount(s.kind[s.count >= score.least], minlength=len(things)) for s in score.scenes)}
+    if not found["things"].any(): raise ValueError(f"evaluate_instances: expected at least one thing of {score.least} points in {len(samples)} rooms, found none; are there instances in the data?")
+    return found
+
+# %% ../../nbs/downstream/75_instances.ipynb #baffa238
+def partners(
+    found: Instances,
+    segment: Int[Tensor, "n"],  # true class of each point
+    instance: Int[Tensor, "n"],  # true instance, -1 = no thing
+    overlap: float = .25,  # to be exceeded
+) -> Int[Tensor, "n"]:  # number of a true instance; -1 where nothing was found, -2 where what was found is none
+    "Which true thing the mask at each point stands for; of several masks the most confident one."
+    shown, ids = torch.full_like(instance, -1), instance[instance >= 0].unique()
+    masks = instance == ids[:, None]
+    iou = F.pad(mask_iou(found.mask, masks) * (found.label[:, None] == segment[masks.int().argmax(1)]), (0, 1))    # a last column for none
+    number = torch.where(iou.amax(1) > overlap, F.pad(ids, (0, 1))[iou.argmax(1)], -2)
+    for k in reversed(range(len(number))): shown[found.mask[k]] = number[k]
+    return shown
+
+def save_instances(
+    cloud: Cloud,  # xyz, color in 0..1, perhaps normal
+    truth: Int[np.ndarray, "n"],  # true instance, -1 = no thing
+    found: Int[np.ndarray, "n"],  # as `partners`
+    path: str | Path,  # PNG to write
+    title: str = "",
+) -> Path:
+    "Write `instances.png`: colours, true things, found things."
+    from matplotlib.figure import Figure                       # no global state, no display
+    table = np.concatenate([class_colors(int(truth.max(initial=0)) + 1)[:-1], [[130, 0, 0], [225, 225, 225]]]).astype(np.uint8)
+    color = np.round(255 * cloud["color"]).astype(np.uint8) if "color" in cloud else np.full((len(truth), 3), 150, np.uint8)
+    figure = Figure(figsize=(11, 3.8))
+    for k, (name, rgb) in enumerate((("colours", color), ("true things", table[truth]), ("found things (dark red: none of its class)", table[found]))):
+        axis = figure.add_axes((.005 + k * .333, .01, .325, .83)); axis.imshow(paint_room(cloud["xyz"], rgb, cloud.get("normal"))); axis.set_axis_off(); axis.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=9, y=.985)
+    figure.savefig(path, dpi=100)
+    return Path(path)
+
+# %% ../../nbs/downstream/75_instances.ipynb #600fd110
+@dataclass(frozen=True)
+class InstanceRecipe(SemanticRecipe):
+    "One instance segmentation as plain values."
+    radius: float = .03  # metres: points of one class within it belong together
+    least: int = 50  # rows of a group that counts
+    both: bool = True  # group where points are, beside where their offsets move them
+    overlap: float = .3  # a mask that overlaps a more confident one by more is a double
+
+instance_recipes: dict[str, InstanceRecipe] = {
+    "inst-rooms-mini": InstanceRecipe(
+        about="things in composed rooms: the small SparseUNet of scene-sparseunet-mini, minutes on two CPU cores",
+        **ROOM_MINI | dict(n_points=0, batch_size=2, votes=0), backbone="SparseUNet", backbone_options=find_recipe("scene-sparseunet-mini").backbone_options, radius=.1, least=10, both=False),
+    "inst-scannet20": InstanceRecipe(
+        about="things in ScanNet, 20 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
+        **SCENE_FULL | dict(votes=0), validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
+    "inst-scannet200": InstanceRecipe(
+        about="things in ScanNet, 200 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
+        **SCENE_FULL | dict(votes=0), labels=200, validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
+}
+
+def build_instances(
+    recipe: InstanceRecipe,
+    classes: int,  # K
+) -> InstanceModel:
+    "Backbone and heads of a recipe, with weights drawn from its seed."
+    if recipe.layout != "scannet" or recipe.votes: raise ValueError(f'layout, votes: instances are scored as ScanNet does, without voting: expected "scannet" and 0, got "{recipe.layout}" and {recipe.votes}')
+    return InstanceModel(build_backbone(recipe), classes)
+
+# %% ../../nbs/downstream/75_instances.ipynb #eb73c61e
+def thing_details(
+    names: list[str],  # K
+    scores: dict,  # of `evaluate_instances`
+) -> dict:
+    "What a record keeps of each class that has a true instance."
+    rows = zip(names, *(scores[k].tolist() for k in ("ap", "ap50_class", "ap25_class", "things")))
+    return {"classes": {name: {"ap": round(ap, 5), "ap50": round(ap50, 5), "ap25": round(ap25, 5), "things": n} for name, ap, ap50, ap25, n in rows if n}}
+
+def ask_instances(
+    model: nn.Module,  # points -> logits, offsets
+    recipe: InstanceRecipe,
+    reader,  # the rooms that are asked
+    folder: Path,  # gets instances.png
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, float], dict]:  # scores, details
+    "The test: scores over all rooms, and the room with most things as a picture."
+    samples, labels = build_scenes(recipe, reader), scannet_labels(recipe.labels)
+    how = dict(radius=recipe.radius, least=recipe.least, both=recipe.both, overlap=recipe.overlap, device=device)
+    scores, things = evaluate_instances(model, samples, labels, **how), thing_classes(labels)
+    which = max(range(len(reader)), key=lambda i: len(np.unique(reader.rows(i)["instance"])))
+    scene = samples.scene(which)
+    truth = torch.where((scene.label >= 0) & things[scene.label], scene.instance, -1)
+    shown = partners(find_instances(model, scene, things, **how), scene.label, truth)
+    save_instances(samples.room(which), truth.numpy(), shown.numpy(), Path(folder) / "instances.png", f"{reader.name(which)}; all {len(reader)} rooms: mAP {scores['map']:.1%}, AP50 {scores['ap50']:.1%}, AP25 {scores['ap25']:.1%}")
+    return {k: v for k, v in scores.items() if isinstance(v, float) and math.isfinite(v)}, thing_details(reader.classes, scores) | {"room": reader.name(which)}
+
+def instance_task(
+    recipe: InstanceRecipe,
+    *,
+    rank: int = 0, world_size: int = 1,  # this process and how many there are
+    device: str | torch.device = "cpu",
+) -> Task:
+    "Readers, model, loss and scores of an instance segmentation."
+    model, (train, val, asked) = build_instances(recipe, recipe.labels), split_rooms(recipe)
+    samples, labels = build_scenes(recipe, train, changes=True), scannet_labels(recipe.labels)
+    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
+    def validate(model):
+        scores = evaluate_instances(model, build_scenes(recipe, val), labels, radius=recipe.radius, least=recipe.least, both=recipe.both, overlap=recipe.overlap, device=device)
+        return {f"val_{k}": scores[k] for k in ("map", "ap50", "ap25")}
+    return Task("instance segmentation", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(asked)},
+                model, batches, lambda model, batch: instance_loss(model, batch, thing_classes(labels), smoothing=recipe.smoothing, lovasz=recipe.lovasz),
+                lambda model, folder: ask_instances(model, recipe, asked, folder, device),
+                columns=("train_allacc", "train_distance", "train_direction", "val_map", "val_ap50", "val_ap25"), validate=validate if val else None, choose="val_ap50" if val else "")
