@@ -36,8 +36,9 @@ notebooks: .venv/dev  ## run every notebook
 test: .venv/dev notebooks  ## install, run every notebook, then pytest
 	$(BIN)/python -m pytest -q tests $(ARGS)
 
-docs: .venv/dev  ## build the documentation site into _docs/
+docs: .venv/dev  ## build the documentation site into _docs/ and walk its pages in a browser
 	$(BIN)/python tools/build_site.py
+	$(BIN)/python tools/check_site.py
 
 bench: .venv/dev  ## time the renderer beside a plain torch one
 	$(BIN)/python benchmarks/render.py

@@ -1,0 +1,229 @@
+"""Walk every page of the built site in a headless browser, without a network, and say what a reader would stumble over.
+
+    python tools/check_site.py [folder]        the folder is _docs/ unless told otherwise
+
+On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
+mathematics rendered, nothing wider than a phone, a visible mark on what the keyboard reaches. On the whole site: search and theme.
+The browser is the one Playwright installed, or the system's Chromium. Without either the walk is skipped, and says so.
+"""
+import json
+import re
+import shutil
+import sys
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
+
+READ = """async () => {
+  const shown = e => e.getClientRects().length > 0, about = e => (e.outerHTML || '').slice(0, 90);
+  const images = [...document.images];
+  images.forEach(i => i.loading = 'eager');
+  await Promise.all(images.map(i => i.decode().catch(() => {})));
+  await document.fonts.ready;
+  const text = document.createTreeWalker(document.querySelector('main') || document.body, NodeFilter.SHOW_TEXT), raw = [];
+  while (text.nextNode()) {
+    const node = text.currentNode;
+    if (/\\$\\$|\\\\\\(|\\\\\\[|@(fig|tbl|eq|sec)-\\w/.test(node.data) && !node.parentElement.closest('pre, code, script, style, annotation, textarea')) raw.push(node.data.trim().slice(0, 60));
+  }
+  const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
+  return {
+    title: document.title, ids,
+    names: [...document.querySelectorAll('a[name]')].map(e => e.name),
+    links: [...document.querySelectorAll('a[href]')].map(a => a.href),
+    broken: images.filter(i => !i.naturalWidth).map(i => about(i)),
+    silent: images.filter(i => !(i.alt || '').trim() && i.getAttribute('role') !== 'presentation').map(i => about(i)),
+    bare: [...document.querySelectorAll('main figure svg, main .cell-output-display > svg, main canvas')].filter(e => !e.closest('[aria-hidden=true]') && !e.getAttribute('aria-label') && !e.querySelector('title') && !e.closest('figure[aria-label], [role=img][aria-label]')).map(e => about(e)),
+    math: [...document.querySelectorAll('.math')].filter(e => !e.querySelector('.katex, mjx-container, math')).map(e => e.textContent.trim().slice(0, 60)),
+    wrong: [...document.querySelectorAll('.katex-error')].map(e => e.textContent.slice(0, 60)), raw,
+    unnamed: [...document.querySelectorAll('a[href], button, input')].filter(e => shown(e) && !(e.textContent.trim() || e.getAttribute('aria-label') || e.title || e.labels && e.labels.length || e.querySelector('img[alt]'))).map(e => about(e)),
+  };
+}"""
+
+WIDE = """() => {
+  const root = document.documentElement;
+  if (root.scrollWidth <= root.clientWidth) return [];
+  const clipped = e => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) if (getComputedStyle(p).overflowX !== 'visible') return true; return false; };
+  const over = [...document.body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1 && !clipped(e));
+  const inner = over.filter(e => !over.some(o => o !== e && e.contains(o)));
+  return [root.scrollWidth + ' px', ...inner.slice(0, 3).map(e => e.tagName.toLowerCase() + '.' + [...e.classList].join('.') + ' ' + e.textContent.trim().slice(0, 40))];
+}"""
+
+FOCUS = """() => {
+  const kinds = new Map();
+  for (const e of document.querySelectorAll('a[href], button, input, select, summary, [tabindex="0"]')) {
+    const place = (e.closest('nav, main, header, footer, #TOC') || document.body), box = e.getBoundingClientRect();
+    const kind = e.tagName + '.' + [...e.classList].sort().join('.') + ' in ' + place.tagName + '#' + place.id;
+    if (box.width && getComputedStyle(e).visibility !== 'hidden' && !kinds.has(kind)) kinds.set(kind, e);
+  }
+  const look = e => { const s = getComputedStyle(e); return [s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) ? s.outline : '', s.boxShadow, s.backgroundColor, s.borderColor].join('|'); };
+  const still = document.head.appendChild(document.createElement('style'));
+  still.textContent = '* { transition: none !important; animation: none !important; }';
+  const hidden = [];
+  for (const [kind, e] of kinds) {
+    document.activeElement && document.activeElement.blur();
+    const before = look(e);
+    e.focus({preventScroll: true});
+    if (document.activeElement === e && look(e) === before) hidden.push(kind);
+  }
+  still.remove();
+  document.activeElement && document.activeElement.blur();
+  return hidden;
+}"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@contextmanager
+def served(folder):
+    "The folder on a port of this machine, for as long as the block lasts."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally: server.shutdown()
+
+
+@contextmanager
+def browser():
+    "A headless Chromium, or None and the reason why there is none."
+    try: from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        yield None, "the playwright package is not installed; pip install '.[dev]'"
+        return
+    with sync_playwright() as play:
+        own, system = Path(play.chromium.executable_path), next(filter(None, map(shutil.which, BROWSERS)), None)
+        if not own.exists() and not system:
+            yield None, "no Chromium was found; install one, or run: playwright install chromium"
+            return
+        try: found = play.chromium.launch(executable_path=None if own.exists() else system, args=["--no-sandbox"])
+        except Error as error:
+            yield None, f"Chromium did not start: {str(error).splitlines()[0]}"
+            return
+        try: yield found, None
+        finally: found.close()
+
+
+class Walk:
+    "One browser window that goes from page to page and notes what goes wrong."
+
+    def __init__(self, browser, base):
+        self.base, self.problems, self.pages, self.name = base, [], {}, ""
+        self.context = browser.new_context(viewport=DESK, color_scheme="light")
+        self.context.route(lambda address: not address.startswith((base, "data:", "blob:")), self.outside)
+        self.page = self.context.new_page()
+        self.page.on("requestfailed", lambda r: r.url.startswith(base) and "ERR_ABORTED" not in r.failure and self.note(f"request failed: {self.short(r.url)}"))
+        self.page.on("response", lambda r: r.status >= 400 and self.note(f"{r.status} for {self.short(r.url)}"))
+        self.page.on("pageerror", lambda e: self.note(f"script error: {str(e).splitlines()[0]}"))
+        self.page.on("console", lambda m: m.type == "error" and self.note(f"console error: {m.text[:120]}"))
+
+    def short(self, address): return address.removeprefix(self.base)
+
+    def note(self, text): self.problems.append(f"{self.name}: {text}")
+
+    def outside(self, route):
+        self.note(f"asks another host for {route.request.url[:80]}")
+        route.abort()
+
+    def visit(self, name):
+        "All that one page can get wrong by itself; what it links to is kept for `links`."
+        self.name = name
+        self.page.set_viewport_size(DESK)
+        self.page.goto(self.base + name, wait_until="load")
+        self.page.wait_for_function("() => !document.querySelector('.mermaid:not([data-processed])')", timeout=10_000)
+        found = self.pages[name] = self.page.evaluate(READ)
+        for key, what in dict(broken="picture does not load", silent="picture without alt text", bare="drawing without a label", math="mathematics not rendered",
+                              wrong="KaTeX cannot read", raw="raw markup left", unnamed="no name for a screen reader").items():
+            for text in dict.fromkeys(found[key]): self.note(f"{what}: {text}")
+        for label in {i for i in found["ids"] if found["ids"].count(i) > 1}: self.note(f"the id {label} is used twice")
+        self.page.keyboard.press("Tab")
+        for kind in self.page.evaluate(FOCUS): self.note(f"keyboard focus does not show on {kind}")
+        self.page.set_viewport_size(PHONE)
+        wide = self.page.evaluate(WIDE)
+        if wide: self.note(f"wider than {PHONE['width']} px: {'; '.join(wide)}")
+
+    def links(self, site):
+        "Every link inside the site leads to a file, every anchor to a place on that page."
+        for self.name, found in self.pages.items():
+            for address in dict.fromkeys(found["links"]):
+                if not address.startswith(self.base): continue
+                target, anchor = urldefrag(self.short(address))
+                path, anchor = unquote(urlsplit(target).path), unquote(anchor)
+                if path.endswith("/") or not path: path += "index.html"
+                if not (site / path).exists(): self.note(f"link to {path}, which does not exist")
+                elif anchor and path in self.pages and anchor not in self.pages[path]["ids"] + self.pages[path]["names"]: self.note(f"link to {path}#{anchor}, but that page has no such place")
+
+    def search(self, name, expected):
+        "Typing a function's name brings its entry among the first five results, and Enter or a click leads there."
+        self.name = "search"
+        self.page.set_viewport_size(DESK)
+        self.page.goto(self.base + "index.html")
+        box = self.page.locator(".smalldocs-search input").first
+        box.fill(name)
+        try: self.page.wait_for_selector(".smalldocs-search-results.show a.search-result", timeout=5000)
+        except Exception: return self.note(f"nothing found for {name}")
+        self.page.wait_for_timeout(200)
+        hits = self.page.eval_on_selector_all("a.search-result", "all => all.slice(0, 5).map(a => a.href)")
+        if not any(self.short(hit).startswith(expected) for hit in hits): return self.note(f"{name} brings {', '.join(map(self.short, hits))}, not {expected}")
+        self.page.locator("a.search-result").first.click()
+        self.page.wait_for_load_state("load")
+
+    def theme(self):
+        "The toggle changes the colours, and the next page remembers."
+        self.name = "theme"
+        colour = "() => getComputedStyle(document.body).backgroundColor"
+        self.page.goto(self.base + "index.html")
+        light = self.page.evaluate(colour)
+        self.page.locator("[onclick*=ToggleScheme], .quarto-color-scheme-toggle").first.click()
+        self.page.wait_for_timeout(300)
+        dark = self.page.evaluate(colour)
+        if dark == light: self.note("the toggle changes nothing")
+        self.page.reload()
+        self.page.wait_for_timeout(300)
+        if self.page.evaluate(colour) != dark: self.note("the choice is forgotten by the next page")
+        self.page.evaluate("() => localStorage.clear()")
+
+
+def functions(site, count=8):
+    "Some functions of the package, spread over its modules, with the page that describes each."
+    from unipre3d._modidx import d
+    entries = [(name.split(".")[-1], value[0]) for module in d["syms"].values() for name, value in module.items()
+               if "." not in name.split(f"{next(iter(module)).rsplit('.', 1)[0]}.")[-1] and not name.split(".")[-1].startswith("_")]
+    known = [(name, place) for name, place in entries if (site / place.split("#")[0]).exists()]
+    return known[:: max(1, len(known) // count)]
+
+
+def walk(site, names=None):
+    "What is wrong with the site, one line each; None and the reason if no browser can walk it."
+    site = Path(site)
+    pages = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html")) if names is None else names
+    with browser() as (found, why), served(site) as base:
+        if why: return None, why
+        trip = Walk(found, base)
+        for name in pages: trip.visit(name)
+        trip.links(site)
+        if (site / "search.json").exists():
+            for name, place in functions(site): trip.search(name, place.split("#")[0])
+            trip.theme()
+        return list(dict.fromkeys(trip.problems)), len(pages)
+
+
+def main():
+    site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs")
+    if not (site / "index.html").exists(): sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
+    problems, more = walk(site)
+    if problems is None: return print(f"check_site: pages not walked: {more}")
+    for problem in problems: print(f"  {problem}", file=sys.stderr)
+    if problems: sys.exit(f"check_site: {len(problems)} things to mend on {more} pages")
+    print(f"{more} pages walked in Chromium")
+
+
+if __name__ == "__main__":
+    main()
