@@ -330,7 +330,7 @@ def save_room(
     return Path(path)
 
 # %% ../../nbs/downstream/74_semantic.ipynb #978a7e42
-VIEWER = """<div id="ID" style="max-width:640px"><canvas width="640" height="440" style="width:100%;cursor:grab;touch-action:none"></canvas><div class="what"></div><div style="font-size:80%">LEGEND</div></div>
+VIEWER = """<div id="ID" style="max-width:640px"><canvas width="640" height="440" role="img" aria-label="A room of points that turns when it is dragged" style="width:100%;cursor:grab;touch-action:none"></canvas><div class="what"></div><div style="font-size:80%">LEGEND</div></div>
 <script>(() => {
 const box = document.getElementById("ID"), canvas = box.querySelector("canvas"), pen = canvas.getContext("2d"), w = canvas.width, h = canvas.height;
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
@@ -361,7 +361,7 @@ for (const name in layers) {
 canvas.onpointerdown = e => { from = [e.clientX, e.clientY]; canvas.setPointerCapture(e.pointerId); };
 canvas.onpointermove = e => { if (!from) return; turned -= (e.clientX - from[0]) * .01; tilt = Math.min(1.57, Math.max(.05, tilt + (e.clientY - from[1]) * .01)); from = [e.clientX, e.clientY]; draw(); };
 canvas.onpointerup = canvas.onpointercancel = () => { from = null; };
-canvas.onwheel = e => { e.preventDefault(); zoom = Math.min(6, Math.max(.5, zoom * Math.exp(-e.deltaY * .001))); draw(); };
+canvas.onwheel = e => { if (!e.shiftKey) return; e.preventDefault(); zoom = Math.min(6, Math.max(.5, zoom * Math.exp(-(e.deltaY || e.deltaX) * .001))); draw(); };
 draw();
 })()</script>"""
 
@@ -374,13 +374,13 @@ def room_viewer(
     step: float = .07,  # metres between points
     name: str = "room",  # of this viewer, unique in its page
 ) -> str:  # HTML that needs nothing else
-    "A room that can be turned: drag to turn, wheel to come nearer, a button for each layer of colours."
+    "A room that can be turned: drag to turn, shift and wheel to come nearer, a button for each layer of colours."
     middle = (xyz.min(0) + xyz.max(0)) / 2
     pack = lambda x, kind: base64.b64encode(np.ascontiguousarray(x, dtype=kind).tobytes()).decode()
     around = float(np.linalg.norm(xyz - middle, axis=1).max()) * 1000
     marks = " ".join(f'<span style="white-space:nowrap"><span style="color:rgb({c[0]},{c[1]},{c[2]})">&#9632;</span> {html.escape(k)}</span>' for k, c in (legend or {}).items())
     values = dict(ID=f"room-{html.escape(name)}", LEGEND=marks, XYZ=pack(np.round((xyz - middle) * 1000), "<i2"), NORMAL=pack(np.round(normal * 127), "i1"),
-                  LAYERS=json.dumps({k: pack(v, "u1") for k, v in layers.items()}), SCALE=f"{260 / around:.6f}", STEP=f"{step * 1000:.0f}")
+                  LAYERS=json.dumps({k: pack(v, "u1") for k, v in layers.items()}), SCALE=f"{215 / around:.6f}", STEP=f"{step * 1000:.0f}")
     return re.sub(r"\b(" + "|".join(values) + r")\b", lambda m: values[m[1]], VIEWER)
 
 # %% ../../nbs/downstream/74_semantic.ipynb #cf7aec3f
@@ -402,7 +402,7 @@ class SemanticRecipe(FinetuneRecipe):
     votes: int = 0  # views of a test room that are averaged, reported beside the score without; 0 is off
 
 ROOM_MINI = dict(data="rooms", features=("normal", "color_signed"), voxel_size=.07, n_points=6000, crop="column", augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.1),
-                 lovasz=1., steps=800, batch_size=4, lr=4e-3, warmup=30, validate_every=100, save_every=200, votes=8)
+                 lovasz=1., steps=1200, batch_size=2, lr=4e-3, warmup=30, validate_every=150, save_every=150, votes=8)
 SCENE_FULL = dict(features=("normal", "color_signed"), voxel_size=.02, n_points=100_000, augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.05), lovasz=1.,
                   batch_size=12, lr=2e-3, workers=8, validate_every=2000, save_every=2000, votes=8)
 
