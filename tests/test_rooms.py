@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from unipre3d.core import data_dir
-from unipre3d.data.rooms import (HEIGHT, KINDS, RoomsOptions, cache_dir, compose_room, depth_sigma, embedded_rooms, make_rooms, plan_rooms, rooms_version)
+from unipre3d.data.rooms import (HEIGHT, KINDS, RoomsOptions, cache_dir, choose_look, compose_room, depth_sigma, embedded_rooms, make_rooms, plan_rooms,
+                                 rooms_version, spoil_depth)
 from unipre3d.data.scannet import ScanNetFrames
 
 FRAMES = 6
@@ -172,7 +173,34 @@ def test_rooms_hold_what_their_type_says(composed):
     for kind, role in want.items():
         mine = [r for r in composed if r.kind == kind]
         assert sum(any(p.role == role for p in r.pieces) for r in mine) >= len(mine) - 1, kind
-    assert all(r.placed <= 20 for r in composed) and np.mean([r.placed >= 8 for r in composed]) > .7
+    assert all(8 <= r.placed <= 20 for r in composed)
+
+
+def test_the_embedded_rooms_are_full_and_share_their_classes():
+    "All sixty, not filmed: at least eight pieces each, rugs off the walls, no class in validation or test that training lacks."
+    found = {s: set() for s in ("train", "val", "test")}
+    for plan in plan_rooms(60):
+        room = compose_room(plan["seed"], split=plan["split"], kind=plan["type"])
+        assert 8 <= room.placed <= 20, (plan["room"], room.placed)
+        found[plan["split"]] |= {p.label20 for p in room.pieces}
+        for p in room.pieces:
+            if p.name == "rug": assert (p.vertices[:, :2] > 0).all() and (p.vertices[:, :2] < room.size).all(), plan["room"]
+    assert found["val"] | found["test"] <= found["train"] and len(found["train"] - {""}) == 20
+    assert found["train"] - found["val"] == found["train"] - found["test"] == {"bathtub"}
+
+
+def test_slanted_planes_keep_their_depth():
+    "With the same random numbers, a slanted plane has the very holes of a flat one; a step of half a metre is holed at its edge and nowhere else."
+    look, (h, w) = choose_look(compose_room(0, pieces=0)), (240, 320)
+    column = np.tile(np.arange(w), (h, 1))
+    def holes(depth):
+        view = dict(depth=depth.astype(np.float32), slant=np.full((h, w), .4), glass=np.zeros((h, w), bool))
+        return spoil_depth(view, look, np.random.default_rng(0)) == 0
+    flat, step = holes(np.full((h, w), 1.5)), holes(np.where(column < w // 2, 1., 1.5))
+    np.testing.assert_array_equal(holes(1 / (.35 + .9 * column / w)), flat)          # from 2.9 to .8 m: 1 / z is linear over a plane
+    edge = np.abs(column - w / 2 + .5) < 1
+    np.testing.assert_array_equal(step[~edge], flat[~edge])
+    assert step[edge].mean() > .5 > .1 > flat.mean()
 
 
 def test_models_stay_in_their_split(composed, root):
@@ -207,6 +235,7 @@ def test_an_interrupted_set_goes_on_with_the_same_bytes(root, tmp_path):
     assert digests(again) == first
     assert (again / "train" / "room0000_00" / "coord.npy").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="choose another folder"): make_rooms(again, rooms=3, frames=FRAMES, seed=1, workers=1)
+    with pytest.raises(ValueError, match="choose another folder"): make_rooms(again, rooms=3, frames=FRAMES, pieces=3, workers=1)
 
 
 def test_a_room_without_furniture(tmp_path):
