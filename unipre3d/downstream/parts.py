@@ -362,7 +362,7 @@ class PartRecipe(FinetuneRecipe):
     hidden: int = 128  # width of the head's hidden layers; 0 makes it linear
     dropout: float = .3  # in the head
 
-MINI = dict(data="shapes", classes=CATEGORIES, augment=Augment(scale=(.8, 1.25), shift=.05, jitter=.002), batch_size=16, steps=1600, warmup=50, lr=2e-3, validate_every=200)
+MINI = dict(data="shapes", classes=CATEGORIES, augment=Augment(scale=(.8, 1.25), shift=.05, jitter=.002), batch_size=16, steps=800, warmup=40, lr=2e-3, validate_every=200)
 
 part_recipes: dict[str, PartRecipe] = {
     "part-shapes-mini": PartRecipe(
