@@ -304,3 +304,14 @@ def test_recipes_fit_the_backbones_that_pretraining_made():
     for name, start in {"sem-rooms-mini": "scene-sparseunet-mini", "sem-rooms-ptv3-mini": "scene-ptv3-mini", "sem-scannet20": "scene-sparseunet", "sem-scannet200": "scene-sparseunet", "sem-s3dis": "scene-sparseunet"}.items():
         after, before = semantic_recipes[name], recipes[start]
         assert (after.backbone, after.backbone_options, after.features) == (before.backbone, before.backbone_options, before.features) and after.voxel_size == after.backbone_options["voxel_size"]
+
+
+def test_a_pretrained_checkpoint_loads_whole(tmp_path):
+    from unipre3d.downstream.transfer import start_from
+    from unipre3d.pretrain import save_tensors
+    from unipre3d.recipes import build_model, find_recipe
+    before = build_model(replace(find_recipe("scene-sparseunet-mini"), seed=7), 32)
+    save_tensors(tmp_path / "checkpoint.safetensors", before.state_dict(), {"step": 1})
+    after = build_semantic(semantic_recipes["sem-rooms-mini"], 20)
+    start = start_from(after.backbone, tmp_path)
+    assert start.coverage == 1. and not start.unused and all(torch.equal(v, after.backbone.state_dict()[k]) for k, v in before.backbone.state_dict().items())
