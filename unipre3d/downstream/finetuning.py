@@ -11,6 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from .classification import ClassificationRecipe, build_classifier, classification_recipes, classification_task
+from .instances import InstanceRecipe, build_instances, instance_recipes, instance_task
+from .parts import PartRecipe, build_parts, part_recipes, part_task
+from .semantic import SemanticRecipe, build_semantic, semantic_recipes, semantic_task
 from .transfer import FinetuneRecipe, load_task, read_task, run_task
 
 # %% auto #0
@@ -19,8 +22,11 @@ __all__ = ['tasks', 'finetune_recipes', 'find_finetune', 'finetune_run', 'read_f
 # %% ../../nbs/downstream/76_finetune.ipynb #ef41e07e
 tasks: dict[str, tuple[type[FinetuneRecipe], Callable, Callable]] = {
     "classification": (ClassificationRecipe, build_classifier, classification_task),
+    "part segmentation": (PartRecipe, build_parts, part_task),
+    "semantic segmentation": (SemanticRecipe, build_semantic, semantic_task),
+    "instance segmentation": (InstanceRecipe, build_instances, instance_task),
 }
-finetune_recipes: dict[str, FinetuneRecipe] = {**classification_recipes}
+finetune_recipes: dict[str, FinetuneRecipe] = classification_recipes | part_recipes | semantic_recipes | instance_recipes
 
 def find_finetune(
     name: str,  # a key of `finetune_recipes`
