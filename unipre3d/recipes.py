@@ -87,8 +87,8 @@ class Recipe:
 
 # %% ../nbs/61_recipes.ipynb #36fed197
 SCENES = dict(layout="scannet", features=("normal", "color_signed"), fusion="PointFusion", background=(1., 1., 1.), foreground_weight=1., background_weight=1.)
-ROOMS = SCENES | dict(data="rooms", n_points=6000, resolution=60, n_ref=4, n_target=8, max_offset=.1, initial_scale=.06,
-                      steps=1000, batch_size=1, lr=4e-3, warmup=50, picture_every=50, eval_every=250, save_every=200)
+ROOMS = SCENES | dict(data="rooms", n_points=6000, resolution=60, n_ref=8, n_target=8, max_offset=.1, initial_scale=.06,
+                      steps=800, batch_size=1, lr=4e-3, warmup=40, picture_every=50, eval_every=200, save_every=200)
 SCANNET = SCENES | dict(data="", n_points=0, resolution=120, n_ref=8, n_target=8, image="stabilityai/sd-vae-ft-mse", max_offset=.2, initial_scale=.02,
                         steps=60_000, batch_size=8, lr=1e-4, schedule="step", decay_every=10_000, decay=.9, weight_decay=.01, ema=.9999,
                         workers=8, picture_every=500, eval_every=5000, save_every=2000)
