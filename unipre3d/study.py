@@ -90,7 +90,11 @@ COMPARISONS = [
     Comparison("a", "UniPre3D - scratch, Mamba3D, 20 shots", "cls20.mamba3d", "unipre3d.mamba3d", "scratch.mamba3d"),
     Comparison("b", "UniPre3D - scratch, PTv3, rooms", "rooms.ptv3", "point.ptv3", "scratch.ptv3", "miou"),
     Comparison("c", "UniPre3D - scratch, PointMLP, parts", "parts", "unipre3d.pointmlp", "scratch.pointmlp", "miou_c"),
+    Comparison("f", "weighting - none, foreground PSNR (dB)", "pre", "unipre3d", "unweighted", "psnr_foreground"),
     Comparison("f", "weighting - none, frozen features", "probe20", "unipre3d", "unweighted"),
+    Comparison("e", "fusion - no fusion, held-out PSNR (dB)", "pre", "unipre3d", "nofusion", "psnr"),
+    Comparison("h", "our scale - released floor, held-out PSNR (dB)", "pre", "unipre3d", "floor", "psnr"),
+    Comparison("d", "point fusion - no fusion, held-out PSNR (dB)", "pre", "point", "none", "psnr"),
     *[Comparison("i", f"UniPre3D - scratch, {n} shots", f"cls{n}", "unipre3d", "scratch") for n in (8, 40, 80)],
     *[Comparison("j", f"{n:,} steps - random, frozen features", "probe20", f"steps{n}", "scratch") for n in (500, 1000, 4000, 8000)],
     Comparison("l", "UniPre3D - scratch, 20 shots of generated scans, asked artist-made objects", "cls20", "unipre3d", "scratch", "oa_real"),
@@ -338,12 +342,12 @@ def plan(
 
 def select(
     rows: Sequence[Row],
-    only: str,  # a claim, or a row's name; "" takes all but the extra ones
+    only: str,  # a claim, a row's name, or its beginning as "cls20-unipre3d"; "" takes all but the extra ones
 ) -> list[Row]:  # with everything that they need, in order
     "Some rows of a plan."
     by_key = {r.key: r for r in rows}
     compared = {(c.part, arm) for c in COMPARISONS if c.claim == only for arm in (c.arm, c.against)}
-    wanted = [r.key for r in rows if (r.stage != "extra" if not only else only in (r.key, r.claim) or (r.part, r.arm) in compared)]
+    wanted = [r.key for r in rows if (r.stage != "extra" if not only else only in (r.key, r.claim) or r.key.startswith(f"{only}-") or (r.part, r.arm) in compared)]
     if not wanted: raise ValueError(f"--only: expected a claim ({', '.join(CLAIMS)}) or the name of a row (see --list), got {only!r}")
     found = set()
     while wanted:
@@ -529,7 +533,7 @@ def reproduce(
 @dataclass(frozen=True)
 class StudyOptions:
     "Run the rows of the study that are not recorded, or list them."
-    only: str = ""  # one claim (a to m) or the name of one row, with what it needs
+    only: str = ""  # one claim (a to m), a row or the beginning of several (cls20-unipre3d), with what they need
     out: str = "runs/study"  # folder of the study: runs and records
     workers: int = 2  # rows at a time, one thread each
     list: bool = False  # only print the plan

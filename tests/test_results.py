@@ -1,0 +1,152 @@
+"Intervals cover, tables are what the records say, and a changed record is noticed."
+import copy
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from unipre3d.records import FINETUNE, PRETRAIN, write_json
+from unipre3d.results import (GAINS, MINI, REASONS, TABLES, all_frame, class_accuracy, compare_table, effects, findings, full_key, headline, interval,
+                              paired, paper_gain, paper_table, read_study, right, scores, stale_tables, tables, write_tables)
+from unipre3d.study import COMPARISONS, plan
+
+CLASSES = ["bag", "bin", "box"]
+PLANNED = {r.key: r for r in plan()}
+
+
+def record(key, seed=0, p=.7, objects=90, **metrics):
+    "A record that nobody ran."
+    row, rng = PLANNED[key], np.random.default_rng((seed, sum(map(ord, key))))
+    true = "abc" * (objects // 3)
+    answers = "".join(t if rng.random() < p else "abc"[(ord(t) - 96) % 3] for t in true)
+    matrix = [[sum(a == x and t == y for a, t in zip(answers, true)) for x in "abc"] for y in "abc"]
+    kind = "pretrain" if row.kind == "pretrain" else "finetune"
+    found = {"kind": kind} | dict.fromkeys(PRETRAIN if kind == "pretrain" else FINETUNE, None)
+    return found | {"recipe": row.recipe, "classes": CLASSES, "details": dict(answers=answers, true=true, answers_real=answers, true_real=true, confusion=matrix), "metrics": {"oa": .5} | metrics,
+                    "seed": row.seed, "history": {"train": {}, "val": {"step": [1], "val_oa": [.5]}}, "row": dict(key=key, part=row.part, arm=row.arm, seed=row.seed)}
+
+
+def some(gain=.3, seeds=5):
+    return {k: record(k, s, .6 + (gain if arm == "unipre3d" else 0)) for s in range(seeds) for arm in ("unipre3d", "scratch") for k in [f"cls20-{arm}-{s}"]}
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_interval_is_the_t_interval_for_plain_numbers(n):
+    x = np.random.default_rng(n).normal(2, 3, n)
+    low, high = stats.t.interval(.95, n - 1, x.mean(), stats.sem(x))
+    i = interval(x, draws=40_000)
+    assert i.mean == pytest.approx(x.mean()) and i.n == n
+    assert (i.high - i.low) == pytest.approx(high - low, rel=.03)
+
+
+@pytest.mark.parametrize("runs, objects, noise", [(1., 0., 0.), (.2, 1., 1.), (0., 0., 1.), (.5, .5, .5)])
+def test_interval_covers(runs, objects, noise):
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(250):
+        i = interval(rng.normal(0, runs, (5, 1)) + rng.normal(0, objects, (1, 40)) + rng.normal(0, noise, (5, 40)), draws=200)
+        hits += i.low < 0 < i.high
+    assert hits / 250 > .92
+
+
+def test_interval_of_one_run_is_open():
+    i = interval(np.array([3.]))
+    assert i.n == 1 and np.isnan(i.low) and str(i) == "3.0"
+
+
+def test_strict_interval_holds_the_usual_one():
+    x = np.random.default_rng(0).normal(0, 1, (5, 50))
+    assert interval(x, 1 - .05 / 6).low < interval(x).low < interval(x).high < interval(x, 1 - .05 / 6).high
+
+
+def test_seen_and_unseen_make_up_all():
+    r = record("cls20-scratch-0")
+    assert len(right(r, "seen")) + len(right(r, "unseen")) == len(right(r)) and len(right(r, "unseen")) == 30        # only box is held out of the three
+    table = class_accuracy(r)
+    assert right(r, "unseen").mean() == pytest.approx(table.accuracy["box"]) and right(r).mean() == pytest.approx(np.average(table.accuracy, weights=table.objects))
+
+
+def test_pairs_are_seeds_that_both_have():
+    records = some()
+    del records["cls20-scratch-3"]
+    d, seeds = paired(records, COMPARISONS[0])
+    assert seeds == [0, 1, 2, 4] and d.shape == (4, 90)
+
+
+def test_trials_are_no_results():
+    records = some(seeds=1)
+    records["tune-cls20-unipre3d-0.001"] = record("tune-cls20-unipre3d-0.001")
+    assert list(scores(records, "cls20", "unipre3d")) == [0]
+
+
+def test_effects_say_what_the_records_say():
+    table = effects(some())
+    first = table.iloc[0]
+    assert first.verdict == "yes" and first.pairs == 5 and first.effect == pytest.approx(100 * np.mean([right(some()[f"cls20-unipre3d-{s}"]).mean() - right(some()[f"cls20-scratch-{s}"]).mean() for s in range(5)]), abs=.01)
+    assert effects(some(gain=-.4)).iloc[0].verdict == "the opposite" and set(effects({}).verdict) == {"not run"}
+    assert table[table.verdict == "not run"].how.str.startswith("unipre3d reproduce mini --only").all()
+
+
+def test_every_command_of_a_missing_row_selects_something():
+    from unipre3d.study import select
+    for how in effects({}).how: assert select(plan(), how.split("--only ")[1].split(" (")[0])
+
+
+def test_paper_table_and_mappings():
+    paper = paper_table()
+    assert set(paper.table) == set(TABLES) and not paper.duplicated(["table", "dataset", "metric", "backbone", "pretraining", "source"]).any()
+    assert set(MINI) <= {(r.dataset, r.metric, r.backbone, r.pretraining) for r in paper.itertuples()}
+    parts = {(r.part, r.arm) for r in plan()}
+    assert {(part, arm) for part, arm, _ in MINI.values()} <= parts
+    assert {(part, a) for part, a, _ in GAINS} | {(part, b) for part, _, b in GAINS} <= parts
+    assert {full_key(r) for r in paper.itertuples()} - {""} == {r.key for r in plan("full") if r.kind == "finetune"}
+    assert [round(paper_gain(c), 2) for c in COMPARISONS[:2]] == [10.69, 2.1] and set(REASONS) == {c.claim for c in COMPARISONS}
+
+
+def test_every_number_of_the_paper_is_in_a_table():
+    assert sum(len(compare_table(name, {})) for name in TABLES) == len(paper_table())
+
+
+def test_findings_and_headline_follow_the_records():
+    assert "yes" in findings(some())[0] and "Likely reason" in findings(some(gain=-.4))[0] and headline({}).count("not run yet") == 6
+    assert headline(some()) != headline({})
+
+
+def test_rebuilding_changes_nothing(tmp_path):
+    records = some()
+    write_tables(tmp_path, records)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    write_tables(tmp_path, records)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()} and stale_tables(tmp_path, records) == []
+
+
+def test_changed_record_changes_the_table_and_is_noticed(tmp_path):
+    records = some()
+    write_tables(tmp_path, records)
+    changed = copy.deepcopy(records)
+    details = changed["cls20-unipre3d-2"]["details"]
+    details["answers"] = "b" + details["answers"][1:] if details["answers"][0] != "b" else "a" + details["answers"][1:]
+    assert tables(changed) != tables(records) and any("effects.csv" in line for line in stale_tables(tmp_path, changed))
+    (tmp_path / "headline.md").unlink()
+    assert any("headline.md" in line for line in stale_tables(tmp_path, records))
+
+
+def test_committed_tables_are_what_the_committed_records_give():
+    assert stale_tables() == []
+
+
+def test_broken_record_is_an_error(tmp_path):
+    write_json(tmp_path / "x.json", {k: v for k, v in record("cls20-scratch-0").items() if k != "seed"})
+    with pytest.raises(ValueError, match="x.json: expected 'seed'"): read_study(tmp_path)
+
+
+def test_frame_holds_the_study_too(tmp_path):
+    (tmp_path / "study").mkdir()
+    write_json(tmp_path / "study" / "cls20-scratch-0.json", record("cls20-scratch-0"))
+    frame = all_frame(tmp_path)
+    assert list(frame.index) == ["cls20-scratch-0"] and frame["metrics.oa"].item() == .5
+    assert all_frame(tmp_path / "none").empty and len(all_frame()) >= len(read_study())
+
+
+def test_committed_study_records_belong_to_the_plan():
+    rows = {r.key: r for budget in ("mini", "full") for r in plan(budget)}
+    assert set(read_study()) <= set(rows)
