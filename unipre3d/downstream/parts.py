@@ -414,9 +414,11 @@ class Both:
 
     def __len__(self): return len(self.places)
 
-    def __getattr__(self, what):
-        if what not in ("name", "label", "rows"): raise AttributeError(what)
-        return lambda i: getattr(self.places[i][0], what)(self.places[i][1])
+    def name(self, i: int) -> str: return self.places[i][0].name(self.places[i][1])
+
+    def label(self, i: int) -> int: return self.places[i][0].label(self.places[i][1])
+
+    def rows(self, i: int) -> dict[str, np.ndarray]: return self.places[i][0].rows(self.places[i][1])
 
     def fingerprint(self) -> str: return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
 
