@@ -277,8 +277,9 @@ def evaluate_semantic(
 def class_colors(
     classes: int,  # K
 ) -> np.ndarray:  # [K + 1 3] uint8; the last is for points without a class, so that -1 finds it
-    "Colours that differ for classes that follow each other: the golden ratio around the circle of hues."
-    rows = [colorsys.hsv_to_rgb(.6 + k * .618033988749895, (.35, .75, .95, .55)[k % 4], (.9, .95, .7, .6)[(k // 2) % 4]) for k in range(classes)]
+    "As many hues as a third of the classes, each pale, strong and dark; classes that follow each other differ most."
+    hues, looks = -(-classes // 3), ((.35, .95), (.85, .9), (.75, .5))
+    rows = [colorsys.hsv_to_rgb((.6 + (k // 3 + k % 3 / 3) / hues) % 1, *looks[k % 3]) for k in range(classes)]
     return np.round(255 * np.array([*rows, (.25, .25, .25)])).astype(np.uint8)
 
 def paint_room(
