@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib, json, math, os, platform, subprocess
+import hashlib, importlib.util, json, math, os, platform, subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import unipre3d
 from .core import data_dir
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'data_hash', 'write_json', 'check_record', 'read_record',
-           'read_records']
+__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'code_hash', 'data_hash', 'write_json', 'check_record',
+           'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -35,6 +35,16 @@ def hardware() -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+def code_hash(
+    *modules: str,  # names, such as "unipre3d.core"
+) -> str:  # 16 hexadecimal digits
+    "Changes with the code of some modules; comments do not count. What is made on first use is kept under such a name."
+    digest = hashlib.sha256()
+    for name in modules:
+        lines = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8").splitlines()
+        digest.update("\n".join(line for line in lines if not line.startswith("#")).encode())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/01_records.ipynb #532045dd
 def data_hash(

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/21_rooms.ipynb #da66aac0
 from __future__ import annotations
-import hashlib, importlib.util, io, json, math, os, re, shutil, sys, tempfile, zipfile
+import hashlib, io, json, math, os, re, shutil, sys, tempfile, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..core import data_dir
+from ..records import code_hash, data_hash
 from .furniture import Mesh, csv_text, find_deb, fit_textures, read_catalogue, read_csv, read_model, smooth_normals, surface, unpack_deb
 
 # %% auto #0
@@ -1188,10 +1189,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipre3d"
 
 def rooms_version() -> str:
-    "Hash of everything that decides what a room looks like: this module, the models, the tables."
-    source = Path(importlib.util.find_spec("unipre3d.data.rooms").origin)
-    files = [source, *(data_dir() / n for n in ("furniture_meshes.npz", "room_roles.csv", "furniture.csv", "scannet_classes.csv"))]
-    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()[:10]
+    "Hash of everything that decides what a room looks like: this module's code, the models, the tables."
+    files = [data_dir() / n for n in ("furniture_meshes.npz", "room_roles.csv", "furniture.csv", "scannet_classes.csv")]
+    return hashlib.sha256("".join([code_hash("unipre3d.data.rooms"), *map(data_hash, files)]).encode()).hexdigest()[:10]
 
 def embedded_rooms(
     rooms: int = 60,

@@ -18,8 +18,8 @@ from .downstream import ScanObjectNN, fit_radius
 from .furniture import Material, Mesh, Tracer, read_csv
 from .rooms import cache_dir, depth_sigma
 from .shapenet import ShapeNetViews
-from .shapes import KINDS, PARTS, Builder, block, code_hash, cushion, drum, make_mesh, shape_items
-from ..records import data_hash
+from .shapes import KINDS, PARTS, Builder, block, cushion, drum, make_mesh, shape_items
+from ..records import code_hash, data_hash
 
 # %% auto #0
 __all__ = ['WALL', 'TOPS', 'VARIANTS', 'surfels', 'make_place', 'viewpoints', 'spoil', 'shoot', 'fuse', 'crop', 'draw_scan',

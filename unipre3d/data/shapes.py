@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/27_shapes.ipynb #e5adced1
 from __future__ import annotations
-import contextlib, csv, hashlib, importlib.util, io, json, math, os, shutil, zipfile, zlib
+import contextlib, csv, hashlib, io, json, math, os, shutil, zipfile, zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from tqdm.auto import tqdm
 
 from .furniture import CONVENTION, FOV, RADIUS, Material, Mesh, Tracer, csv_text, normalise, orbit, orbit_poses, pack_cloud, shade
 from .rooms import cache_dir
+from ..records import code_hash
 
 # %% auto #0
-__all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring', 'loft',
-           'prism', 'sheet', 'move', 'place', 'rotation', 'Builder', 'supports', 'handle', 'fronts', 'goods', 'chair',
-           'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box', 'bed',
-           'puff', 'pillow', 'bag', 'bin', 'display', 'door', 'leaf', 'basin', 'tap', 'sink', 'toilet', 'bathtub',
-           'lamp', 'plant', 'bottle', 'vase', 'cup', 'bowl', 'car', 'clock', 'ladder', 'make_mesh', 'render_views',
-           'visible_cloud', 'shape_items', 'make_object', 'make_shapes', 'code_hash', 'embedded_shapes']
+__all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring',
+           'loft', 'prism', 'sheet', 'move', 'place', 'rotation', 'Builder', 'supports', 'handle', 'fronts', 'goods',
+           'chair', 'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box',
+           'bed', 'puff', 'pillow', 'bag', 'bin', 'display', 'door', 'leaf', 'basin', 'tap', 'sink', 'toilet',
+           'bathtub', 'lamp', 'plant', 'bottle', 'vase', 'cup', 'bowl', 'car', 'clock', 'ladder', 'make_mesh',
+           'render_views', 'visible_cloud', 'shape_items', 'make_object', 'make_shapes', 'embedded_shapes']
 
 # %% ../../nbs/data/27_shapes.ipynb #98b47fa7
 def _steps(grid, axis, smooth):
@@ -1250,6 +1251,8 @@ def _shard_job(job):
 
 def _write(z, name, data, kind=zipfile.ZIP_STORED): z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, kind, 1)
 
+MAKERS = ("unipre3d.data.shapes", "unipre3d.data.furniture")  # modules that draw and render the shapes
+
 def make_shapes(
     out: str | Path,  # the zip; work in progress lies in `<out>.parts`
     *,
@@ -1265,7 +1268,7 @@ def make_shapes(
     "A data set of generated shapes in the layout of `ShapeNetViews`; run it again to go on after an interruption."
     out, items = Path(out), shape_items(categories, per_category, seed)
     if not items: raise ValueError(f"make_shapes: expected at least one shape, got categories {categories} and per_category {per_category}")
-    key = hashlib.sha256(json.dumps([items, views, size, points, shard, code_hash()]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([items, views, size, points, shard, code_hash(*MAKERS)]).encode()).hexdigest()[:12]
     folder = out.with_name(out.name + ".parts") / key
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(folder / f"{k:06d}.zip", items[k:k + shard], views, size, points) for k in range(0, len(items), shard)]
@@ -1294,16 +1297,6 @@ def _join(out, shards, convention):
             _write(z, name, text.encode())
     part.replace(out)
 
-def code_hash(
-    *modules: str,  # names; none means those that draw and render the shapes
-) -> str:  # 16 hexadecimal digits
-    "Changes with the code of some modules; comments do not count."
-    digest = hashlib.sha256()
-    for name in modules or ("unipre3d.data.shapes", "unipre3d.data.furniture"):
-        lines = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8").splitlines()
-        digest.update("\n".join(line for line in lines if not line.startswith("#")).encode())
-    return digest.hexdigest()[:16]
-
 # %% ../../nbs/data/27_shapes.ipynb #f32849f1
 def embedded_shapes(
     *,
@@ -1318,7 +1311,7 @@ def embedded_shapes(
 ) -> Path:  # a zip for `ShapeNetViews`
     "The generated shapes, made at the first call and found again afterwards."
     how = dict(categories=sorted(KINDS if categories is None else categories), per_category=list(per_category), views=views, size=size, points=points, seed=seed)
-    key = hashlib.sha256(json.dumps([how, code_hash()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([how, code_hash(*MAKERS)]).encode()).hexdigest()[:16]
     path = Path(cache or cache_dir()) / f"shapes-{key}.zip"
     if path.is_file(): return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,12 @@ from ..data.loaders import make_loader, point_features
 from ..data.rooms import cache_dir
 from ..data.scans import Scans
 from ..data.shapenet import ShapeNetViews
-from ..data.shapes import PARTS, code_hash, make_mesh, shape_items, visible_cloud
+from ..data.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
 from .classification import ClassificationSamples, Furniture, Selection, labels_of, pool, take_shots
 from .metrics import PartScore, own_parts
 from .transfer import Augment, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, load_task, run_task
 from ..geometry.pointops import interpolate, voxelize
+from ..records import code_hash
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'make_part_shapes',
@@ -141,7 +142,7 @@ def embedded_part_shapes(
     "Made at the first call and found again afterwards, by the arguments and the code that makes them."
     how = dict(categories=CATEGORIES, per_category=100, points=2048, seed=0) | how
     how["categories"] = sorted(how["categories"])
-    key = hashlib.sha256(json.dumps([how, code_hash(), "whole 1"], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([how, code_hash(*MAKERS), "whole 1"], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache or cache_dir()) / f"parts-{key}.npz"
     if path.is_file(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
