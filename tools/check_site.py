@@ -119,6 +119,7 @@ class Walk:
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
         self.context.route(lambda address: not address.startswith((base, "data:", "blob:")), self.outside)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
         self.page.on("requestfailed", lambda r: r.url.startswith(base) and "ERR_ABORTED" not in r.failure and self.note(f"request failed: {self.short(r.url)}"))
         self.page.on("response", lambda r: r.status >= 400 and self.note(f"{r.status} for {self.short(r.url)}"))
         self.page.on("pageerror", lambda e: self.note(f"script error: {str(e).splitlines()[0]}"))
@@ -137,7 +138,7 @@ class Walk:
         self.name = name
         self.page.set_viewport_size(DESK)
         self.page.goto(self.base + name, wait_until="load")
-        self.page.wait_for_function("() => !document.querySelector('.mermaid:not([data-processed])')", timeout=10_000)
+        self.page.wait_for_function("() => !document.querySelector('.mermaid:not([data-processed])')")
         found = self.pages[name] = self.page.evaluate(READ)
         for key, what in dict(broken="picture does not load", silent="picture without alt text", bare="drawing without a label", math="mathematics not rendered",
                               wrong="KaTeX cannot read", raw="raw markup left", unnamed="no name for a screen reader").items():
@@ -167,7 +168,7 @@ class Walk:
         self.page.goto(self.base + "index.html")
         box = self.page.locator(".smalldocs-search input").first
         box.fill(name)
-        try: self.page.wait_for_selector(".smalldocs-search-results.show a.search-result", timeout=5000)
+        try: self.page.wait_for_selector(".smalldocs-search-results.show a.search-result", timeout=30_000)
         except Exception: return self.note(f"nothing found for {name}")
         self.page.wait_for_timeout(200)
         hits = self.page.eval_on_selector_all("a.search-result", "all => all.slice(0, 5).map(a => a.href)")

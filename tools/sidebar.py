@@ -1,4 +1,4 @@
-"""The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to.
+"""The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to; tutorials follow the start.
 
     python tools/sidebar.py            write nbs/sidebar.yml
 """
@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {0: "Start here", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, images",
+PARTS = {0: "Start here", "tutorials": "Tutorials", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, images",
          6: "Pre-training", 7: "Downstream", 8: "Results", 9: "Command line"}
+
+FIRST = ["index", "meshes", "labels", "backbone"]  # pages without a number, in this order
 
 
 def part_of(path):
-    "The part of a notebook; the landing page stands before all others, and every backbone is a backbone."
+    "The part of a notebook; the landing page stands before all others, every backbone is a backbone, and tutorials have no numbers."
+    if path.parent.name == "tutorials": return "tutorials"
     if path.parent.name == "backbones": return 4
     found = re.match(r"(\d)\d", path.name)
     return int(found[1]) if found else 0
@@ -23,7 +26,7 @@ def sidebar():
     found = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)]
     lines = ["# Written by tools/sidebar.py", "website:", "  sidebar:", "    contents:"]
     for number, title in PARTS.items():
-        chapters = sorted((p for p in found if part_of(p) == number), key=lambda p: (p.stem != "index", p.name))
+        chapters = sorted((p for p in found if part_of(p) == number), key=lambda p: (p.stem not in FIRST, FIRST.index(p.stem) if p.stem in FIRST else p.name))
         if chapters: lines += [f"      - section: {title}", "        contents:", *(f"          - {p.as_posix()}" for p in chapters)]
     return "\n".join(lines) + "\n"
 
