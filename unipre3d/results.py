@@ -197,8 +197,8 @@ def more_gaussians(
     point, none = (scores(records, "pre", arm, "gaussians_per_cloud") for arm in ("point", "none"))
     where = f"pre-{{point,none}}, {len(point)} and {len(none)} seeds"
     if not (point and none):
-        point, none = ({0: np.array([read_record(name)["metrics"]["gaussians_per_cloud"]])} for name in ("scene-sparseunet-mini", "scene-sparseunet-mini-none"))
-        where = "scene-sparseunet-mini and -none, one run each, not of the study"
+        point, none = ({s: np.array([read_record(f"scene-{arm}-{s}")["metrics"]["gaussians_per_cloud"]]) for s in range(3)} for arm in ("point", "none"))
+        where = "scene-point-{0,1,2} and scene-none-{0,1,2}, not of the study"
     return 100 * (np.mean(list(point.values())) / np.mean(list(none.values())) - 1), where
 
 # %% ../nbs/80_results.ipynb #c39bd401
