@@ -43,6 +43,14 @@ def test_figures_and_equations_are_numbered_and_referred_to_across_pages():
     assert problems == ["nbs/g/20_b.ipynb: @fig-none refers to nothing; no cell has that label"]
 
 
+def test_an_interactive_figure_keeps_its_caption_and_its_name():
+    cell = code("#| label: fig-v\n#| fig-cap: Turn <it>\n#| fig-alt: A\nHTML(x)", {"data": {"text/html": ["<canvas>", "</canvas>"]}})
+    picture = code("#| label: fig-p\n#| fig-cap: P\ndraw()", {"data": {"image/png": "aGk=", "text/html": "x"}})
+    site.number({Path("10_a.ipynb"): page(cell, picture)}, {Path("10_a.ipynb"): Path("a.ipynb")})
+    assert cell["outputs"][0]["data"]["text/html"] == '<figure class="figure" id="fig-v"><canvas></canvas><figcaption>Figure 1: Turn &lt;it&gt;</figcaption></figure>'
+    assert "label" not in cell["source"] and "fig-cap" not in cell["source"] and picture["outputs"][0]["data"]["text/html"] == "x"
+
+
 def test_links_to_the_published_site_become_local():
     pages = {Path("g/20_b.ipynb"): page(words("[`f`](https://h/base/core.html#f) [s](https://h/git/blob/main/unipre3d/core.py#L7)"), title="B")}
     site.refer(pages, site.page_names(pages), {}, "https://h/base", "https://h/git")

@@ -136,8 +136,18 @@ def number(pages, names):
                     opts[caption] = f"{KINDS[kind]} {take(opts['label'], kind)}: {opts.get(caption, '')}"
                     if kind == "fig" and "code-fold" not in opts: opts |= {"code-fold": True, "code-summary": "Code of this figure"}
                 others = [o for o in others if not re.match(r"exports?(\s|$)|label", o)]
+                if kind == "fig": interactive_figure(cell, opts)
                 cell["source"] = with_options(opts, [], code)
     return labels
+
+
+def interactive_figure(cell, opts):
+    "A figure that is HTML instead of a picture: a frame with its caption around it, since the renderer captions pictures only."
+    drawn = [o for o in cell.get("outputs", []) if "text/html" in o.get("data", {})]
+    if len(drawn) != 1 or any(k.startswith("image/") for o in cell["outputs"] for k in o.get("data", {})): return
+    label, caption = opts.pop("label"), html.escape(opts.pop("fig-cap"))
+    opts.pop("fig-alt", None)
+    drawn[0]["data"]["text/html"] = f'<figure class="figure" id="{label}">{"".join(drawn[0]["data"]["text/html"])}<figcaption>{caption}</figcaption></figure>'
 
 
 def outside_code(text, change):

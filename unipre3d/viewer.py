@@ -260,7 +260,7 @@ def gaussian_viewer(
     *,
     label: str = "Gaussians that can be turned",  # what a screen reader says
     background: tuple[float, float, float] = (0., 0., 0.),  # colour behind everything, 0..1
-    azimuth: float = 40.,  # degrees around z; 0 looks along -x
+    azimuth: float = -50.,  # degrees around z; 0 looks along -x, and fronts are towards -y
     elevation: float = 20.,  # degrees above the middle
     distance: float | None = None,  # from the middle of the means, world units; None: from their size
     fov: float = 49.134,  # degrees, of the height
