@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ..data.downstream import LabelSet, scannet_labels
 from ..data.loaders import make_loader
 from .metrics import InstanceScore, Instances
 from .semantic import ROOM_MINI, SCENE_FULL, LabelledScenes, ScenePoints, SemanticModel, SemanticRecipe, WholeScene, build_scenes, class_colors, lovasz_loss, paint_room, split_rooms
-from .transfer import Cloud, Task, build_backbone, label_loss
+from .transfer import Augment, Cloud, Task, build_backbone, label_loss  # Augment, like Any: inherited fields name it
 from ..recipes import find_recipe
 
 # %% auto #0
