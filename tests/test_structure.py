@@ -242,3 +242,19 @@ def test_package_imports_only_what_it_requires():
                 if module in sys.stdlib_module_names or module == "unipre3d" or name in always or (module not in top and name in optional): continue
                 yield f"{path.relative_to(ROOT)}: imports {module}, which settings.ini does not require{' at run time' if name in optional else ''}"
     complain(wrong())
+
+
+def test_signatures_can_be_documented():
+    "The site evaluates the annotations of every public name in its own module; a field inherited from another module may name what that module alone imports."
+    import importlib
+    import inspect
+    broken = []
+    for path in sorted((ROOT / "unipre3d").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        module = importlib.import_module(name)
+        for key in getattr(module, "__all__", ()):
+            if not callable(thing := getattr(module, key)) or getattr(thing, "__module__", "") != name: continue
+            try: inspect.signature(thing, eval_str=True)
+            except NameError as error: broken.append(f"{name}.{key}: {error}")
+            except (TypeError, ValueError): pass                  # no signature to read
+    assert not broken, "\n".join(broken)
