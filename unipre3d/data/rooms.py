@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ..core import data_dir
@@ -1165,7 +1166,7 @@ def make_rooms(
     np.savetxt(out / "2D" / "intrinsics.txt", centre, fmt="%.9g")
     jobs = [(out, p, frames, pieces) for p in plans if p["room"] not in done]
     room_models()                                                            # read once, before there are processes
-    with ProcessPoolExecutor(workers) if workers > 1 and len(jobs) > 1 else nullcontext() as pool:
+    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) if workers > 1 and len(jobs) > 1 else nullcontext() as pool:   # one core each
         run = map if pool is None else pool.map
         rows = {r["room"]: r for r in tqdm(run(_room_job, jobs), total=len(jobs), desc="rooms", unit="room", disable=not jobs)}
     (out / "rooms.csv").write_text(csv_text([(done | rows)[p["room"]] for p in plans]), encoding="utf-8")
