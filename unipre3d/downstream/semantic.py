@@ -23,8 +23,9 @@ from ..data.downstream import S3DIS, Layout, scannet_labels
 from ..data.loaders import about_z, make_loader, point_features
 from ..data.scannet import ScanNetFrames
 from .metrics import SemanticScore
+from .parts import to_points
 from .transfer import Augment, Cloud, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, turn
-from ..geometry.pointops import interpolate, voxelize
+from ..geometry.pointops import voxelize
 from ..geometry.sparse import merge_voxels
 from ..recipes import find_recipe
 
@@ -194,9 +195,7 @@ def carry(
     p: PointBatch,  # what it returned
 ) -> Float[Tensor, "n c"]:
     "A feature for each point that went in: of its voxel, or of the nearest rows."
-    if hasattr(backbone, "voxel_size"): return p.feat[merge_voxels(points.with_feat(points.feat[:, :0]), backbone.voxel_size)[1]]
-    if len(p) == len(points) and torch.equal(p.xyz, points.xyz): return p.feat
-    return interpolate(points.xyz, points.batch, p.xyz, p.feat, p.batch, p.size)
+    return to_points(p, points, voxel_size=getattr(backbone, "voxel_size", None))
 
 class SemanticModel(nn.Module):
     "Any backbone of the package and one linear layer."
