@@ -221,7 +221,7 @@ class Measurement:
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # that are tried for each condition
     rates_of: str = ""  # another measurement, whose chosen rate is taken instead
 
-FEW = dict(workers=0, save_every=200)
+FEW = dict(workers=0, save_every=200, validate_every=100)
 of = lambda recipe: dict(backbone=recipe.backbone, backbone_options=recipe.backbone_options, n_points=recipe.n_points)
 
 MEASUREMENTS = {

@@ -273,7 +273,7 @@ classification_recipes: dict[str, ClassificationRecipe] = {
         augment=Augment(rotate="up", scale=(.8, 1.25), shift=.05), steps=600),
     "cls-shapes-mini": ClassificationRecipe(
         about="partial scans of generated shapes, 15 classes, 100 objects each, minutes on two CPU cores",
-        **MINI | dict(lr=1.5e-3), data="shapes", layout="scans", shots=100, augment=Augment(rotate="up", scale=(.8, 1.25), shift=.05, jitter=.002), steps=3200),
+        **MINI | dict(lr=1.5e-3), data="shapes", layout="scans", shots=100, augment=Augment(rotate="up", scale=(.8, 1.25), shift=.05, jitter=.002), steps=3200, ema=.995, validate_every=200),
     "cls-scanobjectnn": ClassificationRecipe(
         about="ScanObjectNN's hardest variant (pass --data); the paper's Transformer; one GPU",
         **FULL | dict(n_points=2048), layout="scanobjectnn", augment=Augment(rotate="up", scale=(.8, 1.25)), steps=100_000, warmup=3000),
