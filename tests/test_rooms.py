@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from unipre3d.core import data_dir
-from unipre3d.data.rooms import (HEIGHT, KINDS, RoomsOptions, cache_dir, choose_look, compose_room, depth_sigma, embedded_rooms, make_rooms, plan_rooms,
+from unipre3d.data.rooms import (HEIGHT, KINDS, RoomsOptions, choose_look, compose_room, depth_sigma, embedded_rooms, make_rooms, plan_rooms,
                                  rooms_version, spoil_depth)
 from unipre3d.data.scannet import ScanNetFrames
+from unipre3d.records import cache_dir, made_once
 
 FRAMES = 6
 
@@ -253,7 +254,6 @@ def test_wrong_arguments_are_named():
 
 def test_the_cache_has_a_name_for_each_version(root, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIPRE3D_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path
-    shutil.copytree(root, tmp_path / f"rooms-3-0-{rooms_version()}")
-    assert embedded_rooms(rooms=3) == tmp_path / f"rooms-3-0-{rooms_version()}"
+    made = made_once("rooms-3-0", rooms_version(), lambda place: shutil.copytree(root, place))
+    assert cache_dir() == made.parent == tmp_path and embedded_rooms(rooms=3) == made
     assert set(asdict(RoomsOptions())) == {"rooms", "seed", "out", "frames", "workers"}

@@ -8,8 +8,8 @@ import pytest
 
 from unipre3d.data.furniture import RADIUS, Tracer, normalise, orbit, orbit_poses, render_view
 from unipre3d.data.shapenet import ShapeNetViews
-from unipre3d.data.rooms import cache_dir
 from unipre3d.data.shapes import KINDS, PARTS, SPLITS, block, cushion, drum, embedded_shapes, lathe, loft, make_mesh, make_shapes, render_views, ring, shape_items, tube, visible_cloud
+from unipre3d.records import cache_dir
 
 FEW = dict(categories=["cup", "stool"], per_category=(2, 1, 1), seed=3, views=2, size=32, points=128, shard=3)
 

@@ -4,20 +4,22 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib, importlib.util, json, math, os, platform, subprocess
+import hashlib, importlib.util, json, math, os, platform, subprocess, sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock
 
 import unipre3d
 from .core import data_dir
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'code_hash', 'data_hash', 'write_json', 'check_record',
-           'read_record', 'read_records']
+__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'code_hash', 'data_hash', 'cache_dir', 'made_once',
+           'write_json', 'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -58,6 +60,31 @@ def data_hash(
     if not path.is_dir(): raise FileNotFoundError(f"{path}: expected a file or a folder to hash, there is none")
     found = sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in path.glob(pattern) if p.is_file())
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+# %% ../nbs/01_records.ipynb #93730242
+def cache_dir() -> Path:
+    "Where made data is kept: UNIPRE3D_CACHE, or `unipre3d` in the user's cache folder."
+    if given := os.environ.get("UNIPRE3D_CACHE"): return Path(given)
+    if sys.platform == "win32": return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "unipre3d"
+    if sys.platform == "darwin": return Path.home() / "Library" / "Caches" / "unipre3d"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipre3d"
+
+def made_once(
+    name: str,  # such as "scans.npz"; the hash goes before the suffix
+    values: Any,  # what decides what is made, as plain values: arguments, hashes of code and of files
+    make: Callable[[Path], Any],  # writes a file or a folder at a path, where it finds what it left if it was interrupted
+    cache: str | Path | None = None,  # folder; None means `cache_dir()`
+) -> Path:  # the file or folder
+    "What was made before from the same values, else what `make` makes now."
+    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(cache or cache_dir()) / f"{Path(name).stem}-{key}{Path(name).suffix}"
+    if path.exists(): return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):                                        # a second process waits for the first
+        if not path.exists():
+            make(part := Path(f"{path}.part"))
+            os.replace(part, path)
+    return path
 
 # %% ../nbs/01_records.ipynb #70ae8754
 PRETRAIN = ("recipe", "values", "code", "seed", "steps", "data", "backend", "processes", "hardware", "train_seconds",

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/21_rooms.ipynb #da66aac0
 from __future__ import annotations
-import hashlib, io, json, math, os, re, shutil, sys, tempfile, zipfile
+import hashlib, io, json, math, re, shutil, tempfile, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from filelock import FileLock
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from ..records import code_hash, data_hash
+from ..records import cache_dir, code_hash, data_hash, made_once
 from .furniture import Mesh, csv_text, find_deb, fit_textures, read_catalogue, read_csv, read_model, smooth_normals, surface, unpack_deb
 
 # %% auto #0
@@ -32,7 +31,7 @@ __all__ = ['STEP', 'BOX_FACES', 'HEIGHT', 'FLOOR', 'WALL', 'CEILING', 'GLASS', '
            'compose_room', 'Look', 'smooth_noise', 'choose_look', 'noise_at', 'surface_color', 'model_normals',
            'turned_normals', 'soften', 'RoomTracer', 'depth_sigma', 'spoil_depth', 'expose', 'free_floor', 'film_path',
            'pose_of', 'film', 'depth_normals', 'back_project', 'fuse', 'label_points', 'plan_rooms', 'write_room',
-           'make_rooms', 'RoomsOptions', 'cache_dir', 'rooms_version', 'embedded_rooms']
+           'make_rooms', 'RoomsOptions', 'rooms_version', 'embedded_rooms']
 
 # %% ../../nbs/data/21_rooms.ipynb #055105b2
 @dataclass(frozen=True)
@@ -1182,13 +1181,6 @@ class RoomsOptions:
     frames: int = 24  # of each room
     workers: int = 2  # processes
 
-def cache_dir() -> Path:
-    "Where made data is kept: UNIPRE3D_CACHE, or `unipre3d` in the user's cache folder."
-    if given := os.environ.get("UNIPRE3D_CACHE"): return Path(given)
-    if sys.platform == "win32": return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "unipre3d"
-    if sys.platform == "darwin": return Path.home() / "Library" / "Caches" / "unipre3d"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipre3d"
-
 def rooms_version() -> str:
     "Hash of everything that decides what a room looks like: this module's code, the models, the tables."
     files = [data_dir() / n for n in ("furniture_meshes.npz", "room_roles.csv", "furniture.csv", "scannet_classes.csv")]
@@ -1200,9 +1192,7 @@ def embedded_rooms(
     workers: int = 2,  # processes, if they have to be made
 ) -> Path:  # a folder in ScanNet's layout
     "Rooms to train on, made on first use and kept in the cache."
-    folder = cache_dir() / f"rooms-{rooms}-{seed}-{rooms_version()}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):                                         # a second process waits for the first
-        if (folder / "rooms.csv").is_file(): return folder
-        print(f"composing {rooms} rooms once, into {folder}", flush=True)
-        return make_rooms(folder, rooms=rooms, seed=seed, workers=workers)
+    def make(folder):
+        print(f"composing {rooms} rooms once, for {cache_dir()}", flush=True)
+        make_rooms(folder, rooms=rooms, seed=seed, workers=workers)
+    return made_once(f"rooms-{rooms}-{seed}", rooms_version(), make)

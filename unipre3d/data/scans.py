@@ -4,22 +4,21 @@
 
 # %% ../../nbs/data/28_scans.ipynb #1f548aa5
 from __future__ import annotations
-import hashlib, json, math, os, zipfile, zlib
+import json, math, os, zipfile, zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from scipy.spatial import cKDTree
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..core import data_dir
 from .downstream import ScanObjectNN, fit_radius
 from .furniture import Material, Mesh, Tracer, read_csv
-from .rooms import cache_dir, depth_sigma
+from .rooms import depth_sigma
 from .shapenet import ShapeNetViews
 from .shapes import KINDS, PARTS, Builder, block, cushion, drum, make_mesh, shape_items
-from ..records import code_hash, data_hash
+from ..records import code_hash, data_hash, made_once
 
 # %% auto #0
 __all__ = ['WALL', 'TOPS', 'VARIANTS', 'surfels', 'make_place', 'viewpoints', 'spoil', 'shoot', 'fuse', 'crop', 'draw_scan',
@@ -333,10 +332,4 @@ def embedded_scans(
     "Scans, made at the first call and found again afterwards, by their arguments and the code that makes them."
     how = dict(source=source, split=split, classes=classes and sorted(classes), per_class=per_class, variant=variant, copies=copies, points=points, seed=seed)
     code = code_hash("unipre3d.data.scans", "unipre3d.data.shapes", "unipre3d.data.furniture"), depth_sigma(np.array([1., 2.])).tolist()
-    key = hashlib.sha256(json.dumps([how, code]).encode()).hexdigest()[:16]
-    path = Path(cache or cache_dir()) / f"scans-{key}.npz"
-    if path.is_file(): return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):                                                      # a second process waits for the first
-        if not path.is_file(): make_scans(path, **how, workers=workers)
-    return path
+    return made_once("scans.npz", [how, code], lambda path: make_scans(path, **how, workers=workers), cache)

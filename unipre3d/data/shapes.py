@@ -9,13 +9,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .furniture import CONVENTION, FOV, RADIUS, Material, Mesh, Tracer, csv_text, normalise, orbit, orbit_poses, pack_cloud, shade
-from .rooms import cache_dir
-from ..records import code_hash
+from ..records import code_hash, made_once
 
 # %% auto #0
 __all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring',
@@ -1311,10 +1309,4 @@ def embedded_shapes(
 ) -> Path:  # a zip for `ShapeNetViews`
     "The generated shapes, made at the first call and found again afterwards."
     how = dict(categories=sorted(KINDS if categories is None else categories), per_category=list(per_category), views=views, size=size, points=points, seed=seed)
-    key = hashlib.sha256(json.dumps([how, code_hash(*MAKERS)]).encode()).hexdigest()[:16]
-    path = Path(cache or cache_dir()) / f"shapes-{key}.zip"
-    if path.is_file(): return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):                                                      # a second process waits for the first
-        if not path.is_file(): make_shapes(path, **how, workers=workers)
-    return path
+    return made_once("shapes.zip", [how, code_hash(*MAKERS)], lambda path: make_shapes(path, **how, workers=workers), cache)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from ..core import PointBatch
 from ..data.downstream import PART_COUNTS, SHAPENETPART, ShapeNetPart
 from ..data.furniture import Tracer, normalise
 from ..data.loaders import make_loader, point_features
-from ..data.rooms import cache_dir
 from ..data.scans import Scans
 from ..data.shapenet import ShapeNetViews
 from ..data.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
@@ -30,7 +28,7 @@ from .classification import ClassificationSamples, Furniture, Selection, labels_
 from .metrics import PartScore, own_parts
 from .transfer import Augment, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, load_task, run_task
 from ..geometry.pointops import interpolate, voxelize
-from ..records import code_hash
+from ..records import code_hash, made_once
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'make_part_shapes',
@@ -142,13 +140,7 @@ def embedded_part_shapes(
     "Made at the first call and found again afterwards, by the arguments and the code that makes them."
     how = dict(categories=CATEGORIES, per_category=100, points=2048, seed=0) | how
     how["categories"] = sorted(how["categories"])
-    key = hashlib.sha256(json.dumps([how, code_hash(*MAKERS), "whole 1"], sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache or cache_dir()) / f"parts-{key}.npz"
-    if path.is_file(): return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):                                                      # a second process waits for the first
-        if not path.is_file(): make_part_shapes(path, **how, workers=workers)
-    return path
+    return made_once("parts.npz", [how, code_hash(*MAKERS), "whole 1"], lambda path: make_part_shapes(path, **how, workers=workers), cache)
 
 # %% ../../nbs/downstream/73_parts.ipynb #ed3bf894
 def number_parts(
