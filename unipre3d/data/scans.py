@@ -22,7 +22,7 @@ from ..records import code_hash, data_hash, made_once
 
 # %% auto #0
 __all__ = ['WALL', 'TOPS', 'VARIANTS', 'surfels', 'make_place', 'viewpoints', 'spoil', 'shoot', 'fuse', 'crop', 'draw_scan',
-           'list_things', 'thing_mesh', 'make_scans', 'Scans', 'embedded_scans']
+           'list_things', 'thing_mesh', 'write_scans', 'make_scans', 'Scans', 'embedded_scans']
 
 # %% ../../nbs/data/28_scans.ipynb #490f6f00
 def surfels(
@@ -243,6 +243,19 @@ def _scan_job(job):
     draw = lambda t: [draw_scan(thing_mesh(t, furniture), t["class"], variant=how["variant"], points=how["points"], seed=seed(t, k)) for k in range(how["copies"])]
     return [scan for t in things for scan in draw(t)]
 
+def write_scans(
+    out: str | Path,  # an .npz
+    scans: list[dict[str, np.ndarray]],  # xyz, mask and part of each
+    names: list[str],  # of each
+    labels: list[int],  # class of each, in `classes`
+    **about,  # plain values for `Scans.about`: source, split, classes, parts, variant, copies, points, seed
+) -> Path:
+    "Scans in one file, which appears at once and whole."
+    part = Path(out).with_suffix(f".{os.getpid()}.part")
+    arrays = {k: np.stack([s[k] for s in scans]) for k in scans[0]}
+    with open(part, "wb") as f: np.savez(f, about=np.array(json.dumps({"format": "unipre3d scans 1"} | about)), label=np.array(labels), name=np.array(names), **arrays)
+    return part.replace(out)
+
 def make_scans(
     out: str | Path,  # an .npz
     *,
@@ -256,7 +269,7 @@ def make_scans(
     seed: int = 0,
     workers: int = 2,  # processes; 1 works in this one
 ) -> Path:
-    "Draw the scans of a split into one file, which appears at once and whole."
+    "Draw the scans of a split into one file."
     wanted = list(ScanObjectNN.classes if classes is None else classes)
     names = [k for k in (*ScanObjectNN.classes, *sorted(set(wanted) - set(ScanObjectNN.classes))) if k in wanted]
     things, how = list_things(source, split, wanted, per_class, seed), dict(variant=variant, copies=copies, points=points, seed=seed)
@@ -268,18 +281,14 @@ def make_scans(
         else:
             with ProcessPoolExecutor(min(workers, len(jobs))) as pool: [take(found) for found in pool.map(_scan_job, jobs)]
     parts = {k: PARTS[k] for k in wanted if k in PARTS} if source == "shapes" else ShapeNetViews().parts
-    about = dict(format="unipre3d scans 1", source=source, split=split, classes=names, parts=parts, **how)
-    arrays = {k: np.stack([s[k] for s in scans]) for k in ("xyz", "mask", "part")}
-    label = np.repeat([names.index(t["class"]) for t in things], copies)
-    part = Path(out).with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f: np.savez(f, about=np.array(json.dumps(about)), label=label, name=np.array([f"{t['id']}#{k}" for t in things for k in range(copies)]), **arrays)
-    return part.replace(out)
+    label = [names.index(t["class"]) for t in things for _ in range(copies)]
+    return write_scans(out, scans, [f"{t['id']}#{k}" for t in things for k in range(copies)], label, source=source, split=split, classes=names, parts=parts, **how)
 
 class Scans:
     "Scans with labels, masks and parts, in memory. Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`)."
     def __init__(
         self,
-        path: str | Path,  # as `make_scans` wrote it
+        path: str | Path,  # as `write_scans` wrote it
         points: int | None = None,  # the first so many of each scan, which are a random choice; None keeps all
     ):
         self.path = Path(path)

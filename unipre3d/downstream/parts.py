@@ -4,7 +4,7 @@
 
 # %% ../../nbs/downstream/73_parts.ipynb #eb45eca4
 from __future__ import annotations
-import hashlib, json, os, zlib
+import hashlib, zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..core import PointBatch
 from ..data.downstream import PART_COUNTS, SHAPENETPART, ShapeNetPart
 from ..data.furniture import Tracer, normalise
 from ..data.loaders import make_loader, point_features
-from ..data.scans import Scans
+from ..data.scans import Scans, write_scans
 from ..data.shapenet import ShapeNetViews
 from ..data.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
 from .classification import ClassificationSamples, Furniture, Selection, labels_of, pool, take_shots
@@ -117,19 +117,16 @@ def make_part_shapes(
     seed: int = 0,
     workers: int = 2,  # processes; 1 works in this one
 ) -> Path:
-    "Whole clouds of generated shapes with their parts, in one file for `Scans`, which appears at once."
+    "Whole clouds of generated shapes with their parts, in one file for `Scans`."
     items = shape_items(list(categories), tuple(per_category if s == split else 0 for s in ("train", "val", "test")), seed)
     if not items: raise ValueError(f'make_part_shapes: expected a split of "train", "val" or "test" and at least one shape, got {split!r} and {per_category}')
     jobs, names = [(items[k:k + 16], points) for k in range(0, len(items), 16)], sorted(categories)
     if workers == 1: clouds = [c for job in jobs for c in _cloud_job(job)]
     else:
         with ProcessPoolExecutor(min(workers, len(jobs))) as pool_: clouds = [c for made in pool_.map(_cloud_job, jobs) for c in made]
-    about = dict(format="unipre3d scans 1", source="shapes", split=split, classes=names, parts={k: PARTS[k] for k in names}, variant="whole", copies=1, points=points, seed=seed)
-    arrays = dict(xyz=np.stack([c["xyz"] for c in clouds]).astype(np.float32), part=np.stack([c["part"] for c in clouds]).astype(np.uint8), mask=np.ones((len(items), points), bool))
-    part = Path(out).with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.savez(f, about=np.array(json.dumps(about)), label=np.array([names.index(t["class"]) for t in items]), name=np.array([t["id"] for t in items]), **arrays)
-    return part.replace(out)
+    scans = [dict(xyz=c["xyz"].astype(np.float32), part=c["part"].astype(np.uint8), mask=np.ones(points, bool)) for c in clouds]
+    return write_scans(out, scans, [t["id"] for t in items], [names.index(t["class"]) for t in items],
+                       source="shapes", split=split, classes=names, parts={k: PARTS[k] for k in names}, variant="whole", copies=1, points=points, seed=seed)
 
 def embedded_part_shapes(
     *,
