@@ -1,6 +1,6 @@
 """README.md from `nbs/index.ipynb`, without the Quarto program.
 
-    python tools/readme.py            write README.md and the pictures it shows (nbs/images/readme-*.png)
+    python tools/readme.py            write README.md and the pictures it shows (nbs/images/)
     python tools/readme.py --check    exit 1, naming the first difference, when they are out of date
 """
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from build_site import ROOT, options, outside_code, source
 
+DIAGRAM = {"nbs/images/idea.png": ("idea.ipynb", "fig-idea-diagram")}  # pictures of other pages that the landing page shows
 NOTE = "<!-- Written by tools/readme.py from nbs/index.ipynb; edit the notebook. -->\n"
 HIDDEN = re.compile(r"(hide|export|exporti|default_exp)(\s|$)")
 
@@ -23,6 +24,7 @@ def links(text):
         path = posixpath.normpath(posixpath.join("nbs", match[2]))
         return f"{match[1]}{path}{match[3]}"
 
+    text = re.sub(r'!\[([^\]]*)\](\([^)\s]+\))\{fig-alt="([^"]*)"\}', r"![\3]\2\n\n*\1*", text)
     text = re.sub(r"(\]\()(?!\w+:|#)([^)#\s]+)(#?[^)\s]*\))", local, text)
     text = re.sub(r'(<img\b[^>]*\ssrc=")(?!\w+:)([^"]+)(")', local, text)
     text = re.sub(r"^:::+.*\n?", "", text, flags=re.M)
@@ -62,10 +64,19 @@ def cell_text(cell, pictures):
     return "\n\n".join(part for part in shown if part)
 
 
+def figure(page, label):
+    "The picture of a figure of another page."
+    for cell in json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and options(source(cell))[0].get("label") == label:
+            return base64.b64decode("".join(next(o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {}))))
+    sys.exit(f"readme: nbs/{page} has no figure {label}")
+
+
 def readme():
     "The text of README.md, and the pictures that it shows, by path."
     notebook, pictures = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")), {}
     parts = [cell_text(cell, pictures) for cell in notebook["cells"]]
+    pictures |= {path: figure(*where) for path, where in DIAGRAM.items()}
     return "\n\n".join([NOTE, *(p.strip() for p in parts if p.strip())]).replace(NOTE + "\n\n", NOTE + "\n") + "\n", pictures
 
 

@@ -1,4 +1,5 @@
-"""The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to; tutorials follow the start.
+"""The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to;
+tutorials follow the start, and the data come before the geometry that their chapters refer to.
 
     python tools/sidebar.py            write nbs/sidebar.yml
 """
@@ -6,10 +7,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {0: "Start here", "tutorials": "Tutorials", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, images",
-         6: "Pre-training", 7: "Downstream", 8: "Results", 9: "Command line"}
+PARTS = {0: "Start here", "tutorials": "Tutorials", 2: "Data", 1: "Geometry", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, renderer, losses",
+         6: "Pre-training", 7: "Downstream", 8: "Results and differences", 9: "Command line and API"}
 
-FIRST = ["index", "meshes", "labels", "backbone"]  # pages without a number, in this order
+FIRST = ["index", "idea", "meshes", "labels", "backbone"]  # pages without a number, in this order
 
 
 def part_of(path):
