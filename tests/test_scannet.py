@@ -1,4 +1,4 @@
-"""Rooms in ScanNet's layout: parity with the released pipeline, what is skipped, what is refused, raw scans."""
+"""Rooms in ScanNet's layout: parity with the released pipeline, what is skipped, what is refused, damaged files, raw scans."""
 import io
 import json
 import pickle
@@ -17,8 +17,9 @@ from plyfile import PlyData, PlyElement
 from safetensors.numpy import load_file
 
 from unipre3d.core import CameraBatch
-from unipre3d.data.scannet import (BOX, ScanNetFrames, box_cameras, box_cloud, box_frame, convert_scans, nearest, read_color, read_depth,
-                                   read_intrinsics, read_sens_frames, read_sens_header, scale_intrinsics, scannet20, standard_intrinsics,
+from unipre3d.data.loaders import SceneSamples
+from unipre3d.data.scannet import (BLOCK, BOX, ScanNetFrames, as_posed_views, box_cameras, box_cloud, box_frame, convert_scans, nearest, read_color,
+                                   read_intrinsics, read_labels, read_mesh, read_sens_frames, read_sens_header, scale_intrinsics, scannet20, standard_intrinsics,
                                    vertex_normals, write_box_rooms, write_cloud, write_frame, write_intrinsics)
 from unipre3d.geometry.cameras import project, unproject
 
@@ -34,6 +35,20 @@ def pristine(tmp_path_factory):
 def rooms(pristine, tmp_path): return Path(shutil.copytree(pristine, tmp_path / "rooms"))
 
 
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    "Two training rooms and one to validate, 12 frames of 24 x 32; read only."
+    return write_box_rooms(tmp_path_factory.mktemp("boxes"), n_frames=12, hw=HW, spacing=.2)
+
+
+@pytest.fixture()
+def copy(boxes, tmp_path):
+    "A room that a test may damage."
+    for part in ("train", "2D/color", "2D/depth", "2D/pose"): shutil.copytree(boxes / part / "box0000_00", tmp_path / part / "box0000_00")
+    shutil.copy(boxes / "2D" / "intrinsics.txt", tmp_path / "2D" / "intrinsics.txt")
+    return tmp_path
+
+
 def frames(root, **options): return ScanNetFrames(root, **dict(split="train", hw=HW) | options)
 
 
@@ -47,7 +62,7 @@ def refuses(f, *words, kind=(ValueError, FileNotFoundError)):
     with pytest.raises(kind) as info: quiet(f)
     text = str(info.value)
     assert "\n" not in text and len(text) < 500, text
-    for word in words: assert word in text, text
+    for word in words: assert str(word) in text, text
 
 
 # ---- parity with the released pipeline
@@ -84,6 +99,9 @@ def test_parity_of_depth_colour_and_poses(parity, released):
     poses[:, :3, 3] -= released.array(0, "coord").mean(0, dtype=np.float64)
     np.testing.assert_allclose(poses, parity["out/c2w_centered"], atol=1e-6)
     np.testing.assert_allclose(np.linalg.inv(poses), parity["out/w2c"], atol=1e-5)
+    view = as_posed_views(np.zeros((2, 4, 4, 3), np.uint8), np.ones((2, 4, 4)), poses, np.tile(np.eye(3), (2, 1, 1)), np.zeros(2, dtype=int))
+    np.testing.assert_allclose(view.camera.world_to_cam, parity["out/w2c"], atol=1e-5)
+    np.testing.assert_allclose(view.camera.center, parity["out/camera_center"], atol=1e-5)
 
 
 def test_parity_of_world_points(parity, released):
@@ -112,11 +130,15 @@ def test_unproject_then_project_is_the_identity(rooms):
         torch.testing.assert_close(depth[0].reshape(HW), views.depth[v], atol=1e-4, rtol=0)
 
 
-def test_pixels_land_on_the_walls(rooms):
-    views = frames(rooms, hw=(48, 64)).views(0)                                                 # the stored size: exact but for millimetres
-    p = unproject(views.depth, views.camera)[0].reshape(-1, 3).numpy()
-    outside = np.maximum(p - BOX, -p).max(1)
-    assert outside.max() < 2e-3
+def test_pixels_lie_on_the_surfaces(boxes):
+    source = frames(boxes, hw=(12, 16))          # nearest pixels of 24 x 32: up to half a stored pixel beside the centre
+    views = frames(boxes).views(0)
+    xyz, valid = unproject(views.depth, views.camera)
+    p = xyz[valid].numpy()
+    wall = np.minimum(abs(p), abs(p - BOX)).min(1)
+    block = np.where(((p > BLOCK[0] - .01) & (p < BLOCK[1] + .01)).all(1), np.minimum(abs(p - BLOCK[0]), abs(p - BLOCK[1])).min(1), 9)
+    assert valid.all() and np.minimum(wall, block).max() < 5e-3
+    np.testing.assert_allclose(source.intrinsics(0), np.diag([.5, .5, 1]) @ frames(boxes).intrinsics(0), atol=1e-9)
 
 
 @pytest.mark.parametrize("hw", [(48, 64), (24, 32), (96, 128), (30, 64)])
@@ -148,6 +170,21 @@ def test_rows(rooms):
     assert frames(rooms, scenes=["b"]).scenes == ["b"] and len(frames(rooms, split="val")) == 1
 
 
+def test_what_was_written_is_read(boxes):
+    source, made = frames(boxes), box_cloud(.2)
+    rows = source.rows(0)
+    np.testing.assert_allclose(rows["xyz"], made["coord"], atol=1e-6)
+    for name in ("color", "segment20", "instance"): np.testing.assert_array_equal(rows[name], made[name])
+    assert len(source) == 2 and source.scene(1) == "box0001_00" and source.frames(0) == list(range(0, 240, 20))
+    frame, pose = source.view(0, 40), box_cameras(12)[2]
+    color, depth = box_frame(pose, standard_intrinsics(HW), HW)
+    assert frame.color.dtype == np.uint8 and frame.depth.dtype == np.float32 and frame.pose.dtype == np.float64
+    np.testing.assert_allclose(frame.depth, depth, atol=6e-4)
+    np.testing.assert_allclose(frame.pose, pose, atol=1e-12)
+    assert np.abs(frame.color.astype(int) - color).mean() < 6
+    np.testing.assert_allclose(source.intrinsics(0), standard_intrinsics(HW), atol=1e-9)
+
+
 def test_frames_are_in_order_of_number(rooms):
     for kind, suffix in dict(color="jpg", depth="png", pose="txt").items():
         (rooms / "2D" / kind / "a" / f"100.{suffix}").rename(rooms / "2D" / kind / "a" / f"9.{suffix}")
@@ -157,7 +194,7 @@ def test_frames_are_in_order_of_number(rooms):
 def test_zip_reads_as_the_folder(rooms, tmp_path):
     with zipfile.ZipFile(tmp_path / "rooms.zip", "w") as z:
         for p in sorted(rooms.rglob("*.*")): z.write(p, str(p.relative_to(rooms)))
-    a, b = frames(rooms), frames(tmp_path / "rooms.zip")
+    a, b = frames(rooms), pickle.loads(pickle.dumps(frames(tmp_path / "rooms.zip")))
     assert a.scenes == b.scenes and a.frames(1) == b.frames(1)
     assert np.array_equal(a.view(1, 20).color, b.view(1, 20).color) and np.array_equal(a.array(0, "coord"), b.array(0, "coord"))
 
@@ -176,11 +213,20 @@ def test_depth_takes_pillows_nearest_and_colour_the_area():
     rng = np.random.default_rng(0)
     depth = rng.integers(0, 60000, (45, 61)).astype(np.uint16)
     assert np.array_equal(nearest(depth, (13, 100)), np.asarray(Image.fromarray(depth).resize((100, 13), Image.NEAREST)))
+    assert np.array_equal(nearest(depth, (45, 61)), depth)
     png, color = io.BytesIO(), rng.integers(0, 256, (48, 64, 3)).astype(np.uint8)
     Image.fromarray(color).save(png, "PNG")
     mean = color.reshape(24, 2, 32, 2, 3).mean((1, 3))
     assert np.abs(read_color(png.getvalue(), (24, 32))[0] - mean).max() <= 1
     assert np.array_equal(read_color(png.getvalue(), (48, 64))[0], color)
+
+
+def test_a_jpeg_is_averaged_over_areas():
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    image = np.kron(rng.integers(40, 200, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    Image.fromarray(image).save(buffer, "JPEG", quality=98, subsampling=0)
+    small, size = read_color(buffer.getvalue(), (6, 8))
+    assert size == (96, 128) and np.abs(small.astype(int) - image[8::16, 8::16]).max() <= 4
 
 
 def test_depth_up_to_the_bound_is_missing(rooms):
@@ -198,6 +244,7 @@ def test_intrinsics_of_a_scene_come_first(rooms):
     write_intrinsics(rooms / "2D" / "intrinsic" / "b.txt", K)
     source = frames(rooms, hw=(48, 64))
     assert source.intrinsics(1)[0, 0] == pytest.approx(99) and source.intrinsics(0)[0, 0] == pytest.approx(standard_intrinsics((48, 64))[0, 0])
+    np.testing.assert_allclose(frames(rooms, hw=(48, 64), intrinsics="standard").intrinsics(1), standard_intrinsics((48, 64)), atol=1e-9)
     write_intrinsics(rooms / "train" / "a" / "intrinsic_depth.txt", K)
     assert frames(rooms).intrinsics(0)[0, 0] == pytest.approx(99 / 2)
 
@@ -209,7 +256,7 @@ def test_no_intrinsics_is_an_error_unless_asked_for(rooms):
     refuses(lambda: frames(rooms, intrinsics="guess"), "intrinsics: expected 'files' or 'standard'")
 
 
-@pytest.mark.parametrize("text, word", [("1 2 3", "9 or 16"), ("a b", "other text"), ("nan " * 9, "finite"), ("577 0 319.5 0 577 239.5 0 0 1", "another size")])
+@pytest.mark.parametrize("text, word", [("", "9 or 16"), ("1 2 3", "9 or 16"), ("-577 0 319.5 0 577 239.5 0 0 1", "expected"), ("a b", "other text"), ("nan " * 9, "finite"), ("577 0 319.5 0 577 239.5 0 0 1", "another size")])
 def test_error_intrinsics(rooms, text, word):
     (rooms / "2D" / "intrinsics.txt").write_text(text)
     refuses(lambda: frames(rooms).views(0), "intrinsics.txt", word)
@@ -222,34 +269,53 @@ def test_scaling_twice_is_scaling_once():
 
 # ---- frames that are skipped
 
-def spoil(rooms, how):
-    at = lambda kind, name: rooms / "2D" / kind / "a" / name
-    pose = at("pose", "40.txt")
-    if how == "pose is not finite": pose.write_text(pose.read_text().replace("1.0", "-inf"))
-    if how == "pose is not a rigid 4 x 4 matrix": pose.write_text("1 2 3")
-    for kind, suffix in dict(color="jpg", depth="png", pose="txt").items():
-        if how == f"no {kind} file": at(kind, f"40.{suffix}").unlink()
-    for kind, suffix in dict(color="jpg", depth="png").items():
-        if how == f"{kind} does not decode": at(kind, f"40.{suffix}").write_bytes(at(kind, f"40.{suffix}").read_bytes()[:200])
-    if how == "depth is empty": Image.fromarray(np.zeros((48, 64), np.uint16)).save(at("depth", "40.png"))
+def test_skipped_frames_are_counted_and_said_once(copy):
+    at = lambda kind, name: copy / "2D" / kind / "box0000_00" / name
+    at("pose", "0.txt").write_text(" ".join(["-inf"] * 16))
+    at("pose", "20.txt").write_text(" ".join(["nan"] * 16))
+    at("pose", "40.txt").write_text("2 0 0 0 0 2 0 0 0 0 2 0 0 0 0 1")
+    at("pose", "60.txt").write_text("1 0 0")
+    at("color", "80.jpg").unlink()
+    at("depth", "100.png").unlink()
+    at("depth", "120.png").write_bytes(at("depth", "120.png").read_bytes()[:60])
+    at("color", "140.jpg").write_bytes(b"no image")
+    Image.fromarray(np.zeros(HW, np.uint16)).save(at("depth", "160.png"))
+    Image.fromarray(np.full(HW, 50, np.uint16)).save(at("depth", "180.png"))     # up to 5 cm counts as missing
+    (at("color", "thumbs.db")).write_text("")
+    with pytest.warns(UserWarning) as said:
+        source = frames(copy)
+        assert source.frames(0) == [200, 220] == source.frames(0)
+    assert source.skipped == {"pose is not finite": 2, "pose is not a rigid 4 x 4 matrix": 2, "no color file": 1, "no depth file": 1,
+                              "depth does not decode": 1, "color does not decode": 1, "depth is empty": 2}
+    assert len(said) == 7 and all("\n" not in str(w.message) and str(copy) in str(w.message) for w in said)
+    refuses(lambda: source.view(0, 40), "expected one of the 2 usable frames of box0000_00")
+    assert len(source.poses(0)) == 2 and len(source.views(0)) == 2
 
 
-@pytest.mark.parametrize("how", ["pose is not finite", "pose is not a rigid 4 x 4 matrix", "no color file", "no depth file", "no pose file",
-                                 "color does not decode", "depth does not decode", "depth is empty"])
-def test_bad_frame_is_skipped_counted_and_said_once(rooms, how):
-    spoil(rooms, how)
-    source = frames(rooms)
-    with pytest.warns(UserWarning, match=f"a: skipped 1 frames: {how}"): assert source.frames(0) == [0, 20, 60, 80, 100]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert source.frames(0) == [0, 20, 60, 80, 100] and dict(source.skipped) == {how: 1}
-    refuses(lambda: source.view(0, 40), "expected one of the 5 usable frames of a")
+def test_reasons_do_not_depend_on_the_folders_name(copy, tmp_path_factory):
+    root = tmp_path_factory.mktemp("x") / "color"
+    shutil.copytree(copy, root)
+    path = root / "2D" / "depth" / "box0000_00" / "40.png"
+    path.write_bytes(path.read_bytes()[:60])
+    source = frames(root)
+    quiet(lambda: source.frames(0))
+    assert source.skipped == {"depth does not decode": 1}
 
 
-def test_a_scene_without_a_usable_frame_has_none(rooms):
-    for p in (rooms / "2D" / "pose" / "a").iterdir(): p.write_text("inf " * 16)
-    source = frames(rooms)
-    assert quiet(lambda: source.frames(0)) == [] and source.skipped["pose is not finite"] == 6
+def test_png_beside_jpg_is_left_alone(copy):
+    folder = copy / "2D" / "color" / "box0000_00"
+    for n in range(0, 240, 20): Image.fromarray(np.zeros((*HW, 3), np.uint8)).save(folder / f"{n}.png")
+    source = frames(copy, cache_bytes=0)
+    assert all(source.view(0, n).color.mean() > 20 for n in source.frames(0))
+
+
+def test_a_scene_without_usable_frames(copy):
+    for p in (copy / "2D" / "pose" / "box0000_00").iterdir(): p.write_text(" ".join(["inf"] * 16))
+    source = frames(copy)
+    assert quiet(lambda: source.frames(0)) == [] and source.skipped["pose is not finite"] == 12
+    refuses(lambda: source.views(0), "box0000_00", "found 0 usable")
+    refuses(lambda: SceneSamples(source)[0], "box0000_00: expected at least 2 usable frames", "found 0")
+    refuses(lambda: SceneSamples(source).tour(0, 3, 12), "at least one pose")
 
 
 # ---- errors
@@ -263,15 +329,39 @@ def test_error_missing_folders(rooms, tmp_path):
     assert len(frames(rooms).array(0, "coord"))                                                 # the cloud needs no frames
 
 
+def test_what_is_not_there(copy):
+    refuses(lambda: frames(copy, split="val"), copy / "val", "expected one folder a scene", kind=FileNotFoundError)
+    refuses(lambda: frames(copy, scenes=["x"]), "scenes: expected some of the 1", "'x'")
+    refuses(lambda: frames(copy, resample="guess"), "resample: expected")
+    refuses(lambda: frames(copy, hw=(0, 4)), "hw: expected")
+    refuses(lambda: frames(copy, depth_scale=0), "depth_scale: expected")
+    refuses(lambda: frames(copy).view(0, 7), "frame: expected one of the 12")
+    (copy / "train" / ".DS_Store").write_text("")
+    assert frames(copy).scenes == ["box0000_00"]
+    shutil.rmtree(copy / "2D" / "pose")
+    refuses(lambda: frames(copy).frames(0), copy / "2D" / "pose" / "box0000_00", kind=FileNotFoundError)
+    (copy / "train" / "box0000_00" / "coord.npy").unlink()
+    refuses(lambda: frames(copy).rows(0), copy / "train" / "box0000_00" / "coord.npy", kind=FileNotFoundError)
+
+
 @pytest.mark.parametrize("name, array, word", [
     ("coord", np.zeros((0, 3)), "empty cloud"), ("coord", np.zeros((4, 2)), "[n 3]"), ("coord", np.full((4, 3), np.nan), "12 that are not"),
     ("color", np.zeros((4, 3)), "as in coord.npy"), ("color", None, "0..255"), ("normal", np.zeros(7), "as in coord.npy"), ("segment20", np.zeros(3), "as in coord.npy"),
-    ("coord", np.array([["a", "b", "c"]]), "finite numbers"), ("coord", b"no array", "does not load")])
+    ("coord", np.zeros(5), "[n 3], found [5]"), ("coord", np.array([[0, 0, np.inf]]), "1 that are not"), ("instance", np.zeros((5, 2)), "found [5, 2]"),
+    ("coord", np.array([["a", "b", "c"]]), "finite numbers"), ("coord", b"no array", "does not load"), ("coord", b"", "coord"), ("coord", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortr", "coord")])
 def test_error_cloud(rooms, name, array, word):
     path = rooms / "train" / "a" / f"{name}.npy"
     if isinstance(array, bytes): path.write_bytes(array)
     else: np.save(path, np.load(path) * 3. if array is None else array)
     refuses(lambda: frames(rooms).rows(0), f"{name}.npy", word)
+
+
+@pytest.mark.parametrize("low, high, text", [(-1, 1, "0..255, found -1"), (0, 300, "found 0"), (0, .9, "fractions up to 0.9")])
+def test_colours_out_of_range(copy, low, high, text):
+    folder = copy / "train" / "box0000_00"
+    np.save(folder / "color.npy", np.linspace(low, high, 3 * len(np.load(folder / "coord.npy"))).reshape(-1, 3))
+    refuses(lambda: frames(copy).array(0, "color"), folder / "color.npy", text)
+    refuses(lambda: write_cloud(copy, "train", "b", color=np.array([[0, 0, 256]])), "write_cloud: color: expected 0..255")
 
 
 def test_labels_may_be_a_column_and_optional_files_absent(rooms):
@@ -280,7 +370,9 @@ def test_labels_may_be_a_column_and_optional_files_absent(rooms):
     assert np.array_equal(frames(rooms).array(0, "segment20"), labels)
     (rooms / "train" / "a" / "normal.npy").unlink()
     assert "normal" not in frames(rooms).rows(0)
-    refuses(lambda: frames(rooms).array(0, "normal"), "normal.npy", "found none", kind=FileNotFoundError)
+    refuses(lambda: frames(rooms).array(0, "normal"), "normal.npy", "found none", "leave out the features", kind=FileNotFoundError)
+    refuses(lambda: SceneSamples(frames(rooms), features=("normal",))[0], "normal.npy", kind=FileNotFoundError)
+    assert SceneSamples(frames(rooms), n_ref=1, n_target=1, features=("color",))[0].points.feat.shape[1] == 3
 
 
 @pytest.mark.parametrize("hw, word", [((48, 48), "proportions"), ((24, 32), "other frames")])
@@ -304,20 +396,26 @@ def test_error_depth_of_eight_bits(rooms):
 
 # ---- raw scans
 
+def write_film(path, n=7, hw=HW, color_hw=HW, version=4, inf=()):
+    "The box room in ScanNet's binary layout."
+    K, where = lambda hw: np.pad(standard_intrinsics(hw) - [[0, 0, .5], [0, 0, .5], [0, 0, 0]], (0, 1)) + np.diag([0, 0, 0, 1.]), []
+    with open(path, "wb") as f:
+        f.write(struct.pack("<IQ9s", version, 9, b"StructSen") + np.stack([K(color_hw), np.eye(4), K(hw), np.eye(4)]).astype("<f4").tobytes())
+        f.write(struct.pack("<2i4IfQ", 2, 1, color_hw[1], color_hw[0], hw[1], hw[0], 1000., n))
+        for k, p in enumerate(box_cameras(n)):
+            jpeg, packed = io.BytesIO(), zlib.compress(np.round(box_frame(p, standard_intrinsics(hw), hw)[1] * 1000).astype("<u2").tobytes())
+            Image.fromarray(box_frame(p, standard_intrinsics(color_hw), color_hw)[0]).save(jpeg, "JPEG", quality=95)
+            if k in inf: p = np.full((4, 4), -np.inf)
+            where.append((f.tell(), f.tell() + 96, f.tell() + 96 + len(jpeg.getvalue()), f.tell() + 96 + len(jpeg.getvalue()) + len(packed)))
+            f.write(p.astype("<f4").tobytes() + struct.pack("<4Q", 0, 0, len(jpeg.getvalue()), len(packed)) + jpeg.getvalue() + packed)
+    return where                                    # of each frame: its start, its colour, its depth, its end
+
+
 def write_scan(root, scene="scene0000_00", n_frames=41, hw=(24, 32), color_hw=(48, 64), inf=()):
     "A raw scene in ScanNet's binary layout."
     folder = root / scene
     folder.mkdir(parents=True)
-    K = lambda hw: np.pad(standard_intrinsics(hw) - [[0, 0, .5], [0, 0, .5], [0, 0, 0]], (0, 1)) + np.diag([0, 0, 0, 1.])
-    with open(folder / f"{scene}.sens", "wb") as f:
-        f.write(struct.pack("<IQ9s", 4, 9, b"StructSen") + np.stack([K(color_hw), np.eye(4), K(hw), np.eye(4)]).astype("<f4").tobytes())
-        f.write(struct.pack("<2i4IfQ", 2, 1, color_hw[1], color_hw[0], hw[1], hw[0], 1000., n_frames))
-        for n, pose in enumerate(box_cameras(n_frames)):
-            jpeg = io.BytesIO()
-            Image.fromarray(box_frame(pose, standard_intrinsics(color_hw), color_hw)[0]).save(jpeg, "JPEG", quality=95)
-            packed = zlib.compress(np.round(box_frame(pose, standard_intrinsics(hw), hw)[1] * 1000).astype("<u2").tobytes())
-            pose = np.full((4, 4), -np.inf) if n in inf else pose
-            f.write(pose.astype("<f4").tobytes() + struct.pack("<4Q", n, n, len(jpeg.getvalue()), len(packed)) + jpeg.getvalue() + packed)
+    write_film(folder / f"{scene}.sens", n_frames, hw, color_hw, inf=inf)
     cloud = box_cloud(.5)
     vertex = np.array([(*p, *c, 255) for p, c in zip(cloud["coord"], cloud["color"])], dtype=[(k, "f4") for k in "xyz"] + [(k, "u1") for k in ("red", "green", "blue", "alpha")])
     face = np.array([([0, 1, 2],)], dtype=[("vertex_indices", "i4", (3,))])
@@ -335,17 +433,79 @@ def convert(tmp_path, **options):
     return ScanNetFrames(out, split="train", hw=HW)
 
 
-def test_film_is_read_as_it_was_written(tmp_path):
-    write_scan(tmp_path / "scans")
-    with open(tmp_path / "scans" / "scene0000_00" / "scene0000_00.sens", "rb") as f:
-        header = read_sens_header(f)
-        film = list(read_sens_frames(f, header, every=10))
-        assert not f.read()                                                                     # to the last byte
-    np.testing.assert_allclose(header.intrinsics, standard_intrinsics((24, 32)), atol=1e-4)
-    assert header.color_hw == (48, 64) and header.depth_hw == (24, 32) and [n for n, *_ in film] == [0, 10, 20, 30, 40]
-    for n, _, depth, pose in film:
-        np.testing.assert_allclose(pose, box_cameras(41)[n], atol=1e-6)
-        np.testing.assert_allclose(depth / 1000, box_frame(box_cameras(41)[n], header.intrinsics, (24, 32))[1], atol=2e-3)
+def mesh(folder, faces=((0, 1, 2), (0, 2, 3)), labels=(1, 5, 5, 40), name="a"):
+    xyz = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=np.float32)
+    vertex = np.array([(*p, 10, 20, 30) for p in xyz], dtype=[(k, "f4") for k in "xyz"] + [(k, "u1") for k in ("red", "green", "blue")])
+    parts = [PlyElement.describe(vertex, "vertex")]
+    if faces: parts.append(PlyElement.describe(np.array([(list(f),) for f in faces], dtype=[("vertex_indices", "i4", (3,))]), "face"))
+    PlyData(parts).write(str(folder / f"{name}_vh_clean_2.ply"))
+    if labels:
+        PlyData([PlyElement.describe(np.array([(l,) for l in labels], dtype=[("label", "u2")]), "vertex")]).write(str(folder / f"{name}_vh_clean_2.labels.ply"))
+
+
+def instances(folder, segments, name="a"):
+    (folder / f"{name}.aggregation.json").write_text(json.dumps(dict(segGroups=[dict(objectId=0, segments=[7]), dict(objectId=4, segments=[9, 3])])))
+    (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps(dict(segIndices=segments)))
+
+
+@pytest.fixture()
+def scan(tmp_path):
+    folder = tmp_path / "scans" / "a"
+    folder.mkdir(parents=True)
+    return folder, write_film(folder / "a.sens")
+
+
+def film(path, **options):
+    with open(path, "rb") as f:
+        header = read_sens_header(f, "a.sens")
+        return header, list(read_sens_frames(f, header, **options))
+
+
+def test_header_and_frames_of_a_film(scan):
+    folder, _ = scan
+    header, all_frames = film(folder / "a.sens", every=1)
+    assert header[1:] == (HW, HW, 1000., 7)
+    np.testing.assert_allclose(header.intrinsics, standard_intrinsics(HW), rtol=1e-6)
+    assert [n for n, *_ in all_frames] == list(range(7))
+    for every, want in ((3, [0, 3, 6]), (20, [0])):
+        some = film(folder / "a.sens", every=every)[1]
+        assert [n for n, *_ in some] == want
+        for n, jpeg, depth, pose in some:
+            assert jpeg == all_frames[n][1]
+            np.testing.assert_array_equal(depth, all_frames[n][2])
+            np.testing.assert_allclose(pose, box_cameras(7)[n], atol=1e-6)
+            np.testing.assert_allclose(depth / 1000, box_frame(box_cameras(7)[n], standard_intrinsics(HW), HW)[1], atol=6e-4)
+    write_film(folder / "b.sens", n=2, color_hw=(48, 64))
+    with open(folder / "b.sens", "rb") as f:
+        assert read_sens_header(f)[1:3] == ((48, 64), HW) and not f.seek(0)
+        assert len(list(read_sens_frames(f, read_sens_header(f), every=1))) == 2 and not f.read()     # to the last byte
+    refuses(lambda: film(folder / "a.sens", every=0), "every: expected at least 1")
+
+
+@pytest.mark.parametrize("cut", ["empty", "version", "header", "pose", "color", "depth"])
+def test_a_film_that_is_cut_off(scan, cut):
+    folder, where = scan
+    start, color, depth, end = where[2]
+    size = dict(empty=0, version=3, header=200, pose=start + 50, color=color + 9, depth=end - 1)[cut]
+    with open(folder / "a.sens", "r+b") as f: f.truncate(size)
+    refuses(lambda: film(folder / "a.sens", every=1, name="a.sens"), "a.sens", *(() if size <= 200 else ("frame 2",)), "cut off")
+
+
+def test_a_film_that_is_damaged(scan):
+    folder, where = scan
+    content = (folder / "a.sens").read_bytes()
+    start, color, depth, end = where[0]
+    def damaged(at, new):
+        (folder / "a.sens").write_bytes(content[:at] + new + content[at + len(new):])
+        return lambda: film(folder / "a.sens", every=1, name="a.sens")
+    refuses(damaged(0, struct.pack("<I", 3)), "a.sens: expected version 4", "found 3")
+    refuses(damaged(depth, bytes(9)), "a.sens, frame 0: expected depth of 32 x 24")
+    refuses(damaged(color - 8, struct.pack("<Q", 2**62)), "a.sens, frame 0", "damaged")
+    refuses(damaged(4, struct.pack("<Q", 2**40)), "a.sens", "damaged")
+    refuses(damaged(21 + 256, struct.pack("<2i", 0, 1)), "a.sens: expected JPEG colour and zlib depth")
+    refuses(damaged(21 + 256 + 24, struct.pack("<f", 0)), "a.sens: expected", "0 a metre")
+    good = zlib.compress(bytes(10))
+    refuses(damaged(depth, good), "a.sens, frame 0: expected depth of 32 x 24")
 
 
 def test_converted_scan_reads_as_the_preprocessed_layout(tmp_path):
@@ -358,6 +518,28 @@ def test_converted_scan_reads_as_the_preprocessed_layout(tmp_path):
     views = source.views(0)
     p = unproject(views.depth, views.camera)[0].reshape(-1, 3).numpy()
     assert np.maximum(p - BOX, -p).max() < 3e-3                                                 # on the walls: depth, poses and K agree
+
+
+def test_scans_into_the_layout(scan):
+    folder, _ = scan
+    write_film(folder / "a.sens", inf=(4,))
+    mesh(folder)
+    instances(folder, [7, 9, 3, 8])
+    out = convert_scans(folder.parent, folder.parent.parent / "out", split="train", every=2, hw=HW)
+    source = frames(out)
+    assert quiet(lambda: source.frames(0)) == [0, 2, 6] and source.skipped == {"pose is not finite": 1}
+    rows = source.rows(0)
+    np.testing.assert_array_equal(rows["segment20"], [0, 4, 4, -1])
+    np.testing.assert_array_equal(rows["instance"], [0, 4, 4, -1])
+    np.testing.assert_array_equal(rows["normal"], [[0, 0, 1]] * 4)
+    np.testing.assert_array_equal(rows["color"], [[10, 20, 30]] * 4)
+    np.testing.assert_allclose(source.intrinsics(0), standard_intrinsics(HW), rtol=1e-6)
+    np.testing.assert_allclose(source.view(0, 6).depth, box_frame(box_cameras(7)[6], standard_intrinsics(HW), HW)[1], atol=6e-4)
+    np.testing.assert_allclose(source.view(0, 6).pose, box_cameras(7)[6], atol=1e-6)
+    half = frames(convert_scans(folder.parent, folder.parent.parent / "half", split=dict(val=["a"]), every=2, hw=(12, 16)), split="val", hw=(12, 16))
+    np.testing.assert_allclose(quiet(lambda: half.intrinsics(0)), scale_intrinsics(standard_intrinsics(HW), HW, (12, 16)), rtol=1e-6)
+    refuses(lambda: convert_scans(folder.parent, out, split=dict(val=["b"])), folder.parent / "b", kind=FileNotFoundError)
+    refuses(lambda: convert_scans(out, out, split="val"), out, "found none", kind=FileNotFoundError)
 
 
 def test_aligned_scan_is_the_same_room(tmp_path):
@@ -383,21 +565,38 @@ def test_conversion_goes_on_where_it_stopped(tmp_path):
     refuses(lambda: convert(tmp_path, split=dict(train=["scene0009_00"])), "scene0009_00", kind=FileNotFoundError)
 
 
-@pytest.mark.parametrize("size, word", [(2, "cut off"), (100, "cut off"), (400, "cut off"), (1500, "cut off"), (-20, "cut off")])
-def test_error_truncated_film(tmp_path, size, word):
+def test_conversion_goes_on_after_a_cut_film(scan):
+    folder, where = scan
+    mesh(folder)
+    shutil.copytree(folder, folder.parent / "0first")
+    for p in list((folder.parent / "0first").iterdir()): p.rename(p.with_name(p.name.replace("a", "0first", 1)))
+    content, out = (folder / "a.sens").read_bytes(), folder.parent.parent / "out"
+    (folder / "a.sens").write_bytes(content[:where[4][1] + 5])
+    go = lambda: convert_scans(folder.parent, out, split="train", every=2, hw=HW)
+    refuses(go, folder / "a.sens", "frame 4", "cut off")
+    assert not (out / "train" / "a" / "coord.npy").exists()
+    done = out / "2D" / "pose" / "0first" / "0.txt"
+    done.write_text("this scene was complete")
+    (folder / "a.sens").write_bytes(content)
+    go()
+    assert frames(out, scenes=["a"]).frames(0) == [0, 2, 4, 6] and done.read_text() == "this scene was complete"
+
+
+def test_a_film_with_a_broken_image(scan):
+    folder, where = scan
+    mesh(folder)
+    content = bytearray((folder / "a.sens").read_bytes())
+    content[where[0][1]:where[0][1] + 20] = bytes(20)
+    (folder / "a.sens").write_bytes(content)
+    refuses(lambda: convert_scans(folder.parent, folder.parent / "out", split="train", hw=HW), folder / "a.sens", "frame 0")
+
+
+def test_nothing_of_a_truncated_film_looks_complete(tmp_path):
     write_scan(tmp_path / "scans", n_frames=3)
     path = tmp_path / "scans" / "scene0000_00" / "scene0000_00.sens"
-    path.write_bytes(path.read_bytes()[:size])
-    refuses(lambda: convert(tmp_path, every=1), "scene0000_00.sens", word)
-    assert not (tmp_path / "out" / "train").exists()                                            # nothing that looks complete
-
-
-@pytest.mark.parametrize("at, data, word", [(0, struct.pack("<I", 3), "version 4"), (4, struct.pack("<Q", 2**40), "length"), (21 + 256, struct.pack("<i", 0), "kinds")])
-def test_error_film_of_another_kind(tmp_path, at, data, word):
-    write_scan(tmp_path / "scans", n_frames=1)
-    path = tmp_path / "scans" / "scene0000_00" / "scene0000_00.sens"
-    raw = bytearray(path.read_bytes()); raw[at:at + len(data)] = data; path.write_bytes(raw)
-    refuses(lambda: convert(tmp_path), "scene0000_00.sens", word)
+    path.write_bytes(path.read_bytes()[:1500])
+    refuses(lambda: convert(tmp_path, every=1), "scene0000_00.sens", "cut off")
+    assert not (tmp_path / "out" / "train").exists()
 
 
 def test_error_files_of_a_raw_scene(tmp_path):
@@ -416,6 +615,37 @@ def test_error_files_of_a_raw_scene(tmp_path):
     refuses(lambda: convert(tmp_path), "vh_clean_2.ply")
     mesh.unlink()
     refuses(lambda: convert(tmp_path), "vh_clean_2.ply", kind=FileNotFoundError)
+
+
+def test_meshes(tmp_path):
+    refuses(lambda: read_mesh(tmp_path / "a_vh_clean_2.ply"), tmp_path / "a_vh_clean_2.ply", kind=FileNotFoundError)
+    mesh(tmp_path, faces=None, labels=None)
+    try: flat = read_mesh(tmp_path / "a_vh_clean_2.ply")
+    except ValueError as problem: assert "a_vh_clean_2.ply: expected triangles" in str(problem)
+    else: assert not flat["normal"].any()
+    mesh(tmp_path, faces=((0, 1, 9),))
+    refuses(lambda: read_mesh(tmp_path / "a_vh_clean_2.ply"), "a_vh_clean_2.ply: expected triangles of vertices 0..3")
+    mesh(tmp_path)
+    path = tmp_path / "a_vh_clean_2.ply"
+    path.write_bytes(path.read_bytes()[:-9])
+    refuses(lambda: read_mesh(path), path)
+    path.write_text("no mesh")
+    refuses(lambda: read_mesh(path), path)
+
+
+def test_labels_of_a_scan(tmp_path):
+    assert read_labels(tmp_path, "a", 4) == {}
+    mesh(tmp_path)
+    instances(tmp_path, [7, 9, 3, 8])
+    assert {k: v.tolist() for k, v in read_labels(tmp_path, "a", 4).items()} == dict(segment20=[0, 4, 4, -1], instance=[0, 4, 4, -1])
+    instances(tmp_path, [7, 9, 3])
+    refuses(lambda: read_labels(tmp_path, "a", 4), tmp_path, "expected 4 labels", "found 3 for instance")
+    (tmp_path / "a.aggregation.json").write_text("{")
+    refuses(lambda: read_labels(tmp_path, "a", 4), "a.aggregation.json", "expected")
+    (tmp_path / "a.aggregation.json").unlink()
+    refuses(lambda: read_labels(tmp_path, "a", 5), tmp_path, "expected 5 labels", "found 4 for segment20")
+    (tmp_path / "a_vh_clean_2.labels.ply").write_text("ply")
+    refuses(lambda: read_labels(tmp_path, "a", 4), "a_vh_clean_2.labels.ply")
 
 
 def test_the_twenty_classes():
