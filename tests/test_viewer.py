@@ -11,7 +11,7 @@ from PIL import Image
 from unipre3d.core import CameraBatch, GaussianBatch
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.render import render
-from unipre3d.viewer import gaussian_viewer, place_camera, point_viewer
+from unipre3d.viewer import gaussian_viewer, label_palette, place_camera, point_viewer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import check_site  # noqa: E402
@@ -100,7 +100,24 @@ def test_buttons_switch_colourings(window):
     assert pixels(window)[..., 2].max() > .2 and window.locator(".viewer-legend:visible").inner_text().split() == ["low", "high"]
     window.get_by_role("button", name="none").click()
     grey = pixels(window)
-    assert np.abs(grey[..., 0] - grey[..., 1]).max() == 0 and abs(grey.max() - 90 / 255) < .01
+    assert np.abs(grey[..., 0] - grey[..., 1]).max() == 0 and abs(grey.max() - 64 / 255) < .01
+
+
+def test_what_shows_its_back_is_left_out(window):
+    up, down = torch.tensor([0., 0., 1.]).expand(500, 3), torch.tensor([0., 0., -1.]).expand(500, 3)
+    plane = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1., 1., 0.])
+    seen = lambda **how: (show(window, point_viewer(plane, torch.ones(500, 3), background=(0, 0, 0), size=.05, elevation=60, **how)), pixels(window))[1]
+    assert seen().max() == 1 and .8 < seen(normal=up).max() < 1 and seen(normal=down).max() == 0
+
+
+def test_answers_stand_beside_the_truth_in_the_same_colours(window):
+    xyz = torch.rand(300, 3, generator=torch.Generator().manual_seed(0))
+    show(window, point_viewer(xyz, labels={"answer": torch.zeros(300).long(), "truth": torch.arange(300) % 2, "rgb": torch.ones(300, 3)}, names=["wall", "floor", "<b>"], background=(0, 0, 0)))
+    assert window.locator(".viewer-legend:visible").inner_text().split() == ["wall"]
+    window.get_by_role("button", name="truth").click()
+    assert window.locator(".viewer-legend:visible").inner_text().split() == ["wall", "floor"]
+    window.get_by_role("button", name="rgb").click()
+    assert pixels(window).max() == 1 and len({tuple(c) for c in label_palette(200).tolist()}) == 201
 
 
 def test_faults_are_said_in_one_line():
@@ -108,6 +125,7 @@ def test_faults_are_said_in_one_line():
     two = GaussianBatch(g.mean, g.scale, g.quat, g.opacity, g.sh, torch.arange(10) // 5, 2)
     for call, words in ((lambda: gaussian_viewer(two), "expected one cloud, got 2"), (lambda: gaussian_viewer(some_gaussians(0)), "got 0"),
                         (lambda: point_viewer(g.mean), "got neither"), (lambda: point_viewer(g.mean, g.mean[:3]), "colour: expected 10 rows like xyz, got 3"),
+                        (lambda: point_viewer(g.mean, g.mean, normal=g.mean[:4]), "normal: expected 10 rows like xyz, got 4"),
                         (lambda: point_viewer(g.mean, labels=torch.arange(10) * 100), "labels up to 254, found 900")):
         with pytest.raises(ValueError, match=words) as error: call()
         assert "\n" not in str(error.value)

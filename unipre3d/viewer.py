@@ -9,6 +9,7 @@ __all__ = ['MOST_GAUSSIANS', 'MOST_POINTS', 'VERTEX', 'FRAGMENT', 'POINT_VERTEX'
 
 # %% ../nbs/54_viewer.ipynb #355c3e21
 import base64
+import colorsys
 import hashlib
 import html
 import json
@@ -85,14 +86,17 @@ void main() {
 # %% ../nbs/54_viewer.ipynb #d936d001
 POINT_VERTEX = """#version 300 es
 precision highp float;
-uniform mat3 turn; uniform vec3 move; uniform vec2 focal, size; uniform float wide;
-in vec3 xyz; in vec3 rgb;
+uniform mat3 turn; uniform vec3 move, eye; uniform vec2 focal, size; uniform float wide;
+in vec3 xyz, rgb, normal;            // without normals the last is zero
 flat out vec3 color;
 void main() {
   vec3 p = turn * xyz + move;
+  float facing = dot(normal, normalize(eye - xyz));
+  gl_Position = vec4(2, 2, 2, 1);    // outside: what shows its back is not drawn
+  if (facing < 0.) return;
   gl_Position = vec4(2. * focal.x * p.x / size.x, -2. * focal.y * p.y / size.y, 1.0002 * p.z - .040004, p.z);
   gl_PointSize = clamp(wide * focal.y / p.z, 1.5, 64.);
-  color = rgb;
+  color = rgb * (dot(normal, normal) > 0. ? .7 + .3 * facing : 1.);
 }"""
 POINT_FRAGMENT = """#version 300 es
 precision highp float;
@@ -157,6 +161,7 @@ PROGRAM = r"""(root, data) => {
   const points = p => {
     const [program, at] = build(data.vertex, data.fragment);
     attribute(program, "xyz", numbers(p.xyz, 3));
+    if (p.normal) attribute(program, "normal", numbers(p.normal, 3));
     const colors = p.colorings.map(c => {
       const bytes = Uint8Array.from(atob(c.text), x => x.charCodeAt(0));
       if (!c.palette) return bytes;
@@ -272,36 +277,42 @@ def gaussian_viewer(
 # %% ../nbs/54_viewer.ipynb #5322258c
 def label_palette(
     n: int,  # labels
-) -> list[list[int]]:  # rgb 0..255
-    "Colours that stay apart: hues by the golden ratio, three depths."
-    hue = (np.arange(n) * .618034 + .58) % 1
-    value, pure = np.array([.95, .75, .55])[np.arange(n) % 3], np.array([.55, .75, .65])[np.arange(n) % 3]
-    wave = np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
-    return np.round(255 * value[:, None] * (1 - pure[:, None] * (1 - wave.clip(0, 1)))).astype(int).tolist()
+) -> np.ndarray:  # [n + 1 3] uint8; the last is for points without a label, so that -1 finds it
+    "As many hues as a third of the labels, each pale, strong and dark; labels that follow each other differ most."
+    hues, looks = -(-n // 3), ((.35, .95), (.85, .9), (.75, .5))
+    rows = [colorsys.hsv_to_rgb((.6 + (k // 3 + k % 3 / 3) / hues) % 1, *looks[k % 3]) for k in range(n)]
+    return np.round(255 * np.array([*rows, (.25, .25, .25)])).astype(np.uint8)
 
 def pack_points(
     xyz: Float[Tensor, "n 3"],
     colorings: dict[str, tuple[Tensor, list[str]]],  # name: colours [n 3] in 0..1 and nothing, or labels [n] (negative: none) and their names
     size: float | None,  # width of a disc, world units; None: from the number of points
+    normal: Float[Tensor, "n 3"] | None = None,  # unit; None: all points are drawn
 ) -> dict:  # for `to_page`
     "Points and their colourings as text."
     if not 0 < len(xyz) <= MOST_POINTS: raise ValueError(f"point_viewer: xyz: expected 1 to {MOST_POINTS} points, got {len(xyz)}; choose some of them")
     if not colorings: raise ValueError("point_viewer: expected color, labels or both, got neither")
     spread = float((xyz.amax(0) - xyz.amin(0)).norm())
     packed = dict(n=len(xyz), wide=size or 1.5 * spread / len(xyz) ** .5, xyz=to_integers(xyz.detach().float(), 16), colorings=[])
-    for name, (values, names) in colorings.items():
+    rows = {name: values for name, (values, _) in colorings.items()} | ({} if normal is None else {"normal": normal})
+    for name, values in rows.items():
         if len(values) != len(xyz): raise ValueError(f"point_viewer: {name}: expected {len(xyz)} rows like xyz, got {len(values)}")
+    if normal is not None: packed["normal"] = to_integers(normal.detach().float(), 8)
+    for name, (values, names) in colorings.items():
         if not values.is_floating_point() and int(values.max()) > 254: raise ValueError(f"point_viewer: {name}: expected labels up to 254, found {int(values.max())}; number them anew")
         if values.is_floating_point(): whole, more = (values * 255).round().clamp(0, 255), {}
-        else: whole, more = torch.where(values < 0, int(values.max()) + 1, values), dict(palette=label_palette(int(values.max()) + 1) + [[90, 90, 90]])
+        else:
+            palette = label_palette(max(int(values.max()) + 1, len(names)))          # the same names, the same colours
+            whole, more = torch.where(values < 0, len(palette) - 1, values), dict(palette=palette.tolist())
         packed["colorings"].append(dict(name=name, text=base64.b64encode(whole.cpu().numpy().astype("u1").tobytes()).decode(), **more))
     return packed
 
 def point_viewer(
     xyz: Float[Tensor, "n 3"],  # world units, z up; at most 60 000
     color: Float[Tensor, "n 3"] | None = None,  # rgb in 0..1
-    labels: dict[str, Int[Tensor, "n"]] | Int[Tensor, "n"] | None = None,  # one colouring, or several with their names; negative: no label
+    labels: dict[str, Tensor] | Int[Tensor, "n"] | None = None,  # one colouring, or several with their names: labels [n] (negative: none), or rgb [n 3] as floats
     *,
+    normal: Float[Tensor, "n 3"] | None = None,  # unit; points that show their back are left out; None: all are drawn
     names: list[str] | dict[str, list[str]] | None = None,  # of the labels, for the legend; a dict like `labels`
     size: float | None = None,  # width of a point, world units; None: from the number of points
     label: str = "Points that can be turned",  # what a screen reader says
@@ -314,12 +325,12 @@ def point_viewer(
     "Coloured points as an interactive picture, with a button for each colouring."
     labels = labels if isinstance(labels, dict) else {} if labels is None else {"labels": labels}
     names = names if isinstance(names, dict) else dict.fromkeys(labels, names)
-    colorings = ({} if color is None else {"colour": (color.float(), [])}) | {k: (v.long(), names.get(k) or []) for k, v in labels.items()}
-    packed = pack_points(xyz, colorings, size)
+    colorings = ({} if color is None else {"colour": (color.float(), [])}) | {k: (v.float(), []) if v.is_floating_point() else (v.long(), names.get(k) or []) for k, v in labels.items()}
+    packed = pack_points(xyz, colorings, size, normal)
     legends, buttons = "", ""
     for i, (c, (values, words)) in enumerate(zip(packed["colorings"], colorings.values())):
         buttons += f'<button type="button" data-coloring="{i}" aria-pressed="{"false" if i else "true"}">{html.escape(c["name"])}</button>'
-        shown = [(words[k], c["palette"][k]) for k in values.unique().tolist() if 0 <= k < len(words)]
+        shown = [(words[k], c["palette"][k]) for k in values.unique().tolist() if 0 <= k < len(words)] if words else []
         legends += f'<div class="viewer-legend" data-coloring="{i}"{" hidden" if i else ""}>' + "".join(f'<span><i style="background:rgb{tuple(rgb)}"></i>{html.escape(word)}</span>' for word, rgb in shown) + "</div>"
     camera = place_camera(xyz, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
     return to_page(dict(vertex=POINT_VERTEX, fragment=POINT_FRAGMENT, camera=camera, background=background, points=packed), label, buttons if len(colorings) > 1 else "", legends)
