@@ -93,3 +93,26 @@ def test_readme_shows_what_the_page_shows(monkeypatch, tmp_path):
     assert len(list(readme.differences())) == 2
     readme.write()
     assert list(readme.differences()) == []
+
+
+def test_quarto_pages_are_made_local_and_checked(tmp_path, monkeypatch):
+    "Where the Quarto program is not installed, a stand-in that writes two pages shows what happens around it."
+    program, libraries = tmp_path / "bin" / "quarto", tmp_path / "executed" / "libraries" / f"katex-{site.LIBRARIES['katex'][0]}"
+    program.parent.mkdir()
+    program.write_text("""#!/bin/sh
+test "$1 $2" = "render --no-cache" || exit 3
+mkdir -p _docs
+echo '@import"https://fonts.example/css2?family=A;B";p{color:red}' > _docs/a.css
+echo '<html><head><link rel="stylesheet" href="https://cdn.example/npm/katex@0.15.1/dist/katex.min.css"></head><a href="https://unipre3d.github.io/UniPre3D/b.html#x">b</a><a href="c.html">c</a></html>' > _docs/index.html
+echo '<p id="y">' > _docs/b.html
+""")
+    program.chmod(0o755)
+    (libraries / "contrib").mkdir(parents=True)
+    for name in ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js"): (libraries / name).write_text("")
+    (tmp_path / "stage" / "_proc").mkdir(parents=True)
+    monkeypatch.setattr(site, "OUT", tmp_path / "executed")
+    monkeypatch.setattr(site, "STAGE", tmp_path / "stage")
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    folder, dangling = site.quarto()
+    assert (folder / "site_libs" / "katex" / "katex.min.css").exists() and (folder / "a.css").read_text() == "p{color:red}\n" and dangling == []
+    assert site.check(folder)[1] == ["index.html: link to b.html#x, but that page has no such place", "index.html: link to c.html, which does not exist"]

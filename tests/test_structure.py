@@ -124,13 +124,13 @@ def test_first_cell_is_title_and_description(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_page_opens_and_closes_for_the_reader(path):
-    texts = [text for kind, _, _, text in cells(path) if kind == "markdown"]
-    opening, closing = " ".join(texts[1:2]), " ".join(texts[-1:])
+    texts = [text.strip() for kind, _, _, text in cells(path) if kind == "markdown"]
+    opening, closing = " ".join(texts[1:2]).split("\n\n")[0], texts[-1].split("\n\n")[-1]
     def missing():
-        if path.stem != "index":
-            for words in ("You will learn", "It needs", "It runs"):
-                if words.lower() not in opening.lower(): yield f"{path.name}: the page's first paragraph must say '{words} ...'"
-            if "next" not in closing.lower() and path != NOTEBOOKS[-1]: yield f"{path.name}: the page's last paragraph must say what comes next"
+        if path.stem != "index":  # the landing page is what the others are learned from
+            found = [opening.lower().find(words) for words in ("you will learn", "it needs", "it runs")]
+            if -1 in found or found != sorted(found): yield f"{path.name}: the first paragraph must say 'You will learn ...', 'It needs ...' and 'It runs ...', in this order"
+        if not re.search(r"\b[Nn]ext\b", closing) or "](" not in closing: yield f"{path.name}: the last paragraph must say what comes next, with a link: '{closing[:60]}'"
     complain(missing())
 
 
@@ -204,6 +204,17 @@ def test_readme_agrees_with_the_landing_page():
     complain(differences())
 
 
+def test_every_page_can_be_reached_from_the_landing_page():
+    text = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
+    complain(f"nbs/index.ipynb: 'Where to read' has no link to {name}" for name in names(NOTEBOOKS) if name != "index.ipynb" and f"]({name})" not in text)
+
+
+def test_spelling():
+    from spelling import doubts
+    assert list(doubts([("p", "It reci" + "eves colors of a `color` and of colour.", True)])) == ["p: reci" + "eves, perhaps receives", "p: colors; this book writes colours"]
+    complain(doubts())
+
+
 def test_sidebar_lists_the_notebooks_that_are_here():
     from sidebar import sidebar
     complain(["nbs/sidebar.yml does not list the notebooks that are here; run `python tools/sidebar.py`"] if (ROOT / "nbs" / "sidebar.yml").read_text() != sidebar() else [])
@@ -258,3 +269,42 @@ def test_signatures_can_be_documented():
             except NameError as error: broken.append(f"{name}.{key}: {error}")
             except (TypeError, ValueError): pass                  # no signature to read
     assert not broken, "\n".join(broken)
+
+
+# ---------------------------------------------------------------- hosted workflows
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def workflow(name):
+    import yaml
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.name)
+def test_workflow_is_well_formed(path):
+    flow, targets = workflow(path.name), set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    def wrong():
+        if not {"name", True, "permissions", "jobs"} <= flow.keys(): yield f"{path.name}: expected name, on, permissions and jobs, found {list(flow)}"  # YAML reads `on` as true
+        for name, job in flow["jobs"].items():
+            for need in [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", []):
+                if need not in flow["jobs"]: yield f"{path.name}: the job {name} needs {need}, which is no job"
+            if "timeout-minutes" not in job: yield f"{path.name}: the job {name} has no limit of time"
+            for step in job["steps"]:
+                if ("uses" in step) == ("run" in step): yield f"{path.name}: a step of {name} must have one of uses and run: {step}"
+                if "uses" in step and not re.fullmatch(r"[\w-]+/[\w/-]+@v\d+(\.\d+)*", step["uses"]): yield f"{path.name}: {step['uses']} names no version"
+                for target in re.findall(r"\bmake (\w+)", step.get("run", "")):
+                    if target not in targets: yield f"{path.name}: runs make {target}, which the Makefile does not have"
+                for script in re.findall(r"[\w./-]+\.(?:py|sh)\b|\.ci/run", step.get("run", "")):
+                    if not (ROOT / script).exists(): yield f"{path.name}: runs {script}, which does not exist"
+    complain(wrong())
+
+
+def test_workflows_test_three_pythons_and_publish_with_quarto():
+    versions = workflow("test.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert versions == ["3.11", "3.12", "3.13"]                       # text: a bare 3.10 would be the number 3.1
+    jobs = workflow("docs.yml")["jobs"]
+    steps = [s for s in jobs["build"]["steps"]]
+    assert any(s.get("uses", "").startswith("quarto-dev/quarto-actions/setup@") for s in steps)
+    assert any("tools/build_site.py" in s.get("run", "") and "--quarto" in s["run"] for s in steps)
+    assert any(s.get("uses", "").startswith("actions/deploy-pages@") for s in jobs["publish"]["steps"]) and jobs["publish"]["needs"] == "build"

@@ -1,9 +1,9 @@
 """Build the documentation site into `_docs/` from executed notebooks, in pure Python, so that it reads without a network.
 
-    python tools/build_site.py [--no-run] [--keep]
+    python tools/build_site.py [--no-run] [--keep] [--quarto]
 
-The notebooks are plain nbdev sources: `nbdev_docs` renders the same pages wherever Quarto is installed.
-Here: run the notebooks (tools/run_notebooks.py), let nbdev write the reference entries, number figures and equations,
+The notebooks are plain nbdev sources. With `--quarto` the Quarto program renders them, as for the published book; every link is checked
+in the same way. Without it, no program is needed that the package index does not have: run the notebooks (tools/run_notebooks.py), let nbdev write the reference entries, number figures and equations,
 render with smalldocs, bring the scripts that pages need beside them, and check every page.
 """
 import argparse
@@ -311,8 +311,8 @@ def library(name):
 def localise(site):
     "Replace every request to another host by a file of the site."
     pages = sorted(site.rglob("*.html"))
-    for name, (version, _) in LIBRARIES.items():
-        address = re.compile(rf"https://[\w./-]+/{name}@{re.escape(version)}/dist")
+    for name in LIBRARIES:
+        address = re.compile(rf"https://[\w./-]+/{name}@[\w.]+/dist")
         users = [p for p in pages if address.search(p.read_text(encoding="utf-8"))]
         if not users: continue
         folder, files = library(name)
@@ -325,15 +325,19 @@ def localise(site):
             page.write_text(address.sub(f"{up}site_libs/{name}", page.read_text(encoding="utf-8")), encoding="utf-8")
     for sheet in site.rglob("*.css"):
         text = sheet.read_text(encoding="utf-8")
-        text = re.sub(r"@import\s+url\([^)]*\)\s*;?", "", text)
+        text = re.sub(r"@import\s+url\([^)]*\)\s*;?|@import\s*\"https:[^\"]*\"\s*;?", "", text)
         if sheet.name == "katex.min.css": text = re.sub(r",url\([^)]*\.(?:woff|ttf)\) format\(\"\w+\"\)", "", text)
         sheet.write_text(text, encoding="utf-8")
+
+
+def local_search(site):
+    "Load the search index as a script, which also works on a page that is opened as a file."
     script = site / "site_libs" / "smalldocs.js"
     text = script.read_text(encoding="utf-8")
     fetched = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'
-    if fetched not in text: fail("smalldocs loads its search index in a new way; mend localise()")
+    if fetched not in text: fail("smalldocs loads its search index in a new way; mend local_search()")
     loaded = 'index = await new Promise((done, no) => { const s = document.createElement("script"); s.src = offset + "search.js"; s.onload = () => done(window.searchIndex); s.onerror = no; document.head.append(s); });'
-    script.write_text(text.replace(fetched, loaded), encoding="utf-8")  # a script also loads from a page opened as a file
+    script.write_text(text.replace(fetched, loaded), encoding="utf-8")
     (site / "search.js").write_text("window.searchIndex = " + (site / "search.json").read_text(encoding="utf-8") + ";\n", encoding="utf-8")
 
 
@@ -367,8 +371,8 @@ def without_code(text):
     return re.sub(r"<(script|style|pre|code)\b.*?</\1>|<span class=\"math.*?</span>", " ", text, flags=re.S)
 
 
-def check_page(page, site, ids):
-    "What is wrong with one page, one line each."
+def check_page(page, site, ids, own="about:blank"):
+    "What is wrong with one page, one line each; `own` is where the site will be published, so links there are links to its own pages."
     text, name = page.read_text(encoding="utf-8"), page.relative_to(site)
     markup = re.sub(r"(<script\b[^>]*>).*?(</script>)|(<style\b[^>]*>).*?(</style>)", r"\1\2\3\4", text, flags=re.S)
     asked = re.findall(r'<(?:img|script|iframe|source|video|audio|embed|object)\b[^>]*?\s(?:src|data)="([^"]+)"', markup)
@@ -379,6 +383,7 @@ def check_page(page, site, ids):
     weight = page.stat().st_size
     for address in [*asked, *re.findall(r'<a\b[^>]*?\shref="([^"]+)"', markup)]:
         address = html.unescape(address)
+        if address.startswith(own): address = posixpath.relpath(address.removeprefix(own), posixpath.dirname(name.as_posix()) or ".")
         if re.match(r"[a-z][a-z0-9+.-]*:|//", address): continue
         path, _, anchor = address.partition("#")
         path = path.split("?")[0]
@@ -416,8 +421,8 @@ def check(site):
         if page not in known: known[page] = ids_of(page.read_text(encoding="utf-8"))
         return known[page]
 
-    pages = sorted(site.rglob("*.html"))
-    problems = [line for page in pages for line in check_page(page, site, ids)] + check_mathematics(site)
+    pages, own = sorted(site.rglob("*.html")), yaml.safe_load((ROOT / "nbs" / "nbdev.yml").read_text())["website"]["site-url"] + "/"
+    problems = [line for page in pages for line in check_page(page, site, ids, own)] + check_mathematics(site)
     for sheet in site.rglob("*.css"):
         for address in re.findall(r"url\(['\"]?(?!data:|#)([^)'\"]+)", sheet.read_text(encoding="utf-8")):
             if re.match(r"(https?:)?//", address): problems.append(f"{sheet.relative_to(site)}: asks another host for {address}")
@@ -430,25 +435,47 @@ def run(*command, cwd=ROOT):
     if done.returncode: sys.exit(done.returncode)
 
 
+def smalldocs():
+    "Render the staged sources in pure Python; return the site and what is dangling in the sources."
+    folder, dangling = prepare()
+    command = "import sys; from smalldocs.cli import main; sys.exit(main())"
+    run("-c", command, "check", cwd=folder)
+    run("-c", command, "render", "--quiet", "--strict", cwd=folder)
+    site = folder / "_docs"
+    localise(site)
+    local_search(site)
+    finish(site)
+    return site, dangling
+
+
+def quarto():
+    "Render the staged sources with the Quarto program, as `nbdev_docs` does."
+    if not shutil.which("quarto"): fail("--quarto needs the program quarto, which was not found; leave the option away, or install it from quarto.org")
+    folder = STAGE / "_proc"
+    subprocess.run(["quarto", "render", "--no-cache"], cwd=folder, check=True)
+    site = folder / "_docs"
+    localise(site)
+    return site, []
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-run", action="store_true", help="take the executed copies as they are")
     parser.add_argument("--keep", action="store_true", help="keep the staged sources in _executed/book")
+    parser.add_argument("--quarto", action="store_true", help="render with the Quarto program instead of smalldocs")
     parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.process: return process()
     if not args.no_run: run(ROOT / "tools" / "run_notebooks.py")
     stage()
     run(ROOT / "tools" / "build_site.py", "--process")
-    folder, dangling = prepare()
-    smalldocs = "import sys; from smalldocs.cli import main; sys.exit(main())"
-    run("-c", smalldocs, "check", cwd=folder)
-    run("-c", smalldocs, "render", "--quiet", "--strict", cwd=folder)
-    site = folder / "_docs"
-    localise(site)
-    finish(site)
+    site, dangling = quarto() if args.quarto else smalldocs()
     pages, problems = check(site)
     problems = dangling + problems
+    if args.quarto:  # its pages may ask a content network for what its own parts need; the offline book is the other one
+        notes = [p for p in problems if re.search(r"asks another host|weighs", p)]
+        for note in notes: print(f"  note: {note}")
+        problems = [p for p in problems if p not in notes]
     for problem in problems: print(f"  {problem}", file=sys.stderr)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(site, SITE)

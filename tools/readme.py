@@ -76,7 +76,7 @@ def readme():
     "The text of README.md, and the pictures that it shows, by path."
     notebook, pictures = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")), {}
     parts = [cell_text(cell, pictures) for cell in notebook["cells"]]
-    pictures |= {path: figure(*where) for path, where in DIAGRAM.items()}
+    pictures |= {path: figure(*where) for path, where in DIAGRAM.items() if any(path in part for part in parts)}
     return "\n\n".join([NOTE, *(p.strip() for p in parts if p.strip())]).replace(NOTE + "\n\n", NOTE + "\n") + "\n", pictures
 
 
