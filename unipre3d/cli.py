@@ -112,10 +112,11 @@ class StartOptions(RunOptions):
 
 def finetune_command(args: list[str]) -> int:
     "unipre3d finetune RECIPE --init CHECKPOINT [--key value ...]: fine-tune on a task and write a run folder."
-    from unipre3d.downstream.finetuning import find_finetune, finetune_recipes, finetune_run, read_finetune
+    from unipre3d.downstream.finetuning import finetune_recipes, finetune_run, read_finetune
+    from unipre3d.recipes import find_recipe
     if not args or args[0].startswith("-"): raise ValueError(f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini")
     name = args[0]
-    recipe, options = parse_recipe("finetune", name, find_finetune(name), args[1:], StartOptions)
+    recipe, options = parse_recipe("finetune", name, find_recipe(name, finetune_recipes), args[1:], StartOptions)
     folder = run_folder(name, options)
     if options.resume: name, recipe, _ = read_finetune(folder)
     record = finetune_run(name, recipe, folder, init=options.init, resume=options.resume, device=options.device)

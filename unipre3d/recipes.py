@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_recipes.ipynb #954d6b36
 from __future__ import annotations
-import json, resource, time
+import resource, time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .data.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
 from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, predict, save_views, train
-from .records import check_record, code_version, hardware, write_json
+from .records import check_record, code_version, hardware, read_config, write_json
 from .render import render
 
 # %% auto #0
@@ -137,11 +137,13 @@ recipes: dict[str, Recipe] = {
 }
 
 def find_recipe(
-    name: str,  # a key of `recipes`
-) -> Recipe:
+    name: str,  # a key of them
+    known: dict[str, Any] | None = None,  # recipes by name; None means `recipes`
+) -> Any:  # the recipe
     "The recipe of that name."
-    if name not in recipes: raise ValueError(f'recipe: expected one of {", ".join(recipes)}; got "{name}"')
-    return recipes[name]
+    known = recipes if known is None else known
+    if name not in known: raise ValueError(f'recipe: expected one of {", ".join(known)}; got "{name}"')
+    return known[name]
 
 # %% ../nbs/61_recipes.ipynb #3f0a99e1
 def build_image_net(
@@ -249,11 +251,9 @@ def read_recipe(
     folder: str | Path,  # a run folder
 ) -> tuple[str, Recipe]:  # the recipe's name, and its values as they were run
     "What `config.json` of a run says."
-    path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
-    values = json.loads(path.read_text())
+    values = read_config(folder)
     name, known = values.pop("name"), {f.name for f in fields(Recipe)}
-    if set(values) - known: raise ValueError(f"{path}: unknown values {', '.join(sorted(set(values) - known))}; was it written by a newer version?")
+    if set(values) - known: raise ValueError(f"{Path(folder) / 'config.json'}: unknown values {', '.join(sorted(set(values) - known))}; was it written by a newer version?")
     return name, Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 def history(

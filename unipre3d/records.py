@@ -19,7 +19,7 @@ from .core import data_dir
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'code_hash', 'data_hash', 'cache_dir', 'made_once',
-           'write_json', 'check_record', 'read_record', 'read_records']
+           'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -101,6 +101,14 @@ def write_json(
     partial = Path(path).with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
+
+def read_config(
+    folder: str | Path,  # a run folder
+) -> dict:  # the name of the recipe and its values; of a fine-tuning also task, start and class_names
+    "What a run said of itself when it began."
+    path = Path(folder) / "config.json"
+    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
+    return json.loads(path.read_text())
 
 def check_record(
     record: dict,

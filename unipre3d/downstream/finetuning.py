@@ -4,7 +4,6 @@
 
 # %% ../../nbs/downstream/76_finetune.ipynb #5ca521c0
 from __future__ import annotations
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from .instances import InstanceRecipe, build_instances, instance_recipes, instan
 from .parts import PartRecipe, build_parts, part_recipes, part_task
 from .semantic import SemanticRecipe, build_semantic, semantic_recipes, semantic_task
 from .transfer import FinetuneRecipe, load_task, read_task, run_task
+from ..records import read_config
 
 # %% auto #0
-__all__ = ['tasks', 'finetune_recipes', 'find_finetune', 'finetune_run', 'read_finetune', 'load_finetuned']
+__all__ = ['tasks', 'finetune_recipes', 'finetune_run', 'read_finetune', 'load_finetuned']
 
 # %% ../../nbs/downstream/76_finetune.ipynb #ef41e07e
 tasks: dict[str, tuple[type[FinetuneRecipe], Callable, Callable]] = {
@@ -27,13 +27,6 @@ tasks: dict[str, tuple[type[FinetuneRecipe], Callable, Callable]] = {
     "instance segmentation": (InstanceRecipe, build_instances, instance_task),
 }
 finetune_recipes: dict[str, FinetuneRecipe] = classification_recipes | part_recipes | semantic_recipes | instance_recipes
-
-def find_finetune(
-    name: str,  # a key of `finetune_recipes`
-) -> FinetuneRecipe:
-    "The recipe of that name."
-    if name not in finetune_recipes: raise ValueError(f'recipe: expected one of {", ".join(finetune_recipes)}; got "{name}"')
-    return finetune_recipes[name]
 
 # %% ../../nbs/downstream/76_finetune.ipynb #dec5eeaf
 def finetune_run(
@@ -51,10 +44,8 @@ def read_finetune(
     folder: str | Path,  # a run folder
 ) -> tuple[str, FinetuneRecipe, list[str]]:  # the recipe's name, the recipe as it was run, names of the classes
     "What `config.json` of a fine-tuning says."
-    path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
-    config = json.loads(path.read_text())
-    if config.get("task") not in tasks: raise ValueError(f"{path}: expected the run of one of {', '.join(tasks)}; found {config.get('task') or config.get('name')!r}")
+    config = read_config(folder)
+    if config.get("task") not in tasks: raise ValueError(f"{Path(folder) / 'config.json'}: expected the run of one of {', '.join(tasks)}; found {config.get('task') or config.get('name')!r}")
     return config["name"], *read_task(folder, tasks[config["task"]][0])
 
 def load_finetuned(
