@@ -205,7 +205,7 @@ def code_pages(folder):
     from pygments.lexers import PythonLexer
 
     style = HtmlFormatter(linenos="inline", lineanchors="line", anchorlinenos=True, cssclass="module-source")
-    colours = "\n".join(f"{scope} .module-source {rule}" for scope, name in (("html:not(.quarto-dark)", "friendly"), ("html.quarto-dark", "github-dark"))
+    colours = "\n".join(f"{scope} .module-source {rule}" for scope, name in (("html:not(.quarto-dark)", "xcode"), ("html.quarto-dark", "native"))
                         for rule in HtmlFormatter(style=name).get_style_defs("").splitlines() if re.match(r"\s*\.\w", rule))
     for module in sorted((ROOT / "unipre3d").rglob("*.py")):
         if module.name in ("__init__.py", "_modidx.py"): continue

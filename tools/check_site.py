@@ -3,7 +3,8 @@
     python tools/check_site.py [folder]        the folder is _docs/ unless told otherwise
 
 On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
-mathematics rendered, nothing wider than a phone, a visible mark on what the keyboard reaches. On the whole site: search and theme.
+mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
+theme, a visible mark on what the keyboard reaches. On the whole site: search, also by keyboard alone, and the theme.
 The browser is the one Playwright installed, or the system's Chromium. Without either the walk is skipped, and says so.
 """
 import json
@@ -19,6 +20,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+HEAVY = 3 << 20  # bytes that a page may load
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
 
 READ = """async () => {
@@ -78,6 +80,40 @@ FOCUS = """() => {
 }"""
 
 
+CONTRAST = """() => {
+  const parts = text => (text.match(/[\\d.]+/g) || []).map(Number), solid = c => c.length > 3 ? c : [...c.slice(0, 3), 1];
+  const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3]));
+  const behind = e => {
+    const layers = [];
+    for (; e; e = e.parentElement) {
+      const style = getComputedStyle(e);
+      if (style.backgroundImage !== 'none') return null;                  // a picture: nobody can say
+      const c = solid(parts(style.backgroundColor));
+      if (c[3] > 0) layers.push(c);
+      if (c[3] === 1) break;
+    }
+    return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255]);
+  };
+  const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const seen = new Set(), faint = [], words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (words.nextNode()) {
+    const e = words.currentNode.parentElement, text = words.currentNode.data.trim();
+    if (!text || /^\\W+$/.test(text) || e.closest('script, style, noscript, [aria-hidden=true], .visually-hidden, .katex-mathml, svg, canvas, [disabled]')) continue;
+    const style = getComputedStyle(e), kind = [e.tagName, e.className, e.parentElement.className, style.color].join('|');
+    if (seen.has(kind) || style.visibility === 'hidden' || !e.getClientRects().length) continue;
+    seen.add(kind);
+    const under = behind(e);
+    if (!under) continue;
+    let opacity = 1;
+    for (let p = e; p; p = p.parentElement) opacity *= parseFloat(getComputedStyle(p).opacity);
+    const ink = solid(parts(style.color)), [a, b] = [light(over([...ink.slice(0, 3), ink[3] * opacity], under)), light(under)].sort((x, y) => y - x);
+    const size = parseFloat(style.fontSize), large = size >= 24 || size >= 18.66 && style.fontWeight >= 700, ratio = (a + .05) / (b + .05);
+    if (ratio < (large ? 3 : 4.5)) faint.push(ratio.toFixed(1) + ':1 for "' + text.slice(0, 30) + '" in ' + e.tagName.toLowerCase() + '.' + e.className);
+  }
+  return faint;
+}"""
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
@@ -115,12 +151,13 @@ class Walk:
     "One browser window that goes from page to page and notes what goes wrong."
 
     def __init__(self, browser, base):
-        self.base, self.problems, self.pages, self.name = base, [], {}, ""
+        self.base, self.problems, self.pages, self.name, self.weight = base, [], {}, "", 0
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
         self.context.route(lambda address: not address.startswith((base, "data:", "blob:")), self.outside)
         self.page = self.context.new_page()
         self.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
         self.page.on("requestfailed", lambda r: r.url.startswith(base) and "ERR_ABORTED" not in r.failure and self.note(f"request failed: {self.short(r.url)}"))
+        self.page.on("response", self.weigh)
         self.page.on("response", lambda r: r.status >= 400 and self.note(f"{r.status} for {self.short(r.url)}"))
         self.page.on("pageerror", lambda e: self.note(f"script error: {str(e).splitlines()[0]}"))
         self.page.on("console", lambda m: m.type == "error" and self.note(f"console error: {m.text[:120]}"))
@@ -133,9 +170,31 @@ class Walk:
         self.note(f"asks another host for {route.request.url[:80]}")
         route.abort()
 
+    def weigh(self, response):
+        "Add up what a page loads."
+        self.weight += int(response.headers.get("content-length", 0))
+
+    def toggle(self):
+        "Press the theme toggle, if there is one; whether there was one."
+        button = self.page.locator("[onclick*=ToggleScheme], .quarto-color-scheme-toggle").first
+        if not button.count(): return False
+        dark = "() => !!document.querySelector('.quarto-dark')"
+        before = self.page.evaluate(dark)
+        button.evaluate("e => e.click()")
+        try: self.page.wait_for_function(f"before => ({dark})() !== before", arg=before, timeout=10_000)
+        except Exception: self.note("the theme toggle does not change the theme")
+        return True
+
+    def contrast(self):
+        "Words that are too faint, in both themes."
+        self.page.add_style_tag(content="* { transition: none !important; }")
+        for theme in ("light", "dark"):
+            for text in self.page.evaluate(CONTRAST)[:5]: self.note(f"contrast of {text}, {theme} theme")
+            if not self.toggle(): break
+
     def visit(self, name):
         "All that one page can get wrong by itself; what it links to is kept for `links`."
-        self.name = name
+        self.name, self.weight = name, 0
         self.page.set_viewport_size(DESK)
         self.page.goto(self.base + name, wait_until="load")
         self.page.wait_for_function("() => !document.querySelector('.mermaid:not([data-processed])')")
@@ -146,6 +205,8 @@ class Walk:
         for label in {i for i in found["ids"] if found["ids"].count(i) > 1}: self.note(f"the id {label} is used twice")
         self.page.keyboard.press("Tab")
         for kind in self.page.evaluate(FOCUS): self.note(f"keyboard focus does not show on {kind}")
+        if self.weight > HEAVY: self.note(f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB")
+        self.contrast()
         self.page.set_viewport_size(PHONE)
         wide = self.page.evaluate(WIDE)
         if wide: self.note(f"wider than {PHONE['width']} px: {'; '.join(wide)}")
@@ -175,6 +236,23 @@ class Walk:
         if not any(self.short(hit).startswith(expected) for hit in hits): return self.note(f"{name} brings {', '.join(map(self.short, hits))}, not {expected}")
         self.page.locator("a.search-result").first.click()
         self.page.wait_for_load_state("load")
+        if self.page.url != hits[0]: self.note(f"a click on the first result for {name} leads to {self.short(self.page.url)}, not {self.short(hits[0])}")
+
+    def keyboard(self, name):
+        "Without a mouse: Ctrl-K, a name, arrow down, Enter."
+        self.name = "keyboard"
+        self.page.goto(self.base + "index.html")
+        before = self.page.url
+        self.page.keyboard.press("Control+k")
+        if self.page.evaluate("() => document.activeElement.tagName") != "INPUT": return self.note("Ctrl-K does not lead to the search box")
+        self.page.keyboard.type(name)
+        try: self.page.wait_for_selector("a.search-result", timeout=30_000)
+        except Exception: return self.note(f"nothing found for {name}")
+        self.page.wait_for_timeout(200)
+        self.page.keyboard.press("ArrowDown")
+        self.page.keyboard.press("Enter")
+        try: self.page.wait_for_url(lambda url: url != before, timeout=10_000)
+        except Exception: self.note("Enter on a result leads nowhere")
 
     def theme(self):
         "The toggle changes the colours, and the next page remembers."
@@ -182,8 +260,7 @@ class Walk:
         colour = "() => getComputedStyle(document.body).backgroundColor"
         self.page.goto(self.base + "index.html")
         light = self.page.evaluate(colour)
-        self.page.locator("[onclick*=ToggleScheme], .quarto-color-scheme-toggle").first.click()
-        self.page.wait_for_timeout(300)
+        if not self.toggle(): return self.note("there is no toggle")
         dark = self.page.evaluate(colour)
         if dark == light: self.note("the toggle changes nothing")
         self.page.reload()
@@ -212,6 +289,7 @@ def walk(site, names=None):
         trip.links(site)
         if (site / "search.json").exists():
             for name, place in functions(site): trip.search(name, place.split("#")[0])
+            trip.keyboard(functions(site)[0][0])
             trip.theme()
         return list(dict.fromkeys(trip.problems)), len(pages)
 
