@@ -23,7 +23,6 @@ from .data.shapes import KINDS, embedded_shapes
 from .downstream.classification import ClassificationSamples, Furniture, build_samples, class_probabilities, read_splits
 from .downstream.finetuning import finetune_recipes, tasks
 from .downstream.transfer import Augment, FinetuneRecipe, Labelled, Task, build_backbone, run_task
-from .data.loaders import make_loader
 from .pretrain import stop_requests
 from .recipes import LAYOUTS, pretrain, recipes
 from .records import read_record, write_json
@@ -160,15 +159,13 @@ class MaskedRecipe(FinetuneRecipe):
 def masked_task(
     recipe: MaskedRecipe,
     *,
-    rank: int = 0, world_size: int = 1,  # this process and how many there are
     device: str | torch.device = "cpu",
 ) -> Task:
     "The last step's weights are kept; the score is the chamfer distance on held-out shapes with fixed masks."
     def read(split): return Furniture(split=split, classes=recipe.classes) if recipe.data == "furniture" else ShapeClouds(split=split, classes=recipe.classes, per_class=recipe.per_class)
     train, val = read("train"), read("val")
     sampler = lambda reader, how: ClassificationSamples(reader, n_points=recipe.n_points, features=recipe.features, how=how, seed=recipe.seed)
-    samples, asked = sampler(train, recipe.augment), sampler(val, Augment())
-    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
+    asked = sampler(val, Augment())
     def loss(model, batch): return chamfer(*model(batch.points)).mean(), {}
     @torch.no_grad()
     def ask(model, folder):
@@ -177,7 +174,7 @@ def masked_task(
             found = [chamfer(*model.eval()(asked.batch([(i, 0) for i in range(k, min(k + 32, len(asked)))]).points.to(device))).mean() for k in range(0, len(asked), 32)]
         return {"chamfer": float(torch.stack(found).mean())}, {}
     return Task("masked reconstruction", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val), "test": len(val)},
-                MaskedModel(build_backbone(recipe), recipe.share, recipe.decoder_depth), batches, loss, ask)
+                MaskedModel(build_backbone(recipe), recipe.share, recipe.decoder_depth), sampler(train, recipe.augment), loss, ask)
 
 # %% ../nbs/79_study.ipynb #9fd5627a
 @dataclass(frozen=True)

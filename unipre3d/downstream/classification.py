@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..backbones.backbone import Backbone
 from ..core import PointBatch, to_padded
 from ..data.downstream import ModelNet40, ScanObjectNN
-from ..data.loaders import make_loader, point_features
+from ..data.loaders import point_features
 from ..data.scans import Scans, embedded_scans
 from ..data.shapenet import ShapeNetViews
 from .metrics import ClassScore, draw_confusion
@@ -94,16 +94,16 @@ def labels_of(reader) -> np.ndarray:  # [len]
     return np.array([reader.label(i) for i in range(len(reader))], dtype=np.int64)
 
 class Selection:
-    "Some objects of a reader, in the order given."
+    "Some objects or rooms of a reader, in the order given."
     def __init__(
         self,
         reader,  # any reader
-        indices: Sequence[int],  # which objects
+        indices: Sequence[int],  # which ones
         classes: Sequence[int] | None = None,  # classes that there are from now on; None keeps all
     ):
         self.reader, self.indices, kept = reader, [int(i) for i in indices], list(range(len(reader.classes)) if classes is None else map(int, classes))
         self.classes, self.place = [reader.classes[c] for c in kept], {c: k for k, c in enumerate(kept)}
-        if lost := {reader.label(i) for i in self.indices} - set(kept): raise ValueError(f"Selection: expected objects of the classes {', '.join(self.classes)}, got one of {reader.classes[min(lost)]}")
+        if classes is not None and (lost := {reader.label(i) for i in self.indices} - set(kept)): raise ValueError(f"Selection: expected objects of the classes {', '.join(self.classes)}, got one of {reader.classes[min(lost)]}")
 
     def __len__(self): return len(self.indices)
 
@@ -365,14 +365,10 @@ def save_confusion(
 def classification_task(
     recipe: ClassificationRecipe,
     *,
-    rank: int = 0, world_size: int = 1,  # this process and how many there are
     device: str | torch.device = "cpu",
 ) -> Task:
     "Readers, model, loss and scores of a classification."
-    if recipe.batch_size // world_size < 2: raise ValueError(f"batch_size: expected at least 2 clouds for each of the {world_size} processes (batch normalisation), got {recipe.batch_size}")
     train, val, test = read_splits(recipe)
-    samples = build_samples(recipe, train, changes=True)
-    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
     def validate(model):
         scores = evaluate_classes(model, build_samples(recipe, val), device=device)
         return {"val_oa": scores["oa"], "val_macc": scores["macc"]}
@@ -383,5 +379,5 @@ def classification_task(
         save_confusion(scores["confusion"], train.classes, folder / "confusion.png", ", ".join(f"{k} {v:.1%}" for k, v in metrics.items()))
         return metrics, {"confusion": scores["confusion"].tolist()}
     return Task("classification", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(test)},
-                build_classifier(recipe, len(train.classes)), batches, lambda model, batch: classification_loss(model, batch, recipe.smoothing), ask,
-                columns=("train_oa", "val_oa", "val_macc"), validate=validate if val else None, choose="val_oa" if val else "")
+                build_classifier(recipe, len(train.classes)), build_samples(recipe, train, changes=True), lambda model, batch: classification_loss(model, batch, recipe.smoothing), ask,
+                columns=("train_oa", "val_oa", "val_macc"), validate=validate if val else None, choose="val_oa" if val else "", least=2)

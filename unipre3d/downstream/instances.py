@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.downstream import LabelSet, scannet_labels
-from ..data.loaders import make_loader
 from .metrics import InstanceScore, Instances
-from .semantic import ROOM_MINI, SCENE_FULL, LabelledScenes, ScenePoints, SemanticModel, SemanticRecipe, WholeScene, build_scenes, class_colors, lovasz_loss, paint_room, split_rooms
+from .semantic import ROOM_MINI, SCENE_FULL, LabelledScenes, ScenePoints, SemanticModel, SemanticRecipe, WholeScene, build_scenes, lovasz_loss, paint_room, split_rooms
 from .transfer import Augment, Cloud, Task, build_backbone, label_loss  # Augment, like Any: inherited fields name it
 from ..recipes import find_recipe
+from ..viewer import label_palette
 
 # %% auto #0
 __all__ = ['instance_recipes', 'center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou',
@@ -229,7 +229,7 @@ def save_instances(
 ) -> Path:
     "Write `instances.png`: colours, true things, found things."
     from matplotlib.figure import Figure                       # no global state, no display
-    table = np.concatenate([class_colors(int(truth.max(initial=0)) + 1)[:-1], [[130, 0, 0], [225, 225, 225]]]).astype(np.uint8)
+    table = np.concatenate([label_palette(int(truth.max(initial=0)) + 1)[:-1], [[130, 0, 0], [225, 225, 225]]]).astype(np.uint8)
     color = np.round(255 * cloud["color"]).astype(np.uint8) if "color" in cloud else np.full((len(truth), 3), 150, np.uint8)
     figure = Figure(figsize=(11, 3.8))
     for k, (name, rgb) in enumerate((("colours", color), ("true things", table[truth]), ("found things (dark red: none of its class)", table[found]))):
@@ -298,17 +298,15 @@ def ask_instances(
 def instance_task(
     recipe: InstanceRecipe,
     *,
-    rank: int = 0, world_size: int = 1,  # this process and how many there are
     device: str | torch.device = "cpu",
 ) -> Task:
     "Readers, model, loss and scores of an instance segmentation."
     model, (train, val, asked) = build_instances(recipe, recipe.labels), split_rooms(recipe)
-    samples, labels = build_scenes(recipe, train, changes=True), scannet_labels(recipe.labels)
-    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
+    labels = scannet_labels(recipe.labels)
     def validate(model):
         scores = evaluate_instances(model, build_scenes(recipe, val), labels, radius=recipe.radius, least=recipe.least, both=recipe.both, overlap=recipe.overlap, device=device)
         return {f"val_{k}": scores[k] for k in ("map", "ap50", "ap25")}
     return Task("instance segmentation", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(asked)},
-                model, batches, lambda model, batch: instance_loss(model, batch, thing_classes(labels), smoothing=recipe.smoothing, lovasz=recipe.lovasz),
+                model, build_scenes(recipe, train, changes=True), lambda model, batch: instance_loss(model, batch, thing_classes(labels), smoothing=recipe.smoothing, lovasz=recipe.lovasz),
                 lambda model, folder: ask_instances(model, recipe, asked, folder, device),
                 columns=("train_allacc", "train_distance", "train_direction", "val_map", "val_ap50", "val_ap25"), validate=validate if val else None, choose="val_ap50" if val else "")

@@ -20,7 +20,7 @@ from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.downstream import PART_COUNTS, SHAPENETPART, ShapeNetPart
 from ..data.furniture import Tracer, normalise
-from ..data.loaders import make_loader, point_features
+from ..data.loaders import point_features
 from ..data.scans import Scans, write_scans
 from ..data.shapenet import ShapeNetViews
 from ..data.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
@@ -455,15 +455,13 @@ def part_loss(
 def part_task(
     recipe: PartRecipe,
     *,
-    rank: int = 0, world_size: int = 1,  # this process and how many there are
     device: str | torch.device = "cpu",
 ) -> Task:
     "Readers, model, loss and scores of a part segmentation."
     names = part_names(recipe)
     parts, classes = number_parts(names), [f"{k} {part}" for k, own in names.items() for part in own]
     train, val, test = split_parts(recipe)
-    samples, own = part_samples(recipe, train, changes=True), list(parts.values())
-    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
+    own = list(parts.values())
     def score(model, reader): return evaluate_parts(model, part_samples(recipe, reader), parts, device=device)
     def validate(model):
         found = score(model, val)
@@ -473,5 +471,5 @@ def part_task(
         save_parts(model, part_samples(recipe, Selection(test, spread(len(test), 8))), parts, folder / "parts.png", device=device)
         return {k: found[k] for k in ("miou_c", "miou_i", "acc")}, {"category": found["category"], "parts": found["table"].compute(classes), "floor": {k: floor[k] for k in ("miou_c", "miou_i", "acc", "category")}}
     return Task("part segmentation", classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(test)},
-                build_parts(recipe, len(classes)), batches, lambda model, batch: part_loss(model, batch, own, recipe.smoothing), ask,
+                build_parts(recipe, len(classes)), part_samples(recipe, train, changes=True), lambda model, batch: part_loss(model, batch, own, recipe.smoothing), ask,
                 columns=("train_acc", "val_miou_c", "val_miou_i"), validate=validate if val else None, choose="val_miou_c" if val else "")

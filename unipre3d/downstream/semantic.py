@@ -4,7 +4,7 @@
 
 # %% ../../nbs/downstream/74_semantic.ipynb #e94f9b8e
 from __future__ import annotations
-import base64, colorsys, html, json, math, re
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,23 @@ from torch.utils.data import Dataset
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.downstream import S3DIS, Layout, scannet_labels
-from ..data.loaders import about_z, make_loader, point_features
+from ..data.loaders import about_z, point_features
 from ..data.scannet import ScanNetFrames
+from .classification import Selection
 from .metrics import SemanticScore
 from .parts import to_points
 from .transfer import Augment, Cloud, FinetuneRecipe, Labelled, Task, augment, build_backbone, label_loss, turn
 from ..geometry.pointops import voxelize
 from ..geometry.sparse import merge_voxels
 from ..recipes import find_recipe
+from ..viewer import MOST_POINTS, label_palette, point_viewer
 
 # %% auto #0
-__all__ = ['VIEWER', 'ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'ScanNetRooms', 'RoomSelection',
-           'one_per_voxel', 'crop_rows', 'mirror', 'LabelledScenes', 'WholeScene', 'ScenePoints', 'carry',
-           'SemanticModel', 'lovasz_loss', 'semantic_loss', 'point_probabilities', 'evaluate_semantic', 'class_colors',
-           'paint_room', 'save_room', 'room_viewer', 'SemanticRecipe', 'read_rooms', 'hold_out_rooms', 'split_rooms',
-           'build_scenes', 'build_semantic', 'class_details', 'save_voxels', 'show_voxels', 'ask_rooms',
-           'semantic_task']
+__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'ScanNetRooms', 'one_per_voxel', 'crop_rows', 'mirror',
+           'LabelledScenes', 'WholeScene', 'ScenePoints', 'carry', 'SemanticModel', 'lovasz_loss', 'semantic_loss',
+           'point_probabilities', 'evaluate_semantic', 'paint_room', 'save_room', 'SemanticRecipe', 'read_rooms',
+           'hold_out_rooms', 'split_rooms', 'build_scenes', 'build_semantic', 'class_details', 'save_voxels',
+           'show_voxels', 'ask_rooms', 'semantic_task']
 
 # %% ../../nbs/downstream/74_semantic.ipynb #7489fe28
 class ScanNetRooms:
@@ -65,23 +66,6 @@ class ScanNetRooms:
         return dict(xyz=xyz, segment=segment.clip(min=-1), instance=instance.clip(min=-1)) | found
 
     def fingerprint(self) -> str: return self.frames.fingerprint()
-
-class RoomSelection:
-    "Some rooms of a reader, in the order given."
-    def __init__(
-        self,
-        reader,  # ScanNetRooms, S3DIS or another selection
-        indices: list[int],  # which rooms
-    ):
-        self.reader, self.indices, self.classes = reader, [int(i) for i in indices], reader.classes
-
-    def __len__(self): return len(self.indices)
-
-    def name(self, i: int) -> str: return self.reader.name(self.indices[i])
-
-    def rows(self, i: int) -> dict[str, np.ndarray]: return self.reader.rows(self.indices[i])
-
-    def fingerprint(self) -> str: return self.reader.fingerprint()
 
 # %% ../../nbs/downstream/74_semantic.ipynb #598f368e
 def one_per_voxel(
@@ -273,14 +257,6 @@ def evaluate_semantic(
     return {f"{k}_voting{votes}" if votes else k: v for k, v in score.compute().items()}
 
 # %% ../../nbs/downstream/74_semantic.ipynb #f2d08b67
-def class_colors(
-    classes: int,  # K
-) -> np.ndarray:  # [K + 1 3] uint8; the last is for points without a class, so that -1 finds it
-    "As many hues as a third of the classes, each pale, strong and dark; classes that follow each other differ most."
-    hues, looks = -(-classes // 3), ((.35, .95), (.85, .9), (.75, .5))
-    rows = [colorsys.hsv_to_rgb((.6 + (k // 3 + k % 3 / 3) / hues) % 1, *looks[k % 3]) for k in range(classes)]
-    return np.round(255 * np.array([*rows, (.25, .25, .25)])).astype(np.uint8)
-
 def paint_room(
     xyz: np.ndarray,  # [n 3], z up
     rgb: np.ndarray,  # [n 3] uint8
@@ -316,7 +292,7 @@ def save_room(
 ) -> Path:
     "Write `room.png`: colours, truth, prediction; the names of the classes that occur below."
     from matplotlib.figure import Figure                       # no global state, no display
-    table, normal = class_colors(len(names)), cloud.get("normal")
+    table, normal = label_palette(len(names)), cloud.get("normal")
     figure = Figure(figsize=(11, 4.2))
     if "color" in cloud: color = np.round(255 * cloud["color"]).astype(np.uint8)
     else: color = np.full((len(found), 3), 150, dtype=np.uint8)
@@ -328,60 +304,6 @@ def save_room(
     figure.suptitle(title, fontsize=9, y=.99)
     figure.savefig(path, dpi=100)
     return Path(path)
-
-# %% ../../nbs/downstream/74_semantic.ipynb #978a7e42
-VIEWER = """<div id="ID" style="max-width:640px"><canvas width="640" height="440" role="img" aria-label="A room of points that turns when it is dragged" style="width:100%;cursor:grab;touch-action:none"></canvas><div class="what"></div><div style="font-size:80%">LEGEND</div></div>
-<script>(() => {
-const box = document.getElementById("ID"), canvas = box.querySelector("canvas"), pen = canvas.getContext("2d"), w = canvas.width, h = canvas.height;
-const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
-const xyz = new Int16Array(bytes("XYZ").buffer), normal = new Int8Array(bytes("NORMAL").buffer), layers = LAYERS, n = xyz.length / 3;
-for (const k in layers) layers[k] = bytes(layers[k]);
-let turned = .6, tilt = .75, zoom = 1, shown = Object.keys(layers)[0], from = null;
-const image = pen.createImageData(w, h), pixels = new Uint32Array(image.data.buffer), nearest = new Float32Array(w * h);
-function draw() {
-  const c = Math.cos(turned), s = Math.sin(turned), p = Math.cos(tilt), q = Math.sin(tilt), scale = zoom * SCALE, dot = Math.ceil(scale * STEP * 1.15), rgb = layers[shown];
-  pixels.fill(0); nearest.fill(-1e9);
-  for (let i = 0; i < n; i++) {
-    const a = 3 * i, x = xyz[a], y = xyz[a + 1], z = xyz[a + 2];
-    const facing = normal[a] * c * p + normal[a + 1] * s * p + normal[a + 2] * q;
-    if (facing < 0) continue;
-    const u = Math.round(w / 2 + scale * (y * c - x * s)) - (dot >> 1), v = Math.round(h / 2 - scale * (z * p - (x * c + y * s) * q)) - (dot >> 1);
-    const near = (x * c + y * s) * p + z * q, light = .7 + .3 * facing / 127;
-    const colour = (255 << 24) | (rgb[a + 2] * light << 16) | (rgb[a + 1] * light << 8) | rgb[a] * light;
-    for (let j = Math.max(v, 0); j < Math.min(v + dot, h); j++) for (let k = Math.max(u, 0); k < Math.min(u + dot, w); k++)
-      if (near > nearest[j * w + k]) { nearest[j * w + k] = near; pixels[j * w + k] = colour; }
-  }
-  pen.putImageData(image, 0, 0);
-}
-for (const name in layers) {
-  const button = document.createElement("button");
-  button.textContent = name; button.style.marginRight = "6px"; button.onclick = () => { shown = name; draw(); };
-  box.querySelector(".what").append(button);
-}
-canvas.onpointerdown = e => { from = [e.clientX, e.clientY]; canvas.setPointerCapture(e.pointerId); };
-canvas.onpointermove = e => { if (!from) return; turned -= (e.clientX - from[0]) * .01; tilt = Math.min(1.57, Math.max(.05, tilt + (e.clientY - from[1]) * .01)); from = [e.clientX, e.clientY]; draw(); };
-canvas.onpointerup = canvas.onpointercancel = () => { from = null; };
-canvas.onwheel = e => { if (!e.shiftKey) return; e.preventDefault(); zoom = Math.min(6, Math.max(.5, zoom * Math.exp(-(e.deltaY || e.deltaX) * .001))); draw(); };
-draw();
-})()</script>"""
-
-def room_viewer(
-    xyz: np.ndarray,  # [n 3] metres, z up
-    normal: np.ndarray,  # [n 3] unit; points that show their back are left out
-    layers: dict[str, np.ndarray],  # text of a button -> colours [n 3] uint8
-    legend: dict[str, np.ndarray] | None = None,  # name -> colour [3] uint8, 0..255
-    *,
-    step: float = .07,  # metres between points
-    name: str = "room",  # of this viewer, unique in its page
-) -> str:  # HTML that needs nothing else
-    "A room that can be turned: drag to turn, shift and wheel to come nearer, a button for each layer of colours."
-    middle = (xyz.min(0) + xyz.max(0)) / 2
-    pack = lambda x, kind: base64.b64encode(np.ascontiguousarray(x, dtype=kind).tobytes()).decode()
-    around = float(np.linalg.norm(xyz - middle, axis=1).max()) * 1000
-    marks = " ".join(f'<span style="white-space:nowrap"><span style="color:rgb({c[0]},{c[1]},{c[2]})">&#9632;</span> {html.escape(k)}</span>' for k, c in (legend or {}).items())
-    values = dict(ID=f"room-{html.escape(name)}", LEGEND=marks, XYZ=pack(np.round((xyz - middle) * 1000), "<i2"), NORMAL=pack(np.round(normal * 127), "i1"),
-                  LAYERS=json.dumps({k: pack(v, "u1") for k, v in layers.items()}), SCALE=f"{215 / around:.6f}", STEP=f"{step * 1000:.0f}")
-    return re.sub(r"\b(" + "|".join(values) + r")\b", lambda m: values[m[1]], VIEWER)
 
 # %% ../../nbs/downstream/74_semantic.ipynb #cf7aec3f
 @dataclass(frozen=True)
@@ -464,7 +386,7 @@ def split_rooms(
     if recipe.validation == "split": val = read_rooms(recipe, "val")
     if recipe.validation == "share":
         kept, away = hold_out_rooms([train.name(i) for i in range(len(train))], recipe.share)
-        train, val = RoomSelection(train, kept), RoomSelection(train, away)
+        train, val = Selection(train, kept), Selection(train, away)
     return train, val, read_rooms(recipe, recipe.asked)
 
 def build_scenes(
@@ -511,14 +433,13 @@ def save_voxels(
 def show_voxels(
     path: str | Path,  # room.npz of a run
     names: list[str],  # of the classes
-    name: str = "room",  # of the viewer, unique in its page
 ) -> str:  # HTML
     "The viewer of a test room: prediction, truth and colours."
     with np.load(path) as file: room = dict(file)
-    table, size = class_colors(len(names)), float(room["voxel_size"])
-    legend = {names[k]: table[k] for k in np.unique(np.concatenate([room["truth"], room["found"]])) if k >= 0}
-    layers = {"prediction": table[room["found"]], "truth": table[room["truth"]], "colours": room["color"]}
-    return room_viewer(room["cell"] * size, room["normal"] / 127., layers, legend, step=size, name=name)
+    some, size = np.linspace(0, len(room["cell"]) - 1, min(len(room["cell"]), MOST_POINTS)).astype(int), float(room["voxel_size"])
+    cell, rgb, normal, truth, found = (torch.from_numpy(room[k][some].astype(np.float32)) for k in ("cell", "color", "normal", "truth", "found"))
+    return point_viewer(cell * size, labels={"prediction": found.long(), "truth": truth.long(), "colours": rgb / 255}, names=names, normal=normal / 127, size=1.6 * size,
+                        azimuth=35, elevation=43, fov=30, label=f"A room of {len(some)} points with classes; arrow keys turn it")
 
 def ask_rooms(
     model: nn.Module,  # points -> logits
@@ -541,17 +462,14 @@ def ask_rooms(
 def semantic_task(
     recipe: SemanticRecipe,
     *,
-    rank: int = 0, world_size: int = 1,  # this process and how many there are
     device: str | torch.device = "cpu",
 ) -> Task:
     "Readers, model, loss and scores of a semantic segmentation."
     train, val, asked = split_rooms(recipe)
-    samples = build_scenes(recipe, train, changes=True)
-    def batches(first, stop): return make_loader(samples, first, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed, num_workers=recipe.workers, rank=rank, world_size=world_size)
     def validate(model):
         scores = evaluate_semantic(model, build_scenes(recipe, val), device=device)
         return {f"val_{k}": scores[k] for k in ("miou", "macc", "allacc")}
     return Task("semantic segmentation", train.classes, {"name": recipe.data, "sha256": train.fingerprint(), "train": len(train), "val": len(val) if val else 0, "test": len(asked)},
-                build_semantic(recipe, len(train.classes)), batches, lambda model, batch: semantic_loss(model, batch, recipe.smoothing, recipe.lovasz),
+                build_semantic(recipe, len(train.classes)), build_scenes(recipe, train, changes=True), lambda model, batch: semantic_loss(model, batch, recipe.smoothing, recipe.lovasz),
                 lambda model, folder: ask_rooms(model, recipe, asked, folder, device),
                 columns=("train_allacc", "val_miou", "val_macc", "val_allacc"), validate=validate if val else None, choose="val_miou" if val else "")

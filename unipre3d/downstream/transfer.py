@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .. import backbones
 from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
-from ..data.loaders import FEATURES, about_z, recolor
-from ..records import check_record, code_version, data_hash, hardware, write_json
+from ..data.loaders import FEATURES, about_z, make_loader, recolor
+from ..records import check_record, code_version, data_hash, hardware, read_config, write_json
 from ..pretrain import MetricsFile, average_weights, learning_rate, load_run_state, load_tensors, run_state, save_tensors, stop_requests
 
 # %% auto #0
@@ -416,12 +417,13 @@ class Task:
     classes: list[str]  # names, in the order of the labels
     data: dict[str, Any]  # for the record: name, sha256, and how many clouds train, val and test have
     model: nn.Module  # has `backbone`
-    batches: Callable[[int, int], Iterable]  # of the steps start .. stop - 1 of this process
+    samples: Dataset  # to learn from; asked for a list of (index, draw) it gives a batch
     loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]  # model, batch -> loss, scores of the batch
     test: Callable[[nn.Module, Path], tuple[dict[str, float], dict[str, Any]]]  # model, run folder -> scores, details (plain values); may leave pictures in the folder
     columns: tuple[str, ...] = ()  # names of the scores that loss and validate give
     validate: Callable[[nn.Module], dict[str, float]] | None = None  # None: the last step is taken
     choose: str = ""  # the score of validate that picks the checkpoint; higher is better
+    least: int = 1  # clouds that a batch of one process needs
 
 def start_summary(
     start: Start,
@@ -447,7 +449,7 @@ def run_history(
 def run_task(
     name: str,  # the recipe's name, for the record
     recipe: FinetuneRecipe,
-    make_task: Callable[..., Task],  # (recipe, rank=, world_size=, device=) -> Task
+    make_task: Callable[..., Task],  # (recipe, device=) -> Task
     folder: str | Path,  # run folder
     *,
     init: str | Path = "none",  # see `start_from`
@@ -460,8 +462,10 @@ def run_task(
     folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
     world = accelerator.num_processes
     if recipe.batch_size % world or recipe.batch_size // world < 1: raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {recipe.batch_size}")
-    task = make_task(recipe, rank=accelerator.process_index, world_size=world, device=accelerator.device)
-    if resume: start = json.loads((folder / "config.json").read_text())["start"]
+    task = make_task(recipe, device=accelerator.device)
+    if recipe.batch_size // world < task.least: raise ValueError(f"batch_size: expected at least {task.least} clouds for each of the {world} processes (batch normalisation), got {recipe.batch_size}")
+    batches = lambda first, stop: make_loader(task.samples, first, stop, batch_size=recipe.batch_size // world, seed=recipe.seed, num_workers=recipe.workers, rank=accelerator.process_index, world_size=world)
+    if resume: start = read_config(folder)["start"]
     else:
         found = start_from(task.model.backbone, init, need=recipe.need)
         start = start_summary(found)
@@ -471,7 +475,7 @@ def run_task(
         if not resume: write_json(folder / "config.json", {"name": name, "task": task.name, "start": start, "class_names": task.classes, **asdict(recipe)})
         say(f"{name}: {task.data['train']} clouds to learn from, {task.data['val'] or 'none'} to choose by, {task.data['test']} to be asked, {len(task.classes)} classes, "
             f"on {accelerator.device}; writing to {folder}")
-    done = finetune(task.model, task.batches, task.loss, folder, **loop_options(recipe), columns=task.columns, validate=task.validate, choose=task.choose, resume=resume, accelerator=accelerator)
+    done = finetune(task.model, batches, task.loss, folder, **loop_options(recipe), columns=task.columns, validate=task.validate, choose=task.choose, resume=resume, accelerator=accelerator)
     if done.ended == "interrupted":
         if main: say(f"stopped after step {done.step} of {recipe.steps}; go on with: unipre3d finetune {name} --resume --out {folder}")
         return None
@@ -493,10 +497,8 @@ def read_task(
     kind: type[FinetuneRecipe] = FinetuneRecipe,  # the recipe's class
 ) -> tuple[FinetuneRecipe, list[str]]:  # the recipe as it was run, names of the classes
     "What `config.json` of a fine-tuning says."
-    path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
-    values = json.loads(path.read_text())
-    if "class_names" not in values: raise ValueError(f"{path}: expected the run of a fine-tuning, found one of {values.get('name')!r}")
+    values = read_config(folder)
+    if "class_names" not in values: raise ValueError(f"{Path(folder) / 'config.json'}: expected the run of a fine-tuning, found one of {values.get('name')!r}")
     found = {f.name: freeze(values[f.name]) for f in fields(kind) if f.name in values}
     found |= {"augment": Augment(**{k: freeze(v) for k, v in values["augment"].items()}), "backbone_options": {k: freeze(v) for k, v in values["backbone_options"].items()}}
     return kind(**found), values["class_names"]
