@@ -1,12 +1,18 @@
 "The plan is whole and stable; a toy plan runs, is interrupted and goes on."
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from unipre3d import study
 
 from unipre3d.data.downstream import ScanObjectNN
 from unipre3d.data.shapes import KINDS
@@ -123,11 +129,27 @@ def test_checkpoint_that_is_needed_but_not_here_is_pending(tmp_path):
 
 
 def test_letters_tell_twenty_six_classes_apart():
-    import torch
     assert len(set(letters(torch.arange(26)))) == 26
 
 
-def test_toy_plan_is_interrupted_and_goes_on(tmp_path):
+class Here:
+    "A process that is none: its row runs in this one, which has imported everything already."
+    def __init__(self, command, stdout, env, **how):
+        assert env.items() >= study.ONE_THREAD.items()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout): self.returncode = study.run_file(command[-1])
+
+    def poll(self): return self.returncode
+
+
+@pytest.fixture
+def here(monkeypatch):
+    "From now on rows run in this process."
+    threads = torch.get_num_threads()
+    yield lambda: monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Here, STDOUT=subprocess.STDOUT))
+    torch.set_num_threads(threads)
+
+
+def test_toy_plan_is_interrupted_and_goes_on(tmp_path, here):
     pre = replace(PRE, changes=PRE.changes | dict(steps=60))
     metrics = tmp_path / "runs" / "pre-toy-0" / "metrics.csv"
     def press_ctrl_c():
@@ -138,9 +160,17 @@ def test_toy_plan_is_interrupted_and_goes_on(tmp_path):
     outcome = reproduce([pre, FINE], tmp_path, say=lambda text: None)
     assert outcome == {"done": [], "failed": {}, "left": ["pre-toy-0", "cls-toy-0"]}
     assert (metrics.parent / "resume.safetensors").is_file() and 1 < len(metrics.read_text().splitlines()) < 60
+    here()
     outcome = reproduce([pre, FINE], tmp_path, say=lambda text: None)
     assert outcome["done"] == ["pre-toy-0", "cls-toy-0"] and not outcome["failed"] and pending([pre, FINE], tmp_path) == []
     record, fine = read_row(pre, tmp_path), read_row(FINE, tmp_path)
     assert record["resumed"] and record["steps"] == 60 and record["hardware"]["threads"] == 1 and len(metrics.read_text().splitlines()) == 61
     assert fine["start"]["init"] == "pre-toy-0" and fine["start"]["coverage"] == 1. and str(tmp_path) not in json.dumps([record, fine])
     assert (tmp_path / "records" / "pre-toy-0.png").is_file()
+
+
+def test_a_row_that_fails_says_why_and_takes_those_after_it_along(tmp_path, here):
+    here()
+    broken, after = replace(FINE, key="cls-toy-1", start="none", changes=FINE.changes | dict(n_points=-3)), replace(FINE, key="cls-toy-2", start="cls-toy-1")
+    outcome = reproduce([broken, after], tmp_path, say=lambda text: None)
+    assert outcome["done"] == outcome["left"] == [] and outcome["failed"]["cls-toy-1"].startswith("ValueError") and outcome["failed"]["cls-toy-2"] == "needs cls-toy-1, which failed"
