@@ -12,8 +12,8 @@ from typing import Any
 # %% auto #0
 __all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'RunOptions', 'newest_run', 'parse_recipe', 'run_folder',
            'pretrain_command', 'StartOptions', 'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film',
-           'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'data_command', 'doctor_command', 'usage',
-           'main']
+           'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'prepare_command',
+           'data_command', 'doctor_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -210,10 +210,34 @@ class AutoencoderOptions:
     steps: int | None = None  # optimiser steps; default: those of the shipped one
     seed: int = 0
 
+@dataclass(frozen=True)
+class PrepareOptions:
+    "Draw the meshes of a folder: a data set for pre-training, for --data of any object recipe. The class of a mesh is the folder it lies in."
+    out: str = "meshes.zip"  # file to write
+    up: str = "y"  # upward axis of the files: "x", "y" or "z"
+    split: tuple[float, float, float] = (.8, .1, .1)  # shares of train, val and test in each class
+    views: int = 24  # pictures of each mesh
+    size: int = 128  # pixels along an edge
+    points: int = 4096  # of each cloud
+    seed: int = 0  # of the splits
+
+def prepare_command(args: list[str]) -> int:
+    "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
+    if not args or args[0].startswith("-"):
+        if "-h" in args or "--help" in args: parse(PrepareOptions, ["--help"], "unipre3d data prepare FOLDER")
+        raise ValueError("data prepare: expected a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip")
+    options = parse(PrepareOptions, args[1:], "unipre3d data prepare FOLDER")
+    from unipre3d.data.prepare import find_meshes, prepare_meshes
+    files = find_meshes(args[0])
+    path = prepare_meshes(files, **asdict(options))
+    print(f"wrote {path}: {len(files)} meshes\nnext: unipre3d pretrain {default_recipe} --data {path}")
+    return 0
+
 def data_command(args: list[str]) -> int:
-    "unipre3d data rooms | furniture | autoencoder: compose rooms; rebuild what the package embeds."
+    "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
     from unipre3d.data.rooms import RoomsOptions, make_rooms
-    kinds = {"rooms": RoomsOptions, "furniture": FurnitureOptions, "autoencoder": AutoencoderOptions}
+    if args and args[0] == "prepare": return prepare_command(args[1:])
+    kinds = {"prepare": PrepareOptions, "rooms": RoomsOptions, "furniture": FurnitureOptions, "autoencoder": AutoencoderOptions}
     if not args or args[0] not in kinds:
         if args and args[0] in ("-h", "--help"): print(f"usage: unipre3d data {' | '.join(kinds)} [--help]"); return 0
         raise ValueError(f"data: expected one of {', '.join(kinds)}, got {args[0] if args else 'nothing'}")

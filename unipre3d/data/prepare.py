@@ -14,7 +14,8 @@ from tqdm import tqdm
 from .furniture import CONVENTION, Material, Mesh, Tracer, csv_text, normalise, orbit, orbit_poses, pack_cloud, render_view, smooth_normals, surface_cloud
 
 # %% auto #0
-__all__ = ['TO_Z_UP', 'face_materials', 'read_own_mesh', 'prepare_own', 'choose_splits', 'prepare_meshes']
+__all__ = ['TO_Z_UP', 'MESHES', 'face_materials', 'read_own_mesh', 'prepare_own', 'find_meshes', 'choose_splits',
+           'prepare_meshes']
 
 # %% ../../nbs/data/25_prepare.ipynb #bdae12af
 TO_Z_UP = dict(z=np.eye(3), y=np.array([[1., 0, 0], [0, 0, -1], [0, 1, 0]]), x=np.array([[0., 0, -1], [0, 1, 0], [1, 0, 0]]))  # rows of a rotation
@@ -77,6 +78,19 @@ def prepare_own(
     cloud = surface_cloud(tracer, points, seed=zlib.crc32(name.encode()))
     with io.BytesIO() as f: np.save(f, pack_cloud(**cloud)); files[f"{folder}/pts/{folder.replace('/', '-')}.npy"] = f.getvalue()
     return files, dict(unit=round(unit, 6), **{k: round(float(v), 4) for k, v in zip(("width", "depth", "height"), extent)})
+
+# %% ../../nbs/data/25_prepare.ipynb #8f316394
+MESHES = (".obj", ".ply", ".stl", ".glb", ".gltf", ".off")  # endings that are read without further packages
+
+def find_meshes(
+    folder: str | Path,  # with mesh files, or with a folder of them for each class
+) -> list[Path]:  # sorted
+    "Every mesh file in a folder and the folders below it."
+    folder = Path(folder)
+    if not folder.is_dir(): raise FileNotFoundError(f"{folder}: expected a folder of meshes, found {'a file' if folder.exists() else 'nothing'}")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MESHES and p.is_file())
+    if not found: raise ValueError(f"{folder}: expected files that end in {', '.join(MESHES)}, found none")
+    return found
 
 # %% ../../nbs/data/25_prepare.ipynb #8bb6444f
 def choose_splits(
