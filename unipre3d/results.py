@@ -16,13 +16,13 @@ from scipy import stats
 
 from .core import data_dir
 from .records import read_record, read_records
-from .study import CLAIMS, COMPARISONS, HELD_OUT, Comparison, plan, select
+from .study import CLAIMS, COMPARISONS, HELD_OUT, MEASUREMENTS, Comparison, plan, select
 
 # %% auto #0
 __all__ = ['MINI', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'paper_table', 'read_study', 'all_frame', 'Interval', 'interval',
            'right', 'class_accuracy', 'scores', 'paired', 'to_run', 'effect_row', 'effects', 'full_key', 'beside',
-           'compare_table', 'more_gaussians', 'paper_gain', 'curves', 'psnr_and_accuracy', 'findings', 'headline',
-           'tables', 'write_tables', 'stale_tables']
+           'compare_table', 'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'psnr_and_accuracy', 'findings',
+           'headline', 'tables', 'write_tables', 'stale_tables']
 
 # %% ../nbs/80_results.ipynb #fb21a7dd
 def paper_table() -> pd.DataFrame:
@@ -222,6 +222,21 @@ def paper_gain(
     a, b = (rows[rows.pretraining == name].value.item() for name in two)
     return a - b
 
+# %% ../nbs/80_results.ipynb #e2eaf311
+def chosen_rates(
+    records: dict[str, dict],
+) -> pd.DataFrame:  # by measurement and condition: a column of validation scores for each rate in percent, the best, whether it is at an edge
+    "The trials of each condition of which all were run."
+    trials: dict[tuple[str, str], dict[float, float]] = {}
+    for r in records.values():
+        if r["row"]["key"].startswith("tune-") and r["row"]["part"] in MEASUREMENTS and r["row"]["start"].startswith(("pre-", "none")): trials.setdefault((r["row"]["part"], r["row"]["arm"]), {})[r["values"]["lr"]] = 100 * r["chosen"]["score"]
+    rows = []
+    for (part, arm), found in trials.items():
+        if set(found) != set(MEASUREMENTS[part].rates): continue
+        best = max(sorted(found), key=found.get)
+        rows.append({"measurement": part, "condition": arm, "tried": ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in sorted(found)), "chosen": best, "edge": "largest" if best == max(found) else "smallest" if best == min(found) else ""})
+    return pd.DataFrame(rows, columns=["measurement", "condition", "tried", "chosen", "edge"])
+
 # %% ../nbs/80_results.ipynb #f864ad38
 def curves(
     records: dict[str, dict],
@@ -286,7 +301,7 @@ def tables(
     records: dict[str, dict],
 ) -> dict[str, str]:  # file name -> text
     "Every generated table as text."
-    found = {"effects.csv": effects(records), **{f"table-{name}.csv": compare_table(name, records) for name in TABLES}}
+    found = {"effects.csv": effects(records), "rates.csv": chosen_rates(records), **{f"table-{name}.csv": compare_table(name, records) for name in TABLES}}
     return {name: t.to_csv(index=False, lineterminator="\n") for name, t in found.items()} | {"headline.md": headline(records), "findings.md": "".join(f"- {line}\n" for line in findings(records))}
 
 def write_tables(
