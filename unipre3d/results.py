@@ -288,7 +288,7 @@ def headline(
 ) -> str:  # Markdown
     "The primary comparisons: the paper's difference, ours with its interval, or that nobody has run it."
     records = read_study() if records is None else records
-    table, lines = effects(records), ["| small study (first minus second) | paper | ours [95 %] | pairs | |", "|---|---|---|---|---|"]
+    table, lines = effects(records), ["| small study (first minus second) | paper | ours [95 %] | pairs | above zero |", "|---|---|---|---|---|"]
     number = lambda x: "" if np.isnan(x) else f"{x:+.1f}"
     for c, r in zip(COMPARISONS, table.itertuples()):
         if not c.primary: continue
