@@ -250,7 +250,7 @@ class InstanceRecipe(SemanticRecipe):
 instance_recipes: dict[str, InstanceRecipe] = {
     "inst-rooms-mini": InstanceRecipe(
         about="things in composed rooms: the small SparseUNet of scene-sparseunet-mini, minutes on two CPU cores",
-        **ROOM_MINI | dict(n_points=6000, workers=0, steps=800, ema=0., validate_every=200, save_every=100, votes=0), backbone="SparseUNet", backbone_options=find_recipe("scene-sparseunet-mini").backbone_options,
+        **ROOM_MINI | dict(workers=0, steps=800, ema=0., validate_every=200, save_every=100, votes=0), backbone="SparseUNet", backbone_options=find_recipe("scene-sparseunet-mini").backbone_options,
         radius=.14, least=20, both=False),
     "inst-scannet20": InstanceRecipe(
         about="things in ScanNet, 20 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",

@@ -323,8 +323,8 @@ class SemanticRecipe(FinetuneRecipe):
     lovasz: float = 0.  # weight of the Lovász loss beside the cross-entropy; 0 is off
     votes: int = 0  # views of a test room that are averaged, reported beside the score without; 0 is off
 
-ROOM_MINI = dict(data="rooms", features=("normal", "color_signed"), voxel_size=.07, n_points=5000, crop="column", augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.1),
-                 lovasz=1., steps=2400, batch_size=2, lr=4e-3, warmup=30, ema=.99, validate_every=300, save_every=300, workers=1, votes=8)
+ROOM_MINI = dict(data="rooms", features=("normal", "color_signed"), voxel_size=.07, n_points=6000, crop="column", augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.1),
+                 lovasz=1., steps=2200, batch_size=2, lr=4e-3, warmup=30, ema=.99, validate_every=220, save_every=220, workers=1, votes=8)
 SCENE_FULL = dict(features=("normal", "color_signed"), voxel_size=.02, n_points=100_000, augment=Augment(rotate="up", scale=(.9, 1.1), jitter=.005, color=.05), lovasz=1.,
                   batch_size=12, lr=2e-3, workers=8, validate_every=2000, save_every=2000, votes=8)
 
