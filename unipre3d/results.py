@@ -225,7 +225,7 @@ def paper_gain(
 # %% ../nbs/80_results.ipynb #e2eaf311
 def chosen_rates(
     records: dict[str, dict],
-) -> pd.DataFrame:  # by measurement and condition: a column of validation scores for each rate in percent, the best, whether it is at an edge
+) -> pd.DataFrame:  # a row a measurement and condition: the rates with their validation scores in percent, the best, and "largest" or "smallest" where it is one of these
     "The trials of each condition of which all were run."
     trials: dict[tuple[str, str], dict[float, float]] = {}
     for r in records.values():
