@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'RunOptions', 'newest_run', 'parse_recipe', 'run_folder',
-           'pretrain_command', 'StartOptions', 'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film',
-           'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'prepare_command',
-           'data_command', 'doctor_command', 'usage', 'main']
+__all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'parse_after', 'RunOptions', 'newest_run', 'parse_recipe',
+           'run_folder', 'pretrain_command', 'StartOptions', 'finetune_command', 'reproduce_command', 'RenderOptions',
+           'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
+           'prepare_command', 'data_command', 'doctor_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -39,6 +39,17 @@ def parse(
     except SystemExit as end:
         if end.code in (0, None): raise
         raise ValueError(f"{one_line(box.getvalue())} ({prog} --help lists the options)") from None
+
+def parse_after(
+    shape,  # as of `parse`
+    args: list[str],
+    prog: str,  # the last word of it stands for the first argument
+    example: str,  # what that is, and a whole command
+):  # the first argument, the options
+    "Options after one argument without a name."
+    if args and not args[0].startswith("-"): return args[0], parse(shape, args[1:], prog)
+    if "-h" in args or "--help" in args: parse(shape, ["--help"], prog)
+    raise ValueError(f"{prog.rsplit(' ', 1)[0].removeprefix('unipre3d ')}: expected {example}")
 
 # %% ../nbs/90_cli.ipynb #99397b95
 default_recipe = "object-transformer-mini"
@@ -166,10 +177,7 @@ def write_film(
 
 def render_command(args: list[str]) -> int:
     "unipre3d render CHECKPOINT [--key value ...]: film and PLY of a held-out object or scene."
-    if not args or args[0].startswith("-"):
-        if "-h" in args or "--help" in args: parse(RenderOptions, ["--help"], "unipre3d render CHECKPOINT")
-        raise ValueError("render: expected a checkpoint, as in: unipre3d render runs/object-transformer-mini")
-    options = parse(RenderOptions, args[1:], "unipre3d render CHECKPOINT")
+    checkpoint, options = parse_after(RenderOptions, args, "unipre3d render CHECKPOINT", "a checkpoint, as in: unipre3d render runs/object-transformer-mini")
     if options.video not in ("gif", "mp4"): raise ValueError(f'--video: expected "gif" or "mp4", got "{options.video}"')
     import torch
     from tqdm.auto import tqdm
@@ -177,7 +185,7 @@ def render_command(args: list[str]) -> int:
     from unipre3d.pretrain import predict
     from unipre3d.recipes import build_data, load_run
     from unipre3d.render import render
-    recipe, model, image_net = load_run(args[0])
+    recipe, model, image_net = load_run(checkpoint)
     samples = build_data(recipe, options.split)
     if not 0 <= options.index < len(samples): raise ValueError(f"--index: expected 0..{len(samples) - 1} in the {options.split} split, got {options.index}")
     sample = samples[options.index]
@@ -187,7 +195,7 @@ def render_command(args: list[str]) -> int:
         frames = [render(gaussians, cameras.select(torch.tensor([i])), torch.tensor(recipe.background)).rgb[0] for i in tqdm(range(options.frames), desc="film")]
     beside = torch.nn.functional.interpolate(sample.ref.rgb[:1], size=cameras.hw, mode="nearest")[0]
     images = [(torch.cat([beside, f], 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy() for f in frames]
-    folder = Path(options.out) if options.out else (Path(args[0]) if Path(args[0]).is_dir() else Path(args[0]).parent)
+    folder = Path(options.out) if options.out else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{options.split}-{options.index}"
     film, ply = write_film(images, folder / f"film-{stem}.{options.video}"), save_ply(gaussians, folder / f"gaussians-{stem}.ply")
@@ -223,12 +231,9 @@ class PrepareOptions:
 
 def prepare_command(args: list[str]) -> int:
     "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
-    if not args or args[0].startswith("-"):
-        if "-h" in args or "--help" in args: parse(PrepareOptions, ["--help"], "unipre3d data prepare FOLDER")
-        raise ValueError("data prepare: expected a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip")
-    options = parse(PrepareOptions, args[1:], "unipre3d data prepare FOLDER")
+    folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip")
     from unipre3d.data.prepare import find_meshes, prepare_meshes
-    files = find_meshes(args[0])
+    files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
     print(f"wrote {path}: {len(files)} meshes\nnext: unipre3d pretrain {default_recipe} --data {path}")
     return 0
@@ -236,11 +241,11 @@ def prepare_command(args: list[str]) -> int:
 def data_command(args: list[str]) -> int:
     "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
     from unipre3d.data.rooms import RoomsOptions, make_rooms
-    if args and args[0] == "prepare": return prepare_command(args[1:])
     kinds = {"prepare": PrepareOptions, "rooms": RoomsOptions, "furniture": FurnitureOptions, "autoencoder": AutoencoderOptions}
     if not args or args[0] not in kinds:
         if args and args[0] in ("-h", "--help"): print(f"usage: unipre3d data {' | '.join(kinds)} [--help]"); return 0
         raise ValueError(f"data: expected one of {', '.join(kinds)}, got {args[0] if args else 'nothing'}")
+    if args[0] == "prepare": return prepare_command(args[1:])
     options = parse(kinds[args[0]], args[1:], f"unipre3d data {args[0]}")
     if args[0] == "rooms": path = make_rooms(**asdict(options))
     elif args[0] == "furniture":
