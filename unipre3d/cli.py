@@ -125,6 +125,10 @@ def finetune_command(args: list[str]) -> int:
     "unipre3d finetune RECIPE --init CHECKPOINT [--key value ...]: fine-tune on a task and write a run folder."
     from unipre3d.downstream.finetuning import finetune_recipes, finetune_run, read_finetune
     from unipre3d.recipes import find_recipe
+    if args[:1] in (["-h"], ["--help"]):
+        print("usage: unipre3d finetune RECIPE [--init CHECKPOINT] [--key value ...]\n\nrecipes (unipre3d finetune RECIPE --help lists the options of one):")
+        for name, recipe in finetune_recipes.items(): print(f"  {name:26} {recipe.about}")
+        return 0
     if not args or args[0].startswith("-"): raise ValueError(f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini")
     name = args[0]
     recipe, options = parse_recipe("finetune", name, find_recipe(name, finetune_recipes), args[1:], StartOptions)

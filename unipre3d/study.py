@@ -557,6 +557,7 @@ def reproduce_command(
     parse: Callable,  # the command line's parser: (dataclass, arguments, name) -> instance
 ) -> int:  # exit status
     "unipre3d reproduce mini | full [--list] [--only CLAIM] [--key value ...]: run the study that the tables are built from; resumes."
+    if args[:1] in (["-h"], ["--help"]): parse(StudyOptions, ["--help"], "unipre3d reproduce mini | full")
     if not args or args[0] not in ("mini", "full"): raise ValueError(f"reproduce: expected mini or full, got {args[0] if args else 'nothing'}; as in: unipre3d reproduce mini --list")
     options = parse(StudyOptions, args[1:], f"unipre3d reproduce {args[0]}")
     rows = select(plan(args[0], {k: getattr(options, k) for k in SOURCES}), options.only)
