@@ -119,8 +119,9 @@ def to_run(
     records: dict[str, dict],
 ) -> str:
     "The command for rows that are not recorded, and what they cost."
-    rows = [r for r in select(plan(), only) if r.key not in records]
-    return f"unipre3d reproduce mini --only {only} ({sum(r.minutes for r in rows) / 60:.1f} core hours)" if rows else ""
+    budget = next(b for b in ("mini", "full") if any(r.key.startswith(only) for r in plan(b)))
+    rows = [r for r in select(plan(budget), only) if r.key not in records]
+    return f"unipre3d reproduce {budget} --only {only} ({sum(r.minutes for r in rows) / 60:.1f} {'core' if budget == 'mini' else 'GPU'} hours)" if rows else ""
 
 def effect_row(
     records: dict[str, dict],
@@ -225,17 +226,18 @@ def paper_gain(
 # %% ../nbs/80_results.ipynb #e2eaf311
 def chosen_rates(
     records: dict[str, dict],
-) -> pd.DataFrame:  # a row a measurement and condition: the rates with their validation scores in percent, the best, and "largest" or "smallest" where it is one of these
+) -> pd.DataFrame:  # a row a measurement and condition: the rates with their validation scores in percent, the best, "largest" or "smallest" where it is one of these, and rates that were added later
     "The trials of each condition of which all were run."
     trials: dict[tuple[str, str], dict[float, float]] = {}
     for r in records.values():
         if r["row"]["key"].startswith("tune-") and r["row"]["part"] in MEASUREMENTS and r["row"]["start"].startswith(("pre-", "none")): trials.setdefault((r["row"]["part"], r["row"]["arm"]), {})[r["values"]["lr"]] = 100 * r["chosen"]["score"]
     rows = []
     for (part, arm), found in trials.items():
-        if set(found) != set(MEASUREMENTS[part].rates): continue
-        best = max(sorted(found), key=found.get)
-        rows.append({"measurement": part, "condition": arm, "tried": ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in sorted(found)), "chosen": best, "edge": "largest" if best == max(found) else "smallest" if best == min(found) else ""})
-    return pd.DataFrame(rows, columns=["measurement", "condition", "tried", "chosen", "edge"])
+        rates = sorted(MEASUREMENTS[part].rates)
+        if not set(rates) <= set(found): continue
+        best, said = max(rates, key=found.get), lambda some: ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in sorted(some))
+        rows.append({"measurement": part, "condition": arm, "tried": said(rates), "chosen": best, "edge": {rates[-1]: "largest", rates[0]: "smallest"}.get(best, ""), "beyond": said(set(found) - set(rates))})
+    return pd.DataFrame(rows, columns=["measurement", "condition", "tried", "chosen", "edge", "beyond"])
 
 # %% ../nbs/80_results.ipynb #f864ad38
 def curves(

@@ -28,13 +28,13 @@ from .recipes import LAYOUTS, pretrain, recipes
 from .records import read_record, write_json
 
 # %% auto #0
-__all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'MASKED', 'QUIET', 'OBJECTS', 'ROOMS', 'POINTMLP',
-           'PCM', 'MAMBA3D', 'SPARSEUNET', 'PTV3', 'CONDITIONS', 'FEW', 'of', 'MEASUREMENTS', 'SOURCES', 'BACKBONES',
-           'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer', 'MaskedModel', 'ShapeClouds', 'MaskedRecipe',
-           'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows', 'measure_rows', 'trained',
-           'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of', 'read_row', 'chosen_rate',
-           'recipe_of', 'missing', 'letters', 'with_answers', 'run_row', 'pending', 'run_file', 'start_row',
-           'said_last', 'reproduce', 'StudyOptions', 'plan_table', 'reproduce_command']
+__all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'MASKED', 'QUIET', 'OBJECTS', 'LARGE', 'ROOMS',
+           'POINTMLP', 'PCM', 'MAMBA3D', 'SPARSEUNET', 'PTV3', 'CONDITIONS', 'FEW', 'of', 'MEASUREMENTS', 'SOURCES',
+           'BACKBONES', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer', 'MaskedModel', 'ShapeClouds',
+           'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows', 'measure_rows',
+           'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of', 'read_row',
+           'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'run_row', 'pending', 'run_file',
+           'start_row', 'said_last', 'reproduce', 'StudyOptions', 'plan_table', 'reproduce_command']
 
 # %% ../nbs/79_study.ipynb #9472dc21
 CLAIMS = {
@@ -98,6 +98,9 @@ COMPARISONS = [
     *[Comparison("j", f"{n:,} steps - random, frozen features", "probe20", f"steps{n}", "scratch") for n in (500, 1000, 4000, 8000)],
     Comparison("l", "UniPre3D - scratch, 20 shots of generated scans, asked artist-made objects", "cls20", "unipre3d", "scratch", "oa_real"),
     Comparison("l", "UniPre3D - random, frozen features, asked artist-made objects", "probe20", "unipre3d", "scratch", "oa_real"),
+    *[Comparison(claim, f"{what}, larger (GPU), {how}", part, f"{arm}.large", f"{against}.large")
+      for part, how, first in (("cls20.large", "20 shots", "a"), ("probe20.large", "frozen features", "g"))
+      for claim, what, arm, against in ((first, "UniPre3D - scratch", "unipre3d", "scratch"), ("e", "fusion - no fusion", "unipre3d", "nofusion"), ("h", "our scale - released floor", "unipre3d", "floor"))],
 ]
 
 # %% ../nbs/79_study.ipynb #dbe0a0ad
@@ -191,6 +194,7 @@ MASKED = {"masked-shapes-mini": MaskedRecipe(about="masked reconstruction of gen
                                              augment=Augment(rotate="up"), steps=2000, batch_size=24, warmup=50, clip=1., ema=.99)}
 QUIET = dict(workers=0, cache_mb=480, picture_every=500, eval_every=1000)
 OBJECTS = SHAPES | QUIET | dict(steps=2000, batch_size=24)
+LARGE = dict(steps=10_000, resolution=128, backbone_options=NET | dict(width=192, depth=8, num_heads=6, encoder_dims=192), workers=8)
 ROOMS = dict(workers=0, eval_every=250)
 POINTMLP, PCM, MAMBA3D, SPARSEUNET, PTV3 = (recipes[f"{n}-mini"] for n in ("object-pointmlp", "object-pcm", "object-mamba3d", "scene-sparseunet", "scene-ptv3"))
 
@@ -207,6 +211,7 @@ CONDITIONS = {
     "point.ptv3": Condition("scene-ptv3-mini", ROOMS, .5),
     "masked": Condition("masked-shapes-mini", {}, .2, kind="masked"),
 }
+CONDITIONS |= {f"{name}.large": replace(CONDITIONS[name], changes=CONDITIONS[name].changes | LARGE, seconds=.1) for name in ("unipre3d", "nofusion", "floor")}
 
 # %% ../nbs/79_study.ipynb #ec14f59d
 @dataclass(frozen=True)
@@ -232,6 +237,7 @@ MEASUREMENTS = {
     "rooms.ptv3": Measurement("sem-rooms-ptv3-mini", FEW | dict(steps=400, votes=0), .6, (1e-3, 4e-3, 1e-2)),
     "parts": Measurement("part-shapes-pointmlp-mini", FEW | dict(shots=20, steps=600), .3, (6e-4, 2e-3, 6e-3)),
 }
+MEASUREMENTS |= {f"{part}.large": replace(MEASUREMENTS[part], changes=MEASUREMENTS[part].changes | dict(backbone_options=LARGE["backbone_options"]), seconds=.05) for part in ("cls20", "probe20")}
 
 # %% ../nbs/79_study.ipynb #38e0432f
 @dataclass(frozen=True)
@@ -257,12 +263,12 @@ def pre_row(claim: str, stage: str, arm: str, seed: int, tune: tuple[str, ...] =
     steps = c.changes.get("steps", (recipes | MASKED)[c.recipe].steps)
     return Row(f"pre-{arm}-{seed}", claim, stage, "pre", arm, c.kind, c.recipe, c.changes, seed, round(steps * c.seconds / 60 + .3, 1), tune=tune)
 
-def tune_rows(claim: str, stage: str, part: str, arm: str) -> list[Row]:
-    "A run of half the length for each rate, from the condition's checkpoint 0; seed 90."
+def tune_rows(claim: str, stage: str, part: str, arm: str, rates: Sequence[float] | None = None) -> list[Row]:
+    "A run of half the length for each rate (default: the measurement's), from the condition's checkpoint 0; seed 90."
     m = MEASUREMENTS[part]
     steps = m.changes["steps"] // 2
     return [Row(f"tune-{part}-{arm}-{rate:g}", claim, stage, part, arm, "finetune", m.recipe, m.changes | dict(steps=steps, lr=rate) | ({"episode": 90} if m.recipe.startswith("cls") else {}), 90,
-                round(steps * m.seconds / 60 + .3, 1), f"pre-{arm}-0" if arm in CONDITIONS else "none") for rate in m.rates]
+                round(steps * m.seconds / 60 + .3, 1), f"pre-{arm}-0" if arm in CONDITIONS else "none") for rate in (m.rates if rates is None else rates)]
 
 def measure_rows(claim: str, stage: str, part: str, arm: str, seeds: int = 5) -> list[Row]:
     "The rates that are tried, then a run for each seed with the one that was best."
@@ -292,7 +298,8 @@ def plan_mini() -> list[Row]:
             *measure_rows("g", p, "probe20", "scratch"), *measure_rows("g", p, "probe20", "unipre3d"),
             *trained("e", p, "nofusion", "cls20", "probe20"), *trained("h", p, "floor", "cls20", "probe20"),
             *trained("a", p, "unipre3d.pointmlp", "cls20.pointmlp"), *measure_rows("a", p, "cls20.pointmlp", "scratch.pointmlp"),
-            *trained("d", p, "none", "rooms"), *trained("d", p, "point", "rooms"), *trained("d", s, "feature", "rooms"),
+            *trained("d", p, "none", "rooms"), *trained("d", p, "point", "rooms"),
+            *[r for arm in ("scratch", "unipre3d") for r in tune_rows("a", s, "cls20", arm, (1e-2,))], *trained("d", s, "feature", "rooms"),
             *masked_rows(), *measure_rows("b", s, "rooms", "scratch"),
             *trained("b", s, "point.ptv3", "rooms.ptv3"), *measure_rows("b", s, "rooms.ptv3", "scratch.ptv3"),
             *measure_rows("c", s, "parts", "unipre3d.pointmlp"), *measure_rows("c", s, "parts", "scratch.pointmlp"),
@@ -317,8 +324,10 @@ FULL = {  # a measurement: recipe, changes, data, backbones, hours of one GPU (g
 def plan_full(
     data: dict[str, str] | None = None,  # name of a data set -> folder
 ) -> list[Row]:
-    "Rows of the paper's tables."
-    data, rows = data or {}, []
+    "The larger objects of the mini study, then rows of the paper's tables."
+    f, data = "full", data or {}
+    rows = [*trained("a", f, "unipre3d.large", "cls20.large"), *measure_rows("a", f, "cls20.large", "scratch.large"), *measure_rows("g", f, "probe20.large", "scratch.large"), *measure_rows("g", f, "probe20.large", "unipre3d.large"),
+            *[r for claim, arm in (("e", "nofusion.large"), ("h", "floor.large")) for r in trained(claim, f, arm, "cls20.large", "probe20.large")]]
     for b in BACKBONES:
         level, needs, hours = ("scene", "scannet", 60) if b in ("sparseunet", "ptv3") else ("object", "shapenet", 12)
         rows.append(Row(f"full-pre-{b}", "b" if level == "scene" else "a", "full", "pre", f"unipre3d.{b}", "pretrain", f"{level}-{b}", dict(data=data.get(needs, "")), 0, 60. * hours, needs=needs))
@@ -534,11 +543,11 @@ class StudyOptions:
     out: str = "runs/study"  # folder of the study: runs and records
     workers: int = 2  # rows at a time, one thread each
     list: bool = False  # only print the plan
-    shapenet: str = ""  # folders, for the full plan
-    scannet: str = ""
-    scanobjectnn: str = ""
-    shapenetpart: str = ""
-    s3dis: str = ""
+    shapenet: str = ""  # folder of ShapeNet's rendered views, for the full plan
+    scannet: str = ""  # folder of ScanNet, for the full plan
+    scanobjectnn: str = ""  # folder of ScanObjectNN, for the full plan
+    shapenetpart: str = ""  # folder of ShapeNetPart, for the full plan
+    s3dis: str = ""  # folder of S3DIS, for the full plan
 
 def plan_table(
     rows: Sequence[Row],
