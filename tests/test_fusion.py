@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from unipre3d.core import CameraBatch, PointBatch, ViewBatch
-from unipre3d.fusion import FeatureFusion, NoFusion, PointFusion, back_project, cloud_boxes, join_voxels
-from unipre3d.geometry.cameras import intrinsics_from_fov, look_at, unproject
+from unipre3d.fusion import FeatureFusion, NoFusion, PointFusion, back_project, cloud_boxes, join_voxels, visible_pixels
+from unipre3d.geometry.cameras import intrinsics_from_fov, look_at, project, unproject
 from unipre3d.geometry.sparse import merge_voxels
 
 PARITY, VOXEL, HW = Path(__file__).parent / "parity", .1, (12, 16)
@@ -132,3 +132,15 @@ def test_scenes_and_objects_share_the_interface():
     assert NoFusion().early(points, maps, ref) is points
     late = FeatureFusion(8, 4).late(points, maps, ref)
     assert late.feat.shape == points.feat.shape and torch.equal(late.xyz, points.xyz)
+
+
+def test_autocast_moves_no_point_and_picks_the_same_pixels(fusion):
+    points, ref, maps = cloud_and_views(4, n=400)
+    image, pairs, seen = back_project(points, maps, ref), visible_pixels(points, ref.camera, HW), project(points.xyz, points.batch, ref.camera)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = fusion.early(points, maps, ref)
+        assert torch.equal(back_project(points, maps, ref).xyz, image.xyz)
+        assert all(torch.equal(a, b) for a, b in zip(visible_pixels(points, ref.camera, HW), pairs))
+        assert all(torch.equal(a, b) for a, b in zip(project(points.xyz, points.batch, ref.camera), seen))
+        late = FeatureFusion(8, 4).eval().late(points, maps, ref)
+    assert torch.equal(half.xyz, fusion.early(points, maps, ref).xyz) and half.feat.isfinite().all() and late.feat.isfinite().all()

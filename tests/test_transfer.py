@@ -12,7 +12,7 @@ from unipre3d.backbones import Mamba3D, PointMLP, PointNet2, SparseUNet, Standar
 from unipre3d.core import PointBatch
 from unipre3d.downstream.transfer import (Augment, FinetuneRecipe, Labelled, augment, build_backbone, drop_points, finetune, jitter, label_loss, layer_order, loop_options,
                                           parameter_groups, rotate_all, rotate_up, set_training, start_from, start_released, turn)
-from unipre3d.pretrain import load_tensors, save_tensors
+from unipre3d.pretrain import load_tensors, new_accelerator, save_tensors
 
 SMALL = dict(num_groups=8, group_size=8, radius=None, encoder_widths=(8, 16, 16), encoder_dims=16, num_heads=2)
 NET2 = dict(centres=(16, 8), radii=(.3, .6), neighbours=(8, 8), widths=((8, 16), (16, 16), (16, 32)), decoder_widths=((16,), (16,), (16,)))
@@ -238,3 +238,14 @@ def test_recipe_values_become_a_backbone_and_loop_options():
     assert build_backbone(recipe).in_channels == 4 and loop_options(recipe)["frozen_steps"] == 7
     with pytest.raises(ValueError, match="frozen_steps: expected 0 with probe"): loop_options(FinetuneRecipe(probe=True, frozen_steps=3))
     with pytest.raises(ValueError, match="backbone_options: PointNet2 does not take them"): build_backbone(FinetuneRecipe(backbone="PointNet2", backbone_options=dict(depth=3)))
+
+
+def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path):
+    "A scale of 2^127 overflows at first; the scaler must see it, halve, and train in the end."
+    accelerator = new_accelerator(device="cpu")
+    accelerator.native_amp, accelerator.state._mixed_precision, accelerator.scaler = True, "fp16", torch.amp.GradScaler("cpu", init_scale=2. ** 127, backoff_factor=2. ** -40)
+    model, _ = run(tmp_path, steps=6, ema=.5, accelerator=accelerator)
+    with open(tmp_path / "metrics.csv", newline="") as file: skipped = [int(row["skipped"]) for row in csv.DictReader(file)]
+    assert skipped[0] == 1 and skipped[-1] == 0 and sorted(skipped, reverse=True) == skipped
+    assert all(p.isfinite().all() for p in model.parameters())
+    new_accelerator()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_shapes', 'check_batch', 'to_device', 'PointBatch', 'offsets', 'to_padded', 'from_padded', 'cat_points',
-           'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample', 'cat_views', 'collate', 'data_dir']
+__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'PointBatch', 'offsets', 'to_padded', 'from_padded',
+           'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample', 'cat_views', 'collate', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #6081e8ee
 def check_shapes(
@@ -53,9 +53,15 @@ def to_device(
     device,  # where to put it
 ):
     "The same object with every tensor in it on `device`; plain values stay."
-    if isinstance(x, Tensor): return x.to(device, non_blocking=True)
+    if isinstance(x, Tensor): return x.to(device, non_blocking=torch.device(device).type != "cpu")  # towards the processor it would return before the values are there
     if not is_dataclass(x): return x
     return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+
+def full_precision(
+    x: Tensor,  # on the device that computes
+) -> torch.autocast:  # for `with`
+    "No autocast inside: with bfloat16 a point moves by centimetres and falls on another pixel."
+    return torch.autocast(x.device.type, enabled=False)
 
 @dataclass(frozen=True, eq=False)
 class PointBatch:
@@ -232,10 +238,14 @@ def cat_views(
     "Views behind one another; each part's clouds are renumbered by its shift."
     if len({v.camera.hw for v in views}) != 1:
         raise ValueError(f"cat_views: expected images of one size, got {sorted({v.camera.hw for v in views})}")
-    join = lambda xs: None if any(x is None for x in xs) else torch.cat(xs)
+    def join(name):
+        xs = [getattr(v, name) for v in views]
+        if all(x is None for x in xs): return None
+        if any(x is None for x in xs): raise ValueError(f"cat_views: expected {name} in all views or in none, {sum(x is None for x in xs)} of {len(xs)} parts have none")
+        return torch.cat(xs)
     camera = CameraBatch(torch.cat([v.camera.world_to_cam for v in views]), torch.cat([v.camera.K for v in views]), views[0].camera.hw,
                          torch.cat([v.camera.batch + s for v, s in zip(views, shift)]))
-    return ViewBatch(camera, *(join([getattr(v, name) for v in views]) for name in ("rgb", "depth", "mask")))
+    return ViewBatch(camera, *map(join, ("rgb", "depth", "mask")))
 
 def collate(
     samples: list[Sample],  # one or more samples, each of one or more clouds
@@ -246,7 +256,8 @@ def collate(
     packed = PointBatch(torch.cat([p.xyz for p in points]), torch.cat([p.feat for p in points]),
                         torch.cat([p.batch + s for p, s in zip(points, start)]), start[-1])
     labels = [s.label for s in samples]
-    label = None if any(l is None for l in labels) else torch.cat([l.reshape(-1) for l in labels])
+    if any(l is None for l in labels) and not all(l is None for l in labels): raise ValueError("collate: expected labels in all samples or in none")
+    label = None if labels[0] is None else torch.cat([l.reshape(-1) for l in labels])
     return Sample(packed, cat_views([s.ref for s in samples], start), cat_views([s.target for s in samples], start), label)
 
 # %% ../nbs/00_core.ipynb #1f437284

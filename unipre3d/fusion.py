@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .core import CameraBatch, PointBatch, ViewBatch, cat_points, check_shapes, offsets
+from .core import CameraBatch, PointBatch, ViewBatch, cat_points, check_shapes, full_precision, offsets
 from .geometry.cameras import unproject
 from .geometry.sparse import SubMConv3d, merge_voxels, point_cells
 
@@ -47,10 +47,11 @@ def visible_pixels(
     (H, W), (h, w) = cameras.hw, hw
     view, point = view_point_pairs(points.batch, points.size, cameras.batch)
     pose, K = cameras.world_to_cam, cameras.K
-    xyz = (pose[view, :3, :3] @ points.xyz[point, :, None])[..., 0] + pose[view, :3, 3]
-    depth = xyz[:, 2]
-    front = depth > 0
-    uv = (K[view, :2] @ xyz[:, :, None])[..., 0] / torch.where(front, depth, torch.ones_like(depth))[:, None]
+    with full_precision(points.xyz):
+        xyz = (pose[view, :3, :3] @ points.xyz[point, :, None])[..., 0] + pose[view, :3, 3]
+        depth = xyz[:, 2]
+        front = depth > 0
+        uv = (K[view, :2] @ xyz[:, :, None])[..., 0] / torch.where(front, depth, torch.ones_like(depth))[:, None]
     column, row = (uv[:, 0] * (w / W)).floor(), (uv[:, 1] * (h / H)).floor()
     inside = front & (column >= 0) & (column < w) & (row >= 0) & (row < h)
     point, depth = point[inside], depth[inside]
@@ -162,8 +163,9 @@ def join_voxels(
     batch = torch.cat([points.batch, image.batch])
     own = (torch.arange(len(batch), device=batch.device) < len(points))[batch.argsort(stable=True)]
     voxels, inverse = merge_voxels(cat_points(points, image), voxel_size)
-    feat, _ = mean_over_views(image.feat, inverse[~own], len(voxels))
-    return voxels.with_feat(feat.index_add(0, inverse[own], points.feat))
+    kind = torch.promote_types(points.feat.dtype, image.feat.dtype)                                     # they differ under autocast
+    feat, _ = mean_over_views(image.feat.to(kind), inverse[~own], len(voxels))
+    return voxels.with_feat(feat.index_add(0, inverse[own], points.feat.to(kind)))
 
 # %% ../nbs/51_fusion.ipynb #b301b449
 class PointFusion(NoFusion):

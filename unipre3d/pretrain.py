@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from .render import render
 # %% auto #0
 __all__ = ['UniPre3D', 'predict', 'rows_of_views', 'save_views', 'step_loss', 'learning_rate', 'evaluate', 'constant_baselines',
            'save_tensors', 'load_tensors', 'run_state', 'load_run_state', 'stop_requests', 'MetricsFile',
-           'average_weights', 'train']
+           'average_weights', 'new_accelerator', 'train']
 
 # %% ../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -260,6 +261,15 @@ def average_weights(
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 # %% ../nbs/60_pretrain.ipynb #1f562091
+def new_accelerator(
+    mixed_precision: str = "no",  # "no", "bf16" or "fp16"
+    device: str = "auto",  # "auto" takes a GPU if there is one; "cpu"
+) -> Accelerator:
+    "One for a run; an earlier run of this process may have had another precision."
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
+
+# %% ../nbs/60_pretrain.ipynb #27a40784
 def train(
     model: UniPre3D,
     image_net: Callable | None,  # frozen image features; None without fusion
@@ -282,7 +292,7 @@ def train(
     backend: str = "auto",  # renderer
 ) -> int:  # steps done: `steps`, or fewer if the run was interrupted (and saved)
     "Pre-train `model` in place; its averaged weights are in checkpoint.safetensors (section 3)."
-    accelerator, folder = accelerator or Accelerator(cpu=not torch.cuda.is_available()), Path(folder)
+    accelerator, folder = accelerator or new_accelerator(), Path(folder)
     model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     average = average_weights(model, ema)
@@ -313,13 +323,13 @@ def train(
                                   background_weight=background_weight, backend=backend)
             accelerator.backward(loss)
             norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), clip))
-            if math.isfinite(norm):                               # a step that is not finite is skipped, and says so in its row
-                optimizer.step()
-                average.update_parameters(model)
+            if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()                              # the scaler of float16 skips by itself, and learns from it
+            skipped = not math.isfinite(norm) or accelerator.optimizer_step_was_skipped                 # and the step's row says so
+            if not skipped: average.update_parameters(model)
             optimizer.zero_grad()
             step += 1
             row = {"step": step, "lr": rate, "loss": float(accelerator.reduce(loss.detach(), "mean")), "grad_norm": norm,
-                   "psnr": float(accelerator.reduce(psnr(rgb.detach(), sample.target.rgb).mean(), "mean")), "skipped": int(not math.isfinite(norm))}
+                   "psnr": float(accelerator.reduce(psnr(rgb.detach(), sample.target.rgb).mean(), "mean")), "skipped": int(skipped)}
             if main:
                 for every, watch in watches:
                     if step % every == 0 or step == steps: row |= watch(average.module, step) or {}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from . import backbones, fusion
+from .backbones.backbone import Backbone
 from .core import Sample, collate
 from .data.loaders import FEATURES, ObjectSamples, SceneSamples, eval_loader, make_loader
 from .data.scannet import ScanNetFrames
@@ -23,14 +23,15 @@ from .data.shapenet import ShapeNetViews
 from .data.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
-from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, predict, save_views, train
+from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
 from .records import check_record, code_version, hardware, read_config, write_json
 from .render import render
 
 # %% auto #0
 __all__ = ['SCENES', 'ROOMS', 'SCANNET', 'SMALL', 'SHAPENET', 'PTV3_MINI', 'recipes', 'LAYOUTS', 'Recipe', 'find_recipe',
-           'build_image_net', 'build_fusion', 'build_model', 'build_data', 'object_samples', 'scene_samples',
-           'training_batches', 'held_out', 'free_folder', 'read_recipe', 'history', 'picture', 'pretrain', 'load_run']
+           'build_image_net', 'build_fusion', 'build_backbone', 'build_model', 'build_data', 'object_samples',
+           'scene_samples', 'training_batches', 'held_out', 'free_folder', 'read_recipe', 'history', 'picture',
+           'pretrain', 'load_run']
 
 # %% ../nbs/61_recipes.ipynb #4615c1ff
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Recipe:
     n_ref: int = 1  # reference views of a cloud, which the image model sees
     n_target: int = 4  # target views of a cloud, which are rendered; never a reference view
     max_gap: int = 5  # scenes: a reference view is at most this many frames from a target
+    intrinsics: str = "files"  # scenes: of the cameras; "standard" for ScanNet's usual ones, where a folder has none
     rotate: bool = True  # turn points and cameras together about the vertical axis in training
     # model
     image: str = "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a local folder or a hub id
@@ -120,7 +122,7 @@ recipes: dict[str, Recipe] = {
     "object-ptv3-mini": Recipe(about="objects: a small PTv3", **SMALL, backbone="PTv3", backbone_options=PTV3_MINI | dict(voxel_size=.04)),
     "object-pointnet2": Recipe(about="the paper's objects with PointNet++; one GPU", **SHAPENET, backbone="PointNet2"),
     "object-pointmlp": Recipe(about="the paper's objects with PointMLP; one GPU", **SHAPENET, features=("xyz", "height"), backbone="PointMLP"),
-    "object-pcm": Recipe(about="the paper's objects with Point Cloud Mamba; one GPU", **SHAPENET, features=("xyz", "height"), backbone="PCM"),
+    "object-pcm": Recipe(about="the paper's objects with Point Cloud Mamba; one GPU", **SHAPENET, features=("xyz", "height"), backbone="PCM", backbone_options=dict(spare_head=False)),
     "object-mamba3d": Recipe(about="the paper's objects with Mamba3D; one GPU", **SHAPENET, backbone="Mamba3D"),
     "scene-sparseunet-mini": Recipe(
         about="rooms: a small SparseUNet with point fusion on composed rooms, minutes on two CPU cores",
@@ -159,23 +161,31 @@ def build_fusion(
     image_width: int,  # channels of the image maps
 ) -> fusion.NoFusion:
     "The fusion of a recipe, as wide as the features that it joins."
+    if recipe.fusion not in ("NoFusion", "FeatureFusion", "PointFusion"): raise ValueError(f'fusion: expected NoFusion, FeatureFusion or PointFusion, got "{recipe.fusion}"')
     if recipe.fusion == "NoFusion": return fusion.NoFusion()
     if recipe.fusion == "FeatureFusion": return fusion.FeatureFusion(backbone.body_width, image_width)
     if not hasattr(backbone, "voxel_size"): raise ValueError(f"fusion: PointFusion needs a backbone on voxels (SparseUNet, PTv3), got {recipe.backbone}")
     return fusion.PointFusion(backbone.stem_width, image_width, backbone.voxel_size)
+
+def build_backbone(
+    recipe: Any,  # any recipe with backbone, backbone_options, features and seed
+) -> Backbone:
+    "The backbone of a recipe, with weights drawn from its seed."
+    known = {c.__name__: c for c in vars(backbones).values() if isinstance(c, type) and issubclass(c, Backbone)}
+    if recipe.backbone not in known: raise ValueError(f'backbone: expected one of {", ".join(known)}; got "{recipe.backbone}"')
+    kind, given = known[recipe.backbone], recipe.features
+    if kind.columns == "only" and given != ("xyz",): raise ValueError(f"features: {recipe.backbone} reads coordinates only, expected ('xyz',), got {given}")
+    if kind.columns == "first" and given[:1] != ("xyz",): raise ValueError(f"features: {recipe.backbone} reads coordinates first, expected 'xyz' before others, got {given}")
+    torch.manual_seed(recipe.seed)
+    try: return kind(**{"in_channels": sum(FEATURES[name] for name in given)} | recipe.backbone_options)
+    except TypeError as error: raise ValueError(f"backbone_options: {recipe.backbone} does not take them ({error})") from error
 
 def build_model(
     recipe: Recipe,
     image_width: int,  # channels of the image maps
 ) -> UniPre3D:
     "Backbone, fusion and head of a recipe, with weights drawn from its seed."
-    for what, module, name in (("backbone", backbones, recipe.backbone), ("fusion", fusion, recipe.fusion)):
-        known = [n for n in dir(module) if isinstance(getattr(module, n), type) and issubclass(getattr(module, n), nn.Module)]
-        if name not in known: raise ValueError(f'{what}: expected one of {", ".join(known)}; got "{name}"')
-    torch.manual_seed(recipe.seed)
-    options = {"in_channels": sum(FEATURES[name] for name in recipe.features)} | recipe.backbone_options
-    try: backbone = getattr(backbones, recipe.backbone)(**options)
-    except TypeError as error: raise ValueError(f"backbone_options: {recipe.backbone} does not take them ({error})") from error
+    backbone = build_backbone(recipe)
     join = build_fusion(recipe, backbone, image_width)
     head = GaussianHead(backbone.width, sh_degree=recipe.sh_degree, max_offset=recipe.max_offset,
                         initial_scale=recipe.initial_scale, min_scale=recipe.min_scale)
@@ -214,7 +224,7 @@ def scene_samples(
     if root == "rooms":
         from unipre3d.data.rooms import embedded_rooms            # composing needs a ray tracer, reading does not
         root = embedded_rooms(rooms=recipe.rooms)
-    frames = ScanNetFrames(root, split=split, hw=(recipe.resolution, recipe.resolution * 4 // 3), cache_bytes=recipe.cache_mb * 2 ** 20)
+    frames = ScanNetFrames(root, split=split, hw=(recipe.resolution, recipe.resolution * 4 // 3), intrinsics=recipe.intrinsics, cache_bytes=recipe.cache_mb * 2 ** 20)
     return SceneSamples(frames, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, max_gap=recipe.max_gap,
                         features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
 
@@ -292,7 +302,7 @@ def pretrain(
     say: Callable[[str], None] = print,  # where messages go
 ) -> dict | None:  # the record; None if the run was interrupted
     "Run a recipe: train, watch, evaluate on the whole validation split, write the record."
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
+    accelerator = new_accelerator(recipe.mixed_precision, device)
     folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
     data, val = build_data(recipe, "train"), build_data(recipe, "val")
     image_net = build_image_net(recipe)

@@ -63,7 +63,8 @@ def freeze(
 
 class Backbone(nn.Module):
     "Points to features in three parts; a model defines `stem`, `body`, `norm` and the three widths."
-    in_channels: int  # columns of the input that are read; the first three are the coordinates
+    columns: str = "first"  # where coordinates are among the columns of the input: "first" (read from `xyz`), "only" (no other is read), "any" (a column is a column)
+    in_channels: int  # columns of the input that are read
     stem_width: int   # features after stem
     body_width: int   # features after body, before norm
     width: int        # features after norm

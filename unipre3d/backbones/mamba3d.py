@@ -82,6 +82,8 @@ class Mamba3DBlock(nn.Module):
 # %% ../../nbs/backbones/45_mamba3d.ipynb #ccb9548e
 class Mamba3D(Backbone):
     "Mamba3D as released with UniPre3D; returns one row for each group centre."
+    columns = "only"
+
     def __init__(self, *,
         in_channels: int = 3,            # columns of the input; the model reads the coordinates only
         num_groups: int = 128,           # centres (tokens) for each cloud

@@ -247,6 +247,8 @@ def _each(name: str, value: Any, count: int) -> tuple:
 
 class PTv3(Backbone):
     "Point Transformer V3 (Wu et al., 2024) as released with UniPre3D; returns one row for each occupied voxel."
+    columns = "any"
+
     def __init__(self, *,
         in_channels: int = 6,                                  # columns of feat that are read
         voxel_size: float = .02,                               # edge of a voxel, metres or object units

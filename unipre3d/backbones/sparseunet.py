@@ -59,6 +59,8 @@ def unscramble(
 
 class SparseUNet(Backbone):
     "The sparse residual U-Net of the released scene models (MinkUNet34 in its layers); one row for each voxel."
+    columns = "any"
+
     def __init__(self, *,
         in_channels: int = 6,               # columns of the points' features that are read
         base_channels: int = 32,            # width of the stem

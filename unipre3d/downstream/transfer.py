@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .. import backbones
 from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
-from ..data.loaders import FEATURES, about_z, make_loader, recolor
+from ..data.loaders import about_z, make_loader, recolor
 from ..records import check_record, code_version, data_hash, hardware, read_config, write_json
-from ..pretrain import MetricsFile, average_weights, learning_rate, load_run_state, load_tensors, run_state, save_tensors, stop_requests
+from ..pretrain import MetricsFile, average_weights, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests
+from ..recipes import build_backbone
 
 # %% auto #0
 __all__ = ['Cloud', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
            'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'shift',
            'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'finetune',
-           'Labelled', 'FinetuneRecipe', 'loop_options', 'build_backbone', 'Task', 'start_summary', 'run_history',
-           'run_task', 'read_task', 'load_task']
+           'Labelled', 'FinetuneRecipe', 'loop_options', 'Task', 'start_summary', 'run_history', 'run_task',
+           'read_task', 'load_task']
 
 # %% ../../nbs/downstream/70_transfer.ipynb #9274e44e
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def finetune(
     accelerator: Accelerator | None = None,
 ) -> Finetuned:
     "Train a task; the weights that validation chose (without it, the last) are in checkpoint.safetensors."
-    accelerator, folder = accelerator or Accelerator(cpu=not torch.cuda.is_available()), Path(folder)
+    accelerator, folder = accelerator or new_accelerator(), Path(folder)
     if validate is not None and choose not in columns: raise ValueError(f"choose: expected one of {', '.join(columns)}, got {choose!r}")
     if accelerator.num_processes > 1 and 0 < frozen_steps < steps: raise ValueError(f"frozen_steps: expected 0 or all {steps} steps with several processes, got {frozen_steps}")
     model.to(accelerator.device)
@@ -326,11 +326,11 @@ def finetune(
             with accelerator.autocast(): value, scores = loss(wrapped, to_device(batch, accelerator.device))
             accelerator.backward(value)
             norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), clip))
-            if math.isfinite(norm):                                # a step that is not finite is skipped, and says so in its row
-                optimizer.step()
-                if ema: average.update_parameters(model)
+            if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()                              # as in pre-training
+            skipped = not math.isfinite(norm) or accelerator.optimizer_step_was_skipped
+            if ema and not skipped: average.update_parameters(model)
             optimizer.zero_grad()
-            row = {"lr": rate, "loss": float(accelerator.reduce(value.detach(), "mean")), "grad_norm": norm, "skipped": int(not math.isfinite(norm)), "frozen": int(step < frozen_steps)}
+            row = {"lr": rate, "loss": float(accelerator.reduce(value.detach(), "mean")), "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
             step += 1
             if main:
                 if validate is not None and (step % validate_every == 0 or step == steps):
@@ -398,17 +398,6 @@ def loop_options(
     if recipe.probe and recipe.frozen_steps: raise ValueError(f"frozen_steps: expected 0 with probe, which freezes the backbone for the whole run; got {recipe.frozen_steps}")
     return {k: getattr(recipe, k) for k in same} | {"frozen_steps": recipe.steps if recipe.probe else recipe.frozen_steps}
 
-def build_backbone(
-    recipe: FinetuneRecipe,
-) -> Backbone:
-    "The backbone of a recipe, with weights drawn from its seed."
-    known = {c.__name__: c for c in vars(backbones).values() if isinstance(c, type) and issubclass(c, Backbone)}
-    if recipe.backbone not in known: raise ValueError(f'backbone: expected one of {", ".join(known)}; got "{recipe.backbone}"')
-    torch.manual_seed(recipe.seed)
-    options = {"in_channels": sum(FEATURES[name] for name in recipe.features)} | recipe.backbone_options
-    try: return known[recipe.backbone](**options)
-    except TypeError as error: raise ValueError(f"backbone_options: {recipe.backbone} does not take them ({error})") from error
-
 # %% ../../nbs/downstream/70_transfer.ipynb #5c746270
 @dataclass(frozen=True)
 class Task:
@@ -458,7 +447,7 @@ def run_task(
     say: Callable[[str], None] = print,  # where messages go
 ) -> dict | None:  # the record; None if the run was interrupted
     "Run a recipe: start, train, choose by validation, ask the test clouds once, write the record."
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
+    accelerator = new_accelerator(recipe.mixed_precision, device)
     folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
     world = accelerator.num_processes
     if recipe.batch_size % world or recipe.batch_size // world < 1: raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {recipe.batch_size}")

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..core import CameraBatch, check_shapes
+from ..core import CameraBatch, check_shapes, full_precision
 
 # %% ../../nbs/geometry/10_cameras.ipynb #8f894dab
 def intrinsics_from_fov(
@@ -57,10 +57,11 @@ def project(
     "Every point in every camera; `inside` = own cloud, in front, within the image. Behind the camera `uv` is defined but meaningless."
     check_shapes("project", xyz=(xyz, "n 3"), batch=(batch, "n"))
     R, t = cameras.world_to_cam[:, :3, :3], cameras.world_to_cam[:, :3, 3]
-    camera_xyz = torch.einsum("vij,nj->vni", R, xyz) + t[:, None]
-    depth = camera_xyz[..., 2]
-    safe = torch.where(depth.abs() < 1e-12, torch.full_like(depth, 1e-12), depth)
-    uv = torch.einsum("vij,vnj->vni", cameras.K[:, :2], camera_xyz) / safe[..., None]
+    with full_precision(xyz):
+        camera_xyz = torch.einsum("vij,nj->vni", R, xyz) + t[:, None]
+        depth = camera_xyz[..., 2]
+        safe = torch.where(depth.abs() < 1e-12, torch.full_like(depth, 1e-12), depth)
+        uv = torch.einsum("vij,vnj->vni", cameras.K[:, :2], camera_xyz) / safe[..., None]
     (h, w), (u, v) = cameras.hw, uv.unbind(-1)
     inside = (cameras.batch[:, None] == batch) & (depth > 0) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
     return uv, depth, inside
@@ -76,7 +77,8 @@ def unproject(
     valid = torch.isfinite(depth) & (depth > 0)
     z = torch.where(valid, depth, torch.zeros_like(depth))
     v, u = torch.meshgrid(torch.arange(h, **kw) + .5, torch.arange(w, **kw) + .5, indexing="ij")
-    ray = torch.einsum("vij,hwj->vhwi", torch.linalg.inv(cameras.K), torch.stack([u, v, torch.ones_like(u)], -1))
-    pose = cameras.cam_to_world
-    xyz = torch.einsum("vij,vhwj->vhwi", pose[:, :3, :3], ray * z[..., None]) + pose[:, None, None, :3, 3]
+    with full_precision(z):
+        ray = torch.einsum("vij,hwj->vhwi", torch.linalg.inv(cameras.K), torch.stack([u, v, torch.ones_like(u)], -1))
+        pose = cameras.cam_to_world
+        xyz = torch.einsum("vij,vhwj->vhwi", pose[:, :3, :3], ray * z[..., None]) + pose[:, None, None, :3, 3]
     return xyz * valid[..., None], valid

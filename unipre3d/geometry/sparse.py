@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import PointBatch, check_shapes
+from ..core import PointBatch, check_shapes, full_precision
 from .pointops import voxel_mean, voxelize
 from .serialization import grid_coordinates
 
@@ -299,7 +299,8 @@ def _run_spconv(x: SparseTensor, kind: str, layer: nn.Module, known: dict, key: 
     del theirs.weight
     theirs.weight = layer.weight.to(x.feat.dtype)
     theirs.train()  # in evaluation mode spconv cuts the graph, and its rulebook has no way back
-    return theirs(spconv.SparseConvTensor(x.feat, x.index.int(), list(x.shape), x.size, indice_dict=dict(known)))
+    with full_precision(x.feat):  # under autocast, even to bfloat16, spconv would compute in float16
+        return theirs(spconv.SparseConvTensor(x.feat, x.index.int(), list(x.shape), x.size, indice_dict=dict(known)))
 
 class _SparseLayer(nn.Module):
     "What the three layers share: weights, bias, checks."
