@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix, 
 
 import unipre3d.downstream.semantic as semantic
 from unipre3d.backbones import PointNet2, PTv3, SparseUNet, StandardTransformer
-from unipre3d.core import to_device
+from unipre3d.core import data_dir, to_device
 from unipre3d.data.downstream import S3DIS, scannet_labels, write_s3dis
 from unipre3d.data.loaders import make_loader
 from unipre3d.data.scannet import box_cloud, write_cloud
@@ -21,6 +22,7 @@ from unipre3d.downstream.semantic import (ScanNetRooms, ScenePoints, SemanticMod
                                           show_voxels, split_rooms)
 from unipre3d.downstream.transfer import Augment, Labelled, load_task, run_task
 from unipre3d.pretrain import load_tensors
+from unipre3d.viewer import label_palette
 
 UNET = dict(base_channels=8, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1), voxel_size=.2)
 STRONG = Augment(rotate="up", scale=(.8, 1.2), shift=.3, jitter=.01, drop=.4, color=.2)
@@ -236,6 +238,13 @@ def test_the_near_point_is_painted_and_backs_are_left_out():
     image = paint_room(xyz, rgb, turned=0., tilt=np.pi / 2, hw=(21, 21), dot=1)
     assert image[10, 10].tolist() == [0, 9, 0] and (image == 255).all(2).sum() == 21 * 21 - 3
     assert (paint_room(xyz, rgb, np.float32([[0, 0, -1]] * 4)) == 255).all()
+
+
+def test_the_committed_picture_has_the_colours_of_its_legend():
+    picture = plt.imread(data_dir() / "records" / "sem-rooms-mini.png")[..., :3]
+    with np.load(data_dir() / "records" / "sem-rooms-mini.npz") as room: kinds = np.union1d(room["truth"], room["found"])
+    rows = np.round(255 * picture).astype(np.uint8).reshape(-1, 3)
+    assert [k for k in kinds if (rows == label_palette(20)[k]).all(1).sum() < 20] == []
 
 
 # ---------------------------------------------------------------- runs
