@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from build_site import options  # noqa: E402
+from sidebar import sidebar  # noqa: E402
 
 NOTEBOOKS = sorted((p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
 
@@ -132,6 +133,39 @@ def test_page_opens_and_closes_for_the_reader(path):
             if -1 in found or found != sorted(found): yield f"{path.name}: the first paragraph must say 'You will learn ...', 'It needs ...' and 'It runs ...', in this order"
         if not re.search(r"\b[Nn]ext\b", closing) or "](" not in closing: yield f"{path.name}: the last paragraph must say what comes next, with a link: '{closing[:60]}'"
     complain(missing())
+
+
+# ---------------------------------------------------------------- one walk through the book
+
+def walk():
+    "The pages in the order of the sidebar."
+    return [ROOT / "nbs" / name for name in re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))]
+
+
+def links(path, text):
+    "The pages that a text of this page links to."
+    return [(path.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.ipynb)\)", text)]
+
+
+def markdown(path):
+    return [text for kind, _, _, text in cells(path) if kind == "markdown"]
+
+
+def test_sidebar_is_the_one_that_the_tool_writes():
+    assert (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8") == sidebar() and sorted(walk()) == sorted(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path, after", list(zip(walk(), [*walk()[1:], walk()[0]])), ids=names(walk()))
+def test_next_leads_to_the_page_below_in_the_sidebar(path, after):
+    closing = markdown(path)[-1].split("\n\n")[-1]
+    first = links(path, closing[re.search(r"\b[Nn]ext\b|$", closing).end():])[:1]
+    if first != [after]: complain([f"{path.name}: the first link after 'Next' must be {after.name}, the page below in nbs/sidebar.yml; it is {first[0].name if first else 'missing'}"])
+
+
+def test_table_of_the_landing_page_walks_the_sidebar():
+    landing = walk()[0]
+    rows = [line for text in markdown(landing) for line in text.split("\n") if line.startswith("| [")]
+    assert links(landing, "\n".join(line.split("|")[1] for line in rows)) == walk()[1:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))

@@ -1,5 +1,6 @@
 """The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to;
-tutorials follow the start, and the data come before the geometry that their chapters refer to.
+tutorials follow the start, and the data that come with the package stand before the readers of yours. Each page's "Next" leads to the
+page below it, and the landing page's table has the same order (tests/test_structure.py).
 
     python tools/sidebar.py            write nbs/sidebar.yml
 """
@@ -7,10 +8,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {0: "Start here", "tutorials": "Tutorials", 2: "Data", 1: "Geometry", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, renderer, losses",
+PARTS = {0: "Start here", "tutorials": "Tutorials", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, renderer, losses",
          6: "Pre-training", 7: "Downstream", 8: "Results and differences", 9: "Command line and API"}
 
-FIRST = ["index", "idea", "meshes", "labels", "backbone"]  # pages without a number, in this order
+FIRST = ["index", "idea", "meshes", "labels", "backbone",  # pages without a number, in this order
+         "20_furniture", "21_rooms", "27_shapes", "28_scans"]  # and pages that stand before the others of their part
 
 
 def part_of(path):
