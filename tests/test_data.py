@@ -1,6 +1,6 @@
 """The embedded furniture, the released layout, and the loaders."""
-import csv, json, os, pickle, shutil, zipfile
-from collections import defaultdict
+import configparser, csv, json, os, pickle, shutil, zipfile
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from unipre3d.core import CameraBatch, collate, data_dir
-from unipre3d.data import furniture, shapenet
+from unipre3d.data import furniture, prepare, shapenet
 from unipre3d.data.loaders import ObjectSamples, StepSampler, about_z, eval_loader, make_loader, rotate_world
-from unipre3d.data.shapenet import ShapeNetViews, export_objects, read_pose, turntable
+from unipre3d.data.shapenet import ShapeNetViews, export_objects, read_pose, split_objects, turntable
 from unipre3d.geometry.cameras import project
 
 PARITY = Path(__file__).parent / "parity"
@@ -209,6 +209,92 @@ def test_parity_of_points_and_rotation(tmp_path):
 def test_parity_of_the_video_path():
     want = load_file(PARITY / "cameras_continuous_pose.safetensors")["out/c2w_400x4x4"]
     np.testing.assert_allclose(turntable(200, z_up=False), want, atol=2e-6)
+
+
+# ---- splits of files that bring no table
+
+@pytest.fixture()
+def bare(tmp_path):
+    "Forty objects in two synsets of the released layout: folders with a cloud, nothing else."
+    for k in range(40):
+        synset = ("02691156", "03001627")[k % 2]
+        pts = tmp_path / "root" / synset / f"m{k}" / "pts"
+        pts.mkdir(parents=True)
+        np.save(pts / f"{synset}-m{k}.npy", np.eye(3, dtype=np.float32))
+    return tmp_path / "root"
+
+
+def released(root, split=None, **options): return ShapeNetViews(root, split=split, convention="released", **options)
+
+
+def test_without_lists_names_decide(bare):
+    with pytest.warns(UserWarning, match=r"^[^\n]*root: no lists train.txt, val.txt, test.txt \(one <synset>-<model> a line\)[^\n]*$") as said:
+        parts = {s: released(bare, s).items for s in ("train", "val", "test")}
+    assert {s: len(p) for s, p in parts.items()} == dict(train=30, val=2, test=8) and len({str(w.message) for w in said}) == 1
+    assert sorted(sum(parts.values(), [])) == released(bare).items
+    with pytest.warns(UserWarning): assert set(released(bare, "test", classes=["03001627"]).items) == {i for i in parts["test"] if i[0] == "03001627"}
+    with pytest.raises(ValueError) as e: released(bare, "tset")
+    one_line(e, "train, val, test", "tset")
+
+
+def test_a_list_decides(bare):
+    (bare / "train.txt").write_text("02691156-m0.npy\n03001627-m1\n\n03001627-gone\n")
+    with pytest.warns(UserWarning, match="left out 1 of 3 objects.*03001627-gone"): data = released(bare, "train")
+    assert data.items == [("02691156", "m0"), ("03001627", "m1")]
+    with pytest.raises(FileNotFoundError) as e: released(bare, "val")                          # a list for one split and none for another
+    one_line(e, bare / "val.txt", "<synset>-<model>")
+    with pytest.warns(UserWarning), pytest.raises(ValueError) as e: released(bare, "train", classes=[])
+    one_line(e, bare, "train")
+
+
+@pytest.mark.parametrize("text", ["", "02691156/m0\n", "no list at all\n" * 9])
+def test_error_a_list_that_names_nothing(bare, text):
+    (bare / "val.txt").write_text(text)
+    with pytest.raises(ValueError) as e: released(bare, "val")
+    one_line(e, bare / "val.txt", "<synset>-<model>", "there is 02691156/m0")
+
+
+def test_error_a_root_that_is_too_high(bare):
+    merged = bare.parent / "merged"
+    merged.mkdir(); bare.rename(merged / "image")
+    with pytest.raises(ValueError) as e: released(merged, "train")
+    one_line(e, merged, "<synset>/<model>/pts/<synset>-<model>.npy", "synsets")
+    (merged / "train.txt").write_text("02691156-m0\n")
+    with pytest.raises(ValueError) as e: released(merged, "train")
+    one_line(e, merged / "train.txt", "'02691156-m0'", "there is image/02691156", "synsets")
+
+
+@pytest.mark.parametrize("counts", [[4] * 10, [1] * 12, [2, 1], [40], [30, 1, 1], [3, 3, 3]])
+@pytest.mark.parametrize("shares", [(.8, .1, .1), (.75, .05, .2), (.1, .8, .1), (.9, 0, .1)])
+def test_no_split_is_empty(counts, shares):
+    objects = [(f"class{c}", f"{k}") for c, n in enumerate(counts) for k in range(n)]
+    made = split_objects(objects, shares)
+    assert set(made) == set(objects) and made == split_objects(objects[::-1], shares)
+    have = Counter(made.values())
+    assert all(have[s] for s, share in zip(("train", "val", "test"), shares) if share) and ("val" in have) == bool(shares[1])
+    assert have["train"] >= 1 and sum(have.values()) == len(objects)
+
+
+def test_a_tenth_of_ten_small_classes(tmp_path, monkeypatch):
+    "40 meshes in ten classes: a tenth of each class rounds to nothing, a tenth of all does not."
+    monkeypatch.setattr(prepare, "read_own_mesh", lambda path, up: path)
+    monkeypatch.setattr(prepare, "prepare_own", lambda mesh, name, folder, **_: ({}, {}))
+    files = [tmp_path / f"class{k % 10}" / f"{k}.obj" for k in range(40)]
+    with zipfile.ZipFile(prepare.prepare_meshes(files, tmp_path / "mine.zip")) as z: rows = list(csv.DictReader(z.read("objects.csv").decode().splitlines()))
+    assert Counter(r["split"] for r in rows) == dict(train=32, val=4, test=4)
+    assert all(sum(r["class"] == f"class{k}" and r["split"] == "train" for r in rows) >= 2 for k in range(10))
+    monkeypatch.setattr(prepare, "prepare_own", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(ValueError) as e: prepare.prepare_meshes(files[:2], tmp_path / "few.zip")
+    one_line(e, "prepare_meshes: split", "train, val, test", "found 2")
+    assert not (tmp_path / "few.zip").exists()
+
+
+def test_trimesh_has_what_is_called():
+    "`trimesh.load_scene` came with 4.6."
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parent.parent / "settings.ini")
+    low, = [w.removeprefix("trimesh>=") for w in config["DEFAULT"]["requirements"].split() if w.startswith("trimesh")]
+    assert tuple(map(int, low.split("."))) >= (4, 6)
 
 
 # ---- errors: one line that names the file, what was expected and what was found

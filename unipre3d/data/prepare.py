@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/25_prepare.ipynb #b083cc6d
 from __future__ import annotations
-import hashlib, io, json, os, zipfile, zlib
+import io, json, os, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from .furniture import CONVENTION, Material, Mesh, Tracer, csv_text, normalise, orbit, orbit_poses, pack_cloud, render_view, smooth_normals, surface_cloud
+from .shapenet import split_objects
 
 # %% auto #0
-__all__ = ['TO_Z_UP', 'MESHES', 'face_materials', 'read_own_mesh', 'prepare_own', 'find_meshes', 'choose_splits',
-           'prepare_meshes']
+__all__ = ['TO_Z_UP', 'MESHES', 'face_materials', 'read_own_mesh', 'prepare_own', 'find_meshes', 'prepare_meshes']
 
 # %% ../../nbs/data/25_prepare.ipynb #bdae12af
 TO_Z_UP = dict(z=np.eye(3), y=np.array([[1., 0, 0], [0, 0, -1], [0, 1, 0]]), x=np.array([[0., 0, -1], [0, 1, 0], [1, 0, 0]]))  # rows of a rotation
@@ -93,18 +93,6 @@ def find_meshes(
     return found
 
 # %% ../../nbs/data/25_prepare.ipynb #8bb6444f
-def choose_splits(
-    names: list[str],  # of one class
-    shares: tuple[float, float, float],  # of train, val and test; they add up to one
-    seed: int = 0,
-) -> list[str]:  # a split for each name
-    "Splits by the order of hashed names: at least one training object, and val and test get their share rounded."
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed} {names[i]}".encode()).digest())
-    test, val = (min(round(len(names) * s), len(names) - 1) for s in (shares[2], shares[1]))
-    split = ["test"] * test + ["val"] * min(val, len(names) - 1 - test)
-    split += ["train"] * (len(names) - len(split))
-    return [split[order.index(i)] for i in range(len(names))]
-
 def prepare_meshes(
     files: list[str | Path],  # each in a folder that is named like its class
     out: str | Path,  # the data set, a zip
@@ -123,10 +111,7 @@ def prepare_meshes(
     if out.suffix != ".zip": raise ValueError(f"prepare_meshes: out: expected a name that ends in .zip, got {out}")
     keys = [(f.resolve().parent.name, f.stem) for f in files]
     if twice := [k for k in keys if keys.count(k) > 1]: raise ValueError(f"prepare_meshes: files: expected one {'/'.join(twice[0])}, found {keys.count(twice[0])}; rename all but one")
-    splits = {}
-    for kind in {k for k, _ in keys}:
-        names = [n for k, n in keys if k == kind]
-        splits |= {(kind, n): s for n, s in zip(names, choose_splits(names, split, seed))}
+    splits = split_objects(keys, split, seed, "prepare_meshes: split")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(f".{os.getpid()}.part")
     try:

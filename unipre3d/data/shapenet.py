@@ -4,8 +4,8 @@
 
 # %% ../../nbs/data/22_shapenet.ipynb #d590c323
 from __future__ import annotations
-import csv, io, json, os, zipfile
-from collections import OrderedDict
+import csv, hashlib, io, json, os, warnings, zipfile
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
 
 # %% auto #0
-__all__ = ['HALF_TURN', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',
-           'turntable', 'as_views', 'Cache', 'Cloud', 'as_cloud', 'ShapeNetViews', 'export_objects']
+__all__ = ['HALF_TURN', 'SPLITS', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image',
+           'released_points', 'turntable', 'as_views', 'Cache', 'choose_splits', 'split_objects', 'Cloud', 'as_cloud',
+           'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #f6fa8c7b
 class Store:
@@ -29,10 +30,10 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         if not self.root.exists(): raise FileNotFoundError(f"{self.root}: expected a folder or a zip of objects, found nothing there")
-        self.is_zip, self._zip, self._pid = self.root.is_file(), None, None
+        self.is_zip, self._zip, self._pid, self._tree = self.root.is_file(), None, None, None
         if self.is_zip and not zipfile.is_zipfile(self.root): raise ValueError(f"{self.root}: expected a folder or a zip archive, found another kind of file")
 
-    def __getstate__(self): return {**self.__dict__, "_zip": None, "_pid": None}
+    def __getstate__(self): return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
 
     @property
     def zip(self) -> zipfile.ZipFile:
@@ -46,9 +47,24 @@ class Store:
         except (KeyError, FileNotFoundError): raise FileNotFoundError(f"{self.root / name}: expected this file, found nothing there") from None
         except zipfile.BadZipFile as problem: raise ValueError(f"{self.root / name}: expected an intact member of the archive, found {problem}") from None
 
+    def open(self, name: str) -> io.BufferedIOBase:
+        "One file to read from; of a plain file only what is asked for is read."
+        try: return io.BytesIO(self.read(name)) if self.is_zip else open(self.root / name, "rb")
+        except FileNotFoundError: raise FileNotFoundError(f"{self.root / name}: expected this file, found nothing there") from None
+
     def has(self, name: str) -> bool:
         "Whether there is such a file."
         return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
+
+    def names(self, folder: str = "") -> set[str]:
+        "What a folder holds; nothing if there is no such folder."
+        if not self.is_zip: return set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
+        if self._tree is None:
+            self._tree = {}
+            for name in self.zip.namelist():
+                parts = name.rstrip("/").split("/")
+                for k in range(len(parts)): self._tree.setdefault("/".join(parts[:k]), set()).add(parts[k])
+        return self._tree.get(folder, set())
 
     def models(self) -> list[tuple[str, str]]:
         "Every `(synset, model)`: two levels of folders."
@@ -176,6 +192,42 @@ class Cache:
             while self.used > self.limit: self.used -= self.items.popitem(last=False)[1].nbytes
         return value
 
+# %% ../../nbs/data/22_shapenet.ipynb #d4999d42
+SPLITS = ("train", "val", "test")
+
+def choose_splits(
+    names: list[str],  # of one class
+    shares: tuple[float, float, float],  # of train, val and test; they add up to one
+    seed: int = 0,
+) -> list[str]:  # a split for each name
+    "Splits by the order of hashed names: at least one training object, and val and test get their share rounded."
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed} {names[i]}".encode()).digest())
+    test, val = (min(round(len(names) * s), len(names) - 1) for s in (shares[2], shares[1]))
+    split = ["test"] * test + ["val"] * min(val, len(names) - 1 - test)
+    split += ["train"] * (len(names) - len(split))
+    return [s for _, s in sorted(zip(order, split))]
+
+def split_objects(
+    objects: list[tuple[str, str]],  # class and name of each
+    shares: tuple[float, float, float] = (.75, .05, .20),  # of train, val and test in each class; the default is the released code's
+    seed: int = 0,
+    name: str = "split",  # what messages call it
+) -> dict[tuple[str, str], str]:  # a split for each object
+    "Splits of all classes by `choose_splits`; none with a share above 0 is empty."
+    needed = ["train", *(s for s, share in zip(SPLITS[1:], shares[1:]) if share)]
+    if len(objects) < len(needed): raise ValueError(f"{name}: expected at least one object for each of {', '.join(needed)}, found {len(objects)}; add objects, or give a split a share of 0")
+    digest, kinds, out = {o: hashlib.sha256(f"{seed} {'/'.join(o)}".encode()).digest() for o in objects}, {}, {}
+    for kind, one in sorted(objects): kinds.setdefault(kind, []).append(one)
+    for kind, names in kinds.items(): out |= {(kind, n): s for n, s in zip(names, choose_splits(names, shares, seed))}
+    for split, share in zip(SPLITS, shares):
+        if not share or split in out.values(): continue
+        (donor, _), = Counter(out.values()).most_common(1)
+        level, seen = {}, Counter()                                           # the n-th object of its class, by hash
+        for o in sorted((o for o in out if out[o] == donor), key=digest.get): seen[o[0]] += 1; level[o] = seen[o[0]]
+        taken = sorted(level, key=lambda o: (-level[o], digest[o]))           # from the class that has most left
+        for o in taken[:min(len(taken) - 1, max(1, round(share * len(objects))))]: out[o] = split
+    return out
+
 # %% ../../nbs/data/22_shapenet.ipynb #42edb24e
 @dataclass(frozen=True)
 class Cloud:
@@ -198,7 +250,7 @@ class ShapeNetViews:
         self,
         root: str | Path | None = None,  # folder or zip; None means the embedded furniture
         *,
-        split: str | None = None,  # a value of `objects.csv`, or of `<root>/<split>.txt` with lines `<synset>-<model>`; None means all
+        split: str | None = None,  # "train", "val" or "test" by `objects.csv`, or by lists `<root>/<split>.txt` (one `<synset>-<model>` a line), or without lists by `split_objects`; None means all
         classes: list[str] | None = None,  # synsets to keep; labels stay those of the whole data set
         convention: str | None = None,  # "released" for the released files; None reads `convention.json`
         size: int | None = None,  # pixels along an edge; None keeps the images
@@ -210,6 +262,7 @@ class ShapeNetViews:
     ):
         self.store = Store(data_dir() / "furniture.zip" if root is None else root)
         self.size, self.resample, self.z_up, self.cache = size, resample, z_up, Cache(cache_bytes)
+        self.facts = Cache(2**28)  # camera poses and farthest points, whatever cache_bytes is: 3.6 kB for an object of 24 views and 1,024 points, so 70,000 objects
         if convention not in (None, "released"): raise ValueError(f"convention: expected None or 'released', got {convention!r}")
         if convention is None and not self.store.has("convention.json"):
             raise ValueError(f"{self.store.root}: expected convention.json (files that this package wrote); for the released files pass convention='released'")
@@ -220,22 +273,43 @@ class ShapeNetViews:
         if self.store.has("objects.csv"):
             self.table = {(r["class"], r["id"]): r for r in csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))}
         self.parts = json.loads(self.store.read("parts.json")) if self.store.has("parts.json") else {}
-        everything = sorted(self.table) or self.store.models()
-        if not everything: raise FileNotFoundError(f"{self.store.root}: expected <synset>/<model>/ folders, found none")
-        self.classes = sorted({s for s, _ in everything})
-        self.items = self._select(everything, split, classes)
+        self.everything = sorted(self.table) or self.store.models()
+        if not self.everything: raise FileNotFoundError(f"{self.store.root}: expected <synset>/<model>/ folders, found none")
+        self.classes = sorted({s for s, _ in self.everything})
+        self.items = self._select(self.everything, split, classes)
 
     def _select(self, items, split, classes):
         if classes is not None:
             if unknown := set(classes) - set(self.classes): raise ValueError(f"classes: expected some of {self.classes}, got {sorted(unknown)}")
             items = [i for i in items if i[0] in classes]
-        if split is None: return items
-        if self.table: keep = {k for k, r in self.table.items() if r["split"] == split}
-        else:
-            lines = self.store.read(f"{split}.txt").decode().split()
-            keep = {tuple(line.removesuffix(".npy").split("-", 1)) for line in lines}
-        if not keep: raise ValueError(f"split: expected one of {sorted({r['split'] for r in self.table.values()})}, got {split!r}")
-        return [i for i in items if i in keep]
+        return items if split is None else self._members(items, split, classes)
+
+    def _members(self, items, split, classes):
+        "Those of the items that belong to a split."
+        if self.table:
+            known = {r["split"] for r in self.table.values()}
+            if split not in known: raise ValueError(f"split: expected one of {sorted(known)}, got {split!r}")
+            keep = {k for k, r in self.table.items() if r["split"] == split}
+        else: keep = self._listed(split) if any(self.store.has(f"{s}.txt") for s in (split, *SPLITS)) else self._hashed(split)
+        found = [i for i in items if i in keep]
+        if not found: raise ValueError(f"{self.store.root}: expected objects of the split {split!r}{f' in {classes}' if classes is not None else ''}, found none")
+        return found
+
+    def _listed(self, split):
+        path, there = self.store.root / f"{split}.txt", set(self.everything)
+        if not self.store.has(path.name): raise FileNotFoundError(f"{path}: expected a list of objects, one <synset>-<model> a line, as there is for another split; found nothing there")
+        named = {tuple(line.strip().removesuffix(".npy").split("-", 1)): line for line in self.store.read(path.name).decode("utf8", "replace").splitlines() if line.strip()}
+        if not named.keys() & there: raise ValueError(f"{path}: expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list, found {len(named)} lines that name none ({f'{next(iter(named.values()))[:60]!r} for example; ' if named else ''}there is {'/'.join(self.everything[0])}); the root must hold the folders of the synsets")
+        if lack := named.keys() - there: warnings.warn(f"{path}: left out {len(lack)} of {len(named)} objects, whose folders are not there, such as {'-'.join(min(lack))}", stacklevel=5)
+        return named.keys() & there
+
+    def _hashed(self, split):
+        root = self.store.root
+        if split not in SPLITS: raise ValueError(f"split: expected one of {', '.join(SPLITS)}, or the name of a list in {root}, got {split!r}")
+        if not any(self.store.has(f"{s}/{m}/pts/{s}-{m}.npy") for s, m in self.everything[:20]):
+            raise ValueError(f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, found none in {'/'.join(self.everything[0])}; the root must hold the folders of the synsets")
+        warnings.warn(f"{root}: no lists train.txt, val.txt, test.txt (one <synset>-<model> a line); each class is split by a hash of its names, 75 % train, 5 % val, 20 % test", stacklevel=5)
+        return {o for o, s in split_objects(self.everything, name=str(root)).items() if s == split}
 
     def __len__(self): return len(self.items)
 
@@ -306,7 +380,7 @@ class ShapeNetViews:
 
     def world_to_cam(self, i: int) -> np.ndarray:
         "[v 4 4] float32, OpenCV axes, of all views."
-        return self.cache.get(("world_to_cam", i), lambda: np.linalg.inv(self.poses(i)).astype(np.float32))
+        return self.facts.get(("world_to_cam", i), lambda: np.linalg.inv(self.poses(i)).astype(np.float32))
 
     def views(self, i: int, which: list[int] | None = None) -> ViewBatch:
         "Some views of an object (None: all) in the order asked, with `batch` 0."
