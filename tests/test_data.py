@@ -398,6 +398,22 @@ def test_cache_bound():
     np.testing.assert_array_equal(data.pixels(0, 0), first)
 
 
+def test_poses_and_farthest_points_are_kept_without_a_cache(folder, monkeypatch):
+    "Whatever cache_bytes is: camera files are read once, farthest points searched once, and the numbers stay the same."
+    from unipre3d.data import loaders
+    searches, reads = [], []
+    monkeypatch.setattr(loaders, "farthest_point_sample", lambda *args, search=loaders.farthest_point_sample: searches.append(args[2]) or search(*args))
+    monkeypatch.setattr(shapenet, "read_pose", lambda *args: reads.append(args[1]) or read_pose(*args))
+    data = ObjectSamples(ShapeNetViews(folder, size=32), sampling="fps", n_points=64)
+    keys = [(0, 0), (2, 0), (0, 1)]
+    first, again = data.batch(keys), data.batch(keys)
+    assert same(first, again) and searches == [2] and len(reads) == 2 * 24
+    assert not data.source.cache.items and data.source.facts.used <= data.source.facts.limit == 2**28
+    assert data._farthest([0])[0].dtype == np.int16
+    kept = ObjectSamples(ShapeNetViews(folder, size=32, cache_bytes=2**24), sampling="fps", n_points=64)
+    assert same(first, kept.batch(keys)) and not pickle.loads(pickle.dumps(data)).source.facts.items
+
+
 def test_pickle(embedded):
     copy = pickle.loads(pickle.dumps(embedded))
     assert torch.equal(copy.views(3, [1]).rgb, embedded.views(3, [1]).rgb)

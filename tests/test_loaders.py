@@ -1,5 +1,6 @@
 """Samples of rooms: which frames, what moves together, and the loaders' promises."""
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -82,12 +83,36 @@ def test_short_scenes(root, tmp_path):
         if int(p.stem) > 80: p.unlink()
     for p in (copy / "2D" / "pose" / "b").iterdir():
         if int(p.stem) > 0: p.unlink()
-    data = samples(copy)
-    with pytest.warns(UserWarning, match="no pose file"): s = data[0]
+    with pytest.warns(UserWarning) as said: data = samples(copy)
+    assert [str(w.message).split("train: ")[1] for w in said if "left out" in str(w.message)] == ["left out 1 of 3 scenes, which have fewer than 2 usable frames: b"]
+    assert "skipped 19 frames: no pose file" in str(said[0].message)
+    assert len(data) == 2 and [data.name(k) for k in (0, 1)] == ["a", "c"]
+    s = data[0]
     assert 1 <= len(s.ref) <= 3 and 1 <= len(s.target) <= 3
-    with pytest.raises(ValueError, match=r"^b: expected at least 2 usable frames .*found 1; leave the scene out with scenes=\[...\]$"): data[1]
-    batch = data.batch([(0, 0), (2, 0)])                                                       # scenes of unlike length in one batch
+    batch = data.batch([(0, 0), (1, 0)])                                                       # scenes of unlike length in one batch
     assert torch.bincount(batch.target.camera.batch).tolist() == [len(s.target), 8]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                                         # all was said; a loader's processes hold the same scenes
+        one, two = (list(make_loader(data, 0, 3, batch_size=2, num_workers=n)) for n in (0, 2))
+    assert all(same(a, b) for a, b in zip(one, two))
+
+
+def test_a_split_without_a_whole_scene_is_an_error(root, tmp_path):
+    copy = Path(shutil.copytree(root, tmp_path / "rooms"))
+    for scene in "abc":
+        for p in (copy / "2D" / "pose" / scene).iterdir():
+            if int(p.stem): p.unlink()
+    with pytest.warns(UserWarning, match="no pose file"), pytest.raises(ValueError, match=r"^[^\n]*train: expected scenes with at least 2 usable frames [^\n]*, found none among 3, such as a$"): samples(copy)
+
+
+def test_scenes_are_counted_without_looking_at_every_frame(root, monkeypatch):
+    from unipre3d.data import scannet
+    glances = []
+    monkeypatch.setattr(scannet, "glance", lambda *args, glance=scannet.glance: glances.append(args[2]) or glance(*args))
+    data = samples(root)
+    assert len(glances) == 3 * 2 * 2                                                           # scenes, frames, images
+    data.source.frames(0)
+    assert len(glances) == 3 * 2 * 2 + 20 * 2
 
 
 # ---- what moves together

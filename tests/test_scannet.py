@@ -17,6 +17,7 @@ from plyfile import PlyData, PlyElement
 from safetensors.numpy import load_file
 
 from unipre3d.core import CameraBatch
+from unipre3d.data import scannet
 from unipre3d.data.loaders import SceneSamples
 from unipre3d.data.scannet import (BLOCK, BOX, ScanNetFrames, as_posed_views, box_cameras, box_cloud, box_frame, convert_scans, nearest, read_color,
                                    read_intrinsics, read_labels, read_mesh, read_sens_frames, read_sens_header, scale_intrinsics, scannet20, standard_intrinsics,
@@ -292,6 +293,36 @@ def test_skipped_frames_are_counted_and_said_once(copy):
     assert len(source.poses(0)) == 2 and len(source.views(0)) == 2
 
 
+def test_a_scene_is_looked_at_without_decoding(rooms, monkeypatch):
+    "Poses and headers say which frames can be used; pixels are decoded when they are shown."
+    decoded = []
+    for name in ("read_color", "read_depth"):
+        monkeypatch.setattr(scannet, name, lambda *args, read=getattr(scannet, name): decoded.append(args[-1]) or read(*args))
+    source = frames(rooms)
+    assert len(source.frames(0)) == len(source.poses(0)) == 6 and source.intrinsics(0) is not None and not decoded
+    source.view(0, 20)
+    assert sorted(Path(p).name for p in decoded) == ["20.jpg", "20.png"]
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(rooms / "2D" / "depth" / "b" / "20.png")     # so small that it must be decoded to know
+    assert len(quiet(lambda: source.frames(1))) == 5 and len(decoded) == 3
+
+
+@pytest.mark.parametrize("kind, name", [("depth", "40.png"), ("color", "40.png")])
+def test_error_an_image_that_breaks_in_the_middle(rooms, kind, name):
+    "Headers do not show it; the error names the file."
+    path = rooms / "2D" / kind / "a" / name
+    if kind == "color":
+        (path.parent / "40.jpg").unlink()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2] + bytes(60) + data[len(data) // 2 + 60:])
+    source = frames(rooms)
+    assert 40 in source.frames(0) and not source.skipped
+    refuses(lambda: source.view(0, 40), path, "expected a", "without this file its frame is skipped")
+    path.unlink()
+    refuses(lambda: source.view(0, 40), path, kind=FileNotFoundError)
+    assert 40 not in quiet(lambda: frames(rooms).frames(0))
+
+
 def test_reasons_do_not_depend_on_the_folders_name(copy, tmp_path_factory):
     root = tmp_path_factory.mktemp("x") / "color"
     shutil.copytree(copy, root)
@@ -314,8 +345,7 @@ def test_a_scene_without_usable_frames(copy):
     source = frames(copy)
     assert quiet(lambda: source.frames(0)) == [] and source.skipped["pose is not finite"] == 12
     refuses(lambda: source.views(0), "box0000_00", "found 0 usable")
-    refuses(lambda: SceneSamples(source)[0], "box0000_00: expected at least 2 usable frames", "found 0")
-    refuses(lambda: SceneSamples(source).tour(0, 3, 12), "at least one pose")
+    refuses(lambda: SceneSamples(source), "at least 2 usable frames", "found none among 1, such as box0000_00")
 
 
 # ---- errors
@@ -589,6 +619,22 @@ def test_a_film_with_a_broken_image(scan):
     content[where[0][1]:where[0][1] + 20] = bytes(20)
     (folder / "a.sens").write_bytes(content)
     refuses(lambda: convert_scans(folder.parent, folder.parent / "out", split="train", hw=HW), folder / "a.sens", "frame 0")
+
+
+def test_a_cloud_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    "Stopped while coord.npy is written: the next conversion writes the scene again."
+    write_scan(tmp_path / "scans", n_frames=3)
+    save = np.save
+    def stop(file, array):
+        if "coord" not in str(getattr(file, "name", file)): return save(file, array)
+        with (open(file, "wb") if isinstance(file, (str, Path)) else file) as f: f.write(b"\x93NUMPY")
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "save", stop)
+        convert(tmp_path)
+    assert not (tmp_path / "out" / "train" / "scene0000_00" / "coord.npy").exists()
+    assert len(convert(tmp_path).array(0, "coord")) == len(box_cloud(.5)["coord"])
+    assert not list((tmp_path / "out").rglob("*.part"))
 
 
 def test_nothing_of_a_truncated_film_looks_complete(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/26_loaders.ipynb #6176fde0
 from __future__ import annotations
-import math, signal
+import math, signal, warnings
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -130,16 +130,16 @@ class ObjectSamples(Dataset):
         return orbit(frames, (height, height), fov=self.source.fov)
 
     def _farthest(self, indices):
-        "Rows of the farthest points of each object; one search for all that are not cached."
-        cache, key = self.source.cache, lambda i: ("fps", i, self.n_points)
-        missing = sorted({i for i in indices if key(i) not in cache.items})
+        "Rows of the farthest points of each object; one search for all that are not known."
+        facts, key = self.source.facts, lambda i: ("fps", i, self.n_points)
+        missing = sorted({i for i in indices if key(i) not in facts.items})
         clouds = [self.source.rows(i)[:, :3] for i in missing]
-        found = {i: cache.items[key(i)] for i in indices if i not in missing}
+        found = {i: facts.get(key(i), None) for i in indices if key(i) in facts.items}
         if missing:
             owner = torch.repeat_interleave(torch.arange(len(clouds)), torch.tensor([len(c) for c in clouds]))
             rows = farthest_point_sample(torch.from_numpy(np.concatenate(clouds)), owner, len(clouds), self.n_points)
             start = np.cumsum([0] + [len(c) for c in clouds])
-            for n, i in enumerate(missing): found[i] = cache.get(key(i), lambda: rows[owner[rows] == n].numpy() - start[n])
+            for n, i in enumerate(missing): found[i] = facts.get(key(i), lambda: (rows[owner[rows] == n].numpy() - start[n]).astype(np.int16 if len(clouds[n]) < 2**15 else np.int32))
         return [found[i] for i in indices]
 
     def batch(self, keys: list[tuple[int, int]]) -> Sample:
@@ -279,8 +279,18 @@ class SceneSamples(Dataset):
         if not 0 < scale[0] <= scale[1]: raise ValueError(f"scale: expected two factors, 0 < smallest <= largest, got {tuple(scale)}")
         if not 0 <= jitter_color < 1: raise ValueError(f"jitter_color: expected a share, at least 0 and below 1, got {jitter_color}")
         point_features({name: np.zeros((1, 3), np.float32) for name in ("xyz", "normal", "color")}, tuple(features))
+        source = self._complete(source)
         self.source, self.n_points, self.n_ref, self.n_target, self.max_gap = source, n_points, n_ref, n_target, max_gap
         self.features, self.rotate, self.scale, self.mirror, self.jitter_color, self.seed = tuple(features), rotate, tuple(scale), mirror, jitter_color, seed
+
+    @staticmethod
+    def _complete(source):
+        "The scenes with a frame to see and one to render; the others are said."
+        short = [s for k, s in enumerate(source.scenes) if not source.has_frames(k, 2)]
+        if not short: return source
+        if len(short) == len(source): raise ValueError(f"{source.root / source.split}: expected scenes with at least 2 usable frames (one to see, one to render), found none among {len(source)}, such as {short[0]}")
+        warnings.warn(f"{source.root / source.split}: left out {len(short)} of {len(source)} scenes, which have fewer than 2 usable frames: {', '.join(short[:5])}{' ...' * (len(short) > 5)}", stacklevel=3)
+        return source.only([s for s in source.scenes if s not in short])
 
     def __len__(self): return len(self.source)
 
@@ -301,7 +311,6 @@ class SceneSamples(Dataset):
 
     def _choose(self, index, rng):
         numbers = self.source.frames(index)
-        if len(numbers) < 2: raise ValueError(f"{self.source.scene(index)}: expected at least 2 usable frames (one to see, one to render), found {len(numbers)}; leave the scene out with scenes=[...]")
         return tuple([numbers[k] for k in part] for part in choose_frames(len(numbers), self.n_ref, self.n_target, self.max_gap, rng))
 
     def _points(self, index, rng):

@@ -4,10 +4,11 @@
 
 # %% ../../nbs/data/23_scannet.ipynb #af670149
 from __future__ import annotations
-import io, json, struct, warnings, zlib
+import copy, io, json, os, struct, warnings, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,10 @@ from ..records import data_hash
 
 # %% auto #0
 __all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'NYU40', 'read_intrinsics', 'scale_intrinsics', 'standard_intrinsics', 'nearest',
-           'read_color', 'read_depth', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color',
-           'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views', 'ScanNetFrames',
-           'SensHeader', 'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals', 'read_mesh',
-           'read_labels', 'read_alignment', 'convert_scans']
+           'read_color', 'read_depth', 'glance', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box',
+           'box_color', 'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views',
+           'ScanNetFrames', 'SensHeader', 'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals',
+           'read_mesh', 'read_labels', 'read_alignment', 'convert_scans']
 
 # %% ../../nbs/data/23_scannet.ipynb #cd45cb66
 STANDARD = (577.870605, (480, 640))  # focal length in pixels that ScanNet users share, and the image size it is for
@@ -99,6 +100,19 @@ def read_depth(
     if not image.mode.startswith("I"): raise TypeError(f"{name}: expected one channel of 16 bits (depth in millimetres), found mode {image.mode}")
     return nearest(np.asarray(image), hw).astype(np.uint16), image.size[::-1]
 
+# %% ../../nbs/data/23_scannet.ipynb #a32e5f77
+def glance(
+    file,  # an image, opened in binary
+    formats: tuple[str, ...] = ("JPEG", "PNG"),  # that are expected
+    name: str = "image",  # the file, for messages
+) -> tuple[tuple[int, int], str, bool]:  # height and width, mode, and whether the pixels must be decoded to know that they are there
+    "What an image says of itself at the front, and whether it looks whole."
+    try: image = Image.open(file, formats=formats)                              # reads the header
+    except Exception: raise ValueError(f"{name}: expected a {' or '.join(formats)} image, found a file that does not begin like one") from None
+    (w, h), size = image.size, file.seek(0, 2)
+    file.seek(-min(8, size), 2)
+    return (h, w), image.mode, size < 200 + h * w // 25 or not file.read().endswith((b"IEND\xaeB`\x82", b"\xff\xd9"))
+
 # %% ../../nbs/data/23_scannet.ipynb #02962c23
 CLOUD = dict(coord=3, color=3, normal=3, segment20=0, segment200=0, instance=0)  # file -> columns; 0 is a plain list
 
@@ -115,7 +129,9 @@ def write_cloud(
     folder = Path(root) / split / scene
     folder.mkdir(parents=True, exist_ok=True)
     kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
-    for name, array in arrays.items(): np.save(folder / f"{name}.npy", np.asarray(array).astype(kinds.get(name, np.int16)))
+    for name, array in arrays.items():
+        with open(part := folder / f"{name}.npy.part", "wb") as file: np.save(file, np.asarray(array).astype(kinds.get(name, np.int16)))
+        os.replace(part, folder / f"{name}.npy")                                # there as a whole or not at all
     return folder
 
 def write_frame(
@@ -292,15 +308,9 @@ class ScanNetFrames:
     def _find_scenes(self):
         if not self.root.exists(): raise FileNotFoundError(f"{self.root}: expected ScanNet as <root>/{{train,val,test}}/<scene>/coord.npy with frames in <root>/2D, found nothing there; request it at www.scan-net.org and preprocess it as Pointcept does, or convert raw scans with convert_scans")
         self.store = Store(self.root)
-        found = sorted(n for n in self._list(self.split) if self._list(f"{self.split}/{n}"))
-        if not found: raise FileNotFoundError(f"{self.root / self.split}: expected one folder a scene with coord.npy, found none; {self.root} holds {', '.join(sorted(self._list(''))[:6]) or 'nothing'}")
+        found = sorted(n for n in self.store.names(self.split) if self.store.names(f"{self.split}/{n}"))
+        if not found: raise FileNotFoundError(f"{self.root / self.split}: expected one folder a scene with coord.npy, found none; {self.root} holds {', '.join(sorted(self.store.names())[:6]) or 'nothing'}")
         return found
-
-    def _list(self, folder):
-        "Names in a folder; empty if there is none."
-        if not self.store.is_zip: return {p.name for p in (self.root / folder).iterdir()} if (self.root / folder).is_dir() else set()
-        start = f"{folder}/" if folder else ""
-        return {n[len(start):].split("/")[0] for n in self.store.zip.namelist() if n.startswith(start) and len(n) > len(start)}
 
     def _load(self, i, name):
         path = f"{self.split}/{self.scenes[i]}/{name}.npy"
@@ -312,23 +322,32 @@ class ScanNetFrames:
         "{number: {kind: path}} of all frames."
         found = {}
         for kind, suffixes in dict(color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)).items():
-            names = self._list(f"2D/{kind}/{self.scenes[i]}")
+            names = self.store.names(f"2D/{kind}/{self.scenes[i]}")
             if not names: raise FileNotFoundError(f"{self.root / '2D' / kind / self.scenes[i]}: expected the scene's frames N{suffixes[0]}, found none")
             for path in map(Path, sorted(names, reverse=True)):                # of N.jpg and N.png the first counts
                 if path.suffix in suffixes and path.stem.isdecimal(): found.setdefault(int(path.stem), {})[kind] = f"2D/{kind}/{self.scenes[i]}/{path.name}"
         return found
 
-    def _decode(self, i, number, files):
-        "Colour, depth and their stored sizes; a pose of text."
+    def _pose(self, files):
+        "The pose of a frame that has all its files."
         if lack := sorted({"color", "depth", "pose"} - set(files)): raise _Skip(f"no {lack[0]} file")
-        try: pose = read_pose(self.store.read(files["pose"]).decode("utf8", "replace"), files["pose"])
+        try: return read_pose(self.store.read(files["pose"]).decode("utf8", "replace"), files["pose"])
         except ValueError as problem: raise _Skip("pose is not finite" if "finite numbers" in str(problem) else "pose is not a rigid 4 x 4 matrix") from None
-        try: color = read_color(self.store.read(files["color"]), self.hw, self.resample)
-        except ValueError: raise _Skip("color does not decode") from None
-        try: depth = read_depth(self.store.read(files["depth"]), self.hw, str(self.root / files["depth"]))
+
+    def _size(self, kind, path):
+        "Stored size of an image; its pixels are decoded only if it looks broken or empty."
+        try:
+            with self.store.open(path) as file: size, mode, doubtful = glance(file, ("JPEG", "PNG") if kind == "color" else ("PNG",), str(self.root / path))
+            pixels = self._pixels(kind, path) if doubtful or (kind == "depth" and not mode.startswith("I")) else None
         except TypeError as problem: raise ValueError(str(problem)) from None
-        except ValueError: raise _Skip("depth does not decode") from None
-        return color, depth, pose, str(self.root / files["depth"])
+        except ValueError: raise _Skip(f"{kind} does not decode") from None
+        if kind == "depth" and pixels is not None and not (pixels > self.min_depth * self.depth_scale).any(): raise _Skip("depth is empty")
+        return size
+
+    def _pixels(self, kind, path):
+        "A colour or depth image, decoded."
+        if kind == "color": return read_color(self.store.read(path), self.hw, self.resample, str(self.root / path))[0]
+        return read_depth(self.store.read(path), self.hw, str(self.root / path))[0]
 
     def _stored_intrinsics(self, i, size):
         scene = self.scenes[i]
@@ -375,26 +394,25 @@ class ScanNetFrames:
         "All arrays of a scene's cloud by name: `xyz` always, the others where the files are there."
         return dict(xyz=self.array(i, "coord")) | {name: self.array(i, name) for name in CLOUD if name != "coord" and self.has(i, name)}
 
-    def _keep(self, i, number, color, depth):
-        self.cache.get(("color", i, number), lambda: color)
-        self.cache.get(("depth", i, number), lambda: depth)
+    def _usable(self, partners, reasons):
+        "The frames that can be used, one after another: number, pose, stored size of depth; why the others cannot is counted."
+        size = None
+        for number, files in sorted(partners.items()):
+            try: pose, color, depth = self._pose(files), self._size("color", files["color"]), self._size("depth", files["depth"])
+            except _Skip as reason: reasons[str(reason)] += 1; continue
+            if abs(color[0] * depth[1] / (color[1] * depth[0]) - 1) > .01:
+                raise ValueError(f"{self.root / files['depth']}: expected depth with the proportions of its colour image ({color[1]} x {color[0]}), found {depth[1]} x {depth[0]}")
+            if size not in (None, depth): raise ValueError(f"{self.root / files['depth']}: expected depth of {size[1]} x {size[0]} as in the scene's other frames, found {depth[1]} x {depth[0]}")
+            size = depth
+            yield number, pose, size
 
     def _look(self, i):
         "Look at all frames of a scene."
-        numbers, poses, sizes, reasons, partners = [], [], None, Counter(), self._partners(i)
-        for number, files in sorted(partners.items()):
-            try:
-                (color, color_size), (depth, depth_size), pose, where = self._decode(i, number, files)
-                if not (depth > self.min_depth * self.depth_scale).any(): raise _Skip("depth is empty")
-            except _Skip as reason: reasons[str(reason)] += 1; continue
-            if abs(color_size[0] * depth_size[1] / (color_size[1] * depth_size[0]) - 1) > .01:
-                raise ValueError(f"{where}: expected depth with the proportions of its colour image ({color_size[1]} x {color_size[0]}), found {depth_size[1]} x {depth_size[0]}")
-            if sizes not in (None, depth_size): raise ValueError(f"{where}: expected depth of {sizes[1]} x {sizes[0]} as in the scene's other frames, found {depth_size[1]} x {depth_size[0]}")
-            numbers.append(number); poses.append(pose); sizes = depth_size
-            self._keep(i, number, color, depth)
+        reasons, partners = Counter(), self._partners(i)
+        numbers, poses, sizes = zip(*found) if (found := list(self._usable(partners, reasons))) else ((), (), None)
         self._report(i, reasons)
-        K = np.eye(3) if sizes is None else standard_intrinsics(self.hw) if self.kind == "standard" else scale_intrinsics(self._stored_intrinsics(i, sizes), sizes, self.hw)
-        return _Scene(tuple(numbers), np.array(poses).reshape(-1, 4, 4), K, {number: partners[number] for number in numbers})
+        K = np.eye(3) if sizes is None else standard_intrinsics(self.hw) if self.kind == "standard" else scale_intrinsics(self._stored_intrinsics(i, sizes[0]), sizes[0], self.hw)
+        return _Scene(numbers, np.array(poses).reshape(-1, 4, 4), K, {number: partners[number] for number in numbers})
 
     def _report(self, i, reasons):
         self.skipped.update(reasons)
@@ -410,6 +428,17 @@ class ScanNetFrames:
         "Numbers of a scene's frames that can be used, in order."
         return list(self._seen(i).numbers)
 
+    def has_frames(self, i: int, least: int) -> bool:
+        "Whether a scene has so many frames that can be used; looks no further than that."
+        if i not in self._known and len(list(islice(self._usable(self._partners(i), Counter()), least))) == least: return True
+        return len(self.frames(i)) >= least
+
+    def only(self, scenes: list[str]) -> ScanNetFrames:
+        "The same reader with some of its scenes."
+        other = copy.copy(self)
+        other.scenes, other.cache, other._known, other._said, other.skipped = list(scenes), Cache(self.cache.limit), {}, set(self._said), Counter(self.skipped)
+        return other
+
     def poses(self, i: int) -> np.ndarray:
         "[f 4 4] float64 camera to world of `frames(i)`."
         return self._seen(i).poses
@@ -422,12 +451,8 @@ class ScanNetFrames:
         "Colour, depth in metres and pose of one frame, by its number in `frames(i)`."
         seen = self._seen(i)
         if frame not in seen.numbers: raise ValueError(f"frame: expected one of the {len(seen.numbers)} usable frames of {self.scenes[i]}, got {frame}")
-        color, depth = (self.cache.items.get((kind, i, frame)) for kind in ("color", "depth"))
-        if color is None or depth is None:
-            try: (color, _), (depth, _), *_ = self._decode(i, frame, seen.files[frame])
-            except _Skip as reason: raise ValueError(f"{self.scenes[i]}, frame {frame}: expected the files that were there before, found that {reason}") from None
-            self._keep(i, frame, color, depth)
-        else: [self.cache.items.move_to_end((kind, i, frame)) for kind in ("color", "depth")]
+        try: color, depth = (self.cache.get((kind, i, frame), lambda: self._pixels(kind, seen.files[frame][kind])) for kind in ("color", "depth"))
+        except (ValueError, TypeError) as problem: raise ValueError(f"{problem}; without this file its frame is skipped") from None
         metres = np.where(depth > self.min_depth * self.depth_scale, depth / np.float32(self.depth_scale), np.float32(0))
         return Frame(color, metres, seen.poses[seen.numbers.index(frame)])
 
