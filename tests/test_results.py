@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from unipre3d.records import FINETUNE, PRETRAIN, write_json
-from unipre3d.results import (GAINS, MINI, REASONS, TABLES, all_frame, class_accuracy, compare_table, effects, findings, full_key, headline, interval,
+from unipre3d.records import FINETUNE, PRETRAIN, read_record, write_json
+from unipre3d.results import (FULL_METRIC, GAINS, MINI, REASONS, TABLES, all_frame, class_accuracy, compare_table, effects, findings, full_key, headline, interval, late_rise,
                               paired, paper_gain, paper_table, read_study, right, scores, stale_tables, tables, write_tables)
 from unipre3d.study import COMPARISONS, plan
 
@@ -109,7 +109,7 @@ def test_every_number_of_the_paper_is_in_a_table():
 
 
 def test_findings_and_headline_follow_the_records():
-    assert "yes" in findings(some())[0] and "Likely reason" in findings(some(gain=-.4))[0] and headline({}).count("not run yet") == 6
+    assert "yes" in findings(some())[0] and "A guess why" in findings(some(gain=-.4))[0] and headline({}).count("not run yet") == 6
     assert headline(some()) != headline({})
 
 
@@ -152,3 +152,20 @@ def test_frame_holds_the_study_too(tmp_path):
 def test_committed_study_records_belong_to_the_plan():
     rows = {r.key: r for budget in ("mini", "full") for r in plan(budget)}
     assert set(read_study()) <= set(rows)
+
+
+def test_full_metrics_are_in_the_records_of_their_tasks():
+    from unipre3d.downstream.metrics import SemanticScore
+    known = {k for name in ("cls-shapes-mini", "part-shapes-mini", "inst-rooms-mini") for k in read_record(name)["metrics"]} | set(SemanticScore(2).compute())
+    assert set(FULL_METRIC.values()) <= known and {r.metric for r in paper_table().itertuples() if full_key(r)} <= set(FULL_METRIC)
+
+
+def test_pairs_must_have_been_asked_the_same():
+    records = some()
+    records["cls20-unipre3d-1"]["details"]["true"] = records["cls20-unipre3d-1"]["details"]["true"][::-1]
+    with pytest.raises(ValueError, match="expected the same test objects"): paired(records, COMPARISONS[0])
+
+
+def test_late_rise_leaves_out_runs_without_validation():
+    masked = record("pre-masked-0") | {"chosen": {"chosen_by": "last"}, "history": {"train": {}, "val": {"step": []}}}
+    assert len(late_rise({"pre-masked-0": masked})) == 0

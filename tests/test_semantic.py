@@ -253,7 +253,7 @@ def test_a_run_leaves_what_it_promises_and_comes_back(scannet, tmp_path):
     recipe, said = tiny(scannet, votes=2), []
     record = run_task("sem-test", recipe, semantic_task, tmp_path / "run", say=said.append)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.csv", "checkpoint.safetensors", "resume.safetensors", "room.png", "room.npz", "record.json"}
-    assert {f"{k}{end}" for k in ("miou", "miou_present", "macc", "allacc") for end in ("", "_voting2")} == set(record["metrics"]) and record["data"] | {"sha256": 0, "name": 0} == dict(train=3, val=1, test=1, sha256=0, name=0)
+    assert {f"{k}{end}" for k in ("miou", "miou_present", "miou_all", "macc", "allacc") for end in ("", "_voting2")} == set(record["metrics"]) and record["data"] | {"sha256": 0, "name": 0} == dict(train=3, val=1, test=1, sha256=0, name=0)
     points = (rooms(scannet, "test").rows(0)["segment"] >= 0).sum()
     assert np.sum(record["details"]["confusion"]) == points == sum(c["points"] for c in record["details"]["classes"].values()) and record["details"]["classes"]["toilet"] == dict(iou=None, acc=None, points=0)
     assert record["chosen"]["chosen_by"] == "val_miou" and len(json.dumps(record)) < 60_000 and set(record["history"]["val"]) == {"step", "val_miou", "val_macc", "val_allacc"}

@@ -1,5 +1,6 @@
 """Starting a task from a checkpoint, rates by layer, frozen parts, and the loop that goes on where it stopped."""
 import csv
+import json
 import os
 import signal
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from unipre3d.backbones import Mamba3D, PointMLP, PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
-from unipre3d.downstream.transfer import (Augment, FinetuneRecipe, Labelled, augment, build_backbone, drop_points, finetune, jitter, label_loss, layer_order, loop_options,
+from unipre3d.downstream.transfer import (Augment, FinetuneRecipe, Labelled, augment, build_backbone, drop_points, finetune, jitter, label_loss, layer_order, loop_options, run_history,
                                           parameter_groups, rotate_all, rotate_up, set_training, start_from, start_released, turn)
 from unipre3d.pretrain import load_tensors, new_accelerator, save_tensors
 
@@ -30,7 +31,7 @@ class Classifier(nn.Module):
 
     def forward(self, points):
         p = self.backbone(points)
-        return self.head(torch.zeros(p.size, p.feat.shape[1]).index_add(0, p.batch, p.feat) / p.counts[:, None])
+        return self.head(p.feat.new_zeros(p.size, p.feat.shape[1]).index_add(0, p.batch, p.feat) / p.counts[:, None])
 
 
 def batches(start, stop):
@@ -248,4 +249,6 @@ def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path):
     with open(tmp_path / "metrics.csv", newline="") as file: skipped = [int(row["skipped"]) for row in csv.DictReader(file)]
     assert skipped[0] == 1 and skipped[-1] == 0 and sorted(skipped, reverse=True) == skipped
     assert all(p.isfinite().all() for p in model.parameters())
+    json.dumps(course := run_history(tmp_path / "metrics.csv", every=1), allow_nan=False)
+    assert course["train"]["grad_norm"][0] is None and course["train"]["grad_norm"][-1] > 0 and course["val"] == {"step": []}
     new_accelerator()

@@ -11,8 +11,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'parse_after', 'RunOptions', 'newest_run', 'parse_recipe',
-           'run_folder', 'pretrain_command', 'StartOptions', 'finetune_command', 'reproduce_command', 'RenderOptions',
-           'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
+           'refuse_changes', 'run_folder', 'pretrain_command', 'StartOptions', 'finetune_command', 'reproduce_command',
+           'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
            'prepare_command', 'data_command', 'doctor_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
@@ -66,7 +66,8 @@ def newest_run(
     root: str | Path = "runs",
 ) -> Path:
     "The newest run folder of a recipe that can go on."
-    found = [p.parent for p in Path(root).glob(f"{name}*/resume.safetensors") if not (p.parent / "record.json").exists()]
+    from unipre3d.records import read_config
+    found = [p.parent for p in Path(root).glob(f"{name}*/resume.safetensors") if not (p.parent / "record.json").exists() and read_config(p.parent)["name"] == name]
     if not found: raise FileNotFoundError(f"--resume: expected an interrupted run of {name} in {root}/, found none; name it with --out FOLDER")
     return max(found, key=lambda p: (p / "resume.safetensors").stat().st_mtime)
 
@@ -83,6 +84,13 @@ def parse_recipe(
     both = parse(Both, args, f"unipre3d {command} {name}", default=Both(**{f.name: getattr(recipe, f.name) for f in fields(recipe)}))
     pick = lambda kind: kind(**{f.name: getattr(both, f.name) for f in fields(kind)})
     return pick(type(recipe)), pick(options)
+
+def refuse_changes(
+    given: dict[str, Any],  # values of the recipe and options, as they were asked for
+    usual: dict[str, Any],  # as they are if nobody asks
+) -> None:
+    "A run goes on with its own values; a ValueError names an option that would be ignored."
+    if changed := [k for k, v in given.items() if v != usual[k]]: raise ValueError(f"--resume: the run goes on with the values it began with; expected no --{changed[0].replace('_', '-')} beside it")
 
 def run_folder(
     name: str,  # the recipe's name
@@ -104,10 +112,12 @@ def pretrain_command(args: list[str]) -> int:
     from unipre3d.recipes import find_recipe, pretrain, read_recipe
     name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (default_recipe, args)
     recipe, options = parse_recipe("pretrain", name, find_recipe(name), rest)
+    if options.resume: refuse_changes(asdict(recipe), asdict(find_recipe(name)))
     folder = run_folder(name, options)
     if options.resume: name, recipe = read_recipe(folder)
     record = pretrain(name, recipe, folder, resume=options.resume, device=options.device)
     if record is None: return 130
+    if not record: return 0                                         # one of several processes, and not the first
     m = record["metrics"]
     foreground = f"foreground {m['psnr_foreground']:.2f} dB, " if "psnr_foreground" in m else ""
     print(f"held-out PSNR {m['psnr']:.2f} dB ({foreground}SSIM {m['ssim']:.3f}) on {m['clouds']} clouds, {m['images']} images; "
@@ -132,10 +142,12 @@ def finetune_command(args: list[str]) -> int:
     if not args or args[0].startswith("-"): raise ValueError(f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini")
     name = args[0]
     recipe, options = parse_recipe("finetune", name, find_recipe(name, finetune_recipes), args[1:], StartOptions)
+    if options.resume: refuse_changes(asdict(recipe) | {"init": options.init}, asdict(find_recipe(name, finetune_recipes)) | {"init": "none"})
     folder = run_folder(name, options)
     if options.resume: name, recipe, _ = read_finetune(folder)
     record = finetune_run(name, recipe, folder, init=options.init, resume=options.resume, device=options.device)
     if record is None: return 130
+    if not record: return 0
     pictures = ", ".join(str(p) for p in sorted(folder.glob("*.png")))
     print(f"record: {folder / 'record.json'}   pictures: {pictures or 'none'}")
     return 0

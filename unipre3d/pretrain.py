@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -25,7 +26,7 @@ from .render import render
 
 # %% auto #0
 __all__ = ['UniPre3D', 'predict', 'rows_of_views', 'save_views', 'step_loss', 'learning_rate', 'evaluate', 'constant_baselines',
-           'save_tensors', 'load_tensors', 'run_state', 'load_run_state', 'stop_requests', 'MetricsFile',
+           'save_tensors', 'load_tensors', 'run_state', 'load_run_state', 'stop_requests', 'MetricsFile', 'block_means',
            'average_weights', 'new_accelerator', 'train']
 
 # %% ../nbs/60_pretrain.ipynb #3838d1ea
@@ -249,6 +250,15 @@ class MetricsFile:
         "Append one row and flush it."
         self.writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in values.items()}); self.file.flush()
 
+# %% ../nbs/60_pretrain.ipynb #e7a4e2e8
+def block_means(
+    table: pd.DataFrame,  # rows of metrics.csv, with a column "step"
+    every: int = 25,  # steps of one mean
+) -> dict[str, list]:  # None where a block has no finite value
+    "Means of the columns over blocks of steps."
+    means = table.replace([math.inf, -math.inf], math.nan).groupby((table.step - 1) // every).mean().round(6)
+    return {name: [None if math.isnan(x) else x for x in column] for name, column in means.to_dict("list").items()}
+
 # %% ../nbs/60_pretrain.ipynb #cbe61045
 def average_weights(
     model: nn.Module,
@@ -265,8 +275,8 @@ def new_accelerator(
     mixed_precision: str = "no",  # "no", "bf16" or "fp16"
     device: str = "auto",  # "auto" takes a GPU if there is one; "cpu"
 ) -> Accelerator:
-    "One for a run; an earlier run of this process may have had another precision."
-    AcceleratorState._reset_state()
+    "One for a run; an earlier run of this process may have had another precision or device."
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
 
 # %% ../nbs/60_pretrain.ipynb #27a40784

@@ -23,7 +23,7 @@ from .data.shapenet import ShapeNetViews
 from .data.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
-from .pretrain import UniPre3D, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
+from .pretrain import UniPre3D, block_means, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
 from .records import check_record, code_version, hardware, read_config, write_json
 from .render import render
 
@@ -210,6 +210,7 @@ def object_samples(
 ) -> ObjectSamples:
     "Objects with rendered views."
     train, root = split == "train", None if recipe.data == "furniture" else recipe.data
+    if recipe.classes and root != "shapes": raise ValueError(f"classes: expected none with data={recipe.data}; only generated shapes (--data shapes) are picked by class")
     if root == "shapes": root = embedded_shapes(categories=list(recipe.classes) or None, per_category=recipe.per_class, size=recipe.resolution)
     views = ShapeNetViews(root, split=split, convention=recipe.convention or None, size=recipe.resolution, cache_bytes=recipe.cache_mb * 2 ** 20)
     return ObjectSamples(views, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, sampling=recipe.sampling,
@@ -272,9 +273,9 @@ def history(
 ) -> dict[str, dict[str, list]]:
     "The course of a run in short: means of the training columns over `every` steps, and each evaluation."
     table = pd.read_csv(metrics)
-    means = table[["step", "loss", "psnr", "grad_norm"]].groupby((table.step - 1) // every).mean()
+    means = block_means(table[["step", "loss", "psnr", "grad_norm"]], every)
     scored = table[["step", "val_psnr", "val_psnr_foreground", "val_ssim"]].dropna(subset="val_psnr").dropna(axis=1)
-    return {name: part.round(6).to_dict("list") for name, part in (("train", means), ("val", scored))}
+    return {"train": means, "val": scored.round(6).to_dict("list")}
 
 # %% ../nbs/61_recipes.ipynb #6a2f897a
 def picture(
@@ -300,10 +301,10 @@ def pretrain(
     resume: bool = False,  # go on with the run in `folder`
     device: str = "auto",  # "auto" or "cpu"
     say: Callable[[str], None] = print,  # where messages go
-) -> dict | None:  # the record; None if the run was interrupted
+) -> dict | None:  # the record; empty in all but the first of several processes; None if the run was interrupted
     "Run a recipe: train, watch, evaluate on the whole validation split, write the record."
     accelerator = new_accelerator(recipe.mixed_precision, device)
-    folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
+    folder, main, began, cpu_began, code = Path(folder), accelerator.is_main_process, time.time(), time.process_time(), code_version()
     data, val = build_data(recipe, "train"), build_data(recipe, "val")
     image_net = build_image_net(recipe)
     model = build_model(recipe, getattr(image_net, "width", 0))
@@ -330,12 +331,13 @@ def pretrain(
     if done < recipe.steps:
         if main: say(f"stopped after step {done} of {recipe.steps}; go on with: unipre3d pretrain {name} --resume --out {folder}")
         return None
-    if not main: return None
+    if not main: return {}
     weights, meta = load_tensors(folder / "checkpoint.safetensors")
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)                                     # scores are of float32, whatever it learned in
     model.load_state_dict(weights)
     say(f"evaluating on the {len(val)} held-out clouds of the validation split")
     metrics = evaluate(model, image_net, samples(), background=recipe.background, device=accelerator.device) | constant_baselines(samples)
-    record = {"kind": "pretrain", "recipe": name, "values": asdict(recipe), "code": code_version(), "seed": recipe.seed, "steps": done,
+    record = {"kind": "pretrain", "recipe": name, "values": asdict(recipe), "code": code, "seed": recipe.seed, "steps": done,
               "data": {"name": recipe.data, "sha256": data.source.fingerprint(), "train": len(data), "val": len(val), "split": "val"},
               "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu", "processes": accelerator.num_processes, "hardware": hardware(),
               "train_seconds": meta["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,

@@ -16,13 +16,13 @@ from scipy import stats
 
 from .core import data_dir
 from .records import read_record, read_records
-from .study import CLAIMS, COMPARISONS, HELD_OUT, MEASUREMENTS, Comparison, plan, select
+from .study import CLAIMS, COMPARISONS, CONDITIONS, HELD_OUT, MEASUREMENTS, Comparison, plan, select
 
 # %% auto #0
 __all__ = ['MINI', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'paper_table', 'read_study', 'all_frame', 'Interval', 'interval',
            'right', 'class_accuracy', 'scores', 'paired', 'to_run', 'effect_row', 'effects', 'full_key', 'beside',
-           'compare_table', 'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'psnr_and_accuracy', 'findings',
-           'headline', 'tables', 'write_tables', 'stale_tables']
+           'compare_table', 'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'late_rise', 'over_seeds',
+           'psnr_and_accuracy', 'findings', 'repeated', 'headline', 'tables', 'write_tables', 'stale_tables']
 
 # %% ../nbs/80_results.ipynb #fb21a7dd
 def paper_table() -> pd.DataFrame:
@@ -112,6 +112,10 @@ def paired(
     "The first condition minus the second, for each seed that both have."
     a, b = (scores(records, c.part, arm, c.metric, which) for arm in (c.arm, c.against))
     seeds = sorted(set(a) & set(b))
+    if c.metric in ("oa", "oa_real"):
+        true = {r["row"]["key"]: r["details"]["true" + c.metric[2:]] for r in records.values() if "details" in r and "true" in r["details"]}
+        for s in seeds:
+            if true[f"{c.part}-{c.arm}-{s}"] != true[f"{c.part}-{c.against}-{s}"]: raise ValueError(f"{c.part}-{c.arm}-{s} and {c.part}-{c.against}-{s}: expected the same test objects in the same order")
     return np.array([a[s] - b[s] for s in seeds]), seeds
 
 def to_run(
@@ -152,7 +156,7 @@ MINI = {  # (dataset, metric, backbone, pretraining) of the paper -> measurement
     ("ScanNet20", "mIoU", "PTv3", "none"): ("rooms.ptv3", "scratch.ptv3", "miou"), ("ScanNet20", "mIoU", "PTv3", "UniPre3D"): ("rooms.ptv3", "point.ptv3", "miou"),
     **{("ScanNet200", "mIoU", "SparseUNet", f"UniPre3D, {theirs}"): ("rooms", ours, "miou") for theirs, ours in (("no 2-D fusion", "none"), ("feature fusion", "feature"), ("point fusion", "point"))},
 }
-FULL_METRIC = {"OA": "oa", "mIoU": "miou", "mIoU_C": "miou_c", "mIoU_I": "miou_i", "mAP": "ap", "mAP@50": "ap50", "mAP@25": "ap25"}
+FULL_METRIC = {"OA": "oa", "mIoU": "miou_all", "mIoU_C": "miou_c", "mIoU_I": "miou_i", "mAP": "map", "mAP@50": "ap50", "mAP@25": "ap25"}  # the paper's scenes: Pointcept's mean over all classes
 
 def full_key(
     paper_row: Any,  # of `paper_table`
@@ -251,7 +255,34 @@ def curves(
         if r["row"]["part"] == part and not r["row"]["key"].startswith("tune-") and column in r["history"]["val"]: found.setdefault(r["row"]["arm"], []).append(r["history"]["val"])
     return {arm: (np.array(runs[0]["step"]), np.mean([v[column] for v in runs], 0)) for arm, runs in found.items() if len({tuple(v["step"]) for v in runs}) == 1}
 
+def late_rise(
+    records: dict[str, dict],
+    share: float = .25,  # of the steps, at the end
+) -> pd.DataFrame:  # a row a measurement and condition: steps, validation score at the end, and its rise with interval, in percent
+    "How much validation still rose at the end of the fine-tunings."
+    runs: dict[tuple[str, str], list] = {}
+    for r in records.values():
+        if r["kind"] == "finetune" and not r["row"]["key"].startswith("tune-") and len(r["history"]["val"]["step"]) > 1 and r["chosen"]["chosen_by"] in r["history"]["val"]: runs.setdefault((r["row"]["part"], r["row"]["arm"]), []).append(r)
+    rows = []
+    for (part, arm), found in runs.items():
+        before, end = [], []
+        for r in found:
+            step, score = np.array(r["history"]["val"]["step"]), 100 * np.array(r["history"]["val"][r["chosen"]["chosen_by"]])
+            before.append(score[step <= (1 - share) * step[-1]][-1]); end.append(score[-1])
+        i = interval(np.subtract(end, before))
+        rows.append({"measurement": part, "condition": arm, "steps": int(step[-1]), "end": np.mean(end), "rise": i.mean, "low": i.low, "high": i.high, "runs": i.n})
+    return pd.DataFrame(rows, columns=["measurement", "condition", "steps", "end", "rise", "low", "high", "runs"]).round(1)
+
 # %% ../nbs/80_results.ipynb #edb0c4fa
+def over_seeds(
+    records: dict[str, dict],
+    arm: str = "unipre3d",
+) -> float:  # nan with fewer than three
+    "Spearman's correlation of held-out PSNR and accuracy with frozen features, over the seeds of one condition."
+    psnr, probe = scores(records, "pre", arm, "psnr"), scores(records, "probe20", arm)
+    seeds = sorted(set(psnr) & set(probe))
+    return float(stats.spearmanr([psnr[s].mean() for s in seeds], [probe[s].mean() for s in seeds]).statistic) if len(seeds) > 2 else float("nan")
+
 def psnr_and_accuracy(
     records: dict[str, dict],
     arms: Sequence[str] = ("unipre3d", "nofusion", "floor", "unweighted"),
@@ -278,11 +309,27 @@ def findings(
     table, lines = effects(records), []
     for claim, rows in table.groupby("claim", sort=False):
         ran, what = rows[rows.pairs > 0], f"({claim}) {CLAIMS[claim]}"
-        failed = ran[ran.verdict != "yes"]
+        failed = ran[ran.verdict.isin(["undecided", "the opposite"])]
         if not len(ran): lines.append(f"{what}: not run yet."); continue
         effect = "; ".join(f"{r.comparison} {r.effect:+.1f} [{r.low:.1f}, {r.high:.1f}], {r.pairs} pairs: {r.verdict}" for r in ran.itertuples())
-        lines.append(f"{what}: {effect}." + (f" Likely reason where it is not a yes: {REASONS[claim]}." if len(failed) else "") + (f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run." if len(ran) < len(rows) else ""))
+        lines.append(f"{what}: {effect}." + (f" A guess why it is not a yes everywhere: {REASONS[claim]}." if len(failed) else "") + (f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run." if len(ran) < len(rows) else ""))
     return lines
+
+# %% ../nbs/80_results.ipynb #c4bcca60
+def repeated(
+    folder: str | Path,  # of records: runs/study/records
+    records: dict[str, dict] | None = None,  # default: the committed ones of the study
+) -> pd.DataFrame:  # a row a record that both have: here, committed, the interval of its condition, and whether it is inside
+    "Rows that were run again, beside the committed ones; percent, or dB."
+    records, rows = read_study() if records is None else records, []
+    for key, again in read_study(folder).items():
+        if key not in records or key.startswith("tune-"): continue
+        part, arm, seed = (again["row"][k] for k in ("part", "arm", "seed"))
+        metric = next(c.metric for c in COMPARISONS if c.part == part)
+        here, there = scores({key: again}, part, arm, metric)[seed].mean(), scores(records, part, arm, metric)
+        i = interval(np.array(list(there.values())))
+        rows.append({"row": key, "metric": metric, "here": here, "committed": there[seed].mean(), "low": i.low, "high": i.high, "inside": bool(i.low <= here <= i.high)})
+    return pd.DataFrame(rows, columns=["row", "metric", "here", "committed", "low", "high", "inside"]).round(2)
 
 # %% ../nbs/80_results.ipynb #19c7774e
 def headline(
@@ -295,7 +342,7 @@ def headline(
     for c, r in zip(COMPARISONS, table.itertuples()):
         if not c.primary: continue
         ours = "not run yet" if not r.pairs else number(r.effect) if r.pairs < 2 else f"{r.effect:+.1f} [{r.low:.1f}, {r.high:.1f}]"
-        lines.append(f"| ({c.claim}) {c.what} | {number(paper_gain(c))} | {ours} | {int(r.pairs) or ''} | {r.verdict if r.pairs else ''} |")
+        lines.append(f"| ({c.claim}) {c.what} | {number(paper_gain(c))} | {ours} | {int(r.pairs) or ''} | {(r.verdict + (', also at the stricter level' if r.low6 > 0 else '')) if r.pairs else ''} |")
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/80_results.ipynb #55df9126
@@ -303,7 +350,7 @@ def tables(
     records: dict[str, dict],
 ) -> dict[str, str]:  # file name -> text
     "Every generated table as text."
-    found = {"effects.csv": effects(records), "rates.csv": chosen_rates(records), **{f"table-{name}.csv": compare_table(name, records) for name in TABLES}}
+    found = {"effects.csv": effects(records), "rates.csv": chosen_rates(records), "late-rise.csv": late_rise(records), **{f"table-{name}.csv": compare_table(name, records) for name in TABLES}}
     return {name: t.to_csv(index=False, lineterminator="\n") for name, t in found.items()} | {"headline.md": headline(records), "findings.md": "".join(f"- {line}\n" for line in findings(records))}
 
 def write_tables(

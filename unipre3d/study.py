@@ -25,7 +25,7 @@ from .downstream.finetuning import finetune_recipes, tasks
 from .downstream.transfer import Augment, FinetuneRecipe, Labelled, Task, build_backbone, run_task
 from .pretrain import stop_requests
 from .recipes import LAYOUTS, pretrain, recipes
-from .records import read_record, write_json
+from .records import read_config, read_record, write_json
 
 # %% auto #0
 __all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'MASKED', 'QUIET', 'OBJECTS', 'LARGE', 'ROOMS',
@@ -33,8 +33,9 @@ __all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', '
            'BACKBONES', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer', 'MaskedModel', 'ShapeClouds',
            'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows', 'measure_rows',
            'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of', 'read_row',
-           'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'run_row', 'pending', 'run_file',
-           'start_row', 'said_last', 'reproduce', 'StudyOptions', 'plan_table', 'reproduce_command']
+           'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row', 'pending',
+           'run_file', 'start_row', 'said_last', 'reproduce', 'StudyOptions', 'why_not', 'plan_table',
+           'reproduce_command']
 
 # %% ../nbs/79_study.ipynb #9472dc21
 CLAIMS = {
@@ -313,10 +314,11 @@ def plan_mini() -> list[Row]:
 # %% ../nbs/79_study.ipynb #7a487a01
 SOURCES = {"shapenet": LAYOUTS["shapenet"], "scannet": LAYOUTS["scannet"], "scanobjectnn": "ScanObjectNN: hkust-vgd.github.io/scanobjectnn (h5_files.zip)",
            "shapenetpart": "ShapeNetPart: shapenet.cs.stanford.edu/media/shapenetcore_partanno_segmentation_benchmark_v0_normal.zip", "s3dis": "S3DIS: sdss.redivis.com/datasets (Stanford3dDataset_v1.2), preprocessed as Pointcept does"}
-BACKBONES = {"transformer": {}, "pointmlp": dict(backbone="PointMLP", features=("xyz", "height")), "pcm": dict(backbone="PCM", features=("xyz", "height")), "mamba3d": dict(backbone="Mamba3D"),
+BACKBONES = {"transformer": {}, "pointmlp": dict(backbone="PointMLP", features=("xyz", "height")), "pcm": dict(backbone="PCM", features=("xyz", "height"), backbone_options=dict(spare_head=False)), "mamba3d": dict(backbone="Mamba3D"),
              "sparseunet": {}, "ptv3": dict(backbone="PTv3", backbone_options=dict(voxel_size=.02))}
 FULL = {  # a measurement: recipe, changes, data, backbones, hours of one GPU (guess)
-    **{f"scanobjectnn-{v.lower()}": ("cls-scanobjectnn", dict(variant=v), "scanobjectnn", backbones, 5) for v, backbones in (("PB_T50_RS", ("transformer", "pointmlp", "pcm", "mamba3d")), ("OBJ_BG", ("transformer",)), ("OBJ_ONLY", ("transformer",)))},
+    "scanobjectnn-pb_t50_rs": ("cls-scanobjectnn", dict(variant="PB_T50_RS"), "scanobjectnn", ("transformer", "pointmlp", "pcm", "mamba3d"), 5),
+    **{f"scanobjectnn-{v.lower()}": ("cls-scanobjectnn", dict(variant=v, steps=20_000, warmup=600), "scanobjectnn", ("transformer",), 1) for v in ("OBJ_BG", "OBJ_ONLY")},  # a fifth of the objects
     "shapenetpart": ("part-shapenetpart", {}, "shapenetpart", ("pointmlp",), 10),
     "scannet20": ("sem-scannet20", {}, "scannet", ("sparseunet", "ptv3"), 40), "scannet200": ("sem-scannet200", {}, "scannet", ("sparseunet", "ptv3"), 40), "s3dis": ("sem-s3dis", {}, "s3dis", ("sparseunet",), 25),
     "scannet20-instances": ("inst-scannet20", {}, "scannet", ("sparseunet",), 40), "scannet200-instances": ("inst-scannet200", {}, "scannet", ("sparseunet",), 40)}
@@ -354,7 +356,7 @@ def select(
     by_key = {r.key: r for r in rows}
     compared = {(c.part, arm) for c in COMPARISONS if c.claim == only for arm in (c.arm, c.against)}
     wanted = [r.key for r in rows if (r.stage != "extra" if not only else only in (r.key, r.claim) or r.key.startswith(f"{only}-") or (r.part, r.arm) in compared)]
-    if not wanted: raise ValueError(f"--only: expected a claim ({', '.join(CLAIMS)}) or the name of a row (see --list), got {only!r}")
+    if not wanted: raise ValueError(f"--only: expected a claim ({', '.join(dict.fromkeys(r.claim for r in rows))}) or the name of a row (see --list), got {only!r}")
     found = set()
     while wanted:
         if (key := wanted.pop()) in found or key == "none": continue
@@ -380,7 +382,8 @@ def read_row(
     if not path.is_file(): return None
     record, what = read_record(path), ("key", "kind", "recipe", "changes", "seed", "start", "tune")
     now, then = plain(row), record.get("row", {})
-    if differ := [k for k in what if now[k] != then.get(k) and not (k == "changes" and row.needs)]: raise ValueError(f"{path}: expected the record of the row as it is planned, found other {differ[0]}; move the file away to run the row again")
+    if row.needs: now["changes"] = {k: v for k, v in now["changes"].items() if k != "data"}               # nobody else's folders
+    if differ := [k for k in what if now[k] != then.get(k)]: raise ValueError(f"{path}: expected the record of the row as it is planned, found other {differ[0]}; move the file away to run the row again")
     return record
 
 def chosen_rate(
@@ -435,6 +438,15 @@ def with_answers(
         return replace(task, test=ask)
     return make
 
+def goes_on(
+    run: Path,  # run folder of a row
+    recipe: Any,  # that the row asks for now
+) -> bool:
+    "Whether an interrupted run of these very values is there; one of other values starts anew."
+    if not (run / "resume.safetensors").is_file() or (run / "record.json").is_file(): return False
+    then, now = read_config(run), json.loads(json.dumps(asdict(recipe)))
+    return all(then.get(k, v) == v for k, v in now.items())
+
 def run_row(
     row: Row,
     folder: str | Path,  # of the study
@@ -443,7 +455,7 @@ def run_row(
     "Run a row in this process, or go on with it, and write its record."
     folder, recipe = Path(folder), recipe_of(row, folder)
     run, home = folder / "runs" / row.key, folder / "records"
-    how = dict(resume=(run / "resume.safetensors").is_file() and not (run / "record.json").is_file(), say=say)
+    how = dict(resume=goes_on(run, recipe), say=say)
     if row.kind == "pretrain": record = pretrain(row.recipe, recipe, run, **how)
     else:
         make = masked_task if row.kind == "masked" else next(make for kind, _, make in tasks.values() if type(recipe) is kind)
@@ -549,13 +561,23 @@ class StudyOptions:
     shapenetpart: str = ""  # folder of ShapeNetPart, for the full plan
     s3dis: str = ""  # folder of S3DIS, for the full plan
 
+def why_not(
+    rows: Sequence[Row],
+    folder: str | Path,  # of the study
+) -> dict[str, str]:  # name of a row -> what it lacks
+    "Rows that cannot be run here, those among them that start from or are tuned by such a row."
+    found, left = {}, {r.key for r in pending(rows, folder)}
+    for r in rows:
+        if why := missing(r) or next((f"needs {k}, which cannot be run here" for k in (r.start, *r.tune) if k in found and k in left), ""): found[r.key] = why
+    return found
+
 def plan_table(
     rows: Sequence[Row],
     folder: str | Path,  # of the study
 ) -> str:
     "The plan as text: state, minutes and name of each row, and the sum."
-    left = {r.key for r in pending(rows, folder)}
-    state = {r.key: "recorded" if r.key not in left else missing(r) or "to run" for r in rows}
+    left, why = {r.key for r in pending(rows, folder)}, why_not(rows, folder)
+    state = {r.key: "recorded" if r.key not in left else why.get(r.key, "to run") for r in rows}
     hours = sum(r.minutes for r in rows if state[r.key] == "to run") / 60
     lines = [f"{r.claim}  {r.stage:9} {r.minutes:7.1f} min  {r.key:40} {state[r.key]}" for r in rows]
     counts = {s: sum(v == s for v in state.values()) for s in ("recorded", "to run")}
@@ -569,11 +591,13 @@ def reproduce_command(
     if args[:1] in (["-h"], ["--help"]): parse(StudyOptions, ["--help"], "unipre3d reproduce mini | full")
     if not args or args[0] not in ("mini", "full"): raise ValueError(f"reproduce: expected mini or full, got {args[0] if args else 'nothing'}; as in: unipre3d reproduce mini --list")
     options = parse(StudyOptions, args[1:], f"unipre3d reproduce {args[0]}")
+    if options.workers < 1: raise ValueError(f"--workers: expected at least 1, got {options.workers}")
     rows = select(plan(args[0], {k: getattr(options, k) for k in SOURCES}), options.only)
     if options.list or args[0] == "full": print(plan_table(rows, options.out))
     if options.list: return 0
-    can = [r for r in rows if not missing(r)]
-    outcome = reproduce(can, options.out, workers=options.workers)
+    why = why_not(rows, options.out)
+    outcome = reproduce([r for r in rows if r.key not in why], options.out, workers=options.workers)
+    again = " ".join([f"unipre3d reproduce {args[0]}", *(f"--{k} {v}" for k, v in asdict(options).items() if v not in ("", False))])
     print(f"{len(outcome['done'])} rows done, {len(outcome['failed'])} failed, {len(outcome['left'])} left; records: {options.out}/records"
-          + (f"\ngo on with: unipre3d reproduce {args[0]} --out {options.out}" if outcome["left"] else ""))
+          + (f"\ngo on with: {again}" if outcome["left"] else ""))
     return 130 if outcome["left"] else int(bool(outcome["failed"]))

@@ -127,10 +127,10 @@ class SemanticScore(Confusion):
         self.absent, self.groups = absent, groups or {}
 
     def compute(self) -> dict:
-        "`miou`, `macc`, `allacc`, `miou_<group>`; `miou_present`, over classes that truly occur; `iou` and `acc` of each class `[K]` (NaN = no value); `absent`, how many have no IoU; `confusion`."
+        "`miou`, `macc`, `allacc`, `miou_<group>`; `miou_present`, over classes that truly occur; `miou_all`, over all classes, one without a value counting 0 as in Pointcept; `iou` and `acc` of each class `[K]` (NaN = no value); `absent`, how many have no IoU; `confusion`."
         iou, acc = class_iou(self.matrix), class_accuracy(self.matrix)
         groups = {f"miou_{name}": mean_over_classes(iou[members], self.absent) for name, members in self.groups.items()}
-        return dict(miou=mean_over_classes(iou, self.absent), miou_present=mean_over_classes(iou[self.matrix.sum(1) > 0], "leave out"), macc=mean_over_classes(acc, self.absent), allacc=overall_accuracy(self.matrix),
+        return dict(miou=mean_over_classes(iou, self.absent), miou_present=mean_over_classes(iou[self.matrix.sum(1) > 0], "leave out"), miou_all=mean_over_classes(iou, "zero"), macc=mean_over_classes(acc, self.absent), allacc=overall_accuracy(self.matrix),
                     **groups, iou=iou, acc=acc, absent=int(iou.isnan().sum()), confusion=self.matrix.clone())
 
 def class_table(

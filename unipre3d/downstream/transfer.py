@@ -24,7 +24,7 @@ from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
 from ..data.loaders import about_z, make_loader, recolor
 from ..records import check_record, code_version, data_hash, hardware, read_config, write_json
-from ..pretrain import MetricsFile, average_weights, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests
+from ..pretrain import MetricsFile, average_weights, block_means, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests
 from ..recipes import build_backbone
 
 # %% auto #0
@@ -432,8 +432,8 @@ def run_history(
     "The course of a run in short: means of the training columns over `every` steps, and each validation."
     table = pd.read_csv(metrics)
     scored = [c for c in table if c.startswith("val_")]
-    means = table.drop(columns=[*scored, "lr", "skipped", "frozen", "seconds"]).groupby((table.step - 1) // every).mean()
-    return {k: part.round(6).to_dict("list") for k, part in (("train", means), ("val", table[["step", *scored]].dropna()))}
+    means = block_means(table.drop(columns=[*scored, "lr", "skipped", "frozen", "seconds"]), every)
+    return {"train": means, "val": table[["step", *scored]].dropna().round(6).to_dict("list") if scored else {"step": []}}
 
 def run_task(
     name: str,  # the recipe's name, for the record
@@ -445,10 +445,10 @@ def run_task(
     resume: bool = False,  # go on with the run in `folder`; its own start counts
     device: str = "auto",  # "auto" or "cpu"
     say: Callable[[str], None] = print,  # where messages go
-) -> dict | None:  # the record; None if the run was interrupted
+) -> dict | None:  # the record; empty in all but the first of several processes; None if the run was interrupted
     "Run a recipe: start, train, choose by validation, ask the test clouds once, write the record."
     accelerator = new_accelerator(recipe.mixed_precision, device)
-    folder, main, began, cpu_began = Path(folder), accelerator.is_main_process, time.time(), time.process_time()
+    folder, main, began, cpu_began, code = Path(folder), accelerator.is_main_process, time.time(), time.process_time(), code_version()
     world = accelerator.num_processes
     if recipe.batch_size % world or recipe.batch_size // world < 1: raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {recipe.batch_size}")
     task = make_task(recipe, device=accelerator.device)
@@ -468,11 +468,11 @@ def run_task(
     if done.ended == "interrupted":
         if main: say(f"stopped after step {done.step} of {recipe.steps}; go on with: unipre3d finetune {name} --resume --out {folder}")
         return None
-    if not main: return None
+    if not main: return {}
     weights, chosen = load_tensors(folder / "checkpoint.safetensors")
-    task.model.load_state_dict(weights)
+    accelerator.unwrap_model(task.model, keep_fp32_wrapper=False).load_state_dict(weights)              # asked in float32, whatever it learned in
     metrics, details = task.test(task.model, folder)
-    record = {"kind": "finetune", "recipe": name, "task": task.name, "values": asdict(recipe), "code": code_version(), "seed": recipe.seed, "start": start,
+    record = {"kind": "finetune", "recipe": name, "task": task.name, "values": asdict(recipe), "code": code, "seed": recipe.seed, "start": start,
               "steps": done.step, "chosen": chosen, "data": task.data, "classes": task.classes, "processes": world, "hardware": hardware(),
               "train_seconds": load_tensors(folder / "resume.safetensors")[1]["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
               "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics, "details": details, "history": run_history(folder / "metrics.csv")}
