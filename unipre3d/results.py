@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ class Interval:
 
     def __str__(self): return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]" if self.n > 1 else f"{self.mean:.1f}"
 
+@lru_cache(maxsize=8)
+def _shares(runs: int, objects: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    "How often each run [draws S] and each object [draws o] is drawn, as shares."
+    rng = np.random.default_rng(seed)
+    return tuple(rng.multinomial(n, np.full(n, 1 / n), draws) / n for n in (runs, objects))
+
 def interval(
     values: np.ndarray,  # [S o] or [S]: of S runs or pairs, about o test objects
     level: float = .95,
@@ -64,11 +71,11 @@ def interval(
 ) -> Interval:
     "Mean and interval by a bootstrap over runs and objects, with Student's quantile."
     d = np.asarray(values, dtype=float)
-    d, rng = d[:, None] if d.ndim == 1 else d, np.random.default_rng(seed)
+    d = d[:, None] if d.ndim == 1 else d
     s, o = d.shape
     mean = float(d.mean())
     if s < 2: return Interval(mean, float("nan"), float("nan"), s)
-    runs, objects = rng.multinomial(s, np.full(s, 1 / s), draws) / s, rng.multinomial(o, np.full(o, 1 / o), draws) / o
+    runs, objects = _shares(s, o, draws, seed)
     both, only = ((runs @ d) * objects).sum(1), runs @ d.mean(1)
     half = stats.t.ppf(.5 + level / 2, s - 1) * np.sqrt(((both - mean) ** 2).mean() + ((only - mean) ** 2).mean() / (s - 1))
     return Interval(mean, mean - half, mean + half, s)
