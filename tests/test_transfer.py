@@ -242,7 +242,7 @@ def test_recipe_values_become_a_backbone_and_loop_options():
 
 
 def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path):
-    "A scale of 2^127 overflows at first; the scaler must see it, halve, and train in the end."
+    "A scale of 2^127 overflows at first; the scaler must see it, step down, and train in the end."
     accelerator = new_accelerator(device="cpu")
     accelerator.native_amp, accelerator.state._mixed_precision, accelerator.scaler = True, "fp16", torch.amp.GradScaler("cpu", init_scale=2. ** 127, backoff_factor=2. ** -40)
     model, _ = run(tmp_path, steps=6, ema=.5, accelerator=accelerator)

@@ -17,7 +17,7 @@ from scipy import stats
 
 from .core import data_dir
 from .records import read_record, read_records
-from .study import CLAIMS, COMPARISONS, CONDITIONS, HELD_OUT, MEASUREMENTS, Comparison, plan, select
+from .study import CLAIMS, COMPARISONS, HELD_OUT, MEASUREMENTS, Comparison, plan, select
 
 # %% auto #0
 __all__ = ['MINI', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'paper_table', 'read_study', 'all_frame', 'Interval', 'interval',
