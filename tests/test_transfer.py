@@ -159,18 +159,32 @@ def test_after_the_warm_up_everything_moves(tmp_path):
 
 # ---------------------------------------------------------------- the loop
 
-@pytest.mark.parametrize("how", [{}, dict(ema=.9, frozen_steps=6, layer_decay=.7)], ids=["plain", "averaged, frozen first, by layer"])
-def test_resumed_equals_uninterrupted(tmp_path, how):
+@pytest.fixture
+def float16():
+    "Makes accelerators whose loss is scaled as for float16, here by 2^127, which overflows at first."
+    def make():
+        accelerator = new_accelerator(device="cpu")
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2. ** 127, backoff_factor=2. ** -40)
+        return accelerator
+    yield make
+    new_accelerator()
+
+
+@pytest.mark.parametrize("how", [{}, dict(ema=.9, frozen_steps=6, layer_decay=.7), dict(mixed=True)], ids=["plain", "averaged, frozen first, by layer", "float16"])
+def test_resumed_equals_uninterrupted(tmp_path, how, float16):
     (tmp_path / "whole").mkdir(); (tmp_path / "parts").mkdir()
+    how = dict(how)
+    accelerator = float16 if how.pop("mixed", False) else lambda: None
     how = how | dict(validate_every=3, choose="val", validate=lambda model: {"val": float(sum(p.detach().double().sum() for p in model.parameters()))})
-    run(tmp_path / "whole", **how)
+    run(tmp_path / "whole", accelerator=accelerator(), **how)
     seen = []
     def stops(model, batch):
         seen.append(1)
         if len(seen) == 5: os.kill(os.getpid(), signal.SIGINT)
         return loss(model, batch)
-    _, first = run(tmp_path / "parts", loss=stops, **how)
-    _, second = run(tmp_path / "parts", resume=True, **how)
+    _, first = run(tmp_path / "parts", loss=stops, accelerator=accelerator(), **how)
+    _, second = run(tmp_path / "parts", resume=True, accelerator=accelerator(), **how)
     assert (first.step, first.ended, second.step, second.ended) == (5, "interrupted", 10, "finished")
     rows = []
     for name in ("whole", "parts"):
@@ -241,14 +255,11 @@ def test_recipe_values_become_a_backbone_and_loop_options():
     with pytest.raises(ValueError, match="backbone_options: PointNet2 does not take them"): build_backbone(FinetuneRecipe(backbone="PointNet2", backbone_options=dict(depth=3)))
 
 
-def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path):
-    "A scale of 2^127 overflows at first; the scaler must see it, step down, and train in the end."
-    accelerator = new_accelerator(device="cpu")
-    accelerator.native_amp, accelerator.state._mixed_precision, accelerator.scaler = True, "fp16", torch.amp.GradScaler("cpu", init_scale=2. ** 127, backoff_factor=2. ** -40)
-    model, _ = run(tmp_path, steps=6, ema=.5, accelerator=accelerator)
+def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path, float16):
+    "The scaler must see the overflow, step down, and train in the end."
+    model, _ = run(tmp_path, steps=6, ema=.5, accelerator=float16())
     with open(tmp_path / "metrics.csv", newline="") as file: skipped = [int(row["skipped"]) for row in csv.DictReader(file)]
     assert skipped[0] == 1 and skipped[-1] == 0 and sorted(skipped, reverse=True) == skipped
     assert all(p.isfinite().all() for p in model.parameters())
     json.dumps(course := run_history(tmp_path / "metrics.csv", every=1), allow_nan=False)
     assert course["train"]["grad_norm"][0] is None and course["train"]["grad_norm"][-1] > 0 and course["val"] == {"step": []}
-    new_accelerator()

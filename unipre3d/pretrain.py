@@ -27,7 +27,7 @@ from .render import render
 # %% auto #0
 __all__ = ['UniPre3D', 'predict', 'rows_of_views', 'save_views', 'step_loss', 'learning_rate', 'evaluate', 'constant_baselines',
            'save_tensors', 'load_tensors', 'run_state', 'load_run_state', 'stop_requests', 'MetricsFile', 'block_means',
-           'average_weights', 'new_accelerator', 'train']
+           'average_weights', 'new_accelerator', 'take_step', 'train']
 
 # %% ../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -195,16 +195,17 @@ def run_state(
     model: nn.Module,  # the trained weights
     ema: nn.Module,  # their running average
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,  # of the loss; only float16 has one
 ) -> dict[str, Tensor]:
     "Everything that training remembers, as named tensors."
     state = {f"model/{k}": v for k, v in model.state_dict().items()} | {f"ema/{k}": v for k, v in ema.state_dict().items()}
     for i, memory in optimizer.state_dict()["state"].items():
         state |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in memory.items()}
-    return state
+    return state | {f"scaler/{k}": torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else torch.int64) for k, v in (scaler.state_dict() if scaler else {}).items()}
 
 def load_run_state(
     state: dict[str, Tensor],  # from `run_state`
-    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,  # changed in place
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None,  # changed in place
 ) -> None:
     "Put everything back; a missing or extra tensor is an error."
     part = lambda name: {k[len(name):]: v for k, v in state.items() if k.startswith(name)}
@@ -214,6 +215,7 @@ def load_run_state(
         i, name = key.split("/")
         memory.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
+    if scaler: scaler.load_state_dict({k: v.item() for k, v in part("scaler/").items()})
 
 # %% ../nbs/60_pretrain.ipynb #372c1928
 @contextmanager
@@ -280,6 +282,20 @@ def new_accelerator(
     return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
 
 # %% ../nbs/60_pretrain.ipynb #27a40784
+def take_step(
+    loss: Tensor,
+    model: nn.Module, optimizer: torch.optim.Optimizer,  # both from `accelerator.prepare`
+    accelerator: Accelerator,
+    clip: float,  # largest norm of the gradient
+) -> tuple[float, bool]:  # norm of the gradient before clipping, whether the step was left out
+    "Backward, clip, step; a step whose gradient is not finite is left out."
+    accelerator.backward(loss)
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))
+    if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()   # the scaler leaves it out by itself, and learns from it
+    optimizer.zero_grad()
+    return norm, not math.isfinite(norm) or accelerator.optimizer_step_was_skipped
+
+# %% ../nbs/60_pretrain.ipynb #3a5c1ce1
 def train(
     model: UniPre3D,
     image_net: Callable | None,  # frozen image features; None without fusion
@@ -309,7 +325,7 @@ def train(
     start, seconds = 0, 0.
     if resume:
         state, meta = load_tensors(folder / "resume.safetensors")
-        load_run_state(state, model, average, optimizer)
+        load_run_state(state, model, average, optimizer, accelerator.scaler)
         start, seconds = meta["step"], meta["seconds"]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     colour, main = torch.tensor(background, dtype=torch.float32, device=accelerator.device), accelerator.is_main_process
@@ -318,7 +334,7 @@ def train(
     def save(step):
         if not main: return
         meta = {"step": step, "seconds": time.perf_counter() - began}
-        save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer), meta)
+        save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer, accelerator.scaler), meta)
         save_tensors(folder / "checkpoint.safetensors", average.module.state_dict(), meta)
 
     step = start
@@ -331,12 +347,8 @@ def train(
             with accelerator.autocast(): gaussians = predict(sample.points, sample.ref, image_net, wrapped)
             loss, rgb = step_loss(gaussians, sample.target, colour, foreground_weight=foreground_weight,
                                   background_weight=background_weight, backend=backend)
-            accelerator.backward(loss)
-            norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), clip))
-            if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()                              # the scaler of float16 skips by itself, and learns from it
-            skipped = not math.isfinite(norm) or accelerator.optimizer_step_was_skipped                 # and the step's row says so
+            norm, skipped = take_step(loss, wrapped, optimizer, accelerator, clip)
             if not skipped: average.update_parameters(model)
-            optimizer.zero_grad()
             step += 1
             row = {"step": step, "lr": rate, "loss": float(accelerator.reduce(loss.detach(), "mean")), "grad_norm": norm,
                    "psnr": float(accelerator.reduce(psnr(rgb.detach(), sample.target.rgb).mean(), "mean")), "skipped": int(skipped)}

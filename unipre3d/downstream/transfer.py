@@ -24,7 +24,7 @@ from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
 from ..data.loaders import about_z, make_loader, recolor
 from ..records import check_record, code_version, data_hash, hardware, read_config, write_json
-from ..pretrain import MetricsFile, average_weights, block_means, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests
+from ..pretrain import MetricsFile, average_weights, block_means, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests, take_step
 from ..recipes import build_backbone
 
 # %% auto #0
@@ -306,7 +306,7 @@ def finetune(
     progress = {"step": 0, "seconds": 0., "best": None, "best_step": 0, "waited": 0}
     if resume:
         state, progress = load_tensors(folder / "resume.safetensors")
-        load_run_state(state, model, average, optimizer)
+        load_run_state(state, model, average, optimizer, accelerator.scaler)
     set_training(model, frozen if progress["step"] < frozen_steps else ())
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     main, kept = accelerator.is_main_process, average.module if ema else model
@@ -324,12 +324,8 @@ def finetune(
             rate = learning_rate(step, peak=lr, steps=steps, schedule=schedule, warmup=warmup)
             for group in optimizer.param_groups: group["lr"] = rate * group["scale"]
             with accelerator.autocast(): value, scores = loss(wrapped, to_device(batch, accelerator.device))
-            accelerator.backward(value)
-            norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), clip))
-            if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()                              # as in pre-training
-            skipped = not math.isfinite(norm) or accelerator.optimizer_step_was_skipped
+            norm, skipped = take_step(value, wrapped, optimizer, accelerator, clip)
             if ema and not skipped: average.update_parameters(model)
-            optimizer.zero_grad()
             row = {"lr": rate, "loss": float(accelerator.reduce(value.detach(), "mean")), "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
             step += 1
             if main:
@@ -343,7 +339,7 @@ def finetune(
             if stopping() and step < steps: ended = "interrupted"
             if main and (step % save_every == 0 or step == steps or ended != "finished"):
                 if validate is None: keep(None)
-                save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer), progress | {"step": step, "seconds": time.perf_counter() - began})
+                save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer, accelerator.scaler), progress | {"step": step, "seconds": time.perf_counter() - began})
             if ended != "finished": break
     if main: log.file.close()
     return Finetuned(step, progress["best_step"], progress["best"], ended)
