@@ -188,6 +188,7 @@ def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("values, says", [(dict(layout="scanobjectnn"), "data: this recipe needs ScanObjectNN"), (dict(layout="shapenet"), "layout: expected one of furniture"),
+                                          (dict(layout="modelnet40", data="here"), "classes: expected none (--classes without names) for ModelNet40, of which all are kept; got chair, table"),
                                           (dict(validation="test"), 'validation: expected "split"'), (dict(ways=5, shots=5), "an episode has no objects to choose by"), (dict(batch_size=1), "batch_size: expected")])
 def test_mistakes_are_one_line(tmp_path, values, says):
     with pytest.raises(ValueError) as error: run_task("wrong", tiny(**dict(classes=("chair", "table")) | values), classification_task, tmp_path / "run", say=lambda text: None)

@@ -220,6 +220,7 @@ def test_furniture_has_named_parts():
     assert len(reader) and reader.classes == ["bed"] and (rows["part"] >= 0).mean() >= .95 and set(rows) >= {"xyz", "normal", "color", "part"}
     with pytest.raises(ValueError, match="classes: expected some of bed, car"): part_names(PartRecipe(layout="furniture", classes=("toy",)))
     with pytest.raises(ValueError, match="got none"): part_names(PartRecipe())
+    with pytest.raises(ValueError, match="classes: expected none .* for ShapeNetPart, of which all are kept; got chair"): part_names(PartRecipe(layout="shapenetpart", classes=("chair",)))
 
 
 def test_recipes_build_and_missing_data_says_where_it_is():

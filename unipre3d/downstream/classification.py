@@ -250,7 +250,7 @@ class ClassificationRecipe(FinetuneRecipe):
     "One classification run as plain values."
     layout: str = "furniture"  # of the data: "furniture" or "scans" (embedded), "scanobjectnn" or "modelnet40" (pass a folder as data)
     variant: str = "PB_T50_RS"  # of ScanObjectNN and of scans: PB_T50_RS, OBJ_BG, OBJ_ONLY, ...
-    classes: tuple[str, ...] = ()  # to keep, embedded data only; empty keeps all furniture, and ScanObjectNN's fifteen of scans
+    classes: tuple[str, ...] = ()  # to keep, of embedded data; empty keeps all furniture, and ScanObjectNN's fifteen of scans
     per_class: tuple[int, int, int] = (100, 20, 100)  # generated shapes of each class that are scanned: train, val, test
     validation: str = "share"  # objects that choose the checkpoint: "split" (the data's own), "share" (of training) or "none" (the last step)
     share: float = .1  # of training, for "share"
@@ -302,6 +302,7 @@ def read_clouds(
     if recipe.layout not in known: raise ValueError(f'layout: expected one of {", ".join(known)}; got "{recipe.layout}"')
     reader = {"scanobjectnn": ScanObjectNN, "modelnet40": ModelNet40}.get(recipe.layout)
     if reader and not recipe.data: raise ValueError(f"data: this recipe needs {reader.layout.name}: {reader.layout.tree}, from {reader.layout.source}; pass --data FOLDER")
+    if reader and recipe.classes: raise ValueError(f"classes: expected none (--classes without names) for {reader.layout.name}, of which all are kept; got {', '.join(recipe.classes)}")
     return known[recipe.layout]()
 
 def read_splits(

@@ -344,7 +344,7 @@ def spread(
 class PartRecipe(FinetuneRecipe):
     "One part segmentation as plain values."
     layout: str = "shapes"  # of the data: "shapes" (generated) or "furniture" (embedded), "shapenetpart" (pass a folder as data)
-    classes: tuple[str, ...] = ()  # categories; of ShapeNetPart always all
+    classes: tuple[str, ...] = ()  # categories to keep, of embedded data
     per_class: tuple[int, int, int] = (150, 20, 50)  # generated shapes of each category: train, val, test
     stored: int = 2048  # points of a generated shape, all of which are asked about
     validation: str = "split"  # clouds that choose the checkpoint: "split" (the data's val), or "none" (val is learnt from too, the last step is taken)
@@ -375,6 +375,7 @@ def part_names(
     recipe: PartRecipe,
 ) -> dict[str, list[str]]:  # category -> names of its parts
     "The parts that a recipe tells apart; ShapeNetPart has no names for its own, but numbers."
+    if recipe.layout == "shapenetpart" and recipe.classes: raise ValueError(f"classes: expected none (--classes without names) for {SHAPENETPART.name}, of which all are kept; got {', '.join(recipe.classes)}")
     if recipe.layout == "shapenetpart": return {k: [str(n) for n in range(many)] for k, many in PART_COUNTS.items()}
     if recipe.layout not in ("shapes", "furniture"): raise ValueError(f'layout: expected one of shapes, furniture, shapenetpart; got "{recipe.layout}"')
     known = {k: names[1:] for k, names in sorted((PARTS if recipe.layout == "shapes" else ShapeNetViews().parts).items())}
