@@ -1,4 +1,7 @@
 "Selective scan and Mamba layers: released numbers, the sequential reference, odd shapes."
+import importlib.machinery
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,20 @@ def test_half_precision_is_computed_in_single():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="backend: expected 'auto'"): selective_scan(*inputs(), backend="cuda")
     with pytest.raises(ValueError, match="needs the package mamba-ssm"): selective_scan(*inputs(), backend="mamba_ssm")
+
+
+@pytest.mark.parametrize("kernel, found", [(None, False), (object(), True)])
+def test_a_package_without_its_kernel_is_none(monkeypatch, kernel, found):
+    "mamba-ssm can be installed without the compiled scan; its function then only raises."
+    from unipre3d.backbones import mamba
+    package, interface = types.ModuleType("mamba_ssm"), types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn, interface.selective_scan_cuda = (lambda *args: None), kernel
+    for module in (package, types.ModuleType("mamba_ssm.ops"), interface):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    mamba._kernel.cache_clear()
+    assert (mamba._kernel() is not None) == found
+    mamba._kernel.cache_clear()
 
 
 def test_convolution_is_causal_and_depthwise():

@@ -13,7 +13,7 @@ import torch
 
 from unipre3d.cli import main
 from unipre3d.pretrain import load_tensors
-from unipre3d.recipes import load_run, recipes
+from unipre3d.recipes import load_run, pretraining_device, recipes
 
 SMALL = ["--steps", "10", "--batch-size", "4", "--picture-every", "5", "--eval-every", "5", "--save-every", "4",
          "--n-points", "256", "--resolution", "32", "--backbone-options.depth", "1", "--backbone-options.num-groups", "16"]
@@ -113,7 +113,8 @@ def mistakes(folder):
         (["pretrain", "--backbone", "Unicorn", "--out", folder / "a"], "Unicorn"), (["pretrain", "--fusion", "Unicorn", "--out", folder / "a"], "Unicorn"),
         (["pretrain", "object-transformer", "--out", folder / "a"], "--data"), (["render"], "checkpoint"), (["render", folder / "nowhere"], "nowhere"),
         (["render", folder / "broken"], "broken"), (["data", "wardrobe"], "wardrobe"), (["data", "furniture", "--deb", folder / "nowhere.deb"], "nowhere.deb"),
-        (["doctor", "--loud"], "--loud")]
+        (["doctor", "--loud"], "--loud"),
+        (["pretrain", "--device", "cuda", "--out", folder / "a"], "device")]
 
 
 def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys):
@@ -122,6 +123,14 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys):
         said = capsys.readouterr().err.strip()
         assert status == 2, (args, said)
         assert len(said.splitlines()) == 1 and name in said and said.startswith("unipre3d: "), (args, said)
+
+
+@pytest.mark.parametrize("device, gpu, gsplat, where", [("auto", True, False, "cpu"), ("auto", True, True, "auto"), ("auto", False, False, "auto"), ("cpu", True, True, "cpu")])
+def test_a_gpu_without_its_renderer_is_left_aside_and_this_is_said(monkeypatch, device, gpu, gsplat, where):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: gsplat or None)
+    found, because = pretraining_device(device)
+    assert found == where and ("pip install unipre3d[gpu]" in because) == (where != device)
 
 
 def test_help_names_every_command_and_recipe(capsys):

@@ -476,7 +476,11 @@ def test_the_batch_that_gsplat_gets(monkeypatch):
         return colour.unflatten(0, (B, C)), out.alpha[..., None].unflatten(0, (B, C)), {}
     fake = types.ModuleType("gsplat")
     fake.rasterization = rasterization
-    monkeypatch.setitem(sys.modules, "gsplat", fake)
+    kernels = types.ModuleType("gsplat.cuda._backend")
+    for name, value in (("gsplat", fake), ("gsplat.cuda", types.ModuleType("gsplat.cuda")), ("gsplat.cuda._backend", kernels)): monkeypatch.setitem(sys.modules, name, value)
+    kernels._C = None
+    with pytest.raises(ImportError, match="expected a CUDA toolkit with nvcc"): module.render_gsplat(*random_scene(0), torch.zeros(1, 3), antialiased=True, near=.5, far=2.5)
+    kernels._C = object()
     gaussians, cameras = random_scene(0, counts=(20, 0, 35), views=(1, 2, 3), degree=2)
     back, results = torch.rand(6, 3), []
     for draw in (module.render_gsplat, module.render_cpu):

@@ -263,7 +263,7 @@ def test_constraints_pin_every_requirement():
     complain(f"constraints.txt: no pin for {name}" for name in sorted({re.split(r"[<>=;\[!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned))
 
 
-DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu120", "cumm": "spconv-cu120"}
+DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126"}
 
 
 def test_package_imports_only_what_it_requires():

@@ -59,7 +59,7 @@ class RunOptions:
     "Where a run goes."
     out: str | None = None  # run folder; default runs/RECIPE, or runs/RECIPE-2 if that is taken
     resume: bool = False  # go on with the interrupted run in --out (default: the newest of this recipe)
-    device: str = "auto"  # "auto" takes a GPU if there is one; "cpu"
+    device: str = "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cpu"
 
 def newest_run(
     name: str,  # a recipe's name

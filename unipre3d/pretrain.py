@@ -278,6 +278,7 @@ def new_accelerator(
     device: str = "auto",  # "auto" takes a GPU if there is one; "cpu"
 ) -> Accelerator:
     "One for a run; an earlier run of this process may have had another precision or device."
+    if device not in ("auto", "cpu"): raise ValueError(f'device: expected "auto" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU is seen')
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
 
@@ -320,6 +321,7 @@ def train(
     "Pre-train `model` in place; its averaged weights are in checkpoint.safetensors (section 3)."
     accelerator, folder = accelerator or new_accelerator(), Path(folder)
     model.to(accelerator.device).train()
+    if isinstance(image_net, nn.Module): image_net.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     average = average_weights(model, ema)
     start, seconds = 0, 0.
@@ -327,7 +329,7 @@ def train(
         state, meta = load_tensors(folder / "resume.safetensors")
         load_run_state(state, model, average, optimizer, accelerator.scaler)
         start, seconds = meta["step"], meta["seconds"]
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[True, False])    # its memory is in place already
     colour, main = torch.tensor(background, dtype=torch.float32, device=accelerator.device), accelerator.is_main_process
     log, began = MetricsFile(folder / "metrics.csv", start) if main else None, time.perf_counter() - seconds
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_recipes.ipynb #954d6b36
 from __future__ import annotations
-import resource, time
+import importlib.util, resource, time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,7 +31,7 @@ from .render import render
 __all__ = ['SCENES', 'ROOMS', 'SCANNET', 'SMALL', 'SHAPENET', 'PTV3_MINI', 'recipes', 'LAYOUTS', 'Recipe', 'find_recipe',
            'build_image_net', 'build_fusion', 'build_backbone', 'build_model', 'build_data', 'object_samples',
            'scene_samples', 'training_batches', 'held_out', 'free_folder', 'read_recipe', 'history', 'picture',
-           'pretrain', 'load_run']
+           'pretraining_device', 'pretrain', 'load_run']
 
 # %% ../nbs/61_recipes.ipynb #4615c1ff
 @dataclass(frozen=True)
@@ -293,6 +293,13 @@ def picture(
     model.train(training)
     save_views(sample, image.rgb, path, title)
 
+def pretraining_device(
+    device: str,  # "auto" or "cpu"
+) -> tuple[str, str]:  # for `new_accelerator`; and why it is not the GPU that there is, or ""
+    "On a GPU gsplat renders; where it is not installed, the processor trains."
+    if device != "auto" or not torch.cuda.is_available() or importlib.util.find_spec("gsplat"): return device, ""
+    return "cpu", " (not on the GPU, where gsplat renders: pip install unipre3d[gpu])"
+
 def pretrain(
     name: str,  # the recipe's name, for the record
     recipe: Recipe,
@@ -303,16 +310,17 @@ def pretrain(
     say: Callable[[str], None] = print,  # where messages go
 ) -> dict | None:  # the record; empty in all but the first of several processes; None if the run was interrupted
     "Run a recipe: train, watch, evaluate on the whole validation split, write the record."
+    device, because = pretraining_device(device)
     accelerator = new_accelerator(recipe.mixed_precision, device)
     folder, main, began, cpu_began, code = Path(folder), accelerator.is_main_process, time.time(), time.process_time(), code_version()
     data, val = build_data(recipe, "train"), build_data(recipe, "val")
     image_net = build_image_net(recipe)
     model = build_model(recipe, getattr(image_net, "width", 0))
-    if isinstance(image_net, nn.Module): image_net.to(accelerator.device)
+    if isinstance(image_net, nn.Module): image_net.to(accelerator.device)                                       # the first picture is taken before `train` moves it
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume: write_json(folder / "config.json", {"name": name, **asdict(recipe)})
-        say(f"{name}: {len(data)} training clouds, {len(val)} held out, {sum(p.numel() for p in model.parameters()):,} parameters, on {accelerator.device}; writing to {folder}")
+        say(f"{name}: {len(data)} training clouds, {len(val)} held out, {sum(p.numel() for p in model.parameters()):,} parameters, on {accelerator.device}{because}; writing to {folder}")
     samples = held_out(recipe, val)
     shown = collate([val[i] for i in range(0, len(val), -(-len(val) // 8))])        # eight clouds from all over the split
 

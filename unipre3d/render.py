@@ -277,9 +277,12 @@ def render_gsplat(
     far: float,
 ) -> Render:
     "gsplat's CUDA kernels, one call for the whole batch."
-    try: from gsplat import rasterization
+    try:
+        from gsplat import rasterization
+        from gsplat.cuda._backend import _C as kernels
     except ImportError:
         raise ImportError("render: backend 'gsplat' needs the gsplat package; install it with `pip install unipre3d[gpu]`") from None
+    if kernels is None: raise ImportError("render: backend 'gsplat': expected a CUDA toolkit with nvcc, with which gsplat builds its kernels, found none; install one, or use the processor (--device cpu)")
     g, (h, w), v = gaussians, cameras.hw, len(cameras)
     if not len(g): return Render(background[:, :, None, None].expand(v, 3, h, w), background.new_zeros(v, h, w), background.new_zeros(v, h, w))
     pad = lambda x, batch: to_padded(x, batch, g.size)[0]

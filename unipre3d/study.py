@@ -173,7 +173,7 @@ def masked_task(
     def loss(model, batch): return chamfer(*model(batch.points)).mean(), {}
     @torch.no_grad()
     def ask(model, folder):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(0)
             found = [chamfer(*model.eval()(asked.batch([(i, 0) for i in range(k, min(k + 32, len(asked)))]).points.to(device))).mean() for k in range(0, len(asked), 32)]
         return {"chamfer": float(torch.stack(found).mean())}, {}

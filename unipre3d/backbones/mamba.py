@@ -84,9 +84,10 @@ class ChunkedScan(torch.autograd.Function):
 # %% ../../nbs/backbones/43_mamba.ipynb #3e4fadd5
 @cache
 def _kernel() -> Callable | None:
-    "mamba-ssm's scan, or None where it is not installed."
+    "mamba-ssm's scan, or None where it is not installed, or without its kernel."
     if importlib.util.find_spec("mamba_ssm") is None: return None
-    return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    return module.selective_scan_fn if getattr(module, "selective_scan_cuda", None) else None
 
 def selective_scan(
     u: Tensor,      # [b l d] input

@@ -96,7 +96,7 @@ def attend_rectangle(
 def flash_kernel():
     "flash-attention's function for packed sequences; None where the package is not installed."
     if importlib.util.find_spec("flash_attn") is None: return None
-    return importlib.import_module("flash_attn").flash_attn_varlen_qkvpacked_func
+    return getattr(importlib.import_module("flash_attn"), "flash_attn_varlen_qkvpacked_func", None)
 
 def attend(
     qkv: Tensor,       # [s 3 heads d] queries, keys and values at the places of the patches

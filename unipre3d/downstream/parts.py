@@ -61,7 +61,7 @@ def to_points(
     if voxel_size is None: return near(points)
     row = voxel_rows(features, points, voxel_size)
     out, lone = features.feat[row], row < 0
-    if bool(lone.any()): out = out.masked_scatter(lone[:, None], near(PointBatch(points.xyz[lone], points.xyz[lone], points.batch[lone], points.size)))
+    if bool(lone.any()): out = out.masked_scatter(lone[:, None], near(PointBatch(points.xyz[lone], points.xyz[lone], points.batch[lone], points.size)).to(out.dtype))
     return out
 
 # %% ../../nbs/downstream/73_parts.ipynb #e31e7f13

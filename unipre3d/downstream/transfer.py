@@ -141,7 +141,7 @@ def layer_order(
     for name in parts:
         for module in backbone.get_submodule(name).modules(): hooks.append(module.register_forward_pre_hook(note(name)))
     weight, training = next(backbone.parameters()), backbone.training
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), torch.no_grad():
         torch.manual_seed(0)
         xyz = torch.rand(128, 3) - .5
         points = PointBatch(xyz, torch.cat([xyz, torch.rand(128, max(0, backbone.config.get("in_channels", 3) - 3))], 1), torch.arange(2).repeat_interleave(64), 2)
@@ -308,7 +308,7 @@ def finetune(
         state, progress = load_tensors(folder / "resume.safetensors")
         load_run_state(state, model, average, optimizer, accelerator.scaler)
     set_training(model, frozen if progress["step"] < frozen_steps else ())
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[True, False])    # its memory is in place already
     main, kept = accelerator.is_main_process, average.module if ema else model
     log, began = MetricsFile(folder / "metrics.csv", progress["step"], ("step", "lr", "loss", "grad_norm", "skipped", "frozen", "seconds", *columns)) if main else None, time.perf_counter() - progress["seconds"]
     step, ended, start = progress["step"], "finished", progress["step"]
