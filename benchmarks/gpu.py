@@ -133,7 +133,7 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available(): stop("no CUDA device here; the CPU renderer is timed by benchmarks/render.py")
     try: installed = version("gsplat")
-    except PackageNotFoundError: stop("gsplat is not installed; pip install unipre3d[gpu], or bring its wheel (pure Python, compiled at first use)")
+    except PackageNotFoundError: stop("gsplat is not installed; pip install -e '.[gpu]', or bring its wheel (pure Python, compiled at first use)")
     torch.backends.cuda.matmul.allow_tf32 = False
     record = {"benchmark": "render_gpu", **provenance(), "gpu": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()),
               "cuda": torch.version.cuda, "gsplat": installed, "tolerance": {"image": IMAGE_TOLERANCE, "gradient": GRADIENT_TOLERANCE, "odd_pixels": PIXEL_TOLERANCE}}

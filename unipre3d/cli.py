@@ -289,7 +289,7 @@ def doctor_command(args: list[str]) -> int:
         "unipre3d": code_version(), "python": machine["python"], "torch": machine["torch"], "processor": f"{machine['cpu']}, {machine['cores']} cores",
         "GPU": machine["gpu"] or "none (the CPU renderer is used)",
         "renderer, CPU": "ready" if have("numba") else "MISSING: numba",
-        "renderer, CUDA": ("ready" if cuda else "installed, but no GPU") if have("gsplat") else "not installed (pip install unipre3d[gpu])",
+        "renderer, CUDA": ("ready" if cuda else "installed, but no GPU") if have("gsplat") else "not installed (pip install -e '.[gpu]')",
         "objects": size(folder / "furniture.zip"),
         "small autoencoder": size(folder / "autoencoder-mini" / "diffusion_pytorch_model.safetensors"),
         "ffmpeg (MP4)": "ready" if any((Path(p) / "ffmpeg").exists() for p in os.environ.get("PATH", "").split(os.pathsep)) else "not found (GIF is used)",

@@ -161,7 +161,7 @@ def evaluate(
 def constant_baselines(
     samples: Callable[[], Iterable[Sample]],  # gives the same samples each time it is called
 ) -> dict[str, float]:
-    "Mean PSNR (dB) of the two best images that do not look at their input: one colour, and the per-pixel mean."
+    "Mean PSNR (dB) of two images that do not look at their input: the mean colour at its best brightness, and the per-pixel mean."
     moments = [(s.target.rgb.mean((2, 3)), s.target.rgb.square().mean((1, 2, 3)), s.target.rgb.sum(0)) for s in samples()]
     mean, energy = (torch.cat([m[i] for m in moments]) for i in (0, 1))
     mean_image = sum(m[2] for m in moments) / len(mean)
@@ -184,7 +184,7 @@ def load_tensors(
     path: str | Path,  # a file that `save_tensors` wrote
 ) -> tuple[dict[str, Tensor], dict]:
     "Tensors and plain values of a file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected a checkpoint, there is no such file")
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected a checkpoint, there is no such file; name a run folder that has saved, or its checkpoint.safetensors")
     try:
         with safe_open(path, "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("json", "{}"))

@@ -298,7 +298,7 @@ def pretraining_device(
 ) -> tuple[str, str]:  # for `new_accelerator`; and why it is not the GPU that there is, or ""
     "On a GPU gsplat renders; where it is not installed, the processor trains."
     if device != "auto" or not torch.cuda.is_available() or importlib.util.find_spec("gsplat"): return device, ""
-    return "cpu", " (not on the GPU, where gsplat renders: pip install unipre3d[gpu])"
+    return "cpu", " (not on the GPU, where gsplat renders: pip install -e '.[gpu]')"
 
 def pretrain(
     name: str,  # the recipe's name, for the record

@@ -41,7 +41,7 @@ def hardware() -> dict[str, Any]:
 def code_hash(
     *modules: str,  # names, such as "unipre3d.core"
 ) -> str:  # 16 hexadecimal digits
-    "Changes with the code of some modules; comments do not count. What is made on first use is kept under such a name."
+    "Changes with the code of some modules; lines that begin with # do not count. What is made on first use is kept under such a name."
     digest = hashlib.sha256()
     for name in modules:
         lines = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8").splitlines()

@@ -281,7 +281,7 @@ def render_gsplat(
         from gsplat import rasterization
         from gsplat.cuda._backend import _C as kernels
     except ImportError:
-        raise ImportError("render: backend 'gsplat' needs the gsplat package; install it with `pip install unipre3d[gpu]`") from None
+        raise ImportError("render: backend 'gsplat' needs the gsplat package; install it with `pip install -e '.[gpu]'` in the checkout") from None
     if kernels is None: raise ImportError("render: backend 'gsplat': expected a CUDA toolkit with nvcc, with which gsplat builds its kernels, found none; install one, or use the processor (--device cpu)")
     g, (h, w), v = gaussians, cameras.hw, len(cameras)
     if not len(g): return Render(background[:, :, None, None].expand(v, 3, h, w), background.new_zeros(v, h, w), background.new_zeros(v, h, w))

@@ -23,7 +23,8 @@ from .study import CLAIMS, COMPARISONS, HELD_OUT, MEASUREMENTS, Comparison, plan
 __all__ = ['MINI', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'paper_table', 'read_study', 'all_frame', 'Interval', 'interval',
            'right', 'class_accuracy', 'scores', 'paired', 'to_run', 'effect_row', 'effects', 'full_key', 'beside',
            'compare_table', 'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'late_rise', 'over_seeds',
-           'psnr_and_accuracy', 'findings', 'repeated', 'headline', 'tables', 'write_tables', 'stale_tables']
+           'psnr_and_accuracy', 'written_effect', 'findings', 'repeated', 'headline', 'tables', 'write_tables',
+           'stale_tables']
 
 # %% ../nbs/80_results.ipynb #fb21a7dd
 def paper_table() -> pd.DataFrame:
@@ -309,6 +310,12 @@ REASONS = {
     "i": "with more labels less is left to gain", "j": "the schedule's length and the number of shapes go together", "l": "generated shapes teach the generator's habits",
 }
 
+def written_effect(
+    row: Any,  # of `effects`, that has been run
+) -> str:
+    "The effect with its sign, and its interval where there is one."
+    return f"{row.effect:+.1f}" + (f" [{row.low:.1f}, {row.high:.1f}]" if row.pairs > 1 else "")
+
 def findings(
     records: dict[str, dict],
 ) -> list[str]:
@@ -318,7 +325,7 @@ def findings(
         ran, what = rows[rows.pairs > 0], f"({claim}) {CLAIMS[claim]}"
         failed = ran[ran.verdict.isin(["undecided", "the opposite"])]
         if not len(ran): lines.append(f"{what}: not run yet."); continue
-        effect = "; ".join(f"{r.comparison} {r.effect:+.1f} [{r.low:.1f}, {r.high:.1f}], {r.pairs} pairs: {r.verdict}" for r in ran.itertuples())
+        effect = "; ".join(f"{r.comparison} {written_effect(r)}" + (f", {r.pairs} pairs" if r.pairs > 1 else "") + f": {r.verdict}" for r in ran.itertuples())
         lines.append(f"{what}: {effect}." + (f" A guess why it is not a yes everywhere: {REASONS[claim]}." if len(failed) else "") + (f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run." if len(ran) < len(rows) else ""))
     return lines
 
@@ -348,8 +355,8 @@ def headline(
     number = lambda x: "" if np.isnan(x) else f"{x:+.1f}"
     for c, r in zip(COMPARISONS, table.itertuples()):
         if not c.primary: continue
-        ours = "not run yet" if not r.pairs else number(r.effect) if r.pairs < 2 else f"{r.effect:+.1f} [{r.low:.1f}, {r.high:.1f}]"
-        lines.append(f"| ({c.claim}) {c.what} | {number(paper_gain(c))} | {ours} | {int(r.pairs) or ''} | {(r.verdict + (', also at the stricter level' if r.low6 > 0 else '')) if r.pairs else ''} |")
+        ours = written_effect(r) if r.pairs else "not run yet"
+        lines.append(f"| ({c.claim}) {c.what} | {number(paper_gain(c))} | {ours} | {int(r.pairs) or ''} | {(r.verdict + (', also at the stricter level' if r.low6 > 0 or r.high6 < 0 else '')) if r.pairs else ''} |")
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/80_results.ipynb #55df9126

@@ -97,8 +97,8 @@ COMPARISONS = [
     Comparison("d", "point fusion - no fusion, held-out PSNR (dB)", "pre", "point", "none", "psnr"),
     *[Comparison("i", f"UniPre3D - scratch, {n} shots", f"cls{n}", "unipre3d", "scratch") for n in (8, 40, 80)],
     *[Comparison("j", f"{n:,} steps - random, frozen features", "probe20", f"steps{n}", "scratch") for n in (500, 1000, 4000, 8000)],
-    Comparison("l", "UniPre3D - scratch, 20 shots of generated scans, asked artist-made objects", "cls20", "unipre3d", "scratch", "oa_real"),
-    Comparison("l", "UniPre3D - random, frozen features, asked artist-made objects", "probe20", "unipre3d", "scratch", "oa_real"),
+    Comparison("l", "UniPre3D - scratch, 20 shots of generated scans, tested on artist-made objects", "cls20", "unipre3d", "scratch", "oa_real"),
+    Comparison("l", "UniPre3D - random, frozen features, tested on artist-made objects", "probe20", "unipre3d", "scratch", "oa_real"),
     *[Comparison(claim, f"{what}, larger (GPU), {how}", part, f"{arm}.large", f"{against}.large")
       for part, how, first in (("cls20.large", "20 shots", "a"), ("probe20.large", "frozen features", "g"))
       for claim, what, arm, against in ((first, "UniPre3D - scratch", "unipre3d", "scratch"), ("e", "fusion - no fusion", "unipre3d", "nofusion"), ("h", "our scale - released floor", "unipre3d", "floor"))],
@@ -551,7 +551,7 @@ def reproduce(
 @dataclass(frozen=True)
 class StudyOptions:
     "Run the rows of the study that are not recorded, or list them."
-    only: str = ""  # one claim (a to m), a row or the beginning of several (cls20-unipre3d), with what they need
+    only: str = ""  # one claim (a to m, but k, which has no runs of its own), a row or the beginning of several (cls20-unipre3d), with what they need
     out: str = "runs/study"  # folder of the study: runs and records
     workers: int = 2  # rows at a time, one thread each
     list: bool = False  # only print the plan

@@ -36,7 +36,7 @@ def to_integers(
     return dict(text=base64.b64encode(data.tobytes()).decode(), low=low.double().flatten().tolist(), step=step.flatten().tolist(), bits=bits)
 
 # %% ../nbs/54_viewer.ipynb #0110a76f
-MOST_GAUSSIANS, MOST_POINTS = 20_000, 60_000  # keeps a page below a megabyte, and a turn of the mouse below a frame
+MOST_GAUSSIANS, MOST_POINTS = 20_000, 60_000  # keeps a page near a megabyte, and a turn of the mouse below a frame
 
 def pack_gaussians(
     gaussians: GaussianBatch,  # one cloud

@@ -41,7 +41,7 @@ def look_at(
     if bool(((at - eye).norm(dim=1) == 0).any()): raise ValueError("look_at: expected eye and at to differ, found a camera that stands on its target")
     z = torch.nn.functional.normalize(at - eye, dim=1)
     right = torch.linalg.cross(z, up.expand_as(z))
-    spare = torch.linalg.cross(z, up.roll(1).expand_as(z))
+    spare = torch.linalg.cross(z, torch.eye(3, dtype=eye.dtype, device=eye.device)[z.abs().argmin(1)])
     x = torch.nn.functional.normalize(torch.where(right.norm(dim=1, keepdim=True) > 1e-6, right, spare), dim=1)
     R = torch.stack([x, torch.linalg.cross(z, x), z], dim=1)
     pose = torch.eye(4, dtype=eye.dtype, device=eye.device).repeat(len(eye), 1, 1)
