@@ -73,23 +73,53 @@ def test_same_seed_same_run_other_seed_other_run(whole, tmp_path):
     assert column(tmp_path / "other", "loss")[0] != column(whole, "loss")[0]
 
 
-def test_several_processes_hold_the_same_weights(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys, torch\nfrom dataclasses import replace\nfrom pathlib import Path\nimport unipre3d.recipes as r\n"
-        "recipe = replace(r.recipes['object-transformer-mini'], steps=3, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, eval_every=9)\n"
-        "seen = {}\ntrain = r.train\n"
-        "def spy(model, *args, **kw):\n    done = train(model, *args, **kw); seen.update({k: v.clone() for k, v in model.state_dict().items()}); return done\n"
-        "r.train = spy\nr.pretrain('object-transformer-mini', recipe, Path(sys.argv[1]), device='cpu', say=lambda text: None)\n"
-        "rank = torch.distributed.get_rank()\n"
-        "flat = torch.cat([v.flatten().float() for k, v in sorted(seen.items()) if 'running' not in k and 'num_batches' not in k])\n"
-        "both = [torch.empty_like(flat) for _ in range(2)]; torch.distributed.all_gather(both, flat)\n"
-        "assert torch.equal(*both), 'the processes drifted apart'\nprint('equal' if rank == 0 else '')\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path / "run")]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert "equal" in done.stdout and len(column(tmp_path / "run", "step")) == 3
-    assert json.loads((tmp_path / "run" / "record.json").read_text())["processes"] == 2
+TWO = """
+import os, signal, sys, torch
+from dataclasses import replace
+from pathlib import Path
+import unipre3d.pretrain, unipre3d.recipes as r
+
+folder, again = Path(sys.argv[1]), sys.argv[2:] == ["again"]
+recipe = replace(r.recipes["object-transformer-mini"], steps=4, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, eval_every=9)
+seen, calls, train, take_step = {}, [], r.train, unipre3d.pretrain.take_step
+
+def interrupt(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2 and not again: os.kill(os.getpid(), signal.SIGINT)      # one of the two, before its second step ends
+    return take_step(*args)
+
+def spy(model, *args, **kw):
+    done = train(model, *args, **kw)
+    seen.update({k: v.clone() for k, v in model.state_dict().items()})
+    return done
+
+unipre3d.pretrain.take_step, r.train = interrupt, spy
+r.pretrain("object-transformer-mini", recipe, folder, resume=again, device="cpu")
+flat = torch.cat([v.flatten().float() for k, v in sorted(seen.items()) if "running" not in k and "num_batches" not in k])
+both = [torch.empty_like(flat) for _ in range(2)]
+torch.distributed.all_gather(both, flat)
+assert torch.equal(*both), "the processes drifted apart"
+print(f"process {os.environ['RANK']}: {len(calls)} steps, equal weights")
+"""
+
+
+def test_several_processes_stop_together_go_on_and_hold_the_same_weights(tmp_path):
+    script, folder = tmp_path / "two.py", tmp_path / "run"
+    script.write_text(TWO)
+
+    def launch(*more):
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(folder), *more]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-6000:]
+        for rank in (0, 1): assert f"process {rank}: 2 steps, equal weights" in done.stdout
+        return done.stdout
+
+    assert "stopped after step 2 of 4" in launch()
+    assert column(folder, "step") == ["1", "2"] and not (folder / "record.json").exists()
+    launch("again")
+    assert column(folder, "step") == ["1", "2", "3", "4"]
+    record = json.loads((folder / "record.json").read_text())
+    assert record["processes"] == 2 and record["resumed"]
 
 
 def test_a_run_can_be_loaded_and_rendered(whole, capsys):

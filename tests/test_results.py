@@ -113,6 +113,12 @@ def test_findings_and_headline_follow_the_records():
     assert headline(some()) != headline({})
 
 
+def test_headline_says_the_stricter_level_on_both_sides():
+    first = lambda gain: headline(some(gain=gain)).splitlines()[2]
+    assert "yes, also at the stricter level" in first(.6) and "the opposite, also at the stricter level" in first(-.6)
+    assert "undecided" in first(0.) and "stricter" not in first(0.)
+
+
 def test_rebuilding_changes_nothing(tmp_path):
     records = some()
     write_tables(tmp_path, records)

@@ -326,7 +326,8 @@ def finetune(
             with accelerator.autocast(): value, scores = loss(wrapped, to_device(batch, accelerator.device))
             norm, skipped = take_step(value, wrapped, optimizer, accelerator, clip)
             if ema and not skipped: average.update_parameters(model)
-            row = {"lr": rate, "loss": float(accelerator.reduce(value.detach(), "mean")), "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
+            mean_loss, stop = accelerator.reduce(torch.stack([value.detach(), value.new_tensor(float(stopping()))]), "mean").tolist()       # one process asked to stop stops all
+            row = {"lr": rate, "loss": mean_loss, "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
             step += 1
             if main:
                 if validate is not None and (step % validate_every == 0 or step == steps):
@@ -336,7 +337,7 @@ def finetune(
                 log.write(step=step, **row, **scores, seconds=time.perf_counter() - began)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", **{k: f"{v:.3f}" for k, v in scores.items()}); bar.update()
             if patience and int(accelerator.reduce(torch.tensor(float(progress["waited"]), device=accelerator.device), "sum")) >= patience: ended = "patience"
-            if stopping() and step < steps: ended = "interrupted"
+            if stop and step < steps: ended = "interrupted"
             if main and (step % save_every == 0 or step == steps or ended != "finished"):
                 if validate is None: keep(None)
                 save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer, accelerator.scaler), progress | {"step": step, "seconds": time.perf_counter() - began})
