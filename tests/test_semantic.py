@@ -18,7 +18,7 @@ from unipre3d.data.loaders import make_loader
 from unipre3d.data.scannet import box_cloud, write_cloud
 from unipre3d.downstream.classification import Selection
 from unipre3d.downstream.semantic import (ScanNetRooms, ScenePoints, SemanticModel, SemanticRecipe, build_scenes, build_semantic, carry, crop_rows, evaluate_semantic,
-                                          hold_out_rooms, lovasz_loss, mirror, one_per_voxel, paint_room, point_probabilities, read_rooms, semantic_loss, semantic_recipes, semantic_task,
+                                          hold_out_rooms, lovasz_loss, mirror, one_per_voxel, paint_room, point_probabilities, read_rooms, save_voxels, semantic_loss, semantic_recipes, semantic_task,
                                           show_voxels, split_rooms)
 from unipre3d.downstream.transfer import Augment, Labelled, load_task, run_task
 from unipre3d.pretrain import load_tensors
@@ -291,6 +291,22 @@ def test_scannet200_reports_its_groups_and_holds_out_training_rooms(scannet, tmp
 def test_s3dis_runs_from_a_folder(s3dis, tmp_path):
     record = run_task("sem-s3dis", tiny(s3dis, layout="s3dis", steps=2, validate_every=2), semantic_task, tmp_path / "run", say=lambda text: None)
     assert record["classes"] == S3DIS.classes and record["data"] | {"sha256": 0, "name": 0} == dict(train=4, val=1, test=1, sha256=0, name=0) and record["details"]["room"] == "Area_5/office_1"
+    train, val, test = split_rooms(replace(semantic_recipes["sem-s3dis"], data=str(s3dis)))                   # the full recipe: rooms of all five other areas train, but for a share
+    names = lambda reader: {reader.name(i) for i in range(len(reader))}
+    assert names(train) | names(val) == {f"Area_{a}/office_1" for a in (1, 2, 3, 4, 6)} and len(names(val)) == 1 and names(test) == {"Area_5/office_1"}
+
+
+def test_a_room_without_a_column_is_named(tmp_path):
+    cloud = box(1)
+    write_s3dis(tmp_path, "Area_5/office_1", coord=cloud["coord"], color=cloud["color"], segment=cloud["segment20"], instance=cloud["instance"])
+    with pytest.raises(ValueError, match="^Area_5/office_1: features: expected a cloud with normal.*--parse_normal"): ScenePoints(S3DIS(tmp_path, split="test"), features=("normal", "color_signed"))[0]
+
+
+def test_voxels_of_many_classes_keep_the_truth(tmp_path):
+    cloud = ScenePoints(Numbered()).room(0)
+    truth = np.full(len(cloud["xyz"]), 198, dtype=np.int32)
+    with np.load(save_voxels(cloud | {"segment": truth, "color": np.ones((len(truth), 3), np.float32), "normal": np.ones((len(truth), 3), np.float32)}, np.zeros_like(truth), .1, tmp_path / "room.npz")) as file:
+        assert set(file["truth"].tolist()) == {198} and set(file["found"].tolist()) == {0}
 
 
 @pytest.mark.parametrize("values, says", [(dict(data=""), "data: this recipe needs ScanNet: <root>/"), (dict(layout="kitti"), "layout: expected one of scannet, s3dis"), (dict(validation="test"), 'validation: expected "split"'),

@@ -179,6 +179,26 @@ def test_a_row_that_fails_says_why_and_takes_those_after_it_along(tmp_path, here
     assert outcome["done"] == outcome["left"] == [] and outcome["failed"]["cls-toy-1"].startswith("ValueError") and outcome["failed"]["cls-toy-2"] == "needs cls-toy-1, which failed"
 
 
+def test_each_row_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "CHILD", "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(.5)")
+    monkeypatch.setattr(study, "missing", lambda row: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert study.visible_gpus() == ["3", "5"]
+    rows = [replace(PRE, key=f"pre-toy-{k}", seed=k) for k in range(3)]
+    outcome = reproduce(rows, tmp_path, say=lambda text: None)                    # the rows write no record, and so they fail with what they said last
+    assert sorted(outcome["failed"].values())[0] == "3" and set(outcome["failed"].values()) == {"3", "5"} and len(outcome["failed"]) == 3
+    outcome = reproduce(rows, tmp_path / "shared", workers=3, say=lambda text: None)
+    assert sorted(outcome["failed"].values()) == ["3", "3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES"); monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert study.visible_gpus() == []
+
+
+def test_full_classification_rows_have_the_points_and_rates_of_their_own_code():
+    values = {r.key: recipe_of(r, "") for r in FULL if r.key.startswith("full-scanobjectnn-pb_t50_rs-scratch-")}
+    assert {k.rsplit("-", 1)[1]: (v.n_points, v.lr, v.smoothing) for k, v in values.items()} == {"transformer": (2048, 5e-4, .2), "pointmlp": (1024, 5e-4, .3), "pcm": (1024, 1e-4, .3), "mamba3d": (2048, 5e-4, .2)}
+
+
 def test_a_row_of_other_values_starts_anew(tmp_path):
     from unipre3d.study import goes_on
     recipe = recipe_of(PRE, "")

@@ -30,12 +30,12 @@ from .records import read_config, read_record, write_json
 # %% auto #0
 __all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'MASKED', 'QUIET', 'OBJECTS', 'LARGE', 'ROOMS',
            'POINTMLP', 'PCM', 'MAMBA3D', 'SPARSEUNET', 'PTV3', 'CONDITIONS', 'FEW', 'of', 'MEASUREMENTS', 'SOURCES',
-           'BACKBONES', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer', 'MaskedModel', 'ShapeClouds',
-           'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows', 'measure_rows',
-           'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of', 'read_row',
-           'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row', 'pending',
-           'run_file', 'start_row', 'said_last', 'reproduce', 'StudyOptions', 'why_not', 'plan_table',
-           'reproduce_command']
+           'BACKBONES', 'CLASSIFIED', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer', 'MaskedModel',
+           'ShapeClouds', 'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows',
+           'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of',
+           'read_row', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row',
+           'pending', 'run_file', 'visible_gpus', 'start_row', 'said_last', 'reproduce', 'StudyOptions', 'why_not',
+           'plan_table', 'reproduce_command']
 
 # %% ../nbs/79_study.ipynb #9472dc21
 CLAIMS = {
@@ -316,6 +316,7 @@ SOURCES = {"shapenet": LAYOUTS["shapenet"], "scannet": LAYOUTS["scannet"], "scan
            "shapenetpart": "ShapeNetPart: shapenet.cs.stanford.edu/media/shapenetcore_partanno_segmentation_benchmark_v0_normal.zip", "s3dis": "S3DIS: sdss.redivis.com/datasets (Stanford3dDataset_v1.2), preprocessed as Pointcept does"}
 BACKBONES = {"transformer": {}, "pointmlp": dict(backbone="PointMLP", features=("xyz", "height")), "pcm": dict(backbone="PCM", features=("xyz", "height"), backbone_options=dict(spare_head=False)), "mamba3d": dict(backbone="Mamba3D"),
              "sparseunet": {}, "ptv3": dict(backbone="PTv3", backbone_options=dict(voxel_size=.02))}
+CLASSIFIED = {"pointmlp": dict(n_points=1024, smoothing=.3), "pcm": dict(n_points=1024, lr=1e-4, smoothing=.3)}  # as in their own code; the recipe is the Transformer's
 FULL = {  # a measurement: recipe, changes, data, backbones, hours of one GPU (guess)
     "scanobjectnn-pb_t50_rs": ("cls-scanobjectnn", dict(variant="PB_T50_RS"), "scanobjectnn", ("transformer", "pointmlp", "pcm", "mamba3d"), 5),
     **{f"scanobjectnn-{v.lower()}": ("cls-scanobjectnn", dict(variant=v, steps=20_000, warmup=600), "scanobjectnn", ("transformer",), 1) for v in ("OBJ_BG", "OBJ_ONLY")},  # a fifth of the objects
@@ -337,7 +338,7 @@ def plan_full(
         for b in backbones:
             for arm, start in (("scratch", "none"), ("unipre3d", f"full-pre-{b}")):
                 rows.append(Row(f"full-{part}-{arm}-{b}", "c" if needs == "shapenetpart" else "a" if needs == "scanobjectnn" else "b", "full", part, f"{arm}.{b}", "finetune", recipe,
-                                changes | BACKBONES[b] | dict(data=data.get(needs, "")), 0, 60. * hours, start, needs=needs))
+                                changes | BACKBONES[b] | (CLASSIFIED.get(b, {}) if needs == "scanobjectnn" else {}) | dict(data=data.get(needs, "")), 0, 60. * hours, start, needs=needs))
     return rows
 
 def plan(
@@ -494,9 +495,15 @@ def run_file(
         print(f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}", flush=True)
         return 1
 
+def visible_gpus() -> list[str]:
+    "GPUs that rows may take, by the names that CUDA_VISIBLE_DEVICES has for them."
+    n = torch.cuda.device_count()
+    return ([name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()] or [str(k) for k in range(n)])[:n]
+
 def start_row(
     row: Row,
     folder: str | Path,  # of the study
+    gpu: str = "",  # the one that it sees; "" is none, or all there are
 ) -> subprocess.Popen:
     "Begin a row in a process of its own; what it says goes to log.txt in its folder."
     run = Path(folder) / "runs" / row.key
@@ -504,7 +511,7 @@ def start_row(
     write_json(run / "row.json", plain(row))
     if (run / "record.json").is_file(): (run / "record.json").unlink(); (run / "resume.safetensors").unlink(missing_ok=True)  # a finished run whose record was taken away starts anew
     with open(run / "log.txt", "a") as log:
-        return subprocess.Popen([sys.executable, "-c", CHILD, str(run / "row.json")], stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD, start_new_session=True)
+        return subprocess.Popen([sys.executable, "-c", CHILD, str(run / "row.json")], stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}), start_new_session=True)
 
 def said_last(
     row: Row,
@@ -518,22 +525,24 @@ def reproduce(
     rows: Sequence[Row],
     folder: str | Path,  # of the study: gets runs/ROW and records/ROW.json
     *,
-    workers: int = 2,  # rows at a time, one thread each
+    workers: int = 0,  # rows at a time, one thread each; 0 is one for each GPU, or two without
     say: Callable[[str], None] = tqdm.write,
     wait: float = .2,  # seconds between looks
 ) -> dict[str, Any]:  # done: names; failed: name -> why; left: names
     "Run what is pending; resumable."
+    gpus = visible_gpus() or [""]
+    free = [gpus[k % len(gpus)] for k in range(workers or (len(gpus) if gpus[0] else 2))]                  # a place for each row that runs
     todo, running, done, failed, began = list(pending(rows, folder)), {}, [], {}, time.time()
     open_keys = {r.key for r in todo}
     with stop_requests() as stopping, tqdm(total=round(sum(r.minutes for r in todo), 1), desc="study", unit="min", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} planned minutes of one core [{elapsed}{postfix}]") as bar:
         while (todo or running) and not (stopping() and not running):
-            for process, row in [(p, r) for p, r in running.items() if p.poll() is not None]:
-                del running[process]
+            for process, (row, gpu) in [(p, r) for p, r in running.items() if p.poll() is not None]:
+                del running[process]; free.append(gpu)
                 if process.returncode == 0 and read_row(row, folder): done.append(row.key); open_keys.discard(row.key); say(f"{row.key}: {', '.join(f'{k} {v:.3f}' for k, v in list(read_row(row, folder)['metrics'].items())[:3])}")
                 elif not stopping(): failed[row.key] = said_last(row, folder); say(f"{row.key} FAILED: {failed[row.key]}")
                 bar.update(row.minutes)
                 planned = sum(r.minutes for r in rows if r.key in done)
-                if planned: bar.set_postfix_str(f"about {(time.time() - began) * sum(r.minutes for r in (*todo, *running.values())) / planned / 3600:.1f} h to go")
+                if planned: bar.set_postfix_str(f"about {(time.time() - began) * sum(r.minutes for r in (*todo, *(r for r, _ in running.values()))) / planned / 3600:.1f} h to go")
             for row in [r for r in todo if {r.start, *r.tune} & set(failed) or (not {r.start, *r.tune} & open_keys and missing(r))]:
                 todo.remove(row); failed[row.key] = next((f"needs {k}, which failed" for k in (row.start, *row.tune) if k in failed), "") or missing(row)
                 say(f"{row.key} not run: {failed[row.key]}")
@@ -543,7 +552,7 @@ def reproduce(
                 running = {}
                 break
             ready = [r for r in todo if not {r.start, *r.tune} & open_keys]
-            for row in ready[:max(0, workers - len(running))]: running[start_row(row, folder)] = row; todo.remove(row)
+            for row in ready[:len(free)]: gpu = free.pop(0); running[start_row(row, folder, gpu)] = row, gpu; todo.remove(row)
             if running: time.sleep(wait)
     return {"done": done, "failed": failed, "left": [r.key for r in rows if r.key in open_keys and r.key not in failed]}
 
@@ -553,7 +562,7 @@ class StudyOptions:
     "Run the rows of the study that are not recorded, or list them."
     only: str = ""  # one claim (a to m, but k, which has no runs of its own), a row or the beginning of several (cls20-unipre3d), with what they need
     out: str = "runs/study"  # folder of the study: runs and records
-    workers: int = 2  # rows at a time, one thread each
+    workers: int = 0  # rows at a time, one thread each; 0 is one for each GPU, or two without
     list: bool = False  # only print the plan
     shapenet: str = ""  # folder of ShapeNet's rendered views, for the full plan
     scannet: str = ""  # folder of ScanNet, for the full plan
@@ -591,7 +600,7 @@ def reproduce_command(
     if args[:1] in (["-h"], ["--help"]): parse(StudyOptions, ["--help"], "unipre3d reproduce mini | full")
     if not args or args[0] not in ("mini", "full"): raise ValueError(f"reproduce: expected mini or full, got {args[0] if args else 'nothing'}; as in: unipre3d reproduce mini --list")
     options = parse(StudyOptions, args[1:], f"unipre3d reproduce {args[0]}")
-    if options.workers < 1: raise ValueError(f"--workers: expected at least 1, got {options.workers}")
+    if options.workers < 0: raise ValueError(f"--workers: expected at least 1, or 0 for one a GPU, got {options.workers}")
     rows = select(plan(args[0], {k: getattr(options, k) for k in SOURCES}), options.only)
     if options.list or args[0] == "full": print(plan_table(rows, options.out))
     if options.list: return 0

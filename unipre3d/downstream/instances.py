@@ -254,10 +254,10 @@ instance_recipes: dict[str, InstanceRecipe] = {
         radius=.14, least=20, both=False),
     "inst-scannet20": InstanceRecipe(
         about="things in ScanNet, 20 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
-        **SCENE_FULL | dict(votes=0), validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
+        **SCENE_FULL | dict(votes=0), validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000, least=100, both=False),
     "inst-scannet200": InstanceRecipe(
         about="things in ScanNet, 200 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
-        **SCENE_FULL | dict(votes=0), labels=200, validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
+        **SCENE_FULL | dict(votes=0), labels=200, validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000, least=100, both=False),
 }
 
 def build_instances(

@@ -151,12 +151,17 @@ class ScenePoints(Dataset):
         if self.n_points is not None: keep = keep[crop_rows(cloud["xyz"][keep], self.n_points, rng, self.crop)]
         return {k: v[keep] for k, v in cloud.items()}
 
+    def inputs(self, index: int, cloud: Cloud) -> Tensor:
+        "[n c] float32: what the backbone reads of a room's points."
+        try: return torch.from_numpy(point_features(cloud, self.features))
+        except ValueError as problem: raise ValueError(f"{self.reader.name(index)}: {problem}; write that file (for S3DIS, preprocess_s3dis.py with --parse_normal), or leave the column out of --features") from None
+
     def batch(self, keys: list[tuple[int, int]]) -> LabelledScenes:
         "The collated crops of several `(index, draw)`."
         clouds = [self.cloud(*key) for key in keys]
         join = lambda arrays: torch.from_numpy(np.concatenate(list(arrays)))
         owner = torch.arange(len(keys)).repeat_interleave(torch.tensor([len(c["xyz"]) for c in clouds]))
-        points = PointBatch(join(c["xyz"] for c in clouds), join(point_features(c, self.features) for c in clouds), owner, len(keys))
+        points = PointBatch(join(c["xyz"] for c in clouds), torch.cat([self.inputs(index, c) for (index, _), c in zip(keys, clouds)]), owner, len(keys))
         return LabelledScenes(points, join(c["segment"] for c in clouds).long(), join(c["instance"] for c in clouds).long())
 
     def __getitem__(self, key: int | tuple[int, int]) -> LabelledScenes: return self.batch([key if isinstance(key, tuple) else (key, 0)])
@@ -169,7 +174,7 @@ class ScenePoints(Dataset):
         if angle: cloud = turn(cloud, about_z(angle))
         if mirrored: cloud = mirror(cloud)
         xyz = torch.from_numpy(cloud["xyz"])
-        points, inverse = merge_voxels(PointBatch(xyz, torch.from_numpy(point_features(cloud, self.features)), torch.zeros(len(xyz), dtype=torch.long), 1), self.voxel_size)
+        points, inverse = merge_voxels(PointBatch(xyz, self.inputs(index, cloud), torch.zeros(len(xyz), dtype=torch.long), 1), self.voxel_size)
         return WholeScene(points, inverse, *(torch.from_numpy(cloud[k]).long() for k in ("segment", "instance")))
 
 # %% ../../nbs/downstream/74_semantic.ipynb #2c99d34e
@@ -343,7 +348,7 @@ semantic_recipes: dict[str, SemanticRecipe] = {
         **SCENE_FULL, labels=200, validation="share", asked="val", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=80_000, warmup=4000),
     "sem-s3dis": SemanticRecipe(
         about="S3DIS, Area 5 is asked (pass --data); the paper's SparseUNet; GPUs",
-        **SCENE_FULL, layout="s3dis", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=50_000, warmup=2500),
+        **SCENE_FULL, layout="s3dis", validation="share", backbone="SparseUNet", backbone_options=dict(voxel_size=.02), steps=50_000, warmup=2500),
 }
 
 # %% ../../nbs/downstream/74_semantic.ipynb #c5687067
@@ -365,12 +370,12 @@ def read_rooms(
     return ScanNetRooms(root, split=split, labels=recipe.labels)
 
 def hold_out_rooms(
-    names: list[str],  # of rooms; scans of one place agree up to the underscore, as in scene0000_00 and scene0000_01
+    names: list[str],  # of rooms; scans of one place agree up to the underscore, as in scene0000_00 and scene0000_01; Area_1/office_1 is a place of its own
     share: float,  # of the places, rounded, at least one
     seed: int = 0,
 ) -> tuple[list[int], list[int]]:  # rooms that train, and that choose
     "Take a share of the places away from training."
-    places = [name.split("_")[0] for name in names]
+    places = [name if "/" in name else name.split("_")[0] for name in names]
     known = sorted(set(places))
     if len(known) < 2: raise ValueError(f"share: expected rooms of at least 2 places to hold one out, found {len(known)}; use validation none")
     away = set(np.random.default_rng((seed, 0x5EAA)).permutation(known)[:max(1, round(share * len(known)))].tolist())
@@ -425,7 +430,7 @@ def save_voxels(
     "One point a voxel of a room with truth and prediction, in few bytes."
     keep = one_per_voxel(cloud["xyz"], voxel_size)
     cell = np.floor(cloud["xyz"][keep] / np.float32(voxel_size)).astype(np.int16)
-    short = lambda x: x[keep].astype(np.int16 if found.max() > 126 else np.int8)
+    short = lambda x: x[keep].astype(np.int16 if max(found.max(), cloud["segment"].max()) > 126 else np.int8)
     np.savez_compressed(path, cell=(cell - cell.min(0)).astype(np.uint16 if np.ptp(cell, axis=0).max() > 255 else np.uint8), color=np.round(255 * cloud["color"][keep]).astype(np.uint8),
                         normal=np.round(127 * cloud["normal"][keep]).astype(np.int8), truth=short(cloud["segment"]), found=short(found), voxel_size=np.float32(voxel_size))
     return Path(path)
