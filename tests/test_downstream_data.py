@@ -68,7 +68,7 @@ def test_scanobjectnn(scans, variant, split):
     for i in range(3):
         rows = read.rows(i)
         assert np.allclose(rows["xyz"], fit_radius(y_up_to_z_up(data[i])), atol=1e-6) and rows["xyz"].dtype == np.float32
-        assert np.array_equal(rows["mask"], mask[i] != -1)
+        assert set(rows) == {"xyz"} and np.array_equal(read.mask(i), mask[i] != -1)
     assert np.allclose(ScanObjectNN(root, split=split, variant=variant, radius=None).rows(0)["xyz"], y_up_to_z_up(data[0]))
     assert len({read.name(i) for i in range(3)}) == 3 and ("nobg" in str(read.h5.path)) == (variant == "OBJ_ONLY")
 
@@ -80,6 +80,36 @@ def test_scanobjectnn_crosses_processes_and_caches(scans):
     assert read.rows(0)["xyz"].base is first.base
     assert np.array_equal(pickle.loads(pickle.dumps(read)).rows(0)["xyz"], first)
     assert read.fingerprint() == ScanObjectNN(root, split="test").fingerprint()
+
+
+def test_h5_arrays_are_read_once_and_stay_behind(scans, tmp_path):
+    root, data, mask = scans
+    path = root / "h5_files/main_split/training_objectdataset_augmentedrot_scale75.h5"
+    path.unlink()
+    with h5py.File(path, "w") as f:                                                # compressed in chunks across objects, as h5py guesses them
+        for key, value in dict(data=data, label=np.int32([1, 2, 3]), mask=mask).items(): f.create_dataset(key, data=value, compression="gzip")
+    read = ScanObjectNN(root, split="train", radius=None)
+    light = pickle.dumps(read)
+    assert not read.h5._held
+    for i in (2, 0, 1): assert np.array_equal(read.rows(i)["xyz"], y_up_to_z_up(data[i]))
+    assert set(read.h5._held) == {"data"} and np.array_equal(read.h5._held["data"], data)   # the mask waits until it is asked for
+    held = read.h5._held["data"]
+    assert np.array_equal(read.mask(1), mask[1] != -1) and read.rows(0) and read.h5._held["data"] is held
+    again = pickle.loads(pickle.dumps(read))
+    assert len(pickle.dumps(read)) < len(light) + 100 and not again.h5._held and np.array_equal(again.rows(1)["xyz"], read.rows(1)["xyz"])
+    assert np.array_equal(write_then_read(tmp_path, data), np.stack([fit_radius(y_up_to_z_up(cloud)) for cloud in data]))
+
+
+def write_then_read(root, data):
+    "Clouds through ModelNet40's h5 form, every file's arrays held once."
+    (root / "m40").mkdir(); (root / "m40/shape_names.txt").write_text("airplane\n")
+    with h5py.File(root / "m40/ply_data_train0.h5", "w") as f:
+        for key, value in dict(data=data, normal=data, label=np.uint8([[0]] * len(data))).items(): f.create_dataset(key, data=value, compression="gzip")
+    read = ModelNet40(root / "m40", split="train")
+    clouds = np.stack([read.rows(i)["xyz"] for i in range(len(read))])
+    h5 = read.items[0][2][0]
+    assert all(item[2][0] is h5 for item in read.items) and set(h5._held) == {"data", "normal"} and not read.cache.items and not pickle.loads(pickle.dumps(read)).items[0][2][0]._held
+    return clouds
 
 
 def test_scanobjectnn_round_trip(tmp_path):
@@ -108,9 +138,10 @@ def test_scanobjectnn_refuses(scans, tmp_path):
     rewrite(data=None); refuses_data(read, path, "an array 'data'", "label, mask")
     rewrite(data=data[..., :2]); refuses_data(read, path, "data of shape [n n 3]", "[3, 2048, 2]")
     rewrite(data=data[:0], label=np.int32([]), mask=mask[:0]); refuses_data(read, path, "at least one object")
+    rewrite(mask=None); refuses_data(lambda: read().mask(0), path, "an array 'mask'", "data, label")
     rewrite(label=np.int32([1, 2])); refuses_data(read, path, "label of shape [3]", "[2]")
     rewrite(label=np.int32([1, 2, 15])); refuses_data(read, path, "labels in 0..14", "found 15")
-    rewrite(mask=mask[:, :9]); refuses_data(lambda: read().rows(0), path, "mask of shape [3 2048]")
+    rewrite(mask=mask[:, :9]); refuses_data(lambda: read().mask(0), path, "mask of shape [3 2048]")
     broken = data.copy(); broken[1, 5] = np.inf
     rewrite(data=broken); refuses_data(lambda: read().rows(1), path, "object 1", "finite numbers", "3 that are not")
     assert len(read().rows(0)["xyz"]) == 2048

@@ -85,7 +85,7 @@ def fit_radius(
     if far == 0: raise ValueError("expected points in more than one place, found all in one")
     return (centred * (radius / far)).astype(np.float32)
 
-# %% ../../nbs/data/24_downstream.ipynb #400e7c3f
+# %% ../../nbs/data/24_downstream.ipynb #b75981e2
 def check_columns(
     rows: np.ndarray,
     columns: int,  # 0 for a plain list
@@ -129,12 +129,12 @@ def read_text(
     return check_columns(rows, columns, path, layout)
 
 class H5:
-    "Arrays of an h5 file, opened when needed, once in each process."
+    "Arrays of an h5 file, opened when needed, once in each process; what was read is held."
     def __init__(self, path: Path, layout: Layout):
         if not path.is_file(): raise FileNotFoundError(layout.say(path, "this file", f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"))
-        self.path, self.layout, self._file, self._pid = path, layout, None, None
+        self.path, self.layout, self._file, self._pid, self._held = path, layout, None, None, {}
 
-    def __getstate__(self): return {**self.__dict__, "_file": None, "_pid": None}
+    def __getstate__(self): return {**self.__dict__, "_file": None, "_pid": None, "_held": {}}
 
     @property
     def file(self) -> h5py.File:
@@ -151,6 +151,11 @@ class H5:
         fits = isinstance(found, h5py.Dataset) and len(found.shape) == len(shape) and all(w in (None, g) for w, g in zip(shape, found.shape))
         if not fits: raise ValueError(self.layout.say(self.path, f"{key} of shape [{' '.join('n' if w is None else str(w) for w in shape)}]", f"{list(getattr(found, 'shape', []))}"))
         return found
+
+    def whole(self, key: str, shape: tuple) -> np.ndarray:
+        "One array, read at the first call and held."
+        if key not in self._held: self._held[key] = self.array(key, shape)[:]
+        return self._held[key]
 
     def labels(self, classes: int, n: int) -> np.ndarray:
         "`label` as [n] int32, from [n] or [n 1]."
@@ -219,7 +224,7 @@ def names_of(
 
 # %% ../../nbs/data/24_downstream.ipynb #08ce9084
 class ScanObjectNN(LabelledClouds):
-    "Scanned objects of 15 classes, one h5 file a split. Rows: `xyz`, and `mask` (1 = object, 0 = background)."
+    "Scanned objects of 15 classes, one h5 file a split. Rows: `xyz`; who wants the background asks for `mask(i)`."
     layout, pattern = SCANOBJECTNN, "**/*objectdataset*.h5"
     classes = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
     variants = dict(OBJ_ONLY=("main_split_nobg", ""), OBJ_BG=("main_split", ""), PB_T25=("main_split", "_augmented25_norot"),
@@ -232,7 +237,7 @@ class ScanObjectNN(LabelledClouds):
         split: str,  # "train" or "test"
         variant: str = "PB_T50_RS",  # or OBJ_BG, OBJ_ONLY, PB_T25, PB_T25_R, PB_T50_R
         radius: float | None = RADIUS,  # 1. as the field, None as in the file
-        cache_bytes: int = 0,  # bound on what is kept, in each process
+        cache_bytes: int = 0,  # bound on turned clouds that are kept, in each process, beside the file's array (281 MB for PB_T50_RS)
     ):
         super().__init__(root, cache_bytes)
         folder, kind = self.variants[self._pick("variant", variant, self.variants)]
@@ -244,14 +249,16 @@ class ScanObjectNN(LabelledClouds):
         self.items = [(f"{prefix}{kind}_{k:05d}", int(label), k) for k, label in enumerate(self.h5.labels(len(self.classes), count))]
 
     def rows(self, i: int) -> dict[str, np.ndarray]:
-        "`xyz` [n 3] float32; `mask` [n] int32, 1 on the object, if the file has it."
+        "`xyz` [n 3] float32."
         def read():
             where = f"{self.h5.path} object {i}"
-            return self._object(check_columns(self.h5.array("data", (len(self), None, 3))[i], 3, where, self.layout), where, self.radius)
-        found = names_of("xyz", self.cache.get(i, read))
-        if "mask" in self.h5.file:
-            found["mask"] = (self.h5.array("mask", (len(self), len(found["xyz"])))[i] != -1).astype(np.int32)
-        return found
+            return self._object(check_columns(self.h5.whole("data", (len(self), None, 3))[i], 3, where, self.layout), where, self.radius)
+        return names_of("xyz", self.cache.get(i, read))
+
+    def mask(self, i: int) -> np.ndarray:  # [n] int32
+        "1 on the object, 0 on what stands around it, for each of its points."
+        points = self.h5.array("data", (len(self), None, 3)).shape[1]
+        return (self.h5.whole("mask", (len(self), points))[i] != -1).astype(np.int32)
 
 def write_scanobjectnn(
     root: str | Path,
@@ -284,7 +291,7 @@ class ModelNet40(LabelledClouds):
         *,
         split: str,  # "train" or "test"
         radius: float | None = RADIUS,  # 1. as the field, None as in the file
-        cache_bytes: int = 2**30,  # bound on what is kept, in each process; text is slow to read
+        cache_bytes: int = 2**30,  # bound on what is kept of text, which is slow to read, in each process; the h5 form holds its arrays
     ):
         super().__init__(root, cache_bytes)
         self._pick("split", split, ("train", "test"))
@@ -292,6 +299,7 @@ class ModelNet40(LabelledClouds):
         self.form, self.radius = next(form for form, mark in self.forms.items() if (self.root / mark).exists()), radius
         self.classes = self._lines(self.forms[self.form])
         self.pattern = "*/*.txt" if self.form == "normal_resampled" else "ply_data*.h5"
+        if self.form == "ply_hdf5": self.cache = Cache(0)                       # its arrays are held already
         self.items = self._text(split) if self.form == "normal_resampled" else self._h5(split)
         if not self.items: raise ValueError(self.layout.say(self.root, f"objects of split {split}", "none"))
 
@@ -318,8 +326,8 @@ class ModelNet40(LabelledClouds):
         place = self.items[i][2]
         if isinstance(place, Path): return self._object(read_text(place, 6, self.layout, ","), place, self.radius)
         h5, k = place
-        where, columns = f"{h5.path} object {k}", [h5.array("data", (None, None, 3))[k]]
-        if "normal" in h5.file: columns.append(h5.array("normal", h5.file["data"].shape)[k])
+        where, columns = f"{h5.path} object {k}", [h5.whole("data", (None, None, 3))[k]]
+        if "normal" in h5.file: columns.append(h5.whole("normal", h5.file["data"].shape)[k])
         return self._object(check_columns(np.concatenate(columns, 1), 3 * len(columns), where, self.layout), where, self.radius)
 
     def rows(self, i: int) -> dict[str, np.ndarray]:
