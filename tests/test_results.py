@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 from unipre3d.records import FINETUNE, PRETRAIN, read_record, write_json
-from unipre3d.results import (FULL_METRIC, GAINS, MINI, REASONS, TABLES, all_frame, class_accuracy, compare_table, effects, findings, full_key, headline, interval, late_rise,
+from unipre3d.results import (FULL_METRIC, GAINS, MINI, REASONS, TABLES, all_frame, chosen_rates, class_accuracy, compare_table, effects, findings, full_key, headline, interval, late_rise,
                               paired, paper_gain, paper_table, read_study, right, scores, stale_tables, tables, write_tables)
-from unipre3d.study import COMPARISONS, plan
+from unipre3d.study import COMPARISONS, MASKED_RATES, plan
 
 CLASSES = ["bag", "bin", "box"]
 PLANNED = {r.key: r for r in plan()}
@@ -170,6 +170,14 @@ def test_pairs_must_have_been_asked_the_same():
     records = some()
     records["cls20-unipre3d-1"]["details"]["true"] = records["cls20-unipre3d-1"]["details"]["true"][::-1]
     with pytest.raises(ValueError, match="expected the same test objects"): paired(records, COMPARISONS[0])
+
+
+def test_rates_of_masked_pretraining_are_those_of_its_short_runs():
+    short = lambda rate: {"row": dict(key=f"tune-pre-masked-{rate:g}", part="pre", arm="masked", start="none"), "values": {"lr": rate}, "chosen": {"score": None}}
+    probe = lambda rate, score: {"row": dict(key=f"tune-probe20-pre-masked-{rate:g}", part="probe20", arm="masked", start=f"tune-pre-masked-{rate:g}"), "values": {"lr": 3e-3}, "chosen": {"score": score}}
+    runs = [x for rate, score in zip(MASKED_RATES, (.2, .4, .3)) for x in (short(rate), probe(rate, score))]
+    row, = chosen_rates({r["row"]["key"]: r for r in runs}).itertuples()
+    assert (row.measurement, row.condition, row.chosen, row.edge) == ("pre", "masked", MASKED_RATES[1], "")
 
 
 def test_late_rise_leaves_out_runs_without_validation():

@@ -17,7 +17,7 @@ from scipy import stats
 
 from .core import data_dir
 from .records import read_record, read_records
-from .study import CLAIMS, COMPARISONS, HELD_OUT, MEASUREMENTS, Comparison, plan, select
+from .study import CLAIMS, COMPARISONS, HELD_OUT, MASKED_RATES, MEASUREMENTS, Comparison, plan, select
 
 # %% auto #0
 __all__ = ['MINI', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'paper_table', 'read_study', 'all_frame', 'Interval', 'interval',
@@ -242,13 +242,19 @@ def chosen_rates(
     "The trials of each condition of which all were run."
     trials: dict[tuple[str, str], dict[float, float]] = {}
     for r in records.values():
-        if r["row"]["key"].startswith("tune-") and r["row"]["part"] in MEASUREMENTS and r["row"]["start"].startswith(("pre-", "none")): trials.setdefault((r["row"]["part"], r["row"]["arm"]), {})[r["values"]["lr"]] = 100 * r["chosen"]["score"]
+        row = r["row"]
+        if not row["key"].startswith("tune-") or row["part"] not in MEASUREMENTS: continue
+        short = row["start"].startswith("tune-pre-")                                                       # the probe of a short pre-training, which tries the rate of that
+        trials.setdefault(("pre" if short else row["part"], row["arm"]), {})[(records[row["start"]] if short else r)["values"]["lr"]] = 100 * r["chosen"]["score"]
     rows = []
     for (part, arm), found in trials.items():
-        rates = sorted(MEASUREMENTS[part].rates)
+        rates = sorted(MASKED_RATES if part == "pre" else MEASUREMENTS[part].rates)
         if not set(rates) <= set(found): continue
-        best, said = max(rates, key=found.get), lambda some: ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in sorted(some))
-        rows.append({"measurement": part, "condition": arm, "tried": said(rates), "chosen": best, "edge": {rates[-1]: "largest", rates[0]: "smallest"}.get(best, ""), "beyond": said(set(found) - set(rates))})
+        beyond, best = set(found) - set(rates), max(rates, key=found.get)
+        said = lambda some: ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in sorted(some))
+        edge = {rates[-1]: "largest", rates[0]: "smallest"}.get(best, "")
+        if edge and beyond and max(map(found.get, beyond)) < found[best]: edge += ", beyond is worse"
+        rows.append({"measurement": part, "condition": arm, "tried": said(rates), "chosen": best, "edge": edge, "beyond": said(beyond)})
     return pd.DataFrame(rows, columns=["measurement", "condition", "tried", "chosen", "edge", "beyond"])
 
 # %% ../nbs/80_results.ipynb #f864ad38

@@ -29,11 +29,11 @@ from .records import read_config, read_record, write_json
 
 # %% auto #0
 __all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'MASKED', 'QUIET', 'OBJECTS', 'LARGE', 'ROOMS',
-           'POINTMLP', 'PCM', 'MAMBA3D', 'SPARSEUNET', 'PTV3', 'CONDITIONS', 'FEW', 'of', 'MEASUREMENTS', 'SOURCES',
-           'BACKBONES', 'CLASSIFIED', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer', 'MaskedModel',
-           'ShapeClouds', 'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows',
-           'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of',
-           'read_row', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row',
+           'POINTMLP', 'PCM', 'MAMBA3D', 'SPARSEUNET', 'PTV3', 'MASKED_RATES', 'CONDITIONS', 'FEW', 'of',
+           'MEASUREMENTS', 'SOURCES', 'BACKBONES', 'CLASSIFIED', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer',
+           'MaskedModel', 'ShapeClouds', 'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row',
+           'tune_rows', 'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain',
+           'row_of', 'read_row', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row',
            'pending', 'run_file', 'visible_gpus', 'start_row', 'said_last', 'reproduce', 'StudyOptions', 'why_not',
            'plan_table', 'reproduce_command']
 
@@ -199,6 +199,7 @@ LARGE = dict(steps=10_000, resolution=128, backbone_options=NET | dict(width=192
 ROOMS = dict(workers=0, eval_every=250)
 POINTMLP, PCM, MAMBA3D, SPARSEUNET, PTV3 = (recipes[f"{n}-mini"] for n in ("object-pointmlp", "object-pcm", "object-mamba3d", "scene-sparseunet", "scene-ptv3"))
 
+MASKED_RATES = (5e-4, 1e-3, 2e-3)  # of masked pre-training, that are tried
 CONDITIONS = {
     "unipre3d": Condition("object-transformer-mini", OBJECTS, .52),
     "nofusion": Condition("object-transformer-mini", OBJECTS | dict(fusion="NoFusion"), .34),
@@ -288,7 +289,7 @@ def trained(claim: str, stage: str, arm: str, *parts: str) -> list[Row]:
 def masked_rows() -> list[Row]:
     "Claim m: the rate by three short runs and their probes, then as every other condition."
     base, m = pre_row("m", "secondary", "masked", 90), MEASUREMENTS["probe20"]
-    short = [replace(base, key=f"tune-pre-masked-{rate:g}", changes=dict(steps=500, lr=rate), minutes=2.) for rate in (5e-4, 1e-3, 2e-3)]
+    short = [replace(base, key=f"tune-pre-masked-{rate:g}", changes=dict(steps=500, lr=rate), minutes=2.) for rate in MASKED_RATES]
     probes = [Row(f"tune-probe20-{r.key.removeprefix('tune-')}", "m", "secondary", "probe20", "masked", "finetune", m.recipe, m.changes | dict(steps=200, lr=3e-3, episode=90), 90, .9, r.key) for r in short]
     return [*short, *probes, *(pre_row("m", "secondary", "masked", s, tuple(p.key for p in probes)) for s in range(5)), *measure_rows("m", "secondary", "cls20", "masked"), *measure_rows("m", "secondary", "probe20", "masked")]
 
