@@ -1,6 +1,7 @@
 """Classification: pooling, splits and episodes, voting by name, and whole runs of every layout on tiny data."""
 import json
 import os
+import pickle
 import signal
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
 from unipre3d.data.downstream import write_modelnet40, write_scanobjectnn
-from unipre3d.downstream.classification import (build_classifier, ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
+from unipre3d.downstream.classification import (build_classifier, build_samples, ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
                                                 evaluate_classes, classification_recipes, classification_task, hold_out, labels_of, pool, read_splits,
                                                 score_classes, take_shots, vote)
 from unipre3d.downstream.transfer import Augment, load_task, run_task
@@ -89,6 +90,30 @@ def test_samples_depend_on_seed_index_and_draw_alone():
     assert torch.equal(b.points.xyz[b.points.batch == 1], a.points.xyz) and b.label.tolist() == [1, 3]
     assert a.points.feat.shape[1] == 6 and a.points.feat[:, 3:].min() >= 0 and a.points.feat[:, 3:].max() <= 1
     assert not torch.equal(samples[3, 1].points.xyz[:5], a.points.xyz[:5])
+
+
+def test_farthest_points_are_always_the_same_and_known_once():
+    from unipre3d.geometry.pointops import farthest_point_sample
+    even, some, wide = (ClassificationSamples(Boxes(), n_points=32, farthest=k, seed=3) for k in (32, 38, 500))
+    xyz = Boxes().rows(5)["xyz"]
+    rows = farthest_point_sample(torch.from_numpy(xyz), torch.zeros(96, dtype=torch.long), 1, 38).numpy()
+    for draw in (0, 1): assert {tuple(p) for p in even[5, draw].points.xyz.tolist()} == {tuple(p) for p in xyz[rows[:32]].tolist()}
+    a, b = ({tuple(p) for p in some[5, draw].points.xyz.tolist()} for draw in (0, 1))
+    assert a != b and len(a) == len(b) == 32 and a | b <= {tuple(p) for p in xyz[rows].tolist()}
+    assert torch.equal(wide[5, 1].points.xyz, ClassificationSamples(Boxes(), n_points=32, seed=3)[5, 1].points.xyz)     # a smaller cloud is drawn from whole
+    held = some.known.items[5]
+    assert some[5, 7].label == 1 and some.known.items[5] is held and not pickle.loads(pickle.dumps(some)).known.items
+    with pytest.raises(ValueError, match="farthest: expected 0 or at least the 32 points"): ClassificationSamples(Boxes(), n_points=32, farthest=20)
+    full = classification_recipes["cls-modelnet40"]
+    assert [build_samples(full, Boxes(), changes).farthest for changes in (False, True)] == [1024, 1200] and full.augment.stretch
+    assert [name for name, r in classification_recipes.items() if r.augment.stretch or r.sampling != "random"] == ["cls-modelnet40"]
+    with pytest.raises(ValueError, match='sampling: expected "random" or "fps"'): build_samples(replace(full, sampling="all"), Boxes())
+
+
+def test_points_are_drawn_as_they_were_before_there_were_farthest_ones():
+    samples = ClassificationSamples(Boxes(), n_points=32, seed=4)
+    keep = np.random.default_rng((4, 2, 7)).choice(96, 32, replace=False)
+    assert np.array_equal(samples[7, 2].points.xyz.numpy(), Boxes().rows(7)["xyz"][keep])
 
 
 # ---------------------------------------------------------------- who trains, who is asked
@@ -207,3 +232,10 @@ def test_mini_recipes_fit_the_backbone_that_pretraining_made():
         after = classification_recipes[name]
         assert (after.backbone, after.backbone_options, after.features) == (before.backbone, before.backbone_options, before.features)
     assert classification_recipes["cls-scanobjectnn"].backbone_options == recipes["object-transformer"].backbone_options == {}
+
+
+def test_the_command_line_changes_the_recipe_of_scanobjectnn():
+    from unipre3d.cli import StartOptions, parse_recipe
+    words = "--backbone PCM --n-points 1024 --lr 1e-4 --smoothing .3 --augment.scale .9 1.1".split()
+    recipe, _ = parse_recipe("finetune", "cls-scanobjectnn", classification_recipes["cls-scanobjectnn"], words, StartOptions)
+    assert (recipe.backbone, recipe.n_points, recipe.lr, recipe.smoothing, recipe.augment) == ("PCM", 1024, 1e-4, .3, replace(classification_recipes["cls-scanobjectnn"].augment, scale=(.9, 1.1)))

@@ -254,6 +254,26 @@ def test_shapenetpart_from_files_to_a_record(shapenetpart, tmp_path):
     assert split_parts(replace(recipe, validation="none"))[0].name(6) == ShapeNetPart(shapenetpart, split="trainval").name(6)
 
 
+def test_normals_from_the_command_line_and_a_start_without_them(shapenetpart, tmp_path):
+    from unipre3d.cli import StartOptions, parse_recipe
+    small = dict(embed_width=8, neighbours=(8, 8, 8, 8), pre_blocks=(1, 1, 1, 1), post_blocks=(1, 1, 1, 1), decoder_widths=(32, 16, 16, 16), decoder_blocks=(1, 1, 1, 1))
+    def recipe(*words):
+        found, _ = parse_recipe("finetune", "part-shapenetpart", part_recipes["part-shapenetpart"], ["--data", str(shapenetpart), "--steps", "2", "--batch-size", "4", "--n-points", "64", "--warmup", "0",
+                                "--workers", "0", "--mixed-precision", "no", "--validate-every", "2", *words], StartOptions)
+        return replace(found, backbone_options=small, hidden=16)
+    assert recipe().features == ("xyz", "height") and recipe().augment == Augment(scale=(2 / 3, 1.5), stretch=True, shift=.13)
+    run_task("height", recipe(), part_task, tmp_path / "height", device="cpu", say=lambda text: None)
+    words = "--features", "xyz", "normal", "--validation", "none"
+    with pytest.raises(ValueError, match=r"found 99.9%; embed.0.weight: expected \[8, 6\] for this model, got \[8, 4\]"):
+        run_task("normal", recipe(*words), part_task, tmp_path / "refused", init=tmp_path / "height", device="cpu", say=lambda text: None)
+    said = []
+    record = run_task("normal", recipe(*words, "--need", ".99"), part_task, tmp_path / "normal", init=tmp_path / "height", device="cpu", say=said.append)
+    assert "99.9% of" in said[0] and "1 other shape" in said[0] and record["data"]["train"] == 12 and record["data"]["val"] == 0 and record["metrics"]["miou_c"] >= 0
+    batch = part_samples(recipe(*words), read_parts(recipe(), "train"), changes=True).batch([(0, 1)])
+    up = batch.points.feat[:, 3:]
+    assert torch.equal(batch.points.feat[:, :3], batch.points.xyz) and torch.allclose(up, up[:1].expand_as(up)) and torch.allclose(up[0].norm(), torch.tensor(1.))
+
+
 # ---------------------------------------------------------------- runs
 
 def quiet(text): pass

@@ -193,8 +193,7 @@ class PartSamples(ClassificationSamples):
     def cloud(self, index: int, draw: int) -> dict[str, np.ndarray]:
         "One cloud, thinned out and changed."
         rng, rows = np.random.default_rng((self.seed, draw, index)), self.whole(index)
-        n = len(rows["xyz"])
-        keep = np.arange(n) if self.n_points is None or self.n_points >= n else rng.choice(n, self.n_points, replace=False)
+        keep = self.pick(index, rows["xyz"], rng)
         return augment({k: v[keep] for k, v in rows.items()}, rng, self.how)
 
     def whole(self, index: int) -> dict[str, np.ndarray]:
@@ -368,7 +367,7 @@ part_recipes: dict[str, PartRecipe] = {
         backbone_options=dict(width=96, depth=4, num_heads=4, num_groups=64, group_size=16, radius=None, encoder_widths=(32, 64, 64), encoder_dims=96)),
     "part-shapenetpart": PartRecipe(
         about="ShapeNetPart (pass --data) with the paper's PointMLP; one GPU", layout="shapenetpart", n_points=2048, features=("xyz", "height"), backbone="PointMLP",
-        augment=Augment(scale=(.67, 1.5), shift=.13), batch_size=32, steps=110_000, warmup=3000, lr=5e-4, hidden=256, dropout=.5, workers=8, validate_every=1000, save_every=2000, mixed_precision="bf16"),
+        augment=Augment(scale=(2 / 3, 1.5), stretch=True, shift=.13), batch_size=32, steps=110_000, warmup=3000, lr=5e-4, hidden=256, dropout=.5, workers=8, validate_every=1000, save_every=2000, mixed_precision="bf16"),
 }
 
 def part_names(

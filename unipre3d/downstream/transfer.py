@@ -28,13 +28,19 @@ from ..pretrain import MetricsFile, average_weights, block_means, learning_rate,
 from ..recipes import build_backbone
 
 # %% auto #0
-__all__ = ['Cloud', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
-           'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'shift',
-           'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned', 'finetune',
-           'Labelled', 'FinetuneRecipe', 'loop_options', 'Task', 'start_summary', 'run_history', 'run_task',
+__all__ = ['Cloud', 'at_least', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
+           'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'stretch',
+           'shift', 'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned',
+           'finetune', 'Labelled', 'FinetuneRecipe', 'loop_options', 'Task', 'start_summary', 'run_history', 'run_task',
            'read_task', 'load_task']
 
 # %% ../../nbs/downstream/70_transfer.ipynb #9274e44e
+def at_least(
+    share: float,  # 0..1
+) -> str:
+    "A share in per cent, rounded down: 100.0% is all of it."
+    return f"{math.floor(share * 1000) / 1000:.1%}"
+
 @dataclass(frozen=True)
 class Start:
     "Where the weights of a backbone came from."
@@ -53,7 +59,7 @@ class Start:
         if self.kind == "none": return f"start from nothing: {self.table['values'].sum():,} numbers drawn at random"
         states = self.table.state.value_counts()
         parts = ", ".join(f"{states.get(s, 0)} {s}" for s in ("loaded", "missing", "other shape"))
-        return f"start from {self.init} ({self.kind}): {self.coverage:.1%} of {self.table['values'].sum():,} numbers; {parts}, {len(self.unused)} unused"
+        return f"start from {self.init} ({self.kind}): {at_least(self.coverage)} of {self.table['values'].sum():,} numbers; {parts}, {len(self.unused)} unused"
 
 def counted(backbone: nn.Module) -> dict[str, Tensor]:
     "The tensors that coverage is about: all but the step counters of batch normalisation, which nothing reads."
@@ -78,7 +84,7 @@ def load_weights(
     start = Start(init, kind, pd.DataFrame(rows, index=list(own), columns=["values", "state", "found"]), tuple(unused))
     if start.coverage < need:
         first = start.table[start.table.state != "loaded"].iloc[0]
-        raise ValueError(f"{init}: expected at least {need:.1%} of the {type(backbone).__name__}, found {start.coverage:.1%}; {first.name}: "
+        raise ValueError(f"{init}: expected at least {need:.1%} of the {type(backbone).__name__}, found {at_least(start.coverage)}; {first.name}: "
                          f"{first.found or 'not in the file'}; use the sizes of the checkpoint or ask for less")
     backbone.load_state_dict({k: v for k, v in state.items() if k.endswith("num_batches_tracked")} | match.weights, strict=False)
     return start
@@ -210,6 +216,14 @@ def rescale(cloud: Cloud, rng: np.random.Generator, low: float = .8, high: float
     "Multiply all coordinates by one factor; as likely to shrink as to grow."
     return cloud | dict(xyz=(cloud["xyz"] * math.exp(rng.uniform(math.log(low), math.log(high)))).astype(np.float32))
 
+def stretch(cloud: Cloud, rng: np.random.Generator, low: float = 2 / 3, high: float = 1.5) -> Cloud:
+    "Multiply each axis by a factor of its own, drawn evenly; normals stay at right angles to the surface."
+    factor, found = rng.uniform(low, high, 3), {}
+    if "normal" in cloud:
+        normal = cloud["normal"] / factor
+        found["normal"] = (normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)).astype(np.float32)
+    return cloud | dict(xyz=(cloud["xyz"] * factor).astype(np.float32)) | found
+
 def shift(cloud: Cloud, rng: np.random.Generator, distance: float = .05) -> Cloud:
     "Move the cloud as a whole, by up to `distance` along each axis."
     return cloud | dict(xyz=(cloud["xyz"] + rng.uniform(-distance, distance, 3)).astype(np.float32))
@@ -234,6 +248,7 @@ class Augment:
     "How training clouds vary."
     rotate: str = "none"  # "none", "up" (about the vertical) or "all"
     scale: tuple[float, float] = (1., 1.)  # smallest and largest factor
+    stretch: bool = False  # a factor of its own for each axis, drawn evenly; else one for all, as likely to shrink as to grow
     shift: float = 0.  # largest distance along an axis, units of the cloud
     jitter: float = 0.  # sigma of the noise of each point, units of the cloud
     drop: float = 0.  # largest share of points to drop
@@ -242,13 +257,14 @@ class Augment:
     def __post_init__(self):
         if self.rotate not in ("none", "up", "all"): raise ValueError(f'augment.rotate: expected "none", "up" or "all", got {self.rotate!r}')
         if not 0 < self.scale[0] <= self.scale[1]: raise ValueError(f"augment.scale: expected two factors, 0 < smallest <= largest, got {tuple(self.scale)}")
+        if self.stretch and tuple(self.scale) == (1., 1.): raise ValueError("augment.stretch: expected augment.scale to say by how much, got (1.0, 1.0)")
         if not 0 <= self.drop < 1: raise ValueError(f"augment.drop: expected a share, at least 0 and below 1, got {self.drop}")
 
 def augment(cloud: Cloud, rng: np.random.Generator, how: Augment) -> Cloud:
     "Drop, turn, scale, shift, jitter and recolour, as far as asked for."
     if how.drop: cloud = drop_points(cloud, rng, how.drop)
     if how.rotate != "none": cloud = (rotate_up if how.rotate == "up" else rotate_all)(cloud, rng)
-    if tuple(how.scale) != (1., 1.): cloud = rescale(cloud, rng, *how.scale)
+    if tuple(how.scale) != (1., 1.): cloud = (stretch if how.stretch else rescale)(cloud, rng, *how.scale)
     if how.shift: cloud = shift(cloud, rng, how.shift)
     if how.jitter: cloud = jitter(cloud, rng, how.jitter)
     return jitter_color(cloud, rng, how.color) if how.color else cloud
