@@ -221,6 +221,9 @@ def bare(tmp_path):
         pts = tmp_path / "root" / synset / f"m{k}" / "pts"
         pts.mkdir(parents=True)
         np.save(pts / f"{synset}-m{k}.npy", np.eye(3, dtype=np.float32))
+        (pts.parent / "easy").mkdir()
+        for view in range(24):
+            for end in ("png", "txt"): (pts.parent / "easy" / f"{view:02d}.{end}").touch()
     return tmp_path / "root"
 
 
@@ -245,6 +248,17 @@ def test_a_list_decides(bare):
     one_line(e, bare / "val.txt", "<synset>-<model>")
     with pytest.warns(UserWarning), pytest.raises(ValueError) as e: released(bare, "train", classes=[])
     one_line(e, bare, "train")
+
+
+def test_objects_that_lack_a_file_are_left_out_and_counted(bare):
+    whole = released(bare).items
+    (bare / "02691156" / "m4" / "easy" / "05.png").unlink(); (bare / "03001627" / "m7" / "easy" / "23.txt").unlink(); (bare / "03001627" / "m9" / "pts" / "03001627-m9.npy").unlink()
+    with pytest.warns(UserWarning, match=r"^[^\n]*root: left out 3 of 40 objects that lack a file, such as 02691156/m4/easy/05.png$"): data = released(bare)
+    assert data.items == [i for i in whole if i[1] not in ("m4", "m7", "m9")]
+    with pytest.warns(UserWarning, match="left out 2 of 40"): assert len(released(bare, views=20).items) == 38                              # view 23 is not asked for
+    (bare / "train.txt").write_text("03001627-m9\n")
+    with pytest.raises(FileNotFoundError) as e: released(bare, "train")
+    one_line(e, "03001627-m9.npy", "none has its points and 24 views")
 
 
 @pytest.mark.parametrize("text", ["", "02691156/m0\n", "no list at all\n" * 9])
@@ -503,3 +517,16 @@ def test_farthest_points_are_spread_and_fixed():
     assert torch.equal(a, b)
     gap = lambda x: (torch.cdist(x, x) + torch.eye(len(x))).min(1).values.min()
     assert gap(a) > gap(samples()[0].points.xyz)
+
+
+class Broken:
+    "Samples of which one file is missing."
+    def __len__(self): return 4
+
+    def __getitems__(self, keys): raise FileNotFoundError("chair/points.npy: expected the points of an object, found no such file")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_data_is_the_same_line_whichever_process_read_it(workers):
+    with pytest.raises(FileNotFoundError) as error: list(make_loader(Broken(), 0, 1, batch_size=2, num_workers=workers))
+    assert str(error.value) == "chair/points.npy: expected the points of an object, found no such file"

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .backbones.backbone import Source, match_released
 
 # %% auto #0
-__all__ = ['PARTS', 'Layout', 'flat_tensors', 'read_checkpoint', 'refused_object', 'count_roots', 'best_root', 'predictor_layout',
-           'layouts', 'Report', 'begins', 'family', 'compare_released', 'load_released']
+__all__ = ['PARTS', 'Layout', 'flat_tensors', 'Inert', 'read_around', 'read_checkpoint', 'refused_object', 'count_roots',
+           'best_root', 'predictor_layout', 'layouts', 'Report', 'begins', 'family', 'compare_released',
+           'load_released']
 
 # %% ../nbs/backbones/48_released.ipynb #de953d81
 def flat_tensors(
@@ -30,20 +31,36 @@ def flat_tensors(
         if isinstance(value, Tensor): yield str(key), value
         elif isinstance(value, Mapping): yield from ((f"{key}.{path}", t) for path, t in flat_tensors(value))
 
+class Inert(dict):
+    "Stands for every object in a file that is no tensor and no plain value: takes whatever it is given and keeps nothing."
+    def __init__(self, *args, **kwargs): super().__init__()
+
+    def __setstate__(self, state): pass
+
+def read_around(
+    file: Path,  # that PyTorch's restricted reader stopped at
+) -> Any:  # what it holds, `Inert` where objects were; None if it cannot be read so
+    "Read a file once more with all its objects left out; what they are named after is neither imported nor called."
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        with torch.serialization.safe_globals([(Inert, name) for name in names]): return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception: return None      # another form of file, or something that even so would have to run: it stays refused
+
 def read_checkpoint(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # flat, on the CPU
-    "The tensors of a file. A file that holds more than plain values is refused: it is never unpickled."
-    file = Path(file)
+    "The tensors of a file; objects beside them are left out, and nothing of the file is ever run."
+    file, refused = Path(file), ""
     if not file.is_file(): raise FileNotFoundError(f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {'a folder' if file.is_dir() else 'nothing'}")
     with file.open("rb") as stream: start = stream.read(9)
     try: tree = load_file(file) if start[8:] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise ValueError(f"{file}: expected tensors and plain values only, found {refused_object(problem)}; save the state dict alone, where the file comes from") from None
+    except pickle.UnpicklingError as problem: tree, refused = read_around(file), refused_object(problem)
     except Exception as problem:  # a damaged file fails in a dozen ways
         raise ValueError(f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it ({(str(problem) or type(problem).__name__).splitlines()[0][:80]})") from None
+    found = dict(flat_tensors(tree)) if isinstance(tree, Mapping) else {}
+    if refused and not found: raise ValueError(f"{file}: expected tensors and plain values, found {refused}; save the state dict alone, where the file comes from")
     if not isinstance(tree, Mapping): raise ValueError(f"{file}: expected a dictionary of tensors, found a {type(tree).__name__}")
-    return dict(flat_tensors(tree))
+    return found
 
 def refused_object(
     problem: Exception,  # of torch.load

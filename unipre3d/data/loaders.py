@@ -21,7 +21,7 @@ from ..geometry.pointops import farthest_point_sample
 # %% auto #0
 __all__ = ['FEATURES', 'choose_views', 'rotate_world', 'about_z', 'point_features', 'orbit', 'walk', 'ObjectSamples', 'match',
            'choose_frames', 'Room', 'transform_room', 'recolor', 'SceneSamples', 'epoch_order', 'StepSampler',
-           'leave_interrupts', 'make_loader', 'eval_loader']
+           'leave_interrupts', 'plain_error', 'Loader', 'make_loader', 'eval_loader']
 
 # %% ../../nbs/data/26_loaders.ipynb #ac60612d
 def choose_views(
@@ -398,6 +398,27 @@ def leave_interrupts(
     "Let Ctrl-C reach the main process alone: it saves and then ends its workers."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+def plain_error(
+    error: Exception,
+) -> Exception:
+    "The error of a worker process as it was: its own line, without the worker's traceback around it."
+    text = str(error)
+    if not (text.startswith("Caught ") and "Original Traceback" in text): return error
+    return type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1])
+
+class Loader:
+    "Batches of a DataLoader; bad data is the same error in one line, whichever process read it."
+    def __init__(
+        self,
+        batches: DataLoader,
+    ): self.batches = batches
+
+    def __len__(self): return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        try: yield from self.batches
+        except (ValueError, TypeError, OSError) as error: raise plain_error(error) from error
+
 def make_loader(
     samples: ObjectSamples | SceneSamples,
     start_step: int,  # first step
@@ -408,17 +429,17 @@ def make_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:  # of collated `Sample`s, one a step
+) -> Loader:  # of collated `Sample`s, one a step
     "Training batches. Step s is the same whatever the first step, the workers, or what ran before."
     steps = StepSampler(len(samples), batch_size, seed, start_step, stop_step, rank, world_size)
-    return DataLoader(samples, batch_sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=False,
-                      prefetch_factor=4 if num_workers else None, worker_init_fn=leave_interrupts)
+    return Loader(DataLoader(samples, batch_sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=False,
+                             prefetch_factor=4 if num_workers else None, worker_init_fn=leave_interrupts))
 
 def eval_loader(
     samples: ObjectSamples | SceneSamples,
     *,
     batch_size: int,
     num_workers: int = 0,
-) -> DataLoader:  # of collated `Sample`s; the last may be smaller
+) -> Loader:  # of collated `Sample`s; the last may be smaller
     "Every object once, in order, always with the same views and points."
-    return DataLoader(samples, batch_size=batch_size, shuffle=False, collate_fn=_as_is, num_workers=num_workers)
+    return Loader(DataLoader(samples, batch_size=batch_size, shuffle=False, collate_fn=_as_is, num_workers=num_workers))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core import CameraBatch, ViewBatch, data_dir
 from .furniture import FOV, orbit_poses, unpack_cloud
@@ -209,7 +210,7 @@ def choose_splits(
 
 def split_objects(
     objects: list[tuple[str, str]],  # class and name of each
-    shares: tuple[float, float, float] = (.75, .05, .20),  # of train, val and test in each class; the default is the released code's
+    shares: tuple[float, float, float] = (.75, .05, .20),  # of train, val and test in each class; train has the released code's
     seed: int = 0,
     name: str = "split",  # what messages call it
 ) -> dict[tuple[str, str], str]:  # a split for each object
@@ -277,6 +278,7 @@ class ShapeNetViews:
         if not self.everything: raise FileNotFoundError(f"{self.store.root}: expected <synset>/<model>/ folders, found none")
         self.classes = sorted({s for s, _ in self.everything})
         self.items = self._select(self.everything, split, classes)
+        if convention == "released": self.items = self._complete(self.items)
 
     def _select(self, items, split, classes):
         if classes is not None:
@@ -294,6 +296,18 @@ class ShapeNetViews:
         found = [i for i in items if i in keep]
         if not found: raise ValueError(f"{self.store.root}: expected objects of the split {split!r}{f' in {classes}' if classes is not None else ''}, found none")
         return found
+
+    def _complete(self, items):
+        "Those of the items that have their points and all views; the others are counted in a warning."
+        needed, whole, lack = {f"{k:02d}{end}" for k in range(self.n_views) for end in (self.convention["suffix"], ".txt")}, [], []
+        for synset, model in tqdm(items, desc="looking at objects", delay=2, leave=False):
+            views = sorted(f"easy/{name}" for name in needed - self.store.names(f"{synset}/{model}/easy"))
+            points = [] if f"{synset}-{model}.npy" in self.store.names(f"{synset}/{model}/pts") else [f"pts/{synset}-{model}.npy"]
+            if points or views: lack.append(f"{synset}/{model}/{(points + views)[0]}")
+            else: whole.append((synset, model))
+        if not whole: raise FileNotFoundError(f"{self.store.root / lack[0]}: expected this file; of {len(items)} objects none has its points and {self.n_views} views")
+        if lack: warnings.warn(f"{self.store.root}: left out {len(lack)} of {len(items)} objects that lack a file, such as {lack[0]}", stacklevel=4)
+        return whole
 
     def _listed(self, split):
         path, there = self.store.root / f"{split}.txt", set(self.everything)
