@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 from unipre3d.core import CameraBatch
 from unipre3d.data import scannet
 from unipre3d.data.loaders import SceneSamples
+from unipre3d.data.downstream import scannet_labels
 from unipre3d.data.scannet import (BLOCK, BOX, ScanNetFrames, as_posed_views, box_cameras, box_cloud, box_frame, convert_scans, nearest, read_color,
-                                   read_intrinsics, read_labels, read_mesh, read_sens_frames, read_sens_header, scale_intrinsics, scannet20, standard_intrinsics,
+                                   read_categories, read_intrinsics, read_labels, read_mesh, read_sens_frames, read_sens_header, scale_intrinsics, scannet20, standard_intrinsics,
                                    vertex_normals, write_box_rooms, write_cloud, write_frame, write_intrinsics)
 from unipre3d.geometry.cameras import project, unproject
 
@@ -252,7 +253,11 @@ def test_intrinsics_of_a_scene_come_first(rooms):
 
 def test_no_intrinsics_is_an_error_unless_asked_for(rooms):
     (rooms / "2D" / "intrinsics.txt").unlink()
-    refuses(lambda: frames(rooms).views(0), "2D/intrinsics.txt", "intrinsics='standard'")
+    refuses(lambda: frames(rooms).views(0), "2D/intrinsics.txt", "--intrinsics standard")
+    with pytest.raises(FileNotFoundError) as info: quiet(lambda: frames(rooms).views(0))
+    (rooms / "2D" / "intrinsics.txt").write_text(str(info.value).rsplit(": ", 1)[1])                                                # what it says to write can be read
+    np.testing.assert_allclose(frames(rooms).intrinsics(0), standard_intrinsics(HW), rtol=1e-5)
+    (rooms / "2D" / "intrinsics.txt").unlink()
     np.testing.assert_allclose(frames(rooms, intrinsics="standard").intrinsics(0), standard_intrinsics(HW))
     refuses(lambda: frames(rooms, intrinsics="guess"), "intrinsics: expected 'files' or 'standard'")
 
@@ -692,6 +697,39 @@ def test_labels_of_a_scan(tmp_path):
     refuses(lambda: read_labels(tmp_path, "a", 5), tmp_path, "expected 5 labels", "found 4 for segment20")
     (tmp_path / "a_vh_clean_2.labels.ply").write_text("ply")
     refuses(lambda: read_labels(tmp_path, "a", 4), "a_vh_clean_2.labels.ply")
+
+
+def table(folder, rows):
+    (folder / "labels.tsv").write_text("\n".join("\t".join(map(str, row)) for row in rows) + "\n")
+    return folder / "labels.tsv"
+
+
+def test_classes_by_the_names_of_instances(tmp_path):
+    mesh(tmp_path)
+    instances(tmp_path, [7, 9, 3, 8])
+    groups = [dict(objectId=0, label="table", segments=[7, 9]), dict(objectId=1, label="office chair", segments=[9, 3]), dict(objectId=2, label="unheard of", segments=[8])]
+    (tmp_path / "a.aggregation.json").write_text(json.dumps(dict(segGroups=groups)))
+    known = scannet_labels(200).ids
+    path = table(tmp_path, [("id", "raw_category", "nyu40id"), (known[4], "table", 7), (known[1], "office chair", 5), (known[9], "office chair", 1), (9999, "lint", 40), ("", "blank", "")])
+    categories = read_categories(path)
+    assert categories == {"table": (6, 4), "office chair": (4, 1), "lint": (-1, -1), "blank": (-1, -1)}
+    found = read_labels(tmp_path, "a", 4, categories)                                          # the later of two instances has the vertex that both claim
+    assert {k: v.tolist() for k, v in found.items()} == dict(segment20=[6, 4, 4, -1], instance=[0, 1, 1, 2], segment200=[4, 1, 1, -1])
+    refuses(lambda: read_categories(tmp_path / "none.tsv"), "none.tsv", "scannetv2-labels.combined.tsv")
+    refuses(lambda: read_categories(table(tmp_path, [("id", "name")])), "labels.tsv")
+    refuses(lambda: read_categories(table(tmp_path, [("id", "name"), (1, "wall")])), "raw_category")
+
+
+def test_clouds_alone_by_the_lists_of_the_benchmark(tmp_path):
+    for scene in ("a", "b", "c"):
+        (tmp_path / "scans" / scene).mkdir(parents=True)
+        mesh(tmp_path / "scans" / scene)
+        for path in list((tmp_path / "scans" / scene).iterdir()): path.rename(path.with_name(path.name.replace("a_vh", f"{scene}_vh")))
+    (tmp_path / "scannetv2_train.txt").write_text("a\nb\n"); (tmp_path / "scannetv2_val.txt").write_text("c\n")
+    lists = dict(train=tmp_path / "scannetv2_train.txt", val=str(tmp_path / "scannetv2_val.txt"))
+    out = convert_scans(tmp_path / "scans", tmp_path / "out", split=lists, frames=False, progress=False)
+    assert sorted(p.relative_to(out).as_posix() for p in out.glob("*/*")) == ["train/a", "train/b", "val/c"]
+    refuses(lambda: convert_scans(tmp_path / "scans", out, split=lists, progress=False), "<scene>.sens", "found none")
 
 
 def test_the_twenty_classes():

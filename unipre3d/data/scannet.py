@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/23_scannet.ipynb #af670149
 from __future__ import annotations
-import copy, io, json, os, struct, warnings, zlib
+import copy, csv, io, json, os, struct, warnings, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ __all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'NYU40', 'read_intrinsics', 'sca
            'read_color', 'read_depth', 'glance', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box',
            'box_color', 'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views',
            'ScanNetFrames', 'SensHeader', 'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals',
-           'read_mesh', 'read_labels', 'read_alignment', 'convert_scans']
+           'read_mesh', 'read_categories', 'read_labels', 'read_alignment', 'convert_scans']
 
 # %% ../../nbs/data/23_scannet.ipynb #cd45cb66
 STANDARD = (577.870605, (480, 640))  # focal length in pixels that ScanNet users share, and the image size it is for
@@ -354,7 +354,7 @@ class ScanNetFrames:
         places = f"2D/intrinsic/{scene}.txt", f"2D/intrinsic/{scene}/intrinsic_depth.txt", f"{self.split}/{scene}/intrinsic_depth.txt", "2D/intrinsics.txt"
         for path in places:
             if self.store.has(path): return read_intrinsics(self.store.read(path).decode("utf8", "replace"), size, str(self.root / path))
-        raise FileNotFoundError(f"{self.root / places[-1]}: expected intrinsics there, in {places[0]} or in {places[2]}, found none; pass intrinsics='standard' for ScanNet's usual {STANDARD[0]} at 640 x 480")
+        raise FileNotFoundError(f"{self.root / places[-1]}: expected intrinsics there, in {places[0]} or in {places[2]}, found none; pass --intrinsics standard for ScanNet's usual focal length, or write {places[-1].split('/')[-1]}: {' '.join(f'{x:.6g}' for x in (standard_intrinsics(size) - [[0, 0, .5], [0, 0, .5], [0, 0, 0]]).ravel())}")
 
     # -- what users ask for
     def __len__(self): return len(self.scenes)
@@ -553,11 +553,23 @@ def read_mesh(
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(xyz): raise ValueError(f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, found {faces.min()}..{faces.max()}")
     return dict(coord=xyz, color=np.stack([np.asarray(vertex[k]) for k in ("red", "green", "blue")], 1), normal=vertex_normals(xyz, faces))
 
+def read_categories(
+    path: str | Path,  # scannetv2-labels.combined.tsv
+) -> dict[str, tuple[int, int]]:  # what annotators wrote -> class among the 20 and among the 200, -1 where it is none of them
+    "ScanNet's table of names."
+    from unipre3d.data.downstream import scannet_labels
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected ScanNet's table scannetv2-labels.combined.tsv, found no such file")
+    with open(path, newline="", encoding="utf8") as file: rows = list(csv.DictReader(file, delimiter="\t"))
+    if not rows or (lack := {"raw_category", "id", "nyu40id"} - set(rows[0])): raise ValueError(f"{path}: expected tab-separated columns raw_category, id and nyu40id, found {', '.join(map(str, rows[0])) if rows else 'no rows'}")
+    by_id, number = {k: n for n, k in enumerate(scannet_labels(200).ids)}, lambda text: int(text) if text and text.isdigit() else 0
+    return {r["raw_category"]: (int(scannet20(np.array([number(r["nyu40id"])]))[0]), by_id.get(number(r["id"]), -1)) for r in reversed(rows)}    # of a name that stands twice the first row counts
+
 def read_labels(
     folder: str | Path,  # of a raw scene
     scene: str,
     n: int,  # vertices of its mesh
-) -> dict[str, np.ndarray]:  # segment20 and, where the JSON files are there, instance; nothing for a scene without labels
+    categories: dict[str, tuple[int, int]] | None = None,  # from `read_categories`: classes come from the names of the instances, of the 200 as well
+) -> dict[str, np.ndarray]:  # segment20 and, where the JSON files are there, instance and perhaps segment200; nothing for a scene without labels
     "Classes and instances of a scene's vertices."
     folder, found = Path(folder), {}
     labels, groups, segments = (folder / f"{scene}{end}" for end in ("_vh_clean_2.labels.ply", ".aggregation.json", "_vh_clean_2.0.010000.segs.json"))
@@ -567,8 +579,11 @@ def read_labels(
     if groups.is_file() and segments.is_file():
         try: segment, objects = np.array(json.loads(segments.read_text())["segIndices"]), json.loads(groups.read_text())["segGroups"]
         except (ValueError, KeyError) as problem: raise ValueError(f"{groups} and {segments.name}: expected JSON with segGroups and segIndices, could not read it ({problem})") from None
-        found["instance"] = np.full(len(segment), -1)
-        for one in objects: found["instance"][np.isin(segment, one["segments"])] = one["objectId"]
+        found |= {name: np.full(len(segment), -1) for name in ("instance", *(("segment20", "segment200") if categories is not None else ()))}
+        for one in objects:
+            rows = np.isin(segment, one["segments"])
+            found["instance"][rows] = one["objectId"]
+            if categories is not None: found["segment20"][rows], found["segment200"][rows] = categories.get(one.get("label"), (-1, -1))
     for name, rows in found.items():
         if len(rows) != n: raise ValueError(f"{folder}: expected {n} labels, one a vertex of the mesh, found {len(rows)} for {name}")
     return found
@@ -588,7 +603,9 @@ def convert_scans(
     scans: str | Path,  # folder of raw scenes, <scans>/<scene>/<scene>.sens and the others
     out: str | Path,  # folder that gets the preprocessed layout
     *,
-    split: str | dict[str, list[str]],  # one split for all scenes, or the scenes of each split
+    split: str | dict[str, list[str] | str | Path],  # one split for all scenes, or the scenes of each split, or its list such as scannetv2_train.txt
+    labels: str | Path | None = None,  # scannetv2-labels.combined.tsv: classes from the instances' names, of the 200 as well; None takes the 20 of labels.ply
+    frames: bool = True,  # False leaves the films out: segmentation needs the clouds alone
     every: int = 20,  # frames of the film for one that is kept
     hw: tuple[int, int] = (240, 320),  # stored size of the frames
     align: bool = False,  # turn clouds and cameras by the axisAlignment of <scene>.txt; False keeps the scanner's world
@@ -596,25 +613,31 @@ def convert_scans(
 ) -> Path:
     "Raw ScanNet scenes into the preprocessed layout; what is there already stays, so keep to one set of options."
     scans, out = Path(scans), Path(out)
-    here = sorted(p.name for p in scans.iterdir() if (p / f"{p.name}.sens").is_file()) if scans.is_dir() else []
-    if not here: raise FileNotFoundError(f"{scans}: expected raw scenes as <scene>/<scene>.sens with <scene>_vh_clean_2.ply, found none; request ScanNet at www.scan-net.org")
-    wanted = {s: split for s in here} if isinstance(split, str) else {s: name for name, scenes in split.items() for s in scenes}
+    end = ".sens" if frames else "_vh_clean_2.ply"
+    here = sorted(p.name for p in scans.iterdir() if (p / f"{p.name}{end}").is_file()) if scans.is_dir() else []
+    if not here: raise FileNotFoundError(f"{scans}: expected raw scenes as <scene>/<scene>{end}{' with <scene>_vh_clean_2.ply' if frames else ''}, found none; request ScanNet at www.scan-net.org")
+    listed = lambda scenes: Path(scenes).read_text().split() if isinstance(scenes, (str, Path)) else scenes
+    wanted = {s: split for s in here} if isinstance(split, str) else {s: name for name, scenes in split.items() for s in listed(scenes)}
+    categories = None if labels is None else read_categories(labels)
     if lack := sorted(set(wanted) - set(here)): raise FileNotFoundError(f"{scans / lack[0]}: expected a raw scene, which the split names, found none")
     for scene, part in tqdm(sorted(wanted.items()), desc="converting scans", disable=not progress):
-        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, every, hw, align)
+        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, categories, every if frames else 0, hw, align)
     return out
 
-def _convert_scan(folder, out, scene, split, every, hw, align):
-    "Frames first and the cloud last: a scene whose cloud is there is complete."
+def _convert_scan(folder, out, scene, split, categories, every, hw, align):
+    "Frames first (none, if `every` is 0) and the cloud last: a scene whose cloud is there is complete."
     cloud = read_mesh(folder / f"{scene}_vh_clean_2.ply")
-    cloud |= read_labels(folder, scene, len(cloud["coord"]))
-    world, film = read_alignment(folder / f"{scene}.txt") if align else np.eye(4), str(folder / f"{scene}.sens")
+    cloud |= read_labels(folder, scene, len(cloud["coord"]), categories)
+    world = read_alignment(folder / f"{scene}.txt") if align else np.eye(4)
     cloud |= dict(coord=cloud["coord"] @ world[:3, :3].T + world[:3, 3], normal=cloud["normal"] @ world[:3, :3].T)
+    if every: _convert_film(str(folder / f"{scene}.sens"), out, scene, every, hw, world)
+    write_cloud(out, split, scene, **{k: v for k, v in cloud.items() if k != "coord"})
+    write_cloud(out, split, scene, coord=cloud["coord"])
+
+def _convert_film(film, out, scene, every, hw, world):
     with open(film, "rb") as file, np.errstate(invalid="ignore"):
         header = read_sens_header(file, film)
         write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", scale_intrinsics(header.intrinsics, header.depth_hw, hw))
         for number, jpeg, depth, pose in read_sens_frames(file, header, every, film):
             color, _ = read_color(jpeg, hw, name=f"{film}, frame {number}")
             write_frame(out, scene, number, color, np.round(nearest(depth, hw) * (1000 / header.depth_scale)), world @ pose)
-    write_cloud(out, split, scene, **{k: v for k, v in cloud.items() if k != "coord"})
-    write_cloud(out, split, scene, coord=cloud["coord"])

@@ -352,7 +352,7 @@ semantic_recipes: dict[str, SemanticRecipe] = {
 }
 
 # %% ../../nbs/downstream/74_semantic.ipynb #c5687067
-SCANNET_ROOMS = Layout("ScanNet", "<root>/{train,val}/<scene>/{coord,color,normal,segment20,segment200,instance}.npy", "www.scan-net.org (by a form), then Pointcept's preprocess_scannet.py or convert_scans")
+SCANNET_ROOMS = Layout("ScanNet", "<root>/{train,val}/<scene>/{coord,color,normal,segment20,segment200,instance}.npy", "www.scan-net.org (by a form), then Pointcept's preprocess_scannet.py or unipre3d.data.scannet.convert_scans (for 200 classes with labels=)")
 
 def read_rooms(
     recipe: SemanticRecipe,
