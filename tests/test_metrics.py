@@ -332,3 +332,11 @@ def test_instance_scores_equal_the_definition_over_scenes(seed):
 
 def test_overlaps_of_map_are_nine():
     assert metrics.OVERLAPS == (.5, .55, .6, .65, .7, .75, .8, .85, .9)
+
+
+def test_a_shape_without_a_labelled_point_has_no_part_score():
+    row = torch.tensor([0, 0, 1, 1])
+    score = PartScore(dict(mug=[0, 1], cap=[2, 3]), ignore=-1).update(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, -1, -1]), row, torch.tensor([0, 1]))
+    got = score.compute()
+    assert got["shapes"] == 1 and got["category"] == {"mug": got["miou_i"]} and got["miou_i"] == got["miou_c"] == .25
+    with pytest.raises(ValueError, match="expected at least one shape with a labelled point"): PartScore(dict(mug=[0, 1]), ignore=-1).update(row, row * 0 - 1, row * 0, torch.tensor([0])).compute()

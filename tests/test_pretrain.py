@@ -68,7 +68,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path):
     assert all(torch.equal(ours[k], full[k]) for k in full)
 
 
-def test_same_seed_same_run_other_seed_other_run(whole, tmp_path):
+def test_another_seed_is_another_run(whole, tmp_path):                                                # the same seed is the same run: see above
     finish(command("pretrain", *SMALL, "--steps", "3", "--seed", "1", "--out", tmp_path / "other"))
     assert column(tmp_path / "other", "loss")[0] != column(whole, "loss")[0]
 
@@ -143,7 +143,10 @@ def mistakes(folder):
         (["pretrain", "--backbone", "Unicorn", "--out", folder / "a"], "Unicorn"), (["pretrain", "--fusion", "Unicorn", "--out", folder / "a"], "Unicorn"),
         (["pretrain", "object-transformer", "--out", folder / "a"], "--data"), (["render"], "checkpoint"), (["render", folder / "nowhere"], "nowhere"),
         (["render", folder / "broken"], "broken"), (["data", "wardrobe"], "wardrobe"), (["data", "furniture", "--deb", folder / "nowhere.deb"], "nowhere.deb"),
-        (["doctor", "--loud"], "--loud"),
+        (["doctor", "--loud"], "--loud"), (["pretrain", "--image", "none", "--out", folder / "a"], "--fusion NoFusion"), (["pretrain", "--n-ref", "0", "--out", folder / "a"], "n_ref"),
+        (["pretrain", "--n-target", "0", "--out", folder / "a"], "n_target"), (["pretrain", "--batch-size", "0", "--out", folder / "a"], "batch_size"), (["pretrain", "--n-points", "-3", "--out", folder / "a"], "n_points"),
+        (["pretrain", "--steps", "0", "--out", folder / "a"], "steps"), (["pretrain", "--eval-every", "-1", "--out", folder / "a"], "eval_every"), (["pretrain", "--schedule", "odd", "--out", folder / "a"], "schedule"),
+        (["render", folder / "a", "--frames", "0"], "--frames"), (["finetune", "cls-furniture-mini", "--steps", "0", "--out", folder / "a"], "steps"), (["finetune", "cls-furniture-mini", "--n-points", "-3", "--out", folder / "a"], "n_points"),
         (["pretrain", "--device", "cuda", "--out", folder / "a"], "device")]
 
 
@@ -153,6 +156,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys):
         said = capsys.readouterr().err.strip()
         assert status == 2, (args, said)
         assert len(said.splitlines()) == 1 and name in said and said.startswith("unipre3d: "), (args, said)
+    assert not (tmp_path / "a").exists()                                                               # nothing was begun
 
 
 @pytest.mark.parametrize("device, gpu, gsplat, where", [("auto", True, False, "cpu"), ("auto", True, True, "auto"), ("auto", False, False, "auto"), ("cpu", True, True, "cpu")])

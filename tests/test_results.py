@@ -7,7 +7,7 @@ from scipy import stats
 
 from unipre3d.records import FINETUNE, PRETRAIN, read_record, write_json
 from unipre3d.results import (FULL_METRIC, GAINS, MINI, REASONS, TABLES, all_frame, chosen_rates, class_accuracy, compare_table, effects, findings, full_key, headline, interval, late_rise,
-                              paired, paper_gain, paper_table, read_study, right, scores, stale_tables, tables, write_tables)
+                              paired, paper_gain, paper_table, read_study, repeated, right, scores, stale_tables, tables, write_tables)
 from unipre3d.study import COMPARISONS, MASKED_RATES, plan
 
 CLASSES = ["bag", "bin", "box"]
@@ -178,6 +178,15 @@ def test_rates_of_masked_pretraining_are_those_of_its_short_runs():
     runs = [x for rate, score in zip(MASKED_RATES, (.2, .4, .3)) for x in (short(rate), probe(rate, score))]
     row, = chosen_rates({r["row"]["key"]: r for r in runs}).itertuples()
     assert (row.measurement, row.condition, row.chosen, row.edge) == ("pre", "masked", MASKED_RATES[1], "")
+
+
+def test_repeated_rows_of_every_committed_kind(tmp_path):
+    records = read_study()
+    rows = [next(k for k in records if k.startswith(start)) for start in ("pre-point-", "pre-none-", "pre-unipre3d-", "rooms-none-", "probe20-", "cls20-", "tune-")]
+    for key in rows: write_json(tmp_path / f"{key}.json", records[key])
+    table = repeated(tmp_path, records)
+    assert set(table.row) == {k for k in rows if not k.startswith("tune-")} and (table.here == table.committed).all()
+    assert table.set_index("row").metric.to_dict()[rows[0]] == "psnr"
 
 
 def test_late_rise_leaves_out_runs_without_validation():

@@ -249,11 +249,6 @@ def test_spelling():
     complain(doubts())
 
 
-def test_sidebar_lists_the_notebooks_that_are_here():
-    from sidebar import sidebar
-    complain(["nbs/sidebar.yml does not list the notebooks that are here; run `python tools/sidebar.py`"] if (ROOT / "nbs" / "sidebar.yml").read_text() != sidebar() else [])
-
-
 def test_constraints_pin_every_requirement():
     from configparser import ConfigParser
     cfg = ConfigParser()

@@ -203,6 +203,8 @@ def test_validation_keeps_its_best_step_and_patience_ends_the_run(tmp_path):
     _, done = run(tmp_path, validate=validate, validate_every=2, choose="val", patience=2)
     kept, meta = load_tensors(tmp_path / "checkpoint.safetensors")
     assert (done.step, done.best_step, done.best, done.ended) == (8, 4, .6, "patience") and meta == {"step": 4, "chosen_by": "val", "score": .6}
+    _, again = run(tmp_path, validate=validate, validate_every=2, choose="val", patience=2, resume=True)                    # as when the test was cut short: nothing is learned any more
+    assert again == done
     assert torch.equal(kept["head.2.weight"], weights[1])
     with pytest.raises(ValueError, match="choose: expected one of acc, val"): run(tmp_path, validate=validate, choose="oa")
 

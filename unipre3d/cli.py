@@ -195,6 +195,8 @@ def render_command(args: list[str]) -> int:
     "unipre3d render CHECKPOINT [--key value ...]: film and PLY of a held-out object or scene."
     checkpoint, options = parse_after(RenderOptions, args, "unipre3d render CHECKPOINT", "a checkpoint, as in: unipre3d render runs/object-transformer-mini")
     if options.video not in ("gif", "mp4"): raise ValueError(f'--video: expected "gif" or "mp4", got "{options.video}"')
+    for key in ("frames", "size"):
+        if getattr(options, key) < 1: raise ValueError(f"--{key}: expected at least 1, got {getattr(options, key)}")
     import torch
     from tqdm.auto import tqdm
     from unipre3d.gaussians import save_ply

@@ -7,12 +7,15 @@ from __future__ import annotations
 import csv, json, math, os, signal, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,9 +28,9 @@ from .losses import best_constant_colour, psnr, ssim, weighted_mse
 from .render import render
 
 # %% auto #0
-__all__ = ['UniPre3D', 'predict', 'rows_of_views', 'save_views', 'step_loss', 'learning_rate', 'evaluate', 'constant_baselines',
-           'save_tensors', 'load_tensors', 'run_state', 'load_run_state', 'stop_requests', 'MetricsFile', 'block_means',
-           'average_weights', 'new_accelerator', 'take_step', 'train']
+__all__ = ['UniPre3D', 'predict', 'rows_of_views', 'save_views', 'step_loss', 'learning_rate', 'check_loop', 'evaluate',
+           'constant_baselines', 'save_tensors', 'load_tensors', 'run_state', 'load_run_state', 'stop_requests',
+           'MetricsFile', 'block_means', 'average_weights', 'new_accelerator', 'take_step', 'train']
 
 # %% ../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -129,6 +132,16 @@ def learning_rate(
     scale = min(1., (step + 1) / (warmup + 1))
     if schedule == "step": return peak * scale * decay ** (step // decay_every)
     return peak * scale * .5 * (1 + math.cos(math.pi * min(1., step / steps)))
+
+def check_loop(
+    recipe: Any,  # with steps, warmup, workers and schedule
+    *every: str,  # names of its other numbers of steps, where 0 is off
+) -> None:
+    "A ValueError for numbers that no run can have, before anything is written."
+    if recipe.steps < 1: raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
+    for name in ("warmup", "workers", *every):
+        if getattr(recipe, name) < 0: raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
+    learning_rate(0, peak=1., steps=recipe.steps, schedule=recipe.schedule)
 
 # %% ../nbs/60_pretrain.ipynb #5c4a381a
 @torch.no_grad()
@@ -280,7 +293,8 @@ def new_accelerator(
     "One for a run; an earlier run of this process may have had another precision or device."
     if device not in ("auto", "cpu"): raise ValueError(f'device: expected "auto" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU is seen')
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))               # one process evaluates while the others wait
+    return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
 
 # %% ../nbs/60_pretrain.ipynb #27a40784
 def take_step(
@@ -357,10 +371,10 @@ def train(
             row = {"step": step, "lr": rate, "loss": mean_loss, "grad_norm": norm, "psnr": mean_psnr, "skipped": int(skipped)}
             if main:
                 for every, watch in watches:
-                    if step % every == 0 or step == steps: row |= watch(average.module, step) or {}
+                    if (every and step % every == 0) or step == steps: row |= watch(average.module, step) or {}
                 log.write(**row, seconds=time.perf_counter() - began)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.1f} dB"); bar.update()
-            if step % save_every == 0 or step == steps or stop: save(step)
+            if (save_every and step % save_every == 0) or step == steps or stop: save(step)
             if stop: break
     if main: log.file.close()
     return step

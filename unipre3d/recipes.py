@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_recipes.ipynb #954d6b36
 from __future__ import annotations
-import importlib.util, resource, time
+import importlib.util, time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,8 +23,8 @@ from .data.shapenet import ShapeNetViews
 from .data.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
-from .pretrain import UniPre3D, block_means, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
-from .records import check_record, code_version, hardware, read_config, write_json
+from .pretrain import UniPre3D, block_means, check_loop, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
+from .records import check_record, code_version, hardware, peak_memory_mb, read_config, write_json
 from .render import render
 
 # %% auto #0
@@ -163,6 +163,7 @@ def build_fusion(
     "The fusion of a recipe, as wide as the features that it joins."
     if recipe.fusion not in ("NoFusion", "FeatureFusion", "PointFusion"): raise ValueError(f'fusion: expected NoFusion, FeatureFusion or PointFusion, got "{recipe.fusion}"')
     if recipe.fusion == "NoFusion": return fusion.NoFusion()
+    if recipe.image == "none": raise ValueError(f'image: {recipe.fusion} joins image features, and "none" has none; pass --fusion NoFusion too, or another image model')
     if recipe.fusion == "FeatureFusion": return fusion.FeatureFusion(backbone.body_width, image_width)
     if not hasattr(backbone, "voxel_size"): raise ValueError(f"fusion: PointFusion needs a backbone on voxels (SparseUNet, PTv3), got {recipe.backbone}")
     return fusion.PointFusion(backbone.stem_width, image_width, backbone.voxel_size)
@@ -235,7 +236,7 @@ def training_batches(
     rank: int = 0, world_size: int = 1,  # this process and how many there are
 ) -> Callable[[int, int], Iterable[Sample]]:
     "A function of (start, stop) that gives the samples of those steps."
-    if recipe.batch_size % world_size: raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, got {recipe.batch_size}")
+    if recipe.batch_size < 1 or recipe.batch_size % world_size: raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, at least 1 for each, got {recipe.batch_size}")
     return lambda start, stop: make_loader(samples, start, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed,
                                            num_workers=recipe.workers, rank=rank, world_size=world_size)
 
@@ -263,6 +264,7 @@ def read_recipe(
 ) -> tuple[str, Recipe]:  # the recipe's name, and its values as they were run
     "What `config.json` of a run says."
     values = read_config(folder)
+    if "task" in values: raise ValueError(f"{folder}: expected a pre-training, found a fine-tuning ({values['task']})")
     name, known = values.pop("name"), {f.name for f in fields(Recipe)}
     if set(values) - known: raise ValueError(f"{Path(folder) / 'config.json'}: unknown values {', '.join(sorted(set(values) - known))}; was it written by a newer version?")
     return name, Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
@@ -310,10 +312,12 @@ def pretrain(
     say: Callable[[str], None] = print,  # where messages go
 ) -> dict | None:  # the record; empty in all but the first of several processes; None if the run was interrupted
     "Run a recipe: train, watch, evaluate on the whole validation split, write the record."
+    check_loop(recipe, "save_every", "picture_every", "eval_every")
     device, because = pretraining_device(device)
     accelerator = new_accelerator(recipe.mixed_precision, device)
     folder, main, began, cpu_began, code = Path(folder), accelerator.is_main_process, time.time(), time.process_time(), code_version()
     data, val = build_data(recipe, "train"), build_data(recipe, "val")
+    batches = training_batches(recipe, data, accelerator.process_index, accelerator.num_processes)
     image_net = build_image_net(recipe)
     model = build_model(recipe, getattr(image_net, "width", 0))
     if isinstance(image_net, nn.Module): image_net.to(accelerator.device)                                       # the first picture is taken before `train` moves it
@@ -331,7 +335,7 @@ def pretrain(
         return {f"val_{k}": found[k] for k in ("psnr", "psnr_foreground", "ssim") if k in found}
 
     if main and not resume: look(model.to(accelerator.device), 0)
-    done = train(model, image_net, training_batches(recipe, data, accelerator.process_index, accelerator.num_processes), folder,
+    done = train(model, image_net, batches, folder,
                  steps=recipe.steps, lr=recipe.lr, schedule=recipe.schedule, warmup=recipe.warmup, decay_every=recipe.decay_every, decay=recipe.decay,
                  weight_decay=recipe.weight_decay, clip=recipe.clip, ema=recipe.ema, background=recipe.background,
                  foreground_weight=recipe.foreground_weight, background_weight=recipe.background_weight, seed=recipe.seed,
@@ -349,7 +353,7 @@ def pretrain(
               "data": {"name": recipe.data, "sha256": data.source.fingerprint(), "train": len(data), "val": len(val), "split": "val"},
               "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu", "processes": accelerator.num_processes, "hardware": hardware(),
               "train_seconds": meta["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
-              "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics, "history": history(folder / "metrics.csv")}
+              "peak_memory_mb": peak_memory_mb(), "resumed": resume, "metrics": metrics, "history": history(folder / "metrics.csv")}
     check_record(record)
     write_json(folder / "record.json", record)
     return record
@@ -365,5 +369,6 @@ def load_run(
     _, recipe = read_recipe(path.parent)
     image_net = build_image_net(recipe)
     model = build_model(recipe, getattr(image_net, "width", 0))
-    model.load_state_dict(weights)
+    try: model.load_state_dict(weights)
+    except RuntimeError: raise ValueError(f"{path}: expected the averaged weights of the run that {path.parent / 'config.json'} describes, found other tensors; name the run folder, or its checkpoint.safetensors") from None
     return recipe, model.eval(), image_net

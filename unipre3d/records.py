@@ -18,8 +18,8 @@ import unipre3d
 from .core import data_dir
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'code_hash', 'data_hash', 'cache_dir', 'made_once',
-           'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
+__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'cache_dir',
+           'made_once', 'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -37,6 +37,12 @@ def hardware() -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+def peak_memory_mb() -> float:  # nan where the system does not say
+    "The most memory that this process has held."
+    try: import resource
+    except ImportError: return float("nan")                                # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def code_hash(
     *modules: str,  # names, such as "unipre3d.core"

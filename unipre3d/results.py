@@ -345,7 +345,8 @@ def repeated(
     for key, again in read_study(folder).items():
         if key not in records or key.startswith("tune-"): continue
         part, arm, seed = (again["row"][k] for k in ("part", "arm", "seed"))
-        metric = next(c.metric for c in COMPARISONS if c.part == part)
+        metric = next((c.metric for c in COMPARISONS if c.part == part and arm in (c.arm, c.against)), "")
+        if not metric: continue                                                               # compared with nothing
         here, there = scores({key: again}, part, arm, metric)[seed].mean(), scores(records, part, arm, metric)
         i = interval(np.array(list(there.values())))
         rows.append({"row": key, "metric": metric, "here": here, "committed": there[seed].mean(), "low": i.low, "high": i.high, "inside": bool(i.low <= here <= i.high)})

@@ -99,7 +99,7 @@ class Mamba3D(Backbone):
         super().__init__(locals())
         if in_channels < 3: raise ValueError(f"Mamba3D.in_channels: expected at least 3 (the coordinates), got {in_channels}")
         self.num_groups, self.group_size, self.center_local_k = num_groups, group_size, center_local_k
-        self.stem_width = self.body_width = self.width = width
+        self.in_channels, self.stem_width, self.body_width, self.width = 3, width, width, width
         self.encoder = GroupEncoder(3, width, encoder_widths)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, width))
         self.cls_token, self.cls_pos = (nn.Parameter(.02 * torch.randn(width)) for _ in range(2))

@@ -31,6 +31,7 @@ def choose_views(
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # numbers of the reference and of the target views, none in both
     "Reference and target views, disjoint (section 1 of the paper's method)."
+    if min(n_ref, n_target) < 1: raise ValueError(f"choose_views: expected n_ref and n_target of at least 1, got {n_ref} and {n_target}")
     if n_ref + n_target > n_views: raise ValueError(f"choose_views: expected n_ref + n_target <= {n_views} views, got {n_ref} + {n_target}")
     order = rng.permutation(n_views)
     return order[:n_ref], order[n_ref:n_ref + n_target]
@@ -115,6 +116,7 @@ class ObjectSamples(Dataset):
     ):
         if sampling not in ("random", "fps"): raise ValueError(f"sampling: expected 'random' or 'fps', got {sampling!r}")
         choose_views(source.n_views, n_ref, n_target, np.random.default_rng(0))
+        if n_points is not None and n_points < 1: raise ValueError(f"n_points: expected at least 1, or 0 for all, got {n_points}")
         point_features(np.zeros((1, 10), np.float32), tuple(features))
         self.source, self.n_points, self.n_ref, self.n_target = source, n_points, n_ref, n_target
         self.sampling, self.features, self.rotate, self.seed = sampling, tuple(features), rotate, seed

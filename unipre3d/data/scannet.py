@@ -18,7 +18,7 @@ from PIL import Image
 from plyfile import PlyData, PlyParseError
 from tqdm.auto import tqdm
 
-from ..core import CameraBatch, ViewBatch
+from ..core import CameraBatch, ViewBatch, data_dir
 from .shapenet import Cache, Store, read_pose
 from ..records import data_hash
 
@@ -557,11 +557,11 @@ def read_categories(
     path: str | Path,  # scannetv2-labels.combined.tsv
 ) -> dict[str, tuple[int, int]]:  # what annotators wrote -> class among the 20 and among the 200, -1 where it is none of them
     "ScanNet's table of names."
-    from unipre3d.data.downstream import scannet_labels
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected ScanNet's table scannetv2-labels.combined.tsv, found no such file")
     with open(path, newline="", encoding="utf8") as file: rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows or (lack := {"raw_category", "id", "nyu40id"} - set(rows[0])): raise ValueError(f"{path}: expected tab-separated columns raw_category, id and nyu40id, found {', '.join(map(str, rows[0])) if rows else 'no rows'}")
-    by_id, number = {k: n for n, k in enumerate(scannet_labels(200).ids)}, lambda text: int(text) if text and text.isdigit() else 0
+    with open(data_dir() / "scannet_classes.csv", newline="") as file: by_id = {int(r["id"]): int(r["number"]) for r in csv.DictReader(file) if r["set"] == "200"}
+    number = lambda text: int(text) if text and text.isdigit() else 0
     return {r["raw_category"]: (int(scannet20(np.array([number(r["nyu40id"])]))[0]), by_id.get(number(r["id"]), -1)) for r in reversed(rows)}    # of a name that stands twice the first row counts
 
 def read_labels(

@@ -266,7 +266,7 @@ class ShapeNetViews:
         self.facts = Cache(2**28)  # camera poses and farthest points, whatever cache_bytes is: 3.6 kB for an object of 24 views and 1,024 points, so 70,000 objects
         if convention not in (None, "released"): raise ValueError(f"convention: expected None or 'released', got {convention!r}")
         if convention is None and not self.store.has("convention.json"):
-            raise ValueError(f"{self.store.root}: expected convention.json (files that this package wrote); for the released files pass convention='released'")
+            raise ValueError(f"{self.store.root}: expected convention.json (files that this package wrote); for the released files pass --convention released")
         self.convention = dict(format="released", cameras="matrix", points="released", images="released", suffix=".png", fov=fov, views=24)
         if convention is None: self.convention = json.loads(self.store.read("convention.json"))
         self.n_views, self.fov = views or self.convention["views"], self.convention["fov"]

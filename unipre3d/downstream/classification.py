@@ -130,6 +130,7 @@ class ClassificationSamples(Dataset):
         farthest: int = 0,  # draw the points from so many farthest ones, always the same; 0 means from all
     ):
         if not len(reader): raise ValueError("ClassificationSamples: expected at least one object, got none")
+        if n_points is not None and n_points < 1: raise ValueError(f"n_points: expected at least 1, or 0 for all, got {n_points}")
         if farthest and farthest < (n_points or 0): raise ValueError(f"farthest: expected 0 or at least the {n_points} points that are drawn, got {farthest}")
         self.farthest, self.known = farthest, Cache(2**26)
         self.reader, self.n_points, self.features, self.how, self.seed = reader, n_points, tuple(features), how, seed

@@ -186,7 +186,8 @@ class PartScore:
         check_labels("PartScore pred", pred, self.member.shape[1])
         foreign = ~self.member[category[batch], truth]
         if bool(foreign.any()): raise ValueError(f"PartScore: expected parts of the shape's own category, found part {int(truth[foreign][0])} on a {self.names[int(category[batch[foreign][0]])]}")
-        self.category.append(category.long()); self.iou.append(self._shapes(pred, truth, batch, category, n["B"]))
+        asked = torch.bincount(batch, minlength=n["B"]) > 0                                 # a shape without a labelled point has no score
+        self.category.append(category[asked].long()); self.iou.append(self._shapes(pred, truth, batch, category, n["B"])[asked])
         return self
 
     def _shapes(self, pred, truth, batch, category, size):
@@ -200,7 +201,7 @@ class PartScore:
 
     def compute(self) -> dict:
         "`miou_i`, `miou_c`; `category` -> its mean (only those that occurred); `shapes`, how many were scored."
-        if not self.iou: raise ValueError("PartScore: expected at least one shape, got none")
+        if not sum(map(len, self.iou)): raise ValueError("PartScore: expected at least one shape with a labelled point, got none")
         kind, iou = torch.cat(self.category), torch.cat(self.iou)
         by = {name: float(iou[kind == k].mean()) for k, name in enumerate(self.names) if bool((kind == k).any())}
         return dict(miou_i=float(iou.mean()), miou_c=sum(by.values()) / len(by), category=by, shapes=len(iou))

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/downstream/70_transfer.ipynb #3c5043f7
 from __future__ import annotations
-import json, math, resource, time
+import json, math, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
 from ..data.loaders import about_z, make_loader, recolor
-from ..records import check_record, code_version, data_hash, hardware, read_config, write_json
-from ..pretrain import MetricsFile, average_weights, block_means, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests, take_step
+from ..records import check_record, code_version, data_hash, hardware, peak_memory_mb, read_config, write_json
+from ..pretrain import MetricsFile, average_weights, block_means, check_loop, learning_rate, load_run_state, load_tensors, new_accelerator, run_state, save_tensors, stop_requests, take_step
 from ..recipes import build_backbone
 
 # %% auto #0
@@ -334,6 +334,7 @@ def finetune(
         save_tensors(folder / "checkpoint.safetensors", kept.state_dict(), {"step": step, "chosen_by": choose if score is not None else "last", "score": score})
 
     with stop_requests() as stopping, tqdm(total=steps, initial=start, desc="fine-tuning", disable=not main) as bar:
+        if patience and progress["waited"] >= patience: ended, start = "patience", steps           # it had ended, and its test was cut short
         for batch in batches(start, steps):
             torch.manual_seed(seed + 1_000_003 * (1 + step * accelerator.num_processes + accelerator.process_index))
             set_training(model, frozen if step < frozen_steps else ())
@@ -346,15 +347,15 @@ def finetune(
             row = {"lr": rate, "loss": mean_loss, "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
             step += 1
             if main:
-                if validate is not None and (step % validate_every == 0 or step == steps):
+                if validate is not None and ((validate_every and step % validate_every == 0) or step == steps):
                     scores = scores | (found := validate(kept))
                     if progress["best"] is None or found[choose] > progress["best"]: keep(found[choose])
                     else: progress["waited"] += 1
                 log.write(step=step, **row, **scores, seconds=time.perf_counter() - began)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", **{k: f"{v:.3f}" for k, v in scores.items()}); bar.update()
-            if patience and int(accelerator.reduce(torch.tensor(float(progress["waited"]), device=accelerator.device), "sum")) >= patience: ended = "patience"
-            if stop and step < steps: ended = "interrupted"
-            if main and (step % save_every == 0 or step == steps or ended != "finished"):
+            if patience and int(accelerator.reduce(torch.tensor(float(progress["waited"] if main else 0), device=accelerator.device), "sum")) >= patience: ended = "patience"
+            elif stop and step < steps: ended = "interrupted"
+            if main and ((save_every and step % save_every == 0) or step == steps or ended != "finished"):
                 if validate is None: keep(None)
                 save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer, accelerator.scaler), progress | {"step": step, "seconds": time.perf_counter() - began})
             if ended != "finished": break
@@ -460,6 +461,7 @@ def run_task(
     say: Callable[[str], None] = print,  # where messages go
 ) -> dict | None:  # the record; empty in all but the first of several processes; None if the run was interrupted
     "Run a recipe: start, train, choose by validation, ask the test clouds once, write the record."
+    check_loop(recipe, "save_every", "validate_every")
     accelerator = new_accelerator(recipe.mixed_precision, device)
     folder, main, began, cpu_began, code = Path(folder), accelerator.is_main_process, time.time(), time.process_time(), code_version()
     world = accelerator.num_processes
@@ -488,7 +490,7 @@ def run_task(
     record = {"kind": "finetune", "recipe": name, "task": task.name, "values": asdict(recipe), "code": code, "seed": recipe.seed, "start": start,
               "steps": done.step, "chosen": chosen, "data": task.data, "classes": task.classes, "processes": world, "hardware": hardware(),
               "train_seconds": load_tensors(folder / "resume.safetensors")[1]["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
-              "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": resume, "metrics": metrics, "details": details, "history": run_history(folder / "metrics.csv")}
+              "peak_memory_mb": peak_memory_mb(), "resumed": resume, "metrics": metrics, "details": details, "history": run_history(folder / "metrics.csv")}
     check_record(record)
     write_json(folder / "record.json", record)
     say("test: " + ", ".join(f"{k} {v:.1%}" for k, v in metrics.items()))

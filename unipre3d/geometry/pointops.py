@@ -139,7 +139,7 @@ def interpolate(
     size: int,            # number of clouds B
     k: int = 3,           # points to average
     power: float = 2,     # exponent p of the distance
-    eps: float = 1e-8,    # added to the distance, so that a known point keeps (almost) its own value
+    eps: float = 1e-8,    # added to the distance to that power, so that a known point keeps (almost) its own value
 ) -> Tensor:  # [m c]
     "Inverse-distance weighted mean of the k nearest known values."
     index = knn(query, query_batch, xyz, batch, size, k)
