@@ -366,14 +366,14 @@ def train(
             norm, skipped = take_step(loss, wrapped, optimizer, accelerator, clip)
             if not skipped: average.update_parameters(model)
             step += 1
-            means = torch.stack([loss.detach(), psnr(rgb.detach(), sample.target.rgb).mean(), loss.new_tensor(float(stopping()))])
-            mean_loss, mean_psnr, stop = accelerator.reduce(means, "mean").tolist()                          # one process asked to stop stops all, at the same step
+            mean_loss, mean_psnr = accelerator.reduce(torch.stack([loss.detach(), psnr(rgb.detach(), sample.target.rgb).mean()]), "mean").tolist()
             row = {"step": step, "lr": rate, "loss": mean_loss, "grad_norm": norm, "psnr": mean_psnr, "skipped": int(skipped)}
             if main:
                 for every, watch in watches:
                     if (every and step % every == 0) or step == steps: row |= watch(average.module, step) or {}
                 log.write(**row, seconds=time.perf_counter() - began)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.1f} dB"); bar.update()
+            stop = bool(accelerator.reduce(loss.new_tensor(float(stopping())), "sum"))                        # one process asked to stop stops all, at the same step
             if (save_every and step % save_every == 0) or step == steps or stop: save(step)
             if stop: break
     if main: log.file.close()

@@ -343,8 +343,7 @@ def finetune(
             with accelerator.autocast(): value, scores = loss(wrapped, to_device(batch, accelerator.device))
             norm, skipped = take_step(value, wrapped, optimizer, accelerator, clip)
             if ema and not skipped: average.update_parameters(model)
-            mean_loss, stop = accelerator.reduce(torch.stack([value.detach(), value.new_tensor(float(stopping()))]), "mean").tolist()       # one process asked to stop stops all
-            row = {"lr": rate, "loss": mean_loss, "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
+            row = {"lr": rate, "loss": float(accelerator.reduce(value.detach(), "mean")), "grad_norm": norm, "skipped": int(skipped), "frozen": int(step < frozen_steps)}
             step += 1
             if main:
                 if validate is not None and ((validate_every and step % validate_every == 0) or step == steps):
@@ -354,7 +353,7 @@ def finetune(
                 log.write(step=step, **row, **scores, seconds=time.perf_counter() - began)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", **{k: f"{v:.3f}" for k, v in scores.items()}); bar.update()
             if patience and int(accelerator.reduce(torch.tensor(float(progress["waited"] if main else 0), device=accelerator.device), "sum")) >= patience: ended = "patience"
-            elif stop and step < steps: ended = "interrupted"
+            elif bool(accelerator.reduce(torch.tensor(float(stopping()), device=accelerator.device), "sum")) and step < steps: ended = "interrupted"   # one process asked to stop stops all
             if main and ((save_every and step % save_every == 0) or step == steps or ended != "finished"):
                 if validate is None: keep(None)
                 save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer, accelerator.scaler), progress | {"step": step, "seconds": time.perf_counter() - began})
