@@ -529,4 +529,4 @@ class Broken:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_data_is_the_same_line_whichever_process_read_it(workers):
     with pytest.raises(FileNotFoundError) as error: list(make_loader(Broken(), 0, 1, batch_size=2, num_workers=workers))
-    assert str(error.value) == "chair/points.npy: expected the points of an object, found no such file"
+    assert str(error.value) == "chair/points.npy: expected the points of an object, found no such file" and error.value.__cause__ is not error.value

@@ -215,12 +215,16 @@ def test_objects_beside_the_weights_are_left_out_and_nothing_runs(tmp_path, monk
     save("run.pth"); save("program.pth", surprise=Program(f"open({str(tmp_path / 'written')!r}, 'w')")); save("forbidden.pth", surprise=Forbidden())
     for name in [n for n in sys.modules if n.startswith("omegaconf")]: monkeypatch.delitem(sys.modules, name)
     mark.unlink()
-    for name in ("run.pth", "program.pth"):
+    torch.save({"model": state, "surprise": Huge()}, tmp_path / "huge.pth"); known = set(torch.serialization.get_safe_globals())
+    for name in ("run.pth", "program.pth", "huge.pth"):
         assert load_released(model, tmp_path / name).coverage == 1
         with torch.no_grad(): check_features(model, state, data)
     with pytest.raises(ValueError, match="expected tensors and plain values, found .*save the state dict alone"): load_released(model, tmp_path / "forbidden.pth")
     torch.save({"all": ListConfigLike()}, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="expected tensors and plain values, found .*ListConfigLike.*save the state dict alone"): load_released(model, tmp_path / "none.pth")
+    torch.save({"model": state, "settings": Settings(lr=.1)}, tmp_path / "items.pth")
+    with pytest.raises(ValueError, match="expected tensors and plain values, found .*Settings, "): load_released(model, tmp_path / "items.pth")
+    assert set(torch.serialization.get_safe_globals()) == known                                      # nothing is trusted afterwards
     assert not mark.exists() and "omegaconf" not in sys.modules and not (tmp_path / "written").exists() and not (tmp_path / "trapped").exists()
 
 
@@ -236,3 +240,11 @@ class Forbidden:
 
 
 class ListConfigLike: pass
+
+
+class Huge:
+    "A call with many arguments, then a state."
+    def __reduce__(self): return eval, ("1",) * 100_000, {"a": [0] * 1000}
+
+
+class Settings(dict): pass

@@ -419,7 +419,10 @@ class Loader:
 
     def __iter__(self) -> Iterator:
         try: yield from self.batches
-        except (ValueError, TypeError, OSError) as error: raise plain_error(error) from error
+        except (ValueError, TypeError, OSError) as error:
+            plain = plain_error(error)
+            if plain is error: raise
+            raise plain from error
 
 def make_loader(
     samples: ObjectSamples | SceneSamples,

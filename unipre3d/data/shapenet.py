@@ -210,7 +210,7 @@ def choose_splits(
 
 def split_objects(
     objects: list[tuple[str, str]],  # class and name of each
-    shares: tuple[float, float, float] = (.75, .05, .20),  # of train, val and test in each class; train has the released code's
+    shares: tuple[float, float, float] = (.75, .05, .20),  # of train, val and test in each class; the released code has .75, .20, .05
     seed: int = 0,
     name: str = "split",  # what messages call it
 ) -> dict[tuple[str, str], str]:  # a split for each object
@@ -300,13 +300,13 @@ class ShapeNetViews:
     def _complete(self, items):
         "Those of the items that have their points and all views; the others are counted in a warning."
         needed, whole, lack = {f"{k:02d}{end}" for k in range(self.n_views) for end in (self.convention["suffix"], ".txt")}, [], []
-        for synset, model in tqdm(items, desc="looking at objects", delay=2, leave=False):
+        for synset, model in tqdm(items, desc="looking at objects", delay=2, leave=False, disable=len(items) < 1000):
             views = sorted(f"easy/{name}" for name in needed - self.store.names(f"{synset}/{model}/easy"))
             points = [] if f"{synset}-{model}.npy" in self.store.names(f"{synset}/{model}/pts") else [f"pts/{synset}-{model}.npy"]
             if points or views: lack.append(f"{synset}/{model}/{(points + views)[0]}")
             else: whole.append((synset, model))
         if not whole: raise FileNotFoundError(f"{self.store.root / lack[0]}: expected this file; of {len(items)} objects none has its points and {self.n_views} views")
-        if lack: warnings.warn(f"{self.store.root}: left out {len(lack)} of {len(items)} objects that lack a file, such as {lack[0]}", stacklevel=4)
+        if lack: warnings.warn(f"{self.store.root}: left out {len(lack)} of {len(items)} objects that lack a file, such as {lack[0]}", stacklevel=3)
         return whole
 
     def _listed(self, split):
@@ -322,7 +322,7 @@ class ShapeNetViews:
         if split not in SPLITS: raise ValueError(f"split: expected one of {', '.join(SPLITS)}, or the name of a list in {root}, got {split!r}")
         if not any(self.store.has(f"{s}/{m}/pts/{s}-{m}.npy") for s, m in self.everything[:20]):
             raise ValueError(f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, found none in {'/'.join(self.everything[0])}; the root must hold the folders of the synsets")
-        warnings.warn(f"{root}: no lists train.txt, val.txt, test.txt (one <synset>-<model> a line); each class is split by a hash of its names, 75 % train, 5 % val, 20 % test", stacklevel=5)
+        warnings.warn(f"{root}: no lists train.txt, val.txt, test.txt (one <synset>-<model> a line); each class is split by a hash of its names, 75 % train, 5 % val, 20 % test (the released code has 75, 20 and 5)", stacklevel=5)
         return {o for o, s in split_objects(self.everything, name=str(root)).items() if s == split}
 
     def __len__(self): return len(self.items)
