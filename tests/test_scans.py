@@ -109,7 +109,7 @@ def test_classes_stand_in_scanobjectnn_order_and_others_after_them(tmp_path):
 def test_scans_become_scanobjectnn_files(train, tmp_path):
     write_scanobjectnn(tmp_path, train.arrays["xyz"], train.labels, mask=train.arrays["mask"], split="train", variant="PB_T50_RS")
     real = ScanObjectNN(tmp_path, split="train", variant="PB_T50_RS")
-    assert np.array_equal(real.labels, train.labels) and np.allclose(real.rows(7)["xyz"], train.rows(7)["xyz"], atol=1e-5) and np.array_equal(real.rows(7)["mask"], train.rows(7)["mask"])
+    assert np.array_equal(real.labels, train.labels) and np.allclose(real.rows(7)["xyz"], train.rows(7)["xyz"], atol=1e-5) and np.array_equal(real.mask(7), train.rows(7)["mask"])
 
 
 def test_furniture_families_stay_on_one_side(tmp_path):

@@ -91,7 +91,7 @@ def test_a_cloud_of_one_point_trains_beside_a_room(root, tmp_path, fusion):
 def test_batches_of_the_loader_train(root, workers):
     data, net = samples(root, n_points=200), model("point")
     seen = list(make_loader(data, 0, 2, batch_size=2, num_workers=workers))
-    again = [data.batch(keys) for keys in make_loader(data, 0, 2, batch_size=2).batch_sampler]
+    again = [data.batch(keys) for keys in make_loader(data, 0, 2, batch_size=2).batches.batch_sampler]
     for a, b in zip(seen, again):
         assert torch.equal(a.points.xyz, b.points.xyz) and torch.equal(a.target.rgb, b.target.rgb)
     assert "head.mlp.0.weight" in finite(net, step(seen[1], net, "point")[1])
