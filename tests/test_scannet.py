@@ -730,6 +730,9 @@ def test_clouds_alone_by_the_lists_of_the_benchmark(tmp_path):
     out = convert_scans(tmp_path / "scans", tmp_path / "out", split=lists, frames=False, progress=False)
     assert sorted(p.relative_to(out).as_posix() for p in out.glob("*/*")) == ["train/a", "train/b", "val/c"]
     refuses(lambda: convert_scans(tmp_path / "scans", out, split=lists, progress=False), "<scene>.sens", "found none")
+    refuses(lambda: convert_scans(tmp_path / "scans", out, split=dict(test=tmp_path / "scannetv2_test.txt"), frames=False, progress=False), "scannetv2_test.txt", "a list of scenes")
+    for scene in ("a", "b", "c"): (tmp_path / "scans" / scene / f"{scene}.sens").touch()
+    refuses(lambda: convert_scans(tmp_path / "scans", tmp_path / "none", split=lists, every=0, progress=False), "a.sens")                    # 0 is not "no frames"
 
 
 def test_the_twenty_classes():

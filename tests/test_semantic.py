@@ -299,7 +299,7 @@ def test_s3dis_runs_from_a_folder(s3dis, tmp_path):
 def test_a_room_without_a_column_is_named(tmp_path):
     cloud = box(1)
     write_s3dis(tmp_path, "Area_5/office_1", coord=cloud["coord"], color=cloud["color"], segment=cloud["segment20"], instance=cloud["instance"])
-    with pytest.raises(ValueError, match="^Area_5/office_1: features: expected a cloud with normal.*--parse_normal"): ScenePoints(S3DIS(tmp_path, split="test"), features=("normal", "color_signed"))[0]
+    with pytest.raises(ValueError, match="^Area_5/office_1: features: expected a cloud with normal.*--raw_root and --parse_normal"): ScenePoints(S3DIS(tmp_path, split="test"), features=("normal", "color_signed"))[0]
 
 
 def test_voxels_of_many_classes_keep_the_truth(tmp_path):

@@ -134,12 +134,12 @@ def learning_rate(
     return peak * scale * .5 * (1 + math.cos(math.pi * min(1., step / steps)))
 
 def check_loop(
-    recipe: Any,  # with steps, warmup, workers and schedule
+    recipe: Any,  # with steps, warmup, workers, n_points and schedule
     *every: str,  # names of its other numbers of steps, where 0 is off
 ) -> None:
     "A ValueError for numbers that no run can have, before anything is written."
     if recipe.steps < 1: raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
-    for name in ("warmup", "workers", *every):
+    for name in ("warmup", "workers", "n_points", *every):
         if getattr(recipe, name) < 0: raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
     learning_rate(0, peak=1., steps=recipe.steps, schedule=recipe.schedule)
 
@@ -326,7 +326,7 @@ def train(
     background: Sequence[float] = (0., 0., 0.),  # colour behind everything
     foreground_weight: float = 4., background_weight: float = 1.,  # see `weighted_mse`
     seed: int = 0,  # of dropout; the data has its own
-    save_every: int = 500,  # steps between checkpoints
+    save_every: int = 500,  # steps between checkpoints; 0 is off, but for the last
     watches: Sequence[tuple[int, Callable[[UniPre3D, int], dict | None]]] = (),  # (every, function of averaged model and step -> columns)
     resume: bool = False,  # go on from resume.safetensors
     accelerator: Accelerator | None = None,

@@ -83,9 +83,9 @@ class Recipe:
     seed: int = 0  # of weights, data order and dropout
     workers: int = 1  # loader processes
     cache_mb: int = 320  # memory for decoded images, megabytes for each loader process; 0 turns the cache off
-    picture_every: int = 50  # steps between refreshed views.png
-    eval_every: int = 500  # steps between evaluations on the whole validation split
-    save_every: int = 250  # steps between checkpoints
+    picture_every: int = 50  # steps between refreshed views.png; 0 is off, but for the last
+    eval_every: int = 500  # steps between evaluations on the whole validation split; 0 is off, but for the last
+    save_every: int = 250  # steps between checkpoints; 0 is off, but for the last
 
 # %% ../nbs/61_recipes.ipynb #36fed197
 SCENES = dict(layout="scannet", features=("normal", "color_signed"), fusion="PointFusion", background=(1., 1., 1.), foreground_weight=1., background_weight=1.)

@@ -38,10 +38,10 @@ def hardware() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
-def peak_memory_mb() -> float:  # nan where the system does not say
+def peak_memory_mb() -> float | None:  # None where the system does not say
     "The most memory that this process has held."
     try: import resource
-    except ImportError: return float("nan")                                # Windows
+    except ImportError: return None                                        # Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def code_hash(

@@ -616,25 +616,31 @@ def convert_scans(
     end = ".sens" if frames else "_vh_clean_2.ply"
     here = sorted(p.name for p in scans.iterdir() if (p / f"{p.name}{end}").is_file()) if scans.is_dir() else []
     if not here: raise FileNotFoundError(f"{scans}: expected raw scenes as <scene>/<scene>{end}{' with <scene>_vh_clean_2.ply' if frames else ''}, found none; request ScanNet at www.scan-net.org")
-    listed = lambda scenes: Path(scenes).read_text().split() if isinstance(scenes, (str, Path)) else scenes
-    wanted = {s: split for s in here} if isinstance(split, str) else {s: name for name, scenes in split.items() for s in listed(scenes)}
+    wanted = {s: split for s in here} if isinstance(split, str) else {s: name for name, scenes in split.items() for s in _listed(scenes)}
     categories = None if labels is None else read_categories(labels)
     if lack := sorted(set(wanted) - set(here)): raise FileNotFoundError(f"{scans / lack[0]}: expected a raw scene, which the split names, found none")
     for scene, part in tqdm(sorted(wanted.items()), desc="converting scans", disable=not progress):
-        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, categories, every if frames else 0, hw, align)
+        if not (out / part / scene / "coord.npy").is_file(): _convert_scan(scans / scene, out, scene, part, categories, every if frames else None, hw, align)
     return out
 
+def _listed(scenes: list[str] | str | Path) -> list[str]:
+    "Scenes of a split, from the list or from a text file of them."
+    if not isinstance(scenes, (str, Path)): return scenes
+    if not Path(scenes).is_file(): raise FileNotFoundError(f"{scenes}: expected a list of scenes such as scannetv2_train.txt, found nothing there")
+    return Path(scenes).read_text().split()
+
 def _convert_scan(folder, out, scene, split, categories, every, hw, align):
-    "Frames first (none, if `every` is 0) and the cloud last: a scene whose cloud is there is complete."
+    "Frames first (none, if `every` is None) and the cloud last: a scene whose cloud is there is complete."
     cloud = read_mesh(folder / f"{scene}_vh_clean_2.ply")
     cloud |= read_labels(folder, scene, len(cloud["coord"]), categories)
     world = read_alignment(folder / f"{scene}.txt") if align else np.eye(4)
     cloud |= dict(coord=cloud["coord"] @ world[:3, :3].T + world[:3, 3], normal=cloud["normal"] @ world[:3, :3].T)
-    if every: _convert_film(str(folder / f"{scene}.sens"), out, scene, every, hw, world)
+    if every is not None: _convert_film(str(folder / f"{scene}.sens"), out, scene, every, hw, world)
     write_cloud(out, split, scene, **{k: v for k, v in cloud.items() if k != "coord"})
     write_cloud(out, split, scene, coord=cloud["coord"])
 
 def _convert_film(film, out, scene, every, hw, world):
+    "Intrinsics, and each frame that is kept: colour, depth in millimetres, pose in the turned world."
     with open(film, "rb") as file, np.errstate(invalid="ignore"):
         header = read_sens_header(file, film)
         write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", scale_intrinsics(header.intrinsics, header.depth_hw, hw))

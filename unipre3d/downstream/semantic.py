@@ -154,7 +154,7 @@ class ScenePoints(Dataset):
     def inputs(self, index: int, cloud: Cloud) -> Tensor:
         "[n c] float32: what the backbone reads of a room's points."
         try: return torch.from_numpy(point_features(cloud, self.features))
-        except ValueError as problem: raise ValueError(f"{self.reader.name(index)}: {problem}; write that file (for S3DIS, preprocess_s3dis.py with --parse_normal), or leave the column out of --features") from None
+        except ValueError as problem: raise ValueError(f"{self.reader.name(index)}: {problem}; write that file (for S3DIS, preprocess_s3dis.py with --raw_root and --parse_normal), or leave the column out of --features") from None
 
     def batch(self, keys: list[tuple[int, int]]) -> LabelledScenes:
         "The collated crops of several `(index, draw)`."

@@ -307,7 +307,7 @@ def finetune(
     validate_every: int = 100,
     choose: str = "",  # which of them picks the checkpoint; higher is better
     patience: int = 0,  # end after so many validations without a better one; 0 never does
-    save_every: int = 500,  # steps between resume.safetensors
+    save_every: int = 500,  # steps between resume.safetensors; 0 is off, but for the last
     resume: bool = False,  # go on from it
     accelerator: Accelerator | None = None,
 ) -> Finetuned:
@@ -399,9 +399,9 @@ class FinetuneRecipe:
     # run
     seed: int = 0  # of weights, data order, points and dropout
     workers: int = 0  # loader processes
-    validate_every: int = 100  # steps between validations, which choose the checkpoint
+    validate_every: int = 100  # steps between validations, which choose the checkpoint; 0 is off, but for the last
     patience: int = 0  # end after so many validations without a better one; 0 is off
-    save_every: int = 500  # steps between resume.safetensors
+    save_every: int = 500  # steps between resume.safetensors; 0 is off, but for the last
 
 def loop_options(
     recipe: FinetuneRecipe,
