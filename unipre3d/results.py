@@ -345,7 +345,7 @@ def repeated(
     for key, again in read_study(folder).items():
         if key not in records or key.startswith("tune-"): continue
         part, arm, seed = (again["row"][k] for k in ("part", "arm", "seed"))
-        metric = next((c.metric for c in COMPARISONS if c.part == part and arm in (c.arm, c.against)), "")
+        metric = next((c.metric for c in COMPARISONS if c.part == part and arm in (c.arm, c.against)), "psnr" if part == "pre" else "")
         if not metric: continue                                                               # compared with nothing
         here, there = scores({key: again}, part, arm, metric)[seed].mean(), scores(records, part, arm, metric)
         i = interval(np.array(list(there.values())))
