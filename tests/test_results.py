@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from unipre3d.records import FINETUNE, PRETRAIN, read_record, write_json
-from unipre3d.results import (FULL_METRIC, GAINS, MINI, REASONS, TABLES, all_frame, chosen_rates, class_accuracy, compare_table, effects, findings, full_key, headline, interval, late_rise,
+from unipre3d.results import (FULL_METRIC, GAINS, MINI, REASONS, TABLES, all_frame, chosen_rates, class_accuracy, compare_table, crossed_interval, effects, every_seed, findings, full_key, headline, interval, late_rise,
                               paired, paper_gain, paper_table, read_study, repeated, right, scores, stale_tables, tables, write_tables)
 from unipre3d.study import COMPARISONS, MASKED_RATES, plan
 
@@ -22,7 +22,7 @@ def record(key, seed=0, p=.7, objects=90, **metrics):
     matrix = [[sum(a == x and t == y for a, t in zip(answers, true)) for x in "abc"] for y in "abc"]
     kind = "pretrain" if row.kind == "pretrain" else "finetune"
     found = {"kind": kind} | dict.fromkeys(PRETRAIN if kind == "pretrain" else FINETUNE, None)
-    return found | {"recipe": row.recipe, "classes": CLASSES, "details": dict(answers=answers, true=true, answers_real=answers, true_real=true, confusion=matrix), "metrics": {"oa": .5} | metrics,
+    return found | {"recipe": row.recipe, "classes": CLASSES, "details": dict(answers=answers, true=true, answers_real=answers, true_real=true, confusion=matrix), "metrics": {"oa": .5} | metrics, "data": {"name": "shapes", "sha256": "0"},
                     "seed": row.seed, "history": {"train": {}, "val": {"step": [1], "val_oa": [.5]}}, "row": dict(key=key, part=row.part, arm=row.arm, seed=row.seed)}
 
 
@@ -46,6 +46,22 @@ def test_interval_covers(runs, objects, noise):
         i = interval(rng.normal(0, runs, (5, 1)) + rng.normal(0, objects, (1, 40)) + rng.normal(0, noise, (5, 40)), draws=200)
         hits += i.low < 0 < i.high
     assert hits / 250 > .92
+
+
+@pytest.mark.parametrize("runs, objects, noise", [(1., 0., 0.), (.2, 1., 1.), (0., 0., 1.), (.5, .5, .5)])
+def test_crossed_interval_covers_about_what_it_says(runs, objects, noise):
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(1000):
+        i = crossed_interval(rng.normal(0, runs, (5, 1)) + rng.normal(0, objects, (1, 40)) + rng.normal(0, noise, (5, 40)))
+        hits += i.low < 0 < i.high
+    assert .92 < hits / 1000 < .985
+
+
+def test_crossed_interval_of_plain_numbers_is_the_t_interval():
+    x = np.random.default_rng(0).normal(2, 3, 5)
+    i = crossed_interval(x)
+    assert (i.low, i.high) == pytest.approx(stats.t.interval(.95, 4, x.mean(), stats.sem(x)))
+    assert np.isnan(crossed_interval(x[:1]).low) and crossed_interval(np.zeros((3, 4))).high == 0
 
 
 def test_interval_of_one_run_is_open():
@@ -88,9 +104,31 @@ def test_effects_say_what_the_records_say():
 
 def test_every_command_of_a_missing_row_selects_something():
     from unipre3d.study import select
-    for how in effects({}).how:
-        _, _, budget, _, only = how.split(" (")[0].split()
-        assert select(plan(budget), only)
+    table = effects(read_study())
+    for c, how in zip(COMPARISONS, effects({}).how):
+        found = set()
+        for one in how.split("; "):
+            _, _, budget, _, only = one.split(" (")[0].split()
+            found |= {(r.part, r.arm) for r in select(plan(budget), only)}
+        assert {(c.part, c.arm), (c.part, c.against)} <= found                       # both sides
+    assert all(("unipre3d reproduce" in r.how) == (r.pairs < r.planned) for r in table.itertuples())
+
+
+def test_pairs_of_two_computers_are_counted_and_missing_ones_named():
+    records = some()
+    for s in (1, 3): records[f"cls20-scratch-{s}"]["data"] = {"name": "shapes", "sha256": "1"}
+    del records["cls20-unipre3d-4"]
+    first = effects(records).iloc[0]
+    assert (first.pairs, first.planned, first.mixed) == (4, 5, 2)
+    assert first.how.startswith("cls20-{unipre3d,scratch}-{0,1,2,3}; 1 pairs not run: unipre3d reproduce mini --only cls20-unipre3d")
+
+
+def test_every_seed_is_in_the_table():
+    records = some()
+    table = every_seed(records).set_index("condition").query("metric == 'oa'")
+    for arm in ("unipre3d", "scratch"):
+        for s in range(5): assert table.loc[arm, f"seed {s}"] == pytest.approx(100 * right(records[f"cls20-{arm}-{s}"]).mean(), abs=.01)
+    assert len(every_seed({})) == 0 and {c.part for c in COMPARISONS if not c.part.endswith(".large")} >= set(every_seed(read_study()).measurement)
 
 
 def test_paper_table_and_mappings():
@@ -109,7 +147,7 @@ def test_every_number_of_the_paper_is_in_a_table():
 
 
 def test_findings_and_headline_follow_the_records():
-    assert "yes" in findings(some())[0] and "A guess why" in findings(some(gain=-.4))[0] and headline({}).count("not run yet") == 6
+    assert "yes" in findings(some())[0] and "Guessed before the runs" in findings(some(gain=-.4))[0] and headline({}).count("not run yet") == 6
     assert headline(some()) != headline({})
 
 

@@ -169,6 +169,7 @@ def test_toy_plan_is_interrupted_and_goes_on(tmp_path, here):
     record, fine = read_row(pre, tmp_path), read_row(FINE, tmp_path)
     assert record["resumed"] and record["steps"] == 60 and record["hardware"]["threads"] == 1 and len(metrics.read_text().splitlines()) == 61
     assert fine["start"]["init"] == "pre-toy-0" and fine["start"]["coverage"] == 1. and str(tmp_path) not in json.dumps([record, fine])
+    assert fine["start"]["sha256"] == record["checkpoint_sha256"]                     # which weights a fine-tuning began with
     assert (tmp_path / "records" / "pre-toy-0.png").is_file()
 
 

@@ -24,7 +24,7 @@ from .data.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
 from .pretrain import UniPre3D, block_means, check_loop, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
-from .records import check_record, code_version, hardware, peak_memory_mb, read_config, write_json
+from .records import check_record, code_version, data_hash, hardware, peak_memory_mb, read_config, write_json
 from .render import render
 
 # %% auto #0
@@ -353,7 +353,7 @@ def pretrain(
               "data": {"name": recipe.data, "sha256": data.source.fingerprint(), "train": len(data), "val": len(val), "split": "val"},
               "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu", "processes": accelerator.num_processes, "hardware": hardware(),
               "train_seconds": meta["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
-              "peak_memory_mb": peak_memory_mb(), "resumed": resume, "metrics": metrics, "history": history(folder / "metrics.csv")}
+              "peak_memory_mb": peak_memory_mb(), "resumed": resume, "checkpoint_sha256": data_hash(folder / "checkpoint.safetensors"), "metrics": metrics, "history": history(folder / "metrics.csv")}
     check_record(record)
     write_json(folder / "record.json", record)
     return record

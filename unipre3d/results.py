@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from .records import read_record, read_records
 from .study import CLAIMS, COMPARISONS, HELD_OUT, MASKED_RATES, MEASUREMENTS, Comparison, plan, select
 
 # %% auto #0
-__all__ = ['MINI', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'paper_table', 'read_study', 'all_frame', 'Interval', 'interval',
-           'right', 'class_accuracy', 'scores', 'paired', 'to_run', 'effect_row', 'effects', 'full_key', 'beside',
-           'compare_table', 'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'late_rise', 'over_seeds',
-           'psnr_and_accuracy', 'written_effect', 'findings', 'repeated', 'headline', 'tables', 'write_tables',
-           'stale_tables']
+__all__ = ['MINI', 'OURS', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'AFTER', 'paper_table', 'read_study', 'all_frame',
+           'Interval', 'interval', 'crossed_interval', 'right', 'class_accuracy', 'scores', 'paired', 'to_run',
+           'some_seeds', 'planned_pairs', 'effect_row', 'effects', 'every_seed', 'full_key', 'beside', 'compare_table',
+           'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'late_rise', 'over_seeds', 'psnr_and_accuracy',
+           'written_effect', 'findings', 'repeated', 'headline', 'tables', 'write_tables', 'stale_tables']
 
 # %% ../nbs/80_results.ipynb #fb21a7dd
 def paper_table() -> pd.DataFrame:
@@ -81,6 +81,27 @@ def interval(
     half = stats.t.ppf(.5 + level / 2, s - 1) * np.sqrt(((both - mean) ** 2).mean() + ((only - mean) ** 2).mean() / (s - 1))
     return Interval(mean, mean - half, mean + half, s)
 
+def crossed_interval(
+    values: np.ndarray,  # [S o] or [S]: of S runs or pairs, about o test objects
+    level: float = .95,
+) -> Interval:
+    "Mean and interval of a crossed random-effects model: mean squares of runs, objects and rest, Satterthwaite's degrees of freedom."
+    d = np.asarray(values, dtype=float)
+    d = d[:, None] if d.ndim == 1 else d
+    s, o = d.shape
+    mean = float(d.mean())
+    if s < 2: return Interval(mean, float("nan"), float("nan"), s)
+    run, thing = d.mean(1) - mean, d.mean(0) - mean
+    by_run, free = o * (run ** 2).sum() / (s - 1), s - 1
+    variance = by_run
+    if o > 1:
+        by_object, rest = s * (thing ** 2).sum() / (o - 1), ((d - mean - run[:, None] - thing) ** 2).sum() / ((s - 1) * (o - 1))
+        variance = max(by_run + by_object - rest, rest)
+        parts = by_run ** 2 / (s - 1) + by_object ** 2 / (o - 1) + rest ** 2 / ((s - 1) * (o - 1))
+        free = max(variance ** 2 / parts, 1) if parts else free
+    half = stats.t.ppf(.5 + level / 2, free) * np.sqrt(variance / (s * o))
+    return Interval(mean, mean - half, mean + half, s)
+
 # %% ../nbs/80_results.ipynb #36bee39f
 def right(
     record: dict,
@@ -130,10 +151,23 @@ def to_run(
     only: str,  # a claim, a row or the beginning of several
     records: dict[str, dict],
 ) -> str:
-    "The command for rows that are not recorded, and what they cost."
+    "The command for rows that are not recorded, and what they cost; empty where there are none."
     budget = next(b for b in ("mini", "full") if any(r.key.startswith(only) for r in plan(b)))
     rows = [r for r in select(plan(budget), only) if r.key not in records]
     return f"unipre3d reproduce {budget} --only {only} ({sum(r.minutes for r in rows) / 60:.1f} {'core' if budget == 'mini' else 'GPU'} hours)" if rows else ""
+
+def some_seeds(
+    seeds: Sequence[int],
+) -> str:  # "0", "{0,1,2}"
+    "Seeds in the name of records."
+    return f"{{{','.join(map(str, sorted(seeds)))}}}" if len(seeds) > 1 else str(*seeds)
+
+def planned_pairs(
+    c: Comparison,
+) -> int:
+    "How many pairs the plan has for a comparison."
+    rows = plan("full" if c.part.endswith(".large") else "mini")
+    return len(set.intersection(*({r.seed for r in rows if (r.part, r.arm) == (c.part, arm) and not r.key.startswith("tune-")} for arm in (c.arm, c.against))))
 
 def effect_row(
     records: dict[str, dict],
@@ -141,19 +175,38 @@ def effect_row(
 ) -> dict[str, Any]:
     "A comparison with its intervals, or how to run it."
     d, seeds = paired(records, c)
-    about = {"claim": c.claim, "comparison": c.what, "primary": c.primary}
-    if not seeds: return about | {"pairs": 0, "verdict": "not run", "how": to_run(f"{c.part}-{c.arm}", records) or to_run(f"{c.part}-{c.against}", records)}
+    planned = planned_pairs(c)
+    about = {"claim": c.claim, "comparison": c.what, "primary": c.primary, "planned": planned}
+    left = "; ".join(filter(None, (to_run(f"{c.part}-{arm}", records) for arm in (c.arm, c.against)))) if len(seeds) < planned else ""
+    if not seeds: return about | {"pairs": 0, "verdict": "not run", "how": left}
     i, strict = interval(d), interval(d, 1 - .05 / sum(c.primary for c in COMPARISONS))
-    apart = {w: paired(records, c, w)[0].mean() for w in ("seen", "unseen")} if c.metric == "oa" else {}
+    x = crossed_interval(d)
+    apart = {w: paired(records, c, w)[0].mean() for w in ("seen", "unseen")} if c.metric == "oa" else {"all_classes": paired(records, replace(c, metric="miou_all"))[0].mean()} if c.metric == "miou" else {}
+    print_of = lambda arm, s: records[f"{c.part}-{arm}-{s}"]["data"]["sha256"]
+    mixed = sum(print_of(c.arm, s) != print_of(c.against, s) for s in seeds)
     verdict = "one pair only" if i.n < 2 else "yes" if i.low > 0 else "the opposite" if i.high < 0 else "undecided"
-    return about | {"effect": i.mean, "low": i.low, "high": i.high} | ({"low6": strict.low, "high6": strict.high} if c.primary else {}) | apart | {"pairs": i.n, "verdict": verdict, "how": f"records {c.part}-{{{c.arm},{c.against}}}-{{{seeds[0]}..{seeds[-1]}}}"}
+    how = f"{c.part}-{{{c.arm},{c.against}}}-{some_seeds(seeds)}" + (f"; {planned - len(seeds)} pairs not run: {left}" if left else "")
+    return about | {"effect": i.mean, "low": i.low, "high": i.high, "low_x": x.low, "high_x": x.high} | ({"low6": strict.low, "high6": strict.high} if c.primary else {}) | apart | {"pairs": i.n, "mixed": mixed, "verdict": verdict, "how": how}
 
 def effects(
     records: dict[str, dict],
 ) -> pd.DataFrame:
     "Every comparison of the protocol; points of percent, dB where it says so."
     table = pd.DataFrame([effect_row(records, c) for c in COMPARISONS])
-    return table.reindex(columns=["claim", "comparison", "primary", "effect", "low", "high", "low6", "high6", "seen", "unseen", "pairs", "verdict", "how"]).round(2)
+    return table.reindex(columns=["claim", "comparison", "primary", "effect", "low", "high", "low6", "high6", "low_x", "high_x", "seen", "unseen", "all_classes", "pairs", "planned", "mixed", "verdict", "how"]).round(2).astype({"mixed": "Int64"})
+
+# %% ../nbs/80_results.ipynb #5d21f0be
+def every_seed(
+    records: dict[str, dict],
+) -> pd.DataFrame:  # a row a measurement, condition and metric: mean with interval, each seed, means on classes seen and unseen
+    "What every run of the comparisons scored."
+    rows = []
+    for part, arm, metric in dict.fromkeys((c.part, arm, c.metric) for c in COMPARISONS for arm in (c.arm, c.against)):
+        if not (got := scores(records, part, arm, metric)): continue
+        i = interval(np.array(list(got.values())))
+        apart = {w: np.mean([v.mean() for v in scores(records, part, arm, metric, w).values()]) for w in ("seen", "unseen")} if metric == "oa" else {}
+        rows.append({"measurement": part, "condition": arm, "metric": metric, "mean": i.mean, "low": i.low, "high": i.high} | {f"seed {s}": v.mean() for s, v in got.items()} | apart)
+    return pd.DataFrame(rows, columns=["measurement", "condition", "metric", "mean", "low", "high", *(f"seed {s}" for s in range(5)), "seen", "unseen"]).round(2)
 
 # %% ../nbs/80_results.ipynb #024eeec1
 MINI = {  # (dataset, metric, backbone, pretraining) of the paper -> measurement, condition, metric of the study
@@ -164,6 +217,7 @@ MINI = {  # (dataset, metric, backbone, pretraining) of the paper -> measurement
     ("ScanNet20", "mIoU", "PTv3", "none"): ("rooms.ptv3", "scratch.ptv3", "miou"), ("ScanNet20", "mIoU", "PTv3", "UniPre3D"): ("rooms.ptv3", "point.ptv3", "miou"),
     **{("ScanNet200", "mIoU", "SparseUNet", f"UniPre3D, {theirs}"): ("rooms", ours, "miou") for theirs, ours in (("no 2-D fusion", "none"), ("feature fusion", "feature"), ("point fusion", "point"))},
 }
+OURS = {("ScanObjectNN PB_T50_RS", "Point-MAE"): "ours: a short masked reconstruction of the study, not Point-MAE itself"}  # (dataset, pretraining) -> what else ours is
 FULL_METRIC = {"OA": "oa", "mIoU": "miou_all", "mIoU_C": "miou_c", "mIoU_I": "miou_i", "mAP": "map", "mAP@50": "ap50", "mAP@25": "ap25"}  # the paper's scenes: Pointcept's mean over all classes
 
 def full_key(
@@ -186,7 +240,7 @@ def beside(
         got = scores(records, *key)
         if got:
             i = interval(np.array(list(got.values())))
-            found |= {"mini": i.mean, "low": i.low, "high": i.high, "seeds": i.n, "mini records": f"{key[0]}-{key[1]}-{{{min(got)}..{max(got)}}}"}
+            found |= {"mini": i.mean, "low": i.low, "high": i.high, "seeds": i.n, "mini records": f"{key[0]}-{key[1]}-{some_seeds(list(got))}"}
         else: found["mini records"] = f"not run: {to_run(f'{key[0]}-{key[1]}', records)}"
     if full: found |= {"full": 100 * records[full]["metrics"][FULL_METRIC[paper_row.metric]] if full in records else float("nan"), "full record": full if full in records else f"not run: unipre3d reproduce full --only {full}"}
     return found
@@ -197,7 +251,7 @@ def compare_table(
 ) -> pd.DataFrame:
     "A table of the paper with ours beside it."
     rows = paper_table().query("table == @name")
-    table = pd.DataFrame([{"dataset": r.dataset, "metric": r.metric, "backbone": r.backbone, "pretraining": r.pretraining, "paper": r.value} | beside(r, records) | {"source": r.source, "note": r.note} for r in rows.itertuples()])
+    table = pd.DataFrame([{"dataset": r.dataset, "metric": r.metric, "backbone": r.backbone, "pretraining": r.pretraining, "paper": r.value} | beside(r, records) | {"source": r.source, "note": "; ".join(filter(None, (r.note, OURS.get((r.dataset, r.pretraining), ""))))} for r in rows.itertuples()])
     return table.reindex(columns=["dataset", "metric", "backbone", "pretraining", "paper", "mini", "low", "high", "seeds", "mini records", "full", "full record", "source", "note"]).round(2)
 
 TABLES = {"main": "the numbers that a summary of the paper gives", "1": "classification", "2": "part segmentation", "3": "semantic segmentation", "4": "instance segmentation", "ablation": "ablations", "efficiency": "efficiency"}
@@ -228,7 +282,7 @@ GAINS = {  # (measurement, condition, against) -> (table, dataset, metric, backb
 def paper_gain(
     c: Comparison,
 ) -> float:  # nan where the paper has no such pair
-    "The paper's number for the first condition minus that for the second, where it prints both; of the paper itself, not of other sources."
+    "The paper's number for the first condition minus that for the second, where it prints both; its ablation (`GAINS` with the table \"ablation\") is known from a summary only."
     if (c.part, c.arm, c.against) not in GAINS or c.metric in ("oa_real",): return float("nan")
     table, dataset, metric, backbone, *two = GAINS[c.part, c.arm, c.against]
     rows = paper_table().query("table == @table and dataset == @dataset and metric == @metric and backbone == @backbone and source != 'released README'")
@@ -315,6 +369,10 @@ REASONS = {
     "b": "pre-training and fine-tuning read the same few rooms", "c": "parts of generated shapes are learned from labels alone at this number of objects", "f": "the paper's own effect is about half a point, below what five pairs resolve",
     "i": "with more labels less is left to gain", "j": "the schedule's length and the number of shapes go together", "l": "generated shapes teach the generator's habits",
 }
+AFTER = {  # what was thought when the runs were known, shown where a comparison of the claim has this verdict
+    "m": ("the opposite", "that guess would explain the reverse; the baseline had three rates of pre-training tried and UniPre3D the recipe's only, and what hidden groups look like is a question of shape alone, while a picture can also be had by colour"),
+    "i": ("yes", "the gain does not fall with more labels, the reverse of that guess; where there are more, the steps pass over each fewer times, so that a better start may count for longer"),
+}
 
 def written_effect(
     row: Any,  # of `effects`, that has been run
@@ -326,20 +384,23 @@ def findings(
     records: dict[str, dict],
 ) -> list[str]:
     "What the comparisons say, one sentence a claim."
-    table, lines = effects(records), []
+    table, rise, lines = effects(records), late_rise(records), []
+    still = {(r.measurement, r.condition): r.rise for r in rise.itertuples() if r.low > 0}
     for claim, rows in table.groupby("claim", sort=False):
         ran, what = rows[rows.pairs > 0], f"({claim}) {CLAIMS[claim]}"
         failed = ran[ran.verdict.isin(["undecided", "the opposite"])]
         if not len(ran): lines.append(f"{what}: not run yet."); continue
+        late = list(dict.fromkeys(f"{arm} {still[c.part, arm]:.1f}" for c in COMPARISONS if c.claim == claim and c.metric != "oa_real" for arm in (c.arm, c.against) if (c.part, arm) in still))
         effect = "; ".join(f"{r.comparison} {written_effect(r)}" + (f", {r.pairs} pairs" if r.pairs > 1 else "") + f": {r.verdict}" for r in ran.itertuples())
-        lines.append(f"{what}: {effect}." + (f" A guess why it is not a yes everywhere: {REASONS[claim]}." if len(failed) else "") + (f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run." if len(ran) < len(rows) else ""))
+        lines.append(f"{what}: {effect}." + (f" Guessed before the runs, should it not be a yes: {REASONS[claim]}." if len(failed) else "") + (f" Thought after: {AFTER[claim][1]}." if claim in AFTER and AFTER[claim][0] in set(ran.verdict) else "")
+                     + (f" Stopped while validation still rose, by {', '.join(late)} points in the last quarter: it says who is ahead at this length." if late else "") + (f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run." if len(ran) < len(rows) else ""))
     return lines
 
 # %% ../nbs/80_results.ipynb #c4bcca60
 def repeated(
     folder: str | Path,  # of records: runs/study/records
     records: dict[str, dict] | None = None,  # default: the committed ones of the study
-) -> pd.DataFrame:  # a row a record that both have: here, committed, the interval of its condition, and whether it is inside
+) -> pd.DataFrame:  # a row a record that both have: here, committed, their standard deviation over seeds, the interval of the condition's mean, and whether it is inside
     "Rows that were run again, beside the committed ones; percent, or dB."
     records, rows = read_study() if records is None else records, []
     for key, again in read_study(folder).items():
@@ -349,21 +410,27 @@ def repeated(
         if not metric: continue                                                               # compared with nothing
         here, there = scores({key: again}, part, arm, metric)[seed].mean(), scores(records, part, arm, metric)
         i = interval(np.array(list(there.values())))
-        rows.append({"row": key, "metric": metric, "here": here, "committed": there[seed].mean(), "low": i.low, "high": i.high, "inside": bool(i.low <= here <= i.high)})
-    return pd.DataFrame(rows, columns=["row", "metric", "here", "committed", "low", "high", "inside"]).round(2)
+        spread = np.std([v.mean() for v in there.values()], ddof=1) if len(there) > 1 else float("nan")
+        rows.append({"row": key, "metric": metric, "here": here, "committed": there[seed].mean(), "over seeds": spread, "low": i.low, "high": i.high, "inside": bool(i.low <= here <= i.high)})
+    return pd.DataFrame(rows, columns=["row", "metric", "here", "committed", "over seeds", "low", "high", "inside"]).round(2)
 
 # %% ../nbs/80_results.ipynb #19c7774e
 def headline(
     records: dict[str, dict] | None = None,  # default: the committed ones of the study
 ) -> str:  # Markdown
-    "The primary comparisons: the paper's difference, ours with its interval, or that nobody has run it."
+    "The primary comparisons: the paper's difference, ours with its interval, or that nobody has run it; and what else is decided."
     records = read_study() if records is None else records
     table, lines = effects(records), ["| small study (first minus second) | paper | ours [95 %] | pairs | above zero |", "|---|---|---|---|---|"]
     number = lambda x: "" if np.isnan(x) else f"{x:+.1f}"
+    star = lambda c: "*" if GAINS.get((c.part, c.arm, c.against), " ")[0] == "ablation" else ""
     for c, r in zip(COMPARISONS, table.itertuples()):
         if not c.primary: continue
         ours = written_effect(r) if r.pairs else "not run yet"
-        lines.append(f"| ({c.claim}) {c.what} | {number(paper_gain(c))} | {ours} | {int(r.pairs) or ''} | {(r.verdict + (', also at the stricter level' if r.low6 > 0 or r.high6 < 0 else '')) if r.pairs else ''} |")
+        lines.append(f"| ({c.claim}) {c.what} | {number(paper_gain(c))}{star(c)} | {ours} | {int(r.pairs) or ''} | {(r.verdict + (', also at the stricter level' if r.low6 > 0 or r.high6 < 0 else '')) if r.pairs else ''} |")
+    lines += ["", "\\* of a summary of the paper, whose numbers of this data set are not those of the paper's tables."]
+    lines += ["", f"{(table.primary & (table.verdict == 'yes')).sum()} of the {table.primary.sum()} are above zero, {(table.primary & (table.verdict == 'undecided')).sum()} undecided."]
+    others = [r for c, r in zip(COMPARISONS, table.itertuples()) if not c.primary and c.claim != "j" and "psnr" not in c.metric and r.verdict in ("yes", "the opposite")]
+    if others: lines[-1] += f" Not primary, but decided: {'; '.join(f'({r.claim}) {r.comparison} {written_effect(r)}' for r in others)}."
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/80_results.ipynb #55df9126
@@ -371,7 +438,7 @@ def tables(
     records: dict[str, dict],
 ) -> dict[str, str]:  # file name -> text
     "Every generated table as text."
-    found = {"effects.csv": effects(records), "rates.csv": chosen_rates(records), "late-rise.csv": late_rise(records), **{f"table-{name}.csv": compare_table(name, records) for name in TABLES}}
+    found = {"effects.csv": effects(records), "seeds.csv": every_seed(records), "rates.csv": chosen_rates(records), "late-rise.csv": late_rise(records), **{f"table-{name}.csv": compare_table(name, records) for name in TABLES}}
     return {name: t.to_csv(index=False, lineterminator="\n") for name, t in found.items()} | {"headline.md": headline(records), "findings.md": "".join(f"- {line}\n" for line in findings(records))}
 
 def write_tables(

@@ -91,12 +91,15 @@ COMPARISONS = [
     Comparison("b", "UniPre3D - scratch, PTv3, rooms", "rooms.ptv3", "point.ptv3", "scratch.ptv3", "miou"),
     Comparison("c", "UniPre3D - scratch, PointMLP, parts", "parts", "unipre3d.pointmlp", "scratch.pointmlp", "miou_c"),
     Comparison("f", "weighting - none, foreground PSNR (dB)", "pre", "unipre3d", "unweighted", "psnr_foreground"),
+    Comparison("f", "weighting - none, held-out PSNR of the whole image (dB)", "pre", "unipre3d", "unweighted", "psnr"),
     Comparison("f", "weighting - none, frozen features", "probe20", "unipre3d", "unweighted"),
     Comparison("e", "fusion - no fusion, held-out PSNR (dB)", "pre", "unipre3d", "nofusion", "psnr"),
     Comparison("h", "our scale - released floor, held-out PSNR (dB)", "pre", "unipre3d", "floor", "psnr"),
     Comparison("d", "point fusion - no fusion, held-out PSNR (dB)", "pre", "point", "none", "psnr"),
     *[Comparison("i", f"UniPre3D - scratch, {n} shots", f"cls{n}", "unipre3d", "scratch") for n in (8, 40, 80)],
     *[Comparison("j", f"{n:,} steps - random, frozen features", "probe20", f"steps{n}", "scratch") for n in (500, 1000, 4000, 8000)],
+    *[Comparison("j", f"{what} steps, frozen features", "probe20", arm, against) for what, arm, against in (
+        ("1,000 - 500", "steps1000", "steps500"), ("2,000 - 1,000", "unipre3d", "steps1000"), ("4,000 - 2,000", "steps4000", "unipre3d"), ("8,000 - 4,000", "steps8000", "steps4000"))],
     Comparison("l", "UniPre3D - scratch, 20 shots of generated scans, tested on artist-made objects", "cls20", "unipre3d", "scratch", "oa_real"),
     Comparison("l", "UniPre3D - random, frozen features, tested on artist-made objects", "probe20", "unipre3d", "scratch", "oa_real"),
     *[Comparison(claim, f"{what}, larger (GPU), {how}", part, f"{arm}.large", f"{against}.large")
