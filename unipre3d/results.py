@@ -371,7 +371,7 @@ REASONS = {
 }
 AFTER = {  # what was thought when the runs were known, shown where a comparison of the claim has this verdict
     "m": ("the opposite", "that guess would explain the reverse; the baseline had three rates of pre-training tried and UniPre3D the recipe's only, and what hidden groups look like is a question of shape alone, while a picture can also be had by colour"),
-    "i": ("yes", "the gain does not fall with more labels, the reverse of that guess; where there are more, the steps pass over each fewer times, so that a better start may count for longer"),
+    "i": ("yes", "the gain does not fall with more labels, the reverse of that guess; where there are more, the steps pass over each fewer times, so that a better start may count for longer, and the rate is that of 20 shots for every fraction: runs from nothing differ most from each other at 80, so part of this gain may be their instability"),
 }
 
 def written_effect(
