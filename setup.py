@@ -1,4 +1,5 @@
 """Packaging from settings.ini: names, versions and requirements are written there and nowhere else."""
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,9 +17,11 @@ class BuildWithData(build_py):
     "Carry the top-level `data/` into the wheel as `unipre3d/_data`; an editable install reads the folder where it lies."
 
     def run(self):
-        if not self.editable_mode: shutil.rmtree(Path(self.build_lib) / cfg["lib_name"], ignore_errors=True)
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / cfg["lib_name"], ignore_errors=True)
         super().run()
-        if self.editable_mode: return
+        if self.editable_mode:
+            return
         target = Path(self.build_lib) / cfg["lib_name"] / "_data"
         shutil.copytree(root / "data", target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
 
@@ -27,7 +30,15 @@ def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
-statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+statuses = [
+    "1 - Planning",
+    "2 - Pre-Alpha",
+    "3 - Alpha",
+    "4 - Beta",
+    "5 - Production/Stable",
+    "6 - Mature",
+    "7 - Inactive",
+]
 
 setup(
     name=cfg["lib_name"],

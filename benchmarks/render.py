@@ -9,6 +9,7 @@ transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.0
 The torch renderer is tiled, vectorised over tiles, Gaussians and pixels, and drops tiles that are opaque; autograd does its backward.
 It is timed on a few views and scaled by the number of views; every row says how many were drawn.
 """
+
 import argparse
 import datetime
 import hashlib
@@ -38,36 +39,68 @@ FLOPS_PER_PAIR = 88  # forward and backward arithmetic of one Gaussian at one pi
 
 # ------------------------------------------------------------------------------------------------------------------ workloads
 
+
 def gaussians_at(mean, batch, size, *, scale, opacity, generator, degree=1):
     "Random Gaussians with these centres."
     n, k = len(mean), (degree + 1) ** 2
     normal = lambda *shape: torch.randn(*shape, generator=generator)
-    return GaussianBatch(mean, scale * torch.exp(.5 * normal(n, 3)), F.normalize(normal(n, 4), dim=1), torch.sigmoid(normal(n) + opacity),
-                         normal(n, k, 3) * torch.tensor([1.] + [.3] * (k - 1))[:, None], batch, size)
+    return GaussianBatch(
+        mean,
+        scale * torch.exp(0.5 * normal(n, 3)),
+        F.normalize(normal(n, 4), dim=1),
+        torch.sigmoid(normal(n) + opacity),
+        normal(n, k, 3) * torch.tensor([1.0] + [0.3] * (k - 1))[:, None],
+        batch,
+        size,
+    )
 
 
-def objects(scale, opacity=0., *, counts=(1024,) * 32, views=(4,) * 32, hw=(128, 128), degree=1, seed=0):
+def objects(
+    scale, opacity=0.0, *, counts=(1024,) * 32, views=(4,) * 32, hw=(128, 128), degree=1, seed=0
+):
     "Clouds in the unit sphere, seen from around; one entry of counts and views for each cloud."
     g = torch.Generator().manual_seed(seed)
     index = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     n, v = sum(counts), sum(views)
-    mean = F.normalize(torch.randn(n, 3, generator=g), dim=1) * torch.rand(n, 1, generator=g) ** (1 / 3)
-    gaussians = gaussians_at(mean, index(counts), len(counts), scale=scale, opacity=opacity, generator=g, degree=degree)
+    mean = F.normalize(torch.randn(n, 3, generator=g), dim=1) * torch.rand(n, 1, generator=g) ** (
+        1 / 3
+    )
+    gaussians = gaussians_at(
+        mean, index(counts), len(counts), scale=scale, opacity=opacity, generator=g, degree=degree
+    )
     eye = 1.75 * F.normalize(torch.randn(v, 3, generator=g), dim=1)
-    return gaussians, CameraBatch(look_at(eye), intrinsics_from_fov(49.134, hw).repeat(v, 1, 1), hw, index(views))
+    return gaussians, CameraBatch(
+        look_at(eye), intrinsics_from_fov(49.134, hw).repeat(v, 1, 1), hw, index(views)
+    )
 
 
 def room(n=50_000, views=8, hw=(120, 160), seed=0):
     "One scene seen from inside."
     g = torch.Generator().manual_seed(seed)
-    size = torch.tensor([6., 5, 3])
-    mean = (torch.rand(n, 3, generator=g) - .5) * size
-    gaussians = gaussians_at(mean, torch.zeros(n, dtype=torch.long), 1, scale=.03, opacity=0., generator=g)
-    eye, at = (torch.rand(views, 3, generator=g) - .5) * size / 2, (torch.rand(views, 3, generator=g) - .5) * size
-    return gaussians, CameraBatch(look_at(eye, at), intrinsics_from_fov(60., hw).repeat(views, 1, 1), hw, torch.zeros(views, dtype=torch.long))
+    size = torch.tensor([6.0, 5, 3])
+    mean = (torch.rand(n, 3, generator=g) - 0.5) * size
+    gaussians = gaussians_at(
+        mean, torch.zeros(n, dtype=torch.long), 1, scale=0.03, opacity=0.0, generator=g
+    )
+    eye, at = (
+        (torch.rand(views, 3, generator=g) - 0.5) * size / 2,
+        (torch.rand(views, 3, generator=g) - 0.5) * size,
+    )
+    return gaussians, CameraBatch(
+        look_at(eye, at),
+        intrinsics_from_fov(60.0, hw).repeat(views, 1, 1),
+        hw,
+        torch.zeros(views, dtype=torch.long),
+    )
 
 
-WORKLOADS = {"Os": lambda: objects(.03), "Om": lambda: objects(.1), "Ol": lambda: objects(.37), "Olt": lambda: objects(.37, -2.), "S": room}
+WORKLOADS = {
+    "Os": lambda: objects(0.03),
+    "Om": lambda: objects(0.1),
+    "Ol": lambda: objects(0.37),
+    "Olt": lambda: objects(0.37, -2.0),
+    "S": room,
+}
 
 
 def leaves(gaussians, device="cpu"):
@@ -78,43 +111,74 @@ def leaves(gaussians, device="cpu"):
 
 def image_gradient(cameras, device="cpu", seed=1):
     "What the backward pass starts from."
-    return torch.randn(len(cameras), 3, *cameras.hw, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(
+        len(cameras), 3, *cameras.hw, generator=torch.Generator().manual_seed(seed)
+    ).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------ the plain torch renderer
 
+
 def torch_view(gaussians, cameras, v, gradient, tile=16, chunk=32):
     """Forward and backward of one view over black: all tiles at once, `chunk` Gaussians of each at a time, front to back; a tile
     leaves when its list ends or its pixels are opaque."""
-    start, b, (h, w) = offsets(gaussians.batch, gaussians.size).tolist(), int(cameras.batch[v]), cameras.hw
-    mean, scale, quat, opacity, sh = (getattr(gaussians, k)[start[b]:start[b + 1]] for k in NAMES)
-    uv, cov, z = project_gaussians(mean, covariance(scale, quat), cameras.world_to_cam[v], cameras.K[v], cameras.hw)
+    start, b, (h, w) = (
+        offsets(gaussians.batch, gaussians.size).tolist(),
+        int(cameras.batch[v]),
+        cameras.hw,
+    )
+    mean, scale, quat, opacity, sh = (getattr(gaussians, k)[start[b] : start[b + 1]] for k in NAMES)
+    uv, cov, z = project_gaussians(
+        mean, covariance(scale, quat), cameras.world_to_cam[v], cameras.K[v], cameras.hw
+    )
     cov = cov + EPS2D * torch.eye(2)
     det = cov[:, 0, 0] * cov[:, 1, 1] - cov[:, 0, 1] ** 2
     conic = torch.stack([cov[:, 1, 1] / det, -cov[:, 0, 1] / det, cov[:, 0, 0] / det], -1)
     packed = torch.cat([uv, conic, evaluate_sh(sh, mean - cameras.center[v]), opacity[:, None]], 1)
     rows, cols = -(-h // tile), -(-w // tile)
     with torch.no_grad():
-        reach = (2 * (255 * opacity).clamp(min=1).log()).sqrt()[:, None] * cov.diagonal(dim1=1, dim2=2).sqrt()
-        order = ((z > .01) & (opacity >= 1 / 255)).nonzero()[:, 0]
+        reach = (2 * (255 * opacity).clamp(min=1).log()).sqrt()[:, None] * cov.diagonal(
+            dim1=1, dim2=2
+        ).sqrt()
+        order = ((z > 0.01) & (opacity >= 1 / 255)).nonzero()[:, 0]
         order = order[z[order].argsort(stable=True)]
-        y, x = torch.meshgrid(torch.arange(rows * tile) + .5, torch.arange(cols * tile) + .5, indexing="ij")
-        split = lambda image: image.unflatten(0, (rows, tile)).unflatten(2, (cols, tile)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        y, x = torch.meshgrid(
+            torch.arange(rows * tile) + 0.5, torch.arange(cols * tile) + 0.5, indexing="ij"
+        )
+        split = lambda image: (
+            image.unflatten(0, (rows, tile))
+            .unflatten(2, (cols, tile))
+            .transpose(1, 2)
+            .flatten(0, 1)
+            .flatten(1, 2)
+        )
         x, y = split(x), split(y)  # [tiles, pixels]
         low, high = (uv - reach)[order], (uv + reach)[order]
-        hit = (high[:, 0] > x[:, :1]) & (low[:, 0] < x[:, -1:]) & (high[:, 1] > y[:, :1]) & (low[:, 1] < y[:, -1:])  # [tiles, m]
+        hit = (
+            (high[:, 0] > x[:, :1])
+            & (low[:, 0] < x[:, -1:])
+            & (high[:, 1] > y[:, :1])
+            & (low[:, 1] < y[:, -1:])
+        )  # [tiles, m]
         count = hit.sum(1)
-        lists = order[hit.logical_not().to(torch.uint8).argsort(dim=1, stable=True)] if len(order) else order
+        lists = (
+            order[hit.logical_not().to(torch.uint8).argsort(dim=1, stable=True)]
+            if len(order)
+            else order
+        )
     rgb, T, run = x.new_zeros(*x.shape, 3), torch.ones_like(x), torch.ones_like(x)
     for k in range(0, int(count.max()) if len(order) else 0, chunk):
         active = ((run > 0).any(1) & (count > k)).nonzero()[:, 0]
-        if not len(active): break
-        which = lists[active, k:k + chunk]
-        g = packed.index_select(0, which.flatten()).unflatten(0, which.shape)[..., None]  # [tiles, chunk, 9, 1]
+        if not len(active):
+            break
+        which = lists[active, k : k + chunk]
+        g = packed.index_select(0, which.flatten()).unflatten(0, which.shape)[
+            ..., None
+        ]  # [tiles, chunk, 9, 1]
         real = (k + torch.arange(which.shape[1]) < count[active, None])[..., None]
         dx, dy = x[active][:, None] - g[:, :, 0], y[active][:, None] - g[:, :, 1]
-        sigma = .5 * (g[:, :, 2] * dx * dx + g[:, :, 4] * dy * dy) + g[:, :, 3] * dx * dy
-        alpha = (g[:, :, 8] * torch.exp(-sigma)).clamp(max=.999)
+        sigma = 0.5 * (g[:, :, 2] * dx * dx + g[:, :, 4] * dy * dy) + g[:, :, 3] * dx * dy
+        alpha = (g[:, :, 8] * torch.exp(-sigma)).clamp(max=0.999)
         with torch.no_grad():
             counts = (alpha >= 1 / 255) & real
             alive = run[active][:, None] * (1 - alpha * counts).cumprod(1) > 1e-4
@@ -124,20 +188,30 @@ def torch_view(gaussians, cameras, v, gradient, tile=16, chunk=32):
         weight = alpha * torch.cat([before, left[:, :-1]], 1)
         rgb = rgb.index_add(0, active, weight.mT @ g[:, :, 5:8, 0])
         T = T.index_copy(0, active, left[:, -1])
-        with torch.no_grad(): run[active] = torch.where(alive[:, -1], left[:, -1], 0)
-    image = rgb.unflatten(0, (rows, cols)).unflatten(2, (tile, tile)).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)[:, :h, :w]
+        with torch.no_grad():
+            run[active] = torch.where(alive[:, -1], left[:, -1], 0)
+    image = (
+        rgb.unflatten(0, (rows, cols))
+        .unflatten(2, (tile, tile))
+        .permute(4, 0, 2, 1, 3)
+        .flatten(1, 2)
+        .flatten(2, 3)[:, :h, :w]
+    )
     image.backward(gradient)
     return image.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ timing
 
+
 def with_threads(threads, function, *args):
     "function(*args) while torch, and so the renderer, uses this many threads."
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try: return function(*args)
-    finally: torch.set_num_threads(before)
+    try:
+        return function(*args)
+    finally:
+        torch.set_num_threads(before)
 
 
 def time_ours(gaussians, cameras, repeats):
@@ -150,27 +224,43 @@ def time_ours(gaussians, cameras, repeats):
         marks.append(time.perf_counter())
         out.rgb.backward(gradient)
         marks.append(time.perf_counter())
-        best = [min(b, t) for b, t in zip(best, [marks[1] - marks[0], marks[2] - marks[1], time.process_time() - used])]
+        best = [
+            min(b, t)
+            for b, t in zip(
+                best, [marks[1] - marks[0], marks[2] - marks[1], time.process_time() - used]
+            )
+        ]
     return best
 
 
 def time_torch(gaussians, cameras, n_views):
     "Wall and processor time of forward and backward in torch for the whole batch, scaled from n_views."
     g, _ = leaves(gaussians)
-    gradient, views = image_gradient(cameras), np.linspace(0, len(cameras) - 1, n_views).astype(int).tolist()
+    gradient, views = (
+        image_gradient(cameras),
+        np.linspace(0, len(cameras) - 1, n_views).astype(int).tolist(),
+    )
     torch_view(g, cameras, views[0], gradient[views[0]])
     start, used = time.perf_counter(), time.process_time()
-    for v in views: torch_view(g, cameras, v, gradient[v])
-    return tuple((t - t0) * len(cameras) / n_views for t, t0 in ((time.perf_counter(), start), (time.process_time(), used)))
+    for v in views:
+        torch_view(g, cameras, v, gradient[v])
+    return tuple(
+        (t - t0) * len(cameras) / n_views
+        for t, t0 in ((time.perf_counter(), start), (time.process_time(), used))
+    )
 
 
 def torch_distance(gaussians, cameras):
     "Relative distance of the two renderers: the first image, and the gradients that it gives."
     gradient, one, found = image_gradient(cameras), torch.arange(len(cameras)) == 0, []
-    for draw in (lambda g: torch_view(g, cameras, 0, gradient[0]), lambda g: render(g, cameras.select(one), torch.zeros(3), backend="cpu").rgb[0]):
+    for draw in (
+        lambda g: torch_view(g, cameras, 0, gradient[0]),
+        lambda g: render(g, cameras.select(one), torch.zeros(3), backend="cpu").rgb[0],
+    ):
         g, tensors = leaves(gaussians)
         image = draw(g)
-        if image.requires_grad: image.backward(gradient[0])
+        if image.requires_grad:
+            image.backward(gradient[0])
         found.append([image.detach(), *(t.grad for t in tensors.values())])
     return dict(zip(["image", *NAMES], (float((b - a).norm() / a.norm()) for a, b in zip(*found))))
 
@@ -184,12 +274,15 @@ def count_pairs(m, xy, rec, order, H, W):
             T = 1.0
             for t in range(m):
                 i = order[t]
-                dx, dy = x + .5 - xy[i, 0], y + .5 - xy[i, 1]
+                dx, dy = x + 0.5 - xy[i, 0], y + 0.5 - xy[i, 1]
                 q = rec[i, 3] - (rec[i, 0] * dx + rec[i, 1] * dy) ** 2 - (rec[i, 2] * dy) ** 2
-                if q < -8: continue
-                alpha = min(2.0 ** q, .999)
-                if alpha < 1 / 255: continue
-                if T * (1 - alpha) <= 1e-4: break
+                if q < -8:
+                    continue
+                alpha = min(2.0**q, 0.999)
+                if alpha < 1 / 255:
+                    continue
+                if T * (1 - alpha) <= 1e-4:
+                    break
                 T *= 1 - alpha
                 pairs += 1
     return pairs
@@ -198,6 +291,7 @@ def count_pairs(m, xy, rec, order, H, W):
 def contributing_pairs(gaussians, cameras, n_views=4):
     "Contributing (Gaussian, pixel) pairs of the batch, estimated from a few views."
     from unipre3d.kernels import splat
+
     arrays = [getattr(gaussians, k).numpy() for k in ("mean", "quat", "scale", "opacity", "sh")]
     pose, K, (H, W) = cameras.world_to_cam.double().numpy(), cameras.K.double().numpy(), cameras.hw
     start, pairs = offsets(gaussians.batch, gaussians.size).tolist(), 0
@@ -205,8 +299,15 @@ def contributing_pairs(gaussians, cameras, n_views=4):
     for v in views:
         first, last = start[int(cameras.batch[v])], start[int(cameras.batch[v]) + 1]
         n = last - first
-        ids, order, xy, rec = np.empty(n, np.int32), np.empty(n, np.int32), np.empty((n, 2)), np.empty((n, splat.N_REC), np.float32)
-        m = splat.project(v, *arrays, first, last, pose, K, H, W, .01, 1e10, EPS2D, False, ids, xy, rec, order)
+        ids, order, xy, rec = (
+            np.empty(n, np.int32),
+            np.empty(n, np.int32),
+            np.empty((n, 2)),
+            np.empty((n, splat.N_REC), np.float32),
+        )
+        m = splat.project(
+            v, *arrays, first, last, pose, K, H, W, 0.01, 1e10, EPS2D, False, ids, xy, rec, order
+        )
         pairs += count_pairs(m, xy, rec, order, H, W)
     return pairs * len(cameras) // n_views
 
@@ -216,7 +317,8 @@ def spin(n):
     "2 x 96 x n flops that never leave the registers."
     a = np.ones(96, np.float32)
     for _ in range(n):
-        for i in range(96): a[i] = a[i] * np.float32(.999) + np.float32(1e-3)
+        for i in range(96):
+            a[i] = a[i] * np.float32(0.999) + np.float32(1e-3)
     return a.sum()
 
 
@@ -243,7 +345,10 @@ print(t1 - t, time.perf_counter() - t1)"""
 
 def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode: raise RuntimeError(f"benchmark: a child process failed: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode:
+        raise RuntimeError(
+            f"benchmark: a child process failed: {done.stderr.strip().splitlines()[-1]}"
+        )
     return [float(x) for x in done.stdout.split()]
 
 
@@ -256,7 +361,9 @@ def warm_start():
 
 def memory_growth(name):
     "Megabytes that forward and backward of a workload add to a process that holds its inputs and the gradient of its images."
-    code = TINY.format(here=str(Path(__file__).resolve().parent)) + f"""
+    code = (
+        TINY.format(here=str(Path(__file__).resolve().parent))
+        + f"""
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 g, c = r.objects(.1, counts=(8,), views=(1,), hw=(8, 8)); r.time_ours(g, c, 1)
@@ -267,15 +374,25 @@ open("/proc/self/clear_refs", "w").write("5")
 before = now("VmRSS")
 for _ in range(3): render(leaf, cameras, torch.zeros(3)).rgb.backward(gradient)
 print((now("VmHWM") - before) / 1024)"""
+    )
     return run_python(code)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ record
 
+
 def processor():
     "Name of the processor."
     info = Path("/proc/cpuinfo")
-    names = [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            l.split(":", 1)[1].strip()
+            for l in info.read_text().splitlines()
+            if l.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -283,47 +400,109 @@ def provenance():
     "What a reader needs to judge or repeat a timing."
     sources = ["unipre3d/render.py", "unipre3d/kernels/splat.py", "benchmarks/render.py"]
     import llvmlite.binding as llvm
-    return {"date": datetime.date.today().isoformat(),
-            "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "llvm_cpu": llvm.get_host_cpu_name(),
-                         "load_before": round(os.getloadavg()[0], 2)},
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "numba", "llvmlite", "numpy")}},
-            "code": {s: hashlib.sha256((ROOT / s).read_bytes()).hexdigest()[:16] for s in sources}}
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "llvm_cpu": llvm.get_host_cpu_name(),
+            "load_before": round(os.getloadavg()[0], 2),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "numba", "llvmlite", "numpy")},
+        },
+        "code": {s: hashlib.sha256((ROOT / s).read_bytes()).hexdigest()[:16] for s in sources},
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5, help="our runs; the best counts")
-    parser.add_argument("--torch-views", type=int, default=4, help="views that the torch renderer draws; 0 leaves it out")
-    parser.add_argument("--torch-threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}), help="the fastest counts; must hold 1")
+    parser.add_argument(
+        "--torch-views",
+        type=int,
+        default=4,
+        help="views that the torch renderer draws; 0 leaves it out",
+    )
+    parser.add_argument(
+        "--torch-threads",
+        type=int,
+        nargs="+",
+        default=sorted({1, torch.get_num_threads()}),
+        help="the fastest counts; must hold 1",
+    )
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     many = torch.get_num_threads()
-    record = {"benchmark": "render_cpu", **provenance(), "peak_gflops": peak_gflops(), "flops_per_pair": FLOPS_PER_PAIR, "rows": []}
-    print(f"{record['hardware']['processor']}, {many} threads, {record['peak_gflops']:.0f} GFLOP/s at most. Seconds; limit: {FLOPS_PER_PAIR} flops a pair;")
-    print(f"ratio: torch with the best of {sorted({1, *args.torch_threads})} threads over ours; processor: the same from processor time with 1 thread each")
-    print(f"{'':4} {'forward':>8} {'backward':>9} {'sum':>7} {'1 thread':>9} {'processor':>10} {'limit':>7} {'torch':>8} {'ratio':>6} {'processor':>10} {'memory':>8}")
+    record = {
+        "benchmark": "render_cpu",
+        **provenance(),
+        "peak_gflops": peak_gflops(),
+        "flops_per_pair": FLOPS_PER_PAIR,
+        "rows": [],
+    }
+    print(
+        f"{record['hardware']['processor']}, {many} threads, {record['peak_gflops']:.0f} GFLOP/s at most. Seconds; limit: {FLOPS_PER_PAIR} flops a pair;"
+    )
+    print(
+        f"ratio: torch with the best of {sorted({1, *args.torch_threads})} threads over ours; processor: the same from processor time with 1 thread each"
+    )
+    print(
+        f"{'':4} {'forward':>8} {'backward':>9} {'sum':>7} {'1 thread':>9} {'processor':>10} {'limit':>7} {'torch':>8} {'ratio':>6} {'processor':>10} {'memory':>8}"
+    )
     for name in args.workloads:
         gaussians, cameras = WORKLOADS[name]()
         forward, backward, used = time_ours(gaussians, cameras, args.repeats)
         alone = with_threads(1, time_ours, gaussians, cameras, args.repeats)
         pairs = contributing_pairs(gaussians, cameras)
-        row = {"workload": name, "forward_s": forward, "backward_s": backward, "total_s": forward + backward, "processor_s": used,
-               "one_thread_s": alone[0] + alone[1], "one_thread_processor_s": alone[2], "pairs": pairs,
-               "limit_s": pairs * FLOPS_PER_PAIR / record["peak_gflops"] / 1e9}
+        row = {
+            "workload": name,
+            "forward_s": forward,
+            "backward_s": backward,
+            "total_s": forward + backward,
+            "processor_s": used,
+            "one_thread_s": alone[0] + alone[1],
+            "one_thread_processor_s": alone[2],
+            "pairs": pairs,
+            "limit_s": pairs * FLOPS_PER_PAIR / record["peak_gflops"] / 1e9,
+        }
         if args.torch_views:
             views = min(args.torch_views, len(cameras))
             row["torch_views"], row["torch_distance"] = views, torch_distance(gaussians, cameras)
-            times = {n: with_threads(n, time_torch, gaussians, cameras, views) for n in {1, *args.torch_threads}}
-            row |= {"torch_s": {n: wall for n, (wall, _) in times.items()}, "torch_one_thread_processor_s": times[1][1]}
-            row |= {"ratio": min(row["torch_s"].values()) / row["total_s"], "ratio_processor": times[1][1] / row["one_thread_processor_s"]}
+            times = {
+                n: with_threads(n, time_torch, gaussians, cameras, views)
+                for n in {1, *args.torch_threads}
+            }
+            row |= {
+                "torch_s": {n: wall for n, (wall, _) in times.items()},
+                "torch_one_thread_processor_s": times[1][1],
+            }
+            row |= {
+                "ratio": min(row["torch_s"].values()) / row["total_s"],
+                "ratio_processor": times[1][1] / row["one_thread_processor_s"],
+            }
         row["memory_growth_mb"] = memory_growth(name)
         record["rows"].append(row)
-        print(f"{name:4} {forward:8.3f} {backward:9.3f} {row['total_s']:7.3f} {row['one_thread_s']:9.3f} {row['one_thread_processor_s']:10.3f} {row['limit_s']:7.3f} "
-              f"{min(row['torch_s'].values()) if args.torch_views else float('nan'):8.1f} {row.get('ratio', float('nan')):6.0f} {row.get('ratio_processor', float('nan')):10.0f} {row['memory_growth_mb']:5.0f} MB", flush=True)
+        print(
+            f"{name:4} {forward:8.3f} {backward:9.3f} {row['total_s']:7.3f} {row['one_thread_s']:9.3f} {row['one_thread_processor_s']:10.3f} {row['limit_s']:7.3f} "
+            f"{min(row['torch_s'].values()) if args.torch_views else float('nan'):8.1f} {row.get('ratio', float('nan')):6.0f} {row.get('ratio_processor', float('nan')):10.0f} {row['memory_growth_mb']:5.0f} MB",
+            flush=True,
+        )
     record["warm_start"] = warm_start()
-    print("new process: import torch {import_torch_s:.2f} s, then {to_first_gradient_s:.2f} s to the first gradient".format(**record["warm_start"]))
-    if args.json: args.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(
+        "new process: import torch {import_torch_s:.2f} s, then {to_first_gradient_s:.2f} s to the first gradient".format(
+            **record["warm_start"]
+        )
+    )
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 """The walk through the site, on pages with one fault of every kind. `make docs` walks the real pages (tools/check_site.py)."""
+
 import sys
 from pathlib import Path
 
@@ -14,21 +15,43 @@ FAULTY = """<!doctype html><html><head><title>p</title><style>a.plain:focus { ou
 <div style="width: 900px">wide</div><p style="color: #999; background: #fff">faint</p><p class="night">unread</p><i id="twice"></i><i id="twice"></i>
 <button onclick="smalldocsToggleScheme()">theme</button><img src="heavy.bin" alt="heavy">
 <script>window.smalldocsToggleScheme = () => document.documentElement.classList.toggle("quarto-dark"); console.error("said"); undefinedName()</script></main></body></html>"""
-FOUND = ("404 for gone.png", "picture does not load", "picture without alt text", "asks another host for https://elsewhere.invalid", "ok.html#nowhere, but that page has no such place",
-         "none.html, which does not exist", "raw markup left: $$ x $$", "mathematics not rendered", "raw markup left: see @fig-none", "drawing without a label", "wider than 400 px: 9",
-         "the id twice is used twice", "console error: said", "undefinedName", "keyboard focus does not show on A.plain", "no name for a screen reader",
-         "weighs 3.", 'contrast of 2.8:1 for "faint" in p., light theme', 'for "unread" in p.night, dark theme')
+FOUND = (
+    "404 for gone.png",
+    "picture does not load",
+    "picture without alt text",
+    "asks another host for https://elsewhere.invalid",
+    "ok.html#nowhere, but that page has no such place",
+    "none.html, which does not exist",
+    "raw markup left: $$ x $$",
+    "mathematics not rendered",
+    "raw markup left: see @fig-none",
+    "drawing without a label",
+    "wider than 400 px: 9",
+    "the id twice is used twice",
+    "console error: said",
+    "undefinedName",
+    "keyboard focus does not show on A.plain",
+    "no name for a screen reader",
+    "weighs 3.",
+    'contrast of 2.8:1 for "faint" in p., light theme',
+    'for "unread" in p.night, dark theme',
+)
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    (folder / "dot.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><rect width="4" height="4"/></svg>')
-    (folder / "ok.html").write_text('<!doctype html><html><head><title>ok</title><link rel="icon" href="dot.svg"></head><body><main><h2 id="here">A</h2><a href="faulty.html">there</a></main></body></html>')
+    (folder / "dot.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><rect width="4" height="4"/></svg>'
+    )
+    (folder / "ok.html").write_text(
+        '<!doctype html><html><head><title>ok</title><link rel="icon" href="dot.svg"></head><body><main><h2 id="here">A</h2><a href="faulty.html">there</a></main></body></html>'
+    )
     (folder / "faulty.html").write_text(FAULTY)
     (folder / "heavy.bin").write_bytes(bytes(3 << 20))
     problems, more = check_site.walk(folder)
-    if problems is None: pytest.skip(f"no page walked: {more}")
+    if problems is None:
+        pytest.skip(f"no page walked: {more}")
     return problems
 
 
@@ -54,20 +77,46 @@ ENTRY = "if (event.key === 'Enter') document.querySelector('a.search-result').cl
 def whole_site(tmp_path, *parts):
     "What the walk says of search, keyboard and theme on a site of two pages."
     (tmp_path / "index.html").write_text(SEARCH % parts)
-    (tmp_path / "core.html").write_text("<!doctype html><html><head><title>c</title><link rel='icon' href='data:,'></head><body><main>core</main></body></html>")
+    (tmp_path / "core.html").write_text(
+        "<!doctype html><html><head><title>c</title><link rel='icon' href='data:,'></head><body><main>core</main></body></html>"
+    )
     (tmp_path / "search.json").write_text("[]")
     problems, more = check_site.walk(tmp_path, [])
-    if problems is None: pytest.skip(f"no page walked: {more}")
+    if problems is None:
+        pytest.skip(f"no page walked: {more}")
     return problems
 
 
 def test_search_keyboard_and_theme_can_fail(tmp_path):
     found = "\n".join(whole_site(tmp_path, "['wrong.html']", "", "", ""))
-    for fault in ("brings wrong.html, not core.html", "Ctrl-K does not lead", "the toggle changes nothing"): assert fault in found, found
-    found = "\n".join(whole_site(tmp_path, "['core.html#x', 'core.html']", "document.body.style.background = '#111'; document.body.classList.add('quarto-dark')", "box().focus()", ""))
-    for fault in ("Enter on a result leads nowhere", "the choice is forgotten"): assert fault in found, found
+    for fault in (
+        "brings wrong.html, not core.html",
+        "Ctrl-K does not lead",
+        "the toggle changes nothing",
+    ):
+        assert fault in found, found
+    found = "\n".join(
+        whole_site(
+            tmp_path,
+            "['core.html#x', 'core.html']",
+            "document.body.style.background = '#111'; document.body.classList.add('quarto-dark')",
+            "box().focus()",
+            "",
+        )
+    )
+    for fault in ("Enter on a result leads nowhere", "the choice is forgotten"):
+        assert fault in found, found
 
 
 def test_search_keyboard_and_theme_are_passed(tmp_path):
     remember = "localStorage.night = 1; document.body.classList.add('quarto-dark'); document.body.style.background = '#111'"
-    assert whole_site(tmp_path, "['core.html']; addEventListener('DOMContentLoaded', () => localStorage.night && smalldocsToggleScheme())", remember, "box().focus()", ENTRY) == []
+    assert (
+        whole_site(
+            tmp_path,
+            "['core.html']; addEventListener('DOMContentLoaded', () => localStorage.night && smalldocsToggleScheme())",
+            remember,
+            "box().focus()",
+            ENTRY,
+        )
+        == []
+    )

@@ -1,4 +1,5 @@
 """Classification: pooling, splits and episodes, voting by name, and whole runs of every layout on tiny data."""
+
 import json
 import os
 import pickle
@@ -12,34 +13,66 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
-from unipre3d.data.downstream import write_modelnet40, write_scanobjectnn
-from unipre3d.downstream.classification import (build_classifier, build_samples, ClassificationModel, ClassificationRecipe, ClassificationSamples, Selection, class_probabilities, draw_episode,
-                                                evaluate_classes, classification_recipes, classification_task, hold_out, labels_of, pool, read_splits,
-                                                score_classes, take_shots, vote)
-from unipre3d.downstream.transfer import Augment, load_task, run_task
+from unipre3d.data.labelled import write_modelnet40, write_scanobjectnn
+from unipre3d.tasks.classification import (
+    build_classifier,
+    build_samples,
+    ClassificationModel,
+    ClassificationRecipe,
+    ClassificationSamples,
+    Selection,
+    class_probabilities,
+    draw_episode,
+    evaluate_classes,
+    classification_recipes,
+    classification_task,
+    hold_out,
+    labels_of,
+    pool,
+    read_splits,
+    score_classes,
+    take_shots,
+    vote,
+)
+from unipre3d.tasks.transfer import Augment, load_task, run_task
 from unipre3d.pretrain import load_tensors
 
-NET2 = dict(centres=(16, 8), radii=(.3, .6), neighbours=(8, 8), widths=((8, 16), (16, 16), (16, 32)), decoder_widths=((16,), (16,), (16,)))
-SHAPES = np.array([[1., 1, 1], [1, 1, .1], [.1, .1, 1], [1, .3, .3]], dtype=np.float32)
+NET2 = dict(
+    centres=(16, 8),
+    radii=(0.3, 0.6),
+    neighbours=(8, 8),
+    widths=((8, 16), (16, 16), (16, 32)),
+    decoder_widths=((16,), (16,), (16,)),
+)
+SHAPES = np.array([[1.0, 1, 1], [1, 1, 0.1], [0.1, 0.1, 1], [1, 0.3, 0.3]], dtype=np.float32)
 
 
 class Boxes:
     "A reader of boxes of four proportions."
+
     classes = ["cube", "plate", "pole", "beam"]
 
-    def __init__(self, n=40, seed=0): self.n, self.seed = n, seed
+    def __init__(self, n=40, seed=0):
+        self.n, self.seed = n, seed
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
-    def name(self, i): return f"{self.seed}/{i}"
+    def name(self, i):
+        return f"{self.seed}/{i}"
 
-    def label(self, i): return i % 4
+    def label(self, i):
+        return i % 4
 
     def rows(self, i):
         rng = np.random.default_rng((self.seed, i))
-        return dict(xyz=(rng.random((96, 3), np.float32) - .5) * SHAPES[i % 4], color=(rng.random((96, 3)) * 255).astype(np.uint8))
+        return dict(
+            xyz=(rng.random((96, 3), np.float32) - 0.5) * SHAPES[i % 4],
+            color=(rng.random((96, 3)) * 255).astype(np.uint8),
+        )
 
-    def fingerprint(self): return "0" * 64
+    def fingerprint(self):
+        return "0" * 64
 
 
 def model(seed=0, **how):
@@ -48,7 +81,19 @@ def model(seed=0, **how):
 
 
 def tiny(**values):
-    return ClassificationRecipe(**dict(backbone="PointNet2", backbone_options=NET2, n_points=64, steps=6, batch_size=8, lr=3e-3, validate_every=3, hidden=16) | values)
+    return ClassificationRecipe(
+        **dict(
+            backbone="PointNet2",
+            backbone_options=NET2,
+            n_points=64,
+            steps=6,
+            batch_size=8,
+            lr=3e-3,
+            validate_every=3,
+            hidden=16,
+        )
+        | values
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +102,57 @@ def scanobjectnn(tmp_path_factory):
     root = tmp_path_factory.mktemp("sonn")
     for split, seed in (("train", 0), ("test", 1)):
         boxes = Boxes(40 if split == "train" else 16, seed)
-        write_scanobjectnn(root, np.stack([boxes.rows(i)["xyz"] for i in range(len(boxes))]), labels_of(boxes), split=split)
+        write_scanobjectnn(
+            root,
+            np.stack([boxes.rows(i)["xyz"] for i in range(len(boxes))]),
+            labels_of(boxes),
+            split=split,
+        )
     return root
 
 
 # ---------------------------------------------------------------- model and samples
 
+
 def test_pooling_ignores_padding_order_and_empty_clouds():
     torch.manual_seed(0)
     p = PointBatch(torch.rand(7, 3), -torch.rand(7, 5), torch.tensor([0, 0, 2, 2, 2, 2, 2]), 4)
     out = pool(p)
-    assert torch.equal(out[0, :5], p.feat[:2].amax(0)) and torch.allclose(out[2, 5:], p.feat[2:].mean(0)) and not out[1].any() and not out[3].any()
+    assert (
+        torch.equal(out[0, :5], p.feat[:2].amax(0))
+        and torch.allclose(out[2, 5:], p.feat[2:].mean(0))
+        and not out[1].any()
+        and not out[3].any()
+    )
     p.feat.requires_grad_()
     pool(p).sum().backward()
     assert p.feat.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backbone", [lambda: PointNet2(**NET2), lambda: StandardTransformer(num_groups=8, group_size=8, radius=None, encoder_widths=(8, 16, 16), encoder_dims=16, width=16, depth=1, num_heads=2),
-                                      lambda: SparseUNet(in_channels=3, base_channels=8, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1), voxel_size=.1)], ids=["all points", "group centres", "voxels"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        lambda: PointNet2(**NET2),
+        lambda: StandardTransformer(
+            num_groups=8,
+            group_size=8,
+            radius=None,
+            encoder_widths=(8, 16, 16),
+            encoder_dims=16,
+            width=16,
+            depth=1,
+            num_heads=2,
+        ),
+        lambda: SparseUNet(
+            in_channels=3,
+            base_channels=8,
+            channels=(8, 8, 8, 8),
+            layers=(1, 1, 1, 1),
+            voxel_size=0.1,
+        ),
+    ],
+    ids=["all points", "group centres", "voxels"],
+)
 def test_any_backbone_classifies_and_a_batch_equals_its_clouds(backbone):
     torch.manual_seed(0)
     net = ClassificationModel(backbone(), 4).eval()
@@ -85,29 +163,61 @@ def test_any_backbone_classifies_and_a_batch_equals_its_clouds(backbone):
 
 
 def test_samples_depend_on_seed_index_and_draw_alone():
-    samples = ClassificationSamples(Boxes(), n_points=32, features=("xyz", "color"), how=Augment(rotate="up", drop=.5))
+    samples = ClassificationSamples(
+        Boxes(), n_points=32, features=("xyz", "color"), how=Augment(rotate="up", drop=0.5)
+    )
     a, b = samples[3, 2], samples.batch([(1, 0), (3, 2)])
-    assert torch.equal(b.points.xyz[b.points.batch == 1], a.points.xyz) and b.label.tolist() == [1, 3]
-    assert a.points.feat.shape[1] == 6 and a.points.feat[:, 3:].min() >= 0 and a.points.feat[:, 3:].max() <= 1
+    assert torch.equal(b.points.xyz[b.points.batch == 1], a.points.xyz) and b.label.tolist() == [
+        1,
+        3,
+    ]
+    assert (
+        a.points.feat.shape[1] == 6
+        and a.points.feat[:, 3:].min() >= 0
+        and a.points.feat[:, 3:].max() <= 1
+    )
     assert not torch.equal(samples[3, 1].points.xyz[:5], a.points.xyz[:5])
 
 
 def test_farthest_points_are_always_the_same_and_known_once():
     from unipre3d.geometry.pointops import farthest_point_sample
-    even, some, wide = (ClassificationSamples(Boxes(), n_points=32, farthest=k, seed=3) for k in (32, 38, 500))
+
+    even, some, wide = (
+        ClassificationSamples(Boxes(), n_points=32, farthest=k, seed=3) for k in (32, 38, 500)
+    )
     xyz = Boxes().rows(5)["xyz"]
-    rows = farthest_point_sample(torch.from_numpy(xyz), torch.zeros(96, dtype=torch.long), 1, 38).numpy()
-    for draw in (0, 1): assert {tuple(p) for p in even[5, draw].points.xyz.tolist()} == {tuple(p) for p in xyz[rows[:32]].tolist()}
+    rows = farthest_point_sample(
+        torch.from_numpy(xyz), torch.zeros(96, dtype=torch.long), 1, 38
+    ).numpy()
+    for draw in (0, 1):
+        assert {tuple(p) for p in even[5, draw].points.xyz.tolist()} == {
+            tuple(p) for p in xyz[rows[:32]].tolist()
+        }
     a, b = ({tuple(p) for p in some[5, draw].points.xyz.tolist()} for draw in (0, 1))
     assert a != b and len(a) == len(b) == 32 and a | b <= {tuple(p) for p in xyz[rows].tolist()}
-    assert torch.equal(wide[5, 1].points.xyz, ClassificationSamples(Boxes(), n_points=32, seed=3)[5, 1].points.xyz)     # a smaller cloud is drawn from whole
+    assert torch.equal(
+        wide[5, 1].points.xyz, ClassificationSamples(Boxes(), n_points=32, seed=3)[5, 1].points.xyz
+    )  # a smaller cloud is drawn from whole
     held = some.known.items[5]
-    assert some[5, 7].label == 1 and some.known.items[5] is held and not pickle.loads(pickle.dumps(some)).known.items
-    with pytest.raises(ValueError, match="farthest: expected 0 or at least the 32 points"): ClassificationSamples(Boxes(), n_points=32, farthest=20)
+    assert (
+        some[5, 7].label == 1
+        and some.known.items[5] is held
+        and not pickle.loads(pickle.dumps(some)).known.items
+    )
+    with pytest.raises(ValueError, match="farthest: expected 0 or at least the 32 points"):
+        ClassificationSamples(Boxes(), n_points=32, farthest=20)
     full = classification_recipes["cls-modelnet40"]
-    assert [build_samples(full, Boxes(), changes).farthest for changes in (False, True)] == [1024, 1200] and full.augment.stretch
-    assert [name for name, r in classification_recipes.items() if r.augment.stretch or r.sampling != "random"] == ["cls-modelnet40"]
-    with pytest.raises(ValueError, match='sampling: expected "random" or "fps"'): build_samples(replace(full, sampling="all"), Boxes())
+    assert [build_samples(full, Boxes(), changes).farthest for changes in (False, True)] == [
+        1024,
+        1200,
+    ] and full.augment.stretch
+    assert [
+        name
+        for name, r in classification_recipes.items()
+        if r.augment.stretch or r.sampling != "random"
+    ] == ["cls-modelnet40"]
+    with pytest.raises(ValueError, match='sampling: expected "random" or "fps"'):
+        build_samples(replace(full, sampling="all"), Boxes())
 
 
 def test_points_are_drawn_as_they_were_before_there_were_farthest_ones():
@@ -118,11 +228,18 @@ def test_points_are_drawn_as_they_were_before_there_were_farthest_ones():
 
 # ---------------------------------------------------------------- who trains, who is asked
 
+
 def test_held_out_and_shots_are_disjoint_and_balanced():
     labels = np.repeat([0, 1, 2], [30, 10, 2])
-    learn, choose = hold_out(labels, .1)
-    assert not set(learn) & set(choose) and sorted([*learn, *choose]) == list(range(42)) and np.bincount(labels[choose]).tolist() == [3, 1, 1]
-    assert np.bincount(labels[take_shots(labels, 5)]).tolist() == [5, 5, 2] and set(take_shots(labels, 2)) < set(take_shots(labels, 5))
+    learn, choose = hold_out(labels, 0.1)
+    assert (
+        not set(learn) & set(choose)
+        and sorted([*learn, *choose]) == list(range(42))
+        and np.bincount(labels[choose]).tolist() == [3, 1, 1]
+    )
+    assert np.bincount(labels[take_shots(labels, 5)]).tolist() == [5, 5, 2] and set(
+        take_shots(labels, 2)
+    ) < set(take_shots(labels, 5))
     assert not np.array_equal(take_shots(labels, 5, 0), take_shots(labels, 5, 1))
 
 
@@ -130,27 +247,43 @@ def test_episodes_never_ask_what_they_showed():
     labels = np.arange(200) % 8
     for seed in range(5):
         e = draw_episode(labels, 5, 5, 20, seed)
-        assert len(e.classes) == 5 and not set(e.support) & set(e.query) and len(set(e.support)) == 25 and len(set(e.query)) == 100
+        assert (
+            len(e.classes) == 5
+            and not set(e.support) & set(e.query)
+            and len(set(e.support)) == 25
+            and len(set(e.query)) == 100
+        )
         assert set(labels[e.support]) == set(labels[e.query]) == set(e.classes)
     assert len({tuple(draw_episode(labels, 5, 5, 20, s).support) for s in range(5)}) == 5
     across = draw_episode(labels, 3, 5, 4, test_labels=labels[:40])
     assert across.query.max() < 40 and set(labels[across.query]) == set(across.classes)
-    with pytest.raises(ValueError, match="expected at least 5 classes with 10 objects to learn from and 20 to ask about, found 0"): draw_episode(labels, 5, 10)
+    with pytest.raises(
+        ValueError,
+        match="expected at least 5 classes with 10 objects to learn from and 20 to ask about, found 0",
+    ):
+        draw_episode(labels, 5, 10)
 
 
 def test_a_selection_renumbers_its_classes():
     chosen = Selection(Boxes(), [2, 3, 6], classes=[2, 3])
-    assert chosen.classes == ["pole", "beam"] and labels_of(chosen).tolist() == [0, 1, 0] and chosen.name(2) == "0/6"
-    with pytest.raises(ValueError, match="got one of cube"): Selection(Boxes(), [0], classes=[1])
+    assert (
+        chosen.classes == ["pole", "beam"]
+        and labels_of(chosen).tolist() == [0, 1, 0]
+        and chosen.name(2) == "0/6"
+    )
+    with pytest.raises(ValueError, match="got one of cube"):
+        Selection(Boxes(), [0], classes=[1])
 
 
 # ---------------------------------------------------------------- scores
+
 
 def test_scores_equal_torchmetrics():
     torch.manual_seed(0)
     p, truth = torch.rand(60, 4).softmax(1), torch.randint(4, (60,))
     ours = score_classes(p, truth)
-    for name, average in (("oa", "micro"), ("macc", "macro")): assert ours[name] == pytest.approx(float(multiclass_accuracy(p, truth, 4, average=average)))
+    for name, average in (("oa", "micro"), ("macc", "macro")):
+        assert ours[name] == pytest.approx(float(multiclass_accuracy(p, truth, 4, average=average)))
     assert torch.equal(ours["confusion"], multiclass_confusion_matrix(p, truth, 4))
 
 
@@ -159,83 +292,205 @@ def test_voting_says_so_and_averages_probabilities():
     voted = vote(net, samples, 3)
     assert sorted(voted) == ["confusion_voting3", "macc_voting3", "oa_voting3"]
     mean = torch.stack([class_probabilities(net, samples, d)[0] for d in (1, 2, 3)]).mean(0)
-    assert voted["oa_voting3"] == pytest.approx((mean.argmax(1).numpy() == labels_of(Boxes(8))).mean())
+    assert voted["oa_voting3"] == pytest.approx(
+        (mean.argmax(1).numpy() == labels_of(Boxes(8))).mean()
+    )
     assert not any("voting" in k for k in evaluate_classes(net, samples))
-    with pytest.raises(ValueError, match="votes: expected at least 2"): vote(net, samples, 1)
+    with pytest.raises(ValueError, match="votes: expected at least 2"):
+        vote(net, samples, 1)
     a, b = (class_probabilities(net, samples, batch_size=n)[0] for n in (3, 8))
     assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a.sum(1), torch.ones(8))
 
 
 # ---------------------------------------------------------------- runs
 
+
 def test_a_run_leaves_what_it_promises_and_comes_back(scanobjectnn, tmp_path):
-    recipe = tiny(layout="scanobjectnn", data=str(scanobjectnn), votes=2, augment=Augment(rotate="up", scale=(.9, 1.1)))
+    recipe = tiny(
+        layout="scanobjectnn",
+        data=str(scanobjectnn),
+        votes=2,
+        augment=Augment(rotate="up", scale=(0.9, 1.1)),
+    )
     said = []
     record = run_task("cls-test", recipe, classification_task, tmp_path / "run", say=said.append)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.csv", "checkpoint.safetensors", "resume.safetensors", "confusion.png", "record.json"}
-    assert record == json.loads((tmp_path / "run" / "record.json").read_text() ) | {"values": record["values"]}
-    assert set(record["metrics"]) == {"oa", "macc", "oa_voting2", "macc_voting2"} and record["data"] | {"sha256": 0, "name": 0} == dict(train=36, val=4, test=16, sha256=0, name=0)
-    assert np.sum(record["details"]["confusion"]) == 16 and record["chosen"]["step"] in (3, 6) and record["start"]["kind"] == "none" and "from nothing" in said[0]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.csv",
+        "checkpoint.safetensors",
+        "resume.safetensors",
+        "confusion.png",
+        "record.json",
+    }
+    assert record == json.loads((tmp_path / "run" / "record.json").read_text()) | {
+        "values": record["values"]
+    }
+    assert set(record["metrics"]) == {"oa", "macc", "oa_voting2", "macc_voting2"} and record[
+        "data"
+    ] | {"sha256": 0, "name": 0} == dict(train=36, val=4, test=16, sha256=0, name=0)
+    assert (
+        np.sum(record["details"]["confusion"]) == 16
+        and record["chosen"]["step"] in (3, 6)
+        and record["start"]["kind"] == "none"
+        and "from nothing" in said[0]
+    )
     again, net, names = load_task(tmp_path / "run", ClassificationRecipe, build_classifier)
-    assert again == recipe and evaluate_classes(net, ClassificationSamples(read_splits(recipe)[2], n_points=64))["oa"] == record["metrics"]["oa"]
+    assert (
+        again == recipe
+        and evaluate_classes(net, ClassificationSamples(read_splits(recipe)[2], n_points=64))["oa"]
+        == record["metrics"]["oa"]
+    )
 
-    second = run_task("cls-test", replace(recipe, probe=True, votes=0, steps=2), classification_task, tmp_path / "probe", init=tmp_path / "run", say=said.append)
+    second = run_task(
+        "cls-test",
+        replace(recipe, probe=True, votes=0, steps=2),
+        classification_task,
+        tmp_path / "probe",
+        init=tmp_path / "run",
+        say=said.append,
+    )
     a, b = (load_tensors(tmp_path / f / "checkpoint.safetensors")[0] for f in ("run", "probe"))
-    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("backbone.")) and len(second["start"]["sha256"]) == 64
+    assert (
+        all(torch.equal(a[k], b[k]) for k in a if k.startswith("backbone."))
+        and len(second["start"]["sha256"]) == 64
+    )
     with pytest.raises(ValueError, match="expected at least 100.0% of the PointNet2"):
-        run_task("cls-test", replace(recipe, backbone_options=NET2 | dict(decoder_widths=((16,), (16,), (8,)))), classification_task, tmp_path / "wrong", init=tmp_path / "run", say=said.append)
+        run_task(
+            "cls-test",
+            replace(recipe, backbone_options=NET2 | dict(decoder_widths=((16,), (16,), (8,)))),
+            classification_task,
+            tmp_path / "wrong",
+            init=tmp_path / "run",
+            say=said.append,
+        )
     assert not (tmp_path / "wrong").exists()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(scanobjectnn, tmp_path, monkeypatch):
     recipe = tiny(layout="scanobjectnn", data=str(scanobjectnn))
-    whole = run_task("cls-test", recipe, classification_task, tmp_path / "whole", say=lambda text: None)
-    import unipre3d.downstream.classification as module
+    whole = run_task(
+        "cls-test", recipe, classification_task, tmp_path / "whole", say=lambda text: None
+    )
+    import unipre3d.tasks.classification as module
+
     plain, seen = module.classification_loss, []
+
     def stops(*args):
         seen.append(1)
-        if len(seen) == 4: os.kill(os.getpid(), signal.SIGINT)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
         return plain(*args)
+
     monkeypatch.setattr(module, "classification_loss", stops)
     said = []
-    assert run_task("cls-test", recipe, classification_task, tmp_path / "parts", say=said.append) is None and "go on with: unipre3d finetune cls-test --resume" in said[-1]
-    parts = run_task("cls-test", recipe, classification_task, tmp_path / "parts", resume=True, say=said.append)
-    assert parts["resumed"] and all(parts[k] == whole[k] for k in ("metrics", "details", "history", "chosen", "start"))
+    assert (
+        run_task("cls-test", recipe, classification_task, tmp_path / "parts", say=said.append)
+        is None
+        and "go on with: unipre3d finetune cls-test --resume" in said[-1]
+    )
+    parts = run_task(
+        "cls-test", recipe, classification_task, tmp_path / "parts", resume=True, say=said.append
+    )
+    assert parts["resumed"] and all(
+        parts[k] == whole[k] for k in ("metrics", "details", "history", "chosen", "start")
+    )
 
 
 def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
     for split, n, seed in (("train", 16, 0), ("test", 12, 1)):
-        clouds = [(Boxes.classes[i % 4], np.concatenate([Boxes(n, seed).rows(i)["xyz"]] * 2, 1)) for i in range(n)]
+        clouds = [
+            (Boxes.classes[i % 4], np.concatenate([Boxes(n, seed).rows(i)["xyz"]] * 2, 1))
+            for i in range(n)
+        ]
         write_modelnet40(tmp_path / "data", clouds, Boxes.classes, split=split, form="ply_hdf5")
-    recipe = tiny(layout="modelnet40", data=str(tmp_path / "data"), ways=2, shots=2, queries=3, validation="none", batch_size=4, steps=2)
-    record = run_task("episode", recipe, classification_task, tmp_path / "run", say=lambda text: None)
-    assert len(record["classes"]) == 2 and record["data"]["train"] == 4 and np.sum(record["details"]["confusion"]) == 6 and record["chosen"] == {"step": 2, "chosen_by": "last", "score": None}
+    recipe = tiny(
+        layout="modelnet40",
+        data=str(tmp_path / "data"),
+        ways=2,
+        shots=2,
+        queries=3,
+        validation="none",
+        batch_size=4,
+        steps=2,
+    )
+    record = run_task(
+        "episode", recipe, classification_task, tmp_path / "run", say=lambda text: None
+    )
+    assert (
+        len(record["classes"]) == 2
+        and record["data"]["train"] == 4
+        and np.sum(record["details"]["confusion"]) == 6
+        and record["chosen"] == {"step": 2, "chosen_by": "last", "score": None}
+    )
 
 
-@pytest.mark.parametrize("values, says", [(dict(layout="scanobjectnn"), "data: this recipe needs ScanObjectNN"), (dict(layout="shapenet"), "layout: expected one of furniture"),
-                                          (dict(layout="modelnet40", data="here"), "classes: expected none (--classes without names) for ModelNet40, of which all are kept; got chair, table"),
-                                          (dict(validation="test"), 'validation: expected "split"'), (dict(ways=5, shots=5), "an episode has no objects to choose by"), (dict(batch_size=1), "batch_size: expected")])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (dict(layout="scanobjectnn"), "data: this recipe needs ScanObjectNN"),
+        (dict(layout="shapenet"), "layout: expected one of furniture"),
+        (
+            dict(layout="modelnet40", data="here"),
+            "classes: expected none (--classes without names) for ModelNet40, of which all are kept; got chair, table",
+        ),
+        (dict(validation="test"), 'validation: expected "split"'),
+        (dict(ways=5, shots=5), "an episode has no objects to choose by"),
+        (dict(batch_size=1), "batch_size: expected"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, values, says):
-    with pytest.raises(ValueError) as error: run_task("wrong", tiny(**dict(classes=("chair", "table")) | values), classification_task, tmp_path / "run", say=lambda text: None)
+    with pytest.raises(ValueError) as error:
+        run_task(
+            "wrong",
+            tiny(**dict(classes=("chair", "table")) | values),
+            classification_task,
+            tmp_path / "run",
+            say=lambda text: None,
+        )
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_data_is_named_with_where_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="get it from hkust-vgd") as error: read_splits(replace(classification_recipes["cls-scanobjectnn"], data=str(tmp_path / "nothing")))
+    with pytest.raises(FileNotFoundError, match="get it from hkust-vgd") as error:
+        read_splits(
+            replace(classification_recipes["cls-scanobjectnn"], data=str(tmp_path / "nothing"))
+        )
     assert "nothing there" in str(error.value)
 
 
 def test_mini_recipes_fit_the_backbone_that_pretraining_made():
     from unipre3d.recipes import recipes
+
     before = recipes["object-transformer-mini"]
     for name in ("cls-furniture-mini", "cls-shapes-mini"):
         after = classification_recipes[name]
-        assert (after.backbone, after.backbone_options, after.features) == (before.backbone, before.backbone_options, before.features)
-    assert classification_recipes["cls-scanobjectnn"].backbone_options == recipes["object-transformer"].backbone_options == {}
+        assert (after.backbone, after.backbone_options, after.features) == (
+            before.backbone,
+            before.backbone_options,
+            before.features,
+        )
+    assert (
+        classification_recipes["cls-scanobjectnn"].backbone_options
+        == recipes["object-transformer"].backbone_options
+        == {}
+    )
 
 
 def test_the_command_line_changes_the_recipe_of_scanobjectnn():
     from unipre3d.cli import StartOptions, parse_recipe
+
     words = "--backbone PCM --n-points 1024 --lr 1e-4 --smoothing .3 --augment.scale .9 1.1".split()
-    recipe, _ = parse_recipe("finetune", "cls-scanobjectnn", classification_recipes["cls-scanobjectnn"], words, StartOptions)
-    assert (recipe.backbone, recipe.n_points, recipe.lr, recipe.smoothing, recipe.augment) == ("PCM", 1024, 1e-4, .3, replace(classification_recipes["cls-scanobjectnn"].augment, scale=(.9, 1.1)))
+    recipe, _ = parse_recipe(
+        "finetune",
+        "cls-scanobjectnn",
+        classification_recipes["cls-scanobjectnn"],
+        words,
+        StartOptions,
+    )
+    assert (recipe.backbone, recipe.n_points, recipe.lr, recipe.smoothing, recipe.augment) == (
+        "PCM",
+        1024,
+        1e-4,
+        0.3,
+        replace(classification_recipes["cls-scanobjectnn"].augment, scale=(0.9, 1.1)),
+    )

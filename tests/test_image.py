@@ -1,4 +1,5 @@
 """The frozen image branch: parity with the released one, freezing, sizes, sources and their errors, the shipped weights."""
+
 import json, os, subprocess, sys, time
 from pathlib import Path
 
@@ -10,8 +11,21 @@ from safetensors.torch import load_file
 from unipre3d.core import data_dir
 from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.records import data_hash
-from unipre3d.image import (KLImageEncoder, cosine_lr, image_psnr, last_up_block, load_autoencoder, new_autoencoder,
-                            reconstruct, reconstruction_scores, rgb_features, save_autoencoder, shrink, split_images, train_autoencoder)
+from unipre3d.image import (
+    KLImageEncoder,
+    cosine_lr,
+    image_psnr,
+    last_up_block,
+    load_autoencoder,
+    new_autoencoder,
+    reconstruct,
+    reconstruction_scores,
+    rgb_features,
+    save_autoencoder,
+    shrink,
+    split_images,
+    train_autoencoder,
+)
 
 PARITY = Path(__file__).parent / "parity"
 MINI = data_dir() / "autoencoder-mini"
@@ -30,14 +44,21 @@ def one_thread():
 def released():
     "The released image branch: its autoencoder rebuilt from the side-car, its input and its outputs."
     from diffusers import AutoencoderKL
-    tensors, card = load_file(PARITY / "image_branch_vae.safetensors"), json.loads((PARITY / "image_branch_vae.json").read_text())
+
+    tensors, card = (
+        load_file(PARITY / "image_branch_vae.safetensors"),
+        json.loads((PARITY / "image_branch_vae.json").read_text()),
+    )
     vae, prefix = AutoencoderKL(**card["kwargs"]), "state/image_network.encoder."
-    vae.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    vae.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    )
     return vae.eval(), tensors
 
 
 @pytest.fixture(scope="module")
-def mini(): return KLImageEncoder.from_pretrained("mini")
+def mini():
+    return KLImageEncoder.from_pretrained("mini")
 
 
 def one_line(error) -> str:
@@ -53,7 +74,9 @@ def test_parity_with_released(released):
     assert ours.shape == stored.shape
     # values up to 4.2 after 40 float32 layers: the stored ones are themselves 2e-5 away from a float64 run
     assert (ours - stored).abs().max() < 5e-5 and (ours - stored).abs().mean() < 5e-6
-    assert (KLImageEncoder(vae)(image.float()) - stored).abs().max() < 1e-4  # float32 images lose the last bit
+    assert (
+        KLImageEncoder(vae)(image.float()) - stored
+    ).abs().max() < 1e-4  # float32 images lose the last bit
     assert (vae.encode(t["in/image"]).latent_dist.mode() - t["out/latent_mode"]).abs().max() < 1e-5
 
 
@@ -75,14 +98,19 @@ def test_features_are_what_the_last_convolution_reads(mini):
 
 def test_frozen(mini):
     class Model(torch.nn.Module):
-        def __init__(self): super().__init__(); self.image, self.head = mini, torch.nn.Dropout()
+        def __init__(self):
+            super().__init__()
+            self.image, self.head = mini, torch.nn.Dropout()
+
     model = Model().train()
     assert model.head.training and not any(m.training for m in mini.modules())
     assert not any(p.requires_grad for p in mini.parameters())
     rgb = torch.rand(1, 3, 16, 16, requires_grad=True)
     before = {k: v.clone() for k, v in mini.state_dict().items()}
     features = mini(rgb)
-    assert not features.requires_grad and not features.is_inference()  # it must be usable in a graph that others record
+    assert (
+        not features.requires_grad and not features.is_inference()
+    )  # it must be usable in a graph that others record
     assert all(torch.equal(v, before[k]) for k, v in mini.state_dict().items())
     assert torch.equal(features, mini(rgb))  # the mode, not a sample
 
@@ -91,19 +119,28 @@ def test_frozen(mini):
 def test_any_size(mini, hw):
     rgb = torch.rand(2, 3, *hw)
     features = mini(rgb)
-    assert features.shape == (2, mini.width, *hw) and features.dtype == torch.float32 and features.isfinite().all()
+    assert (
+        features.shape == (2, mini.width, *hw)
+        and features.dtype == torch.float32
+        and features.isfinite().all()
+    )
     pad = F.pad(rgb, (0, -hw[1] % mini.factor, 0, -hw[0] % mini.factor), mode="replicate")
-    assert torch.allclose(features, mini(pad)[..., :hw[0], :hw[1]], atol=1e-4)  # the top-left corner stays where it is
+    assert torch.allclose(
+        features, mini(pad)[..., : hw[0], : hw[1]], atol=1e-4
+    )  # the top-left corner stays where it is
 
 
-def test_no_images(mini): assert mini(torch.zeros(0, 3, 20, 20)).shape == (0, mini.width, 20, 20)
+def test_no_images(mini):
+    assert mini(torch.zeros(0, 3, 20, 20)).shape == (0, mini.width, 20, 20)
 
 
 def test_chunks_and_order_do_not_matter(mini):
     rgb = torch.rand(7, 3, 24, 24)
     whole = mini(rgb)
     parts = KLImageEncoder(mini.vae, chunk=2)(rgb)
-    assert torch.allclose(whole, parts, atol=1e-3) and torch.allclose(whole.flip(0), mini(rgb.flip(0)), atol=1e-3)
+    assert torch.allclose(whole, parts, atol=1e-3) and torch.allclose(
+        whole.flip(0), mini(rgb.flip(0)), atol=1e-3
+    )
 
 
 def test_other_dtypes(mini):
@@ -114,54 +151,83 @@ def test_other_dtypes(mini):
 
 
 @pytest.mark.parametrize("image_net", ["mini", "rgb"])
-@pytest.mark.parametrize("rgb, word", [
-    (torch.rand(2, 4, 8, 8), "[2, 4, 8, 8]"), (torch.rand(3, 8, 8), "[3, 8, 8]"), (torch.rand(2, 8, 8, 3), "[2, 8, 8, 3]"),
-    (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"), (torch.full((1, 3, 8, 8), 255.), "255"),
-    (torch.full((1, 3, 8, 8), -1.), "-1"), (torch.full((1, 3, 8, 8), torch.nan), "nan")])
+@pytest.mark.parametrize(
+    "rgb, word",
+    [
+        (torch.rand(2, 4, 8, 8), "[2, 4, 8, 8]"),
+        (torch.rand(3, 8, 8), "[3, 8, 8]"),
+        (torch.rand(2, 8, 8, 3), "[2, 8, 8, 3]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
+        (torch.full((1, 3, 8, 8), 255.0), "255"),
+        (torch.full((1, 3, 8, 8), -1.0), "-1"),
+        (torch.full((1, 3, 8, 8), torch.nan), "nan"),
+    ],
+)
 def test_wrong_images_are_named(mini, image_net, rgb, word):
-    with pytest.raises(ValueError) as error: (mini if image_net == "mini" else rgb_features)(rgb)
+    with pytest.raises(ValueError) as error:
+        (mini if image_net == "mini" else rgb_features)(rgb)
     assert word in one_line(error)
 
 
 def test_rgb_features():
     rgb = torch.rand(2, 3, 8, 8, requires_grad=True)
-    assert torch.equal(rgb_features(rgb), rgb) and not rgb_features(rgb).requires_grad and rgb_features.width == 3
+    assert (
+        torch.equal(rgb_features(rgb), rgb)
+        and not rgb_features(rgb).requires_grad
+        and rgb_features.width == 3
+    )
 
 
 def test_wrong_folders_are_named(tmp_path):
     for source in (tmp_path, tmp_path / "missing", "./missing", "missing"):
-        with pytest.raises(FileNotFoundError) as error: KLImageEncoder.from_pretrained(source)
+        with pytest.raises(FileNotFoundError) as error:
+            KLImageEncoder.from_pretrained(source)
         assert str(source).lstrip("./") in one_line(error)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError) as error: load_autoencoder(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        load_autoencoder(tmp_path)
     assert "diffusion_pytorch_model.safetensors" in one_line(error)
     save_autoencoder(new_autoencoder((8, 8)), tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError) as error: load_autoencoder(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_autoencoder(tmp_path)
     assert str(tmp_path) in one_line(error)
     (tmp_path / "config.json").write_text("{ broken")
-    with pytest.raises(ValueError) as error: load_autoencoder(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_autoencoder(tmp_path)
     assert str(tmp_path) in one_line(error)
 
 
 def test_wrong_model_is_named(tmp_path):
     from diffusers import AutoencoderKL
-    AutoencoderKL(in_channels=4, out_channels=4, block_out_channels=(8,), norm_num_groups=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError) as error: load_autoencoder(tmp_path)
+
+    AutoencoderKL(
+        in_channels=4, out_channels=4, block_out_channels=(8,), norm_num_groups=8
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_autoencoder(tmp_path)
     assert "3 input channels" in one_line(error)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(ValueError) as error: load_autoencoder(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_autoencoder(tmp_path)
     assert "AutoencoderTiny" in one_line(error)
 
 
 def test_hub_id_offline_is_one_line_at_once(tmp_path):
-    code = ("import time; from unipre3d.image import KLImageEncoder; import diffusers; t = time.time()\n"
-            "try: KLImageEncoder.from_pretrained('nobody/no-such-autoencoder')\n"
-            "except FileNotFoundError as error: print(error); print(time.time() - t)")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    code = (
+        "import time; from unipre3d.image import KLImageEncoder; import diffusers; t = time.time()\n"
+        "try: KLImageEncoder.from_pretrained('nobody/no-such-autoencoder')\n"
+        "except FileNotFoundError as error: print(error); print(time.time() - t)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
     message, seconds = run.stdout.splitlines()
     assert "nobody/no-such-autoencoder" in message and '"mini"' in message and "folder" in message
     assert float(seconds) < 5 and "Traceback" not in run.stderr
@@ -170,9 +236,14 @@ def test_hub_id_offline_is_one_line_at_once(tmp_path):
 def test_save_and_load(tmp_path):
     vae = new_autoencoder((8, 8), latent_channels=2, seed=3)
     save_autoencoder(vae, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
     assert str(tmp_path) not in (tmp_path / "config.json").read_text()
-    assert next(vae.parameters()).dtype == torch.float32  # saving in half precision leaves the model alone
+    assert (
+        next(vae.parameters()).dtype == torch.float32
+    )  # saving in half precision leaves the model alone
     rgb = torch.rand(1, 3, 16, 16)
     loaded = KLImageEncoder.from_pretrained(tmp_path)
     assert next(loaded.parameters()).dtype == torch.float32
@@ -181,57 +252,92 @@ def test_save_and_load(tmp_path):
 
 def test_training_learns_and_resumes(tmp_path):
     images = torch.zeros(12, 3, 40, 40, dtype=torch.uint8)
-    for i, image in enumerate(images): image[:, 8:8 + 2 * i + 4, 10:30] = torch.tensor([250, 20 * i, 90])[:, None, None]
+    for i, image in enumerate(images):
+        image[:, 8 : 8 + 2 * i + 4, 10:30] = torch.tensor([250, 20 * i, 90])[:, None, None]
     options = dict(steps=12, batch=4, size=16, progress=False)
     fresh = lambda: new_autoencoder((8, 8), latent_channels=2)
     whole, log = train_autoencoder(images, vae=fresh(), **options)
     losses = log["loss"]
     assert sum(losses[-4:]) < sum(losses[:4]) and not whole.training
 
-    class Stop(Exception): pass
+    class Stop(Exception):
+        pass
+
     calls, step = [0], torch.optim.AdamW.step
+
     def interrupted(self, *args, **kwargs):
         calls[0] += 1
-        if calls[0] > 7: raise Stop
+        if calls[0] > 7:
+            raise Stop
         return step(self, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(torch.optim.AdamW, "step", interrupted)
         train_autoencoder(images, vae=fresh(), out=tmp_path, save_every=4, **options)
     resumed, again = train_autoencoder(images, vae=fresh(), out=tmp_path, save_every=4, **options)
-    assert again["loss"] == losses and all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values()))
-    with pytest.raises(ValueError) as error: train_autoencoder(images, vae=fresh(), out=tmp_path, **(options | {"batch": 3}))
+    assert again["loss"] == losses and all(
+        torch.equal(a, b)
+        for a, b in zip(resumed.state_dict().values(), whole.state_dict().values())
+    )
+    with pytest.raises(ValueError) as error:
+        train_autoencoder(images, vae=fresh(), out=tmp_path, **(options | {"batch": 3}))
     assert "batch = 4 there, 3 now" in one_line(error)
 
 
 def test_training_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
-    train_autoencoder(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), vae=new_autoencoder((8, 8)), steps=1, batch=2, size=16, progress=False)
+    train_autoencoder(
+        torch.zeros(4, 3, 16, 16, dtype=torch.uint8),
+        vae=new_autoencoder((8, 8)),
+        steps=1,
+        batch=2,
+        size=16,
+        progress=False,
+    )
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_cosine():
-    assert cosine_lr(0, 1000, 1.) < .02 and cosine_lr(99, 1000, 1.) > .9 and cosine_lr(999, 1000, 1.) < 1e-4
+    assert (
+        cosine_lr(0, 1000, 1.0) < 0.02
+        and cosine_lr(99, 1000, 1.0) > 0.9
+        and cosine_lr(999, 1000, 1.0) < 1e-4
+    )
 
 
 def test_psnr():
     a = torch.zeros(2, 3, 4, 4)
     b, mask = a.clone(), torch.zeros(2, 4, 4, dtype=torch.bool)
-    b[:, :, 0, 0], mask[:, 0, :2] = .1, True
-    assert torch.allclose(image_psnr(a, b, mask), torch.full((2,), 23.0103), atol=1e-3)  # half of the masked pixels are 20 dB off
+    b[:, :, 0, 0], mask[:, 0, :2] = 0.1, True
+    assert torch.allclose(
+        image_psnr(a, b, mask), torch.full((2,), 23.0103), atol=1e-3
+    )  # half of the masked pixels are 20 dB off
     assert torch.allclose(image_psnr(a, b), torch.full((2,), 32.0412), atol=1e-3)
 
 
 def test_shipped_weights():
-    weights, record = MINI / "diffusion_pytorch_model.safetensors", json.loads((data_dir() / "records" / "autoencoder-mini.json").read_text())
-    assert weights.stat().st_size <= 8e6 and record["sha256"] == data_hash(weights) and record["bytes"] == weights.stat().st_size
-    assert record["data"]["split"] == "train" and record["data"]["images"] == 24 * len(ShapeNetViews(split="train"))
+    weights, record = (
+        MINI / "diffusion_pytorch_model.safetensors",
+        json.loads((data_dir() / "records" / "autoencoder-mini.json").read_text()),
+    )
+    assert (
+        weights.stat().st_size <= 8e6
+        and record["sha256"] == data_hash(weights)
+        and record["bytes"] == weights.stat().st_size
+    )
+    assert record["data"]["split"] == "train" and record["data"]["images"] == 24 * len(
+        ShapeNetViews(split="train")
+    )
     assert record["data"]["sha256"] == data_hash(data_dir() / "furniture.zip")
     assert json.loads((MINI / "config.json").read_text())["_class_name"] == "AutoencoderKL"
 
 
-@pytest.mark.parametrize("size, at_least", [(64, 28.), (128, 28.)])
+@pytest.mark.parametrize("size, at_least", [(64, 28.0), (128, 28.0)])
 def test_shipped_weights_rebuild_held_out_images(mini, size, at_least):
     rgb, mask = shrink(split_images(ShapeNetViews(split="val"), views=1), size)
     scores = reconstruction_scores(mini.vae, rgb[::2], mask[::2])
-    assert scores["psnr"] > at_least and scores["psnr"] > scores["blurred_psnr"] + 3 > scores["constant_psnr"] + 3
+    assert (
+        scores["psnr"] > at_least
+        and scores["psnr"] > scores["blurred_psnr"] + 3 > scores["constant_psnr"] + 3
+    )
     assert scores["psnr_foreground"] > scores["blurred_psnr_foreground"] + 3

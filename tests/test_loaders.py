@@ -1,4 +1,5 @@
 """Samples of rooms: which frames, what moves together, and the loaders' promises."""
+
 import shutil
 import warnings
 from collections import Counter
@@ -9,41 +10,71 @@ import pytest
 import torch
 
 from unipre3d.core import collate
-from unipre3d.data.loaders import SceneSamples, choose_frames, eval_loader, make_loader, match, point_features
+from unipre3d.data.loaders import (
+    SceneSamples,
+    choose_frames,
+    eval_loader,
+    make_loader,
+    match,
+    point_features,
+)
 from unipre3d.data.scannet import ScanNetFrames, write_box_rooms
 from unipre3d.geometry.cameras import project, unproject
 
 HW = (48, 64)
-AUGMENT = dict(rotate=180., scale=(.8, 1.25), mirror=True, jitter_color=.2)
+AUGMENT = dict(rotate=180.0, scale=(0.8, 1.25), mirror=True, jitter_color=0.2)
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    return write_box_rooms(tmp_path_factory.mktemp("box") / "rooms", rooms=dict(a="train", b="train", c="train"), n_frames=20, hw=HW, spacing=.15)
+    return write_box_rooms(
+        tmp_path_factory.mktemp("box") / "rooms",
+        rooms=dict(a="train", b="train", c="train"),
+        n_frames=20,
+        hw=HW,
+        spacing=0.15,
+    )
 
 
-def samples(root, **options): return SceneSamples(ScanNetFrames(root, split="train", hw=HW), **options)
+def samples(root, **options):
+    return SceneSamples(ScanNetFrames(root, split="train", hw=HW), **options)
 
 
 def same(a, b):
-    pairs = [(a.points.xyz, b.points.xyz), (a.points.feat, b.points.feat), (a.points.batch, b.points.batch)]
+    pairs = [
+        (a.points.xyz, b.points.xyz),
+        (a.points.feat, b.points.feat),
+        (a.points.batch, b.points.batch),
+    ]
     for v, w in ((a.ref, b.ref), (a.target, b.target)):
-        pairs += [(v.rgb, w.rgb), (v.depth, w.depth), (v.camera.world_to_cam, w.camera.world_to_cam), (v.camera.K, w.camera.K), (v.camera.batch, w.camera.batch)]
+        pairs += [
+            (v.rgb, w.rgb),
+            (v.depth, w.depth),
+            (v.camera.world_to_cam, w.camera.world_to_cam),
+            (v.camera.K, w.camera.K),
+            (v.camera.batch, w.camera.batch),
+        ]
     return all(torch.equal(x, y) for x, y in pairs)
 
 
 # ---- which frames
 
+
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 9, 15, 16, 17, 24, 60, 300])
-@pytest.mark.parametrize("n_ref, n_target, gap", [(8, 8, 5), (8, 8, 1), (2, 8, 5), (8, 2, 5), (1, 1, 1), (1, 8, 1)])
+@pytest.mark.parametrize(
+    "n_ref, n_target, gap", [(8, 8, 5), (8, 8, 1), (2, 8, 5), (8, 2, 5), (1, 1, 1), (1, 8, 1)]
+)
 def test_references_are_near_their_targets_and_never_targets(n, n_ref, n_target, gap):
     for seed in range(10):
         ref, target = choose_frames(n, n_ref, n_target, gap, np.random.default_rng(seed))
         assert 1 <= len(ref) <= n_ref and 1 <= len(target) <= n_target
         assert not set(ref) & set(target) and len(set(target)) == len(target)
         assert 0 <= min(*ref, *target) and max(*ref, *target) < n
-        assert (abs(ref[:, None] - target) <= gap).any(1).all()                               # each reference near some target
-        if n_ref >= n_target: assert (abs(ref[:, None] - target) <= gap).any(0).all()         # and each target near some reference
+        assert (abs(ref[:, None] - target) <= gap).any(1).all()  # each reference near some target
+        if n_ref >= n_target:
+            assert (
+                (abs(ref[:, None] - target) <= gap).any(0).all()
+            )  # and each target near some reference
 
 
 def test_a_long_scene_gives_all_and_distinct_ones_in_pairs():
@@ -54,45 +85,60 @@ def test_a_long_scene_gives_all_and_distinct_ones_in_pairs():
 
 def test_every_frame_has_its_turn():
     seen = Counter()
-    for seed in range(300): seen.update(choose_frames(30, 8, 8, 5, np.random.default_rng(seed))[1].tolist())
+    for seed in range(300):
+        seen.update(choose_frames(30, 8, 8, 5, np.random.default_rng(seed))[1].tolist())
     assert len(seen) == 30 and max(seen.values()) < 2 * min(seen.values())
 
 
 def test_matching_is_as_large_as_possible():
     from itertools import permutations
+
     rng = np.random.default_rng(0)
     for _ in range(50):
         wanted = [rng.choice(5, rng.integers(0, 4), replace=False).tolist() for _ in range(4)]
         found = match(wanted)
         taken = [p for p in found if p is not None]
-        assert len(set(taken)) == len(taken) and all(p is None or p in w for p, w in zip(found, wanted))
-        assert len(taken) == max(sum(p in w for p, w in zip(places, wanted)) for places in permutations(range(5), 4))
+        assert len(set(taken)) == len(taken) and all(
+            p is None or p in w for p, w in zip(found, wanted)
+        )
+        assert len(taken) == max(
+            sum(p in w for p, w in zip(places, wanted)) for places in permutations(range(5), 4)
+        )
 
 
 def test_choose_says_what_the_sample_holds(root):
     data = samples(root)
     ref, target = data.choose(1, 3)
     s, views = data[1, 3], data.source.views(1, ref + target)
-    assert torch.equal(torch.cat([s.ref.rgb, s.target.rgb]), views.rgb) and torch.equal(torch.cat([s.ref.depth, s.target.depth]), views.depth)
-    assert len(ref) == len(target) == 8 and max(abs(a - b) for a, b in zip(ref, target)) <= 5 * 20   # numbers are 20 apart
+    assert torch.equal(torch.cat([s.ref.rgb, s.target.rgb]), views.rgb) and torch.equal(
+        torch.cat([s.ref.depth, s.target.depth]), views.depth
+    )
+    assert (
+        len(ref) == len(target) == 8 and max(abs(a - b) for a, b in zip(ref, target)) <= 5 * 20
+    )  # numbers are 20 apart
 
 
 def test_short_scenes(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "rooms"))
     for p in (copy / "2D" / "pose" / "a").iterdir():
-        if int(p.stem) > 80: p.unlink()
+        if int(p.stem) > 80:
+            p.unlink()
     for p in (copy / "2D" / "pose" / "b").iterdir():
-        if int(p.stem) > 0: p.unlink()
-    with pytest.warns(UserWarning) as said: data = samples(copy)
-    assert [str(w.message).split("train: ")[1] for w in said if "left out" in str(w.message)] == ["left out 1 of 3 scenes, which have fewer than 2 usable frames: b"]
+        if int(p.stem) > 0:
+            p.unlink()
+    with pytest.warns(UserWarning) as said:
+        data = samples(copy)
+    assert [str(w.message).split("train: ")[1] for w in said if "left out" in str(w.message)] == [
+        "left out 1 of 3 scenes, which have fewer than 2 usable frames: b"
+    ]
     assert "skipped 19 frames: no pose file" in str(said[0].message)
     assert len(data) == 2 and [data.name(k) for k in (0, 1)] == ["a", "c"]
     s = data[0]
     assert 1 <= len(s.ref) <= 3 and 1 <= len(s.target) <= 3
-    batch = data.batch([(0, 0), (1, 0)])                                                       # scenes of unlike length in one batch
+    batch = data.batch([(0, 0), (1, 0)])  # scenes of unlike length in one batch
     assert torch.bincount(batch.target.camera.batch).tolist() == [len(s.target), 8]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")                                                         # all was said; a loader's processes hold the same scenes
+        warnings.simplefilter("error")  # all was said; a loader's processes hold the same scenes
         one, two = (list(make_loader(data, 0, 3, batch_size=2, num_workers=n)) for n in (0, 2))
     assert all(same(a, b) for a, b in zip(one, two))
 
@@ -101,21 +147,35 @@ def test_a_split_without_a_whole_scene_is_an_error(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "rooms"))
     for scene in "abc":
         for p in (copy / "2D" / "pose" / scene).iterdir():
-            if int(p.stem): p.unlink()
-    with pytest.warns(UserWarning, match="no pose file"), pytest.raises(ValueError, match=r"^[^\n]*train: expected scenes with at least 2 usable frames [^\n]*, found none among 3, such as a$"): samples(copy)
+            if int(p.stem):
+                p.unlink()
+    with (
+        pytest.warns(UserWarning, match="no pose file"),
+        pytest.raises(
+            ValueError,
+            match=r"^[^\n]*train: expected scenes with at least 2 usable frames [^\n]*, found none among 3, such as a$",
+        ),
+    ):
+        samples(copy)
 
 
 def test_scenes_are_counted_without_looking_at_every_frame(root, monkeypatch):
     from unipre3d.data import scannet
+
     glances = []
-    monkeypatch.setattr(scannet, "glance", lambda *args, glance=scannet.glance: glances.append(args[2]) or glance(*args))
+    monkeypatch.setattr(
+        scannet,
+        "glance",
+        lambda *args, glance=scannet.glance: glances.append(args[2]) or glance(*args),
+    )
     data = samples(root)
-    assert len(glances) == 3 * 2 * 2                                                           # scenes, frames, images
+    assert len(glances) == 3 * 2 * 2  # scenes, frames, images
     data.source.frames(0)
     assert len(glances) == 3 * 2 * 2 + 20 * 2
 
 
 # ---- what moves together
+
 
 def at_depth(s):
     "Points of a sample in all its frames: uv, and whether they are at the frame's depth."
@@ -123,8 +183,11 @@ def at_depth(s):
     for v in (s.ref, s.target):
         where, z, inside = project(s.points.xyz, s.points.batch, v.camera)
         (h, w), view = v.camera.hw, torch.arange(len(v))[:, None]
-        depth = v.depth[view, where[..., 1].long().clamp(0, h - 1), where[..., 0].long().clamp(0, w - 1)]
-        uv.append(where); seen.append(inside & ((z / depth - 1).abs() < .02))
+        depth = v.depth[
+            view, where[..., 1].long().clamp(0, h - 1), where[..., 0].long().clamp(0, w - 1)
+        ]
+        uv.append(where)
+        seen.append(inside & ((z / depth - 1).abs() < 0.02))
     return torch.cat(uv), torch.cat(seen)
 
 
@@ -133,7 +196,17 @@ def linear_map(a, b):
     return torch.linalg.lstsq(a.points.xyz[::50].double(), b.points.xyz[::50].double()).solution
 
 
-@pytest.mark.parametrize("options", [dict(rotate=180.), dict(scale=(.5, 2.)), dict(mirror=True), dict(jitter_color=.3), AUGMENT], ids=lambda o: "+".join(o))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rotate=180.0),
+        dict(scale=(0.5, 2.0)),
+        dict(mirror=True),
+        dict(jitter_color=0.3),
+        AUGMENT,
+    ],
+    ids=lambda o: "+".join(o),
+)
 def test_points_keep_their_pixels_and_depth(root, options):
     mirrored = 0
     for draw in range(4):
@@ -141,9 +214,10 @@ def test_points_keep_their_pixels_and_depth(root, options):
         (uv, seen), (uv2, seen2) = at_depth(plain), at_depth(moved)
         flip = bool(torch.linalg.det(linear_map(plain, moved)) < 0)
         mirrored += flip
-        if flip: uv2 = torch.stack([HW[1] - uv2[..., 0], uv2[..., 1]], -1)
+        if flip:
+            uv2 = torch.stack([HW[1] - uv2[..., 0], uv2[..., 1]], -1)
         assert seen.sum() > 2000 and (uv - uv2)[seen].abs().max() < 2e-3
-        edge = ((uv - uv.round()).abs() < 5e-3).any(-1)                                       # rounding may move these to the next pixel
+        edge = ((uv - uv.round()).abs() < 5e-3).any(-1)  # rounding may move these to the next pixel
         assert torch.equal(seen[~edge], seen2[~edge])
     assert mirrored in ((1, 2, 3) if options.get("mirror") else (0,))
 
@@ -153,10 +227,12 @@ def test_depth_and_cameras_agree_after_every_change(root):
     s = samples(root, **AUGMENT)[0, 2]
     xyz, valid = unproject(s.target.depth, s.target.camera)
     p = xyz[valid][::97]
-    assert torch.cdist(p, s.points.xyz).min(1).values.max() < .15 * 1.25                       # spacing of the cloud, scaled
+    assert (
+        torch.cdist(p, s.points.xyz).min(1).values.max() < 0.15 * 1.25
+    )  # spacing of the cloud, scaled
     scale = float(torch.linalg.det(linear_map(samples(root)[0, 2], s)).abs() ** (1 / 3))
     height = float(s.points.xyz[:, 2].max() - s.points.xyz[:, 2].min())
-    assert abs(scale - 1) > .01 and height == pytest.approx(2.5 * scale, rel=1e-4)
+    assert abs(scale - 1) > 0.01 and height == pytest.approx(2.5 * scale, rel=1e-4)
 
 
 def test_cameras_stay_right_handed_rotations(root):
@@ -172,48 +248,68 @@ def test_mirroring_moves_an_off_centre_principal_point(root, tmp_path):
     text = (copy / "2D" / "intrinsics.txt").read_text().split()
     text[2] = str(float(text[2]) + 5)
     (copy / "2D" / "intrinsics.txt").write_text(" ".join(text))
-    seen = {round(float(samples(copy, mirror=True)[0, d].ref.camera.K[0, 0, 2]), 3) for d in range(8)}
-    assert seen == {37., 27.}                                                                  # 32 + 5 and 64 - 37
+    seen = {
+        round(float(samples(copy, mirror=True)[0, d].ref.camera.K[0, 0, 2]), 3) for d in range(8)
+    }
+    assert seen == {37.0, 27.0}  # 32 + 5 and 64 - 37
     for draw in range(4):
         a, b = samples(copy)[0, draw], samples(copy, mirror=True)[0, draw]
         u, u2 = (project(x.points.xyz, x.points.batch, x.ref.camera)[0][..., 0] for x in (a, b))
         inside = project(a.points.xyz, a.points.batch, a.ref.camera)[2]
-        if not torch.equal(a.points.xyz, b.points.xyz): assert (u + u2 - HW[1])[inside].abs().max() < 2e-3
-        else: assert torch.equal(u, u2)
+        if not torch.equal(a.points.xyz, b.points.xyz):
+            assert (u + u2 - HW[1])[inside].abs().max() < 2e-3
+        else:
+            assert torch.equal(u, u2)
 
 
 def test_colours_change_alike_in_points_and_images(root):
     "The same affine map, up to clipping: fitted on the points it predicts the images."
     options = dict(features=("color",), n_ref=2, n_target=2)
-    a, b = samples(root, **options)[0, 1], samples(root, jitter_color=.3, **options)[0, 1]
+    a, b = samples(root, **options)[0, 1], samples(root, jitter_color=0.3, **options)[0, 1]
     changed = False
     for c in range(3):
         x, y = a.points.feat[:, c], b.points.feat[:, c]
-        free = (y > .001) & (y < .999)
+        free = (y > 0.001) & (y < 0.999)
         slope, bias = np.polyfit(x[free], y[free], 1)
-        assert torch.allclose(b.target.rgb[:, c], (a.target.rgb[:, c] * slope + bias).float().clamp(0, 1), atol=1e-4)
-        changed |= abs(slope - 1) > .01 or abs(bias) > .01
-    assert changed and torch.equal(a.points.xyz, b.points.xyz) and torch.equal(a.target.depth, b.target.depth)
+        assert torch.allclose(
+            b.target.rgb[:, c], (a.target.rgb[:, c] * slope + bias).float().clamp(0, 1), atol=1e-4
+        )
+        changed |= abs(slope - 1) > 0.01 or abs(bias) > 0.01
+    assert (
+        changed
+        and torch.equal(a.points.xyz, b.points.xyz)
+        and torch.equal(a.target.depth, b.target.depth)
+    )
 
 
 def test_normals_turn_with_the_points(root):
     s = samples(root, features=("normal",), **AUGMENT)[0, 2]
     outwards = s.points.xyz * s.points.feat
-    wall = (s.points.xyz[:, 2] - s.points.xyz[:, 2].min()) > 1                                 # above the block: walls and ceiling
-    assert (outwards[wall].sum(1) < 0).all()                                                   # they face the middle of the room
-    torch.testing.assert_close(s.points.feat.norm(dim=1), torch.ones(len(s.points)), atol=1e-5, rtol=0)
+    wall = (s.points.xyz[:, 2] - s.points.xyz[:, 2].min()) > 1  # above the block: walls and ceiling
+    assert (outwards[wall].sum(1) < 0).all()  # they face the middle of the room
+    torch.testing.assert_close(
+        s.points.feat.norm(dim=1), torch.ones(len(s.points)), atol=1e-5, rtol=0
+    )
 
 
 # ---- points and features
 
+
 def test_the_origin_is_the_mean_of_the_whole_cloud(root):
     whole, part = samples(root)[0], samples(root, n_points=100)[0]
     assert whole.points.xyz.mean(0).abs().max() < 1e-4 and len(part.points) == 100
-    assert set(map(tuple, part.points.xyz.tolist())) <= set(map(tuple, whole.points.xyz.tolist()))   # some of the same points, not centred anew
+    assert set(map(tuple, part.points.xyz.tolist())) <= set(
+        map(tuple, whole.points.xyz.tolist())
+    )  # some of the same points, not centred anew
     plain = samples(root).source
     shift = torch.from_numpy(plain.array(0, "coord").mean(0, dtype=np.float64))
     ref, _ = samples(root).choose(0)
-    torch.testing.assert_close(whole.ref.camera.center.double(), plain.views(0, ref).camera.center.double() - shift, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        whole.ref.camera.center.double(),
+        plain.views(0, ref).camera.center.double() - shift,
+        atol=1e-4,
+        rtol=0,
+    )
     assert whole.ref.mask is None and whole.label is None
 
 
@@ -222,29 +318,52 @@ def test_features(root):
     xyz, height, normal, color, signed = s.points.feat.split([3, 1, 3, 3, 3], 1)
     assert torch.equal(xyz, s.points.xyz) and height.min() == 0
     stored = samples(root).source.rows(0)
-    assert np.array_equal(normal, stored["normal"]) and np.array_equal(color, stored["color"] / np.float32(255))
-    np.testing.assert_allclose(signed, stored["color"] / 127.5 - 1, atol=1e-6)                 # the released code's range
+    assert np.array_equal(normal, stored["normal"]) and np.array_equal(
+        color, stored["color"] / np.float32(255)
+    )
+    np.testing.assert_allclose(
+        signed, stored["color"] / 127.5 - 1, atol=1e-6
+    )  # the released code's range
     default = samples(root)[0].points.feat
     assert torch.equal(default, torch.cat([normal, signed], 1))
-    with pytest.raises(ValueError, match="^features: expected a cloud with normal, found one with xyz only$"): point_features({"xyz": np.zeros((2, 3))}, ("normal",))
+    with pytest.raises(
+        ValueError, match="^features: expected a cloud with normal, found one with xyz only$"
+    ):
+        point_features({"xyz": np.zeros((2, 3))}, ("normal",))
 
 
 def test_a_feature_without_its_file_is_an_error(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "rooms"))
     (copy / "train" / "a" / "normal.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="a/normal.npy: expected this file"): samples(copy)[0]
+    with pytest.raises(FileNotFoundError, match="a/normal.npy: expected this file"):
+        samples(copy)[0]
     assert samples(copy, features=("color_signed",))[0].points.feat.shape[1] == 3
 
 
-@pytest.mark.parametrize("options, word", [(dict(n_ref=0), "n_ref"), (dict(max_gap=0), "max_gap"), (dict(n_points=0), "n_points"), (dict(scale=(2, 1)), "scale"),
-                                           (dict(jitter_color=1.), "jitter_color"), (dict(features=("smell",)), "features")])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(n_ref=0), "n_ref"),
+        (dict(max_gap=0), "max_gap"),
+        (dict(n_points=0), "n_points"),
+        (dict(scale=(2, 1)), "scale"),
+        (dict(jitter_color=1.0), "jitter_color"),
+        (dict(features=("smell",)), "features"),
+    ],
+)
 def test_error_options(root, options, word):
-    with pytest.raises(ValueError, match=f"^{word}: expected [^\n]*$"): samples(root, **options)
+    with pytest.raises(ValueError, match=f"^{word}: expected [^\n]*$"):
+        samples(root, **options)
 
 
 # ---- the loaders' promises
 
-@pytest.mark.parametrize("options", [dict(), dict(n_points=500, **AUGMENT), dict(n_ref=2, n_target=3, features=("xyz",))], ids=["plain", "augmented", "few"])
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(n_points=500, **AUGMENT), dict(n_ref=2, n_target=3, features=("xyz",))],
+    ids=["plain", "augmented", "few"],
+)
 def test_a_batch_is_its_samples_collated(root, options):
     data, keys = samples(root, **options), [(2, 0), (0, 5), (2, 1)]
     assert same(data.batch(keys), collate([data[k] for k in keys]))
@@ -252,7 +371,9 @@ def test_a_batch_is_its_samples_collated(root, options):
 
 
 def test_loader_resumes_and_workers_agree(root):
-    make = lambda start, **kw: list(make_loader(samples(root, n_points=200, **AUGMENT), start, 6, batch_size=2, **kw))
+    make = lambda start, **kw: list(
+        make_loader(samples(root, n_points=200, **AUGMENT), start, 6, batch_size=2, **kw)
+    )
     whole = make(0)
     assert all(same(a, b) for a, b in zip(whole[3:], make(3)))
     assert all(same(a, b) for a, b in zip(whole[3:], make(3, num_workers=2)))
@@ -266,6 +387,17 @@ def test_evaluation_is_fixed_and_complete(root):
 
 def test_reading_leaves_the_cache_as_it_was(root):
     data = samples(root, **AUGMENT)
-    first = data.source.view(0, 0).color.copy(), data.source.array(0, "coord").copy(), data.source.poses(0).copy()
-    for draw in range(6): data[0, draw]
-    assert all(np.array_equal(x, y) for x, y in zip(first, (data.source.view(0, 0).color, data.source.array(0, "coord"), data.source.poses(0))))
+    first = (
+        data.source.view(0, 0).color.copy(),
+        data.source.array(0, "coord").copy(),
+        data.source.poses(0).copy(),
+    )
+    for draw in range(6):
+        data[0, draw]
+    assert all(
+        np.array_equal(x, y)
+        for x, y in zip(
+            first,
+            (data.source.view(0, 0).color, data.source.array(0, "coord"), data.source.poses(0)),
+        )
+    )

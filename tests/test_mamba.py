@@ -1,4 +1,5 @@
 "Selective scan and Mamba layers: released numbers, the sequential reference, odd shapes."
+
 import importlib.machinery
 import sys
 import types
@@ -12,7 +13,14 @@ from safetensors.torch import load_file
 from parity_cases import close
 from unipre3d.backbones.backbone import match_released
 from unipre3d.backbones.mamba import (
-    SSM, Mamba, MambaBlock, released_mamba_weight, selective_scan, selective_scan_reference, spread)
+    SSM,
+    Mamba,
+    MambaBlock,
+    released_mamba_weight,
+    selective_scan,
+    selective_scan_reference,
+    spread,
+)
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -20,17 +28,32 @@ PARITY = Path(__file__).parent / "parity"
 def inputs(b=2, l=19, d=5, n=3, dtype=torch.float64, device="cpu"):
     g = torch.Generator().manual_seed(0)
     r = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
-    tensors = (r(b, l, d), F.softplus(r(b, l, d)), -torch.exp(r(d, n)), r(b, l, n), r(b, l, n), r(d))
+    tensors = (
+        r(b, l, d),
+        F.softplus(r(b, l, d)),
+        -torch.exp(r(d, n)),
+        r(b, l, n),
+        r(b, l, n),
+        r(d),
+    )
     return [x.to(device).requires_grad_() for x in tensors]
 
 
 def value_and_grads(scan, tensors):
     y = scan(*tensors)
-    return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum(), tensors)]
+    return [
+        y,
+        *torch.autograd.grad(
+            (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum(),
+            tensors,
+        ),
+    ]
 
 
 def load_layer(layer, state, prefix=""):
-    layer.load_state_dict(match_released(layer.state_dict(), released_mamba_weight, state, prefix).weights)
+    layer.load_state_dict(
+        match_released(layer.state_dict(), released_mamba_weight, state, prefix).weights
+    )
 
 
 def states(data):
@@ -38,8 +61,11 @@ def states(data):
 
 
 def recorded_gradients(layer, data, prefix=""):
-    recorded = match_released(dict(layer.named_parameters()), released_mamba_weight, data, "grad/state/" + prefix)
-    for name, value in recorded.weights.items(): close(layer.get_parameter(name).grad, value)
+    recorded = match_released(
+        dict(layer.named_parameters()), released_mamba_weight, data, "grad/state/" + prefix
+    )
+    for name, value in recorded.weights.items():
+        close(layer.get_parameter(name).grad, value)
     assert not recorded.misfit
     return len(recorded.weights)
 
@@ -50,10 +76,14 @@ def test_parity_with_the_released_block():
     load_layer(block.mixer, states(data), "mixer.")
     block.norm.weight.data.copy_(data["state/norm.weight"])
     hidden, residual = (data[f"in/{k}"].clone().requires_grad_() for k in ("hidden", "residual"))
-    for got, name in zip(block(hidden), ("hidden", "residual")): close(got, data[f"out/{name}_nores"])
+    for got, name in zip(block(hidden), ("hidden", "residual")):
+        close(got, data[f"out/{name}_nores"])
     out = block(hidden, residual)
-    for got, name in zip(out, ("hidden", "residual")): close(got, data[f"out/{name}_res"])
-    sum((got * data[f"loss/R_{name}_res"]).sum() for got, name in zip(out, ("hidden", "residual"))).backward()
+    for got, name in zip(out, ("hidden", "residual")):
+        close(got, data[f"out/{name}_res"])
+    sum(
+        (got * data[f"loss/R_{name}_res"]).sum() for got, name in zip(out, ("hidden", "residual"))
+    ).backward()
     close(hidden.grad, data["grad/in/hidden"])
     close(residual.grad, data["grad/in/residual"])
     close(block.norm.weight.grad, data["grad/state/norm.weight"])
@@ -78,18 +108,27 @@ def test_chunks_equal_the_reference(dtype, tolerance, chunk):
     tensors = inputs(dtype=dtype)
     slow = value_and_grads(selective_scan_reference, tensors)
     fast = value_and_grads(lambda *x: selective_scan(*x, chunk=chunk), tensors)
-    for a, b in zip(fast, slow): close(a, b, tolerance)
+    for a, b in zip(fast, slow):
+        close(a, b, tolerance)
 
 
 def test_gradients_of_the_scan():
-    assert torch.autograd.gradcheck(lambda *x: selective_scan(*x, chunk=3), inputs(b=1, l=7, d=2, n=2))
+    assert torch.autograd.gradcheck(
+        lambda *x: selective_scan(*x, chunk=3), inputs(b=1, l=7, d=2, n=2)
+    )
 
 
 def test_very_large_and_very_small_steps():
     u, delta, A, B, C, D = (x.detach().float() for x in inputs(l=200))
     for scale in (1e-6, 1e3):
-        tensors = [x.requires_grad_() for x in (u, delta * scale, A.clone(), B.clone(), C.clone(), D.clone())]
-        for a, b in zip(value_and_grads(selective_scan, tensors), value_and_grads(selective_scan_reference, tensors)):
+        tensors = [
+            x.requires_grad_()
+            for x in (u, delta * scale, A.clone(), B.clone(), C.clone(), D.clone())
+        ]
+        for a, b in zip(
+            value_and_grads(selective_scan, tensors),
+            value_and_grads(selective_scan_reference, tensors),
+        ):
             assert a.isfinite().all()
             close(a, b, 1e-4)
 
@@ -98,13 +137,19 @@ def test_the_past_does_not_see_the_future_nor_the_padding():
     torch.manual_seed(0)
     for flip in (False, True):
         layer, x = Mamba(width=8, flip_channels=flip), torch.randn(2, 15, 8)
-        torch.testing.assert_close(layer(F.pad(x, (0, 0, 0, 9)))[:, :15], layer(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            layer(F.pad(x, (0, 0, 0, 9)))[:, :15], layer(x), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_clouds_are_independent():
     u, delta, A, B, C, D = inputs(b=3)
     y = selective_scan(u, delta, A, B, C, D)
-    for i in range(3): torch.testing.assert_close(selective_scan(u[i:i+1], delta[i:i+1], A, B[i:i+1], C[i:i+1], D), y[i:i+1])
+    for i in range(3):
+        torch.testing.assert_close(
+            selective_scan(u[i : i + 1], delta[i : i + 1], A, B[i : i + 1], C[i : i + 1], D),
+            y[i : i + 1],
+        )
 
 
 @pytest.mark.parametrize("b,l", [(0, 5), (2, 0), (1, 1)])
@@ -119,25 +164,32 @@ def test_half_precision_is_computed_in_single():
     tensors = inputs(dtype=torch.float32)
     exact, rough = selective_scan(*tensors), selective_scan(*(x.bfloat16() for x in tensors))
     assert rough.dtype == torch.bfloat16
-    close(rough.float(), exact, .03)
+    close(rough.float(), exact, 0.03)
     torch.manual_seed(0)
     block, x = MambaBlock(width=16), torch.randn(2, 9, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16): hidden, _ = block(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, _ = block(x)
     hidden.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in block.parameters())
-    close(hidden.float(), block(x)[0], .1)
+    close(hidden.float(), block(x)[0], 0.1)
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="backend: expected 'auto'"): selective_scan(*inputs(), backend="cuda")
-    with pytest.raises(ValueError, match="needs the package mamba-ssm"): selective_scan(*inputs(), backend="mamba_ssm")
+    with pytest.raises(ValueError, match="backend: expected 'auto'"):
+        selective_scan(*inputs(), backend="cuda")
+    with pytest.raises(ValueError, match="needs the package mamba-ssm"):
+        selective_scan(*inputs(), backend="mamba_ssm")
 
 
 @pytest.mark.parametrize("kernel, found", [(None, False), (object(), True)])
 def test_a_package_without_its_kernel_is_none(monkeypatch, kernel, found):
     "mamba-ssm can be installed without the compiled scan; its function then only raises."
     from unipre3d.backbones import mamba
-    package, interface = types.ModuleType("mamba_ssm"), types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+
+    package, interface = (
+        types.ModuleType("mamba_ssm"),
+        types.ModuleType("mamba_ssm.ops.selective_scan_interface"),
+    )
     interface.selective_scan_fn, interface.selective_scan_cuda = (lambda *args: None), kernel
     for module in (package, types.ModuleType("mamba_ssm.ops"), interface):
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
@@ -150,7 +202,9 @@ def test_a_package_without_its_kernel_is_none(monkeypatch, kernel, found):
 def test_convolution_is_causal_and_depthwise():
     torch.manual_seed(0)
     ssm, x = SSM(6, 4, 4, 1), torch.randn(2, 11, 6)
-    same = F.conv1d(x.mT, ssm.conv_weight.T[:, None], ssm.conv_bias, padding=3, groups=6)[..., :11].mT
+    same = F.conv1d(x.mT, ssm.conv_weight.T[:, None], ssm.conv_bias, padding=3, groups=6)[
+        ..., :11
+    ].mT
     torch.testing.assert_close(ssm.convolve(x), same)
 
 
@@ -166,4 +220,7 @@ def test_spread():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees():
     cpu = value_and_grads(selective_scan_reference, inputs(d=16, n=16, dtype=torch.float32))
-    for a, b in zip(value_and_grads(selective_scan, inputs(d=16, n=16, dtype=torch.float32, device="cuda")), cpu): close(a.cpu(), b, 1e-3)
+    for a, b in zip(
+        value_and_grads(selective_scan, inputs(d=16, n=16, dtype=torch.float32, device="cuda")), cpu
+    ):
+        close(a.cpu(), b, 1e-3)

@@ -14,7 +14,9 @@ SMALL = dict(num_groups=16, group_size=8, encoder_widths=(16, 24, 32), width=24,
 
 def pack(*clouds):
     xyz = torch.cat(clouds)
-    return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+    return PointBatch(
+        xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds)
+    )
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def test_parity_with_the_released_model(released):
     model, data, state = released
     pos = data["in/pos"].clone().requires_grad_()
     flat = pos.flatten(0, 1)
-    points = PointBatch(flat[:, :3], flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos))
+    points = PointBatch(
+        flat[:, :3], flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos)
+    )
     p, cls = model.summarise(model.stem(points))
     close(p.feat.view(2, 16, -1), data["out/pre_fusion"][:, 1:])
     close(cls, data["out/pre_fusion"][:, 0])
@@ -36,13 +40,18 @@ def test_parity_with_the_released_model(released):
 
     mixed = torch.cat([p.feat, data["out/mapped"][:, 1:].flatten(0, 1)], 1)
     weight = state["fusion_mlps.0.weight"].clone().requires_grad_()
-    features = model.norm(torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()).view(2, 16, -1)
+    features = model.norm(
+        torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()
+    ).view(2, 16, -1)
     close(features, data["out/features"])
     (features * data["loss/R"]).sum().backward()
     close(pos.grad, data["grad/in/pos"])
     close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
-    recorded = match_released(dict(model.named_parameters()), model.released_weight, data, "grad/state/encoder.")
-    for name, value in recorded.weights.items(): close(model.get_parameter(name).grad, value)
+    recorded = match_released(
+        dict(model.named_parameters()), model.released_weight, data, "grad/state/encoder."
+    )
+    for name, value in recorded.weights.items():
+        close(model.get_parameter(name).grad, value)
     assert not recorded.misfit and len(recorded.weights) == 4
 
 
@@ -55,14 +64,19 @@ def test_the_centres_and_not_the_cls_position_come_back(released):
 
 
 def test_points_near_the_origin_are_passed_over():
-    cloud = torch.cat([torch.zeros(1, 3), torch.rand(30, 3) * .015, torch.eye(3), -torch.eye(3)])
-    assert spread_centres(pack(cloud, cloud), 20).sort().values.tolist() == [0, *range(31, 37), 37, *range(68, 74)]
+    cloud = torch.cat([torch.zeros(1, 3), torch.rand(30, 3) * 0.015, torch.eye(3), -torch.eye(3)])
+    assert spread_centres(pack(cloud, cloud), 20).sort().values.tolist() == [
+        0,
+        *range(31, 37),
+        37,
+        *range(68, 74),
+    ]
 
 
 def test_released_statistics_are_those_of_the_batch():
     torch.manual_seed(0)
     model = Mamba3D(**SMALL, batch_statistics=True).eval()
-    a, b = torch.randn(60, 3) * .3, torch.randn(60, 3) * .05
+    a, b = torch.randn(60, 3) * 0.3, torch.randn(60, 3) * 0.05
     assert (model(pack(a, b)).feat[:16] - model(pack(a)).feat).abs().max() > 1e-3
     own = Mamba3D(**SMALL).eval()
     own.load_state_dict(model.state_dict())
@@ -77,9 +91,14 @@ def test_large_features_do_not_overflow_the_pooling():
 
 
 def test_errors_name_the_argument(released):
-    with pytest.raises(ValueError, match="unknown argument 'trans_dims'"): Mamba3D.from_released({"trans_dims": 3})
-    with pytest.raises(ValueError, match="bimamba_type: expected 'v4'"): Mamba3D.from_released({"bimamba_type": "v2"})
-    with pytest.raises(ValueError, match="encoder_dims: expected trans_dim = 24"): Mamba3D.from_released({"trans_dim": 24, "encoder_dims": 12})
+    with pytest.raises(ValueError, match="unknown argument 'trans_dims'"):
+        Mamba3D.from_released({"trans_dims": 3})
+    with pytest.raises(ValueError, match="bimamba_type: expected 'v4'"):
+        Mamba3D.from_released({"bimamba_type": "v2"})
+    with pytest.raises(ValueError, match="encoder_dims: expected trans_dim = 24"):
+        Mamba3D.from_released({"trans_dim": 24, "encoder_dims": 12})
     model, _, state = released
-    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
-    with pytest.raises(ValueError, match="expected \\[24"): model.convert_released(state | {"encoder.cls_token": torch.zeros(2)})
+    with pytest.raises(ValueError, match="check prefix"):
+        model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected \\[24"):
+        model.convert_released(state | {"encoder.cls_token": torch.zeros(2)})

@@ -1,4 +1,5 @@
 "Point Cloud Mamba: released numbers, orders, ragged batches, odd clouds."
+
 import json
 from pathlib import Path
 
@@ -13,20 +14,33 @@ from unipre3d.backbones.pcm import thin
 from unipre3d.core import PointBatch
 
 PARITY = Path(__file__).parent / "parity" / "backbone_pcm_eval"
-SMALL = dict(embed_dim=12, k_neighbors=(4, 4, 4, 4), mamba_blocks=(1, 1, 1, 1), orders=("xyz", "hilbert", "z", "zyx"), prompts_per_order=2, prompt_width=10,
-             out_channels=9, spare_head=False)
+SMALL = dict(
+    embed_dim=12,
+    k_neighbors=(4, 4, 4, 4),
+    mamba_blocks=(1, 1, 1, 1),
+    orders=("xyz", "hilbert", "z", "zyx"),
+    prompts_per_order=2,
+    prompt_width=10,
+    out_channels=9,
+    spare_head=False,
+)
 # The recorded outputs of the encoder's levels come from a run whose PYTHONHASHSEED was another than that of the features.
 LEVELS_PROMPT_ORDER = ("zyx", "hilbert", "xyz", "yzx", "yxz", "z", "z-trans", "zxy", "xzy")
 
 
 def pack(*clouds):
     xyz = torch.cat(clouds)
-    return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+    return PointBatch(
+        xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds)
+    )
 
 
 @pytest.fixture
 def released():
-    data, card = load_file(f"{PARITY}.safetensors"), json.loads(PARITY.with_suffix(".json").read_text())
+    data, card = (
+        load_file(f"{PARITY}.safetensors"),
+        json.loads(PARITY.with_suffix(".json").read_text()),
+    )
     model = PCM.from_released(card["kwargs"], card["order_prompt_ranges"])
     state = {k.removeprefix("state/"): v for k, v in data.items() if k.startswith("state/")}
     model.load_state_dict(model.convert_released(state))
@@ -35,7 +49,9 @@ def released():
 
 def cloud_of(pos):
     flat = pos.flatten(0, 1)
-    return PointBatch(flat[:, :3], flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos))
+    return PointBatch(
+        flat[:, :3], flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos)
+    )
 
 
 def test_parity_with_the_released_model(released):
@@ -47,13 +63,18 @@ def test_parity_with_the_released_model(released):
 
     weight = state["fusion_mlps.0.weight"].clone().requires_grad_()
     mixed = torch.cat([p.feat, data["out/mapped"].flatten(0, 1)], 1)
-    features = model.norm(torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()).view(2, 64, -1)
+    features = model.norm(
+        torch.nn.functional.linear(mixed, weight, state["fusion_mlps.0.bias"]).relu()
+    ).view(2, 64, -1)
     close(features, data["out/features"])
     (features * data["loss/R"]).sum().backward()
     close(pos.grad, data["grad/in/pos"])
     close(weight.grad, data["grad/state/fusion_mlps.0.weight"])
-    recorded = match_released(dict(model.named_parameters()), model.released_weight, data, "grad/state/encoder.")
-    for name, value in recorded.weights.items(): close(model.get_parameter(name).grad, value)
+    recorded = match_released(
+        dict(model.named_parameters()), model.released_weight, data, "grad/state/encoder."
+    )
+    for name, value in recorded.weights.items():
+        close(model.get_parameter(name).grad, value)
     assert not recorded.misfit and len(recorded.weights) == 3
 
 
@@ -68,7 +89,12 @@ def test_parity_of_every_level(released):
 def test_prompts_without_ranges_are_those_of_hash_seed_0(released):
     model, _, _, card = released
     assert PCM.from_released(card["kwargs"]).prompt_order == model.prompt_order
-    assert PCM.from_released(card["kwargs"] | {"order_prompt_ranges": card["order_prompt_ranges"]}).prompt_order == model.prompt_order
+    assert (
+        PCM.from_released(
+            card["kwargs"] | {"order_prompt_ranges": card["order_prompt_ranges"]}
+        ).prompt_order
+        == model.prompt_order
+    )
 
 
 def test_equal_widths_share_one_position_layer():
@@ -80,7 +106,10 @@ def test_equal_widths_share_one_position_layer():
 def test_thinning_keeps_a_share_of_each_cloud():
     points = pack(torch.rand(21, 3), torch.rand(1, 3), torch.zeros(0, 3), torch.rand(8, 3))
     rows = thin(points, 4)
-    assert points.batch[rows].bincount(minlength=4).tolist() == [5, 1, 0, 2] and rows.diff().gt(0).all()
+    assert (
+        points.batch[rows].bincount(minlength=4).tolist() == [5, 1, 0, 2]
+        and rows.diff().gt(0).all()
+    )
     assert torch.equal(thin(points, 1), torch.arange(30))
 
 
@@ -93,18 +122,31 @@ def test_the_order_prompts_matter():
 
 
 def test_too_few_points_for_training_is_said_so():
-    with pytest.raises(ValueError, match="PCM.stem: expected at least 2 rows in the batch while training"): PCM(**SMALL)(pack(torch.rand(1, 3)))
-    with pytest.raises(ValueError, match="PCM.body: expected at least 2 rows"): PCM(**SMALL)(pack(torch.rand(9, 3)))
+    with pytest.raises(
+        ValueError, match="PCM.stem: expected at least 2 rows in the batch while training"
+    ):
+        PCM(**SMALL)(pack(torch.rand(1, 3)))
+    with pytest.raises(ValueError, match="PCM.body: expected at least 2 rows"):
+        PCM(**SMALL)(pack(torch.rand(9, 3)))
     assert PCM(**SMALL).eval()(pack(torch.rand(1, 3))).feat.isfinite().all()
 
 
 def test_errors_name_the_argument(released):
     model, _, state, card = released
-    with pytest.raises(ValueError, match="reducers: expected 4 numbers"): PCM(**SMALL, reducers=(2, 2))
-    with pytest.raises(ValueError, match="orders: expected names among"): PCM(**SMALL | dict(orders=("xyz", "peano", "z", "zyx")))
-    with pytest.raises(ValueError, match="prompt_order: expected each of orders once"): PCM(**SMALL, prompt_order=("xyz",))
-    with pytest.raises(ValueError, match="expected 'decoder_args'"): PCM.from_released({"encoder_args": {}})
-    wrong = card["kwargs"] | {"encoder_args": card["kwargs"]["encoder_args"] | {"normalize": "center"}}
-    with pytest.raises(ValueError, match="normalize: expected 'anchor'"): PCM.from_released(wrong)
-    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
-    with pytest.raises(ValueError, match="expected \\[18"): model.convert_released(state | {"encoder.encoder.order_prompt.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="reducers: expected 4 numbers"):
+        PCM(**SMALL, reducers=(2, 2))
+    with pytest.raises(ValueError, match="orders: expected names among"):
+        PCM(**SMALL | dict(orders=("xyz", "peano", "z", "zyx")))
+    with pytest.raises(ValueError, match="prompt_order: expected each of orders once"):
+        PCM(**SMALL, prompt_order=("xyz",))
+    with pytest.raises(ValueError, match="expected 'decoder_args'"):
+        PCM.from_released({"encoder_args": {}})
+    wrong = card["kwargs"] | {
+        "encoder_args": card["kwargs"]["encoder_args"] | {"normalize": "center"}
+    }
+    with pytest.raises(ValueError, match="normalize: expected 'anchor'"):
+        PCM.from_released(wrong)
+    with pytest.raises(ValueError, match="check prefix"):
+        model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected \\[18"):
+        model.convert_released(state | {"encoder.encoder.order_prompt.weight": torch.zeros(2)})

@@ -1,4 +1,5 @@
 """One step of training on rooms, with every fusion; odd clouds and depth; cameras for a film of a room."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,13 @@ from PIL import Image
 from unipre3d.backbones.sparseunet import SparseUNet
 from unipre3d.core import collate
 from unipre3d.data.loaders import SceneSamples, make_loader, walk
-from unipre3d.data.scannet import ScanNetFrames, box_cameras, standard_intrinsics, write_box_rooms, write_cloud
+from unipre3d.data.scannet import (
+    ScanNetFrames,
+    box_cameras,
+    standard_intrinsics,
+    write_box_rooms,
+    write_cloud,
+)
 from unipre3d.fusion import FeatureFusion, NoFusion, PointFusion
 from unipre3d.gaussians import GaussianHead
 from unipre3d.geometry.cameras import project
@@ -20,24 +27,44 @@ HW = (12, 16)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_box_rooms(tmp_path_factory.mktemp("steps") / "rooms", rooms=dict(a="train", b="train"), n_frames=8, hw=(24, 32), spacing=.2)
+    return write_box_rooms(
+        tmp_path_factory.mktemp("steps") / "rooms",
+        rooms=dict(a="train", b="train"),
+        n_frames=8,
+        hw=(24, 32),
+        spacing=0.2,
+    )
 
 
-def samples(root, **options): return SceneSamples(ScanNetFrames(root, split="train", hw=HW), **dict(n_points=400, n_ref=2, n_target=2) | options)
+def samples(root, **options):
+    return SceneSamples(
+        ScanNetFrames(root, split="train", hw=HW),
+        **dict(n_points=400, n_ref=2, n_target=2) | options,
+    )
 
 
 def model(fusion):
     torch.manual_seed(0)
-    backbone = SparseUNet(in_channels=6, base_channels=8, channels=(8, 16, 16, 8), layers=(1, 1, 1, 1), voxel_size=.2)
-    fusions = dict(none=NoFusion, feature=lambda: FeatureFusion(backbone.width, 8), point=lambda: PointFusion(8, 8, .2))
-    return UniPre3D(backbone, fusions[fusion](), GaussianHead(backbone.width, max_offset=.2, initial_scale=.1))
+    backbone = SparseUNet(
+        in_channels=6, base_channels=8, channels=(8, 16, 16, 8), layers=(1, 1, 1, 1), voxel_size=0.2
+    )
+    fusions = dict(
+        none=NoFusion,
+        feature=lambda: FeatureFusion(backbone.width, 8),
+        point=lambda: PointFusion(8, 8, 0.2),
+    )
+    return UniPre3D(
+        backbone, fusions[fusion](), GaussianHead(backbone.width, max_offset=0.2, initial_scale=0.1)
+    )
 
 
 def step(sample, net, fusion):
     torch.manual_seed(1)
-    image_net = None if fusion == "none" else torch.nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
+    image_net = (
+        None if fusion == "none" else torch.nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
+    )
     gaussians = predict(sample.points, sample.ref, image_net, net)
-    loss, rendered = step_loss(gaussians, sample.target, torch.ones(3), foreground_weight=1.)
+    loss, rendered = step_loss(gaussians, sample.target, torch.ones(3), foreground_weight=1.0)
     loss.backward()
     return gaussians, loss, rendered
 
@@ -50,13 +77,20 @@ def finite(net, loss):
 
 @pytest.mark.parametrize("fusion", ["none", "feature", "point"])
 def test_a_step_reaches_every_part(root, fusion):
-    sample, net = samples(root, rotate=180., scale=(.9, 1.1), mirror=True, jitter_color=.1).batch([(0, 0), (1, 3)]), model(fusion)
+    sample, net = (
+        samples(root, rotate=180.0, scale=(0.9, 1.1), mirror=True, jitter_color=0.1).batch(
+            [(0, 0), (1, 3)]
+        ),
+        model(fusion),
+    )
     gaussians, loss, rendered = step(sample, net, fusion)
     assert rendered.shape == (4, 3, *HW) and gaussians.size == 2
     reached = finite(net, loss)
     parts = ["backbone.conv_input", "backbone.enc", "backbone.dec", "head.mlp"]
-    if fusion != "none": parts += ["fusion.image_norm", "fusion.image_proj"]
-    if fusion == "point": parts += ["fusion.conv", "fusion.norm"]
+    if fusion != "none":
+        parts += ["fusion.image_norm", "fusion.image_proj"]
+    if fusion == "point":
+        parts += ["fusion.conv", "fusion.norm"]
     assert not [p for p in parts if not any(name.startswith(p) for name in reached)]
     stem = len(net.backbone.stem(sample.points))
     assert (len(gaussians) > stem) if fusion == "point" else (len(gaussians) == stem)
@@ -66,20 +100,30 @@ def test_a_step_reaches_every_part(root, fusion):
 def test_a_room_without_depth_still_trains(root, fusion):
     sample, net = samples(root).batch([(0, 0), (1, 0)]), model(fusion)
     depth = sample.ref.depth.clone()
-    depth[sample.ref.camera.batch == 0] = 0                                             # one room of two, then both
+    depth[sample.ref.camera.batch == 0] = 0  # one room of two, then both
     for d in (depth, torch.zeros_like(depth)):
         net.zero_grad()
         gaussians, loss, _ = step(replace(sample, ref=replace(sample.ref, depth=d)), net, fusion)
         assert "head.mlp.0.weight" in finite(net, loss) and (gaussians.counts > 0).all()
-    assert len(gaussians) == len(net.backbone.stem(sample.points))                      # nothing was added
+    assert len(gaussians) == len(net.backbone.stem(sample.points))  # nothing was added
 
 
 @pytest.mark.parametrize("fusion", ["none", "point"])
 def test_a_cloud_of_one_point_trains_beside_a_room(root, tmp_path, fusion):
     import shutil
+
     shutil.copytree(root, tmp_path / "rooms")
-    write_cloud(tmp_path / "rooms", "train", "a", coord=np.array([[2., 2, 1]]), color=np.full((1, 3), 9), normal=np.array([[0, 0, 1.]]), segment20=np.zeros(1), instance=np.zeros(1))
-    data = samples(tmp_path / "rooms", features=("normal", "color_signed"), rotate=90.)
+    write_cloud(
+        tmp_path / "rooms",
+        "train",
+        "a",
+        coord=np.array([[2.0, 2, 1]]),
+        color=np.full((1, 3), 9),
+        normal=np.array([[0, 0, 1.0]]),
+        segment20=np.zeros(1),
+        instance=np.zeros(1),
+    )
+    data = samples(tmp_path / "rooms", features=("normal", "color_signed"), rotate=90.0)
     alone = data[0]
     assert alone.points.xyz.tolist() == [[0, 0, 0]] and alone.points.feat.shape == (1, 6)
     net = model(fusion)
@@ -91,7 +135,9 @@ def test_a_cloud_of_one_point_trains_beside_a_room(root, tmp_path, fusion):
 def test_batches_of_the_loader_train(root, workers):
     data, net = samples(root, n_points=200), model("point")
     seen = list(make_loader(data, 0, 2, batch_size=2, num_workers=workers))
-    again = [data.batch(keys) for keys in make_loader(data, 0, 2, batch_size=2).batches.batch_sampler]
+    again = [
+        data.batch(keys) for keys in make_loader(data, 0, 2, batch_size=2).batches.batch_sampler
+    ]
     for a, b in zip(seen, again):
         assert torch.equal(a.points.xyz, b.points.xyz) and torch.equal(a.target.rgb, b.target.rgb)
     assert "head.mlp.0.weight" in finite(net, step(seen[1], net, "point")[1])
@@ -100,25 +146,45 @@ def test_batches_of_the_loader_train(root, workers):
 def test_batch_of_one_is_the_sample(root):
     data = samples(root)
     a, b = data.batch([(1, 2)]), collate([data[1, 2]])
-    assert torch.equal(a.points.feat, b.points.feat) and torch.equal(a.ref.depth, b.ref.depth) and a.label is b.label is None
+    assert (
+        torch.equal(a.points.feat, b.points.feat)
+        and torch.equal(a.ref.depth, b.ref.depth)
+        and a.label is b.label is None
+    )
 
 
 # ---- a film of a room
 
+
 def test_a_tour_passes_the_filmed_poses(root):
     data = samples(root, n_points=None)
     n = len(data.source.frames(0))
-    film, center = data.tour(0, 3 * (n - 1) + 1, 24), data.source.array(0, "coord").mean(0, dtype=np.float64)
+    film, center = (
+        data.tour(0, 3 * (n - 1) + 1, 24),
+        data.source.array(0, "coord").mean(0, dtype=np.float64),
+    )
     assert film.hw == (24, 32)
-    torch.testing.assert_close(film.center[::3], torch.from_numpy(box_cameras(n)[:, :3, 3] - center).float(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(film.cam_to_world[::3, :3, :3], torch.from_numpy(box_cameras(n)[:, :3, :3]).float(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(film.K[0], torch.from_numpy(standard_intrinsics((24, 32))).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        film.center[::3],
+        torch.from_numpy(box_cameras(n)[:, :3, 3] - center).float(),
+        atol=1e-4,
+        rtol=0,
+    )
+    torch.testing.assert_close(
+        film.cam_to_world[::3, :3, :3],
+        torch.from_numpy(box_cameras(n)[:, :3, :3]).float(),
+        atol=1e-4,
+        rtol=0,
+    )
+    torch.testing.assert_close(
+        film.K[0], torch.from_numpy(standard_intrinsics((24, 32))).float(), atol=1e-4, rtol=0
+    )
     R = film.world_to_cam[:, :3, :3]
     torch.testing.assert_close(R @ R.mT, torch.eye(3).expand_as(R), atol=1e-5, rtol=0)
     assert (torch.linalg.det(R) > 0).all()
     points = data[0].points
     _, _, inside = project(points.xyz, points.batch, film)
-    assert (inside.float().mean(1) > .02).all()                                         # the cloud is in every picture
+    assert (inside.float().mean(1) > 0.02).all()  # the cloud is in every picture
     assert (film.center.diff(dim=0).norm(dim=1) < 1.6).all()
 
 
@@ -126,15 +192,23 @@ def test_a_tour_passes_the_filmed_poses(root):
 def test_a_walk_of_any_length(frames, poses):
     film = walk(frames, HW, box_cameras(poses), standard_intrinsics(HW))
     assert len(film) == frames and film.world_to_cam.isfinite().all()
-    torch.testing.assert_close(film.center[0], torch.from_numpy(box_cameras(poses)[0, :3, 3]).float())
-    if frames > 1: torch.testing.assert_close(film.center[-1], torch.from_numpy(box_cameras(poses)[-1, :3, 3]).float())
+    torch.testing.assert_close(
+        film.center[0], torch.from_numpy(box_cameras(poses)[0, :3, 3]).float()
+    )
+    if frames > 1:
+        torch.testing.assert_close(
+            film.center[-1], torch.from_numpy(box_cameras(poses)[-1, :3, 3]).float()
+        )
 
 
 def test_a_room_without_usable_frames_is_left_out_and_said(root, tmp_path):
     import shutil
+
     shutil.copytree(root, tmp_path / "rooms")
     for k, p in enumerate(sorted((tmp_path / "rooms" / "2D" / "depth" / "a").iterdir())):
-        if k: Image.fromarray(np.zeros((24, 32), np.uint16)).save(p)
-    with pytest.warns(UserWarning) as said: data = samples(tmp_path / "rooms")
+        if k:
+            Image.fromarray(np.zeros((24, 32), np.uint16)).save(p)
+    with pytest.warns(UserWarning) as said:
+        data = samples(tmp_path / "rooms")
     assert any("left out 1 of 2 scenes" in str(w.message) for w in said) and len(data) == 1
     assert data.source.skipped == {"depth is empty": 7}

@@ -1,4 +1,5 @@
 "Sparse convolution: equal to dense convolution in values and gradients, at any number of threads, in any order of rows."
+
 import gc
 import sys
 import types
@@ -9,8 +10,21 @@ import torch
 import torch.nn.functional as F
 
 from unipre3d.core import PointBatch
-from unipre3d.geometry.sparse import (Rulebook, Rules, SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, cell_numbers, merge_voxels, neighbour_table,
-                                      point_cells, sparse_conv, strided_rules, submanifold_rules)
+from unipre3d.geometry.sparse import (
+    Rulebook,
+    Rules,
+    SparseConv3d,
+    SparseInverseConv3d,
+    SparseTensor,
+    SubMConv3d,
+    cell_numbers,
+    merge_voxels,
+    neighbour_table,
+    point_cells,
+    sparse_conv,
+    strided_rules,
+    submanifold_rules,
+)
 
 
 @pytest.fixture(params=[1, 2])
@@ -21,11 +35,13 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def random_tensor(shape=(7, 6, 5), size=2, share=.25, channels=3, dtype=torch.float64, seed=0):
+def random_tensor(shape=(7, 6, 5), size=2, share=0.25, channels=3, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     cells = torch.stack(torch.where(torch.rand(size, *shape, generator=g) < share), 1)
     cells = cells[torch.randperm(len(cells), generator=g)]
-    return SparseTensor(torch.randn(len(cells), channels, generator=g, dtype=dtype), cells, shape, size)
+    return SparseTensor(
+        torch.randn(len(cells), channels, generator=g, dtype=dtype), cells, shape, size
+    )
 
 
 def occupied(x):
@@ -42,12 +58,21 @@ def rows_of(block, x):
 
 
 def close(a, b, dtype):
-    torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-5 if dtype == torch.float32 else 1e-10)
+    torch.testing.assert_close(
+        a,
+        b,
+        rtol=1e-4 if dtype == torch.float32 else 1e-9,
+        atol=1e-5 if dtype == torch.float32 else 1e-10,
+    )
 
 
 def same_gradients(ours, theirs, leaves, dtype):
     g = torch.randn(ours.shape, dtype=dtype, generator=torch.Generator().manual_seed(5))
-    for a, b in zip(torch.autograd.grad((ours * g).sum(), leaves, retain_graph=True), torch.autograd.grad((theirs * g).sum(), leaves, retain_graph=True)): close(a, b, dtype)
+    for a, b in zip(
+        torch.autograd.grad((ours * g).sum(), leaves, retain_graph=True),
+        torch.autograd.grad((theirs * g).sum(), leaves, retain_graph=True),
+    ):
+        close(a, b, dtype)
 
 
 def leaf(x):
@@ -60,27 +85,59 @@ def test_submanifold_equals_dense(kernel, dtype, threads):
     torch.manual_seed(0)
     x, layer = leaf(random_tensor(dtype=dtype)), SubMConv3d(3, 4, kernel, bias=True).to(dtype)
     y = layer(x)
-    dense = rows_of(F.conv3d(x.dense(), weight_of(layer), layer.bias, padding=[k // 2 for k in layer.kernel_size]), x)
+    dense = rows_of(
+        F.conv3d(
+            x.dense(), weight_of(layer), layer.bias, padding=[k // 2 for k in layer.kernel_size]
+        ),
+        x,
+    )
     assert torch.equal(y.index, x.index)
     close(y.feat, dense, dtype)
     same_gradients(y.feat, dense, [x.feat, layer.weight, layer.bias], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (3, 3, 0), (2, 1, 1), (1, 2, 0), ((3, 2, 1), (2, 1, 3), (1, 0, 0)), (4, 2, 3)])
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [
+        (2, 2, 0),
+        (3, 2, 1),
+        (3, 1, 1),
+        (3, 3, 0),
+        (2, 1, 1),
+        (1, 2, 0),
+        ((3, 2, 1), (2, 1, 3), (1, 0, 0)),
+        (4, 2, 3),
+    ],
+)
 def test_strided_and_back_equal_dense(kernel, stride, padding, dtype, threads):
     torch.manual_seed(0)
     x = leaf(random_tensor(dtype=dtype))
-    down, up = SparseConv3d(3, 4, kernel, stride=stride, padding=padding, bias=True).to(dtype), SparseInverseConv3d(4, 2, kernel).to(dtype)
+    down, up = (
+        SparseConv3d(3, 4, kernel, stride=stride, padding=padding, bias=True).to(dtype),
+        SparseInverseConv3d(4, 2, kernel).to(dtype),
+    )
     y = down(x)
     block = F.conv3d(x.dense(), weight_of(down), down.bias, stride=stride, padding=padding)
-    reach = F.conv3d(occupied(x), torch.ones(1, 1, *down.kernel_size, dtype=dtype), stride=stride, padding=padding) > 0
-    assert y.shape == tuple(block.shape[2:]) and torch.equal(torch.stack(torch.where(reach[:, 0]), 1), y.index)  # all of them, in rising order
+    reach = (
+        F.conv3d(
+            occupied(x),
+            torch.ones(1, 1, *down.kernel_size, dtype=dtype),
+            stride=stride,
+            padding=padding,
+        )
+        > 0
+    )
+    assert y.shape == tuple(block.shape[2:]) and torch.equal(
+        torch.stack(torch.where(reach[:, 0]), 1), y.index
+    )  # all of them, in rising order
     close(y.feat, rows_of(block, y), dtype)
     same_gradients(y.feat, rows_of(block, y), [x.feat, down.weight, down.bias], dtype)
     z = up(y)
     back = F.conv_transpose3d(y.dense(), weight_of(up).transpose(0, 1), stride=stride)
-    for axis, (p, n) in enumerate(zip(down.padding, x.shape)):  # what lies in the margin goes, cells that no window reaches come
+    for axis, (p, n) in enumerate(
+        zip(down.padding, x.shape)
+    ):  # what lies in the margin goes, cells that no window reaches come
         back = F.pad(back, [0, 0] * (2 - axis) + [-p, n + p - back.shape[2 + axis]])
     assert torch.equal(z.index, x.index) and z.shape == x.shape and z._cache is x._cache
     close(z.feat, rows_of(back, x), dtype)
@@ -89,24 +146,34 @@ def test_strided_and_back_equal_dense(kernel, stride, padding, dtype, threads):
 
 def test_gradcheck():
     torch.manual_seed(0)
-    x = random_tensor((3, 3, 3), share=.5)
-    for rules, rows in ((submanifold_rules(x, 3), len(x)), (strided_rules(x, 2, 2)[1], len(x)), (strided_rules(x, 2, 1, 1)[1], len(x)),
-                        (strided_rules(x, 2, 2)[1].reversed(), len(strided_rules(x, 2, 2)[0]))):
+    x = random_tensor((3, 3, 3), share=0.5)
+    for rules, rows in (
+        (submanifold_rules(x, 3), len(x)),
+        (strided_rules(x, 2, 2)[1], len(x)),
+        (strided_rules(x, 2, 1, 1)[1], len(x)),
+        (strided_rules(x, 2, 2)[1].reversed(), len(strided_rules(x, 2, 2)[0])),
+    ):
         kernel = 3 if rules.mirror else 2
-        f, w = torch.randn(rows, 2, dtype=torch.double, requires_grad=True), torch.randn(3, kernel, kernel, kernel, 2, dtype=torch.double, requires_grad=True)
+        f, w = (
+            torch.randn(rows, 2, dtype=torch.double, requires_grad=True),
+            torch.randn(3, kernel, kernel, kernel, 2, dtype=torch.double, requires_grad=True),
+        )
         assert torch.autograd.gradcheck(lambda f, w: sparse_conv(f, w, rules), (f, w))
         assert torch.autograd.gradcheck(lambda f: sparse_conv(f, w.detach(), rules), (f,))
         assert torch.autograd.gradcheck(lambda w: sparse_conv(f.detach(), w, rules), (w,))
 
 
 def test_many_blocks_equal_dense(threads):
-    x = leaf(random_tensor((24, 22, 20), size=2, share=.45, channels=2))
+    x = leaf(random_tensor((24, 22, 20), size=2, share=0.45, channels=2))
     layer = SubMConv3d(2, 3).double()
     assert len(submanifold_rules(x, 3).forth.blocks) > 3
     dense = rows_of(F.conv3d(x.dense(), weight_of(layer), padding=1), x)
     close(layer(x).feat, dense, torch.float64)
     same_gradients(layer(x).feat, dense, [x.feat, layer.weight], torch.float64)
-    down, up = SparseConv3d(2, 3, 3, stride=2, padding=1).double(), SparseInverseConv3d(3, 2, 3).double()
+    down, up = (
+        SparseConv3d(2, 3, 3, stride=2, padding=1).double(),
+        SparseInverseConv3d(3, 2, 3).double(),
+    )
     y = down(x)
     assert len(strided_rules(x, 3, 2, 1)[1].back.blocks) > 3
     dense = rows_of(F.conv3d(x.dense(), weight_of(down), stride=2, padding=1), y)
@@ -117,11 +184,18 @@ def test_many_blocks_equal_dense(threads):
 
 def test_order_of_rows_is_free_and_results_repeat():
     torch.manual_seed(0)
-    x, layers = random_tensor(dtype=torch.float32), torch.nn.Sequential(SubMConv3d(3, 4, 5), SparseConv3d(4, 5), SubMConv3d(5, 5), SparseInverseConv3d(5, 2))
+    x, layers = (
+        random_tensor(dtype=torch.float32),
+        torch.nn.Sequential(
+            SubMConv3d(3, 4, 5), SparseConv3d(4, 5), SubMConv3d(5, 5), SparseInverseConv3d(5, 2)
+        ),
+    )
     y = layers(x)
     assert torch.equal(y.feat, layers(SparseTensor(x.feat, x.index, x.shape, x.size)).feat)
     p = torch.randperm(len(x))
-    close(layers(SparseTensor(x.feat[p], x.index[p], x.shape, x.size)).feat, y.feat[p], torch.float32)
+    close(
+        layers(SparseTensor(x.feat[p], x.index[p], x.shape, x.size)).feat, y.feat[p], torch.float32
+    )
 
 
 def test_batch_equals_each_alone_and_clouds_do_not_touch():
@@ -131,12 +205,14 @@ def test_batch_equals_each_alone_and_clouds_do_not_touch():
         own = x.index[:, 0] == b
         one = SparseTensor(x.feat[own], x.index[own] * torch.tensor([0, 1, 1, 1]), x.shape, 1)
         close(layer(one).feat, y.feat[own], torch.float64)
-    wall = SparseTensor(torch.ones(2, 1), torch.tensor([[0, 0, 0, 3], [0, 0, 1, 0]]), (1, 2, 4), 1)  # neighbours by number, not in space
+    wall = SparseTensor(
+        torch.ones(2, 1), torch.tensor([[0, 0, 0, 3], [0, 0, 1, 0]]), (1, 2, 4), 1
+    )  # neighbours by number, not in space
     assert len(submanifold_rules(wall, 3).forth.src) == 2
 
 
 def test_levels_nest():
-    x = random_tensor((16, 16, 16), share=.1)
+    x = random_tensor((16, 16, 16), share=0.1)
     a, b = SparseConv3d(3, 4).double(), SparseConv3d(4, 4).double()
     up = SparseInverseConv3d(4, 4).double()
     y = b(a(x))
@@ -144,8 +220,15 @@ def test_levels_nest():
     fine = up(SubMConv3d(4, 4).double()(middle))
     assert torch.equal(middle.index, a(x).index) and torch.equal(fine.index, x.index)
     assert fine._cache is x._cache and middle._cache is a(x)._cache and fine._origin is None
-    with pytest.raises(ValueError, match="SparseInverseConv3d: expected a tensor that a SparseConv3d made"): up(fine)
-    with pytest.raises(ValueError, match="kernel_size: expected that of the SparseConv3d that is undone, \\(2, 2, 2\\), got \\(3, 3, 3\\)"): SparseInverseConv3d(4, 4, 3)(y)
+    with pytest.raises(
+        ValueError, match="SparseInverseConv3d: expected a tensor that a SparseConv3d made"
+    ):
+        up(fine)
+    with pytest.raises(
+        ValueError,
+        match="kernel_size: expected that of the SparseConv3d that is undone, \\(2, 2, 2\\), got \\(3, 3, 3\\)",
+    ):
+        SparseInverseConv3d(4, 4, 3)(y)
 
 
 def test_rulebooks_are_built_once_and_freed():
@@ -160,24 +243,44 @@ def test_rulebooks_are_built_once_and_freed():
         alive = weakref.ref(submanifold_rules(y, 3))
         del x, first, y
         assert alive() is None  # no cycle keeps a room in memory
-    finally: gc.enable()
+    finally:
+        gc.enable()
 
 
 def test_a_cell_alone_and_an_empty_tensor():
-    layers = torch.nn.Sequential(SubMConv3d(3, 4), SparseConv3d(4, 5, bias=True), SparseInverseConv3d(5, 2))
+    layers = torch.nn.Sequential(
+        SubMConv3d(3, 4), SparseConv3d(4, 5, bias=True), SparseInverseConv3d(5, 2)
+    )
     one = SparseTensor(torch.randn(1, 3), torch.tensor([[0, 1, 1, 1]]), (2, 2, 2), 1)
-    close(layers(one).feat, (layers[2].weight[:, 1, 1, 1] @ (layers[1].weight[:, 1, 1, 1] @ (layers[0].weight[:, 1, 1, 1] @ one.feat[0]) + layers[1].bias))[None], torch.float32)
-    empty = SparseTensor(torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 4, dtype=torch.long), (4, 4, 4), 2)
+    close(
+        layers(one).feat,
+        (
+            layers[2].weight[:, 1, 1, 1]
+            @ (
+                layers[1].weight[:, 1, 1, 1] @ (layers[0].weight[:, 1, 1, 1] @ one.feat[0])
+                + layers[1].bias
+            )
+        )[None],
+        torch.float32,
+    )
+    empty = SparseTensor(
+        torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 4, dtype=torch.long), (4, 4, 4), 2
+    )
     y = layers(empty)
     y.feat.sum().backward()
-    assert y.feat.shape == (0, 2) and y.dense().shape == (2, 2, 4, 4, 4) and layers[0].weight.grad.eq(0).all()
+    assert (
+        y.feat.shape == (0, 2)
+        and y.dense().shape == (2, 2, 4, 4, 4)
+        and layers[0].weight.grad.eq(0).all()
+    )
 
 
 def test_low_precision_and_autocast():
     x, layer = random_tensor(dtype=torch.float32), SubMConv3d(3, 4)
     exact = layer(x).feat
-    assert (layer(x.with_feat(x.feat.bfloat16())).feat - exact).abs().max() < .05
-    with torch.autocast("cpu", dtype=torch.bfloat16): rough = SparseConv3d(4, 2)(layer(x)).feat
+    assert (layer(x.with_feat(x.feat.bfloat16())).feat - exact).abs().max() < 0.05
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = SparseConv3d(4, 2)(layer(x)).feat
     rough.float().sum().backward()
     assert layer.weight.grad.isfinite().all()
 
@@ -187,81 +290,127 @@ def test_neighbour_table_against_a_dictionary():
     order, kernel = x._cache["order"], (3, 5, 3)
     cells = [tuple(c) for c in x.index[order].tolist()]
     place = {c: n for n, c in enumerate(cells)}
-    table = neighbour_table(cell_numbers(x.index[order] + torch.tensor([0, 1, 2, 1]), (7, 8, 8)), (7, 8, 8), kernel)
-    for k, d in enumerate(torch.cartesian_prod(*[torch.arange(n) - n // 2 for n in kernel]).tolist()):
-        assert table[k].tolist() == [place.get((b, i + d[0], j + d[1], l + d[2]), -1) for b, i, j, l in cells]
+    table = neighbour_table(
+        cell_numbers(x.index[order] + torch.tensor([0, 1, 2, 1]), (7, 8, 8)), (7, 8, 8), kernel
+    )
+    for k, d in enumerate(
+        torch.cartesian_prod(*[torch.arange(n) - n // 2 for n in kernel]).tolist()
+    ):
+        assert table[k].tolist() == [
+            place.get((b, i + d[0], j + d[1], l + d[2]), -1) for b, i, j, l in cells
+        ]
     book = Rulebook.from_table(table, order, order)
     assert len(Rules(book, len(x)).back.src) == len(book.src)
 
 
 def test_errors_name_the_argument():
     index, feat = torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 2)
-    bad = {"expected dtype torch.int64": dict(index=index.int()), "expected k in 0..2, found 3..3": dict(shape=(4, 4, 3)), "expected batch in 0..0, found 1..1": dict(index=index + torch.tensor([1, 0, 0, 0])),
-           "expected i in 0..3, found -1..-1": dict(index=index - torch.tensor([0, 2, 0, 0])), "\\(0, 1, 2, 3\\) more than once": dict(index=index.repeat(2, 1), feat=feat.repeat(2, 1)),
-           "expected shape \\[n 4\\]": dict(index=index[:, :3]), "too many cells": dict(shape=(2**21, 2**21, 2**21)), "SparseTensor.shape: expected": dict(shape=(4, 4))}
+    bad = {
+        "expected dtype torch.int64": dict(index=index.int()),
+        "expected k in 0..2, found 3..3": dict(shape=(4, 4, 3)),
+        "expected batch in 0..0, found 1..1": dict(index=index + torch.tensor([1, 0, 0, 0])),
+        "expected i in 0..3, found -1..-1": dict(index=index - torch.tensor([0, 2, 0, 0])),
+        "\\(0, 1, 2, 3\\) more than once": dict(index=index.repeat(2, 1), feat=feat.repeat(2, 1)),
+        "expected shape \\[n 4\\]": dict(index=index[:, :3]),
+        "too many cells": dict(shape=(2**21, 2**21, 2**21)),
+        "SparseTensor.shape: expected": dict(shape=(4, 4)),
+    }
     for message, change in bad.items():
-        with pytest.raises(ValueError, match=message) as error: SparseTensor(**dict(feat=feat, index=index, shape=(4, 4, 4), size=1) | change)
+        with pytest.raises(ValueError, match=message) as error:
+            SparseTensor(**dict(feat=feat, index=index, shape=(4, 4, 4), size=1) | change)
         assert "\n" not in str(error.value)
     x = SparseTensor(feat, index, (4, 4, 4), 1)
-    with pytest.raises(ValueError, match="with n = 2"): SparseTensor(torch.ones(2, 2), index, (4, 4, 4), 1)
-    with pytest.raises(ValueError, match="expected odd widths"): SubMConv3d(2, 2, 4)
-    with pytest.raises(ValueError, match="expected features with 3 channels"): SubMConv3d(3, 2)(x)
-    with pytest.raises(ValueError, match="SparseConv3d.stride: expected"): SparseConv3d(2, 2, stride=0)
-    with pytest.raises(ValueError, match="wider than the block"): SparseConv3d(2, 2, 7)(x)
-    with pytest.raises(ValueError, match="backend: expected 'auto', 'torch' or 'spconv', got 'cuda'"): SubMConv3d(2, 2, backend="cuda")
-    with pytest.raises(ValueError, match="needs a CUDA tensor"): SubMConv3d(2, 2, backend="spconv")(x)
+    with pytest.raises(ValueError, match="with n = 2"):
+        SparseTensor(torch.ones(2, 2), index, (4, 4, 4), 1)
+    with pytest.raises(ValueError, match="expected odd widths"):
+        SubMConv3d(2, 2, 4)
+    with pytest.raises(ValueError, match="expected features with 3 channels"):
+        SubMConv3d(3, 2)(x)
+    with pytest.raises(ValueError, match="SparseConv3d.stride: expected"):
+        SparseConv3d(2, 2, stride=0)
+    with pytest.raises(ValueError, match="wider than the block"):
+        SparseConv3d(2, 2, 7)(x)
+    with pytest.raises(
+        ValueError, match="backend: expected 'auto', 'torch' or 'spconv', got 'cuda'"
+    ):
+        SubMConv3d(2, 2, backend="cuda")
+    with pytest.raises(ValueError, match="needs a CUDA tensor"):
+        SubMConv3d(2, 2, backend="spconv")(x)
 
 
 def test_voxels_keep_the_order_of_first_points():
     g = torch.Generator().manual_seed(0)
-    xyz, batch = torch.randn(300, 3, generator=g) * .2, torch.tensor([0] * 120 + [2] * 180)
+    xyz, batch = torch.randn(300, 3, generator=g) * 0.2, torch.tensor([0] * 120 + [2] * 180)
     points = PointBatch(xyz, torch.randn(300, 2, generator=g, requires_grad=True), batch, 3)
-    voxels, inverse = merge_voxels(points, .1)
+    voxels, inverse = merge_voxels(points, 0.1)
     seen = {}
-    for row, cell in enumerate(torch.cat([batch[:, None], (xyz / .1).floor().long()], 1).tolist()): seen.setdefault(tuple(cell), []).append(row)
-    assert [inverse[rows].tolist() for rows in seen.values()] == [[n] * len(rows) for n, rows in enumerate(seen.values())]
+    for row, cell in enumerate(torch.cat([batch[:, None], (xyz / 0.1).floor().long()], 1).tolist()):
+        seen.setdefault(tuple(cell), []).append(row)
+    assert [inverse[rows].tolist() for rows in seen.values()] == [
+        [n] * len(rows) for n, rows in enumerate(seen.values())
+    ]
     for n, rows in enumerate(seen.values()):
         torch.testing.assert_close(voxels.feat[n], points.feat[rows].mean(0))
         torch.testing.assert_close(voxels.xyz[n], xyz[rows].mean(0))
-    assert torch.equal(torch.cat([voxels.batch[:, None], (voxels.xyz / .1).floor().long()], 1), torch.tensor(list(seen)))
+    assert torch.equal(
+        torch.cat([voxels.batch[:, None], (voxels.xyz / 0.1).floor().long()], 1),
+        torch.tensor(list(seen)),
+    )
     voxels.feat.sum().backward()
     assert points.feat.grad.isfinite().all()
-    with pytest.raises(ValueError, match="found two in one; merge them first"): point_cells(points, .1)
-    cells = point_cells(voxels, .1)
+    with pytest.raises(ValueError, match="found two in one; merge them first"):
+        point_cells(points, 0.1)
+    cells = point_cells(voxels, 0.1)
     assert cells.feat is voxels.feat and all(s % 16 == 0 for s in cells.shape)
     assert torch.equal(cells.index[cells.index[:, 0] == 2].amin(0), torch.tensor([2, 0, 0, 0]))
 
 
 def test_means_stay_in_their_cells():
     g = torch.Generator().manual_seed(1)
-    edge = torch.randint(-50, 50, (4000, 3), generator=g) * .02  # on the faces of cells, where rounding decides
+    edge = (
+        torch.randint(-50, 50, (4000, 3), generator=g) * 0.02
+    )  # on the faces of cells, where rounding decides
     xyz = torch.cat([edge, edge, edge])[torch.randperm(12000, generator=g)]
     points = PointBatch(xyz, xyz, torch.zeros(12000, dtype=torch.long), 1)
-    voxels, inverse = merge_voxels(points, .02)
-    assert torch.equal((voxels.xyz / .02).floor()[inverse], (xyz / .02).floor())
+    voxels, inverse = merge_voxels(points, 0.02)
+    assert torch.equal((voxels.xyz / 0.02).floor()[inverse], (xyz / 0.02).floor())
 
 
 def test_nothing_becomes_nothing():
     none = PointBatch(torch.zeros(0, 3), torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), 2)
-    voxels, inverse = merge_voxels(none, .1)
-    assert len(voxels) == len(inverse) == len(point_cells(voxels, .1)) == 0
+    voxels, inverse = merge_voxels(none, 0.1)
+    assert len(voxels) == len(inverse) == len(point_cells(voxels, 0.1)) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["torch", "spconv"])
 def test_gpu_agrees(backend):
-    if backend == "spconv": pytest.importorskip("spconv.pytorch")
+    if backend == "spconv":
+        pytest.importorskip("spconv.pytorch")
     torch.manual_seed(0)
     x = leaf(random_tensor((16, 16, 16), dtype=torch.float32, channels=8))
-    layers = torch.nn.Sequential(SubMConv3d(8, 16, 5, bias=True, backend=backend), SparseConv3d(16, 24, bias=True, backend=backend), SubMConv3d(24, 24, backend=backend), SparseInverseConv3d(24, 8, backend=backend))
-    cpu = torch.nn.Sequential(SubMConv3d(8, 16, 5, bias=True), SparseConv3d(16, 24, bias=True), SubMConv3d(24, 24), SparseInverseConv3d(24, 8))
+    layers = torch.nn.Sequential(
+        SubMConv3d(8, 16, 5, bias=True, backend=backend),
+        SparseConv3d(16, 24, bias=True, backend=backend),
+        SubMConv3d(24, 24, backend=backend),
+        SparseInverseConv3d(24, 8, backend=backend),
+    )
+    cpu = torch.nn.Sequential(
+        SubMConv3d(8, 16, 5, bias=True),
+        SparseConv3d(16, 24, bias=True),
+        SubMConv3d(24, 24),
+        SparseInverseConv3d(24, 8),
+    )
     cpu.load_state_dict(layers.state_dict())
     want = cpu(x).feat
     expected = torch.autograd.grad(want.square().sum(), [x.feat, *cpu.parameters()])
     there = x.to("cuda")
     y = layers.cuda()(there)
     torch.testing.assert_close(y.feat.cpu(), want, rtol=1e-3, atol=1e-4)
-    for a, b in zip(torch.autograd.grad(y.feat.square().sum(), [there.feat, *layers.parameters()]), expected): torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)
+    for a, b in zip(
+        torch.autograd.grad(y.feat.square().sum(), [there.feat, *layers.parameters()]), expected
+    ):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)
 
 
 def imitate_spconv(monkeypatch):
@@ -270,32 +419,82 @@ def imitate_spconv(monkeypatch):
 
     class Tensor:
         def __init__(self, features, indices, spatial_shape, batch_size, indice_dict=None):
-            assert indices.dtype == torch.int32 and batch_size > 0 and isinstance(spatial_shape, list) and features.device.type != "meta"
-            self.features, self.indices, self.spatial_shape, self.batch_size, self.indice_dict = features, indices, spatial_shape, batch_size, indice_dict or {}
+            assert (
+                indices.dtype == torch.int32
+                and batch_size > 0
+                and isinstance(spatial_shape, list)
+                and features.device.type != "meta"
+            )
+            self.features, self.indices, self.spatial_shape, self.batch_size, self.indice_dict = (
+                features,
+                indices,
+                spatial_shape,
+                batch_size,
+                indice_dict or {},
+            )
 
     class Layer(torch.nn.Module):
         subm = inverse = False
 
-        def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, indice_key=None):
+        def __init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=1,
+            padding=0,
+            bias=True,
+            indice_key=None,
+        ):
             super().__init__()
             assert not bias and indice_key
-            self.kernel_size, self.key, self.weight = kernel_size, indice_key, torch.nn.Parameter(torch.zeros(out_channels, *kernel_size, in_channels))
+            self.kernel_size, self.key, self.weight = (
+                kernel_size,
+                indice_key,
+                torch.nn.Parameter(torch.zeros(out_channels, *kernel_size, in_channels)),
+            )
             self.stride, self.padding = stride, padding
 
         def forward(self, x):
             assert self.training and self.weight.device.type != "meta"
-            known, ours = dict(x.indice_dict), SparseTensor(x.features, x.indices.long(), tuple(x.spatial_shape), x.batch_size)
+            known, ours = (
+                dict(x.indice_dict),
+                SparseTensor(x.features, x.indices.long(), tuple(x.spatial_shape), x.batch_size),
+            )
             data = known.get(self.key)
-            if self.inverse: return Tensor(sparse_conv(x.features, self.weight, data["rules"].reversed()), data["from"].indices, data["from"].spatial_shape, x.batch_size, known)
+            if self.inverse:
+                return Tensor(
+                    sparse_conv(x.features, self.weight, data["rules"].reversed()),
+                    data["from"].indices,
+                    data["from"].spatial_shape,
+                    x.batch_size,
+                    known,
+                )
             assert data is None or self.subm, "only support reuse subm indices"
-            if self.subm: coarse, rules = ours, data["rules"] if data else submanifold_rules(ours, tuple(self.kernel_size))
-            else: coarse, rules = strided_rules(ours, tuple(self.kernel_size), tuple(self.stride), tuple(self.padding))
+            if self.subm:
+                coarse, rules = (
+                    ours,
+                    data["rules"] if data else submanifold_rules(ours, tuple(self.kernel_size)),
+                )
+            else:
+                coarse, rules = strided_rules(
+                    ours, tuple(self.kernel_size), tuple(self.stride), tuple(self.padding)
+                )
             known[self.key] = {"rules": rules, "from": x}
-            return Tensor(sparse_conv(x.features, self.weight, rules), coarse.index.int(), list(coarse.shape), x.batch_size, known)
+            return Tensor(
+                sparse_conv(x.features, self.weight, rules),
+                coarse.index.int(),
+                list(coarse.shape),
+                x.batch_size,
+                known,
+            )
 
     module = types.ModuleType("spconv.pytorch")
     module.SparseConvTensor = Tensor
-    module.SubMConv3d, module.SparseConv3d, module.SparseInverseConv3d = (type(k, (Layer,), v) for k, v in (("SubM", {"subm": True}), ("Strided", {}), ("Inverse", {"inverse": True})))
+    module.SubMConv3d, module.SparseConv3d, module.SparseInverseConv3d = (
+        type(k, (Layer,), v)
+        for k, v in (("SubM", {"subm": True}), ("Strided", {}), ("Inverse", {"inverse": True}))
+    )
     package = types.ModuleType("spconv")
     package.pytorch = module
     monkeypatch.setitem(sys.modules, "spconv", package)
@@ -306,14 +505,32 @@ def imitate_spconv(monkeypatch):
 @pytest.mark.parametrize("mode", [True, False])
 def test_spconv_is_called_as_it_wants_to_be(monkeypatch, mode):
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(SubMConv3d(3, 4, 5, bias=True), SubMConv3d(4, 4, 5), SubMConv3d(4, 4, 1), SparseConv3d(4, 5, bias=True), SubMConv3d(5, 5), SparseConv3d(5, 5, 3, padding=1), SparseInverseConv3d(5, 5, 3),
-                                 SparseInverseConv3d(5, 2, bias=True)).double().train(mode)
+    layers = (
+        torch.nn.Sequential(
+            SubMConv3d(3, 4, 5, bias=True),
+            SubMConv3d(4, 4, 5),
+            SubMConv3d(4, 4, 1),
+            SparseConv3d(4, 5, bias=True),
+            SubMConv3d(5, 5),
+            SparseConv3d(5, 5, 3, padding=1),
+            SparseInverseConv3d(5, 5, 3),
+            SparseInverseConv3d(5, 2, bias=True),
+        )
+        .double()
+        .train(mode)
+    )
     x = leaf(random_tensor((9, 8, 7)))
     want = layers(x)
     imitate_spconv(monkeypatch)
     found = layers(SparseTensor(x.feat, x.index, x.shape, x.size))
-    assert torch.equal(found.index, want.index) and found.shape == want.shape and set(found._cache["spconv"]) == {"subm (5, 5, 5)"}
+    assert (
+        torch.equal(found.index, want.index)
+        and found.shape == want.shape
+        and set(found._cache["spconv"]) == {"subm (5, 5, 5)"}
+    )
     close(found.feat, want.feat, torch.float64)
     same_gradients(found.feat, want.feat, [x.feat, *layers.parameters()], torch.float64)
-    empty = SparseTensor(torch.zeros(0, 3, dtype=torch.double), torch.zeros(0, 4, dtype=torch.long), (8, 8, 8), 1)
+    empty = SparseTensor(
+        torch.zeros(0, 3, dtype=torch.double), torch.zeros(0, 4, dtype=torch.long), (8, 8, 8), 1
+    )
     assert layers(empty).feat.shape == (0, 2)

@@ -1,6 +1,7 @@
 """What the repository promises about its own shape: order of modules, lessons beside code, clean pages.
 
 Each failure is one line that names the notebook and what is missing."""
+
 import ast
 import json
 import re
@@ -15,7 +16,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 from build_site import options  # noqa: E402
 from sidebar import sidebar  # noqa: E402
 
-NOTEBOOKS = sorted((p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
+NOTEBOOKS = sorted(
+    (p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts),
+    key=lambda p: p.name,
+)
 
 
 def names(paths):
@@ -39,7 +43,8 @@ def module_of(path):
     "The module that a notebook exports, or None."
     for kind, directives, _, _ in cells(path):
         for d in directives if kind == "code" else []:
-            if d[0] == "default_exp": return d[1]
+            if d[0] == "default_exp":
+                return d[1]
 
 
 ORDER = {module_of(p): n for n, p in enumerate(NOTEBOOKS) if module_of(p)}
@@ -48,69 +53,108 @@ ORDER = {module_of(p): n for n, p in enumerate(NOTEBOOKS) if module_of(p)}
 def complain(problems):
     "Fail with one line for each problem."
     problems = list(problems)
-    if problems: pytest.fail("\n".join(problems), pytrace=False)
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
 
 
 # ---------------------------------------------------------------- order
 
+
 def imported(code, package):
     "The modules of the package that some code imports, at any depth."
     for node in ast.walk(tree(code)):
-        if isinstance(node, ast.Import): yield from (a.name.removeprefix("unipre3d.") for a in node.names if a.name.startswith("unipre3d."))
+        if isinstance(node, ast.Import):
+            yield from (
+                a.name.removeprefix("unipre3d.")
+                for a in node.names
+                if a.name.startswith("unipre3d.")
+            )
         if isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parent = package.split(".")[: -node.level]
                 base = ".".join(["unipre3d", *parent, *([node.module] if node.module else [])])
-            if base == "unipre3d": yield from (a.name for a in node.names)
+            if base == "unipre3d":
+                yield from (a.name for a in node.names)
             elif base.startswith("unipre3d."):
                 module = base.removeprefix("unipre3d.")
-                yield from [f"{module}.{a.name}" for a in node.names if f"{module}.{a.name}" in ORDER] or [module]
+                yield from [
+                    f"{module}.{a.name}" for a in node.names if f"{module}.{a.name}" in ORDER
+                ] or [module]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_exported_imports_point_backwards(path):
     module = module_of(path)
-    if module is None: return
+    if module is None:
+        return
+
     def wrong():
         for kind, directives, _, code in cells(path):
-            if kind != "code" or not any(d[0] in ("export", "exporti", "exports") for d in directives): continue
+            if kind != "code" or not any(
+                d[0] in ("export", "exporti", "exports") for d in directives
+            ):
+                continue
             for other in imported(code, module):
                 if other in ORDER and ORDER[other] >= ORDER[module] and other != module:
                     yield f"{path.name}: imports unipre3d.{other}, which is a later chapter ({NOTEBOOKS[ORDER[other]].name})"
+
     complain(wrong())
 
 
 def test_modules_belong_to_a_notebook():
-    modules = {".".join(p.relative_to(ROOT / "unipre3d").with_suffix("").parts) for p in (ROOT / "unipre3d").rglob("*.py")}
-    modules = {m for m in modules if not m.endswith("__init__") and m not in ("_modidx", "__main__")}
+    modules = {
+        ".".join(p.relative_to(ROOT / "unipre3d").with_suffix("").parts)
+        for p in (ROOT / "unipre3d").rglob("*.py")
+    }
+    modules = {
+        m for m in modules if not m.endswith("__init__") and m not in ("_modidx", "__main__")
+    }
     used = "\n".join(p.read_text(encoding="utf-8") for p in NOTEBOOKS)
-    complain(f"unipre3d.{m}: no notebook exports it or imports it; a dense kernel needs a chapter that teaches it"
-             for m in sorted(modules - set(ORDER)) if f"unipre3d.{m}" not in used and f"from unipre3d.{m.rpartition('.')[0]} import {m.rpartition('.')[2]}" not in used)
+    complain(
+        f"unipre3d.{m}: no notebook exports it or imports it; a dense kernel needs a chapter that teaches it"
+        for m in sorted(modules - set(ORDER))
+        if f"unipre3d.{m}" not in used
+        and f"from unipre3d.{m.rpartition('.')[0]} import {m.rpartition('.')[2]}" not in used
+    )
 
 
 # ---------------------------------------------------------------- lessons
 
+
 def public_definitions(code):
-    return [n.name for n in tree(code).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    return [
+        n.name
+        for n in tree(code).body
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not n.name.startswith("_")
+    ]
 
 
 def mentions(code):
     "Every name and attribute that a cell uses."
-    try: nodes = list(ast.walk(tree(code)))
-    except SyntaxError: return set(re.findall(r"\w+", code))
-    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    try:
+        nodes = list(ast.walk(tree(code)))
+    except SyntaxError:
+        return set(re.findall(r"\w+", code))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {
+        n.attr for n in nodes if isinstance(n, ast.Attribute)
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_every_exported_name_is_run_within_two_cells(path):
     code_cells = [c for c in cells(path) if c[0] == "code"]
+
     def unseen():
         for n, (_, directives, _, code) in enumerate(code_cells):
-            if not any(d[0] in ("export", "exports") for d in directives): continue
-            near = set().union(*(mentions(c[3]) for c in code_cells[n: n + 3]))
+            if not any(d[0] in ("export", "exports") for d in directives):
+                continue
+            near = set().union(*(mentions(c[3]) for c in code_cells[n : n + 3]))
             for name in public_definitions(code):
-                if name not in near: yield f"{path.name}: {name} is exported but not run in its own or the next two code cells"
+                if name not in near:
+                    yield f"{path.name}: {name} is exported but not run in its own or the next two code cells"
+
     complain(unseen())
 
 
@@ -118,28 +162,49 @@ def test_every_exported_name_is_run_within_two_cells(path):
 def test_first_cell_is_title_and_description(path):
     kind, _, _, text = next(cells(path))
     lines = text.strip().split("\n")
-    if kind != "markdown" or not lines[0].startswith("# "): complain([f"{path.name}: the first cell must be Markdown that starts with '# Title'"])
-    if len(lines) < 3 or lines[1] or not lines[2].startswith("> "): complain([f"{path.name}: the title must be followed by an empty line and '> one line of description'"])
-    if len(lines) > 3: complain([f"{path.name}: the first cell holds more than title and description; start a new cell"])
+    if kind != "markdown" or not lines[0].startswith("# "):
+        complain([f"{path.name}: the first cell must be Markdown that starts with '# Title'"])
+    if len(lines) < 3 or lines[1] or not lines[2].startswith("> "):
+        complain(
+            [
+                f"{path.name}: the title must be followed by an empty line and '> one line of description'"
+            ]
+        )
+    if len(lines) > 3:
+        complain(
+            [f"{path.name}: the first cell holds more than title and description; start a new cell"]
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_page_opens_and_closes_for_the_reader(path):
     texts = [text.strip() for kind, _, _, text in cells(path) if kind == "markdown"]
     opening, closing = " ".join(texts[1:2]).split("\n\n")[0], texts[-1].split("\n\n")[-1]
+
     def missing():
         if path.stem != "index":  # the landing page is what the others are learned from
-            found = [opening.lower().find(words) for words in ("you will learn", "it needs", "it runs")]
-            if -1 in found or found != sorted(found): yield f"{path.name}: the first paragraph must say 'You will learn ...', 'It needs ...' and 'It runs ...', in this order"
-        if not re.search(r"\b[Nn]ext\b", closing) or "](" not in closing: yield f"{path.name}: the last paragraph must say what comes next, with a link: '{closing[:60]}'"
+            found = [
+                opening.lower().find(words) for words in ("you will learn", "it needs", "it runs")
+            ]
+            if -1 in found or found != sorted(found):
+                yield f"{path.name}: the first paragraph must say 'You will learn ...', 'It needs ...' and 'It runs ...', in this order"
+        if not re.search(r"\b[Nn]ext\b", closing) or "](" not in closing:
+            yield f"{path.name}: the last paragraph must say what comes next, with a link: '{closing[:60]}'"
+
     complain(missing())
 
 
 # ---------------------------------------------------------------- one walk through the book
 
+
 def walk():
     "The pages in the order of the sidebar."
-    return [ROOT / "nbs" / name for name in re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))]
+    return [
+        ROOT / "nbs" / name
+        for name in re.findall(
+            r"- (\S+\.ipynb)", (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8")
+        )
+    ]
 
 
 def links(path, text):
@@ -152,19 +217,30 @@ def markdown(path):
 
 
 def test_sidebar_is_the_one_that_the_tool_writes():
-    assert (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8") == sidebar() and sorted(walk()) == sorted(NOTEBOOKS)
+    assert (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8") == sidebar() and sorted(
+        walk()
+    ) == sorted(NOTEBOOKS)
 
 
-@pytest.mark.parametrize("path, after", list(zip(walk(), [*walk()[1:], walk()[0]])), ids=names(walk()))
+@pytest.mark.parametrize(
+    "path, after", list(zip(walk(), [*walk()[1:], walk()[0]])), ids=names(walk())
+)
 def test_next_leads_to_the_page_below_in_the_sidebar(path, after):
     closing = markdown(path)[-1].split("\n\n")[-1]
-    first = links(path, closing[re.search(r"\b[Nn]ext\b|$", closing).end():])[:1]
-    if first != [after]: complain([f"{path.name}: the first link after 'Next' must be {after.name}, the page below in nbs/sidebar.yml; it is {first[0].name if first else 'missing'}"])
+    first = links(path, closing[re.search(r"\b[Nn]ext\b|$", closing).end() :])[:1]
+    if first != [after]:
+        complain(
+            [
+                f"{path.name}: the first link after 'Next' must be {after.name}, the page below in nbs/sidebar.yml; it is {first[0].name if first else 'missing'}"
+            ]
+        )
 
 
 def test_table_of_the_landing_page_walks_the_sidebar():
     landing = walk()[0]
-    rows = [line for text in markdown(landing) for line in text.split("\n") if line.startswith("| [")]
+    rows = [
+        line for text in markdown(landing) for line in text.split("\n") if line.startswith("| [")
+    ]
     assert links(landing, "\n".join(line.split("|")[1] for line in rows)) == walk()[1:]
 
 
@@ -172,11 +248,17 @@ def test_table_of_the_landing_page_walks_the_sidebar():
 def test_imports_stand_in_cells_of_their_own(path):
     def mixed():
         for kind, _, _, code in cells(path):
-            if kind != "code" or "nbdev_export(" in code: continue
-            body = [n for n in tree(code).body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            if kind != "code" or "nbdev_export(" in code:
+                continue
+            body = [
+                n
+                for n in tree(code).body
+                if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+            ]
             imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
             if imports and any(isinstance(n, (ast.Expr, ast.Assign)) for n in body):
                 yield f"{path.name}: a cell mixes imports with other code: {ast.unparse(imports[0])}"
+
     complain(mixed())
 
 
@@ -184,17 +266,30 @@ def test_imports_stand_in_cells_of_their_own(path):
 def test_figures_have_label_caption_and_alt_text(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     seen = set()
+
     def wanting():
         for cell in notebook["cells"]:
-            if cell["cell_type"] != "code": continue
+            if cell["cell_type"] != "code":
+                continue
             opts, others, code = options("".join(cell["source"]))
-            drawn = any("image/png" in o.get("data", {}) or "image/svg+xml" in o.get("data", {}) for o in cell["outputs"])
+            drawn = any(
+                "image/png" in o.get("data", {}) or "image/svg+xml" in o.get("data", {})
+                for o in cell["outputs"]
+            )
             label = str(opts.get("label", ""))
-            if label in seen: yield f"{path.name}: the label {label} is used twice"
+            if label in seen:
+                yield f"{path.name}: the label {label} is used twice"
             seen.add(label) if label else None
-            if "hide" in others or opts.get("include") is False: continue
-            for key, rule in (("label", label.startswith("fig-")), ("fig-cap", opts.get("fig-cap")), ("fig-alt", opts.get("fig-alt"))):
-                if (drawn or label.startswith("fig-")) and not rule: yield f"{path.name}: a figure without {key}: {(label or code.strip().splitlines()[0])[:60]}"
+            if "hide" in others or opts.get("include") is False:
+                continue
+            for key, rule in (
+                ("label", label.startswith("fig-")),
+                ("fig-cap", opts.get("fig-cap")),
+                ("fig-alt", opts.get("fig-alt")),
+            ):
+                if (drawn or label.startswith("fig-")) and not rule:
+                    yield f"{path.name}: a figure without {key}: {(label or code.strip().splitlines()[0])[:60]}"
+
     complain(wanting())
 
 
@@ -203,59 +298,117 @@ def test_notebook_has_no_error_and_no_leftover_warning(path):
     def faults():
         for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
             for out in cell.get("outputs", []):
-                if out["output_type"] == "error": yield f"{path.name}: cell {n} holds an error output: {out['ename']}"
-                if out.get("name") == "stderr" and "Warning" in "".join(out["text"]): yield f"{path.name}: cell {n} shows a warning: {''.join(out['text']).strip().splitlines()[0][:80]}"
+                if out["output_type"] == "error":
+                    yield f"{path.name}: cell {n} holds an error output: {out['ename']}"
+                if out.get("name") == "stderr" and "Warning" in "".join(out["text"]):
+                    yield f"{path.name}: cell {n} shows a warning: {''.join(out['text']).strip().splitlines()[0][:80]}"
+
     complain(faults())
 
 
 # ---------------------------------------------------------------- the whole repository
 
+
 def tracked():
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode: pytest.skip("not a git checkout")
+    if done.returncode:
+        pytest.skip("not a git checkout")
     for name in filter(None, done.stdout.split("\0")):
         path = ROOT / name
-        if path.is_file() and not path.is_symlink() and path.suffix not in (".png", ".npz", ".safetensors", ".zip", ".gz", ".xz", ".gif", ".ply"): yield path
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and path.suffix
+            not in (".png", ".npz", ".safetensors", ".zip", ".gz", ".xz", ".gif", ".ply")
+        ):
+            yield path
 
 
-LOCAL = re.compile(r"(?<![\w./-])/(?:" + "|".join(["ro" + "ot", "wo" + "rk", "ho" + "me/\\w+", "Us" + "ers/\\w+"]) + r")/[\w.-]+|/tmp/tmp\w+")
-HOSTS = re.compile("|".join(re.escape(h) for h in ("py" + "pi.org", "files.python" + "hosted.org", "registry.npm" + "js.org", "npm" + "js.com", "download.py" + "torch.org", "deb.deb" + "ian.org")))
+LOCAL = re.compile(
+    r"(?<![\w./-])/(?:"
+    + "|".join(["ro" + "ot", "wo" + "rk", "ho" + "me/\\w+", "Us" + "ers/\\w+"])
+    + r")/[\w.-]+|/tmp/tmp\w+"
+)
+HOSTS = re.compile(
+    "|".join(
+        re.escape(h)
+        for h in (
+            "py" + "pi.org",
+            "files.python" + "hosted.org",
+            "registry.npm" + "js.org",
+            "npm" + "js.com",
+            "download.py" + "torch.org",
+            "deb.deb" + "ian.org",
+        )
+    )
+)
 
 
 def test_no_machine_path_and_no_registry_host():
     def found():
         for path in tracked():
-            try: text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError: continue
-            for what, rule in (("a path of one machine", LOCAL), ("the host of a package registry", HOSTS)):
-                for match in sorted(set(rule.findall(text)))[:3]: yield f"{path.relative_to(ROOT)}: names {what}: {match}"
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            for what, rule in (
+                ("a path of one machine", LOCAL),
+                ("the host of a package registry", HOSTS),
+            ):
+                for match in sorted(set(rule.findall(text)))[:3]:
+                    yield f"{path.relative_to(ROOT)}: names {what}: {match}"
+
     complain(found())
 
 
 def test_readme_agrees_with_the_landing_page():
-    if not (ROOT / "nbs" / "index.ipynb").exists(): pytest.skip("no landing page yet")
+    if not (ROOT / "nbs" / "index.ipynb").exists():
+        pytest.skip("no landing page yet")
     from readme import differences
+
     complain(differences())
 
 
 def test_every_page_can_be_reached_from_the_landing_page():
     text = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
-    complain(f"nbs/index.ipynb: 'Where to read' has no link to {name}" for name in names(NOTEBOOKS) if name != "index.ipynb" and f"]({name})" not in text)
+    complain(
+        f"nbs/index.ipynb: 'Where to read' has no link to {name}"
+        for name in names(NOTEBOOKS)
+        if name != "index.ipynb" and f"]({name})" not in text
+    )
 
 
 def test_spelling():
     from spelling import doubts
-    assert list(doubts([("p", "It reci" + "eves colors of a `color` and of colour.", True)])) == ["p: reci" + "eves, perhaps receives", "p: colors; this book writes colours"]
+
+    assert list(doubts([("p", "It reci" + "eves colors of a `color` and of colour.", True)])) == [
+        "p: reci" + "eves, perhaps receives",
+        "p: colors; this book writes colours",
+    ]
     complain(doubts())
 
 
 def test_constraints_pin_every_requirement():
     from configparser import ConfigParser
+
     cfg = ConfigParser()
     cfg.read(ROOT / "settings.ini")
-    pinned = {re.split(r"==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = [w for key in ("requirements", "dev_requirements", "docs_requirements") for w in cfg["DEFAULT"][key].split()]
-    complain(f"constraints.txt: no pin for {name}" for name in sorted({re.split(r"[<>=;\[!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned))
+    pinned = {
+        re.split(r"==", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    wanted = [
+        w
+        for key in ("requirements", "dev_requirements", "docs_requirements")
+        for w in cfg["DEFAULT"][key].split()
+    ]
+    complain(
+        f"constraints.txt: no pin for {name}"
+        for name in sorted(
+            {re.split(r"[<>=;\[!~]", w)[0].lower().replace("_", "-") for w in wanted} - pinned
+        )
+    )
 
 
 DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126"}
@@ -263,24 +416,46 @@ DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126
 
 def test_package_imports_only_what_it_requires():
     from configparser import ConfigParser
+
     cfg = ConfigParser()
     cfg.read(ROOT / "settings.ini")
+
     def required(*keys):
-        return {re.split(r"[<>=;\[!~]", w)[0].lower() for key in keys for w in cfg["DEFAULT"][key].split()}
-    always, optional = required("requirements"), required("requirements", "gpu_requirements", "prepare_requirements")
+        return {
+            re.split(r"[<>=;\[!~]", w)[0].lower()
+            for key in keys
+            for w in cfg["DEFAULT"][key].split()
+        }
+
+    always, optional = (
+        required("requirements"),
+        required("requirements", "gpu_requirements", "prepare_requirements"),
+    )
+
     def modules(nodes):
         for node in nodes:
-            if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
-            if isinstance(node, ast.ImportFrom) and not node.level: yield node.module.split(".")[0]
+            if isinstance(node, ast.Import):
+                yield from (a.name.split(".")[0] for a in node.names)
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                yield node.module.split(".")[0]
+
     def wrong():
         for path in sorted((ROOT / "unipre3d").rglob("*.py")):
-            if path.name == "_modidx.py": continue
+            if path.name == "_modidx.py":
+                continue
             body = ast.parse(path.read_text(encoding="utf-8"))
             top = set(modules(body.body))
             for module in sorted(set(modules(ast.walk(body)))):
                 name = DISTRIBUTION.get(module, module).lower()
-                if module in sys.stdlib_module_names or module == "unipre3d" or name in always or (module not in top and name in optional): continue
+                if (
+                    module in sys.stdlib_module_names
+                    or module == "unipre3d"
+                    or name in always
+                    or (module not in top and name in optional)
+                ):
+                    continue
                 yield f"{path.relative_to(ROOT)}: imports {module}, which settings.ini does not require{' at run time' if name in optional else ''}"
+
     complain(wrong())
 
 
@@ -288,15 +463,23 @@ def test_signatures_can_be_documented():
     "The site evaluates the annotations of every public name in its own module; a field inherited from another module may name what that module alone imports."
     import importlib
     import inspect
+
     broken = []
     for path in sorted((ROOT / "unipre3d").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         module = importlib.import_module(name)
         for key in getattr(module, "__all__", ()):
-            if not callable(thing := getattr(module, key)) or getattr(thing, "__module__", "") != name: continue
-            try: inspect.signature(thing, eval_str=True)
-            except NameError as error: broken.append(f"{name}.{key}: {error}")
-            except (TypeError, ValueError): pass                  # no signature to read
+            if (
+                not callable(thing := getattr(module, key))
+                or getattr(thing, "__module__", "") != name
+            ):
+                continue
+            try:
+                inspect.signature(thing, eval_str=True)
+            except NameError as error:
+                broken.append(f"{name}.{key}: {error}")
+            except (TypeError, ValueError):
+                pass  # no signature to read
     assert not broken, "\n".join(broken)
 
 
@@ -307,33 +490,53 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 def workflow(name):
     import yaml
+
     return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.name)
 def test_workflow_is_well_formed(path):
-    flow, targets = workflow(path.name), set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    flow, targets = (
+        workflow(path.name),
+        set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)),
+    )
+
     def wrong():
-        if not {"name", True, "permissions", "jobs"} <= flow.keys(): yield f"{path.name}: expected name, on, permissions and jobs, found {list(flow)}"  # YAML reads `on` as true
+        if not {"name", True, "permissions", "jobs"} <= flow.keys():
+            yield f"{path.name}: expected name, on, permissions and jobs, found {list(flow)}"  # YAML reads `on` as true
         for name, job in flow["jobs"].items():
-            for need in [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", []):
-                if need not in flow["jobs"]: yield f"{path.name}: the job {name} needs {need}, which is no job"
-            if "timeout-minutes" not in job: yield f"{path.name}: the job {name} has no limit of time"
+            for need in (
+                [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", [])
+            ):
+                if need not in flow["jobs"]:
+                    yield f"{path.name}: the job {name} needs {need}, which is no job"
+            if "timeout-minutes" not in job:
+                yield f"{path.name}: the job {name} has no limit of time"
             for step in job["steps"]:
-                if ("uses" in step) == ("run" in step): yield f"{path.name}: a step of {name} must have one of uses and run: {step}"
-                if "uses" in step and not re.fullmatch(r"[\w-]+/[\w/-]+@v\d+(\.\d+)*", step["uses"]): yield f"{path.name}: {step['uses']} names no version"
+                if ("uses" in step) == ("run" in step):
+                    yield f"{path.name}: a step of {name} must have one of uses and run: {step}"
+                if "uses" in step and not re.fullmatch(
+                    r"[\w-]+/[\w/-]+@v\d+(\.\d+)*", step["uses"]
+                ):
+                    yield f"{path.name}: {step['uses']} names no version"
                 for target in re.findall(r"\bmake (\w+)", step.get("run", "")):
-                    if target not in targets: yield f"{path.name}: runs make {target}, which the Makefile does not have"
+                    if target not in targets:
+                        yield f"{path.name}: runs make {target}, which the Makefile does not have"
                 for script in re.findall(r"[\w./-]+\.(?:py|sh)\b|\.ci/run", step.get("run", "")):
-                    if not (ROOT / script).exists(): yield f"{path.name}: runs {script}, which does not exist"
+                    if not (ROOT / script).exists():
+                        yield f"{path.name}: runs {script}, which does not exist"
+
     complain(wrong())
 
 
 def test_workflows_test_three_pythons_and_publish_with_quarto():
     versions = workflow("test.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
-    assert versions == ["3.11", "3.12", "3.13"]                       # text: a bare 3.10 would be the number 3.1
+    assert versions == ["3.11", "3.12", "3.13"]  # text: a bare 3.10 would be the number 3.1
     jobs = workflow("docs.yml")["jobs"]
     steps = [s for s in jobs["build"]["steps"]]
     assert any(s.get("uses", "").startswith("quarto-dev/quarto-actions/setup@") for s in steps)
     assert any("tools/build_site.py" in s.get("run", "") and "--quarto" in s["run"] for s in steps)
-    assert any(s.get("uses", "").startswith("actions/deploy-pages@") for s in jobs["publish"]["steps"]) and jobs["publish"]["needs"] == "build"
+    assert (
+        any(s.get("uses", "").startswith("actions/deploy-pages@") for s in jobs["publish"]["steps"])
+        and jobs["publish"]["needs"] == "build"
+    )

@@ -1,4 +1,5 @@
 "The plan is whole and stable; a toy plan runs, is interrupted and goes on."
+
 import contextlib
 import json
 import os
@@ -12,123 +13,289 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unipre3d import study
+from unipre3d.reproduce import plan as study
 
-from unipre3d.data.downstream import ScanObjectNN
-from unipre3d.data.shapes import KINDS
+from unipre3d.data.labelled import ScanObjectNN
+from unipre3d.worlds.shapes import KINDS
 from unipre3d.records import read_record, write_json
-from unipre3d.study import (CLAIMS, COMPARISONS, CONDITIONS, HELD_OUT, MASKED, MEASUREMENTS, SEEN_KINDS, SOURCES, Row, chosen_rate, letters, missing, pending, plain, plan, plan_table,
-                            read_row, recipe_of, reproduce, reproduce_command, row_of, select)
+from unipre3d.reproduce.plan import (
+    CLAIMS,
+    COMPARISONS,
+    CONDITIONS,
+    HELD_OUT,
+    MASKED,
+    MEASUREMENTS,
+    SEEN_KINDS,
+    SOURCES,
+    Row,
+    chosen_rate,
+    letters,
+    missing,
+    pending,
+    plain,
+    plan,
+    plan_table,
+    read_row,
+    recipe_of,
+    reproduce,
+    reproduce_command,
+    row_of,
+    select,
+)
 
 ROWS, FULL = plan(), plan("full")
-NET = dict(width=32, depth=1, num_heads=2, num_groups=16, group_size=8, radius=None, encoder_widths=(16, 32, 32), encoder_dims=32)
-PRE = Row("pre-toy-0", "a", "primary", "pre", "toy", "pretrain", "object-transformer-mini",
-          dict(backbone_options=NET, n_points=64, steps=40, batch_size=4, warmup=0, workers=0, resolution=16, image="rgb", n_target=1, save_every=1000, eval_every=1000, picture_every=1000), 0, .1)
-FINE = Row("cls-toy-0", "a", "primary", "cls", "toy", "finetune", "cls-furniture-mini",
-           dict(backbone_options=NET, n_points=64, steps=3, batch_size=4, warmup=0, workers=0, hidden=16, classes=("bed", "lamp")), 0, .1, "pre-toy-0")
+NET = dict(
+    width=32,
+    depth=1,
+    num_heads=2,
+    num_groups=16,
+    group_size=8,
+    radius=None,
+    encoder_widths=(16, 32, 32),
+    encoder_dims=32,
+)
+PRE = Row(
+    "pre-toy-0",
+    "a",
+    "primary",
+    "pre",
+    "toy",
+    "pretrain",
+    "object-transformer-mini",
+    dict(
+        backbone_options=NET,
+        n_points=64,
+        steps=40,
+        batch_size=4,
+        warmup=0,
+        workers=0,
+        resolution=16,
+        image="rgb",
+        n_target=1,
+        save_every=1000,
+        eval_every=1000,
+        picture_every=1000,
+    ),
+    0,
+    0.1,
+)
+FINE = Row(
+    "cls-toy-0",
+    "a",
+    "primary",
+    "cls",
+    "toy",
+    "finetune",
+    "cls-furniture-mini",
+    dict(
+        backbone_options=NET,
+        n_points=64,
+        steps=3,
+        batch_size=4,
+        warmup=0,
+        workers=0,
+        hidden=16,
+        classes=("bed", "lamp"),
+    ),
+    0,
+    0.1,
+    "pre-toy-0",
+)
 
 
 @pytest.mark.parametrize("rows", [ROWS, FULL], ids=["mini", "full"])
 def test_rows_are_unique_and_what_they_need_stands_before(rows):
     keys = [r.key for r in rows]
-    assert len(keys) == len(set(keys)) and all(k.replace("-", "").replace(".", "").replace("_", "").isalnum() for k in keys)
-    for n, r in enumerate(rows): assert {r.start, *r.tune} - {"none"} <= set(keys[:n]), r.key
+    assert len(keys) == len(set(keys)) and all(
+        k.replace("-", "").replace(".", "").replace("_", "").isalnum() for k in keys
+    )
+    for n, r in enumerate(rows):
+        assert {r.start, *r.tune} - {"none"} <= set(keys[:n]), r.key
 
 
 def test_costs_add_up():
-    hours = {s: sum(r.minutes for r in ROWS if r.stage == s) / 120 for s in ("primary", "secondary", "extra")}
-    assert 4 < hours["primary"] < 5.6 and hours["primary"] + hours["secondary"] < 12 and all(r.minutes > 0 for r in ROWS + FULL)
-    assert [r.stage for r in ROWS] == sorted((r.stage for r in ROWS), key=["primary", "secondary", "extra"].index)
+    hours = {
+        s: sum(r.minutes for r in ROWS if r.stage == s) / 120
+        for s in ("primary", "secondary", "extra")
+    }
+    assert (
+        4 < hours["primary"] < 5.6
+        and hours["primary"] + hours["secondary"] < 12
+        and all(r.minutes > 0 for r in ROWS + FULL)
+    )
+    assert [r.stage for r in ROWS] == sorted(
+        (r.stage for r in ROWS), key=["primary", "secondary", "extra"].index
+    )
 
 
 def test_every_claim_and_comparison_has_its_rows():
     have = {(r.part, r.arm) for r in ROWS + FULL}
     assert {(c.part, a) for c in COMPARISONS for a in (c.arm, c.against)} <= have
-    assert {c.claim for c in COMPARISONS} | {"k"} == set(CLAIMS) and sum(c.primary for c in COMPARISONS) == 6
+    assert {c.claim for c in COMPARISONS} | {"k"} == set(CLAIMS) and sum(
+        c.primary for c in COMPARISONS
+    ) == 6
     for c in COMPARISONS:
-        if not c.primary: continue
-        seeds = [{r.seed for r in ROWS if (r.part, r.arm) == (c.part, arm) and not r.key.startswith("tune-")} for arm in (c.arm, c.against)]
+        if not c.primary:
+            continue
+        seeds = [
+            {
+                r.seed
+                for r in ROWS
+                if (r.part, r.arm) == (c.part, arm) and not r.key.startswith("tune-")
+            }
+            for arm in (c.arm, c.against)
+        ]
         assert seeds[0] == seeds[1] and len(seeds[0]) >= 5
-        beyond = [r for r in ROWS if r.key.startswith("tune-cls20-") and r.changes["lr"] not in MEASUREMENTS[r.part].rates]
-        assert all(r.stage == "primary" for r in ROWS if (r.part, r.arm) in ((c.part, c.arm), (c.part, c.against)) and r not in beyond), c.what
+        beyond = [
+            r
+            for r in ROWS
+            if r.key.startswith("tune-cls20-") and r.changes["lr"] not in MEASUREMENTS[r.part].rates
+        ]
+        assert all(
+            r.stage == "primary"
+            for r in ROWS
+            if (r.part, r.arm) in ((c.part, c.arm), (c.part, c.against)) and r not in beyond
+        ), c.what
 
 
 def test_every_condition_of_a_measurement_gets_the_same_effort():
     for part, m in MEASUREMENTS.items():
         for arm in {r.arm for r in ROWS + FULL if r.part == part}:
-            runs = [r for r in ROWS + FULL if (r.part, r.arm) == (part, arm) and not r.key.startswith("tune-")]
+            runs = [
+                r
+                for r in ROWS + FULL
+                if (r.part, r.arm) == (part, arm) and not r.key.startswith("tune-")
+            ]
             tried = [r for r in ROWS + FULL if r.key.startswith(f"tune-{part}-{arm}-")]
             trials = [r for r in tried if r.key in runs[0].tune]
-            assert [r.changes["lr"] for r in trials] == list(m.rates) and {r.seed for r in tried} <= {90}
-            assert {r.changes["lr"] for r in tried} - set(m.rates) == ({1e-2} if (part, arm) in (("cls20", "scratch"), ("cls20", "unipre3d")) else set())  # looked beyond, chooses nothing
+            assert [r.changes["lr"] for r in trials] == list(m.rates) and {
+                r.seed for r in tried
+            } <= {90}
+            assert {r.changes["lr"] for r in tried} - set(m.rates) == (
+                {1e-2} if (part, arm) in (("cls20", "scratch"), ("cls20", "unipre3d")) else set()
+            )  # looked beyond, chooses nothing
             assert all(len(r.tune) == 3 and r.changes["steps"] == m.changes["steps"] for r in runs)
-            if arm in CONDITIONS: assert all(r.start == f"pre-{arm}-{r.seed}" for r in runs)
+            if arm in CONDITIONS:
+                assert all(r.start == f"pre-{arm}-{r.seed}" for r in runs)
 
 
 def test_held_out_classes_are_in_no_pre_training():
-    assert len(HELD_OUT) == 5 and set(HELD_OUT) < set(ScanObjectNN.classes) and set(SEEN_KINDS) | set(HELD_OUT) == set(KINDS)
+    assert (
+        len(HELD_OUT) == 5
+        and set(HELD_OUT) < set(ScanObjectNN.classes)
+        and set(SEEN_KINDS) | set(HELD_OUT) == set(KINDS)
+    )
     for r in ROWS:
         if r.kind != "finetune":
             recipe = recipe_of(replace(r, tune=()), "")
-            assert recipe.data == "rooms" or (recipe.data == "shapes" and set(recipe.classes) == set(SEEN_KINDS)), r.key
+            assert recipe.data == "rooms" or (
+                recipe.data == "shapes" and set(recipe.classes) == set(SEEN_KINDS)
+            ), r.key
 
 
 def test_conditions_differ_in_what_they_say_and_nothing_else():
     ours = recipe_of(next(r for r in ROWS if r.key == "pre-unipre3d-0"), "")
-    for arm, keys in {"nofusion": {"fusion"}, "floor": {"min_scale", "initial_scale"}, "unweighted": {"foreground_weight"}, "steps500": {"steps"}}.items():
+    for arm, keys in {
+        "nofusion": {"fusion"},
+        "floor": {"min_scale", "initial_scale"},
+        "unweighted": {"foreground_weight"},
+        "steps500": {"steps"},
+    }.items():
         other = recipe_of(next(r for r in ROWS if r.key == f"pre-{arm}-0"), "")
         assert {k for k in vars(ours) if getattr(ours, k) != getattr(other, k)} == keys, arm
     masked = MASKED["masked-shapes-mini"]
-    assert all(getattr(masked, k) == getattr(ours, k) for k in ("classes", "steps", "batch_size", "n_points", "backbone_options"))
+    assert all(
+        getattr(masked, k) == getattr(ours, k)
+        for k in ("classes", "steps", "batch_size", "n_points", "backbone_options")
+    )
 
 
 def test_rows_survive_json():
-    for r in (*ROWS, *FULL): assert row_of(json.loads(json.dumps(plain(r)))) == r, r.key
+    for r in (*ROWS, *FULL):
+        assert row_of(json.loads(json.dumps(plain(r)))) == r, r.key
 
 
 def test_select_takes_what_is_needed():
-    assert [r.key for r in select(ROWS, "pre-masked-1")] == [*(f"tune-pre-masked-{x}" for x in ("0.0005", "0.001", "0.002")), *(f"tune-probe20-pre-masked-{x}" for x in ("0.0005", "0.001", "0.002")), "pre-masked-1"]
-    assert all(r.stage != "extra" for r in select(ROWS, "")) and any(r.stage == "extra" for r in select(ROWS, "j"))
-    with pytest.raises(ValueError, match="--only: expected a claim"): select(ROWS, "nothing")
+    assert [r.key for r in select(ROWS, "pre-masked-1")] == [
+        *(f"tune-pre-masked-{x}" for x in ("0.0005", "0.001", "0.002")),
+        *(f"tune-probe20-pre-masked-{x}" for x in ("0.0005", "0.001", "0.002")),
+        "pre-masked-1",
+    ]
+    assert all(r.stage != "extra" for r in select(ROWS, "")) and any(
+        r.stage == "extra" for r in select(ROWS, "j")
+    )
+    with pytest.raises(ValueError, match="--only: expected a claim"):
+        select(ROWS, "nothing")
 
 
 def test_full_plan_says_what_is_missing():
     assert {r.needs for r in FULL} <= {"", *SOURCES}
-    assert all(missing(r) for r in FULL if r.needs) and all("pass --" in missing(r) or "does not have" in missing(r) or (not r.needs and missing(r) in ("", "needs a GPU")) for r in FULL)
-    assert "0 recorded" in plan_table(FULL, "nowhere") and "cannot be run here" in plan_table(FULL, "nowhere").splitlines()[-1]
+    assert all(missing(r) for r in FULL if r.needs) and all(
+        "pass --" in missing(r)
+        or "does not have" in missing(r)
+        or (not r.needs and missing(r) in ("", "needs a GPU"))
+        for r in FULL
+    )
+    assert (
+        "0 recorded" in plan_table(FULL, "nowhere")
+        and "cannot be run here" in plan_table(FULL, "nowhere").splitlines()[-1]
+    )
 
 
 def test_command_names_mistakes():
-    with pytest.raises(ValueError, match="expected mini or full, got nothing"): reproduce_command([], None)
+    with pytest.raises(ValueError, match="expected mini or full, got nothing"):
+        reproduce_command([], None)
 
 
 def trial(key, lr, score):
     row = next(r for r in ROWS if r.key == key)
-    return read_record("object-transformer-mini") | {"row": plain(row), "values": {"lr": lr}, "chosen": {"score": score}}
+    return read_record("object-transformer-mini") | {
+        "row": plain(row),
+        "values": {"lr": lr},
+        "chosen": {"score": score},
+    }
 
 
 def test_rate_is_that_of_the_best_trial(tmp_path):
     (tmp_path / "records").mkdir()
     row = next(r for r in ROWS if r.key == "cls20-scratch-0")
-    for key, lr, score in zip(row.tune, (3e-4, 1e-3, 3e-3), (.2, .5, .4)): write_json(tmp_path / "records" / f"{key}.json", trial(key, lr, score))
+    for key, lr, score in zip(row.tune, (3e-4, 1e-3, 3e-3), (0.2, 0.5, 0.4)):
+        write_json(tmp_path / "records" / f"{key}.json", trial(key, lr, score))
     assert chosen_rate(row, tmp_path) == 1e-3 and recipe_of(row, tmp_path).lr == 1e-3
-    row = next(r for r in ROWS if r.key == "pre-masked-0")                                                     # by the probe of the pre-training
-    for key, score in zip(row.tune, (.2, .3, .4)):
+    row = next(r for r in ROWS if r.key == "pre-masked-0")  # by the probe of the pre-training
+    for key, score in zip(row.tune, (0.2, 0.3, 0.4)):
         start = next(r for r in ROWS if r.key == key).start
-        write_json(tmp_path / "records" / f"{key}.json", trial(key, 3e-3, score)); write_json(tmp_path / "records" / f"{start}.json", trial(start, float(start.rsplit("-", 1)[1]), 0.))
+        write_json(tmp_path / "records" / f"{key}.json", trial(key, 3e-3, score))
+        write_json(
+            tmp_path / "records" / f"{start}.json",
+            trial(start, float(start.rsplit("-", 1)[1]), 0.0),
+        )
     assert recipe_of(row, tmp_path).lr == 2e-3
 
 
 def test_record_of_another_row_is_an_error(tmp_path):
     (tmp_path / "records").mkdir()
-    write_json(tmp_path / "records" / "pre-toy-0.json", read_record("object-transformer-mini") | {"row": plain(replace(PRE, seed=3))})
-    with pytest.raises(ValueError, match="pre-toy-0.json: expected the record of the row as it is planned, found other seed"): read_row(PRE, tmp_path)
+    write_json(
+        tmp_path / "records" / "pre-toy-0.json",
+        read_record("object-transformer-mini") | {"row": plain(replace(PRE, seed=3))},
+    )
+    with pytest.raises(
+        ValueError,
+        match="pre-toy-0.json: expected the record of the row as it is planned, found other seed",
+    ):
+        read_row(PRE, tmp_path)
 
 
 def test_checkpoint_that_is_needed_but_not_here_is_pending(tmp_path):
     (tmp_path / "records").mkdir()
-    write_json(tmp_path / "records" / "pre-toy-0.json", read_record("object-transformer-mini") | {"row": plain(PRE)})
-    assert pending([PRE], tmp_path) == [] and [r.key for r in pending([PRE, FINE], tmp_path)] == ["pre-toy-0", "cls-toy-0"]
+    write_json(
+        tmp_path / "records" / "pre-toy-0.json",
+        read_record("object-transformer-mini") | {"row": plain(PRE)},
+    )
+    assert pending([PRE], tmp_path) == [] and [r.key for r in pending([PRE, FINE], tmp_path)] == [
+        "pre-toy-0",
+        "cls-toy-0",
+    ]
 
 
 def test_letters_tell_twenty_six_classes_apart():
@@ -137,77 +304,139 @@ def test_letters_tell_twenty_six_classes_apart():
 
 class Here:
     "A process that is none: its row runs in this one, which has imported everything already."
+
     def __init__(self, command, stdout, env, **how):
         assert env.items() >= study.ONE_THREAD.items()
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout): self.returncode = study.run_file(command[-1])
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            self.returncode = study.run_file(command[-1])
 
-    def poll(self): return self.returncode
+    def poll(self):
+        return self.returncode
 
 
 @pytest.fixture
 def here(monkeypatch):
     "From now on rows run in this process."
     threads = torch.get_num_threads()
-    yield lambda: monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Here, STDOUT=subprocess.STDOUT))
+    yield lambda: monkeypatch.setattr(
+        study, "subprocess", SimpleNamespace(Popen=Here, STDOUT=subprocess.STDOUT)
+    )
     torch.set_num_threads(threads)
 
 
 def test_toy_plan_is_interrupted_and_goes_on(tmp_path, here):
     pre = replace(PRE, changes=PRE.changes | dict(steps=60))
     metrics = tmp_path / "runs" / "pre-toy-0" / "metrics.csv"
+
     def press_ctrl_c():
         until = time.time() + 400
-        while time.time() < until and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2): time.sleep(.02)
+        while time.time() < until and not (
+            metrics.is_file() and len(metrics.read_text().splitlines()) > 2
+        ):
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
+
     threading.Thread(target=press_ctrl_c, daemon=True).start()
     outcome = reproduce([pre, FINE], tmp_path, say=lambda text: None)
     assert outcome == {"done": [], "failed": {}, "left": ["pre-toy-0", "cls-toy-0"]}
-    assert (metrics.parent / "resume.safetensors").is_file() and 1 < len(metrics.read_text().splitlines()) < 60
+    assert (metrics.parent / "resume.safetensors").is_file() and 1 < len(
+        metrics.read_text().splitlines()
+    ) < 60
     here()
     outcome = reproduce([pre, FINE], tmp_path, say=lambda text: None)
-    assert outcome["done"] == ["pre-toy-0", "cls-toy-0"] and not outcome["failed"] and pending([pre, FINE], tmp_path) == []
+    assert (
+        outcome["done"] == ["pre-toy-0", "cls-toy-0"]
+        and not outcome["failed"]
+        and pending([pre, FINE], tmp_path) == []
+    )
     record, fine = read_row(pre, tmp_path), read_row(FINE, tmp_path)
-    assert record["resumed"] and record["steps"] == 60 and record["hardware"]["threads"] == 1 and len(metrics.read_text().splitlines()) == 61
-    assert fine["start"]["init"] == "pre-toy-0" and fine["start"]["coverage"] == 1. and str(tmp_path) not in json.dumps([record, fine])
-    assert fine["start"]["sha256"] == record["checkpoint_sha256"]                     # which weights a fine-tuning began with
+    assert (
+        record["resumed"]
+        and record["steps"] == 60
+        and record["hardware"]["threads"] == 1
+        and len(metrics.read_text().splitlines()) == 61
+    )
+    assert (
+        fine["start"]["init"] == "pre-toy-0"
+        and fine["start"]["coverage"] == 1.0
+        and str(tmp_path) not in json.dumps([record, fine])
+    )
+    assert (
+        fine["start"]["sha256"] == record["checkpoint_sha256"]
+    )  # which weights a fine-tuning began with
     assert (tmp_path / "records" / "pre-toy-0.png").is_file()
 
 
 def test_a_row_that_fails_says_why_and_takes_those_after_it_along(tmp_path, here):
     here()
-    broken, after = replace(FINE, key="cls-toy-1", start="none", changes=FINE.changes | dict(n_points=-3)), replace(FINE, key="cls-toy-2", start="cls-toy-1")
+    broken, after = (
+        replace(FINE, key="cls-toy-1", start="none", changes=FINE.changes | dict(n_points=-3)),
+        replace(FINE, key="cls-toy-2", start="cls-toy-1"),
+    )
     outcome = reproduce([broken, after], tmp_path, say=lambda text: None)
-    assert outcome["done"] == outcome["left"] == [] and outcome["failed"]["cls-toy-1"].startswith("ValueError") and outcome["failed"]["cls-toy-2"] == "needs cls-toy-1, which failed"
+    assert (
+        outcome["done"] == outcome["left"] == []
+        and outcome["failed"]["cls-toy-1"].startswith("ValueError")
+        and outcome["failed"]["cls-toy-2"] == "needs cls-toy-1, which failed"
+    )
 
 
 def test_each_row_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "CHILD", "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(.5)")
+    monkeypatch.setattr(
+        study,
+        "CHILD",
+        "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(.5)",
+    )
     monkeypatch.setattr(study, "missing", lambda row: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert study.visible_gpus() == ["3", "5"]
     rows = [replace(PRE, key=f"pre-toy-{k}", seed=k) for k in range(3)]
-    outcome = reproduce(rows, tmp_path, say=lambda text: None)                    # the rows write no record, and so they fail with what they said last
-    assert sorted(outcome["failed"].values())[0] == "3" and set(outcome["failed"].values()) == {"3", "5"} and len(outcome["failed"]) == 3
+    outcome = reproduce(
+        rows, tmp_path, say=lambda text: None
+    )  # the rows write no record, and so they fail with what they said last
+    assert (
+        sorted(outcome["failed"].values())[0] == "3"
+        and set(outcome["failed"].values()) == {"3", "5"}
+        and len(outcome["failed"]) == 3
+    )
     outcome = reproduce(rows, tmp_path / "shared", workers=3, say=lambda text: None)
     assert sorted(outcome["failed"].values()) == ["3", "3", "5"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES"); monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert study.visible_gpus() == []
 
 
 def test_full_classification_rows_have_the_points_and_rates_of_their_own_code():
-    values = {r.key: recipe_of(r, "") for r in FULL if r.key.startswith("full-scanobjectnn-pb_t50_rs-scratch-")}
-    assert {k.rsplit("-", 1)[1]: (v.n_points, v.lr, v.smoothing) for k, v in values.items()} == {"transformer": (2048, 5e-4, .2), "pointmlp": (1024, 5e-4, .3), "pcm": (1024, 1e-4, .3), "mamba3d": (2048, 5e-4, .2)}
+    values = {
+        r.key: recipe_of(r, "")
+        for r in FULL
+        if r.key.startswith("full-scanobjectnn-pb_t50_rs-scratch-")
+    }
+    assert {k.rsplit("-", 1)[1]: (v.n_points, v.lr, v.smoothing) for k, v in values.items()} == {
+        "transformer": (2048, 5e-4, 0.2),
+        "pointmlp": (1024, 5e-4, 0.3),
+        "pcm": (1024, 1e-4, 0.3),
+        "mamba3d": (2048, 5e-4, 0.2),
+    }
 
 
 def test_a_row_of_other_values_starts_anew(tmp_path):
-    from unipre3d.study import goes_on
+    from unipre3d.reproduce.plan import goes_on
+
     recipe = recipe_of(PRE, "")
     (tmp_path / "resume.safetensors").touch()
     write_json(tmp_path / "config.json", {"name": "toy", **json.loads(json.dumps(vars(recipe)))})
-    assert goes_on(tmp_path, recipe) and not goes_on(tmp_path, replace(recipe, batch_size=8)) and not goes_on(tmp_path / "nothing", recipe)
+    assert (
+        goes_on(tmp_path, recipe)
+        and not goes_on(tmp_path, replace(recipe, batch_size=8))
+        and not goes_on(tmp_path / "nothing", recipe)
+    )
 
 
 def test_a_row_whose_start_is_missing_cannot_run(tmp_path):
     rows = [replace(PRE, needs="shapenet", changes=PRE.changes | {"data": ""}), FINE]
-    assert "needs" in study.why_not(rows, tmp_path)[PRE.key] and study.why_not(rows, tmp_path)[FINE.key] == f"needs {PRE.key}, which cannot be run here"
+    assert (
+        "needs" in study.why_not(rows, tmp_path)[PRE.key]
+        and study.why_not(rows, tmp_path)[FINE.key] == f"needs {PRE.key}, which cannot be run here"
+    )

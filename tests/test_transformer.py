@@ -8,12 +8,23 @@ from unipre3d.backbones import StandardTransformer
 from unipre3d.backbones.transformer import GroupEncoder, GroupMax, drop_branch, group_points
 from unipre3d.core import PointBatch
 
-SMALL = dict(num_groups=16, group_size=8, radius=.3, encoder_widths=(16, 24, 32), encoder_dims=24, width=24, depth=3, num_heads=3)
+SMALL = dict(
+    num_groups=16,
+    group_size=8,
+    radius=0.3,
+    encoder_widths=(16, 24, 32),
+    encoder_dims=24,
+    width=24,
+    depth=3,
+    num_heads=3,
+)
 
 
 def pack(*clouds):
     xyz = torch.cat(clouds)
-    return PointBatch(xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds))
+    return PointBatch(
+        xyz, xyz, torch.cat([torch.full((len(c),), i) for i, c in enumerate(clouds)]), len(clouds)
+    )
 
 
 @pytest.fixture
@@ -27,7 +38,9 @@ def test_parity_with_the_released_model(released):
     model, data, state = released
     pos = data["in/pos"].clone().requires_grad_()
     flat = pos.flatten(0, 1)
-    points = PointBatch(flat, flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos))
+    points = PointBatch(
+        flat, flat, torch.arange(len(pos)).repeat_interleave(pos.shape[1]), len(pos)
+    )
 
     _, centre, near = group_points(points, model.num_groups, model.group_size, model.radius)
     base = torch.arange(len(pos)) * pos.shape[1]
@@ -64,7 +77,9 @@ def test_nearest_groups():
 def test_group_encoder_gradients():
     torch.manual_seed(0)
     encoder = GroupEncoder(3, 4, (5, 6, 7)).double()
-    assert torch.autograd.gradcheck(encoder, torch.randn(3, 4, 3, dtype=torch.double, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        encoder, torch.randn(3, 4, 3, dtype=torch.double, requires_grad=True)
+    )
 
 
 def test_group_maximum():
@@ -73,18 +88,24 @@ def test_group_maximum():
     a, b, g = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(6, 3)
     GroupMax.apply(a).backward(g), b.amax(1).backward(g)
     torch.testing.assert_close(a.grad, b.grad)
-    assert torch.autograd.gradcheck(GroupMax.apply, torch.rand(4, 5, 3, dtype=torch.double, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        GroupMax.apply, torch.rand(4, 5, 3, dtype=torch.double, requires_grad=True)
+    )
 
 
 def test_stochastic_depth_keeps_the_mean():
     torch.manual_seed(0)
-    x = drop_branch(torch.ones(20_000, 1, 1), .3, True)
-    assert abs(x.mean() - 1) < .02 and x.unique().numel() == 2 and x.min() == 0
+    x = drop_branch(torch.ones(20_000, 1, 1), 0.3, True)
+    assert abs(x.mean() - 1) < 0.02 and x.unique().numel() == 2 and x.min() == 0
 
 
 def test_errors_name_the_argument(released):
-    with pytest.raises(ValueError, match="num_heads: expected a divisor of width = 24"): StandardTransformer(**SMALL | dict(num_heads=5))
-    with pytest.raises(ValueError, match="unknown argument 'trans_dims'"): StandardTransformer.from_released({"trans_dims": 3})
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of width = 24"):
+        StandardTransformer(**SMALL | dict(num_heads=5))
+    with pytest.raises(ValueError, match="unknown argument 'trans_dims'"):
+        StandardTransformer.from_released({"trans_dims": 3})
     model, _, state = released
-    with pytest.raises(ValueError, match="check prefix"): model.convert_released(state, prefix="backbone.")
-    with pytest.raises(ValueError, match="expected \\[24"): model.convert_released(state | {"encoder.cls_token": torch.zeros(2)})
+    with pytest.raises(ValueError, match="check prefix"):
+        model.convert_released(state, prefix="backbone.")
+    with pytest.raises(ValueError, match="expected \\[24"):
+        model.convert_released(state | {"encoder.cls_token": torch.zeros(2)})

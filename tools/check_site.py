@@ -7,6 +7,7 @@ mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand
 theme, a visible mark on what the keyboard reaches. On the whole site: search, also by keyboard alone, and the theme.
 The browser is the one Playwright installed, or the system's Chromium. Without either the walk is skipped, and says so.
 """
+
 import json
 import re
 import shutil
@@ -115,7 +116,8 @@ CONTRAST = """() => {
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @contextmanager
@@ -123,28 +125,39 @@ def served(folder):
     "The folder on a port of this machine, for as long as the block lasts."
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try: yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally: server.shutdown()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
 
 
 @contextmanager
 def browser():
     "A headless Chromium, or None and the reason why there is none."
-    try: from playwright.sync_api import Error, sync_playwright
+    try:
+        from playwright.sync_api import Error, sync_playwright
     except ImportError:
         yield None, "the playwright package is not installed; pip install '.[dev]'"
         return
     with sync_playwright() as play:
-        own, system = Path(play.chromium.executable_path), next(filter(None, map(shutil.which, BROWSERS)), None)
+        own, system = (
+            Path(play.chromium.executable_path),
+            next(filter(None, map(shutil.which, BROWSERS)), None),
+        )
         if not own.exists() and not system:
             yield None, "no Chromium was found; install one, or run: playwright install chromium"
             return
-        try: found = play.chromium.launch(executable_path=None if own.exists() else system, args=["--no-sandbox"])
+        try:
+            found = play.chromium.launch(
+                executable_path=None if own.exists() else system, args=["--no-sandbox"]
+            )
         except Error as error:
             yield None, f"Chromium did not start: {str(error).splitlines()[0]}"
             return
-        try: yield found, None
-        finally: found.close()
+        try:
+            yield found, None
+        finally:
+            found.close()
 
 
 class Walk:
@@ -153,18 +166,34 @@ class Walk:
     def __init__(self, browser, base):
         self.base, self.problems, self.pages, self.name, self.weight = base, [], {}, "", 0
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
-        self.context.route(lambda address: not address.startswith((base, "data:", "blob:")), self.outside)
+        self.context.route(
+            lambda address: not address.startswith((base, "data:", "blob:")), self.outside
+        )
         self.page = self.context.new_page()
         self.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
-        self.page.on("requestfailed", lambda r: r.url.startswith(base) and "ERR_ABORTED" not in r.failure and self.note(f"request failed: {self.short(r.url)}"))
+        self.page.on(
+            "requestfailed",
+            lambda r: (
+                r.url.startswith(base)
+                and "ERR_ABORTED" not in r.failure
+                and self.note(f"request failed: {self.short(r.url)}")
+            ),
+        )
         self.page.on("response", self.weigh)
-        self.page.on("response", lambda r: r.status >= 400 and self.note(f"{r.status} for {self.short(r.url)}"))
+        self.page.on(
+            "response",
+            lambda r: r.status >= 400 and self.note(f"{r.status} for {self.short(r.url)}"),
+        )
         self.page.on("pageerror", lambda e: self.note(f"script error: {str(e).splitlines()[0]}"))
-        self.page.on("console", lambda m: m.type == "error" and self.note(f"console error: {m.text[:120]}"))
+        self.page.on(
+            "console", lambda m: m.type == "error" and self.note(f"console error: {m.text[:120]}")
+        )
 
-    def short(self, address): return address.removeprefix(self.base)
+    def short(self, address):
+        return address.removeprefix(self.base)
 
-    def note(self, text): self.problems.append(f"{self.name}: {text}")
+    def note(self, text):
+        self.problems.append(f"{self.name}: {text}")
 
     def outside(self, route):
         self.note(f"asks another host for {route.request.url[:80]}")
@@ -177,50 +206,81 @@ class Walk:
     def toggle(self):
         "Press the theme toggle, if there is one; whether there was one."
         button = self.page.locator("[onclick*=ToggleScheme], .quarto-color-scheme-toggle").first
-        if not button.count(): return False
+        if not button.count():
+            return False
         dark = "() => !!document.querySelector('.quarto-dark')"
         before = self.page.evaluate(dark)
         button.evaluate("e => e.click()")
-        try: self.page.wait_for_function(f"before => ({dark})() !== before", arg=before, timeout=10_000)
-        except Exception: self.note("the theme toggle does not change the theme")
+        try:
+            self.page.wait_for_function(
+                f"before => ({dark})() !== before", arg=before, timeout=10_000
+            )
+        except Exception:
+            self.note("the theme toggle does not change the theme")
         return True
 
     def contrast(self):
         "Words that are too faint, in both themes."
         self.page.add_style_tag(content="* { transition: none !important; }")
         for theme in ("light", "dark"):
-            for text in self.page.evaluate(CONTRAST)[:5]: self.note(f"contrast of {text}, {theme} theme")
-            if not self.toggle(): break
+            for text in self.page.evaluate(CONTRAST)[:5]:
+                self.note(f"contrast of {text}, {theme} theme")
+            if not self.toggle():
+                break
 
     def visit(self, name):
         "All that one page can get wrong by itself; what it links to is kept for `links`."
         self.name, self.weight = name, 0
         self.page.set_viewport_size(DESK)
         self.page.goto(self.base + name, wait_until="load")
-        self.page.wait_for_function("() => !document.querySelector('.mermaid:not([data-processed])')")
+        self.page.wait_for_function(
+            "() => !document.querySelector('.mermaid:not([data-processed])')"
+        )
         found = self.pages[name] = self.page.evaluate(READ)
-        for key, what in dict(broken="picture does not load", silent="picture without alt text", bare="drawing without a label", math="mathematics not rendered",
-                              wrong="KaTeX cannot read", raw="raw markup left", unnamed="no name for a screen reader").items():
-            for text in dict.fromkeys(found[key]): self.note(f"{what}: {text}")
-        for label in {i for i in found["ids"] if found["ids"].count(i) > 1}: self.note(f"the id {label} is used twice")
+        for key, what in dict(
+            broken="picture does not load",
+            silent="picture without alt text",
+            bare="drawing without a label",
+            math="mathematics not rendered",
+            wrong="KaTeX cannot read",
+            raw="raw markup left",
+            unnamed="no name for a screen reader",
+        ).items():
+            for text in dict.fromkeys(found[key]):
+                self.note(f"{what}: {text}")
+        for label in {i for i in found["ids"] if found["ids"].count(i) > 1}:
+            self.note(f"the id {label} is used twice")
         self.page.keyboard.press("Tab")
-        for kind in self.page.evaluate(FOCUS): self.note(f"keyboard focus does not show on {kind}")
-        if self.weight > HEAVY: self.note(f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB")
+        for kind in self.page.evaluate(FOCUS):
+            self.note(f"keyboard focus does not show on {kind}")
+        if self.weight > HEAVY:
+            self.note(
+                f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB"
+            )
         self.contrast()
         self.page.set_viewport_size(PHONE)
         wide = self.page.evaluate(WIDE)
-        if wide: self.note(f"wider than {PHONE['width']} px: {'; '.join(wide)}")
+        if wide:
+            self.note(f"wider than {PHONE['width']} px: {'; '.join(wide)}")
 
     def links(self, site):
         "Every link inside the site leads to a file, every anchor to a place on that page."
         for self.name, found in self.pages.items():
             for address in dict.fromkeys(found["links"]):
-                if not address.startswith(self.base): continue
+                if not address.startswith(self.base):
+                    continue
                 target, anchor = urldefrag(self.short(address))
                 path, anchor = unquote(urlsplit(target).path), unquote(anchor)
-                if path.endswith("/") or not path: path += "index.html"
-                if not (site / path).exists(): self.note(f"link to {path}, which does not exist")
-                elif anchor and path in self.pages and anchor not in self.pages[path]["ids"] + self.pages[path]["names"]: self.note(f"link to {path}#{anchor}, but that page has no such place")
+                if path.endswith("/") or not path:
+                    path += "index.html"
+                if not (site / path).exists():
+                    self.note(f"link to {path}, which does not exist")
+                elif (
+                    anchor
+                    and path in self.pages
+                    and anchor not in self.pages[path]["ids"] + self.pages[path]["names"]
+                ):
+                    self.note(f"link to {path}#{anchor}, but that page has no such place")
 
     def search(self, name, expected):
         "Typing a function's name brings its entry among the first five results, and Enter or a click leads there."
@@ -229,14 +289,24 @@ class Walk:
         self.page.goto(self.base + "index.html")
         box = self.page.locator(".smalldocs-search input").first
         box.fill(name)
-        try: self.page.wait_for_selector(".smalldocs-search-results.show a.search-result", timeout=30_000)
-        except Exception: return self.note(f"nothing found for {name}")
+        try:
+            self.page.wait_for_selector(
+                ".smalldocs-search-results.show a.search-result", timeout=30_000
+            )
+        except Exception:
+            return self.note(f"nothing found for {name}")
         self.page.wait_for_timeout(200)
-        hits = self.page.eval_on_selector_all("a.search-result", "all => all.slice(0, 5).map(a => a.href)")
-        if not any(self.short(hit).startswith(expected) for hit in hits): return self.note(f"{name} brings {', '.join(map(self.short, hits))}, not {expected}")
+        hits = self.page.eval_on_selector_all(
+            "a.search-result", "all => all.slice(0, 5).map(a => a.href)"
+        )
+        if not any(self.short(hit).startswith(expected) for hit in hits):
+            return self.note(f"{name} brings {', '.join(map(self.short, hits))}, not {expected}")
         self.page.locator("a.search-result").first.click()
         self.page.wait_for_load_state("load")
-        if self.page.url != hits[0]: self.note(f"a click on the first result for {name} leads to {self.short(self.page.url)}, not {self.short(hits[0])}")
+        if self.page.url != hits[0]:
+            self.note(
+                f"a click on the first result for {name} leads to {self.short(self.page.url)}, not {self.short(hits[0])}"
+            )
 
     def keyboard(self, name):
         "Without a mouse: Ctrl-K, a name, arrow down, Enter."
@@ -244,15 +314,20 @@ class Walk:
         self.page.goto(self.base + "index.html")
         before = self.page.url
         self.page.keyboard.press("Control+k")
-        if self.page.evaluate("() => document.activeElement.tagName") != "INPUT": return self.note("Ctrl-K does not lead to the search box")
+        if self.page.evaluate("() => document.activeElement.tagName") != "INPUT":
+            return self.note("Ctrl-K does not lead to the search box")
         self.page.keyboard.type(name)
-        try: self.page.wait_for_selector("a.search-result", timeout=30_000)
-        except Exception: return self.note(f"nothing found for {name}")
+        try:
+            self.page.wait_for_selector("a.search-result", timeout=30_000)
+        except Exception:
+            return self.note(f"nothing found for {name}")
         self.page.wait_for_timeout(200)
         self.page.keyboard.press("ArrowDown")
         self.page.keyboard.press("Enter")
-        try: self.page.wait_for_url(lambda url: url != before, timeout=10_000)
-        except Exception: self.note("Enter on a result leads nowhere")
+        try:
+            self.page.wait_for_url(lambda url: url != before, timeout=10_000)
+        except Exception:
+            self.note("Enter on a result leads nowhere")
 
     def theme(self):
         "The toggle changes the colours, and the next page remembers."
@@ -260,20 +335,29 @@ class Walk:
         colour = "() => getComputedStyle(document.body).backgroundColor"
         self.page.goto(self.base + "index.html")
         light = self.page.evaluate(colour)
-        if not self.toggle(): return self.note("there is no toggle")
+        if not self.toggle():
+            return self.note("there is no toggle")
         dark = self.page.evaluate(colour)
-        if dark == light: self.note("the toggle changes nothing")
+        if dark == light:
+            self.note("the toggle changes nothing")
         self.page.reload()
         self.page.wait_for_timeout(300)
-        if self.page.evaluate(colour) != dark: self.note("the choice is forgotten by the next page")
+        if self.page.evaluate(colour) != dark:
+            self.note("the choice is forgotten by the next page")
         self.page.evaluate("() => localStorage.clear()")
 
 
 def functions(site, count=8):
     "Some functions of the package, spread over its modules, with the page that describes each."
     from unipre3d._modidx import d
-    entries = [(name.split(".")[-1], value[0]) for module in d["syms"].values() for name, value in module.items()
-               if "." not in name.split(f"{next(iter(module)).rsplit('.', 1)[0]}.")[-1] and not name.split(".")[-1].startswith("_")]
+
+    entries = [
+        (name.split(".")[-1], value[0])
+        for module in d["syms"].values()
+        for name, value in module.items()
+        if "." not in name.split(f"{next(iter(module)).rsplit('.', 1)[0]}.")[-1]
+        and not name.split(".")[-1].startswith("_")
+    ]
     known = [(name, place) for name, place in entries if (site / place.split("#")[0]).exists()]
     return known[:: max(1, len(known) // count)]
 
@@ -281,14 +365,21 @@ def functions(site, count=8):
 def walk(site, names=None):
     "What is wrong with the site, one line each; None and the reason if no browser can walk it."
     site = Path(site)
-    pages = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html")) if names is None else names
+    pages = (
+        sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+        if names is None
+        else names
+    )
     with browser() as (found, why), served(site) as base:
-        if why: return None, why
+        if why:
+            return None, why
         trip = Walk(found, base)
-        for name in pages: trip.visit(name)
+        for name in pages:
+            trip.visit(name)
         trip.links(site)
         if (site / "search.json").exists():
-            for name, place in functions(site): trip.search(name, place.split("#")[0])
+            for name, place in functions(site):
+                trip.search(name, place.split("#")[0])
             trip.keyboard(functions(site)[0][0])
             trip.theme()
         return list(dict.fromkeys(trip.problems)), len(pages)
@@ -296,11 +387,15 @@ def walk(site, names=None):
 
 def main():
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs")
-    if not (site / "index.html").exists(): sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
+    if not (site / "index.html").exists():
+        sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
     problems, more = walk(site)
-    if problems is None: return print(f"check_site: pages not walked: {more}")
-    for problem in problems: print(f"  {problem}", file=sys.stderr)
-    if problems: sys.exit(f"check_site: {len(problems)} things to mend on {more} pages")
+    if problems is None:
+        return print(f"check_site: pages not walked: {more}")
+    for problem in problems:
+        print(f"  {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(f"check_site: {len(problems)} things to mend on {more} pages")
     print(f"{more} pages walked in Chromium")
 
 

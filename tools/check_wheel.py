@@ -1,4 +1,5 @@
 """Build the wheel, install it into an empty folder and ask it for its version, its command and its embedded data."""
+
 import os
 import subprocess
 import sys
@@ -12,14 +13,21 @@ ASK = "import unipre3d, unipre3d.core as c; print(unipre3d.__version__); print(u
 
 def call(*command, **options):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
-    if done.returncode: sys.exit(f"check_wheel: {' '.join(map(str, command[:5]))} ... failed:\n{done.stdout}{done.stderr}")
+    if done.returncode:
+        sys.exit(
+            f"check_wheel: {' '.join(map(str, command[:5]))} ... failed:\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
 def data_files():
     "What the wheel must carry, as paths below data/."
     found = (p.relative_to(ROOT / "data") for p in (ROOT / "data").rglob("*") if p.is_file())
-    return {p.as_posix() for p in found if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)}
+    return {
+        p.as_posix()
+        for p in found
+        if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)
+    }
 
 
 def main():
@@ -27,18 +35,44 @@ def main():
         folder = Path(folder)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         call(*pip, "wheel", "--no-deps", "-w", folder, ROOT, cwd=folder)
-        wheel, = folder.glob("*.whl")
+        (wheel,) = folder.glob("*.whl")
         inside = set(zipfile.ZipFile(wheel).namelist())
         modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "unipre3d").rglob("*.py")}
-        missing = sorted(modules - inside) + sorted(f"unipre3d/_data/{f}" for f in data_files() if f"unipre3d/_data/{f}" not in inside)
-        if missing: sys.exit(f"check_wheel: {wheel.name} lacks {len(missing)} files, first {missing[0]}")
-        call(*pip, "install", "--no-deps", "--no-index", "--target", folder / "site", wheel, cwd=folder)
-        answer = call(sys.executable, "-c", ASK, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder / "site")}).split()
-        if not answer[1].startswith(str(folder)) or Path(answer[2]) != Path(answer[1]).parent / "_data":
-            sys.exit(f"check_wheel: the installed package looked for its data in {answer[2]}; expected its own _data folder")
+        missing = sorted(modules - inside) + sorted(
+            f"unipre3d/_data/{f}" for f in data_files() if f"unipre3d/_data/{f}" not in inside
+        )
+        if missing:
+            sys.exit(f"check_wheel: {wheel.name} lacks {len(missing)} files, first {missing[0]}")
+        call(
+            *pip,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            folder / "site",
+            wheel,
+            cwd=folder,
+        )
+        answer = call(
+            sys.executable,
+            "-c",
+            ASK,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(folder / "site")},
+        ).split()
+        if (
+            not answer[1].startswith(str(folder))
+            or Path(answer[2]) != Path(answer[1]).parent / "_data"
+        ):
+            sys.exit(
+                f"check_wheel: the installed package looked for its data in {answer[2]}; expected its own _data folder"
+            )
         size = wheel.stat().st_size / (1 << 20)
-        if size > 100: sys.exit(f"check_wheel: {wheel.name} weighs {size:.0f} MB; the limit is 100 MB")
-        print(f"{wheel.name}: {size:.1f} MB, {len(modules)} modules, {len(data_files())} data files")
+        if size > 100:
+            sys.exit(f"check_wheel: {wheel.name} weighs {size:.0f} MB; the limit is 100 MB")
+        print(
+            f"{wheel.name}: {size:.1f} MB, {len(modules)} modules, {len(data_files())} data files"
+        )
 
 
 if __name__ == "__main__":

@@ -4,21 +4,44 @@ page below it, and the landing page's table has the same order (tests/test_struc
 
     python tools/sidebar.py            write nbs/sidebar.yml
 """
+
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {0: "Start here", "tutorials": "Tutorials", 1: "Geometry", 2: "Data", 3: "Image features", 4: "Backbones", 5: "Gaussians, fusion, renderer, losses",
-         6: "Pre-training", 7: "Downstream", 8: "Results and differences", 9: "Command line and API"}
+PARTS = {
+    0: "Start here",
+    "tutorials": "Tutorials",
+    1: "Geometry",
+    2: "Data",
+    3: "Image features",
+    4: "Backbones",
+    5: "Gaussians, fusion, renderer, losses",
+    6: "Pre-training",
+    7: "Downstream",
+    8: "Results and differences",
+    9: "Command line and API",
+}
 
-FIRST = ["index", "idea", "meshes", "labels", "backbone",  # pages without a number, in this order
-         "20_furniture", "21_rooms", "27_shapes", "28_scans"]  # and pages that stand before the others of their part
+FIRST = [
+    "index",
+    "idea",
+    "meshes",
+    "labels",
+    "backbone",  # pages without a number, in this order
+    "20_furniture",
+    "21_rooms",
+    "27_shapes",
+    "28_scans",
+]  # and pages that stand before the others of their part
 
 
 def part_of(path):
     "The part of a notebook; the landing page stands before all others, every backbone is a backbone, and tutorials have no numbers."
-    if path.parent.name == "tutorials": return "tutorials"
-    if path.parent.name == "backbones": return 4
+    if path.parent.name == "tutorials":
+        return "tutorials"
+    if path.parent.name == "backbones":
+        return 4
     found = re.match(r"(\d)\d", path.name)
     return int(found[1]) if found else 0
 
@@ -26,11 +49,23 @@ def part_of(path):
 def sidebar():
     "The text of nbs/sidebar.yml."
     nbs = ROOT / "nbs"
-    found = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)]
+    found = [
+        p.relative_to(nbs)
+        for p in nbs.rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)
+    ]
     lines = ["# Written by tools/sidebar.py", "website:", "  sidebar:", "    contents:"]
     for number, title in PARTS.items():
-        chapters = sorted((p for p in found if part_of(p) == number), key=lambda p: (p.stem not in FIRST, FIRST.index(p.stem) if p.stem in FIRST else p.name))
-        if chapters: lines += [f"      - section: {title}", "        contents:", *(f"          - {p.as_posix()}" for p in chapters)]
+        chapters = sorted(
+            (p for p in found if part_of(p) == number),
+            key=lambda p: (p.stem not in FIRST, FIRST.index(p.stem) if p.stem in FIRST else p.name),
+        )
+        if chapters:
+            lines += [
+                f"      - section: {title}",
+                "        contents:",
+                *(f"          - {p.as_posix()}" for p in chapters),
+            ]
     return "\n".join(lines) + "\n"
 
 

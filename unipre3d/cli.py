@@ -25,6 +25,7 @@ def one_line(
     end = next((i for i in range(start, len(lines)) if not lines[i].strip("─-╰╯ ")), len(lines))
     return " ".join(lines[start:end]) or boxed.strip()
 
+
 def parse(
     shape,  # a dataclass or a function, for tyro
     args: list[str],
@@ -33,12 +34,18 @@ def parse(
 ):
     "tyro's parser with one-line errors; raises ValueError."
     import tyro
+
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box): return tyro.cli(shape, args=args, prog=prog, **({} if default is None else {"default": default}))
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                shape, args=args, prog=prog, **({} if default is None else {"default": default})
+            )
     except SystemExit as end:
-        if end.code in (0, None): raise
+        if end.code in (0, None):
+            raise
         raise ValueError(f"{one_line(box.getvalue())} ({prog} --help lists the options)") from None
+
 
 def parse_after(
     shape,  # as of `parse`
@@ -47,19 +54,28 @@ def parse_after(
     example: str,  # what that is, and a whole command
 ):  # the first argument, the options
     "Options after one argument without a name."
-    if args and not args[0].startswith("-"): return args[0], parse(shape, args[1:], prog)
-    if "-h" in args or "--help" in args: parse(shape, ["--help"], prog)
+    if args and not args[0].startswith("-"):
+        return args[0], parse(shape, args[1:], prog)
+    if "-h" in args or "--help" in args:
+        parse(shape, ["--help"], prog)
     raise ValueError(f"{prog.rsplit(' ', 1)[0].removeprefix('unipre3d ')}: expected {example}")
 
 # %% ../nbs/90_cli.ipynb #99397b95
 default_recipe = "object-transformer-mini"
 
+
 @dataclass(frozen=True)
 class RunOptions:
     "Where a run goes."
+
     out: str | None = None  # run folder; default runs/RECIPE, or runs/RECIPE-2 if that is taken
-    resume: bool = False  # go on with the interrupted run in --out (default: the newest of this recipe)
-    device: str = "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cpu"
+    resume: bool = (
+        False  # go on with the interrupted run in --out (default: the newest of this recipe)
+    )
+    device: str = (
+        "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cpu"
+    )
+
 
 def newest_run(
     name: str,  # a recipe's name
@@ -67,9 +83,18 @@ def newest_run(
 ) -> Path:
     "The newest run folder of a recipe that can go on."
     from unipre3d.records import read_config
-    found = [p.parent for p in Path(root).glob(f"{name}*/resume.safetensors") if not (p.parent / "record.json").exists() and read_config(p.parent)["name"] == name]
-    if not found: raise FileNotFoundError(f"--resume: expected an interrupted run of {name} in {root}/, found none; name it with --out FOLDER")
+
+    found = [
+        p.parent
+        for p in Path(root).glob(f"{name}*/resume.safetensors")
+        if not (p.parent / "record.json").exists() and read_config(p.parent)["name"] == name
+    ]
+    if not found:
+        raise FileNotFoundError(
+            f"--resume: expected an interrupted run of {name} in {root}/, found none; name it with --out FOLDER"
+        )
     return max(found, key=lambda p: (p / "resume.safetensors").stat().st_mtime)
+
 
 def parse_recipe(
     command: str,  # "pretrain" or "finetune"
@@ -81,16 +106,26 @@ def parse_recipe(
     "Read changes to a recipe's values, and the options beside them."
     Both = make_dataclass(command.title(), [], bases=(type(recipe), options), frozen=True)
     Both.__doc__ = f"{command.title()} {name}: {recipe.about}."
-    both = parse(Both, args, f"unipre3d {command} {name}", default=Both(**{f.name: getattr(recipe, f.name) for f in fields(recipe)}))
+    both = parse(
+        Both,
+        args,
+        f"unipre3d {command} {name}",
+        default=Both(**{f.name: getattr(recipe, f.name) for f in fields(recipe)}),
+    )
     pick = lambda kind: kind(**{f.name: getattr(both, f.name) for f in fields(kind)})
     return pick(type(recipe)), pick(options)
+
 
 def refuse_changes(
     given: dict[str, Any],  # values of the recipe and options, as they were asked for
     usual: dict[str, Any],  # as they are if nobody asks
 ) -> None:
     "A run goes on with its own values; a ValueError names an option that would be ignored."
-    if changed := [k for k, v in given.items() if v != usual[k]]: raise ValueError(f"--resume: the run goes on with the values it began with; expected no --{changed[0].replace('_', '-')} beside it")
+    if changed := [k for k, v in given.items() if v != usual[k]]:
+        raise ValueError(
+            f"--resume: the run goes on with the values it began with; expected no --{changed[0].replace('_', '-')} beside it"
+        )
+
 
 def run_folder(
     name: str,  # the recipe's name
@@ -98,56 +133,98 @@ def run_folder(
 ) -> Path:  # the interrupted run to go on with, or an empty folder
     "Where a run reads and writes."
     from unipre3d.recipes import free_folder
+
     if options.resume:
         folder = Path(options.out) if options.out else newest_run(name)
-        if (folder / "record.json").exists(): raise ValueError(f"--resume: the run in {folder} is finished; see its record.json")
-        if not (folder / "resume.safetensors").is_file(): raise FileNotFoundError(f"--resume: expected an interrupted run in {folder}, found no resume.safetensors; start one without --resume")
+        if (folder / "record.json").exists():
+            raise ValueError(f"--resume: the run in {folder} is finished; see its record.json")
+        if not (folder / "resume.safetensors").is_file():
+            raise FileNotFoundError(
+                f"--resume: expected an interrupted run in {folder}, found no resume.safetensors; start one without --resume"
+            )
         return folder
     folder = Path(options.out) if options.out else free_folder(Path("runs") / name)
-    if folder.exists() and any(folder.iterdir()): raise ValueError(f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
+        )
     return folder
+
 
 def pretrain_command(args: list[str]) -> int:
     "unipre3d pretrain [RECIPE] [--key value ...]: pre-train and write a run folder."
     from unipre3d.recipes import find_recipe, pretrain, read_recipe
-    name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (default_recipe, args)
+
+    name, rest = (
+        (args[0], args[1:]) if args and not args[0].startswith("-") else (default_recipe, args)
+    )
     recipe, options = parse_recipe("pretrain", name, find_recipe(name), rest)
-    if options.resume: refuse_changes(asdict(recipe), asdict(find_recipe(name)))
+    if options.resume:
+        refuse_changes(asdict(recipe), asdict(find_recipe(name)))
     folder = run_folder(name, options)
-    if options.resume: name, recipe = read_recipe(folder)
+    if options.resume:
+        name, recipe = read_recipe(folder)
     record = pretrain(name, recipe, folder, resume=options.resume, device=options.device)
-    if record is None: return 130
-    if not record: return 0                                         # one of several processes, and not the first
+    if record is None:
+        return 130
+    if not record:
+        return 0  # one of several processes, and not the first
     m = record["metrics"]
     foreground = f"foreground {m['psnr_foreground']:.2f} dB, " if "psnr_foreground" in m else ""
-    print(f"held-out PSNR {m['psnr']:.2f} dB ({foreground}SSIM {m['ssim']:.3f}) on {m['clouds']} clouds, {m['images']} images; "
-          f"the best constant colour has {m['constant_colour_psnr']:.2f} dB, the mean image {m['mean_image_psnr']:.2f} dB")
-    print(f"pictures: {folder / 'views.png'}   record: {folder / 'record.json'}\nnext: unipre3d render {folder}")
+    print(
+        f"held-out PSNR {m['psnr']:.2f} dB ({foreground}SSIM {m['ssim']:.3f}) on {m['clouds']} clouds, {m['images']} images; "
+        f"the best constant colour has {m['constant_colour_psnr']:.2f} dB, the mean image {m['mean_image_psnr']:.2f} dB"
+    )
+    print(
+        f"pictures: {folder / 'views.png'}   record: {folder / 'record.json'}\nnext: unipre3d render {folder}"
+    )
     return 0
 
 # %% ../nbs/90_cli.ipynb #079a689e
 @dataclass(frozen=True)
 class StartOptions(RunOptions):
     "Where a fine-tuning goes, and where it starts."
-    init: str = "none"  # first weights of the backbone: "none", a run folder, or a released checkpoint
+
+    init: str = (
+        "none"  # first weights of the backbone: "none", a run folder, or a released checkpoint
+    )
+
 
 def finetune_command(args: list[str]) -> int:
     "unipre3d finetune RECIPE --init CHECKPOINT [--key value ...]: fine-tune on a task and write a run folder."
-    from unipre3d.downstream.finetuning import finetune_recipes, finetune_run, read_finetune
+    from unipre3d.tasks.finetuning import finetune_recipes, finetune_run, read_finetune
     from unipre3d.recipes import find_recipe
+
     if args[:1] in (["-h"], ["--help"]):
-        print("usage: unipre3d finetune RECIPE [--init CHECKPOINT] [--key value ...]\n\nrecipes (unipre3d finetune RECIPE --help lists the options of one):")
-        for name, recipe in finetune_recipes.items(): print(f"  {name:26} {recipe.about}")
+        print(
+            "usage: unipre3d finetune RECIPE [--init CHECKPOINT] [--key value ...]\n\nrecipes (unipre3d finetune RECIPE --help lists the options of one):"
+        )
+        for name, recipe in finetune_recipes.items():
+            print(f"  {name:26} {recipe.about}")
         return 0
-    if not args or args[0].startswith("-"): raise ValueError(f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini")
+    if not args or args[0].startswith("-"):
+        raise ValueError(
+            f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini"
+        )
     name = args[0]
-    recipe, options = parse_recipe("finetune", name, find_recipe(name, finetune_recipes), args[1:], StartOptions)
-    if options.resume: refuse_changes(asdict(recipe) | {"init": options.init}, asdict(find_recipe(name, finetune_recipes)) | {"init": "none"})
+    recipe, options = parse_recipe(
+        "finetune", name, find_recipe(name, finetune_recipes), args[1:], StartOptions
+    )
+    if options.resume:
+        refuse_changes(
+            asdict(recipe) | {"init": options.init},
+            asdict(find_recipe(name, finetune_recipes)) | {"init": "none"},
+        )
     folder = run_folder(name, options)
-    if options.resume: name, recipe, _ = read_finetune(folder)
-    record = finetune_run(name, recipe, folder, init=options.init, resume=options.resume, device=options.device)
-    if record is None: return 130
-    if not record: return 0
+    if options.resume:
+        name, recipe, _ = read_finetune(folder)
+    record = finetune_run(
+        name, recipe, folder, init=options.init, resume=options.resume, device=options.device
+    )
+    if record is None:
+        return 130
+    if not record:
+        return 0
     pictures = ", ".join(str(p) for p in sorted(folder.glob("*.png")))
     print(f"record: {folder / 'record.json'}   pictures: {pictures or 'none'}")
     return 0
@@ -155,19 +232,22 @@ def finetune_command(args: list[str]) -> int:
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
     "unipre3d reproduce mini | full [--list] [--only CLAIM]: run the study behind the tables; goes on where it was stopped."
-    from unipre3d import study
+    from unipre3d.reproduce import plan as study
+
     return study.reproduce_command(args, parse)
 
 # %% ../nbs/90_cli.ipynb #40950520
 @dataclass(frozen=True)
 class RenderOptions:
     "A film (GIF or MP4) around an object or through a scene, and a Gaussian PLY, from a checkpoint."
+
     out: str | None = None  # folder for the files; default: the run folder
     split: str = "val"  # which clouds: "train", "val" or "test"
     index: int = 0  # which cloud of the split
     frames: int = 48  # views of the film
     size: int = 256  # height of the film in pixels
     video: str = "gif"  # "gif", or "mp4" if ffmpeg is installed
+
 
 def write_film(
     frames,  # list of uint8 images [h w 3]
@@ -176,6 +256,7 @@ def write_film(
 ) -> Path:
     "Write images as an animation; MP4 goes through matplotlib and needs ffmpeg."
     from PIL import Image
+
     path = Path(path)
     if path.suffix == ".gif":
         images = [Image.fromarray(f) for f in frames]
@@ -183,98 +264,174 @@ def write_film(
         return path
     from matplotlib.animation import FFMpegWriter
     from matplotlib.figure import Figure
-    if not FFMpegWriter.isAvailable(): raise ValueError("--video: mp4 needs the program ffmpeg, which was not found; install it or use gif")
+
+    if not FFMpegWriter.isAvailable():
+        raise ValueError(
+            "--video: mp4 needs the program ffmpeg, which was not found; install it or use gif"
+        )
     figure = Figure(figsize=(frames[0].shape[1] / 100, frames[0].shape[0] / 100), dpi=100)
-    axis = figure.add_axes((0, 0, 1, 1)); axis.axis("off")
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis("off")
     shown, writer = axis.imshow(frames[0]), FFMpegWriter(fps=fps)
     with writer.saving(figure, str(path), 100):
-        for frame in frames: shown.set_data(frame); writer.grab_frame()
+        for frame in frames:
+            shown.set_data(frame)
+            writer.grab_frame()
     return path
+
 
 def render_command(args: list[str]) -> int:
     "unipre3d render CHECKPOINT [--key value ...]: film and PLY of a held-out object or scene."
-    checkpoint, options = parse_after(RenderOptions, args, "unipre3d render CHECKPOINT", "a checkpoint, as in: unipre3d render runs/object-transformer-mini")
-    if options.video not in ("gif", "mp4"): raise ValueError(f'--video: expected "gif" or "mp4", got "{options.video}"')
+    checkpoint, options = parse_after(
+        RenderOptions,
+        args,
+        "unipre3d render CHECKPOINT",
+        "a checkpoint, as in: unipre3d render runs/object-transformer-mini",
+    )
+    if options.video not in ("gif", "mp4"):
+        raise ValueError(f'--video: expected "gif" or "mp4", got "{options.video}"')
     for key in ("frames", "size"):
-        if getattr(options, key) < 1: raise ValueError(f"--{key}: expected at least 1, got {getattr(options, key)}")
+        if getattr(options, key) < 1:
+            raise ValueError(f"--{key}: expected at least 1, got {getattr(options, key)}")
     import torch
     from tqdm.auto import tqdm
     from unipre3d.gaussians import save_ply
     from unipre3d.pretrain import predict
     from unipre3d.recipes import build_data, load_run
     from unipre3d.render import render
+
     recipe, model, image_net = load_run(checkpoint)
     samples = build_data(recipe, options.split)
-    if not 0 <= options.index < len(samples): raise ValueError(f"--index: expected 0..{len(samples) - 1} in the {options.split} split, got {options.index}")
+    if not 0 <= options.index < len(samples):
+        raise ValueError(
+            f"--index: expected 0..{len(samples) - 1} in the {options.split} split, got {options.index}"
+        )
     sample = samples[options.index]
     with torch.no_grad():
         gaussians = predict(sample.points, sample.ref, image_net, model)
         cameras = samples.tour(options.index, options.frames, options.size)
-        frames = [render(gaussians, cameras.select(torch.tensor([i])), torch.tensor(recipe.background)).rgb[0] for i in tqdm(range(options.frames), desc="film")]
+        frames = [
+            render(
+                gaussians, cameras.select(torch.tensor([i])), torch.tensor(recipe.background)
+            ).rgb[0]
+            for i in tqdm(range(options.frames), desc="film")
+        ]
     beside = torch.nn.functional.interpolate(sample.ref.rgb[:1], size=cameras.hw, mode="nearest")[0]
-    images = [(torch.cat([beside, f], 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy() for f in frames]
-    folder = Path(options.out) if options.out else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
+    images = [
+        (torch.cat([beside, f], 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+        for f in frames
+    ]
+    folder = (
+        Path(options.out)
+        if options.out
+        else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{options.split}-{options.index}"
-    film, ply = write_film(images, folder / f"film-{stem}.{options.video}"), save_ply(gaussians, folder / f"gaussians-{stem}.ply")
-    print(f"{samples.name(options.index)}: {len(gaussians):,} Gaussians\nfilm: {film}   (left: the reference view that the model saw)\nGaussians: {ply}")
+    film, ply = (
+        write_film(images, folder / f"film-{stem}.{options.video}"),
+        save_ply(gaussians, folder / f"gaussians-{stem}.ply"),
+    )
+    print(
+        f"{samples.name(options.index)}: {len(gaussians):,} Gaussians\nfilm: {film}   (left: the reference view that the model saw)\nGaussians: {ply}"
+    )
     return 0
 
 # %% ../nbs/90_cli.ipynb #76c03423
 @dataclass(frozen=True)
 class FurnitureOptions:
     "Rebuild the embedded objects from the published libraries, whose sha256 is checked; or unpack the embedded archive."
+
     out: str = "furniture"  # folder to write
-    deb: str | None = None  # the package file of the libraries; default: fetched with apt where there is one
+    deb: str | None = (
+        None  # the package file of the libraries; default: fetched with apt where there is one
+    )
     workers: int = 2  # processes
     unpack: bool = False  # only write the embedded objects as a folder of PNG views, camera files and NPY clouds
+
 
 @dataclass(frozen=True)
 class AutoencoderOptions:
     "Train the small autoencoder again, on the training split's images only."
+
     out: str = "autoencoder-mini"  # folder to write
     steps: int | None = None  # optimiser steps; default: those of the shipped one
     seed: int = 0
 
+
 @dataclass(frozen=True)
 class PrepareOptions:
     "Draw the meshes of a folder: a data set for pre-training, for --data of any object recipe. The class of a mesh is the folder it lies in."
+
     out: str = "meshes.zip"  # file to write
     up: str = "y"  # upward axis of the files: "x", "y" or "z"
-    split: tuple[float, float, float] = (.8, .1, .1)  # shares of train, val and test in each class
+    split: tuple[float, float, float] = (
+        0.8,
+        0.1,
+        0.1,
+    )  # shares of train, val and test in each class
     views: int = 24  # pictures of each mesh
     size: int = 128  # pixels along an edge
     points: int = 4096  # of each cloud
     seed: int = 0  # of the splits
 
+
 def prepare_command(args: list[str]) -> int:
     "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
-    folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip")
-    from unipre3d.data.prepare import find_meshes, prepare_meshes
+    folder, options = parse_after(
+        PrepareOptions,
+        args,
+        "unipre3d data prepare FOLDER",
+        "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip",
+    )
+    from unipre3d.worlds.prepare import find_meshes, prepare_meshes
+
     files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
-    print(f"wrote {path}: {len(files)} meshes\nnext: unipre3d pretrain {default_recipe} --data {path}")
+    print(
+        f"wrote {path}: {len(files)} meshes\nnext: unipre3d pretrain {default_recipe} --data {path}"
+    )
     return 0
+
 
 def data_command(args: list[str]) -> int:
     "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
-    from unipre3d.data.rooms import RoomsOptions, make_rooms
-    kinds = {"prepare": PrepareOptions, "rooms": RoomsOptions, "furniture": FurnitureOptions, "autoencoder": AutoencoderOptions}
+    from unipre3d.worlds.rooms import RoomsOptions, make_rooms
+
+    kinds = {
+        "prepare": PrepareOptions,
+        "rooms": RoomsOptions,
+        "furniture": FurnitureOptions,
+        "autoencoder": AutoencoderOptions,
+    }
     if not args or args[0] not in kinds:
-        if args and args[0] in ("-h", "--help"): print(f"usage: unipre3d data {' | '.join(kinds)} [--help]"); return 0
-        raise ValueError(f"data: expected one of {', '.join(kinds)}, got {args[0] if args else 'nothing'}")
-    if args[0] == "prepare": return prepare_command(args[1:])
+        if args and args[0] in ("-h", "--help"):
+            print(f"usage: unipre3d data {' | '.join(kinds)} [--help]")
+            return 0
+        raise ValueError(
+            f"data: expected one of {', '.join(kinds)}, got {args[0] if args else 'nothing'}"
+        )
+    if args[0] == "prepare":
+        return prepare_command(args[1:])
     options = parse(kinds[args[0]], args[1:], f"unipre3d data {args[0]}")
-    if args[0] == "rooms": path = make_rooms(**asdict(options))
+    if args[0] == "rooms":
+        path = make_rooms(**asdict(options))
     elif args[0] == "furniture":
-        from unipre3d.data.furniture import build_furniture
+        from unipre3d.worlds.furniture import build_furniture
         from unipre3d.data.shapenet import ShapeNetViews, export_objects
-        path = export_objects(ShapeNetViews(), options.out) if options.unpack else build_furniture(options.deb, options.out, workers=options.workers)
+
+        path = (
+            export_objects(ShapeNetViews(), options.out)
+            if options.unpack
+            else build_furniture(options.deb, options.out, workers=options.workers)
+        )
     else:
         from unipre3d.image import train_mini
+
         path = train_mini(options.out, steps=options.steps, seed=options.seed)
     print(f"wrote {path}")
     return 0
+
 
 def doctor_command(args: list[str]) -> int:
     "unipre3d doctor: which backends, data and weights are here."
@@ -282,35 +439,64 @@ def doctor_command(args: list[str]) -> int:
     from unipre3d.core import data_dir
     from unipre3d.recipes import recipes
     from unipre3d.records import code_version, hardware
+
     parse(make_dataclass("Doctor", []), args, "unipre3d doctor")
     machine, have = hardware(), lambda module: importlib.util.find_spec(module) is not None
     folder = data_dir()
-    size = lambda path: f"{path} ({path.stat().st_size / 2 ** 20:.1f} MB)" if path.is_file() else f"MISSING: {path}"
+    size = lambda path: (
+        f"{path} ({path.stat().st_size / 2**20:.1f} MB)" if path.is_file() else f"MISSING: {path}"
+    )
     cuda = torch.cuda.is_available()
     lines = {
-        "unipre3d": code_version(), "python": machine["python"], "torch": machine["torch"], "processor": f"{machine['cpu']}, {machine['cores']} cores",
+        "unipre3d": code_version(),
+        "python": machine["python"],
+        "torch": machine["torch"],
+        "processor": f"{machine['cpu']}, {machine['cores']} cores",
         "GPU": machine["gpu"] or "none (the CPU renderer is used)",
         "renderer, CPU": "ready" if have("numba") else "MISSING: numba",
-        "renderer, CUDA": ("ready" if cuda else "installed, but no GPU") if have("gsplat") else "not installed (pip install -e '.[gpu]')",
+        "renderer, CUDA": ("ready" if cuda else "installed, but no GPU")
+        if have("gsplat")
+        else "not installed (pip install -e '.[gpu]')",
         "objects": size(folder / "furniture.zip"),
-        "small autoencoder": size(folder / "autoencoder-mini" / "diffusion_pytorch_model.safetensors"),
-        "ffmpeg (MP4)": "ready" if any((Path(p) / "ffmpeg").exists() for p in os.environ.get("PATH", "").split(os.pathsep)) else "not found (GIF is used)",
-        "recipes": ", ".join(recipes)}
-    for name, value in lines.items(): print(f"{name:18} {value}")
+        "small autoencoder": size(
+            folder / "autoencoder-mini" / "diffusion_pytorch_model.safetensors"
+        ),
+        "ffmpeg (MP4)": "ready"
+        if any((Path(p) / "ffmpeg").exists() for p in os.environ.get("PATH", "").split(os.pathsep))
+        else "not found (GIF is used)",
+        "recipes": ", ".join(recipes),
+    }
+    for name, value in lines.items():
+        print(f"{name:18} {value}")
     return int(any(value.startswith("MISSING") for value in lines.values()))
 
 # %% ../nbs/90_cli.ipynb #de9420f3
-commands = {"pretrain": pretrain_command, "finetune": finetune_command, "reproduce": reproduce_command, "render": render_command, "data": data_command, "doctor": doctor_command}
+commands = {
+    "pretrain": pretrain_command,
+    "finetune": finetune_command,
+    "reproduce": reproduce_command,
+    "render": render_command,
+    "data": data_command,
+    "doctor": doctor_command,
+}
+
 
 def usage() -> str:
     "What a newcomer reads first."
-    from unipre3d.downstream.finetuning import finetune_recipes
+    from unipre3d.tasks.finetuning import finetune_recipes
     from unipre3d.recipes import recipes
+
     lines = ["UniPre3D: pre-train point cloud backbones by rendering Gaussians.", "", "commands:"]
-    lines += [f"  {f.__doc__.split(':')[0]:52} {f.__doc__.split(':', 1)[1].strip().rstrip('.')}" for f in commands.values()]
+    lines += [
+        f"  {f.__doc__.split(':')[0]:52} {f.__doc__.split(':', 1)[1].strip().rstrip('.')}"
+        for f in commands.values()
+    ]
     for title, known in (("to pre-train:", recipes), ("to fine-tune:", finetune_recipes)):
         lines += ["", title] + [f"  {name:26} {recipe.about}" for name, recipe in known.items()]
-    return "\n".join(lines + ["", "start with:  unipre3d pretrain      (then: unipre3d COMMAND --help)"])
+    return "\n".join(
+        lines + ["", "start with:  unipre3d pretrain      (then: unipre3d COMMAND --help)"]
+    )
+
 
 def main(
     args: list[str] | None = None,  # default: the process's own
@@ -318,10 +504,14 @@ def main(
     "Run a command; a mistake is one line on standard error and exit status 2."
     args = sys.argv[1:] if args is None else args
     try:
-        if not args or args[0] in ("-h", "--help"): print(usage()); return 0
-        if args[0] not in commands: raise ValueError(f'expected a command, one of {", ".join(commands)}; got "{args[0]}"')
+        if not args or args[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        if args[0] not in commands:
+            raise ValueError(f'expected a command, one of {", ".join(commands)}; got "{args[0]}"')
         return commands[args[0]](args[1:])
     except (ValueError, OSError, ImportError) as error:
         print(f"unipre3d: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt:
+        return 130

@@ -22,14 +22,17 @@ def check_shapes(
     "Raise a one-line ValueError unless every tensor fits its pattern; a letter means one size within the call."
     bound: dict[str, int] = {}
     for name, (tensor, pattern) in tensors.items():
-        if tensor is None: continue
+        if tensor is None:
+            continue
         want, got = pattern.split(), tuple(tensor.shape)
         fits = len(want) == len(got)
         for axis, size in zip(want, got):
             fits = fits and size == (int(axis) if axis.isdigit() else bound.setdefault(axis, size))
         if not fits:
             known = ", ".join(f"{a} = {bound[a]}" for a in want if a in bound)
-            raise ValueError(f"{owner}.{name}: expected shape [{pattern}]{f' with {known}' if known else ''}, got {list(got)}")
+            raise ValueError(
+                f"{owner}.{name}: expected shape [{pattern}]{f' with {known}' if known else ''}, got {list(got)}"
+            )
     return bound
 
 # %% ../nbs/00_core.ipynb #6356fbd5
@@ -41,11 +44,16 @@ def check_batch(
     "Raise a one-line ValueError unless `batch` is a sorted long index into `0 .. size - 1`."
     if batch.dtype != torch.long:
         raise ValueError(f"{owner}.batch: expected dtype torch.int64, got {batch.dtype}")
-    if not len(batch): return
+    if not len(batch):
+        return
     if bool((batch[1:] < batch[:-1]).any()):
-        raise ValueError(f"{owner}.batch: expected a sorted index, found a row whose cloud number is lower than the one before")
+        raise ValueError(
+            f"{owner}.batch: expected a sorted index, found a row whose cloud number is lower than the one before"
+        )
     if int(batch[0]) < 0 or int(batch[-1]) >= size:
-        raise ValueError(f"{owner}.batch: expected values in 0..{size - 1} (size = {size}), found {int(batch[0])}..{int(batch[-1])}")
+        raise ValueError(
+            f"{owner}.batch: expected values in 0..{size - 1} (size = {size}), found {int(batch[0])}..{int(batch[-1])}"
+        )
 
 # %% ../nbs/00_core.ipynb #01675c92
 def to_device(
@@ -53,9 +61,14 @@ def to_device(
     device,  # where to put it
 ):
     "The same object with every tensor in it on `device`; plain values stay."
-    if isinstance(x, Tensor): return x.to(device, non_blocking=torch.device(device).type != "cpu")  # towards the processor it would return before the values are there
-    if not is_dataclass(x): return x
+    if isinstance(x, Tensor):
+        return x.to(
+            device, non_blocking=torch.device(device).type != "cpu"
+        )  # towards the processor it would return before the values are there
+    if not is_dataclass(x):
+        return x
     return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+
 
 def full_precision(
     x: Tensor,  # on the device that computes
@@ -63,19 +76,24 @@ def full_precision(
     "No autocast inside: with bfloat16 a point moves by centimetres and falls on another pixel."
     return torch.autocast(x.device.type, enabled=False)
 
+
 @dataclass(frozen=True, eq=False)
 class PointBatch:
     "Point clouds packed along one axis; a cloud may be empty."
-    xyz: Tensor    # [n 3] world coordinates: object units (radius <= 0.65) or metres; z up
-    feat: Tensor   # [n c] any features, one row a point
+
+    xyz: Tensor  # [n 3] world coordinates: object units (radius <= 0.65) or metres; z up
+    feat: Tensor  # [n c] any features, one row a point
     batch: Tensor  # [n] long, sorted: the cloud of each point
-    size: int      # number of clouds B
+    size: int  # number of clouds B
 
     def __post_init__(self):
-        check_shapes("PointBatch", xyz=(self.xyz, "n 3"), feat=(self.feat, "n c"), batch=(self.batch, "n"))
+        check_shapes(
+            "PointBatch", xyz=(self.xyz, "n 3"), feat=(self.feat, "n c"), batch=(self.batch, "n")
+        )
         check_batch("PointBatch", self.batch, self.size)
 
-    def __len__(self): return len(self.xyz)
+    def __len__(self):
+        return len(self.xyz)
 
     @property
     def counts(self) -> Tensor:
@@ -98,18 +116,25 @@ def offsets(
     "Where each cloud starts in the packed axis."
     return torch.cat([batch.new_zeros(1), torch.bincount(batch, minlength=size).cumsum(0)])
 
+
 def to_padded(
     x: Tensor,  # [n c] packed rows
     batch: Tensor,  # [n] sorted cloud index
     size: int,  # number of clouds B
-) -> tuple[Tensor, Tensor]:  # padded [B m c] with zeros, mask [B m] true where a row is real; m = longest cloud
+) -> tuple[
+    Tensor, Tensor
+]:  # padded [B m c] with zeros, mask [B m] true where a row is real; m = longest cloud
     "One rectangle from packed rows."
     start = offsets(batch, size)
     m = int((start[1:] - start[:-1]).max()) if size else 0
     place = torch.arange(len(x), device=x.device) - start[batch]
-    padded, mask = x.new_zeros(size, m, *x.shape[1:]), torch.zeros(size, m, dtype=torch.bool, device=x.device)
+    padded, mask = (
+        x.new_zeros(size, m, *x.shape[1:]),
+        torch.zeros(size, m, dtype=torch.bool, device=x.device),
+    )
     mask[batch, place] = True
     return padded.index_put((batch, place), x), mask
+
 
 def from_padded(
     padded: Tensor,  # [B m c]
@@ -124,25 +149,41 @@ def cat_points(
 ) -> PointBatch:
     "Cloud b of the result holds the points of cloud b of every part, in the order of the parts."
     if len({p.size for p in parts}) != 1:
-        raise ValueError(f"cat_points: expected parts with one number of clouds, got sizes {[p.size for p in parts]}")
+        raise ValueError(
+            f"cat_points: expected parts with one number of clouds, got sizes {[p.size for p in parts]}"
+        )
     batch = torch.cat([p.batch for p in parts])
     order = batch.argsort(stable=True)
-    return PointBatch(torch.cat([p.xyz for p in parts])[order], torch.cat([p.feat for p in parts])[order], batch[order], parts[0].size)
+    return PointBatch(
+        torch.cat([p.xyz for p in parts])[order],
+        torch.cat([p.feat for p in parts])[order],
+        batch[order],
+        parts[0].size,
+    )
 
 # %% ../nbs/00_core.ipynb #4d456a53
 @dataclass(frozen=True, eq=False)
 class CameraBatch:
     "Pinhole cameras, several clouds at once; all images of a batch have one size."
-    world_to_cam: Tensor  # [v 4 4] rigid, OpenCV axes (x right, y down, z forward), x_cam = R x_world + t
-    K: Tensor             # [v 3 3] intrinsics in pixels; the centre of the top-left pixel is (0.5, 0.5)
-    hw: tuple[int, int]   # image height and width in pixels
-    batch: Tensor         # [v] long, sorted: the cloud that each view shows
+
+    world_to_cam: (
+        Tensor  # [v 4 4] rigid, OpenCV axes (x right, y down, z forward), x_cam = R x_world + t
+    )
+    K: Tensor  # [v 3 3] intrinsics in pixels; the centre of the top-left pixel is (0.5, 0.5)
+    hw: tuple[int, int]  # image height and width in pixels
+    batch: Tensor  # [v] long, sorted: the cloud that each view shows
 
     def __post_init__(self):
-        check_shapes("CameraBatch", world_to_cam=(self.world_to_cam, "v 4 4"), K=(self.K, "v 3 3"), batch=(self.batch, "v"))
+        check_shapes(
+            "CameraBatch",
+            world_to_cam=(self.world_to_cam, "v 4 4"),
+            K=(self.K, "v 3 3"),
+            batch=(self.batch, "v"),
+        )
         check_batch("CameraBatch", self.batch, int(self.batch[-1]) + 1 if len(self.batch) else 0)
 
-    def __len__(self): return len(self.K)
+    def __len__(self):
+        return len(self.K)
 
     @property
     def cam_to_world(self) -> Tensor:
@@ -165,24 +206,34 @@ class CameraBatch:
         "The same cameras on `device`."
         return to_device(self, device)
 
+
 @dataclass(frozen=True, eq=False)
 class ViewBatch:
     "Images with their cameras."
+
     camera: CameraBatch
-    rgb: Tensor                  # [v 3 h w] colour in 0..1
+    rgb: Tensor  # [v 3 h w] colour in 0..1
     depth: Tensor | None = None  # [v h w] metres along z, 0 = missing
-    mask: Tensor | None = None   # [v h w] bool, true on the foreground
+    mask: Tensor | None = None  # [v h w] bool, true on the foreground
 
     def __post_init__(self):
         v, (h, w) = len(self.camera), self.camera.hw
-        check_shapes("ViewBatch", rgb=(self.rgb, f"{v} 3 {h} {w}"), depth=(self.depth, f"{v} {h} {w}"), mask=(self.mask, f"{v} {h} {w}"))
+        check_shapes(
+            "ViewBatch",
+            rgb=(self.rgb, f"{v} 3 {h} {w}"),
+            depth=(self.depth, f"{v} {h} {w}"),
+            mask=(self.mask, f"{v} {h} {w}"),
+        )
 
-    def __len__(self): return len(self.rgb)
+    def __len__(self):
+        return len(self.rgb)
 
     def select(self, index: Tensor) -> ViewBatch:
         "The views at `index` (a sorted long index or a boolean mask)."
         pick = lambda t: None if t is None else t[index]
-        return ViewBatch(self.camera.select(index), self.rgb[index], pick(self.depth), pick(self.mask))
+        return ViewBatch(
+            self.camera.select(index), self.rgb[index], pick(self.depth), pick(self.mask)
+        )
 
     def to(self, device) -> ViewBatch:
         "The same views on `device`."
@@ -192,22 +243,33 @@ class ViewBatch:
 @dataclass(frozen=True, eq=False)
 class GaussianBatch:
     "Anisotropic 3-D Gaussians with colour, packed like points."
-    mean: Tensor     # [n 3] centre in world coordinates
-    scale: Tensor    # [n 3] standard deviation along each axis, world units, > 0
-    quat: Tensor     # [n 4] rotation as wxyz; the renderer normalises it
+
+    mean: Tensor  # [n 3] centre in world coordinates
+    scale: Tensor  # [n 3] standard deviation along each axis, world units, > 0
+    quat: Tensor  # [n 4] rotation as wxyz; the renderer normalises it
     opacity: Tensor  # [n] in 0..1
-    sh: Tensor       # [n k 3] spherical harmonics, k = (degree + 1)^2, per colour channel
-    batch: Tensor    # [n] long, sorted: the cloud of each Gaussian
-    size: int        # number of clouds B
+    sh: Tensor  # [n k 3] spherical harmonics, k = (degree + 1)^2, per colour channel
+    batch: Tensor  # [n] long, sorted: the cloud of each Gaussian
+    size: int  # number of clouds B
 
     def __post_init__(self):
-        k = check_shapes("GaussianBatch", mean=(self.mean, "n 3"), scale=(self.scale, "n 3"), quat=(self.quat, "n 4"),
-                         opacity=(self.opacity, "n"), sh=(self.sh, "n k 3"), batch=(self.batch, "n"))["k"]
+        k = check_shapes(
+            "GaussianBatch",
+            mean=(self.mean, "n 3"),
+            scale=(self.scale, "n 3"),
+            quat=(self.quat, "n 4"),
+            opacity=(self.opacity, "n"),
+            sh=(self.sh, "n k 3"),
+            batch=(self.batch, "n"),
+        )["k"]
         if k not in (1, 4, 9, 16):
-            raise ValueError(f"GaussianBatch.sh: expected 1, 4, 9 or 16 coefficients (degree 0 to 3), got {k}")
+            raise ValueError(
+                f"GaussianBatch.sh: expected 1, 4, 9 or 16 coefficients (degree 0 to 3), got {k}"
+            )
         check_batch("GaussianBatch", self.batch, self.size)
 
-    def __len__(self): return len(self.mean)
+    def __len__(self):
+        return len(self.mean)
 
     @property
     def counts(self) -> Tensor:
@@ -222,14 +284,16 @@ class GaussianBatch:
 @dataclass(frozen=True, eq=False)
 class Sample:
     "What one pre-training step reads: clouds, views to see, views to render."
+
     points: PointBatch
-    ref: ViewBatch                # views that the image branch sees
-    target: ViewBatch             # views to render; disjoint from `ref`
-    label: Tensor | None = None   # [B] long class of each cloud
+    ref: ViewBatch  # views that the image branch sees
+    target: ViewBatch  # views to render; disjoint from `ref`
+    label: Tensor | None = None  # [B] long class of each cloud
 
     def to(self, device) -> Sample:
         "The same sample on `device`."
         return to_device(self, device)
+
 
 def cat_views(
     views: list[ViewBatch],  # image sizes must agree
@@ -237,15 +301,28 @@ def cat_views(
 ) -> ViewBatch:
     "Views behind one another; each part's clouds are renumbered by its shift."
     if len({v.camera.hw for v in views}) != 1:
-        raise ValueError(f"cat_views: expected images of one size, got {sorted({v.camera.hw for v in views})}")
+        raise ValueError(
+            f"cat_views: expected images of one size, got {sorted({v.camera.hw for v in views})}"
+        )
+
     def join(name):
         xs = [getattr(v, name) for v in views]
-        if all(x is None for x in xs): return None
-        if any(x is None for x in xs): raise ValueError(f"cat_views: expected {name} in all views or in none, {sum(x is None for x in xs)} of {len(xs)} parts have none")
+        if all(x is None for x in xs):
+            return None
+        if any(x is None for x in xs):
+            raise ValueError(
+                f"cat_views: expected {name} in all views or in none, {sum(x is None for x in xs)} of {len(xs)} parts have none"
+            )
         return torch.cat(xs)
-    camera = CameraBatch(torch.cat([v.camera.world_to_cam for v in views]), torch.cat([v.camera.K for v in views]), views[0].camera.hw,
-                         torch.cat([v.camera.batch + s for v, s in zip(views, shift)]))
+
+    camera = CameraBatch(
+        torch.cat([v.camera.world_to_cam for v in views]),
+        torch.cat([v.camera.K for v in views]),
+        views[0].camera.hw,
+        torch.cat([v.camera.batch + s for v, s in zip(views, shift)]),
+    )
     return ViewBatch(camera, *map(join, ("rgb", "depth", "mask")))
+
 
 def collate(
     samples: list[Sample],  # one or more samples, each of one or more clouds
@@ -253,17 +330,30 @@ def collate(
     "One packed sample from many."
     points = [s.points for s in samples]
     start = torch.tensor([0] + [p.size for p in points]).cumsum(0).tolist()
-    packed = PointBatch(torch.cat([p.xyz for p in points]), torch.cat([p.feat for p in points]),
-                        torch.cat([p.batch + s for p, s in zip(points, start)]), start[-1])
+    packed = PointBatch(
+        torch.cat([p.xyz for p in points]),
+        torch.cat([p.feat for p in points]),
+        torch.cat([p.batch + s for p, s in zip(points, start)]),
+        start[-1],
+    )
     labels = [s.label for s in samples]
-    if any(l is None for l in labels) and not all(l is None for l in labels): raise ValueError("collate: expected labels in all samples or in none")
+    if any(l is None for l in labels) and not all(l is None for l in labels):
+        raise ValueError("collate: expected labels in all samples or in none")
     label = None if labels[0] is None else torch.cat([l.reshape(-1) for l in labels])
-    return Sample(packed, cat_views([s.ref for s in samples], start), cat_views([s.target for s in samples], start), label)
+    return Sample(
+        packed,
+        cat_views([s.ref for s in samples], start),
+        cat_views([s.target for s in samples], start),
+        label,
+    )
 
 # %% ../nbs/00_core.ipynb #1f437284
 def data_dir() -> Path:
     "The folder of embedded data: `_data` inside an installed wheel, `data/` of a checkout."
     package = Path(__file__).resolve().parent
     for folder in (package / "_data", package.parent / "data"):
-        if folder.is_dir(): return folder
-    raise FileNotFoundError(f"embedded data: expected a folder at {package / '_data'} or {package.parent / 'data'}; reinstall the package")
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"embedded data: expected a folder at {package / '_data'} or {package.parent / 'data'}; reinstall the package"
+    )

@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .core import CameraBatch, PointBatch, ViewBatch, cat_points, check_shapes, full_precision, offsets
+from unipre3d.core import (
+    CameraBatch,
+    PointBatch,
+    ViewBatch,
+    cat_points,
+    check_shapes,
+    full_precision,
+    offsets,
+)
 from .geometry.cameras import unproject
 from .geometry.sparse import SubMConv3d, merge_voxels, point_cells
 
@@ -38,11 +46,14 @@ def check_maps(
     check_shapes(owner, maps=(maps, f"{len(cameras)} c h w"))
     return tuple(maps.shape[2:])
 
+
 def visible_pixels(
     points: PointBatch,
     cameras: CameraBatch,  # v cameras
     hw: tuple[int, int],  # height and width of the pixel grid, which spans the whole image
-) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:  # point, and flat pixel (view h w + row w + column), of each visible pair
+) -> tuple[
+    Int[Tensor, "m"], Int[Tensor, "m"]
+]:  # point, and flat pixel (view h w + row w + column), of each visible pair
     "Pairs of a point and the pixel that shows it: inside the image, in front, and nearest of its pixel (ties keep all)."
     (H, W), (h, w) = cameras.hw, hw
     view, point = view_point_pairs(points.batch, points.size, cameras.batch)
@@ -51,14 +62,19 @@ def visible_pixels(
         xyz = (pose[view, :3, :3] @ points.xyz[point, :, None])[..., 0] + pose[view, :3, 3]
         depth = xyz[:, 2]
         front = depth > 0
-        uv = (K[view, :2] @ xyz[:, :, None])[..., 0] / torch.where(front, depth, torch.ones_like(depth))[:, None]
+        uv = (K[view, :2] @ xyz[:, :, None])[..., 0] / torch.where(
+            front, depth, torch.ones_like(depth)
+        )[:, None]
     column, row = (uv[:, 0] * (w / W)).floor(), (uv[:, 1] * (h / H)).floor()
     inside = front & (column >= 0) & (column < w) & (row >= 0) & (row < h)
     point, depth = point[inside], depth[inside]
     pixel = view[inside] * (h * w) + row[inside].long() * w + column[inside].long()
-    nearest = depth.new_full((len(cameras) * h * w,), torch.inf).scatter_reduce(0, pixel, depth.detach(), "amin")
+    nearest = depth.new_full((len(cameras) * h * w,), torch.inf).scatter_reduce(
+        0, pixel, depth.detach(), "amin"
+    )
     seen = depth == nearest[pixel]
     return point[seen], pixel[seen]
+
 
 def mean_over_views(
     value: Float[Tensor, "m c"],  # what each visible pair reads
@@ -67,26 +83,38 @@ def mean_over_views(
 ) -> tuple[Float[Tensor, "n c"], Bool[Tensor, "n"]]:  # mean (zeros where unseen), seen
     "One row for each point: the mean of its pairs."
     count = torch.bincount(point, minlength=n)
-    return value.new_zeros(n, value.shape[1]).index_add(0, point, value) / count.clamp(min=1)[:, None], count > 0
+    return value.new_zeros(n, value.shape[1]).index_add(0, point, value) / count.clamp(min=1)[
+        :, None
+    ], count > 0
+
 
 def gather_visible(
     points: PointBatch,  # n points
-    maps: Float[Tensor, "v c h w"],  # a feature map for each camera; spans the whole image, any resolution
+    maps: Float[
+        Tensor, "v c h w"
+    ],  # a feature map for each camera; spans the whole image, any resolution
     cameras: CameraBatch,  # v cameras
 ) -> tuple[Float[Tensor, "n c"], Bool[Tensor, "n"]]:  # feature (zeros where unseen), seen
     "Image features at the points that are visible; the mean over the views that see a point (section 3, feature fusion)."
     h, w = check_maps("gather_visible", maps, cameras)
     point, pixel = visible_pixels(points, cameras, (h, w))
-    return mean_over_views(maps.flatten(2)[pixel // (h * w), :, pixel % (h * w)], point, len(points))
+    return mean_over_views(
+        maps.flatten(2)[pixel // (h * w), :, pixel % (h * w)], point, len(points)
+    )
 
 # %% ../nbs/51_fusion.ipynb #1782aeac
 class NoFusion(nn.Module):
     "No image features: `early` and `late` return the points as they are. Other fusions override one of them."
-    def early(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> PointBatch:
+
+    def early(
+        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+    ) -> PointBatch:
         "After the backbone's stem."
         return points
 
-    def late(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> PointBatch:
+    def late(
+        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+    ) -> PointBatch:
         "After the backbone's body, before its norm."
         return points
 
@@ -100,6 +128,7 @@ def norm_groups(
 # %% ../nbs/51_fusion.ipynb #f606651c
 class FeatureFusion(NoFusion):
     "Object-level fusion: `MLP(cat(F_3D, F_2D))` on the backbone's last features (section 3)."
+
     def __init__(
         self,
         width: int,  # features of a point
@@ -110,47 +139,83 @@ class FeatureFusion(NoFusion):
         self.image_proj = nn.Linear(image_width, width)
         self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU())
 
-    def normalise(self, value: Float[Tensor, "m c"], view: Int[Tensor, "m"], maps: Float[Tensor, "v c h w"]) -> Float[Tensor, "m c"]:
+    def normalise(
+        self, value: Float[Tensor, "m c"], view: Int[Tensor, "m"], maps: Float[Tensor, "v c h w"]
+    ) -> Float[Tensor, "m c"]:
         "What `image_norm(maps)` holds at the pixels that `value` was read from."
         groups = self.image_norm.num_groups
         grouped = maps.unflatten(1, (groups, -1)).flatten(2)
         mean = grouped.mean(2)
-        var = grouped.square().mean(2) - mean.square()            # several times faster here than torch.var_mean
-        value = (value.unflatten(1, (groups, -1)) - mean[view, :, None]) * (var.clamp(min=0) + self.image_norm.eps).rsqrt()[view, :, None]
+        var = (
+            grouped.square().mean(2) - mean.square()
+        )  # several times faster here than torch.var_mean
+        value = (value.unflatten(1, (groups, -1)) - mean[view, :, None]) * (
+            var.clamp(min=0) + self.image_norm.eps
+        ).rsqrt()[view, :, None]
         return value.flatten(1) * self.image_norm.weight + self.image_norm.bias
 
-    def gather(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> Float[Tensor, "n width"]:
+    def gather(
+        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+    ) -> Float[Tensor, "n width"]:
         "The image half: read at visible points, normalised, projected to `width`; zeros where no view sees the point."
         h, w = check_maps("FeatureFusion", maps, ref.camera)
         point, pixel = visible_pixels(points, ref.camera, (h, w))
         view = pixel // (h * w)
-        feat, seen = mean_over_views(self.normalise(maps.flatten(2)[view, :, pixel % (h * w)], view, maps), point, len(points))
+        feat, seen = mean_over_views(
+            self.normalise(maps.flatten(2)[view, :, pixel % (h * w)], view, maps),
+            point,
+            len(points),
+        )
         return self.image_proj(feat) * seen[:, None]
 
-    def late(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> PointBatch:
+    def late(
+        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+    ) -> PointBatch:
         "Join the 2-D features to the 3-D ones."
-        return points.with_feat(self.mlp(torch.cat([points.feat, self.gather(points, maps, ref)], 1)))
+        return points.with_feat(
+            self.mlp(torch.cat([points.feat, self.gather(points, maps, ref)], 1))
+        )
 
 # %% ../nbs/51_fusion.ipynb #d27e5dad
 def cloud_boxes(
     points: PointBatch,
-) -> tuple[Float[Tensor, "B 3"], Float[Tensor, "B 3"]]:  # lowest and highest corner; an empty cloud has an empty box (inf, -inf)
+) -> tuple[
+    Float[Tensor, "B 3"], Float[Tensor, "B 3"]
+]:  # lowest and highest corner; an empty cloud has an empty box (inf, -inf)
     "The axis-parallel box of each cloud."
-    row, empty = points.batch[:, None].expand(-1, 3), points.xyz.new_full((points.size, 3), torch.inf)
-    return empty.scatter_reduce(0, row, points.xyz, "amin"), (-empty).scatter_reduce(0, row, points.xyz, "amax")
+    row, empty = (
+        points.batch[:, None].expand(-1, 3),
+        points.xyz.new_full((points.size, 3), torch.inf),
+    )
+    return empty.scatter_reduce(0, row, points.xyz, "amin"), (-empty).scatter_reduce(
+        0, row, points.xyz, "amax"
+    )
+
 
 def back_project(
     points: PointBatch,  # the clouds, whose boxes count
-    maps: Float[Tensor, "v c h w"],  # a feature map for each view; spans the whole image, any resolution
+    maps: Float[
+        Tensor, "v c h w"
+    ],  # a feature map for each view; spans the whole image, any resolution
     ref: ViewBatch,  # v views with depth
 ) -> PointBatch:  # feat [m c]
     "Every pixel with depth inside the box of its cloud as a point that carries the image's feature there (section 3, point fusion)."
-    if ref.depth is None: raise ValueError("back_project: expected reference views with depth, got none; use FeatureFusion, or a reader that has depth")
+    if ref.depth is None:
+        raise ValueError(
+            "back_project: expected reference views with depth, got none; use FeatureFusion, or a reader that has depth"
+        )
     (h, w), (H, W) = check_maps("back_project", maps, ref.camera), ref.camera.hw
     xyz, valid = unproject(ref.depth, ref.camera)
     low, high = (corner[ref.camera.batch][:, None, None] for corner in cloud_boxes(points))
-    view, row, column = (valid & (xyz >= low).all(-1) & (xyz <= high).all(-1)).nonzero(as_tuple=True)
-    feat = maps[view, :, ((2 * row + 1) * h).div(2 * H, rounding_mode="floor"), ((2 * column + 1) * w).div(2 * W, rounding_mode="floor")]
+    view, row, column = (valid & (xyz >= low).all(-1) & (xyz <= high).all(-1)).nonzero(
+        as_tuple=True
+    )
+    feat = maps[
+        view,
+        :,
+        ((2 * row + 1) * h).div(2 * H, rounding_mode="floor"),
+        ((2 * column + 1) * w).div(2 * W, rounding_mode="floor"),
+    ]
     return PointBatch(xyz[view, row, column], feat, ref.camera.batch[view], points.size)
 
 # %% ../nbs/51_fusion.ipynb #798af9fd
@@ -163,18 +228,19 @@ def join_voxels(
     batch = torch.cat([points.batch, image.batch])
     own = (torch.arange(len(batch), device=batch.device) < len(points))[batch.argsort(stable=True)]
     voxels, inverse = merge_voxels(cat_points(points, image), voxel_size)
-    kind = torch.promote_types(points.feat.dtype, image.feat.dtype)                                     # they differ under autocast
+    kind = torch.promote_types(points.feat.dtype, image.feat.dtype)  # they differ under autocast
     feat, _ = mean_over_views(image.feat.to(kind), inverse[~own], len(voxels))
     return voxels.with_feat(feat.index_add(0, inverse[own], points.feat.to(kind)))
 
 # %% ../nbs/51_fusion.ipynb #b301b449
 class PointFusion(NoFusion):
     "Scene-level fusion: reference pixels with depth join the cloud after the backbone's stem (section 3)."
+
     def __init__(
         self,
         width: int,  # features after the backbone's stem
         image_width: int,  # channels of the image maps
-        voxel_size: float = .02,  # edge of a voxel in metres; the backbone's own
+        voxel_size: float = 0.02,  # edge of a voxel in metres; the backbone's own
     ):
         super().__init__()
         self.voxel_size = voxel_size
@@ -188,7 +254,11 @@ class PointFusion(NoFusion):
         x = self.conv(point_cells(voxels, self.voxel_size))
         return voxels.with_feat(self.norm(x.feat).relu())
 
-    def early(self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch) -> PointBatch:
+    def early(
+        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+    ) -> PointBatch:
         "Join the reference pixels to the voxels."
         image = back_project(points, self.image_norm(maps), ref)
-        return self.mix(join_voxels(points, image.with_feat(self.image_proj(image.feat)), self.voxel_size))
+        return self.mix(
+            join_voxels(points, image.with_feat(self.image_proj(image.feat)), self.voxel_size)
+        )

@@ -24,10 +24,19 @@ def rotation_from_quat(
 ) -> Float[Tensor, "n 3 3"]:
     "Rotation matrices of (normalised) quaternions."
     w, x, y, z = F.normalize(quat, dim=-1).unbind(-1)
-    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-            2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
+    rows = [
+        1 - 2 * (y * y + z * z),
+        2 * (x * y - w * z),
+        2 * (x * z + w * y),
+        2 * (x * y + w * z),
+        1 - 2 * (x * x + z * z),
+        2 * (y * z - w * x),
+        2 * (x * z - w * y),
+        2 * (y * z + w * x),
+        1 - 2 * (x * x + y * y),
+    ]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
 
 def covariance(
     scale: Float[Tensor, "n 3"],  # standard deviations, world units
@@ -44,19 +53,34 @@ def sh_basis(
 ) -> Float[Tensor, "n k"]:  # k = (degree + 1)^2
     "Real spherical harmonics of unit directions, in the order and with the signs of 3-D Gaussian splatting."
     x, y, z = F.normalize(direction, dim=-1).unbind(-1)
-    basis = [torch.full_like(x, .5 / math.sqrt(math.pi))]
+    basis = [torch.full_like(x, 0.5 / math.sqrt(math.pi))]
     if degree >= 1:
         c = math.sqrt(3 / (4 * math.pi))
         basis += [-c * y, c * z, -c * x]
     if degree >= 2:
         c = math.sqrt(15 / (4 * math.pi))
-        basis += [c * x * y, -c * y * z, c / math.sqrt(12) * (2 * z * z - x * x - y * y), -c * x * z, c / 2 * (x * x - y * y)]
+        basis += [
+            c * x * y,
+            -c * y * z,
+            c / math.sqrt(12) * (2 * z * z - x * x - y * y),
+            -c * x * z,
+            c / 2 * (x * x - y * y),
+        ]
     if degree >= 3:
-        c = math.sqrt(35 / (32 * math.pi)); d = math.sqrt(105 / (4 * math.pi)); e = math.sqrt(21 / (32 * math.pi))
-        basis += [-c * y * (3 * x * x - y * y), d * x * y * z, -e * y * (4 * z * z - x * x - y * y),
-                  math.sqrt(7 / (16 * math.pi)) * z * (2 * z * z - 3 * x * x - 3 * y * y), -e * x * (4 * z * z - x * x - y * y),
-                  d / 2 * z * (x * x - y * y), -c * x * (x * x - 3 * y * y)]
+        c = math.sqrt(35 / (32 * math.pi))
+        d = math.sqrt(105 / (4 * math.pi))
+        e = math.sqrt(21 / (32 * math.pi))
+        basis += [
+            -c * y * (3 * x * x - y * y),
+            d * x * y * z,
+            -e * y * (4 * z * z - x * x - y * y),
+            math.sqrt(7 / (16 * math.pi)) * z * (2 * z * z - 3 * x * x - 3 * y * y),
+            -e * x * (4 * z * z - x * x - y * y),
+            d / 2 * z * (x * x - y * y),
+            -c * x * (x * x - 3 * y * y),
+        ]
     return torch.stack(basis, -1)
+
 
 def evaluate_sh(
     sh: Float[Tensor, "n k 3"],  # coefficients
@@ -64,11 +88,12 @@ def evaluate_sh(
 ) -> Float[Tensor, "n 3"]:  # rgb, >= 0
     "Colour of each Gaussian seen along `direction`: the sum of harmonics plus one half, clamped at zero."
     basis = sh_basis(direction, math.isqrt(sh.shape[1]) - 1)
-    return ((basis[:, :, None] * sh).sum(1) + .5).clamp(min=0)
+    return ((basis[:, :, None] * sh).sum(1) + 0.5).clamp(min=0)
 
 # %% ../nbs/50_gaussians.ipynb #dea77d59
 class GaussianHead(nn.Module):
     "Features to Gaussians, one for each point: 3 offset, 1 opacity, 3 scale, 4 rotation, then 3 (degree + 1)^2 colour numbers (section 3)."
+
     def __init__(
         self,
         width: int,  # features of a point
@@ -76,30 +101,49 @@ class GaussianHead(nn.Module):
         sh_degree: int = 1,  # 0 to 3; the paper has 1, which makes 23 numbers
         max_offset: float = 0.2,  # largest distance per axis between a point and its Gaussian, world units
         initial_scale: float = 0.05,  # standard deviation of every Gaussian before training, world units
-        min_scale: float = 0.,  # floor of the standard deviation, world units; the released code has exp(-1) = 0.37
+        min_scale: float = 0.0,  # floor of the standard deviation, world units; the released code has exp(-1) = 0.37
         hidden: int | None = None,  # width of the hidden layer; None means `width`
     ):
         super().__init__()
-        if initial_scale <= 0: raise ValueError(f"GaussianHead: expected initial_scale > 0 in world units, got {initial_scale}")
-        if min_scale < 0: raise ValueError(f"GaussianHead: expected min_scale >= 0 in world units, got {min_scale}")
+        if initial_scale <= 0:
+            raise ValueError(
+                f"GaussianHead: expected initial_scale > 0 in world units, got {initial_scale}"
+            )
+        if min_scale < 0:
+            raise ValueError(
+                f"GaussianHead: expected min_scale >= 0 in world units, got {min_scale}"
+            )
         self.max_offset, self.sh_degree = max_offset, sh_degree
         self.min_log_scale = math.log(max(min_scale, math.exp(-20)))
-        self.mlp = nn.Sequential(nn.Linear(width, hidden or width), nn.ReLU(), nn.Linear(hidden or width, 11 + 3 * (sh_degree + 1) ** 2))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden or width),
+            nn.ReLU(),
+            nn.Linear(hidden or width, 11 + 3 * (sh_degree + 1) ** 2),
+        )
         nn.init.normal_(self.mlp[2].weight, std=1e-2)
         with torch.no_grad():
             self.mlp[2].bias.zero_()
             self.mlp[2].bias[4:7] = math.log(initial_scale)
-            self.mlp[2].bias[7] = 1.
+            self.mlp[2].bias[7] = 1.0
 
     def activate(
         self,
-        raw: Float[Tensor, "n 23"],  # offset 3, opacity 1, scale 3, rotation 4, colour 3 (degree + 1)^2
+        raw: Float[
+            Tensor, "n 23"
+        ],  # offset 3, opacity 1, scale 3, rotation 4, colour 3 (degree + 1)^2
         points: PointBatch,  # the points that the offsets start from
     ) -> GaussianBatch:
         "Raw numbers to Gaussians. Scales are kept in max(min_scale, e^-20)..e^20 so that they stay finite."
         offset, opacity, scale, quat, sh = raw.float().split([3, 1, 3, 4, raw.shape[1] - 11], dim=1)
-        return GaussianBatch(mean=points.xyz + self.max_offset * offset.tanh(), scale=scale.clamp(self.min_log_scale, 20).exp(), quat=F.normalize(quat, dim=1, eps=1e-6),
-                             opacity=opacity[:, 0].sigmoid(), sh=sh.unflatten(1, (-1, 3)), batch=points.batch, size=points.size)
+        return GaussianBatch(
+            mean=points.xyz + self.max_offset * offset.tanh(),
+            scale=scale.clamp(self.min_log_scale, 20).exp(),
+            quat=F.normalize(quat, dim=1, eps=1e-6),
+            opacity=opacity[:, 0].sigmoid(),
+            sh=sh.unflatten(1, (-1, 3)),
+            batch=points.batch,
+            size=points.size,
+        )
 
     def forward(self, points: PointBatch) -> GaussianBatch:
         "Points with features `[n width]` to Gaussians."
@@ -111,38 +155,109 @@ def select_cloud(
     cloud: int,  # 0 .. size - 1
 ) -> GaussianBatch:
     "The Gaussians of one cloud, as a batch of size one."
-    if not 0 <= cloud < gaussians.size: raise ValueError(f"select_cloud: expected a cloud in 0..{gaussians.size - 1}, got {cloud}")
+    if not 0 <= cloud < gaussians.size:
+        raise ValueError(f"select_cloud: expected a cloud in 0..{gaussians.size - 1}, got {cloud}")
     own = gaussians.batch == cloud
-    return GaussianBatch(*(getattr(gaussians, f)[own] for f in ("mean", "scale", "quat", "opacity", "sh")), torch.zeros_like(gaussians.batch[own]), 1)
+    return GaussianBatch(
+        *(getattr(gaussians, f)[own] for f in ("mean", "scale", "quat", "opacity", "sh")),
+        torch.zeros_like(gaussians.batch[own]),
+        1,
+    )
+
 
 def save_ply(
     gaussians: GaussianBatch,  # one cloud
     path: str | Path,  # file to write
 ) -> Path:
     "Write one cloud of Gaussians as a standard 3DGS PLY."
-    if gaussians.size != 1: raise ValueError(f"save_ply: expected one cloud, got {gaussians.size}; pick one with select_cloud(gaussians, b)")
+    if gaussians.size != 1:
+        raise ValueError(
+            f"save_ply: expected one cloud, got {gaussians.size}; pick one with select_cloud(gaussians, b)"
+        )
     g = gaussians.to("cpu")
-    n, rest = len(g), g.sh[:, 1:].permute(0, 2, 1).flatten(1)                       # channel by channel
-    names = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", *(f"f_rest_{i}" for i in range(rest.shape[1])),
-             "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
-    rows = torch.cat([g.mean, torch.zeros(n, 3), g.sh[:, 0], rest, torch.logit(g.opacity.double(), eps=1e-7).float()[:, None], g.scale.log(), g.quat], 1)
-    table = np.rec.fromarrays(rows.detach().numpy().astype("<f4").T, dtype=[(name, "<f4") for name in names])
+    n, rest = len(g), g.sh[:, 1:].permute(0, 2, 1).flatten(1)  # channel by channel
+    names = [
+        "x",
+        "y",
+        "z",
+        "nx",
+        "ny",
+        "nz",
+        "f_dc_0",
+        "f_dc_1",
+        "f_dc_2",
+        *(f"f_rest_{i}" for i in range(rest.shape[1])),
+        "opacity",
+        "scale_0",
+        "scale_1",
+        "scale_2",
+        "rot_0",
+        "rot_1",
+        "rot_2",
+        "rot_3",
+    ]
+    rows = torch.cat(
+        [
+            g.mean,
+            torch.zeros(n, 3),
+            g.sh[:, 0],
+            rest,
+            torch.logit(g.opacity.double(), eps=1e-7).float()[:, None],
+            g.scale.log(),
+            g.quat,
+        ],
+        1,
+    )
+    table = np.rec.fromarrays(
+        rows.detach().numpy().astype("<f4").T, dtype=[(name, "<f4") for name in names]
+    )
     PlyData([PlyElement.describe(table, "vertex")]).write(str(path))
     return Path(path)
+
 
 def load_ply(
     path: str | Path,  # a 3DGS PLY, degree 0 to 3
 ) -> GaussianBatch:
     "Read a standard 3DGS PLY as one cloud."
-    try: vertex = PlyData.read(str(path))["vertex"]
-    except FileNotFoundError: raise
-    except Exception as error: raise ValueError(f"{path}: expected a PLY file of Gaussians, could not read it ({error})") from error
+    try:
+        vertex = PlyData.read(str(path))["vertex"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}: expected a PLY file of Gaussians, could not read it ({error})"
+        ) from error
     names = {p.name for p in vertex.properties}
-    need = {"x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))}
-    if need - names: raise ValueError(f"{path}: expected a PLY file of Gaussians, it has no property {', '.join(sorted(need - names))}")
-    take = lambda *keys: torch.from_numpy(np.stack([np.asarray(vertex[k], dtype=np.float32) for k in keys], 1))
+    need = {
+        "x",
+        "y",
+        "z",
+        "f_dc_0",
+        "f_dc_1",
+        "f_dc_2",
+        "opacity",
+        *(f"scale_{i}" for i in range(3)),
+        *(f"rot_{i}" for i in range(4)),
+    }
+    if need - names:
+        raise ValueError(
+            f"{path}: expected a PLY file of Gaussians, it has no property {', '.join(sorted(need - names))}"
+        )
+    take = lambda *keys: torch.from_numpy(
+        np.stack([np.asarray(vertex[k], dtype=np.float32) for k in keys], 1)
+    )
     k = sum(n.startswith("f_rest_") for n in names) // 3
-    rest = take(*(f"f_rest_{i}" for i in range(3 * k))).reshape(-1, 3, k).permute(0, 2, 1) if k else torch.zeros(vertex.count, 0, 3)
-    return GaussianBatch(mean=take("x", "y", "z"), scale=take("scale_0", "scale_1", "scale_2").exp(), quat=F.normalize(take("rot_0", "rot_1", "rot_2", "rot_3"), dim=1),
-                         opacity=take("opacity")[:, 0].sigmoid(), sh=torch.cat([take("f_dc_0", "f_dc_1", "f_dc_2")[:, None], rest], 1),
-                         batch=torch.zeros(vertex.count, dtype=torch.long), size=1)
+    rest = (
+        take(*(f"f_rest_{i}" for i in range(3 * k))).reshape(-1, 3, k).permute(0, 2, 1)
+        if k
+        else torch.zeros(vertex.count, 0, 3)
+    )
+    return GaussianBatch(
+        mean=take("x", "y", "z"),
+        scale=take("scale_0", "scale_1", "scale_2").exp(),
+        quat=F.normalize(take("rot_0", "rot_1", "rot_2", "rot_3"), dim=1),
+        opacity=take("opacity")[:, 0].sigmoid(),
+        sh=torch.cat([take("f_dc_0", "f_dc_1", "f_dc_2")[:, None], rest], 1),
+        batch=torch.zeros(vertex.count, dtype=torch.long),
+        size=1,
+    )

@@ -18,15 +18,20 @@ def weighted_mse(
     pred: Float[Tensor, "v 3 h w"],  # rendered colour
     target: Float[Tensor, "v 3 h w"],  # true colour, 0..1
     mask: Bool[Tensor, "v h w"] | None,  # true on the foreground; None means one weight everywhere
-    foreground: float = 4.,  # weight on the mask, >= 0
-    background: float = 1.,  # weight elsewhere, >= 0
+    foreground: float = 4.0,  # weight on the mask, >= 0
+    background: float = 1.0,  # weight elsewhere, >= 0
 ) -> Float[Tensor, ""]:
     "Mean over pixels and channels of `w (pred - target)^2`; the weights are scaled so that equal ones give plain MSE (section 3)."
-    check_shapes("weighted_mse", pred=(pred, "v 3 h w"), target=(target, "v 3 h w"), mask=(mask, "v h w"))
+    check_shapes(
+        "weighted_mse", pred=(pred, "v 3 h w"), target=(target, "v 3 h w"), mask=(mask, "v h w")
+    )
     if min(foreground, background) < 0 or foreground + background <= 0:
-        raise ValueError(f"weighted_mse: expected weights >= 0 that are not both zero, got foreground={foreground}, background={background}")
+        raise ValueError(
+            f"weighted_mse: expected weights >= 0 that are not both zero, got foreground={foreground}, background={background}"
+        )
     error = (pred - target).square().mean(1)
-    if mask is None: return error.mean()
+    if mask is None:
+        return error.mean()
     scale = 2 / (foreground + background)
     return (torch.where(mask.bool(), scale * foreground, scale * background) * error).mean()
 
@@ -39,16 +44,19 @@ def psnr(
     "Peak signal-to-noise ratio of each image, capped at 100 dB."
     check_shapes("psnr", pred=(pred, "v 3 h w"), target=(target, "v 3 h w"), mask=(mask, "v h w"))
     error = (pred - target).square().mean(1).flatten(1)
-    if mask is None: mse = error.mean(1)
-    else: mse = (error * mask.flatten(1)).sum(1) / mask.flatten(1).sum(1)
+    if mask is None:
+        mse = error.mean(1)
+    else:
+        mse = (error * mask.flatten(1)).sum(1) / mask.flatten(1).sum(1)
     return -10 * mse.clamp(min=1e-10).log10()
+
 
 def ssim(
     pred: Float[Tensor, "v 3 h w"],  # rendered colour
     target: Float[Tensor, "v 3 h w"],  # true colour, 0..1
 ) -> Float[Tensor, "v"]:
     "Structural similarity of each image (torchmetrics; Gaussian window of 11 pixels, sigma 1.5)."
-    return structural_similarity_index_measure(pred, target, data_range=1., reduction="none")
+    return structural_similarity_index_measure(pred, target, data_range=1.0, reduction="none")
 
 # %% ../nbs/53_losses.ipynb #a8d6c941
 def best_constant_colour(
@@ -59,7 +67,11 @@ def best_constant_colour(
     "The multiple of the overall mean colour that has the highest mean PSNR as an image."
     colour = mean.mean(0)
     level = torch.linspace(0, 2, steps, device=mean.device)
-    mse = energy[:, None] - 2 * level * (mean @ colour)[:, None] / 3 + level.square() * colour.square().mean()
+    mse = (
+        energy[:, None]
+        - 2 * level * (mean @ colour)[:, None] / 3
+        + level.square() * colour.square().mean()
+    )
     scores = (-10 * mse.clamp(min=1e-10).log10()).mean(0)
     best = int(scores.argmax())
     return level[best] * colour, float(scores[best])

@@ -35,6 +35,7 @@ __all__ = ['UniPre3D', 'predict', 'rows_of_views', 'save_views', 'step_loss', 'l
 # %% ../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
     "Backbone, fusion and head: points and image maps to Gaussians (section 3)."
+
     def __init__(
         self,
         backbone: nn.Module,  # stem, body, norm; see the backbone chapters
@@ -47,24 +48,28 @@ class UniPre3D(nn.Module):
     def forward(
         self,
         points: PointBatch,  # the clouds
-        maps: Float[Tensor, "v c h w"] | None,  # frozen features of the reference images; None without fusion
+        maps: Float[Tensor, "v c h w"]
+        | None,  # frozen features of the reference images; None without fusion
         ref: ViewBatch,  # the reference views
     ) -> GaussianBatch:
         "One Gaussian for each point that the backbone returns."
-        p = self.fusion.early(self.backbone.stem(points), maps, ref)     # point fusion acts here
-        p = self.fusion.late(self.backbone.body(p), maps, ref)           # feature fusion acts here
+        p = self.fusion.early(self.backbone.stem(points), maps, ref)  # point fusion acts here
+        p = self.fusion.late(self.backbone.body(p), maps, ref)  # feature fusion acts here
         return self.head(p.with_feat(self.backbone.norm(p.feat)))
+
 
 def predict(
     points: PointBatch,  # the clouds
     ref: ViewBatch,  # reference views: images and cameras
-    image_net: Callable[[Tensor], Tensor] | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]; None without fusion
+    image_net: Callable[[Tensor], Tensor]
+    | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]; None without fusion
     model: nn.Module,  # a `UniPre3D`
 ) -> GaussianBatch:
     "Points and reference images to Gaussians."
     maps = None
     if image_net is not None:
-        with torch.no_grad(): maps = image_net(ref.rgb)
+        with torch.no_grad():
+            maps = image_net(ref.rgb)
     return model(points, maps, ref)
 
 # %% ../nbs/60_pretrain.ipynb #a2886e2c
@@ -76,11 +81,21 @@ def rows_of_views(
     "An image: each row is a cloud's first reference view, then up to four pairs of a true and a rendered target view."
     lines = []
     for cloud in range(min(rows, sample.points.size)):
-        ref, own = (sample.ref.camera.batch == cloud).nonzero()[0], (sample.target.camera.batch == cloud).nonzero()[:4, 0]
+        ref, own = (
+            (sample.ref.camera.batch == cloud).nonzero()[0],
+            (sample.target.camera.batch == cloud).nonzero()[:4, 0],
+        )
         pairs = torch.stack([sample.target.rgb[own], rendered[own]], 1).flatten(0, 1)
         lines.append(torch.cat([sample.ref.rgb[ref], pairs]))
     width = min(len(line) for line in lines)
-    return torch.cat([torch.cat(list(line[:width]), 2) for line in lines], 1).detach().clamp(0, 1).permute(1, 2, 0).cpu()
+    return (
+        torch.cat([torch.cat(list(line[:width]), 2) for line in lines], 1)
+        .detach()
+        .clamp(0, 1)
+        .permute(1, 2, 0)
+        .cpu()
+    )
+
 
 def save_views(
     sample: Sample,
@@ -89,17 +104,28 @@ def save_views(
     title: str = "",  # what to write above
 ) -> Path:
     "Write `views.png`: reference, true and rendered views side by side."
-    from matplotlib.figure import Figure                       # no global state, no display
+    from matplotlib.figure import Figure  # no global state, no display
+
     image = rows_of_views(sample, rendered)
     h, w = sample.ref.camera.hw
     columns, inch = image.shape[1] // w, 1.1 / h
-    figure = Figure(figsize=(inch * image.shape[1], inch * image.shape[0] + .5), layout="constrained")
+    figure = Figure(
+        figsize=(inch * image.shape[1], inch * image.shape[0] + 0.5), layout="constrained"
+    )
     axis = figure.add_subplot()
-    axis.imshow(image, interpolation="nearest"); axis.set_yticks([]); axis.set_title(title, fontsize=9)
-    axis.set_xticks([(i + .5) * w for i in range(columns)], ["reference"] + ["true", "rendered"] * ((columns - 1) // 2), fontsize=8)
-    axis.xaxis.tick_top(); axis.tick_params(length=0)
+    axis.imshow(image, interpolation="nearest")
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks(
+        [(i + 0.5) * w for i in range(columns)],
+        ["reference"] + ["true", "rendered"] * ((columns - 1) // 2),
+        fontsize=8,
+    )
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
     partial = Path(path).with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110); os.replace(partial, path)
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, path)
     return Path(path)
 
 # %% ../nbs/60_pretrain.ipynb #3a86f43a
@@ -108,8 +134,8 @@ def step_loss(
     target: ViewBatch,  # true views
     background: Float[Tensor, "3"],  # colour behind everything
     *,
-    foreground_weight: float = 4.,  # w_fg; objects 4, rooms 1
-    background_weight: float = 1.,  # w_bg
+    foreground_weight: float = 4.0,  # w_fg; objects 4, rooms 1
+    background_weight: float = 1.0,  # w_bg
     backend: str = "auto",  # renderer
 ) -> tuple[Tensor, Tensor]:  # loss, rendered images [v 3 h w]
     "Render the target views and weigh the error of their pixels (section 3)."
@@ -125,23 +151,28 @@ def learning_rate(
     schedule: str = "cosine",  # "cosine" to zero, or "step"
     warmup: int = 0,  # steps of linear warm-up
     decay_every: int = 20_000,  # "step": steps between decays
-    decay: float = .8,  # "step": factor of a decay
+    decay: float = 0.8,  # "step": factor of a decay
 ) -> float:
     "Learning rate of the step that comes next."
-    if schedule not in ("cosine", "step"): raise ValueError(f'schedule: expected "cosine" or "step", got "{schedule}"')
-    scale = min(1., (step + 1) / (warmup + 1))
-    if schedule == "step": return peak * scale * decay ** (step // decay_every)
-    return peak * scale * .5 * (1 + math.cos(math.pi * min(1., step / steps)))
+    if schedule not in ("cosine", "step"):
+        raise ValueError(f'schedule: expected "cosine" or "step", got "{schedule}"')
+    scale = min(1.0, (step + 1) / (warmup + 1))
+    if schedule == "step":
+        return peak * scale * decay ** (step // decay_every)
+    return peak * scale * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
 
 def check_loop(
     recipe: Any,  # with steps, warmup, workers, n_points and schedule
     *every: str,  # names of its other numbers of steps, where 0 is off
 ) -> None:
     "A ValueError for numbers that no run can have, before anything is written."
-    if recipe.steps < 1: raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
+    if recipe.steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
     for name in ("warmup", "workers", "n_points", *every):
-        if getattr(recipe, name) < 0: raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
-    learning_rate(0, peak=1., steps=recipe.steps, schedule=recipe.schedule)
+        if getattr(recipe, name) < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
+    learning_rate(0, peak=1.0, steps=recipe.steps, schedule=recipe.schedule)
 
 # %% ../nbs/60_pretrain.ipynb #5c4a381a
 @torch.no_grad()
@@ -150,36 +181,54 @@ def evaluate(
     image_net: Callable | None,  # frozen image features
     samples: Iterable[Sample],  # fixed views of held-out clouds
     *,
-    background: Sequence[float] = (0., 0., 0.),  # colour behind everything
+    background: Sequence[float] = (0.0, 0.0, 0.0),  # colour behind everything
     device: str | torch.device = "cpu",
     backend: str = "auto",  # renderer
 ) -> dict[str, float]:
     "Mean PSNR, foreground PSNR (dB; where the views have masks) and SSIM over all target views; how many clouds, images and Gaussians."
     training = model.training
     model.eval()
-    colour, scores, clouds, gaussians = torch.tensor(background, dtype=torch.float32, device=device), [], 0, 0
+    colour, scores, clouds, gaussians = (
+        torch.tensor(background, dtype=torch.float32, device=device),
+        [],
+        0,
+        0,
+    )
     for sample in samples:
         sample = sample.to(device)
         predicted, target = predict(sample.points, sample.ref, image_net, model), sample.target
         rgb = render(predicted, target.camera, colour, backend=backend).rgb
         columns = {"psnr": psnr(rgb, target.rgb), "ssim": ssim(rgb, target.rgb)}
-        if target.mask is not None: columns["psnr_foreground"] = psnr(rgb, target.rgb, target.mask)
+        if target.mask is not None:
+            columns["psnr_foreground"] = psnr(rgb, target.rgb, target.mask)
         scores.append({k: v.cpu() for k, v in columns.items()})
         clouds, gaussians = clouds + sample.points.size, gaussians + len(predicted)
     model.train(training)
-    if not scores: raise ValueError("evaluate: expected at least one sample to score, got none")
+    if not scores:
+        raise ValueError("evaluate: expected at least one sample to score, got none")
     means = {k: float(torch.cat([s[k] for s in scores]).nanmean()) for k in scores[0]}
-    return means | {"clouds": clouds, "images": sum(len(s["psnr"]) for s in scores), "gaussians_per_cloud": gaussians / clouds}
+    return means | {
+        "clouds": clouds,
+        "images": sum(len(s["psnr"]) for s in scores),
+        "gaussians_per_cloud": gaussians / clouds,
+    }
+
 
 def constant_baselines(
     samples: Callable[[], Iterable[Sample]],  # gives the same samples each time it is called
 ) -> dict[str, float]:
     "Mean PSNR (dB) of two images that do not look at their input: the mean colour at its best brightness, and the per-pixel mean."
-    moments = [(s.target.rgb.mean((2, 3)), s.target.rgb.square().mean((1, 2, 3)), s.target.rgb.sum(0)) for s in samples()]
+    moments = [
+        (s.target.rgb.mean((2, 3)), s.target.rgb.square().mean((1, 2, 3)), s.target.rgb.sum(0))
+        for s in samples()
+    ]
     mean, energy = (torch.cat([m[i] for m in moments]) for i in (0, 1))
     mean_image = sum(m[2] for m in moments) / len(mean)
     scores = torch.cat([psnr(mean_image.expand_as(s.target.rgb), s.target.rgb) for s in samples()])
-    return {"constant_colour_psnr": best_constant_colour(mean, energy)[1], "mean_image_psnr": float(scores.mean())}
+    return {
+        "constant_colour_psnr": best_constant_colour(mean, energy)[1],
+        "mean_image_psnr": float(scores.mean()),
+    }
 
 # %% ../nbs/60_pretrain.ipynb #65f54704
 def save_tensors(
@@ -189,19 +238,32 @@ def save_tensors(
 ) -> Path:
     "Write tensors and plain values as one safetensors file, at once or not at all."
     partial = Path(path).with_suffix(".partial")
-    save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, partial, metadata={"json": json.dumps(meta)})
+    save_file(
+        {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()},
+        partial,
+        metadata={"json": json.dumps(meta)},
+    )
     os.replace(partial, path)
     return Path(path)
+
 
 def load_tensors(
     path: str | Path,  # a file that `save_tensors` wrote
 ) -> tuple[dict[str, Tensor], dict]:
     "Tensors and plain values of a file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: expected a checkpoint, there is no such file; name a run folder that has saved, or its checkpoint.safetensors")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a checkpoint, there is no such file; name a run folder that has saved, or its checkpoint.safetensors"
+        )
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("json", "{}"))
-    except Exception as error: raise ValueError(f"{path}: expected a safetensors checkpoint, could not read it ({error})") from error
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(
+                (file.metadata() or {}).get("json", "{}")
+            )
+    except Exception as error:
+        raise ValueError(
+            f"{path}: expected a safetensors checkpoint, could not read it ({error})"
+        ) from error
 
 # %% ../nbs/60_pretrain.ipynb #985cd8b2
 def run_state(
@@ -211,59 +273,98 @@ def run_state(
     scaler: torch.amp.GradScaler | None = None,  # of the loss; only float16 has one
 ) -> dict[str, Tensor]:
     "Everything that training remembers, as named tensors."
-    state = {f"model/{k}": v for k, v in model.state_dict().items()} | {f"ema/{k}": v for k, v in ema.state_dict().items()}
+    state = {f"model/{k}": v for k, v in model.state_dict().items()} | {
+        f"ema/{k}": v for k, v in ema.state_dict().items()
+    }
     for i, memory in optimizer.state_dict()["state"].items():
         state |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in memory.items()}
-    return state | {f"scaler/{k}": torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else torch.int64) for k, v in (scaler.state_dict() if scaler else {}).items()}
+    return state | {
+        f"scaler/{k}": torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else torch.int64)
+        for k, v in (scaler.state_dict() if scaler else {}).items()
+    }
+
 
 def load_run_state(
     state: dict[str, Tensor],  # from `run_state`
-    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None,  # changed in place
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,  # changed in place
 ) -> None:
     "Put everything back; a missing or extra tensor is an error."
-    part = lambda name: {k[len(name):]: v for k, v in state.items() if k.startswith(name)}
-    model.load_state_dict(part("model/")); ema.load_state_dict(part("ema/"))
+    part = lambda name: {k[len(name) :]: v for k, v in state.items() if k.startswith(name)}
+    model.load_state_dict(part("model/"))
+    ema.load_state_dict(part("ema/"))
     memory: dict[int, dict] = {}
     for key, value in part("optimizer/").items():
         i, name = key.split("/")
         memory.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
-    if scaler: scaler.load_state_dict({k: v.item() for k, v in part("scaler/").items()})
+    optimizer.load_state_dict(
+        {"state": memory, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    if scaler:
+        scaler.load_state_dict({k: v.item() for k, v in part("scaler/").items()})
 
 # %% ../nbs/60_pretrain.ipynb #372c1928
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     "Within it, an interrupt only sets a flag, which the yielded function reads; a second interrupt raises as usual."
     asked: list[int] = []
+
     def ask(number, frame):
-        if asked: raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt
         asked.append(number)
+
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        try: before[number] = signal.signal(number, ask)
-        except ValueError: pass                                   # not the main thread: interrupts go elsewhere
-    try: yield lambda: bool(asked)
+        try:
+            before[number] = signal.signal(number, ask)
+        except ValueError:
+            pass  # not the main thread: interrupts go elsewhere
+    try:
+        yield lambda: bool(asked)
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 class MetricsFile:
     "`metrics.csv`: one row a step, written at once; rows of steps that will be repeated are dropped when a run goes on."
+
     def __init__(
         self,
         path: str | Path,
         start: int = 0,  # steps that are done; rows after them go
-        columns: Sequence[str] = ("step", "lr", "loss", "psnr", "grad_norm", "skipped", "seconds", "val_psnr", "val_psnr_foreground", "val_ssim"),
+        columns: Sequence[str] = (
+            "step",
+            "lr",
+            "loss",
+            "psnr",
+            "grad_norm",
+            "skipped",
+            "seconds",
+            "val_psnr",
+            "val_psnr_foreground",
+            "val_ssim",
+        ),
     ):
         rows = []
         if start:
-            with open(path, newline="") as old: rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
+            with open(path, newline="") as old:
+                rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
         self.file = open(path, "w", newline="")
         self.writer = csv.DictWriter(self.file, columns)
-        self.writer.writeheader(); self.writer.writerows(rows); self.file.flush()
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.file.flush()
 
     def write(self, **values) -> None:
         "Append one row and flush it."
-        self.writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in values.items()}); self.file.flush()
+        self.writer.writerow(
+            {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in values.items()}
+        )
+        self.file.flush()
 
 # %% ../nbs/60_pretrain.ipynb #e7a4e2e8
 def block_means(
@@ -271,8 +372,16 @@ def block_means(
     every: int = 25,  # steps of one mean
 ) -> dict[str, list]:  # None where a block has no finite value
     "Means of the columns over blocks of steps."
-    means = table.replace([math.inf, -math.inf], math.nan).groupby((table.step - 1) // every).mean().round(6)
-    return {name: [None if math.isnan(x) else x for x in column] for name, column in means.to_dict("list").items()}
+    means = (
+        table.replace([math.inf, -math.inf], math.nan)
+        .groupby((table.step - 1) // every)
+        .mean()
+        .round(6)
+    )
+    return {
+        name: [None if math.isnan(x) else x for x in column]
+        for name, column in means.to_dict("list").items()
+    }
 
 # %% ../nbs/60_pretrain.ipynb #cbe61045
 def average_weights(
@@ -280,9 +389,11 @@ def average_weights(
     decay: float,  # of the running average, once it is warm
 ) -> AveragedModel:  # `.update_parameters(model)` after each step; the averaged model is `.module`
     "A running average of weights and buffers whose decay warms up."
+
     def update(averaged, current, n):
         n = int(n)
         get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n)
+
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 # %% ../nbs/60_pretrain.ipynb #1f562091
@@ -291,22 +402,33 @@ def new_accelerator(
     device: str = "auto",  # "auto" takes a GPU if there is one; "cpu"
 ) -> Accelerator:
     "One for a run; an earlier run of this process may have had another precision or device."
-    if device not in ("auto", "cpu"): raise ValueError(f'device: expected "auto" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU is seen')
+    if device not in ("auto", "cpu"):
+        raise ValueError(
+            f'device: expected "auto" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU is seen'
+        )
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))               # one process evaluates while the others wait
-    return Accelerator(mixed_precision=mixed_precision, cpu=device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(hours=4)
+    )  # one process evaluates while the others wait
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        kwargs_handlers=[patience],
+    )
 
 # %% ../nbs/60_pretrain.ipynb #27a40784
 def take_step(
     loss: Tensor,
-    model: nn.Module, optimizer: torch.optim.Optimizer,  # both from `accelerator.prepare`
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,  # both from `accelerator.prepare`
     accelerator: Accelerator,
     clip: float,  # largest norm of the gradient
 ) -> tuple[float, bool]:  # norm of the gradient before clipping, whether the step was left out
     "Backward, clip, step; a step whose gradient is not finite is left out."
     accelerator.backward(loss)
     norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))
-    if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()   # the scaler leaves it out by itself, and learns from it
+    if math.isfinite(norm) or accelerator.scaler is not None:
+        optimizer.step()  # the scaler leaves it out by itself, and learns from it
     optimizer.zero_grad()
     return norm, not math.isfinite(norm) or accelerator.optimizer_step_was_skipped
 
@@ -314,20 +436,28 @@ def take_step(
 def train(
     model: UniPre3D,
     image_net: Callable | None,  # frozen image features; None without fusion
-    batches: Callable[[int, int], Iterable[Sample]],  # samples of the steps start .. stop - 1 of this process
+    batches: Callable[
+        [int, int], Iterable[Sample]
+    ],  # samples of the steps start .. stop - 1 of this process
     folder: str | Path,  # where metrics.csv, checkpoint.safetensors and resume.safetensors go
     *,
     steps: int,  # length of the run
     lr: float = 1e-3,  # peak learning rate
-    schedule: str = "cosine", warmup: int = 0, decay_every: int = 20_000, decay: float = .8,  # see `learning_rate`
-    weight_decay: float = .05,
-    clip: float = 1.,  # largest norm of the gradient
-    ema: float = .999,  # decay of the averaged weights
-    background: Sequence[float] = (0., 0., 0.),  # colour behind everything
-    foreground_weight: float = 4., background_weight: float = 1.,  # see `weighted_mse`
+    schedule: str = "cosine",
+    warmup: int = 0,
+    decay_every: int = 20_000,
+    decay: float = 0.8,  # see `learning_rate`
+    weight_decay: float = 0.05,
+    clip: float = 1.0,  # largest norm of the gradient
+    ema: float = 0.999,  # decay of the averaged weights
+    background: Sequence[float] = (0.0, 0.0, 0.0),  # colour behind everything
+    foreground_weight: float = 4.0,
+    background_weight: float = 1.0,  # see `weighted_mse`
     seed: int = 0,  # of dropout; the data has its own
     save_every: int = 500,  # steps between checkpoints; 0 is off, but for the last
-    watches: Sequence[tuple[int, Callable[[UniPre3D, int], dict | None]]] = (),  # (every, function of averaged model and step -> columns)
+    watches: Sequence[
+        tuple[int, Callable[[UniPre3D, int], dict | None]]
+    ] = (),  # (every, function of averaged model and step -> columns)
     resume: bool = False,  # go on from resume.safetensors
     accelerator: Accelerator | None = None,
     backend: str = "auto",  # renderer
@@ -335,46 +465,99 @@ def train(
     "Pre-train `model` in place; its averaged weights are in checkpoint.safetensors (section 3)."
     accelerator, folder = accelerator or new_accelerator(), Path(folder)
     model.to(accelerator.device).train()
-    if isinstance(image_net, nn.Module): image_net.to(accelerator.device)
+    if isinstance(image_net, nn.Module):
+        image_net.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     average = average_weights(model, ema)
-    start, seconds = 0, 0.
+    start, seconds = 0, 0.0
     if resume:
         state, meta = load_tensors(folder / "resume.safetensors")
         load_run_state(state, model, average, optimizer, accelerator.scaler)
         start, seconds = meta["step"], meta["seconds"]
-    wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[True, False])    # its memory is in place already
-    colour, main = torch.tensor(background, dtype=torch.float32, device=accelerator.device), accelerator.is_main_process
-    log, began = MetricsFile(folder / "metrics.csv", start) if main else None, time.perf_counter() - seconds
+    wrapped, optimizer = accelerator.prepare(
+        model, optimizer, device_placement=[True, False]
+    )  # its memory is in place already
+    colour, main = (
+        torch.tensor(background, dtype=torch.float32, device=accelerator.device),
+        accelerator.is_main_process,
+    )
+    log, began = (
+        MetricsFile(folder / "metrics.csv", start) if main else None,
+        time.perf_counter() - seconds,
+    )
 
     def save(step):
-        if not main: return
+        if not main:
+            return
         meta = {"step": step, "seconds": time.perf_counter() - began}
-        save_tensors(folder / "resume.safetensors", run_state(model, average, optimizer, accelerator.scaler), meta)
+        save_tensors(
+            folder / "resume.safetensors",
+            run_state(model, average, optimizer, accelerator.scaler),
+            meta,
+        )
         save_tensors(folder / "checkpoint.safetensors", average.module.state_dict(), meta)
 
     step = start
-    with stop_requests() as stopping, tqdm(total=steps, initial=start, desc="pre-training", disable=not main) as bar:
+    with (
+        stop_requests() as stopping,
+        tqdm(total=steps, initial=start, desc="pre-training", disable=not main) as bar,
+    ):
         for sample in batches(start, steps):
-            torch.manual_seed(seed + 1_000_003 * (1 + step * accelerator.num_processes + accelerator.process_index))
-            rate = learning_rate(step, peak=lr, steps=steps, schedule=schedule, warmup=warmup, decay_every=decay_every, decay=decay)
-            for group in optimizer.param_groups: group["lr"] = rate
+            torch.manual_seed(
+                seed
+                + 1_000_003 * (1 + step * accelerator.num_processes + accelerator.process_index)
+            )
+            rate = learning_rate(
+                step,
+                peak=lr,
+                steps=steps,
+                schedule=schedule,
+                warmup=warmup,
+                decay_every=decay_every,
+                decay=decay,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             sample = sample.to(accelerator.device)
-            with accelerator.autocast(): gaussians = predict(sample.points, sample.ref, image_net, wrapped)
-            loss, rgb = step_loss(gaussians, sample.target, colour, foreground_weight=foreground_weight,
-                                  background_weight=background_weight, backend=backend)
+            with accelerator.autocast():
+                gaussians = predict(sample.points, sample.ref, image_net, wrapped)
+            loss, rgb = step_loss(
+                gaussians,
+                sample.target,
+                colour,
+                foreground_weight=foreground_weight,
+                background_weight=background_weight,
+                backend=backend,
+            )
             norm, skipped = take_step(loss, wrapped, optimizer, accelerator, clip)
-            if not skipped: average.update_parameters(model)
+            if not skipped:
+                average.update_parameters(model)
             step += 1
-            mean_loss, mean_psnr = accelerator.reduce(torch.stack([loss.detach(), psnr(rgb.detach(), sample.target.rgb).mean()]), "mean").tolist()
-            row = {"step": step, "lr": rate, "loss": mean_loss, "grad_norm": norm, "psnr": mean_psnr, "skipped": int(skipped)}
+            mean_loss, mean_psnr = accelerator.reduce(
+                torch.stack([loss.detach(), psnr(rgb.detach(), sample.target.rgb).mean()]), "mean"
+            ).tolist()
+            row = {
+                "step": step,
+                "lr": rate,
+                "loss": mean_loss,
+                "grad_norm": norm,
+                "psnr": mean_psnr,
+                "skipped": int(skipped),
+            }
             if main:
                 for every, watch in watches:
-                    if (every and step % every == 0) or step == steps: row |= watch(average.module, step) or {}
+                    if (every and step % every == 0) or step == steps:
+                        row |= watch(average.module, step) or {}
                 log.write(**row, seconds=time.perf_counter() - began)
-                bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.1f} dB"); bar.update()
-            stop = bool(accelerator.reduce(loss.new_tensor(float(stopping())), "sum"))                        # one process asked to stop stops all, at the same step
-            if (save_every and step % save_every == 0) or step == steps or stop: save(step)
-            if stop: break
-    if main: log.file.close()
+                bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.1f} dB")
+                bar.update()
+            stop = bool(
+                accelerator.reduce(loss.new_tensor(float(stopping())), "sum")
+            )  # one process asked to stop stops all, at the same step
+            if (save_every and step % save_every == 0) or step == steps or stop:
+                save(step)
+            if stop:
+                break
+    if main:
+        log.file.close()
     return step

@@ -20,11 +20,30 @@ from .core import Sample, collate
 from .data.loaders import FEATURES, ObjectSamples, SceneSamples, eval_loader, make_loader
 from .data.scannet import ScanNetFrames
 from .data.shapenet import ShapeNetViews
-from .data.shapes import embedded_shapes
+from .worlds.shapes import embedded_shapes
 from .gaussians import GaussianHead
 from .image import KLImageEncoder, rgb_features
-from .pretrain import UniPre3D, block_means, check_loop, constant_baselines, evaluate, load_tensors, new_accelerator, predict, save_views, train
-from .records import check_record, code_version, data_hash, hardware, peak_memory_mb, read_config, write_json
+from unipre3d.pretrain import (
+    UniPre3D,
+    block_means,
+    check_loop,
+    constant_baselines,
+    evaluate,
+    load_tensors,
+    new_accelerator,
+    predict,
+    save_views,
+    train,
+)
+from unipre3d.records import (
+    check_record,
+    code_version,
+    data_hash,
+    hardware,
+    peak_memory_mb,
+    read_config,
+    write_json,
+)
 from .render import render
 
 # %% auto #0
@@ -37,28 +56,45 @@ __all__ = ['SCENES', 'ROOMS', 'SCANNET', 'SMALL', 'SHAPENET', 'PTV3_MINI', 'reci
 @dataclass(frozen=True)
 class Recipe:
     "One pre-training run as plain values."
+
     about: str = ""  # what the run is for, in one line
     # data
     data: str = "furniture"  # "furniture" (embedded objects), "shapes" (generated), "rooms" (composed; both made on first use), or a folder in the layout below
     layout: str = "shapenet"  # of the data: "shapenet" (objects, multi-view images) or "scannet" (scenes, RGB-D frames)
-    convention: str = ""  # "released" for the released ShapeNet files; "" reads the data's own convention.json
+    convention: str = (
+        ""  # "released" for the released ShapeNet files; "" reads the data's own convention.json
+    )
     rooms: int = 60  # how many rooms are composed, over all splits
     classes: tuple[str, ...] = ()  # of generated shapes; empty takes all
-    per_class: tuple[int, int, int] = (100, 15, 35)  # generated shapes of each class: train, val, test
+    per_class: tuple[int, int, int] = (
+        100,
+        15,
+        35,
+    )  # generated shapes of each class: train, val, test
     n_points: int = 1024  # points of a cloud that the model reads; 0 keeps all
-    sampling: str = "random"  # how they are picked: "random" (anew each time) or, for objects, "fps"
-    features: tuple[str, ...] = ("xyz",)  # columns that the backbone reads; see the loaders' FEATURES
-    resolution: int = 64  # height of the images in pixels; the width follows the layout (objects 1:1, scenes 4:3)
+    sampling: str = (
+        "random"  # how they are picked: "random" (anew each time) or, for objects, "fps"
+    )
+    features: tuple[str, ...] = (
+        "xyz",
+    )  # columns that the backbone reads; see the loaders' FEATURES
+    resolution: int = (
+        64  # height of the images in pixels; the width follows the layout (objects 1:1, scenes 4:3)
+    )
     n_ref: int = 1  # reference views of a cloud, which the image model sees
     n_target: int = 4  # target views of a cloud, which are rendered; never a reference view
     max_gap: int = 5  # scenes: a reference view is at most this many frames from a target
     intrinsics: str = "files"  # scenes: of the cameras; "standard" for ScanNet's usual ones, where a folder has none
     rotate: bool = True  # turn points and cameras together about the vertical axis in training
     # model
-    image: str = "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a local folder or a hub id
+    image: str = (
+        "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a local folder or a hub id
+    )
     fusion: str = "FeatureFusion"  # "FeatureFusion" (objects), "PointFusion" (scenes) or "NoFusion"
     backbone: str = "StandardTransformer"  # class in unipre3d.backbones
-    backbone_options: dict[str, Any] = field(default_factory=dict)  # its keywords; in_channels follows from the features
+    backbone_options: dict[str, Any] = field(
+        default_factory=dict
+    )  # its keywords; in_channels follows from the features
     sh_degree: int = 1  # degree of the colour harmonics; 1 makes 23 numbers a point
     max_offset: float = 0.2  # largest distance per axis of a Gaussian from its point, world units
     initial_scale: float = 0.05  # standard deviation of the Gaussians before training, world units
@@ -82,61 +118,241 @@ class Recipe:
     # run
     seed: int = 0  # of weights, data order and dropout
     workers: int = 1  # loader processes
-    cache_mb: int = 320  # memory for decoded images, megabytes for each loader process; 0 turns the cache off
+    cache_mb: int = (
+        320  # memory for decoded images, megabytes for each loader process; 0 turns the cache off
+    )
     picture_every: int = 50  # steps between refreshed views.png; 0 is off, but for the last
-    eval_every: int = 500  # steps between evaluations on the whole validation split; 0 is off, but for the last
+    eval_every: int = (
+        500  # steps between evaluations on the whole validation split; 0 is off, but for the last
+    )
     save_every: int = 250  # steps between checkpoints; 0 is off, but for the last
 
 # %% ../nbs/61_recipes.ipynb #36fed197
-SCENES = dict(layout="scannet", features=("normal", "color_signed"), fusion="PointFusion", background=(1., 1., 1.), foreground_weight=1., background_weight=1.)
-ROOMS = SCENES | dict(data="rooms", n_points=6000, resolution=60, n_ref=8, n_target=8, max_offset=.1, initial_scale=.06,
-                      steps=800, batch_size=1, lr=4e-3, warmup=40, picture_every=50, eval_every=200, save_every=200)
-SCANNET = SCENES | dict(data="", n_points=0, resolution=120, n_ref=8, n_target=8, image="stabilityai/sd-vae-ft-mse", max_offset=.2, initial_scale=.02,
-                        steps=60_000, batch_size=8, lr=1e-4, schedule="step", decay_every=10_000, decay=.9, weight_decay=.01, ema=.9999,
-                        workers=8, picture_every=500, eval_every=5000, save_every=2000)
+SCENES = dict(
+    layout="scannet",
+    features=("normal", "color_signed"),
+    fusion="PointFusion",
+    background=(1.0, 1.0, 1.0),
+    foreground_weight=1.0,
+    background_weight=1.0,
+)
+ROOMS = SCENES | dict(
+    data="rooms",
+    n_points=6000,
+    resolution=60,
+    n_ref=8,
+    n_target=8,
+    max_offset=0.1,
+    initial_scale=0.06,
+    steps=800,
+    batch_size=1,
+    lr=4e-3,
+    warmup=40,
+    picture_every=50,
+    eval_every=200,
+    save_every=200,
+)
+SCANNET = SCENES | dict(
+    data="",
+    n_points=0,
+    resolution=120,
+    n_ref=8,
+    n_target=8,
+    image="stabilityai/sd-vae-ft-mse",
+    max_offset=0.2,
+    initial_scale=0.02,
+    steps=60_000,
+    batch_size=8,
+    lr=1e-4,
+    schedule="step",
+    decay_every=10_000,
+    decay=0.9,
+    weight_decay=0.01,
+    ema=0.9999,
+    workers=8,
+    picture_every=500,
+    eval_every=5000,
+    save_every=2000,
+)
 
 SMALL = dict(n_points=512, batch_size=16, steps=800, warmup=40)
-SHAPENET = dict(data="", convention="released", sampling="fps", resolution=128, n_target=4, image="stabilityai/sd-vae-ft-mse", max_offset=1.0, initial_scale=0.05,
-                steps=100_000, batch_size=32, lr=1e-4, schedule="step", decay_every=20_000, decay=0.8, weight_decay=0.01, ema=0.9999,
-                workers=8, cache_mb=0, picture_every=500, eval_every=5000, save_every=2000)
-PTV3_MINI = dict(stride=(2, 2), enc_depths=(1, 1, 1), enc_channels=(16, 32, 64), enc_num_head=(1, 2, 4), enc_patch_size=128,
-                 dec_depths=(1, 1), dec_channels=(32, 32), dec_num_head=(2, 2), dec_patch_size=128, drop_path=0.)
+SHAPENET = dict(
+    data="",
+    convention="released",
+    sampling="fps",
+    resolution=128,
+    n_target=4,
+    image="stabilityai/sd-vae-ft-mse",
+    max_offset=1.0,
+    initial_scale=0.05,
+    steps=100_000,
+    batch_size=32,
+    lr=1e-4,
+    schedule="step",
+    decay_every=20_000,
+    decay=0.8,
+    weight_decay=0.01,
+    ema=0.9999,
+    workers=8,
+    cache_mb=0,
+    picture_every=500,
+    eval_every=5000,
+    save_every=2000,
+)
+PTV3_MINI = dict(
+    stride=(2, 2),
+    enc_depths=(1, 1, 1),
+    enc_channels=(16, 32, 64),
+    enc_num_head=(1, 2, 4),
+    enc_patch_size=128,
+    dec_depths=(1, 1),
+    dec_channels=(32, 32),
+    dec_num_head=(2, 2),
+    dec_patch_size=128,
+    drop_path=0.0,
+)
 
 recipes: dict[str, Recipe] = {
     "object-transformer-mini": Recipe(
         about="the default: a small Transformer on the embedded objects, minutes on two CPU cores",
-        backbone_options=dict(width=96, depth=4, num_heads=4, num_groups=64, group_size=16, radius=None,
-                              encoder_widths=(32, 64, 64), encoder_dims=96),
-        steps=1000, warmup=50),
-    "object-transformer": Recipe(about="the paper's objects: ShapeNet (pass --data), Stable Diffusion's autoencoder, Standard Transformer; one GPU", **SHAPENET),
-    "object-pointnet2-mini": Recipe(about="objects: a small PointNet++", **SMALL, backbone="PointNet2", backbone_options=dict(
-        centres=(192, 48), radii=(.13, .26), neighbours=(16, 16), widths=((16, 16, 32), (32, 48, 64), (64, 128)), decoder_widths=((96, 96), (64, 64), (48, 48)))),
-    "object-pointmlp-mini": Recipe(about="objects: a small PointMLP", **SMALL, backbone="PointMLP", backbone_options=dict(embed_width=16, expansion=(2, 2, 2, 2), reduce=(8, 2, 2, 2), neighbours=(8, 8, 8, 8), pre_blocks=(1, 1, 1, 1), post_blocks=(1, 1, 1, 1), decoder_widths=(96, 64, 48, 48), decoder_blocks=(1, 1, 1, 1), residual_expansion=.5)),
-    "object-pcm-mini": Recipe(about="objects: a small Point Cloud Mamba", **SMALL, backbone="PCM", backbone_options=dict(
-        embed_dim=48, reducers=(4, 2, 2, 2), k_neighbors=(8, 8, 8, 8), mamba_blocks=(1, 1, 1, 1), d_state=8, orders=("xyz", "hilbert", "z", "z-trans"),
-        prompts_per_order=2, prompt_width=48, out_channels=48, dropout=0., spare_head=False)),
-    "object-mamba3d-mini": Recipe(about="objects: a small Mamba3D", **SMALL, backbone="Mamba3D", backbone_options=dict(
-        num_groups=64, group_size=16, encoder_widths=(32, 64, 64), width=96, depth=4, d_state=8)),
-    "object-sparseunet-mini": Recipe(about="objects: a small SparseUNet", **SMALL, backbone="SparseUNet", backbone_options=dict(
-        base_channels=24, channels=(24, 32, 48, 48, 32, 32), layers=(1, 1, 1, 1, 1, 1), voxel_size=.04)),
-    "object-ptv3-mini": Recipe(about="objects: a small PTv3", **SMALL, backbone="PTv3", backbone_options=PTV3_MINI | dict(voxel_size=.04)),
-    "object-pointnet2": Recipe(about="the paper's objects with PointNet++; one GPU", **SHAPENET, backbone="PointNet2"),
-    "object-pointmlp": Recipe(about="the paper's objects with PointMLP; one GPU", **SHAPENET, features=("xyz", "height"), backbone="PointMLP"),
-    "object-pcm": Recipe(about="the paper's objects with Point Cloud Mamba; one GPU", **SHAPENET, features=("xyz", "height"), backbone="PCM", backbone_options=dict(spare_head=False)),
-    "object-mamba3d": Recipe(about="the paper's objects with Mamba3D; one GPU", **SHAPENET, backbone="Mamba3D"),
+        backbone_options=dict(
+            width=96,
+            depth=4,
+            num_heads=4,
+            num_groups=64,
+            group_size=16,
+            radius=None,
+            encoder_widths=(32, 64, 64),
+            encoder_dims=96,
+        ),
+        steps=1000,
+        warmup=50,
+    ),
+    "object-transformer": Recipe(
+        about="the paper's objects: ShapeNet (pass --data), Stable Diffusion's autoencoder, Standard Transformer; one GPU",
+        **SHAPENET,
+    ),
+    "object-pointnet2-mini": Recipe(
+        about="objects: a small PointNet++",
+        **SMALL,
+        backbone="PointNet2",
+        backbone_options=dict(
+            centres=(192, 48),
+            radii=(0.13, 0.26),
+            neighbours=(16, 16),
+            widths=((16, 16, 32), (32, 48, 64), (64, 128)),
+            decoder_widths=((96, 96), (64, 64), (48, 48)),
+        ),
+    ),
+    "object-pointmlp-mini": Recipe(
+        about="objects: a small PointMLP",
+        **SMALL,
+        backbone="PointMLP",
+        backbone_options=dict(
+            embed_width=16,
+            expansion=(2, 2, 2, 2),
+            reduce=(8, 2, 2, 2),
+            neighbours=(8, 8, 8, 8),
+            pre_blocks=(1, 1, 1, 1),
+            post_blocks=(1, 1, 1, 1),
+            decoder_widths=(96, 64, 48, 48),
+            decoder_blocks=(1, 1, 1, 1),
+            residual_expansion=0.5,
+        ),
+    ),
+    "object-pcm-mini": Recipe(
+        about="objects: a small Point Cloud Mamba",
+        **SMALL,
+        backbone="PCM",
+        backbone_options=dict(
+            embed_dim=48,
+            reducers=(4, 2, 2, 2),
+            k_neighbors=(8, 8, 8, 8),
+            mamba_blocks=(1, 1, 1, 1),
+            d_state=8,
+            orders=("xyz", "hilbert", "z", "z-trans"),
+            prompts_per_order=2,
+            prompt_width=48,
+            out_channels=48,
+            dropout=0.0,
+            spare_head=False,
+        ),
+    ),
+    "object-mamba3d-mini": Recipe(
+        about="objects: a small Mamba3D",
+        **SMALL,
+        backbone="Mamba3D",
+        backbone_options=dict(
+            num_groups=64, group_size=16, encoder_widths=(32, 64, 64), width=96, depth=4, d_state=8
+        ),
+    ),
+    "object-sparseunet-mini": Recipe(
+        about="objects: a small SparseUNet",
+        **SMALL,
+        backbone="SparseUNet",
+        backbone_options=dict(
+            base_channels=24,
+            channels=(24, 32, 48, 48, 32, 32),
+            layers=(1, 1, 1, 1, 1, 1),
+            voxel_size=0.04,
+        ),
+    ),
+    "object-ptv3-mini": Recipe(
+        about="objects: a small PTv3",
+        **SMALL,
+        backbone="PTv3",
+        backbone_options=PTV3_MINI | dict(voxel_size=0.04),
+    ),
+    "object-pointnet2": Recipe(
+        about="the paper's objects with PointNet++; one GPU", **SHAPENET, backbone="PointNet2"
+    ),
+    "object-pointmlp": Recipe(
+        about="the paper's objects with PointMLP; one GPU",
+        **SHAPENET,
+        features=("xyz", "height"),
+        backbone="PointMLP",
+    ),
+    "object-pcm": Recipe(
+        about="the paper's objects with Point Cloud Mamba; one GPU",
+        **SHAPENET,
+        features=("xyz", "height"),
+        backbone="PCM",
+        backbone_options=dict(spare_head=False),
+    ),
+    "object-mamba3d": Recipe(
+        about="the paper's objects with Mamba3D; one GPU", **SHAPENET, backbone="Mamba3D"
+    ),
     "scene-sparseunet-mini": Recipe(
         about="rooms: a small SparseUNet with point fusion on composed rooms, minutes on two CPU cores",
-        **ROOMS, backbone="SparseUNet", backbone_options=dict(base_channels=24, channels=(24, 32, 48, 48, 32, 32), layers=(1, 1, 1, 1, 1, 1), voxel_size=.07)),
+        **ROOMS,
+        backbone="SparseUNet",
+        backbone_options=dict(
+            base_channels=24,
+            channels=(24, 32, 48, 48, 32, 32),
+            layers=(1, 1, 1, 1, 1, 1),
+            voxel_size=0.07,
+        ),
+    ),
     "scene-ptv3-mini": Recipe(
         about="rooms: a small PTv3 with point fusion on composed rooms, minutes on two CPU cores",
-        **ROOMS, backbone="PTv3", backbone_options=PTV3_MINI | dict(voxel_size=.07)),
+        **ROOMS,
+        backbone="PTv3",
+        backbone_options=PTV3_MINI | dict(voxel_size=0.07),
+    ),
     "scene-sparseunet": Recipe(
         about="the paper's scenes: ScanNet (pass --data), Stable Diffusion's autoencoder, SparseUNet; GPUs",
-        **SCANNET, backbone="SparseUNet", backbone_options=dict(voxel_size=.02)),
+        **SCANNET,
+        backbone="SparseUNet",
+        backbone_options=dict(voxel_size=0.02),
+    ),
     "scene-ptv3": Recipe(
         about="the paper's scenes: ScanNet (pass --data), Stable Diffusion's autoencoder, PTv3; GPUs",
-        **SCANNET, backbone="PTv3", backbone_options=dict(voxel_size=.02)),
+        **SCANNET,
+        backbone="PTv3",
+        backbone_options=dict(voxel_size=0.02),
+    ),
 }
+
 
 def find_recipe(
     name: str,  # a key of them
@@ -144,7 +360,8 @@ def find_recipe(
 ) -> Any:  # the recipe
     "The recipe of that name."
     known = recipes if known is None else known
-    if name not in known: raise ValueError(f'recipe: expected one of {", ".join(known)}; got "{name}"')
+    if name not in known:
+        raise ValueError(f'recipe: expected one of {", ".join(known)}; got "{name}"')
     return known[name]
 
 # %% ../nbs/61_recipes.ipynb #3f0a99e1
@@ -152,8 +369,10 @@ def build_image_net(
     recipe: Recipe,
 ) -> nn.Module | Callable | None:  # images [v 3 h w] in 0..1 to maps [v c h w]; has `width`
     "The frozen image model of a recipe; None without fusion."
-    if recipe.image == "none" or recipe.fusion == "NoFusion": return None
+    if recipe.image == "none" or recipe.fusion == "NoFusion":
+        return None
     return rgb_features if recipe.image == "rgb" else KLImageEncoder.from_pretrained(recipe.image)
+
 
 def build_fusion(
     recipe: Recipe,
@@ -161,25 +380,55 @@ def build_fusion(
     image_width: int,  # channels of the image maps
 ) -> fusion.NoFusion:
     "The fusion of a recipe, as wide as the features that it joins."
-    if recipe.fusion not in ("NoFusion", "FeatureFusion", "PointFusion"): raise ValueError(f'fusion: expected NoFusion, FeatureFusion or PointFusion, got "{recipe.fusion}"')
-    if recipe.fusion == "NoFusion": return fusion.NoFusion()
-    if recipe.image == "none": raise ValueError(f'image: {recipe.fusion} joins image features, and "none" has none; pass --fusion NoFusion too, or another image model')
-    if recipe.fusion == "FeatureFusion": return fusion.FeatureFusion(backbone.body_width, image_width)
-    if not hasattr(backbone, "voxel_size"): raise ValueError(f"fusion: PointFusion needs a backbone on voxels (SparseUNet, PTv3), got {recipe.backbone}")
+    if recipe.fusion not in ("NoFusion", "FeatureFusion", "PointFusion"):
+        raise ValueError(
+            f'fusion: expected NoFusion, FeatureFusion or PointFusion, got "{recipe.fusion}"'
+        )
+    if recipe.fusion == "NoFusion":
+        return fusion.NoFusion()
+    if recipe.image == "none":
+        raise ValueError(
+            f'image: {recipe.fusion} joins image features, and "none" has none; pass --fusion NoFusion too, or another image model'
+        )
+    if recipe.fusion == "FeatureFusion":
+        return fusion.FeatureFusion(backbone.body_width, image_width)
+    if not hasattr(backbone, "voxel_size"):
+        raise ValueError(
+            f"fusion: PointFusion needs a backbone on voxels (SparseUNet, PTv3), got {recipe.backbone}"
+        )
     return fusion.PointFusion(backbone.stem_width, image_width, backbone.voxel_size)
+
 
 def build_backbone(
     recipe: Any,  # any recipe with backbone, backbone_options, features and seed
 ) -> Backbone:
     "The backbone of a recipe, with weights drawn from its seed."
-    known = {c.__name__: c for c in vars(backbones).values() if isinstance(c, type) and issubclass(c, Backbone)}
-    if recipe.backbone not in known: raise ValueError(f'backbone: expected one of {", ".join(known)}; got "{recipe.backbone}"')
+    known = {
+        c.__name__: c
+        for c in vars(backbones).values()
+        if isinstance(c, type) and issubclass(c, Backbone)
+    }
+    if recipe.backbone not in known:
+        raise ValueError(f'backbone: expected one of {", ".join(known)}; got "{recipe.backbone}"')
     kind, given = known[recipe.backbone], recipe.features
-    if kind.columns == "only" and given != ("xyz",): raise ValueError(f"features: {recipe.backbone} reads coordinates only, expected ('xyz',), got {given}")
-    if kind.columns == "first" and given[:1] != ("xyz",): raise ValueError(f"features: {recipe.backbone} reads coordinates first, expected 'xyz' before others, got {given}")
+    if kind.columns == "only" and given != ("xyz",):
+        raise ValueError(
+            f"features: {recipe.backbone} reads coordinates only, expected ('xyz',), got {given}"
+        )
+    if kind.columns == "first" and given[:1] != ("xyz",):
+        raise ValueError(
+            f"features: {recipe.backbone} reads coordinates first, expected 'xyz' before others, got {given}"
+        )
     torch.manual_seed(recipe.seed)
-    try: return kind(**{"in_channels": sum(FEATURES[name] for name in given)} | recipe.backbone_options)
-    except TypeError as error: raise ValueError(f"backbone_options: {recipe.backbone} does not take them ({error})") from error
+    try:
+        return kind(
+            **{"in_channels": sum(FEATURES[name] for name in given)} | recipe.backbone_options
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"backbone_options: {recipe.backbone} does not take them ({error})"
+        ) from error
+
 
 def build_model(
     recipe: Recipe,
@@ -188,22 +437,33 @@ def build_model(
     "Backbone, fusion and head of a recipe, with weights drawn from its seed."
     backbone = build_backbone(recipe)
     join = build_fusion(recipe, backbone, image_width)
-    head = GaussianHead(backbone.width, sh_degree=recipe.sh_degree, max_offset=recipe.max_offset,
-                        initial_scale=recipe.initial_scale, min_scale=recipe.min_scale)
+    head = GaussianHead(
+        backbone.width,
+        sh_degree=recipe.sh_degree,
+        max_offset=recipe.max_offset,
+        initial_scale=recipe.initial_scale,
+        min_scale=recipe.min_scale,
+    )
     return UniPre3D(backbone, join, head)
 
 # %% ../nbs/61_recipes.ipynb #ac098810
-LAYOUTS = {"shapenet": "the ShapeNet multi-view folder (<root>/<synset>/<model>/easy/NN.png and pts/); pass --data FOLDER, or use object-transformer-mini",
-           "scannet": "the ScanNet folder (<root>/train/<scene>/coord.npy and 2D/color/<scene>/N.jpg); pass --data FOLDER, or use scene-sparseunet-mini"}
+LAYOUTS = {
+    "shapenet": "the ShapeNet multi-view folder (<root>/<synset>/<model>/easy/NN.png and pts/); pass --data FOLDER, or use object-transformer-mini",
+    "scannet": "the ScanNet folder (<root>/train/<scene>/coord.npy and 2D/color/<scene>/N.jpg); pass --data FOLDER, or use scene-sparseunet-mini",
+}
+
 
 def build_data(
     recipe: Recipe,
     split: str,  # "train", "val" or "test"
 ) -> ObjectSamples | SceneSamples:
     "The samples of one split; only training turns them."
-    if recipe.layout not in LAYOUTS: raise ValueError(f'layout: expected one of {", ".join(LAYOUTS)}; got "{recipe.layout}"')
-    if not recipe.data: raise ValueError(f"data: this recipe needs {LAYOUTS[recipe.layout]}")
+    if recipe.layout not in LAYOUTS:
+        raise ValueError(f'layout: expected one of {", ".join(LAYOUTS)}; got "{recipe.layout}"')
+    if not recipe.data:
+        raise ValueError(f"data: this recipe needs {LAYOUTS[recipe.layout]}")
     return (object_samples if recipe.layout == "shapenet" else scene_samples)(recipe, split)
+
 
 def object_samples(
     recipe: Recipe,
@@ -211,11 +471,34 @@ def object_samples(
 ) -> ObjectSamples:
     "Objects with rendered views."
     train, root = split == "train", None if recipe.data == "furniture" else recipe.data
-    if recipe.classes and root != "shapes": raise ValueError(f"classes: expected none with data={recipe.data}; only generated shapes (--data shapes) are picked by class")
-    if root == "shapes": root = embedded_shapes(categories=list(recipe.classes) or None, per_category=recipe.per_class, size=recipe.resolution)
-    views = ShapeNetViews(root, split=split, convention=recipe.convention or None, size=recipe.resolution, cache_bytes=recipe.cache_mb * 2 ** 20)
-    return ObjectSamples(views, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, sampling=recipe.sampling,
-                         features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
+    if recipe.classes and root != "shapes":
+        raise ValueError(
+            f"classes: expected none with data={recipe.data}; only generated shapes (--data shapes) are picked by class"
+        )
+    if root == "shapes":
+        root = embedded_shapes(
+            categories=list(recipe.classes) or None,
+            per_category=recipe.per_class,
+            size=recipe.resolution,
+        )
+    views = ShapeNetViews(
+        root,
+        split=split,
+        convention=recipe.convention or None,
+        size=recipe.resolution,
+        cache_bytes=recipe.cache_mb * 2**20,
+    )
+    return ObjectSamples(
+        views,
+        n_points=recipe.n_points or None,
+        n_ref=recipe.n_ref,
+        n_target=recipe.n_target,
+        sampling=recipe.sampling,
+        features=recipe.features,
+        rotate=180.0 if train and recipe.rotate else 0.0,
+        seed=recipe.seed if train else 0,
+    )
+
 
 def scene_samples(
     recipe: Recipe,
@@ -224,21 +507,52 @@ def scene_samples(
     "Scenes with RGB-D frames; embedded rooms are composed on first use."
     train, root = split == "train", recipe.data
     if root == "rooms":
-        from unipre3d.data.rooms import embedded_rooms            # composing needs a ray tracer, reading does not
+        from unipre3d.worlds.rooms import (
+            embedded_rooms,
+        )  # composing needs a ray tracer, reading does not
+
         root = embedded_rooms(rooms=recipe.rooms)
-    frames = ScanNetFrames(root, split=split, hw=(recipe.resolution, recipe.resolution * 4 // 3), intrinsics=recipe.intrinsics, cache_bytes=recipe.cache_mb * 2 ** 20)
-    return SceneSamples(frames, n_points=recipe.n_points or None, n_ref=recipe.n_ref, n_target=recipe.n_target, max_gap=recipe.max_gap,
-                        features=recipe.features, rotate=180. if train and recipe.rotate else 0., seed=recipe.seed if train else 0)
+    frames = ScanNetFrames(
+        root,
+        split=split,
+        hw=(recipe.resolution, recipe.resolution * 4 // 3),
+        intrinsics=recipe.intrinsics,
+        cache_bytes=recipe.cache_mb * 2**20,
+    )
+    return SceneSamples(
+        frames,
+        n_points=recipe.n_points or None,
+        n_ref=recipe.n_ref,
+        n_target=recipe.n_target,
+        max_gap=recipe.max_gap,
+        features=recipe.features,
+        rotate=180.0 if train and recipe.rotate else 0.0,
+        seed=recipe.seed if train else 0,
+    )
+
 
 def training_batches(
     recipe: Recipe,
     samples: ObjectSamples | SceneSamples,
-    rank: int = 0, world_size: int = 1,  # this process and how many there are
+    rank: int = 0,
+    world_size: int = 1,  # this process and how many there are
 ) -> Callable[[int, int], Iterable[Sample]]:
     "A function of (start, stop) that gives the samples of those steps."
-    if recipe.batch_size < 1 or recipe.batch_size % world_size: raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, at least 1 for each, got {recipe.batch_size}")
-    return lambda start, stop: make_loader(samples, start, stop, batch_size=recipe.batch_size // world_size, seed=recipe.seed,
-                                           num_workers=recipe.workers, rank=rank, world_size=world_size)
+    if recipe.batch_size < 1 or recipe.batch_size % world_size:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {world_size} processes, at least 1 for each, got {recipe.batch_size}"
+        )
+    return lambda start, stop: make_loader(
+        samples,
+        start,
+        stop,
+        batch_size=recipe.batch_size // world_size,
+        seed=recipe.seed,
+        num_workers=recipe.workers,
+        rank=rank,
+        world_size=world_size,
+    )
+
 
 def held_out(
     recipe: Recipe,
@@ -259,15 +573,25 @@ def free_folder(
         candidate = folder.with_name(f"{folder.name}-{n}")
     return candidate
 
+
 def read_recipe(
     folder: str | Path,  # a run folder
 ) -> tuple[str, Recipe]:  # the recipe's name, and its values as they were run
     "What `config.json` of a run says."
     values = read_config(folder)
-    if "task" in values: raise ValueError(f"{folder}: expected a pre-training, found a fine-tuning ({values['task']})")
+    if "task" in values:
+        raise ValueError(
+            f"{folder}: expected a pre-training, found a fine-tuning ({values['task']})"
+        )
     name, known = values.pop("name"), {f.name for f in fields(Recipe)}
-    if set(values) - known: raise ValueError(f"{Path(folder) / 'config.json'}: unknown values {', '.join(sorted(set(values) - known))}; was it written by a newer version?")
-    return name, Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    if set(values) - known:
+        raise ValueError(
+            f"{Path(folder) / 'config.json'}: unknown values {', '.join(sorted(set(values) - known))}; was it written by a newer version?"
+        )
+    return name, Recipe(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    )
+
 
 def history(
     metrics: str | Path,  # a metrics.csv
@@ -276,12 +600,18 @@ def history(
     "The course of a run in short: means of the training columns over `every` steps, and each evaluation."
     table = pd.read_csv(metrics)
     means = block_means(table[["step", "loss", "psnr", "grad_norm"]], every)
-    scored = table[["step", "val_psnr", "val_psnr_foreground", "val_ssim"]].dropna(subset="val_psnr").dropna(axis=1)
+    scored = (
+        table[["step", "val_psnr", "val_psnr_foreground", "val_ssim"]]
+        .dropna(subset="val_psnr")
+        .dropna(axis=1)
+    )
     return {"train": means, "val": scored.round(6).to_dict("list")}
 
 # %% ../nbs/61_recipes.ipynb #6a2f897a
 def picture(
-    model: nn.Module, image_net: Callable | None, sample: Sample,
+    model: nn.Module,
+    image_net: Callable | None,
+    sample: Sample,
     recipe: Recipe,
     path: str | Path,  # PNG to write
     title: str,
@@ -291,16 +621,23 @@ def picture(
     model.eval()
     with torch.no_grad():
         sample = sample.to(device)
-        image = render(predict(sample.points, sample.ref, image_net, model), sample.target.camera, torch.tensor(recipe.background, dtype=torch.float32, device=device))
+        image = render(
+            predict(sample.points, sample.ref, image_net, model),
+            sample.target.camera,
+            torch.tensor(recipe.background, dtype=torch.float32, device=device),
+        )
     model.train(training)
     save_views(sample, image.rgb, path, title)
+
 
 def pretraining_device(
     device: str,  # "auto" or "cpu"
 ) -> tuple[str, str]:  # for `new_accelerator`; and why it is not the GPU that there is, or ""
     "On a GPU gsplat renders; where it is not installed, the processor trains."
-    if device != "auto" or not torch.cuda.is_available() or importlib.util.find_spec("gsplat"): return device, ""
+    if device != "auto" or not torch.cuda.is_available() or importlib.util.find_spec("gsplat"):
+        return device, ""
     return "cpu", " (not on the GPU, where gsplat renders: pip install -e '.[gpu]')"
+
 
 def pretrain(
     name: str,  # the recipe's name, for the record
@@ -310,50 +647,124 @@ def pretrain(
     resume: bool = False,  # go on with the run in `folder`
     device: str = "auto",  # "auto" or "cpu"
     say: Callable[[str], None] = print,  # where messages go
-) -> dict | None:  # the record; empty in all but the first of several processes; None if the run was interrupted
+) -> (
+    dict | None
+):  # the record; empty in all but the first of several processes; None if the run was interrupted
     "Run a recipe: train, watch, evaluate on the whole validation split, write the record."
     check_loop(recipe, "save_every", "picture_every", "eval_every")
     device, because = pretraining_device(device)
     accelerator = new_accelerator(recipe.mixed_precision, device)
-    folder, main, began, cpu_began, code = Path(folder), accelerator.is_main_process, time.time(), time.process_time(), code_version()
+    folder, main, began, cpu_began, code = (
+        Path(folder),
+        accelerator.is_main_process,
+        time.time(),
+        time.process_time(),
+        code_version(),
+    )
     data, val = build_data(recipe, "train"), build_data(recipe, "val")
     batches = training_batches(recipe, data, accelerator.process_index, accelerator.num_processes)
     image_net = build_image_net(recipe)
     model = build_model(recipe, getattr(image_net, "width", 0))
-    if isinstance(image_net, nn.Module): image_net.to(accelerator.device)                                       # the first picture is taken before `train` moves it
+    if isinstance(image_net, nn.Module):
+        image_net.to(accelerator.device)  # the first picture is taken before `train` moves it
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        if not resume: write_json(folder / "config.json", {"name": name, **asdict(recipe)})
-        say(f"{name}: {len(data)} training clouds, {len(val)} held out, {sum(p.numel() for p in model.parameters()):,} parameters, on {accelerator.device}{because}; writing to {folder}")
+        if not resume:
+            write_json(folder / "config.json", {"name": name, **asdict(recipe)})
+        say(
+            f"{name}: {len(data)} training clouds, {len(val)} held out, {sum(p.numel() for p in model.parameters()):,} parameters, on {accelerator.device}{because}; writing to {folder}"
+        )
     samples = held_out(recipe, val)
-    shown = collate([val[i] for i in range(0, len(val), -(-len(val) // 8))])        # eight clouds from all over the split
+    shown = collate(
+        [val[i] for i in range(0, len(val), -(-len(val) // 8))]
+    )  # eight clouds from all over the split
 
-    def look(averaged, step): picture(averaged, image_net, shown, recipe, folder / "views.png", f"{name}, step {step} of {recipe.steps}: held-out clouds")
+    def look(averaged, step):
+        picture(
+            averaged,
+            image_net,
+            shown,
+            recipe,
+            folder / "views.png",
+            f"{name}, step {step} of {recipe.steps}: held-out clouds",
+        )
+
     def score(averaged, step):
-        if step == recipe.steps: return None                      # the final scores are computed once, below
-        found = evaluate(averaged, image_net, samples(), background=recipe.background, device=accelerator.device)
+        if step == recipe.steps:
+            return None  # the final scores are computed once, below
+        found = evaluate(
+            averaged, image_net, samples(), background=recipe.background, device=accelerator.device
+        )
         return {f"val_{k}": found[k] for k in ("psnr", "psnr_foreground", "ssim") if k in found}
 
-    if main and not resume: look(model.to(accelerator.device), 0)
-    done = train(model, image_net, batches, folder,
-                 steps=recipe.steps, lr=recipe.lr, schedule=recipe.schedule, warmup=recipe.warmup, decay_every=recipe.decay_every, decay=recipe.decay,
-                 weight_decay=recipe.weight_decay, clip=recipe.clip, ema=recipe.ema, background=recipe.background,
-                 foreground_weight=recipe.foreground_weight, background_weight=recipe.background_weight, seed=recipe.seed,
-                 save_every=recipe.save_every, watches=[(recipe.picture_every, look), (recipe.eval_every, score)], resume=resume, accelerator=accelerator)
+    if main and not resume:
+        look(model.to(accelerator.device), 0)
+    done = train(
+        model,
+        image_net,
+        batches,
+        folder,
+        steps=recipe.steps,
+        lr=recipe.lr,
+        schedule=recipe.schedule,
+        warmup=recipe.warmup,
+        decay_every=recipe.decay_every,
+        decay=recipe.decay,
+        weight_decay=recipe.weight_decay,
+        clip=recipe.clip,
+        ema=recipe.ema,
+        background=recipe.background,
+        foreground_weight=recipe.foreground_weight,
+        background_weight=recipe.background_weight,
+        seed=recipe.seed,
+        save_every=recipe.save_every,
+        watches=[(recipe.picture_every, look), (recipe.eval_every, score)],
+        resume=resume,
+        accelerator=accelerator,
+    )
     if done < recipe.steps:
-        if main: say(f"stopped after step {done} of {recipe.steps}; go on with: unipre3d pretrain {name} --resume --out {folder}")
+        if main:
+            say(
+                f"stopped after step {done} of {recipe.steps}; go on with: unipre3d pretrain {name} --resume --out {folder}"
+            )
         return None
-    if not main: return {}
+    if not main:
+        return {}
     weights, meta = load_tensors(folder / "checkpoint.safetensors")
-    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)                                     # scores are of float32, whatever it learned in
+    model = accelerator.unwrap_model(
+        model, keep_fp32_wrapper=False
+    )  # scores are of float32, whatever it learned in
     model.load_state_dict(weights)
     say(f"evaluating on the {len(val)} held-out clouds of the validation split")
-    metrics = evaluate(model, image_net, samples(), background=recipe.background, device=accelerator.device) | constant_baselines(samples)
-    record = {"kind": "pretrain", "recipe": name, "values": asdict(recipe), "code": code, "seed": recipe.seed, "steps": done,
-              "data": {"name": recipe.data, "sha256": data.source.fingerprint(), "train": len(data), "val": len(val), "split": "val"},
-              "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu", "processes": accelerator.num_processes, "hardware": hardware(),
-              "train_seconds": meta["seconds"], "wall_seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu_began,
-              "peak_memory_mb": peak_memory_mb(), "resumed": resume, "checkpoint_sha256": data_hash(folder / "checkpoint.safetensors"), "metrics": metrics, "history": history(folder / "metrics.csv")}
+    metrics = evaluate(
+        model, image_net, samples(), background=recipe.background, device=accelerator.device
+    ) | constant_baselines(samples)
+    record = {
+        "kind": "pretrain",
+        "recipe": name,
+        "values": asdict(recipe),
+        "code": code,
+        "seed": recipe.seed,
+        "steps": done,
+        "data": {
+            "name": recipe.data,
+            "sha256": data.source.fingerprint(),
+            "train": len(data),
+            "val": len(val),
+            "split": "val",
+        },
+        "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu",
+        "processes": accelerator.num_processes,
+        "hardware": hardware(),
+        "train_seconds": meta["seconds"],
+        "wall_seconds": time.time() - began,
+        "cpu_seconds": time.process_time() - cpu_began,
+        "peak_memory_mb": peak_memory_mb(),
+        "resumed": resume,
+        "checkpoint_sha256": data_hash(folder / "checkpoint.safetensors"),
+        "metrics": metrics,
+        "history": history(folder / "metrics.csv"),
+    }
     check_record(record)
     write_json(folder / "record.json", record)
     return record
@@ -361,14 +772,21 @@ def pretrain(
 # %% ../nbs/61_recipes.ipynb #899a88fe
 def load_run(
     checkpoint: str | Path,  # a run folder, or the checkpoint.safetensors in it
-) -> tuple[Recipe, UniPre3D, Any]:  # recipe, model with the averaged weights in eval mode, frozen image model
+) -> tuple[
+    Recipe, UniPre3D, Any
+]:  # recipe, model with the averaged weights in eval mode, frozen image model
     "Rebuild the predictor of a run."
     path = Path(checkpoint)
-    if path.is_dir(): path = path / "checkpoint.safetensors"
+    if path.is_dir():
+        path = path / "checkpoint.safetensors"
     weights, _ = load_tensors(path)
     _, recipe = read_recipe(path.parent)
     image_net = build_image_net(recipe)
     model = build_model(recipe, getattr(image_net, "width", 0))
-    try: model.load_state_dict(weights)
-    except RuntimeError: raise ValueError(f"{path}: expected the averaged weights of the run that {path.parent / 'config.json'} describes, found other tensors; name the run folder, or its checkpoint.safetensors") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(
+            f"{path}: expected the averaged weights of the run that {path.parent / 'config.json'} describes, found other tensors; name the run folder, or its checkpoint.safetensors"
+        ) from None
     return recipe, model.eval(), image_net

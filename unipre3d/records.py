@@ -25,24 +25,49 @@ __all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'peak_m
 def code_version() -> str:
     "The package's version and, in a checkout, the commit (with + where files were changed)."
     version, root = metadata.version("unipre3d"), Path(unipre3d.__file__).resolve().parent.parent
-    if not (root / ".git").exists(): return version
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return f"{version}+{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', 'unipre3d') else ''}"
-    except (OSError, subprocess.CalledProcessError): return version
+    if not (root / ".git").exists():
+        return version
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return f"{version}+{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', 'unipre3d') else ''}"
+    except (OSError, subprocess.CalledProcessError):
+        return version
+
 
 def hardware() -> dict[str, Any]:
     "Processor, cores, GPU and the versions that matter."
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        cpu = next(
+            (
+                line.split(":")[1].strip()
+                for line in open("/proc/cpuinfo")
+                if line.startswith("model name")
+            ),
+            cpu,
+        )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
 
 def peak_memory_mb() -> float | None:  # None where the system does not say
     "The most memory that this process has held."
-    try: import resource
-    except ImportError: return None                                        # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+
 
 def code_hash(
     *modules: str,  # names, such as "unipre3d.core"
@@ -62,42 +87,96 @@ def data_hash(
     "sha256 of a file's bytes, or of the sorted names and sizes of a folder's files."
     path = Path(path)
     if path.is_file():
-        with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: expected a file or a folder to hash, there is none")
-    found = sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in path.glob(pattern) if p.is_file())
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a file or a folder to hash, there is none")
+    found = sorted(
+        (p.relative_to(path).as_posix(), p.stat().st_size)
+        for p in path.glob(pattern)
+        if p.is_file()
+    )
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 # %% ../nbs/01_records.ipynb #93730242
 def cache_dir() -> Path:
     "Where made data is kept: UNIPRE3D_CACHE, or `unipre3d` in the user's cache folder."
-    if given := os.environ.get("UNIPRE3D_CACHE"): return Path(given)
-    if sys.platform == "win32": return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "unipre3d"
-    if sys.platform == "darwin": return Path.home() / "Library" / "Caches" / "unipre3d"
+    if given := os.environ.get("UNIPRE3D_CACHE"):
+        return Path(given)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "unipre3d"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "unipre3d"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipre3d"
+
 
 def made_once(
     name: str,  # such as "scans.npz"; the hash goes before the suffix
     values: Any,  # what decides what is made, as plain values: arguments, hashes of code and of files
-    make: Callable[[Path], Any],  # writes a file or a folder at a path, where it finds what it left if it was interrupted
+    make: Callable[
+        [Path], Any
+    ],  # writes a file or a folder at a path, where it finds what it left if it was interrupted
     cache: str | Path | None = None,  # folder; None means `cache_dir()`
 ) -> Path:  # the file or folder
     "What was made before from the same values, else what `make` makes now."
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache or cache_dir()) / f"{Path(name).stem}-{key}{Path(name).suffix}"
-    if path.exists(): return path
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):                                        # a second process waits for the first
+    with FileLock(f"{path}.lock"):  # a second process waits for the first
         if not path.exists():
             make(part := Path(f"{path}.part"))
             os.replace(part, path)
     return path
 
 # %% ../nbs/01_records.ipynb #70ae8754
-PRETRAIN = ("recipe", "values", "code", "seed", "steps", "data", "backend", "processes", "hardware", "train_seconds",
-            "wall_seconds", "cpu_seconds", "peak_memory_mb", "resumed", "metrics", "history")
-FINETUNE = ("recipe", "task", "values", "code", "seed", "start", "steps", "chosen", "data", "classes", "processes", "hardware", "train_seconds",
-            "wall_seconds", "cpu_seconds", "peak_memory_mb", "resumed", "metrics", "details", "history")
-FIELDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "autoencoder": ("data", "settings", "sha256", "loss", "val", "seconds", "hardware")}
+PRETRAIN = (
+    "recipe",
+    "values",
+    "code",
+    "seed",
+    "steps",
+    "data",
+    "backend",
+    "processes",
+    "hardware",
+    "train_seconds",
+    "wall_seconds",
+    "cpu_seconds",
+    "peak_memory_mb",
+    "resumed",
+    "metrics",
+    "history",
+)
+FINETUNE = (
+    "recipe",
+    "task",
+    "values",
+    "code",
+    "seed",
+    "start",
+    "steps",
+    "chosen",
+    "data",
+    "classes",
+    "processes",
+    "hardware",
+    "train_seconds",
+    "wall_seconds",
+    "cpu_seconds",
+    "peak_memory_mb",
+    "resumed",
+    "metrics",
+    "details",
+    "history",
+)
+FIELDS = {
+    "pretrain": PRETRAIN,
+    "finetune": FINETUNE,
+    "autoencoder": ("data", "settings", "sha256", "loss", "val", "seconds", "hardware"),
+}
+
 
 def write_json(
     path: str | Path,
@@ -108,23 +187,41 @@ def write_json(
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
 
+
 def read_config(
     folder: str | Path,  # a run folder
-) -> dict:  # the name of the recipe and its values; of a fine-tuning also task, start and class_names
+) -> (
+    dict
+):  # the name of the recipe and its values; of a fine-tuning also task, start and class_names
     "What a run said of itself when it began."
     path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
     return json.loads(path.read_text())
+
 
 def check_record(
     record: dict,
     name: str = "record",  # what messages call it
 ) -> None:
     "Raise a one-line ValueError unless the record is of a known kind and complete, with finite metrics."
-    if record.get("kind") not in FIELDS: raise ValueError(f"{name}: expected a kind, one of {', '.join(FIELDS)}; found {record.get('kind')!r}")
-    if lack := [f for f in FIELDS[record["kind"]] if f not in record]: raise ValueError(f"{name}: expected {lack[0]!r} in a record of kind {record['kind']}, there is none")
-    bad = [k for k, v in record.get("metrics", {}).items() if isinstance(v, float) and not math.isfinite(v)]
-    if bad: raise ValueError(f"{name}: expected finite metrics, found {bad[0]} = {record['metrics'][bad[0]]}")
+    if record.get("kind") not in FIELDS:
+        raise ValueError(
+            f"{name}: expected a kind, one of {', '.join(FIELDS)}; found {record.get('kind')!r}"
+        )
+    if lack := [f for f in FIELDS[record["kind"]] if f not in record]:
+        raise ValueError(
+            f"{name}: expected {lack[0]!r} in a record of kind {record['kind']}, there is none"
+        )
+    bad = [
+        k
+        for k, v in record.get("metrics", {}).items()
+        if isinstance(v, float) and not math.isfinite(v)
+    ]
+    if bad:
+        raise ValueError(
+            f"{name}: expected finite metrics, found {bad[0]} = {record['metrics'][bad[0]]}"
+        )
 
 # %% ../nbs/01_records.ipynb #ffcd5539
 def read_record(
@@ -132,10 +229,12 @@ def read_record(
 ) -> dict:
     "A checked record."
     path = Path(name) if Path(name).suffix == ".json" else data_dir() / "records" / f"{name}.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected a record, there is no such file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a record, there is no such file")
     record = json.loads(path.read_text())
     check_record(record, path.name)
     return record
+
 
 def read_records(
     folder: str | Path | None = None,  # default: the committed records
@@ -143,7 +242,16 @@ def read_records(
 ) -> pd.DataFrame:  # indexed by file name; columns such as recipe, seed, values.lr, metrics.psnr
     "All records of one kind as one table; files of benchmarks are left alone."
     folder = data_dir() / "records" if folder is None else Path(folder)
-    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if not p.stem.startswith("benchmark_")}
-    for name, record in found.items(): check_record(record, f"{name}.json")
-    rows = {name: {k: v for k, v in r.items() if k != "history"} for name, r in found.items() if r["kind"] == kind}
+    found = {
+        p.stem: json.loads(p.read_text())
+        for p in sorted(folder.glob("*.json"))
+        if not p.stem.startswith("benchmark_")
+    }
+    for name, record in found.items():
+        check_record(record, f"{name}.json")
+    rows = {
+        name: {k: v for k, v in r.items() if k != "history"}
+        for name, r in found.items()
+        if r["kind"] == kind
+    }
     return pd.json_normalize(list(rows.values()), max_level=1).set_axis(list(rows))

@@ -28,14 +28,21 @@ def flat_tensors(
 ) -> Iterator[tuple[str, Tensor]]:  # "outer.inner.key", tensor
     "Every tensor of a tree of dictionaries under its dotted path; anything else is passed by."
     for key, value in tree.items():
-        if isinstance(value, Tensor): yield str(key), value
-        elif isinstance(value, Mapping): yield from ((f"{key}.{path}", t) for path, t in flat_tensors(value))
+        if isinstance(value, Tensor):
+            yield str(key), value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{path}", t) for path, t in flat_tensors(value))
+
 
 class Inert(dict):
     "Stands for every object in a file that is no tensor and no plain value: takes whatever it is given and keeps nothing."
-    def __init__(self, *args, **kwargs): super().__init__()
 
-    def __setstate__(self, state): pass
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
 
 def read_around(
     file: Path,  # that PyTorch's restricted reader stopped at
@@ -43,179 +50,286 @@ def read_around(
     "Read a file once more with all its objects left out; what they are named after is neither imported nor called."
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        with torch.serialization.safe_globals([(Inert, name) for name in names]): return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception: return None      # another form of file, or something that even so would have to run: it stays refused
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:
+        return None  # another form of file, or something that even so would have to run: it stays refused
+
 
 def read_checkpoint(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # flat, on the CPU
     "The tensors of a file; objects beside them are left out, and nothing of the file is ever run."
     file, refused = Path(file), ""
-    if not file.is_file(): raise FileNotFoundError(f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {'a folder' if file.is_dir() else 'nothing'}")
-    with file.open("rb") as stream: start = stream.read(9)
-    try: tree = load_file(file) if start[8:] == b"{" else torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem: tree, refused = read_around(file), refused_object(problem)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {'a folder' if file.is_dir() else 'nothing'}"
+        )
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    try:
+        tree = (
+            load_file(file)
+            if start[8:] == b"{"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError as problem:
+        tree, refused = read_around(file), refused_object(problem)
     except Exception as problem:  # a damaged file fails in a dozen ways
-        raise ValueError(f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it ({(str(problem) or type(problem).__name__).splitlines()[0][:80]})") from None
+        raise ValueError(
+            f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it ({(str(problem) or type(problem).__name__).splitlines()[0][:80]})"
+        ) from None
     found = dict(flat_tensors(tree)) if isinstance(tree, Mapping) else {}
-    if refused and not found: raise ValueError(f"{file}: expected tensors and plain values, found {refused}; save the state dict alone, where the file comes from")
-    if not isinstance(tree, Mapping): raise ValueError(f"{file}: expected a dictionary of tensors, found a {type(tree).__name__}")
+    if refused and not found:
+        raise ValueError(
+            f"{file}: expected tensors and plain values, found {refused}; save the state dict alone, where the file comes from"
+        )
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{file}: expected a dictionary of tensors, found a {type(tree).__name__}")
     return found
+
 
 def refused_object(
     problem: Exception,  # of torch.load
 ) -> str:
     "What PyTorch's restricted reader stopped at, by name where it says so."
     words = str(problem).split("GLOBAL ")
-    return f"{words[1].split()[0]}, which loading would have to run" if len(words) > 1 else "something else"
+    return (
+        f"{words[1].split()[0]}, which loading would have to run"
+        if len(words) > 1
+        else "something else"
+    )
 
 # %% ../nbs/backbones/48_released.ipynb #1976d579
 def count_roots(
     wanted: Iterable[str],  # keys, without what stands before them
-    keys: Iterable[str],    # of the checkpoint
+    keys: Iterable[str],  # of the checkpoint
 ) -> Counter[str]:  # root ("" or ending with a dot) -> how many of the wanted keys are there
     "Every beginning under which some wanted key is."
     wanted, hits = set(wanted), Counter()
     for key in keys:
         pieces = key.split(".")
-        hits.update(".".join(pieces[:i]) + "." * (i > 0) for i in range(len(pieces)) if ".".join(pieces[i:]) in wanted)
+        hits.update(
+            ".".join(pieces[:i]) + "." * (i > 0)
+            for i in range(len(pieces))
+            if ".".join(pieces[i:]) in wanted
+        )
     return hits
 
+
 def best_root(
-    hits: Counter[str],           # of count_roots
+    hits: Counter[str],  # of count_roots
     state: Mapping[str, Tensor],  # the checkpoint
 ) -> str:
     "The root with most keys. Of equals, one with the word `ema`; copies of the same tensors are one; any other tie is a one-line ValueError."
     best = [root for root, n in hits.items() if n == max(hits.values())]
-    if len(best) > 1: best = [root for root in best if "ema" in re.split(r"[._]", root.lower())] or best
-    below = lambda root: {key.removeprefix(root): t for key, t in state.items() if key.startswith(root)}
+    if len(best) > 1:
+        best = [root for root in best if "ema" in re.split(r"[._]", root.lower())] or best
+    below = lambda root: {
+        key.removeprefix(root): t for key, t in state.items() if key.startswith(root)
+    }
     same = lambda a, b: a.keys() == b.keys() and all(torch.equal(t, b[key]) for key, t in a.items())
     if len(best) > 1 and not all(same(below(best[0]), below(root)) for root in best[1:]):
-        raise ValueError(f"expected one copy of the weights, found {len(best)}, below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose")
+        raise ValueError(
+            f"expected one copy of the weights, found {len(best)}, below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose"
+        )
     return best[0]
 
 # %% ../nbs/backbones/48_released.ipynb #5646a548
-PARTS = (("fusion.image_norm.", "image_conv.0."), ("fusion.image_proj.", "image_conv.1."), ("fusion.mlp.0.", "fusion_mlps.0."),
-         ("fusion.conv.", "fusion_mlps.0."), ("fusion.norm.", "fusion_mlps.1."), ("head.mlp.", "{network}final."))
+PARTS = (
+    ("fusion.image_norm.", "image_conv.0."),
+    ("fusion.image_proj.", "image_conv.1."),
+    ("fusion.mlp.0.", "fusion_mlps.0."),
+    ("fusion.conv.", "fusion_mlps.0."),
+    ("fusion.norm.", "fusion_mlps.1."),
+    ("head.mlp.", "{network}final."),
+)
 
 Layout = Callable[[str], Source]
 
+
 def predictor_layout(
     model: nn.Module,  # with backbone, fusion and head
-    network: str,      # what stands before encoder and head: "point_network.", "network." or ""
+    network: str,  # what stands before encoder and head: "point_network.", "network." or ""
 ) -> Layout:
     "Where the released predictor keeps a weight of ours."
+
     def source(name: str) -> Source:
         if name.startswith("backbone."):
             key, change = model.backbone.released_weight(name.removeprefix("backbone."))
             return f"{network}encoder.{key}", change
         for ours, theirs in PARTS:
-            if name.startswith(ours): return theirs.format(network=network) + name.removeprefix(ours), None
+            if name.startswith(ours):
+                return theirs.format(network=network) + name.removeprefix(ours), None
         return name, None
+
     return source
+
 
 def layouts(
     module: nn.Module,  # a backbone, a predictor, or anything else
 ) -> list[Layout]:
     "The layouts in which a checkpoint may hold the module: as released, then as our own."
     released = []
-    if hasattr(module, "released_weight"): released = [module.released_weight]
-    elif hasattr(module, "backbone"): released = [predictor_layout(module, network) for network in ("point_network.", "network.", "")]
+    if hasattr(module, "released_weight"):
+        released = [module.released_weight]
+    elif hasattr(module, "backbone"):
+        released = [
+            predictor_layout(module, network) for network in ("point_network.", "network.", "")
+        ]
     return [*released, lambda name: (name, None)]
 
 # %% ../nbs/backbones/48_released.ipynb #a526bf65
 @dataclass(frozen=True)
 class Report:
     "What a checkpoint holds of a model, tensor by tensor; by our names, but for the keys of the file."
-    model: str                   # class
-    root: str                    # what stands before the keys in the file
-    loaded: dict[str, str]       # ours -> the key it comes from
-    missing: dict[str, str]      # ours -> the key that the file lacks
-    misfit: dict[str, str]       # ours -> key and both shapes
-    left_out: tuple[str, ...]    # ours, kept as they were because the caller said so
-    unplaced: tuple[str, ...]    # keys of the file that belong to a larger or other model of the kind
-    left_over: tuple[str, ...]   # keys of the file that have nothing to do with the model
+
+    model: str  # class
+    root: str  # what stands before the keys in the file
+    loaded: dict[str, str]  # ours -> the key it comes from
+    missing: dict[str, str]  # ours -> the key that the file lacks
+    misfit: dict[str, str]  # ours -> key and both shapes
+    left_out: tuple[str, ...]  # ours, kept as they were because the caller said so
+    unplaced: tuple[str, ...]  # keys of the file that belong to a larger or other model of the kind
+    left_over: tuple[str, ...]  # keys of the file that have nothing to do with the model
 
     @property
     def coverage(self) -> float:
         "Share of the model's tensors that come from the file."
-        return len(self.loaded) / max(1, sum(map(len, (self.loaded, self.missing, self.misfit, self.left_out))))
+        return len(self.loaded) / max(
+            1, sum(map(len, (self.loaded, self.missing, self.misfit, self.left_out)))
+        )
 
     def problems(self) -> list[str]:
         "What is amiss, each with its first example; empty where all is well."
         first = lambda d: "{!r} ({})".format(*next(iter(d.items())))
-        said = [f"{len(self.missing)} missing in the file, first {first(self.missing)}"] if self.missing else []
-        if self.misfit: said.append(f"{len(self.misfit)} of another shape, first {first(self.misfit)}")
-        if self.unplaced: said.append(f"{len(self.unplaced)} in the file without a place in the model, first {self.unplaced[0]!r}")
+        said = (
+            [f"{len(self.missing)} missing in the file, first {first(self.missing)}"]
+            if self.missing
+            else []
+        )
+        if self.misfit:
+            said.append(f"{len(self.misfit)} of another shape, first {first(self.misfit)}")
+        if self.unplaced:
+            said.append(
+                f"{len(self.unplaced)} in the file without a place in the model, first {self.unplaced[0]!r}"
+            )
         return said
 
     def __str__(self) -> str:
-        rows = [f"{self.model}: {self.coverage:.1%} of {len(self.loaded) + len(self.missing) + len(self.misfit) + len(self.left_out)} tensors from {self.root or '.'}"]
+        rows = [
+            f"{self.model}: {self.coverage:.1%} of {len(self.loaded) + len(self.missing) + len(self.misfit) + len(self.left_out)} tensors from {self.root or '.'}"
+        ]
         for kind in ("missing", "misfit", "left_out", "unplaced", "left_over"):
             names = list(getattr(self, kind))
-            if names: rows.append(f"  {kind.replace('_', ' '):<10}{len(names):>5}  {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+            if names:
+                rows.append(
+                    f"  {kind.replace('_', ' '):<10}{len(names):>5}  {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                )
         return "\n".join(rows)
 
 # %% ../nbs/backbones/48_released.ipynb #a6c840c6
 def begins(
-    name: str,               # dotted
-    parts: Iterable[str],    # dotted beginnings
+    name: str,  # dotted
+    parts: Iterable[str],  # dotted beginnings
 ) -> bool:
     "Whether a name is one of some parts, or inside one."
     return any(name == p or name.startswith(p + ".") for p in parts)
+
 
 def family(
     key: str,  # without the root
 ) -> str:
     "The first name of a key that says what it belongs to; keys of one model share a few of them."
-    for lead in ("point_network.", "network.", "encoder."): key = key.removeprefix(lead)
+    for lead in ("point_network.", "network.", "encoder."):
+        key = key.removeprefix(lead)
     return key.split(".")[0]
 
+
 def compare_released(
-    module: nn.Module,                      # a backbone, a `UniPre3D`, or any module for a checkpoint of its own
-    source: str | Path | Mapping[str, Any], # a file, or a state dict with any wrapping
+    module: nn.Module,  # a backbone, a `UniPre3D`, or any module for a checkpoint of its own
+    source: str | Path | Mapping[str, Any],  # a file, or a state dict with any wrapping
     *,
-    leave_out: Iterable[str] = (),          # parts that keep what they have
-    root: str | None = None,                # what stands before the keys; None looks for it
-) -> tuple[Report, dict[str, Tensor]]:      # the report, the weights in our layout; nothing is loaded
+    leave_out: Iterable[str] = (),  # parts that keep what they have
+    root: str | None = None,  # what stands before the keys; None looks for it
+) -> tuple[Report, dict[str, Tensor]]:  # the report, the weights in our layout; nothing is loaded
     "What a checkpoint holds of a module."
-    if not isinstance(source, (str, Path, Mapping)): raise ValueError(f"expected a file or a dictionary of tensors, got a {type(source).__name__}")
+    if not isinstance(source, (str, Path, Mapping)):
+        raise ValueError(
+            f"expected a file or a dictionary of tensors, got a {type(source).__name__}"
+        )
     state = dict(flat_tensors(source)) if isinstance(source, Mapping) else read_checkpoint(source)
     leave_out = (leave_out,) if isinstance(leave_out, str) else tuple(leave_out)
-    if root: root = root.removesuffix(".") + "."
+    if root:
+        root = root.removesuffix(".") + "."
     own = module.state_dict()
     asked = [{name: layout(name) for name in own} for layout in layouts(module)]
-    hits = [(count_roots({key for key, _ in sources.values()}, state), sources) for sources in asked]
-    roots, sources = max(hits, key=lambda h: max(h[0].values(), default=0) if root is None else h[0][root])
+    hits = [
+        (count_roots({key for key, _ in sources.values()}, state), sources) for sources in asked
+    ]
+    roots, sources = max(
+        hits, key=lambda h: max(h[0].values(), default=0) if root is None else h[0][root]
+    )
     at = root if root is not None else best_root(roots, state) if roots else ""
-    if not roots[at]: raise ValueError(f"expected tensors of a {type(module).__name__}{f' below {at!r}' if at else ''}, found none among {len(state)} keys (first: {', '.join(map(repr, list(state)[:3])) or 'no tensor at all'})")
+    if not roots[at]:
+        raise ValueError(
+            f"expected tensors of a {type(module).__name__}{f' below {at!r}' if at else ''}, found none among {len(state)} keys (first: {', '.join(map(repr, list(state)[:3])) or 'no tensor at all'})"
+        )
     out = tuple(name for name in own if begins(name, leave_out))
     match = match_released({k: v for k, v in own.items() if k not in out}, sources.get, state, at)
-    missing = {name: key for name, key in match.missing.items() if not name.endswith("num_batches_tracked")}
+    missing = {
+        name: key for name, key in match.missing.items() if not name.endswith("num_batches_tracked")
+    }
     spent = {*match.used.values(), *(at + sources[name][0] for name in out)}
     kin = {family(key.removeprefix(at)) for key in match.used.values()}
     rest = [key for key in state if key not in spent]
-    unplaced = tuple(key for key in rest if key.startswith(at) and family(key.removeprefix(at)) in kin)
+    unplaced = tuple(
+        key for key in rest if key.startswith(at) and family(key.removeprefix(at)) in kin
+    )
     for part in leave_out:
-        if not any(begins(name, [part]) for name in (*out, *(key.removeprefix(at) for key in unplaced))): raise ValueError(f"leave_out: expected beginnings of the model's tensors or of keys without a place, found {part!r}, which begins none")
+        if not any(
+            begins(name, [part]) for name in (*out, *(key.removeprefix(at) for key in unplaced))
+        ):
+            raise ValueError(
+                f"leave_out: expected beginnings of the model's tensors or of keys without a place, found {part!r}, which begins none"
+            )
     unplaced = tuple(key for key in unplaced if not begins(key.removeprefix(at), leave_out))
     for name, w in match.weights.items():
-        if w.is_meta or w.layout != torch.strided: raise ValueError(f"{match.used[name]!r}: expected plain numbers, found {'a tensor without values (meta)' if w.is_meta else w.layout}")
+        if w.is_meta or w.layout != torch.strided:
+            raise ValueError(
+                f"{match.used[name]!r}: expected plain numbers, found {'a tensor without values (meta)' if w.is_meta else w.layout}"
+            )
     loaded = {name: match.used[name] for name in match.weights}
-    return Report(type(module).__name__, at, loaded, missing, match.misfit, out, unplaced, tuple(key for key in rest if key not in unplaced)), match.weights
+    return Report(
+        type(module).__name__,
+        at,
+        loaded,
+        missing,
+        match.misfit,
+        out,
+        unplaced,
+        tuple(key for key in rest if key not in unplaced),
+    ), match.weights
+
 
 def load_released(
-    module: nn.Module,                      # a backbone, a `UniPre3D`, or any module for a checkpoint of its own
-    source: str | Path | Mapping[str, Any], # a file, or a state dict with any wrapping
+    module: nn.Module,  # a backbone, a `UniPre3D`, or any module for a checkpoint of its own
+    source: str | Path | Mapping[str, Any],  # a file, or a state dict with any wrapping
     *,
-    leave_out: Iterable[str] = (),          # parts that keep what they have, such as ("head", "fusion")
-    root: str | None = None,                # what stands before the keys; None looks for it
+    leave_out: Iterable[str] = (),  # parts that keep what they have, such as ("head", "fusion")
+    root: str | None = None,  # what stands before the keys; None looks for it
 ) -> Report:
     "Load a checkpoint: every tensor that is not left out, or a one-line ValueError and no change at all."
     name = str(source) if isinstance(source, (str, Path)) else "state"
-    try: report, weights = compare_released(module, source, leave_out=leave_out, root=root)
-    except ValueError as problem: raise ValueError(str(problem) if str(problem).startswith(name) else f"load_released: {name}: {problem}") from None
+    try:
+        report, weights = compare_released(module, source, leave_out=leave_out, root=root)
+    except ValueError as problem:
+        raise ValueError(
+            str(problem) if str(problem).startswith(name) else f"load_released: {name}: {problem}"
+        ) from None
     if problems := report.problems():
-        raise ValueError(f"load_released: {name}: expected all of {report.model}, covers {report.coverage:.1%} of its tensors: {'; '.join(problems)}; check the sizes, or name parts in leave_out")
+        raise ValueError(
+            f"load_released: {name}: expected all of {report.model}, covers {report.coverage:.1%} of its tensors: {'; '.join(problems)}; check the sizes, or name parts in leave_out"
+        )
     module.load_state_dict(weights, strict=False)
     return report

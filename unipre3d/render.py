@@ -25,9 +25,11 @@ __all__ = ['EPS2D', 'Render', 'project_gaussians', 'pixel_alpha', 'composite', '
 # %% ../nbs/52_render.ipynb #cd60ca16
 EPS2D = 0.3  # pixels^2 added to the diagonal of every 2-D covariance
 
+
 @dataclass(frozen=True, eq=False)
 class Render:
     "What `render` returns."
+
     rgb: Float[Tensor, "v 3 h w"]  # colour over the background
     alpha: Float[Tensor, "v h w"]  # how much of the background is hidden, 0..1
     depth: Float[Tensor, "v h w"]  # expected depth along z, 0 where nothing is hit
@@ -39,15 +41,22 @@ def project_gaussians(
     world_to_cam: Float[Tensor, "4 4"],  # pose of one camera
     K: Float[Tensor, "3 3"],  # its intrinsics, pixels
     hw: tuple[int, int],  # image height and width
-) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2 2"], Float[Tensor, "n"]]:  # centres (pixels), covariances (pixels^2), depths
+) -> tuple[
+    Float[Tensor, "n 2"], Float[Tensor, "n 2 2"], Float[Tensor, "n"]
+]:  # centres (pixels), covariances (pixels^2), depths
     "A 3-D Gaussian seen by a pinhole camera is nearly a 2-D one: linearise the projection at its centre."
     R, t = world_to_cam[:3, :3], world_to_cam[:3, 3]
     x, y, z = (mean @ R.T + t).unbind(-1)
     (fx, fy, cx, cy), (h, w) = (K[0, 0], K[1, 1], K[0, 2], K[1, 2]), hw
-    u = (x / z).clamp(-(cx + .15 * w) / fx, (1.15 * w - cx) / fx)
-    v = (y / z).clamp(-(cy + .15 * h) / fy, (1.15 * h - cy) / fy)
+    u = (x / z).clamp(-(cx + 0.15 * w) / fx, (1.15 * w - cx) / fx)
+    v = (y / z).clamp(-(cy + 0.15 * h) / fy, (1.15 * h - cy) / fy)
     zero = torch.zeros_like(z)
-    J = torch.stack([fx / z, zero, -fx * u / z, zero, fy / z, -fy * v / z], -1).unflatten(-1, (2, 3)) @ R
+    J = (
+        torch.stack([fx / z, zero, -fx * u / z, zero, fy / z, -fy * v / z], -1).unflatten(
+            -1, (2, 3)
+        )
+        @ R
+    )
     return torch.stack([fx * x / z + cx, fy * y / z + cy], -1), J @ cov @ J.mT, z
 
 # %% ../nbs/52_render.ipynb #600485b4
@@ -62,16 +71,18 @@ def pixel_alpha(
 ) -> Float[Tensor, "n h w"]:
     "The share of the light from behind that each Gaussian keeps from each pixel."
     h, w = hw
-    y, x = torch.meshgrid(torch.arange(h).to(uv) + .5, torch.arange(w).to(uv) + .5, indexing="ij")
+    y, x = torch.meshgrid(torch.arange(h).to(uv) + 0.5, torch.arange(w).to(uv) + 0.5, indexing="ij")
     d = torch.stack([x, y], -1) - uv[:, None, None]
-    sigma = .5 * torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(cov), d)
+    sigma = 0.5 * torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(cov), d)
     alpha = (opacity[:, None, None] * torch.exp(-sigma)).clamp(max=most)
     return torch.where(alpha >= least, alpha, 0)
 
 # %% ../nbs/52_render.ipynb #0c47b7b4
 def composite(
     alpha: Float[Tensor, "n h w"],  # front to back
-) -> tuple[Float[Tensor, "n h w"], Float[Tensor, "h w"]]:  # weight of each Gaussian, light that is left
+) -> tuple[
+    Float[Tensor, "n h w"], Float[Tensor, "h w"]
+]:  # weight of each Gaussian, light that is left
     "Front-to-back blending; a Gaussian that would leave no more than 1e-4 of the light ends its pixel and is not drawn."
     alpha = torch.where((1 - alpha).cumprod(0) > 1e-4, alpha, 0)
     T = torch.cat([alpha.new_ones(1, *alpha.shape[1:]), (1 - alpha).cumprod(0)])
@@ -96,7 +107,8 @@ def render_one(
     "One view, every Gaussian at every pixel: slow, plain, differentiable by autograd."
     uv, cov, z = project_gaussians(mean, covariance(scale, quat), world_to_cam, K, hw)
     blurred = cov + EPS2D * torch.eye(2).to(cov)
-    if antialiased: opacity = opacity * (cov.det().clamp(min=0) / blurred.det()).sqrt()
+    if antialiased:
+        opacity = opacity * (cov.det().clamp(min=0) / blurred.det()).sqrt()
     colour = evaluate_sh(sh, mean + world_to_cam[:3, :3].T @ world_to_cam[:3, 3])
     keep = ((z >= near) & (z <= far)).nonzero()[:, 0]
     order = keep[z[keep].argsort(stable=True)]
@@ -119,9 +131,19 @@ def render_dense(
     g, start, views = gaussians, offsets(gaussians.batch, gaussians.size).tolist(), []
     tensors = [t.double() for t in (g.mean, g.scale, g.quat, g.opacity, g.sh)]
     for v, b in enumerate(cameras.batch.tolist()):
-        own = [t[start[b]:start[b + 1]] for t in tensors]
-        views.append(render_one(*own, cameras.world_to_cam[v].double(), cameras.K[v].double(), cameras.hw, background[v].double(),
-                                antialiased=antialiased, near=near, far=far))
+        own = [t[start[b] : start[b + 1]] for t in tensors]
+        views.append(
+            render_one(
+                *own,
+                cameras.world_to_cam[v].double(),
+                cameras.K[v].double(),
+                cameras.hw,
+                background[v].double(),
+                antialiased=antialiased,
+                near=near,
+                far=far,
+            )
+        )
     return Render(*(torch.stack(parts).to(g.mean.dtype) for parts in zip(*views)))
 
 # %% ../nbs/52_render.ipynb #3477ed2b
@@ -131,15 +153,24 @@ def in_threads(
 ) -> None:
     "Run every job on as many threads as torch uses; the caller is one of them, and none outlives the call."
     queue, errors = iter(jobs), []
+
     def work():
         try:
-            for job in queue: task(*job)
-        except BaseException as error: errors.append(error)
-    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), len(jobs)) - 1)]
-    for t in helpers: t.start()
+            for job in queue:
+                task(*job)
+        except BaseException as error:
+            errors.append(error)
+
+    helpers = [
+        threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), len(jobs)) - 1)
+    ]
+    for t in helpers:
+        t.start()
     work()
-    for t in helpers: t.join()
-    if errors: raise errors[0]
+    for t in helpers:
+        t.join()
+    if errors:
+        raise errors[0]
 
 # %% ../nbs/52_render.ipynb #9bab315c
 def view_strips(
@@ -155,21 +186,24 @@ def view_strips(
 @dataclass(frozen=True)
 class Drawing:
     "What the backward pass needs from the forward pass beside the images."
-    arrays: list         # mean, quat, scale, opacity, sh
-    pose: np.ndarray     # [v 3 4] or [v 4 4] float64
-    K: np.ndarray        # [v 3 3] float64
-    cloud: list          # [v] whose Gaussians a view shows
-    start: list          # [B + 1] first Gaussian of each cloud
+
+    arrays: list  # mean, quat, scale, opacity, sh
+    pose: np.ndarray  # [v 3 4] or [v 4 4] float64
+    K: np.ndarray  # [v 3 3] float64
+    cloud: list  # [v] whose Gaussians a view shows
+    start: list  # [B + 1] first Gaussian of each cloud
     hw: tuple
     antialiased: bool
-    base: np.ndarray     # [v + 1] where each view keeps its ellipses
-    count: np.ndarray    # [v] how many it has
-    ids: np.ndarray      # [rows] Gaussian of each ellipse
-    xy: np.ndarray       # [rows 2] its centre
-    rec: np.ndarray      # [rows 8] its shape, opacity, colour, depth
-    lists: dict          # (view, first column) -> who touches the columns of the strip
+    base: np.ndarray  # [v + 1] where each view keeps its ellipses
+    count: np.ndarray  # [v] how many it has
+    ids: np.ndarray  # [rows] Gaussian of each ellipse
+    xy: np.ndarray  # [rows 2] its centre
+    rec: np.ndarray  # [rows 8] its shape, opacity, colour, depth
+    lists: dict  # (view, first column) -> who touches the columns of the strip
 
-    def rows(self, v): return slice(self.base[v], self.base[v] + self.count[v])
+    def rows(self, v):
+        return slice(self.base[v], self.base[v] + self.count[v])
+
 
 def draw_views(
     arrays: list,  # mean, quat, scale, opacity, sh as float32 arrays
@@ -179,25 +213,69 @@ def draw_views(
     antialiased: bool,
     near: float,
     far: float,
-) -> tuple[Drawing, list[np.ndarray]]:  # and rgb [v 3 h w], alpha, depth, light left [v h w]; w a multiple of 8
+) -> tuple[
+    Drawing, list[np.ndarray]
+]:  # and rgb [v 3 h w], alpha, depth, light left [v h w]; w a multiple of 8
     "The compiled forward pass."
     from unipre3d.kernels import splat
+
     (H, W), n, cloud = cameras.hw, len(cameras), cameras.batch.tolist()
     pose, K = (t.detach().double().contiguous().numpy() for t in (cameras.world_to_cam, cameras.K))
     base, columns = np.cumsum([0] + [start[b + 1] - start[b] for b in cloud]), -(-W // splat.TILE_W)
-    d = Drawing(arrays, pose, K, cloud, start, (H, W), antialiased, base, np.zeros(n, np.int64), np.empty(base[-1], np.int32),
-                np.empty((base[-1], 2)), np.empty((base[-1], splat.N_REC), np.float32), {})
+    d = Drawing(
+        arrays,
+        pose,
+        K,
+        cloud,
+        start,
+        (H, W),
+        antialiased,
+        base,
+        np.zeros(n, np.int64),
+        np.empty(base[-1], np.int32),
+        np.empty((base[-1], 2)),
+        np.empty((base[-1], splat.N_REC), np.float32),
+        {},
+    )
     order, C = np.empty(base[-1], np.int32), splat.table()
     images = [np.empty((n, *c, H, columns * splat.TILE_W), np.float32) for c in ((3,), (), (), ())]
 
     def project(v):
         at, b = slice(base[v], base[v + 1]), cloud[v]
-        d.count[v] = splat.project(v, *arrays, start[b], start[b + 1], pose, K, H, W, near, far, EPS2D, antialiased,
-                                   d.ids[at], d.xy[at], d.rec[at], order[at])
+        d.count[v] = splat.project(
+            v,
+            *arrays,
+            start[b],
+            start[b + 1],
+            pose,
+            K,
+            H,
+            W,
+            near,
+            far,
+            EPS2D,
+            antialiased,
+            d.ids[at],
+            d.xy[at],
+            d.rec[at],
+            order[at],
+        )
+
     def draw(v, first, last):
         at = d.rows(v)
-        d.lists[v, first] = splat.column_lists(d.count[v], d.xy[at], d.rec[at], order[at], first, last, H)
-        splat.draw(C, d.xy[at], d.rec[at], *d.lists[v, first], first, last, background[v], *(image[v] for image in images))
+        d.lists[v, first] = splat.column_lists(
+            d.count[v], d.xy[at], d.rec[at], order[at], first, last, H
+        )
+        splat.draw(
+            C,
+            d.xy[at],
+            d.rec[at],
+            *d.lists[v, first],
+            first,
+            last,
+            background[v],
+            *(image[v] for image in images),
+        )
 
     in_threads(project, [(v,) for v in range(n)])
     in_threads(draw, [(v, *strip) for v in range(n) for strip in view_strips(n, columns)])
@@ -208,25 +286,69 @@ def draw_views_backward(
     d: Drawing,
     images: list[np.ndarray],  # as `draw_views` made them
     grads: list[np.ndarray],  # gradients of rgb, alpha, depth, same shapes
-) -> tuple[list[np.ndarray], np.ndarray]:  # gradients of the arrays of `d`, and of the background [v 3]
+) -> tuple[
+    list[np.ndarray], np.ndarray
+]:  # gradients of the arrays of `d`, and of the background [v 3]
     "The compiled backward pass."
     from unipre3d.kernels import splat
-    (H, W), n, strips, C = d.hw, len(d.cloud), view_strips(len(d.cloud), images[1].shape[-1] // splat.TILE_W), splat.table()
-    sums, g_back = np.empty((len(strips), d.base[-1], splat.N_SUM), np.float32), np.empty((n, len(strips), 3), np.float32)
+
+    (H, W), n, strips, C = (
+        d.hw,
+        len(d.cloud),
+        view_strips(len(d.cloud), images[1].shape[-1] // splat.TILE_W),
+        splat.table(),
+    )
+    sums, g_back = (
+        np.empty((len(strips), d.base[-1], splat.N_SUM), np.float32),
+        np.empty((n, len(strips), 3), np.float32),
+    )
     g_arrays = [np.zeros_like(a) for a in d.arrays]
 
     def draw(v, s):
         at = d.rows(v)
-        splat.draw_backward(C, d.xy[at], d.rec[at], *d.lists[v, strips[s][0]], *strips[s], *(image[v] for image in images),
-                            *(grad[v] for grad in grads), sums[s, at], g_back[v, s])
+        splat.draw_backward(
+            C,
+            d.xy[at],
+            d.rec[at],
+            *d.lists[v, strips[s][0]],
+            *strips[s],
+            *(image[v] for image in images),
+            *(grad[v] for grad in grads),
+            sums[s, at],
+            g_back[v, s],
+        )
+
     def project(first, last, view_first, view_last):
-        splat.project_backward(first, last, view_first, view_last, *d.arrays, d.pose, d.K, H, W, EPS2D, d.antialiased,
-                               d.base, d.count, d.ids, d.rec, sums, *g_arrays)
+        splat.project_backward(
+            first,
+            last,
+            view_first,
+            view_last,
+            *d.arrays,
+            d.pose,
+            d.K,
+            H,
+            W,
+            EPS2D,
+            d.antialiased,
+            d.base,
+            d.count,
+            d.ids,
+            d.rec,
+            sums,
+            *g_arrays,
+        )
 
     in_threads(draw, [(v, s) for v in range(n) for s in range(len(strips))])
     views = np.searchsorted(d.cloud, np.arange(len(d.start)))
-    in_threads(project, [(first, min(first + 1024, d.start[b + 1]), views[b], views[b + 1])
-                         for b in sorted(set(d.cloud)) for first in range(d.start[b], d.start[b + 1], 1024)])
+    in_threads(
+        project,
+        [
+            (first, min(first + 1024, d.start[b + 1]), views[b], views[b + 1])
+            for b in sorted(set(d.cloud))
+            for first in range(d.start[b], d.start[b + 1], 1024)
+        ],
+    )
     return g_arrays, g_back.sum(1)
 
 # %% ../nbs/52_render.ipynb #814890ba
@@ -234,23 +356,41 @@ class Splat(torch.autograd.Function):
     "The two compiled passes as one differentiable operation."
 
     @staticmethod
-    def forward(ctx, mean, scale, quat, opacity, sh, background, cameras, start, antialiased, near, far):
+    def forward(
+        ctx, mean, scale, quat, opacity, sh, background, cameras, start, antialiased, near, far
+    ):
         arrays = [t.detach().contiguous().numpy() for t in (mean, quat, scale, opacity, sh)]
-        ctx.drawing, images = draw_views(arrays, cameras, start, background.detach().contiguous().numpy(), antialiased, near, far)
+        ctx.drawing, images = draw_views(
+            arrays, cameras, start, background.detach().contiguous().numpy(), antialiased, near, far
+        )
         images, w = [torch.from_numpy(image) for image in images], cameras.hw[1]
         ctx.save_for_backward(mean, scale, quat, opacity, sh, *images)
         ctx.set_materialize_grads(False)
-        return tuple(image if image.shape[-1] == w else image[..., :w].contiguous() for image in images[:3])
+        return tuple(
+            image if image.shape[-1] == w else image[..., :w].contiguous() for image in images[:3]
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         images, w, padded = [t.numpy() for t in ctx.saved_tensors[5:]], ctx.drawing.hw[1], []
         for grad, image in zip(grads, images):
-            if grad is None: padded.append(np.broadcast_to(np.zeros_like(image[:1]), image.shape))
-            else: padded.append((grad if image.shape[-1] == w else F.pad(grad, (0, image.shape[-1] - w))).contiguous().numpy())
-        (mean, quat, scale, opacity, sh), background = draw_views_backward(ctx.drawing, images, padded)
-        return (*(torch.from_numpy(g) for g in (mean, scale, quat, opacity, sh, background)), *[None] * 5)
+            if grad is None:
+                padded.append(np.broadcast_to(np.zeros_like(image[:1]), image.shape))
+            else:
+                padded.append(
+                    (grad if image.shape[-1] == w else F.pad(grad, (0, image.shape[-1] - w)))
+                    .contiguous()
+                    .numpy()
+                )
+        (mean, quat, scale, opacity, sh), background = draw_views_backward(
+            ctx.drawing, images, padded
+        )
+        return (
+            *(torch.from_numpy(g) for g in (mean, scale, quat, opacity, sh, background)),
+            *[None] * 5,
+        )
+
 
 def render_cpu(
     gaussians: GaussianBatch,  # all arguments as in `render`, float32
@@ -263,8 +403,21 @@ def render_cpu(
 ) -> Render:
     "The compiled renderer: the same result, bit for bit, for any number of threads."
     g = gaussians
-    return Render(*Splat.apply(g.mean, g.scale, g.quat, g.opacity, g.sh, background, cameras, offsets(g.batch, g.size).tolist(),
-                               antialiased, near, far))
+    return Render(
+        *Splat.apply(
+            g.mean,
+            g.scale,
+            g.quat,
+            g.opacity,
+            g.sh,
+            background,
+            cameras,
+            offsets(g.batch, g.size).tolist(),
+            antialiased,
+            near,
+            far,
+        )
+    )
 
 # %% ../nbs/52_render.ipynb #244cf536
 def render_gsplat(
@@ -281,19 +434,45 @@ def render_gsplat(
         from gsplat import rasterization
         from gsplat.cuda._backend import _C as kernels
     except ImportError:
-        raise ImportError("render: backend 'gsplat' needs the gsplat package; install it with `pip install -e '.[gpu]'` in the checkout") from None
-    if kernels is None: raise ImportError("render: backend 'gsplat': expected a CUDA toolkit with nvcc, with which gsplat builds its kernels, found none; install one, or use the processor (--device cpu)")
+        raise ImportError(
+            "render: backend 'gsplat' needs the gsplat package; install it with `pip install -e '.[gpu]'` in the checkout"
+        ) from None
+    if kernels is None:
+        raise ImportError(
+            "render: backend 'gsplat': expected a CUDA toolkit with nvcc, with which gsplat builds its kernels, found none; install one, or use the processor (--device cpu)"
+        )
     g, (h, w), v = gaussians, cameras.hw, len(cameras)
-    if not len(g): return Render(background[:, :, None, None].expand(v, 3, h, w), background.new_zeros(v, h, w), background.new_zeros(v, h, w))
+    if not len(g):
+        return Render(
+            background[:, :, None, None].expand(v, 3, h, w),
+            background.new_zeros(v, h, w),
+            background.new_zeros(v, h, w),
+        )
     pad = lambda x, batch: to_padded(x, batch, g.size)[0]
-    real, shown = to_padded(g.opacity, g.batch, g.size)[1], to_padded(cameras.batch, cameras.batch, g.size)[1]
+    real, shown = (
+        to_padded(g.opacity, g.batch, g.size)[1],
+        to_padded(cameras.batch, cameras.batch, g.size)[1],
+    )
     ghost, unseen = (~real)[..., None].to(g.mean), (~shown)[..., None, None].to(g.mean)
     colour, alpha, _ = rasterization(
-        pad(g.mean, g.batch), pad(g.quat, g.batch) + ghost * g.quat.new_tensor([1., 0, 0, 0]), pad(g.scale, g.batch) + ghost,
-        pad(g.opacity, g.batch), pad(g.sh, g.batch), pad(cameras.world_to_cam, cameras.batch) + unseen * torch.eye(4).to(g.mean),
-        pad(cameras.K, cameras.batch) + unseen * torch.eye(3).to(g.mean), w, h, near_plane=near, far_plane=far, eps2d=EPS2D,
-        sh_degree=int(g.sh.shape[1] ** .5) - 1, packed=False, render_mode="RGB+ED", backgrounds=pad(background, cameras.batch),
-        rasterize_mode="antialiased" if antialiased else "classic")
+        pad(g.mean, g.batch),
+        pad(g.quat, g.batch) + ghost * g.quat.new_tensor([1.0, 0, 0, 0]),
+        pad(g.scale, g.batch) + ghost,
+        pad(g.opacity, g.batch),
+        pad(g.sh, g.batch),
+        pad(cameras.world_to_cam, cameras.batch) + unseen * torch.eye(4).to(g.mean),
+        pad(cameras.K, cameras.batch) + unseen * torch.eye(3).to(g.mean),
+        w,
+        h,
+        near_plane=near,
+        far_plane=far,
+        eps2d=EPS2D,
+        sh_degree=int(g.sh.shape[1] ** 0.5) - 1,
+        packed=False,
+        render_mode="RGB+ED",
+        backgrounds=pad(background, cameras.batch),
+        rasterize_mode="antialiased" if antialiased else "classic",
+    )
     colour = colour[shown]
     return Render(colour[..., :3].permute(0, 3, 1, 2), alpha[shown][..., 0], colour[..., 3])
 
@@ -307,23 +486,51 @@ def check_render(
     "Raise a one-line ValueError for wrong shapes, devices, types or ranges, and for values that are not finite."
     g, v, device = gaussians, len(cameras), gaussians.mean.device
     if tuple(background.shape) not in ((3,), (v, 3)):
-        raise ValueError(f"render: background: expected shape [3] or [{v} 3], got {list(background.shape)}")
+        raise ValueError(
+            f"render: background: expected shape [3] or [{v} 3], got {list(background.shape)}"
+        )
     if v and int(cameras.batch[-1]) >= g.size:
-        raise ValueError(f"render: cameras.batch: expected clouds 0..{g.size - 1}, found {int(cameras.batch[-1])}")
-    if max(cameras.hw) >= 2**15: raise ValueError(f"render: cameras.hw: expected images below {2**15} pixels a side, got {cameras.hw}")
+        raise ValueError(
+            f"render: cameras.batch: expected clouds 0..{g.size - 1}, found {int(cameras.batch[-1])}"
+        )
+    if max(cameras.hw) >= 2**15:
+        raise ValueError(
+            f"render: cameras.hw: expected images below {2**15} pixels a side, got {cameras.hw}"
+        )
     named = {f"gaussians.{k}": getattr(g, k) for k in ("mean", "scale", "quat", "opacity", "sh")}
-    named |= {f"cameras.{k}": getattr(cameras, k) for k in ("world_to_cam", "K")} | {"background": background}
+    named |= {f"cameras.{k}": getattr(cameras, k) for k in ("world_to_cam", "K")} | {
+        "background": background
+    }
     for name, t in named.items():
-        if t.device != device: raise ValueError(f"render: {name}: expected device {device} like gaussians.mean, got {t.device}; move it with .to()")
-        if t.dtype not in dtypes: raise ValueError(f"render: {name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}; convert it first")
-        if not bool(t.isfinite().all()): raise ValueError(f"render: {name}: expected finite values, found {int((~t.isfinite()).sum())} that are not")
-    if bool((cameras.K[:, 0, 1] != 0).any()): raise ValueError("render: cameras.K: expected no skew (K[0, 1] = 0), found some; undistort the images first")
+        if t.device != device:
+            raise ValueError(
+                f"render: {name}: expected device {device} like gaussians.mean, got {t.device}; move it with .to()"
+            )
+        if t.dtype not in dtypes:
+            raise ValueError(
+                f"render: {name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}; convert it first"
+            )
+        if not bool(t.isfinite().all()):
+            raise ValueError(
+                f"render: {name}: expected finite values, found {int((~t.isfinite()).sum())} that are not"
+            )
+    if bool((cameras.K[:, 0, 1] != 0).any()):
+        raise ValueError(
+            "render: cameras.K: expected no skew (K[0, 1] = 0), found some; undistort the images first"
+        )
     if cameras.world_to_cam.requires_grad or cameras.K.requires_grad:
-        raise ValueError("render: cameras: gradients of cameras are not computed; pass them detached")
+        raise ValueError(
+            "render: cameras: gradients of cameras are not computed; pass them detached"
+        )
     if len(g) and not bool((g.quat.abs().amax(1) > 0).all()):
-        raise ValueError("render: gaussians.quat: expected quaternions that are not zero, found a row of zeros")
-    low, high = (float(x) for x in g.opacity.detach().aminmax()) if len(g) else (0., 1.)
-    if not (0 <= low and high <= 1): raise ValueError(f"render: gaussians.opacity: expected 0..1, found {low:g}..{high:g}; apply a sigmoid")
+        raise ValueError(
+            "render: gaussians.quat: expected quaternions that are not zero, found a row of zeros"
+        )
+    low, high = (float(x) for x in g.opacity.detach().aminmax()) if len(g) else (0.0, 1.0)
+    if not (0 <= low and high <= 1):
+        raise ValueError(
+            f"render: gaussians.opacity: expected 0..1, found {low:g}..{high:g}; apply a sigmoid"
+        )
 
 # %% ../nbs/52_render.ipynb #be1fae87
 def render(
@@ -337,15 +544,36 @@ def render(
     far: float = 1e10,  # and those beyond this
 ) -> Render:
     "Draw every view; differentiable in the Gaussians and the background (section 3 of the paper, with the rules of 3-D Gaussian splatting)."
-    if backend == "auto": backend = "gsplat" if gaussians.mean.is_cuda else "cpu"
+    if backend == "auto":
+        backend = "gsplat" if gaussians.mean.is_cuda else "cpu"
     backends = {"cpu": render_cpu, "gsplat": render_gsplat, "dense": render_dense}
-    if backend not in backends: raise ValueError(f"render: backend: expected 'auto', 'cpu', 'gsplat' or 'dense', got {backend!r}")
-    if not 0 < near < far: raise ValueError(f"render: near and far: expected 0 < near < far, got {near:g} and {far:g}")
+    if backend not in backends:
+        raise ValueError(
+            f"render: backend: expected 'auto', 'cpu', 'gsplat' or 'dense', got {backend!r}"
+        )
+    if not 0 < near < far:
+        raise ValueError(f"render: near and far: expected 0 < near < far, got {near:g} and {far:g}")
     if backend == "cpu" and gaussians.mean.device.type != "cpu":
-        raise ValueError(f"render: backend 'cpu' draws tensors on the cpu, got {gaussians.mean.device}; move them or use backend='gsplat'")
+        raise ValueError(
+            f"render: backend 'cpu' draws tensors on the cpu, got {gaussians.mean.device}; move them or use backend='gsplat'"
+        )
     if backend == "gsplat" and not gaussians.mean.is_cuda:
-        raise ValueError(f"render: backend 'gsplat' draws tensors on a CUDA device, got {gaussians.mean.device}; move them or use backend='cpu'")
-    check_render(gaussians, cameras, background, (torch.float32, torch.float64) if backend == "dense" else (torch.float32,))
+        raise ValueError(
+            f"render: backend 'gsplat' draws tensors on a CUDA device, got {gaussians.mean.device}; move them or use backend='cpu'"
+        )
+    check_render(
+        gaussians,
+        cameras,
+        background,
+        (torch.float32, torch.float64) if backend == "dense" else (torch.float32,),
+    )
     (h, w), v = cameras.hw, len(cameras)
-    if not v: return Render(background.new_zeros(0, 3, h, w), background.new_zeros(0, h, w), background.new_zeros(0, h, w))
-    return backends[backend](gaussians, cameras, background.expand(v, 3), antialiased=antialiased, near=near, far=far)
+    if not v:
+        return Render(
+            background.new_zeros(0, 3, h, w),
+            background.new_zeros(0, h, w),
+            background.new_zeros(0, h, w),
+        )
+    return backends[backend](
+        gaussians, cameras, background.expand(v, 3), antialiased=antialiased, near=near, far=far
+    )

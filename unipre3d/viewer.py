@@ -31,23 +31,52 @@ def to_integers(
     "Numbers as unsigned integers between their least and their greatest value, each column of a matrix by itself."
     low, high = (x.amin(0), x.amax(0)) if x.ndim > 1 else x.aminmax()
     step = ((high - low) / (2**bits - 1)).double()
-    whole = torch.where(step > 0, (x.double() - low) / step.clamp(min=1e-300), 0).round().clamp(0, 2**bits - 1)
+    whole = (
+        torch.where(step > 0, (x.double() - low) / step.clamp(min=1e-300), 0)
+        .round()
+        .clamp(0, 2**bits - 1)
+    )
     data = whole.cpu().numpy().astype(f"<u{bits // 8}")
-    return dict(text=base64.b64encode(data.tobytes()).decode(), low=low.double().flatten().tolist(), step=step.flatten().tolist(), bits=bits)
+    return dict(
+        text=base64.b64encode(data.tobytes()).decode(),
+        low=low.double().flatten().tolist(),
+        step=step.flatten().tolist(),
+        bits=bits,
+    )
 
 # %% ../nbs/54_viewer.ipynb #0110a76f
-MOST_GAUSSIANS, MOST_POINTS = 20_000, 60_000  # keeps a page near a megabyte, and a turn of the mouse below a frame
+MOST_GAUSSIANS, MOST_POINTS = (
+    20_000,
+    60_000,
+)  # keeps a page near a megabyte, and a turn of the mouse below a frame
+
 
 def pack_gaussians(
     gaussians: GaussianBatch,  # one cloud
 ) -> dict:  # for `to_page`
     "One cloud of Gaussians as text. Harmonics beyond degree 1 are left out."
-    if gaussians.size != 1: raise ValueError(f"gaussian_viewer: gaussians: expected one cloud, got {gaussians.size}; pick one with select_cloud(gaussians, b)")
-    if not 0 < len(gaussians) <= MOST_GAUSSIANS: raise ValueError(f"gaussian_viewer: gaussians: expected 1 to {MOST_GAUSSIANS} Gaussians, got {len(gaussians)}; choose some of them")
+    if gaussians.size != 1:
+        raise ValueError(
+            f"gaussian_viewer: gaussians: expected one cloud, got {gaussians.size}; pick one with select_cloud(gaussians, b)"
+        )
+    if not 0 < len(gaussians) <= MOST_GAUSSIANS:
+        raise ValueError(
+            f"gaussian_viewer: gaussians: expected 1 to {MOST_GAUSSIANS} Gaussians, got {len(gaussians)}; choose some of them"
+        )
     g = gaussians.to("cpu")
     bands = min(g.sh.shape[1], 4)
-    columns = dict(mean=(g.mean, 16), scale=(g.scale.clamp(min=1e-9).log(), 8), quat=(torch.nn.functional.normalize(g.quat, dim=1), 8), opacity=(g.opacity[:, None], 8), sh=(g.sh[:, :bands].flatten(1), 8))
-    return dict(n=len(g), bands=bands, **{name: to_integers(x.detach().float(), bits) for name, (x, bits) in columns.items()})
+    columns = dict(
+        mean=(g.mean, 16),
+        scale=(g.scale.clamp(min=1e-9).log(), 8),
+        quat=(torch.nn.functional.normalize(g.quat, dim=1), 8),
+        opacity=(g.opacity[:, None], 8),
+        sh=(g.sh[:, :bands].flatten(1), 8),
+    )
+    return dict(
+        n=len(g),
+        bands=bands,
+        **{name: to_integers(x.detach().float(), bits) for name, (x, bits) in columns.items()},
+    )
 
 # %% ../nbs/54_viewer.ipynb #ec233631
 VERTEX = """#version 300 es
@@ -232,6 +261,7 @@ STYLE = """.viewer { max-width: 44rem; margin: 0 auto 1rem; }
 .viewer-legend[hidden] { display: none; }
 .viewer-legend i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; border-radius: 50%; }"""
 
+
 def to_page(
     data: dict,  # "gaussians" or "points", and "vertex", "fragment", "camera", "background"
     label: str,  # what a screen reader says
@@ -241,9 +271,12 @@ def to_page(
     "A canvas, its controls and the program, with everything they need inside."
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     name = "viewer-" + hashlib.sha256(text.encode()).hexdigest()[:10]
-    return (f'<div class="viewer" id="{name}"><style>{STYLE}</style><canvas tabindex="0" role="img" aria-label="{html.escape(label, quote=True)}"></canvas>'
-            f'<div class="viewer-bar">{extra}<button type="button" data-home>Reset</button><span class="viewer-hint">Drag or use the arrow keys to turn; click, then wheel or + and - to zoom.</span></div>{below}</div>'
-            f'<script>({PROGRAM})(document.getElementById("{name}"), {text});</script>')
+    return (
+        f'<div class="viewer" id="{name}"><style>{STYLE}</style><canvas tabindex="0" role="img" aria-label="{html.escape(label, quote=True)}"></canvas>'
+        f'<div class="viewer-bar">{extra}<button type="button" data-home>Reset</button><span class="viewer-hint">Drag or use the arrow keys to turn; click, then wheel or + and - to zoom.</span></div>{below}</div>'
+        f'<script>({PROGRAM})(document.getElementById("{name}"), {text});</script>'
+    )
+
 
 def place_camera(
     xyz: Float[Tensor, "n 3"],  # what has to be seen, z up
@@ -255,82 +288,170 @@ def place_camera(
 ) -> dict:
     "A camera that looks at the middle of a cloud, in radians."
     low, high = xyz.detach().double().cpu().aminmax(dim=0)
-    radius = float((high - low).norm()) / 2 or 1.
-    return dict(at=((low + high) / 2).tolist(), azimuth=math.radians(azimuth), elevation=math.radians(elevation),
-                distance=float(distance or radius / math.sin(math.radians(fov) / 2)), fov=math.radians(fov))
+    radius = float((high - low).norm()) / 2 or 1.0
+    return dict(
+        at=((low + high) / 2).tolist(),
+        azimuth=math.radians(azimuth),
+        elevation=math.radians(elevation),
+        distance=float(distance or radius / math.sin(math.radians(fov) / 2)),
+        fov=math.radians(fov),
+    )
 
 # %% ../nbs/54_viewer.ipynb #4bf5c4cb
 def gaussian_viewer(
     gaussians: GaussianBatch,  # one cloud, at most 20 000
     *,
     label: str = "Gaussians that can be turned",  # what a screen reader says
-    background: tuple[float, float, float] = (0., 0., 0.),  # colour behind everything, 0..1
-    azimuth: float = -50.,  # degrees around z; 0 looks along -x, and fronts are towards -y
-    elevation: float = 20.,  # degrees above the middle
-    distance: float | None = None,  # from the middle of the means, world units; None: from their size
+    background: tuple[float, float, float] = (0.0, 0.0, 0.0),  # colour behind everything, 0..1
+    azimuth: float = -50.0,  # degrees around z; 0 looks along -x, and fronts are towards -y
+    elevation: float = 20.0,  # degrees above the middle
+    distance: float
+    | None = None,  # from the middle of the means, world units; None: from their size
     fov: float = 49.134,  # degrees, of the height
 ) -> str:  # HTML for a notebook or a page
     "Gaussians as an interactive picture: sorted and blended as `render` does, up to rounding."
-    camera = place_camera(gaussians.mean, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov) if len(gaussians) else {}
-    return to_page(dict(vertex=VERTEX, fragment=FRAGMENT, camera=camera, background=background, gaussians=pack_gaussians(gaussians)), label)
+    camera = (
+        place_camera(
+            gaussians.mean, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov
+        )
+        if len(gaussians)
+        else {}
+    )
+    return to_page(
+        dict(
+            vertex=VERTEX,
+            fragment=FRAGMENT,
+            camera=camera,
+            background=background,
+            gaussians=pack_gaussians(gaussians),
+        ),
+        label,
+    )
 
 # %% ../nbs/54_viewer.ipynb #5322258c
 def label_palette(
     n: int,  # labels
 ) -> np.ndarray:  # [n + 1 3] uint8; the last is for points without a label, so that -1 finds it
     "As many hues as a third of the labels, each pale, strong and dark; labels that follow each other differ most."
-    hues, looks = -(-n // 3), ((.35, .95), (.85, .9), (.75, .5))
-    rows = [colorsys.hsv_to_rgb((.6 + (k // 3 + k % 3 / 3) / hues) % 1, *looks[k % 3]) for k in range(n)]
-    return np.round(255 * np.array([*rows, (.25, .25, .25)])).astype(np.uint8)
+    hues, looks = -(-n // 3), ((0.35, 0.95), (0.85, 0.9), (0.75, 0.5))
+    rows = [
+        colorsys.hsv_to_rgb((0.6 + (k // 3 + k % 3 / 3) / hues) % 1, *looks[k % 3])
+        for k in range(n)
+    ]
+    return np.round(255 * np.array([*rows, (0.25, 0.25, 0.25)])).astype(np.uint8)
+
 
 def pack_points(
     xyz: Float[Tensor, "n 3"],
-    colorings: dict[str, tuple[Tensor, list[str]]],  # name: colours [n 3] in 0..1 and nothing, or labels [n] (negative: none) and their names
+    colorings: dict[
+        str, tuple[Tensor, list[str]]
+    ],  # name: colours [n 3] in 0..1 and nothing, or labels [n] (negative: none) and their names
     size: float | None,  # width of a disc, world units; None: from the number of points
     normal: Float[Tensor, "n 3"] | None = None,  # unit; None: all points are drawn
 ) -> dict:  # for `to_page`
     "Points and their colourings as text."
-    if not 0 < len(xyz) <= MOST_POINTS: raise ValueError(f"point_viewer: xyz: expected 1 to {MOST_POINTS} points, got {len(xyz)}; choose some of them")
-    if not colorings: raise ValueError("point_viewer: expected color, labels or both, got neither")
+    if not 0 < len(xyz) <= MOST_POINTS:
+        raise ValueError(
+            f"point_viewer: xyz: expected 1 to {MOST_POINTS} points, got {len(xyz)}; choose some of them"
+        )
+    if not colorings:
+        raise ValueError("point_viewer: expected color, labels or both, got neither")
     spread = float((xyz.amax(0) - xyz.amin(0)).norm())
-    packed = dict(n=len(xyz), wide=size or 1.5 * spread / len(xyz) ** .5, xyz=to_integers(xyz.detach().float(), 16), colorings=[])
-    rows = {name: values for name, (values, _) in colorings.items()} | ({} if normal is None else {"normal": normal})
+    packed = dict(
+        n=len(xyz),
+        wide=size or 1.5 * spread / len(xyz) ** 0.5,
+        xyz=to_integers(xyz.detach().float(), 16),
+        colorings=[],
+    )
+    rows = {name: values for name, (values, _) in colorings.items()} | (
+        {} if normal is None else {"normal": normal}
+    )
     for name, values in rows.items():
-        if len(values) != len(xyz): raise ValueError(f"point_viewer: {name}: expected {len(xyz)} rows like xyz, got {len(values)}")
-    if normal is not None: packed["normal"] = to_integers(normal.detach().float(), 8)
+        if len(values) != len(xyz):
+            raise ValueError(
+                f"point_viewer: {name}: expected {len(xyz)} rows like xyz, got {len(values)}"
+            )
+    if normal is not None:
+        packed["normal"] = to_integers(normal.detach().float(), 8)
     for name, (values, names) in colorings.items():
-        if not values.is_floating_point() and int(values.max()) > 254: raise ValueError(f"point_viewer: {name}: expected labels up to 254, found {int(values.max())}; number them anew")
-        if values.is_floating_point(): whole, more = (values * 255).round().clamp(0, 255), {}
+        if not values.is_floating_point() and int(values.max()) > 254:
+            raise ValueError(
+                f"point_viewer: {name}: expected labels up to 254, found {int(values.max())}; number them anew"
+            )
+        if values.is_floating_point():
+            whole, more = (values * 255).round().clamp(0, 255), {}
         else:
-            palette = label_palette(max(int(values.max()) + 1, len(names)))          # the same names, the same colours
-            whole, more = torch.where(values < 0, len(palette) - 1, values), dict(palette=palette.tolist())
-        packed["colorings"].append(dict(name=name, text=base64.b64encode(whole.cpu().numpy().astype("u1").tobytes()).decode(), **more))
+            palette = label_palette(
+                max(int(values.max()) + 1, len(names))
+            )  # the same names, the same colours
+            whole, more = (
+                torch.where(values < 0, len(palette) - 1, values),
+                dict(palette=palette.tolist()),
+            )
+        packed["colorings"].append(
+            dict(
+                name=name,
+                text=base64.b64encode(whole.cpu().numpy().astype("u1").tobytes()).decode(),
+                **more,
+            )
+        )
     return packed
+
 
 def point_viewer(
     xyz: Float[Tensor, "n 3"],  # world units, z up; at most 60 000
     color: Float[Tensor, "n 3"] | None = None,  # rgb in 0..1
-    labels: dict[str, Tensor] | Int[Tensor, "n"] | None = None,  # one colouring, or several with their names: labels [n] (negative: none), or rgb [n 3] as floats
+    labels: dict[str, Tensor]
+    | Int[Tensor, "n"]
+    | None = None,  # one colouring, or several with their names: labels [n] (negative: none), or rgb [n 3] as floats
     *,
-    normal: Float[Tensor, "n 3"] | None = None,  # unit; points that show their back are left out; None: all are drawn
-    names: list[str] | dict[str, list[str]] | None = None,  # of the labels, for the legend; a dict like `labels`
+    normal: Float[Tensor, "n 3"]
+    | None = None,  # unit; points that show their back are left out; None: all are drawn
+    names: list[str]
+    | dict[str, list[str]]
+    | None = None,  # of the labels, for the legend; a dict like `labels`
     size: float | None = None,  # width of a point, world units; None: from the number of points
     label: str = "Points that can be turned",  # what a screen reader says
-    background: tuple[float, float, float] = (.1, .11, .12),  # 0..1
-    azimuth: float = 40.,  # degrees around z; 0 looks along -x
-    elevation: float = 30.,  # degrees above the middle
+    background: tuple[float, float, float] = (0.1, 0.11, 0.12),  # 0..1
+    azimuth: float = 40.0,  # degrees around z; 0 looks along -x
+    elevation: float = 30.0,  # degrees above the middle
     distance: float | None = None,  # from the middle, world units; None: from their size
     fov: float = 49.134,  # degrees, of the height
 ) -> str:  # HTML for a notebook or a page
     "Coloured points as an interactive picture, with a button for each colouring."
     labels = labels if isinstance(labels, dict) else {} if labels is None else {"labels": labels}
     names = names if isinstance(names, dict) else dict.fromkeys(labels, names)
-    colorings = ({} if color is None else {"colour": (color.float(), [])}) | {k: (v.float(), []) if v.is_floating_point() else (v.long(), names.get(k) or []) for k, v in labels.items()}
+    colorings = ({} if color is None else {"colour": (color.float(), [])}) | {
+        k: (v.float(), []) if v.is_floating_point() else (v.long(), names.get(k) or [])
+        for k, v in labels.items()
+    }
     packed = pack_points(xyz, colorings, size, normal)
     legends, buttons = "", ""
     for i, (c, (values, words)) in enumerate(zip(packed["colorings"], colorings.values())):
         buttons += f'<button type="button" data-coloring="{i}" aria-pressed="{"false" if i else "true"}">{html.escape(c["name"])}</button>'
-        shown = [(words[k], c["palette"][k]) for k in values.unique().tolist() if 0 <= k < len(words)] if words else []
-        legends += f'<div class="viewer-legend" data-coloring="{i}"{" hidden" if i else ""}>' + "".join(f'<span><i style="background:rgb{tuple(rgb)}"></i>{html.escape(word)}</span>' for word, rgb in shown) + "</div>"
+        shown = (
+            [(words[k], c["palette"][k]) for k in values.unique().tolist() if 0 <= k < len(words)]
+            if words
+            else []
+        )
+        legends += (
+            f'<div class="viewer-legend" data-coloring="{i}"{" hidden" if i else ""}>'
+            + "".join(
+                f'<span><i style="background:rgb{tuple(rgb)}"></i>{html.escape(word)}</span>'
+                for word, rgb in shown
+            )
+            + "</div>"
+        )
     camera = place_camera(xyz, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
-    return to_page(dict(vertex=POINT_VERTEX, fragment=POINT_FRAGMENT, camera=camera, background=background, points=packed), label, buttons if len(colorings) > 1 else "", legends)
+    return to_page(
+        dict(
+            vertex=POINT_VERTEX,
+            fragment=POINT_FRAGMENT,
+            camera=camera,
+            background=background,
+            points=packed,
+        ),
+        label,
+        buttons if len(colorings) > 1 else "",
+        legends,
+    )

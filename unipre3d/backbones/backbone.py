@@ -21,37 +21,50 @@ __all__ = ['Source', 'as_ours', 'Match', 'match_released', 'freeze', 'Backbone']
 # %% ../../nbs/backbones/39_backbone.ipynb #0216a98f
 def as_ours(
     released: Tensor,  # what a checkpoint holds
-    ours: Tensor,      # what it is to replace
+    ours: Tensor,  # what it is to replace
 ) -> Tensor:  # of the shape of ours
     "The same numbers in our shape, where the two shapes differ only by axes of length one."
     short = lambda t: [n for n in t.shape if n != 1]
-    if short(released) != short(ours): raise ValueError(f"expected {list(ours.shape)} for this model, got {list(released.shape)}")
+    if short(released) != short(ours):
+        raise ValueError(f"expected {list(ours.shape)} for this model, got {list(released.shape)}")
     return released.reshape(ours.shape)
 
-Source = tuple[str, Callable[[Tensor], Tensor] | None]  # released key, and how its tensor becomes ours
+
+Source = tuple[
+    str, Callable[[Tensor], Tensor] | None
+]  # released key, and how its tensor becomes ours
+
 
 @dataclass(frozen=True)
 class Match:
     "What a released state holds of a module; all by our names."
+
     weights: dict[str, Tensor]  # tensors in our layout
-    used: dict[str, str]        # the key of each tensor that is there, fitting or not
-    missing: dict[str, str]     # the key of each that is not there
-    misfit: dict[str, str]      # what is wrong with each that does not fit
+    used: dict[str, str]  # the key of each tensor that is there, fitting or not
+    missing: dict[str, str]  # the key of each that is not there
+    misfit: dict[str, str]  # what is wrong with each that does not fit
+
 
 def match_released(
-    own: Mapping[str, Tensor],          # our state dict
-    source: Callable[[str], Source],    # where one of our tensors is
-    state: Mapping[str, Tensor],        # the released state, which may hold more
-    prefix: str = "",                   # what stands before the keys that `source` names
+    own: Mapping[str, Tensor],  # our state dict
+    source: Callable[[str], Source],  # where one of our tensors is
+    state: Mapping[str, Tensor],  # the released state, which may hold more
+    prefix: str = "",  # what stands before the keys that `source` names
 ) -> Match:
     "Look up every tensor of ours in a released state."
     weights, used, missing, misfit = {}, {}, {}, {}
     for name, ours in own.items():
         key, change = source(name)
-        if (key := prefix + key) not in state: missing[name] = key; continue
+        if (key := prefix + key) not in state:
+            missing[name] = key
+            continue
         used[name] = key
-        try: weights[name] = as_ours(change(state[key]) if change else state[key], ours)
-        except (ValueError, RuntimeError, IndexError): misfit[name] = f"{key!r}: expected {list(ours.shape)} for this model, got {list(state[key].shape)}"
+        try:
+            weights[name] = as_ours(change(state[key]) if change else state[key], ours)
+        except (ValueError, RuntimeError, IndexError):
+            misfit[name] = (
+                f"{key!r}: expected {list(ours.shape)} for this model, got {list(state[key].shape)}"
+            )
     return Match(weights, used, missing, misfit)
 
 # %% ../../nbs/backbones/39_backbone.ipynb #7c70f27c
@@ -61,15 +74,18 @@ def freeze(
     "Lists become tuples, so that a configuration that was read equals the one that was written."
     return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
 
+
 class Backbone(nn.Module):
     "Points to features in three parts; a model defines `stem`, `body`, `norm` and the three widths."
+
     columns: str = "first"  # where coordinates are among the columns of the input: "first" (read from `xyz`), "only" (no other is read), "any" (a column is a column)
     in_channels: int  # columns of the input that are read
-    stem_width: int   # features after stem
-    body_width: int   # features after body, before norm
-    width: int        # features after norm
+    stem_width: int  # features after stem
+    body_width: int  # features after body, before norm
+    width: int  # features after norm
 
-    def __init__(self,
+    def __init__(
+        self,
         arguments: dict[str, Any],  # of the model's constructor: its `locals()`
     ):
         super().__init__()
@@ -91,74 +107,110 @@ class Backbone(nn.Module):
     def need_columns(self, points: PointBatch) -> None:
         "Raise a one-line ValueError unless `points` has the columns that the model reads."
         if points.feat.shape[1] < self.in_channels:
-            raise ValueError(f"{type(self).__name__}.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}")
+            raise ValueError(
+                f"{type(self).__name__}.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}"
+            )
 
-    def need_rows(self,
-        rows: int,    # that a batch normalisation is about to see
-        where: str,   # "stem" or "body"
+    def need_rows(
+        self,
+        rows: int,  # that a batch normalisation is about to see
+        where: str,  # "stem" or "body"
     ) -> None:
         "Raise a one-line ValueError where training would divide by the variance of a single row."
         if self.training and rows == 1:
-            raise ValueError(f"{type(self).__name__}.{where}: expected at least 2 rows in the batch while training (batch normalisation), got 1; use more points or clouds, or call eval()")
+            raise ValueError(
+                f"{type(self).__name__}.{where}: expected at least 2 rows in the batch while training (batch normalisation), got 1; use more points or clouds, or call eval()"
+            )
 
-    def released_weight(self,
+    def released_weight(
+        self,
         name: str,  # name of one of our parameters or buffers
-    ) -> Source:  # its key in the released encoder, and how the tensor there becomes ours (None: as it is)
+    ) -> (
+        Source
+    ):  # its key in the released encoder, and how the tensor there becomes ours (None: as it is)
         "Where the released checkpoints keep a weight of ours. A model without released weights keeps its own names."
         return name, None
 
-    def convert_released(self,
+    def convert_released(
+        self,
         state: Mapping[str, Tensor],  # a released state dict, which may hold more than the encoder
-        prefix: str = "encoder.",     # what stands before the encoder's own keys
+        prefix: str = "encoder.",  # what stands before the encoder's own keys
     ) -> dict[str, Tensor]:  # a state dict for load_state_dict
         "Released weights under our names and in our layout; all of them or a one-line ValueError."
         match = match_released(self.state_dict(), self.released_weight, state, prefix)
         for key in match.missing.values():
-            raise ValueError(f"{type(self).__name__}.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and sizes")
-        for problem in match.misfit.values(): raise ValueError(f"{type(self).__name__}.convert_released: {problem}")
+            raise ValueError(
+                f"{type(self).__name__}.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and sizes"
+            )
+        for problem in match.misfit.values():
+            raise ValueError(f"{type(self).__name__}.convert_released: {problem}")
         return match.weights
 
     @classmethod
-    def from_released(cls,
+    def from_released(
+        cls,
         kwargs: dict[str, Any],  # constructor arguments as released code names them
     ) -> Backbone:
         "A model of the shape that released code would build. A model that was never released takes its own arguments."
-        return cls(**cls.released_arguments(kwargs, {k: k for k in inspect.signature(cls).parameters}))
+        return cls(
+            **cls.released_arguments(kwargs, {k: k for k in inspect.signature(cls).parameters})
+        )
 
     @classmethod
-    def released_arguments(cls,
-        kwargs: dict[str, Any],             # as released code names them
-        names: dict[str, str],              # released name -> ours
-        fixed: Mapping[str, Any] = {},      # released name -> the only value that this package knows
+    def released_arguments(
+        cls,
+        kwargs: dict[str, Any],  # as released code names them
+        names: dict[str, str],  # released name -> ours
+        fixed: Mapping[str, Any] = {},  # released name -> the only value that this package knows
         unused: frozenset[str] = frozenset(),  # released names that change nothing
     ) -> dict[str, Any]:
         "Released arguments under our names. An unknown name, or another value of a fixed one, is a one-line ValueError."
         known = {*names, *fixed, *unused}
         for name in sorted(set(kwargs) - known):
-            raise ValueError(f"{cls.__name__}.from_released: unknown argument {name!r}, expected {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{cls.__name__}.from_released: unknown argument {name!r}, expected {', '.join(sorted(known))}"
+            )
         for name, value in fixed.items():
-            if kwargs.get(name, value) != value: raise ValueError(f"{cls.__name__}.from_released: {name}: expected {value!r}, the released one, got {kwargs[name]!r}")
+            if kwargs.get(name, value) != value:
+                raise ValueError(
+                    f"{cls.__name__}.from_released: {name}: expected {value!r}, the released one, got {kwargs[name]!r}"
+                )
         return {names[k]: v for k, v in kwargs.items() if k in names}
 
-    def save_pretrained(self,
+    def save_pretrained(
+        self,
         folder: str | Path,  # made if it is not there
     ) -> None:
         "Write `config.json` and `model.safetensors`."
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"backbone": type(self).__name__, **self.config}, indent=1))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(
+            json.dumps({"backbone": type(self).__name__, **self.config}, indent=1)
+        )
+        save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()},
+            Path(folder) / "model.safetensors",
+        )
 
     @classmethod
-    def from_pretrained(cls,
+    def from_pretrained(
+        cls,
         folder: str | Path,  # a folder that save_pretrained wrote
     ) -> Backbone:
         "The saved model, in evaluation mode."
         config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for file in (config_file, weights_file):
-            if not file.is_file(): raise FileNotFoundError(f"{file}: expected a file that save_pretrained wrote, found none")
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file}: expected a file that save_pretrained wrote, found none"
+                )
         config = json.loads(config_file.read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__: raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
+        if (kind := config.pop("backbone", None)) != cls.__name__:
+            raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
         model = cls(**{k: freeze(v) for k, v in config.items()})
-        try: model.load_state_dict(load_file(weights_file))
-        except RuntimeError as problem: raise ValueError(f"{weights_file}: expected the weights of the model in {config_file.name}, they do not fit ({str(problem).splitlines()[-1].strip()})") from None
+        try:
+            model.load_state_dict(load_file(weights_file))
+        except RuntimeError as problem:
+            raise ValueError(
+                f"{weights_file}: expected the weights of the model in {config_file.name}, they do not fit ({str(problem).splitlines()[-1].strip()})"
+            ) from None
         return model.eval()

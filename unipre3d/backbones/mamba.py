@@ -24,17 +24,20 @@ __all__ = ['selective_scan_reference', 'ChunkedScan', 'selective_scan', 'SSM', '
 
 # %% ../../nbs/backbones/43_mamba.ipynb #68d6eb31
 def selective_scan_reference(
-    u: Tensor,      # [b l d] input
+    u: Tensor,  # [b l d] input
     delta: Tensor,  # [b l d] step sizes, > 0
-    A: Tensor,      # [d n] decay rates, < 0
-    B: Tensor,      # [b l n] what a token writes
-    C: Tensor,      # [b l n] what a token reads
-    D: Tensor,      # [d] weight of the direct path
+    A: Tensor,  # [d n] decay rates, < 0
+    B: Tensor,  # [b l n] what a token writes
+    C: Tensor,  # [b l n] what a token reads
+    D: Tensor,  # [d] weight of the direct path
 ) -> Tensor:  # [b l d]
     "The selective scan, token after token, in plain PyTorch (Mamba, algorithm 2)."
     h, y = u.new_zeros(len(u), *A.shape), []
     for t in range(u.shape[1]):
-        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        h = (
+            torch.exp(delta[:, t, :, None] * A) * h
+            + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        )
         y.append((h * C[:, t, None]).sum(-1))
     return torch.stack(y, 1) + u * D if y else torch.zeros_like(u)
 
@@ -43,13 +46,18 @@ def _states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[
     "Decays and states [k b n d] of one chunk; u, delta [k b d], A [n d], B [k b n], h [b n d] before the chunk."
     decay = (delta[:, :, None] * A).exp_()
     state = (delta * u)[:, :, None] * B[..., None]
-    for t in range(len(u)): h = state[t].addcmul_(decay[t], h)
+    for t in range(len(u)):
+        h = state[t].addcmul_(decay[t], h)
     return decay, state
+
 
 class ChunkedScan(torch.autograd.Function):
     "h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t . h_t; time first: u, delta [l b d], A [n d], B, C [l b n]."
+
     @staticmethod
-    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int
+    ) -> Tensor:
         h, starts, y = u.new_zeros(u.shape[1], *A.shape), [], []
         for part in zip(*(x.split(chunk) for x in (u, delta, B, C))):
             starts.append(h)
@@ -65,16 +73,21 @@ class ChunkedScan(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor):
         u, delta, A, B, C, *starts = ctx.saved_tensors
         grad_A, carry, parts = torch.zeros_like(A), torch.zeros_like(starts[0]), []
-        for u, delta, B, C, gy, h in reversed(list(zip(*(x.split(ctx.chunk) for x in (u, delta, B, C, grad_y)), starts))):
+        for u, delta, B, C, gy, h in reversed(
+            list(zip(*(x.split(ctx.chunk) for x in (u, delta, B, C, grad_y)), starts))
+        ):
             decay, state = _states(u, delta, A, B, h)
             g = gy[:, :, None] * C[..., None]
             g[-1] += carry
-            for t in range(len(g) - 2, -1, -1): g[t].addcmul_(decay[t + 1], g[t + 1])
+            for t in range(len(g) - 2, -1, -1):
+                g[t].addcmul_(decay[t + 1], g[t + 1])
             carry = decay[0] * g[0]
             grad_C = (state @ gy[..., None])[..., 0]
             grad_B = (g @ (delta * u)[..., None])[..., 0]
             grad_in = (B[:, :, None] @ g)[:, :, 0]
-            g[1:].mul_(state[:-1]); g[0].mul_(h); g.mul_(decay)  # now the gradient of delta_t A
+            g[1:].mul_(state[:-1])
+            g[0].mul_(h)
+            g.mul_(decay)  # now the gradient of delta_t A
             grad_A += torch.mul(g, delta[:, :, None], out=state).sum((0, 1))
             grad_delta = g.mul_(A).sum(2) + grad_in * u
             parts.append((grad_in * delta, grad_delta, grad_B, grad_C))
@@ -85,92 +98,121 @@ class ChunkedScan(torch.autograd.Function):
 @cache
 def _kernel() -> Callable | None:
     "mamba-ssm's scan, or None where it is not installed, or without its kernel."
-    if importlib.util.find_spec("mamba_ssm") is None: return None
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
     module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     return module.selective_scan_fn if getattr(module, "selective_scan_cuda", None) else None
 
+
 def selective_scan(
-    u: Tensor,      # [b l d] input
+    u: Tensor,  # [b l d] input
     delta: Tensor,  # [b l d] step sizes, > 0
-    A: Tensor,      # [d n] decay rates, < 0
-    B: Tensor,      # [b l n] what a token writes
-    C: Tensor,      # [b l n] what a token reads
-    D: Tensor,      # [d] weight of the direct path
+    A: Tensor,  # [d n] decay rates, < 0
+    B: Tensor,  # [b l n] what a token writes
+    C: Tensor,  # [b l n] what a token reads
+    D: Tensor,  # [d] weight of the direct path
     *,
-    backend: str = "auto",     # "torch", "mamba_ssm" (a GPU and that package), or "auto": mamba_ssm where it can run
+    backend: str = "auto",  # "torch", "mamba_ssm" (a GPU and that package), or "auto": mamba_ssm where it can run
     chunk: int | None = None,  # tokens computed together by "torch"; None fits a chunk to the cache
 ) -> Tensor:  # [b l d], of u's dtype; computed in float32 or better
     "The selective scan (Mamba, algorithm 2), causal along l; values and gradients of `selective_scan_reference`."
     if backend not in ("auto", "torch", "mamba_ssm"):
-        raise ValueError(f"selective_scan.backend: expected 'auto', 'torch' or 'mamba_ssm', got {backend!r}")
+        raise ValueError(
+            f"selective_scan.backend: expected 'auto', 'torch' or 'mamba_ssm', got {backend!r}"
+        )
     if backend == "mamba_ssm" and (_kernel() is None or not u.is_cuda):
-        raise ValueError("selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm and tensors on a GPU; use 'torch'")
-    if not u.numel(): return torch.zeros_like(u)
+        raise ValueError(
+            "selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm and tensors on a GPU; use 'torch'"
+        )
+    if not u.numel():
+        return torch.zeros_like(u)
     out, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)
     u, delta, A, B, C, D = (x.to(exact) for x in (u, delta, A, B, C, D))
-    if backend == "mamba_ssm" or (backend == "auto" and u.is_cuda and exact == torch.float32 and _kernel() is not None):
+    if backend == "mamba_ssm" or (
+        backend == "auto" and u.is_cuda and exact == torch.float32 and _kernel() is not None
+    ):
         u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
         return _kernel()(u, delta, A, B, C, D).transpose(1, 2).to(out)
     chunk = chunk or max(8, 2**18 // (u.shape[0] * A.numel()))
     time_first = [x.transpose(0, 1).contiguous() for x in (u, delta, B, C)]
     with torch.autocast(u.device.type, enabled=False):
-        y = ChunkedScan.apply(*time_first[:2], A.T.contiguous(), *time_first[2:], chunk).transpose(0, 1)
+        y = ChunkedScan.apply(*time_first[:2], A.T.contiguous(), *time_first[2:], chunk).transpose(
+            0, 1
+        )
     return torch.addcmul(y, u, D).to(out)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #b0f23169
 class SSM(nn.Module):
     "One direction of a Mamba layer: causal convolution, selective scan, gate."
-    def __init__(self,
-        inner: int,    # channels d of the scan
+
+    def __init__(
+        self,
+        inner: int,  # channels d of the scan
         d_state: int,  # states n of each channel
-        d_conv: int,   # taps of the convolution
+        d_conv: int,  # taps of the convolution
         dt_rank: int,  # width of the bottleneck before the step sizes
     ):
         super().__init__()
         self.split = [dt_rank, d_state, d_state]
-        bound = d_conv ** -.5
-        self.conv_weight, self.conv_bias = (nn.Parameter(torch.empty(*s, inner).uniform_(-bound, bound)) for s in ((d_conv,), ()))
-        self.x_proj, self.dt_proj = nn.Linear(inner, sum(self.split), bias=False), nn.Linear(dt_rank, inner)
-        self.A_log = nn.Parameter(torch.arange(1., d_state + 1).log().repeat(inner, 1))
+        bound = d_conv**-0.5
+        self.conv_weight, self.conv_bias = (
+            nn.Parameter(torch.empty(*s, inner).uniform_(-bound, bound)) for s in ((d_conv,), ())
+        )
+        self.x_proj, self.dt_proj = (
+            nn.Linear(inner, sum(self.split), bias=False),
+            nn.Linear(dt_rank, inner),
+        )
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
-        step = torch.exp(torch.empty(inner).uniform_(math.log(1e-3), math.log(.1))).clamp_min(1e-4)
-        nn.init.uniform_(self.dt_proj.weight, -dt_rank ** -.5, dt_rank ** -.5)
-        with torch.no_grad(): self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(bias) = step
+        step = torch.exp(torch.empty(inner).uniform_(math.log(1e-3), math.log(0.1))).clamp_min(1e-4)
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(bias) = step
 
     def convolve(self, x: Tensor) -> Tensor:
         "Each channel with its own filter over this token and those just before it."
         taps, length = len(self.conv_weight), x.shape[1]
         x = F.pad(x, (0, 0, taps - 1, 0))
         y = self.conv_bias
-        for i, weight in enumerate(self.conv_weight): y = torch.addcmul(y, x[:, i:i + length], weight)
+        for i, weight in enumerate(self.conv_weight):
+            y = torch.addcmul(y, x[:, i : i + length], weight)
         return y
 
     def forward(self, xz: Tensor) -> Tensor:
         x, z = xz.chunk(2, -1)
         x = F.silu(self.convolve(x))
         delta, B, C = self.x_proj(x).split(self.split, -1)
-        return selective_scan(x, F.softplus(self.dt_proj(delta)), -self.A_log.exp(), B, C, self.D) * F.silu(z)
+        return selective_scan(
+            x, F.softplus(self.dt_proj(delta)), -self.A_log.exp(), B, C, self.D
+        ) * F.silu(z)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #968b9d10
 class Mamba(nn.Module):
     "A Mamba layer on tokens [b l width]; causal, so padding at the end changes nothing before it."
-    def __init__(self, *,
-        width: int,                   # channels of a token
-        d_state: int = 16,            # states of each channel of the scan
-        d_conv: int = 4,              # taps of the convolution
-        expand: int = 2,              # the scan is this many times as wide as a token
+
+    def __init__(
+        self,
+        *,
+        width: int,  # channels of a token
+        d_state: int = 16,  # states of each channel of the scan
+        d_conv: int = 4,  # taps of the convolution
+        expand: int = 2,  # the scan is this many times as wide as a token
         flip_channels: bool = False,  # add a second scan over the flipped channels, as Mamba3D does
     ):
         super().__init__()
         inner, rank = expand * width, math.ceil(width / 16)
-        self.in_proj, self.out_proj = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
+        self.in_proj, self.out_proj = (
+            nn.Linear(width, 2 * inner, bias=False),
+            nn.Linear(inner, width, bias=False),
+        )
         self.ssm = SSM(inner, d_state, d_conv, rank)
         self.flipped = SSM(inner, d_state, d_conv, rank) if flip_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)
         y = self.ssm(xz)
-        if self.flipped is not None: y = y + self.flipped(xz.flip(-1)).flip(-1)
+        if self.flipped is not None:
+            y = y + self.flipped(xz.flip(-1)).flip(-1)
         return self.out_proj(y)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #4064ec32
@@ -180,41 +222,58 @@ def taps_first(
     "Weights of a convolution over time in our layout."
     return w[:, 0].T
 
+
 def released_mamba_weight(
     name: str,  # name of a parameter of Mamba, such as "flipped.dt_proj.weight"
 ) -> Source:  # its key in mamba-ssm, or in Mamba3D's copy of it; how the tensor there becomes ours
     "Where released checkpoints keep a weight of a Mamba layer."
     change = taps_first if name.endswith("conv_weight") else None
     name = name.replace("conv_", "conv1d.").removeprefix("ssm.")
-    if not name.startswith("flipped."): return name, change
+    if not name.startswith("flipped."):
+        return name, change
     head, dot, tail = name.removeprefix("flipped.").partition(".")
     return ("A_b_log" if head == "A_log" else f"{head}_b") + dot + tail, change
 
 # %% ../../nbs/backbones/43_mamba.ipynb #d789ebe0
 class MambaBlock(nn.Module):
     "Add, normalise, mix: (hidden, residual) to (hidden, residual), each [b l width]."
-    def __init__(self, *,
-        width: int,            # channels of a token
-        d_state: int = 16,     # states of each channel of the scan
-        drop_path: float = 0., # probability of dropping `hidden` for a cloud while training
+
+    def __init__(
+        self,
+        *,
+        width: int,  # channels of a token
+        d_state: int = 16,  # states of each channel of the scan
+        drop_path: float = 0.0,  # probability of dropping `hidden` for a cloud while training
     ):
         super().__init__()
-        self.mixer, self.norm, self.drop_path = Mamba(width=width, d_state=d_state), nn.RMSNorm(width, eps=1e-5), drop_path
+        self.mixer, self.norm, self.drop_path = (
+            Mamba(width=width, d_state=d_state),
+            nn.RMSNorm(width, eps=1e-5),
+            drop_path,
+        )
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden = hidden.to(self.norm.weight.dtype)  # the sum stays exact under mixed precision
-        residual = hidden if residual is None else residual + drop_branch(hidden, self.drop_path, self.training)
+        residual = (
+            hidden
+            if residual is None
+            else residual + drop_branch(hidden, self.drop_path, self.training)
+        )
         return self.mixer(self.norm(residual)), residual
 
 # %% ../../nbs/backbones/43_mamba.ipynb #1746c493
 def spread(
-    x: Tensor,      # [m ...] rows of numbers, for example neighbours minus their centre
+    x: Tensor,  # [m ...] rows of numbers, for example neighbours minus their centre
     batch: Tensor,  # [m] cloud of each row
-    size: int,      # number of clouds B
+    size: int,  # number of clouds B
 ) -> Tensor:  # [B] standard deviation of all numbers of each cloud (n - 1 in the denominator); about 0 for an empty cloud
     "One standard deviation for each cloud."
     flat = x.flatten(1)
     count = torch.bincount(batch, minlength=size) * flat.shape[1]
     total = lambda rows: rows.new_zeros(size).index_add(0, batch, rows)
     mean = total(flat.sum(1)) / count.clamp_min(1)
-    return (total((flat - mean[batch, None]).square().sum(1)) / (count - 1).clamp_min(1)).clamp_min(1e-30).sqrt()
+    return (
+        (total((flat - mean[batch, None]).square().sum(1)) / (count - 1).clamp_min(1))
+        .clamp_min(1e-30)
+        .sqrt()
+    )

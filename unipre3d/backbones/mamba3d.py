@@ -22,31 +22,41 @@ __all__ = ['spread_centres', 'LocalPooling', 'Mamba3DBlock', 'Mamba3D']
 # %% ../../nbs/backbones/45_mamba3d.ipynb #12c0009a
 def spread_centres(
     points: PointBatch,  # object units
-    num_groups: int,     # centres for each cloud; fewer where a cloud has fewer points to choose from
-) -> Tensor:  # [m] packed row of each centre, cloud after cloud, in the order in which they are taken
+    num_groups: int,  # centres for each cloud; fewer where a cloud has fewer points to choose from
+) -> (
+    Tensor
+):  # [m] packed row of each centre, cloud after cloud, in the order in which they are taken
     "Farthest points that are not within 0.0316 of the origin; each cloud starts with its first point."
     first = torch.ones_like(points.batch, dtype=torch.bool)
     first[1:] = points.batch[1:] != points.batch[:-1]
     kept = (first | (points.xyz.square().sum(1) > 1e-3)).nonzero()[:, 0]
-    return kept[farthest_point_sample(points.xyz[kept], points.batch[kept], points.size, num_groups)]
+    return kept[
+        farthest_point_sample(points.xyz[kept], points.batch[kept], points.size, num_groups)
+    ]
 
 # %% ../../nbs/backbones/45_mamba3d.ipynb #19ef02c1
 class LocalPooling(nn.Module):
     "Tokens mixed with their nearest tokens: local norm pooling, then a shared layer."
-    def __init__(self,
-        width: int,              # channels of a token
+
+    def __init__(
+        self,
+        width: int,  # channels of a token
         batch_statistics: bool,  # True: one spread for the whole batch, as released; False: one for each cloud
     ):
         super().__init__()
         self.batch_statistics = batch_statistics
-        self.alpha, self.beta = nn.Parameter(torch.ones(2 * width)), nn.Parameter(torch.zeros(2 * width))
+        self.alpha, self.beta = (
+            nn.Parameter(torch.ones(2 * width)),
+            nn.Parameter(torch.zeros(2 * width)),
+        )
         self.norm, self.mlp = nn.LayerNorm(2 * width), nn.Linear(2 * width, width)
 
-    def forward(self,
-        feat: Tensor,   # [m c] packed tokens
-        near: Tensor,   # [m k] rows of the nearest tokens
+    def forward(
+        self,
+        feat: Tensor,  # [m c] packed tokens
+        near: Tensor,  # [m k] rows of the nearest tokens
         batch: Tensor,  # [m] cloud of each token
-        size: int,      # number of clouds B
+        size: int,  # number of clouds B
     ) -> Tensor:  # [m c]
         offset = feat[near] - feat[:, None]
         owner, clouds = (torch.zeros_like(batch), 1) if self.batch_statistics else (batch, size)
@@ -59,57 +69,86 @@ class LocalPooling(nn.Module):
 # %% ../../nbs/backbones/45_mamba3d.ipynb #f47e3c3b
 class Mamba3DBlock(nn.Module):
     "Local norm pooling, then a Mamba layer with its channel-flipped twin; both residual. Tokens [B t width] with CLS first."
-    def __init__(self,
-        width: int,                      # channels of a token
-        drop_path: float = 0.,           # stochastic depth, 0 .. 1
+
+    def __init__(
+        self,
+        width: int,  # channels of a token
+        drop_path: float = 0.0,  # stochastic depth, 0 .. 1
         batch_statistics: bool = False,  # see LocalPooling
-        d_state: int = 16,               # states of each channel of the scan
+        d_state: int = 16,  # states of each channel of the scan
     ):
         super().__init__()
         self.drop_path = drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.local, self.mixer = LocalPooling(width, batch_statistics), Mamba(width=width, d_state=d_state, flip_channels=True)
+        self.local, self.mixer = (
+            LocalPooling(width, batch_statistics),
+            Mamba(width=width, d_state=d_state, flip_channels=True),
+        )
 
     def pool(self, x: Tensor, mask: Tensor, near: Tensor, batch: Tensor) -> Tensor:
         "Local pooling of all tokens but the first."
         mixed = self.local(from_padded(x[:, 1:], mask), near, batch, len(x))
-        return torch.cat([x[:, :1], torch.zeros_like(x[:, 1:]).masked_scatter(mask[..., None], mixed.to(x.dtype))], 1)
+        return torch.cat(
+            [
+                x[:, :1],
+                torch.zeros_like(x[:, 1:]).masked_scatter(mask[..., None], mixed.to(x.dtype)),
+            ],
+            1,
+        )
 
     def forward(self, x: Tensor, mask: Tensor, near: Tensor, batch: Tensor) -> Tensor:
-        x = x + drop_branch(self.pool(self.norm1(x), mask, near, batch), self.drop_path, self.training)
+        x = x + drop_branch(
+            self.pool(self.norm1(x), mask, near, batch), self.drop_path, self.training
+        )
         return x + drop_branch(self.mixer(self.norm2(x)), self.drop_path, self.training)
 
 # %% ../../nbs/backbones/45_mamba3d.ipynb #ccb9548e
 class Mamba3D(Backbone):
     "Mamba3D as released with UniPre3D; returns one row for each group centre."
+
     columns = "only"
 
-    def __init__(self, *,
-        in_channels: int = 3,            # columns of the input; the model reads the coordinates only
-        num_groups: int = 128,           # centres (tokens) for each cloud
-        group_size: int = 32,            # nearest points in each group
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,  # columns of the input; the model reads the coordinates only
+        num_groups: int = 128,  # centres (tokens) for each cloud
+        group_size: int = 32,  # nearest points in each group
         encoder_widths: tuple[int, int, int] = (128, 256, 512),  # layers of the group encoder
-        width: int = 384,                # width of the tokens and of the output
-        depth: int = 16,                 # blocks
-        d_state: int = 16,               # states of each channel of the scans
-        center_local_k: int = 4,         # tokens that local pooling mixes, the token itself among them
-        drop_path_rate: float = .1,      # stochastic depth of the last block; the first has none
+        width: int = 384,  # width of the tokens and of the output
+        depth: int = 16,  # blocks
+        d_state: int = 16,  # states of each channel of the scans
+        center_local_k: int = 4,  # tokens that local pooling mixes, the token itself among them
+        drop_path_rate: float = 0.1,  # stochastic depth of the last block; the first has none
         batch_statistics: bool = False,  # True: local pooling divides by one spread for the whole batch, as the released code does
     ):
         super().__init__(locals())
-        if in_channels < 3: raise ValueError(f"Mamba3D.in_channels: expected at least 3 (the coordinates), got {in_channels}")
-        self.num_groups, self.group_size, self.center_local_k = num_groups, group_size, center_local_k
+        if in_channels < 3:
+            raise ValueError(
+                f"Mamba3D.in_channels: expected at least 3 (the coordinates), got {in_channels}"
+            )
+        self.num_groups, self.group_size, self.center_local_k = (
+            num_groups,
+            group_size,
+            center_local_k,
+        )
         self.in_channels, self.stem_width, self.body_width, self.width = 3, width, width, width
         self.encoder = GroupEncoder(3, width, encoder_widths)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, width))
-        self.cls_token, self.cls_pos = (nn.Parameter(.02 * torch.randn(width)) for _ in range(2))
-        self.blocks = nn.ModuleList(Mamba3DBlock(width, drop_path_rate * i / max(1, depth - 1), batch_statistics, d_state) for i in range(depth))
+        self.cls_token, self.cls_pos = (nn.Parameter(0.02 * torch.randn(width)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            Mamba3DBlock(width, drop_path_rate * i / max(1, depth - 1), batch_statistics, d_state)
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
 
     def stem(self, points: PointBatch) -> PointBatch:
         "Group centres, with one token each."
         centre = spread_centres(points, self.num_groups)
-        if not len(centre): return PointBatch(points.xyz, points.xyz.new_zeros(0, self.width), points.batch, points.size)
+        if not len(centre):
+            return PointBatch(
+                points.xyz, points.xyz.new_zeros(0, self.width), points.batch, points.size
+            )
         xyz, batch = points.xyz[centre], points.batch[centre]
         near = knn(xyz, batch, points.xyz, points.batch, points.size, k=self.group_size)
         return PointBatch(xyz, self.encoder(points.xyz[near] - xyz[:, None]), batch, points.size)
@@ -121,7 +160,8 @@ class Mamba3D(Backbone):
         near = knn(p.xyz, p.batch, p.xyz, p.batch, p.size, k=self.center_local_k)
         first = lambda row, rest: torch.cat([row.expand(p.size, 1, -1), rest], 1)
         x, pos = first(self.cls_token, x), first(self.cls_pos, pos)
-        for block in self.blocks: x = block(x + pos, mask, near, p.batch)
+        for block in self.blocks:
+            x = block(x + pos, mask, near, p.batch)
         return p.with_feat(from_padded(x[:, 1:], mask)), x[:, 0]
 
     def body(self, p: PointBatch) -> PointBatch:
@@ -131,21 +171,52 @@ class Mamba3D(Backbone):
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours."
         name, mixer, own = name.partition(".mixer.")
-        for ours, theirs in (("encoder.first.", "encoder.first_conv."), ("encoder.second.", "encoder.second_conv."), ("position.", "pos_embed."), ("blocks.", "blocks.blocks."),
-                             (".local.alpha", ".lfa.lga.affine_alpha_feat"), (".local.beta", ".lfa.lga.affine_beta_feat"), (".local.norm.", ".lfa.pre_norm_ft."),
-                             (".local.mlp.", ".lfa.mlp.share_mlp.")):
+        for ours, theirs in (
+            ("encoder.first.", "encoder.first_conv."),
+            ("encoder.second.", "encoder.second_conv."),
+            ("position.", "pos_embed."),
+            ("blocks.", "blocks.blocks."),
+            (".local.alpha", ".lfa.lga.affine_alpha_feat"),
+            (".local.beta", ".lfa.lga.affine_beta_feat"),
+            (".local.norm.", ".lfa.pre_norm_ft."),
+            (".local.mlp.", ".lfa.mlp.share_mlp."),
+        ):
             name = name.replace(ours, theirs)
         key, change = released_mamba_weight(own) if mixer else ("", None)
         return name + mixer + key, change
 
     @classmethod
-    def from_released(cls,
-        kwargs: dict[str, Any],  # constructor arguments under their released names (trans_dim, num_group, center_local_k, ...)
+    def from_released(
+        cls,
+        kwargs: dict[
+            str, Any
+        ],  # constructor arguments under their released names (trans_dim, num_group, center_local_k, ...)
     ) -> Mamba3D:
         "A model of the shape that released code would build, with its statistics over the batch."
-        names = dict(trans_dim="width", depth="depth", drop_path_rate="drop_path_rate", group_size="group_size", num_group="num_groups", center_local_k="center_local_k")
-        unused = frozenset({"NAME", "num_heads", "encoder_dims", "ordering", "label_smooth", "lr_ratio_cls", "lr_ratio_lfa", "fusion", "in_channels"})
+        names = dict(
+            trans_dim="width",
+            depth="depth",
+            drop_path_rate="drop_path_rate",
+            group_size="group_size",
+            num_group="num_groups",
+            center_local_k="center_local_k",
+        )
+        unused = frozenset(
+            {
+                "NAME",
+                "num_heads",
+                "encoder_dims",
+                "ordering",
+                "label_smooth",
+                "lr_ratio_cls",
+                "lr_ratio_lfa",
+                "fusion",
+                "in_channels",
+            }
+        )
         given = cls.released_arguments(kwargs, names, fixed=dict(bimamba_type="v4"), unused=unused)
         if (dims := kwargs.get("encoder_dims", given.get("width", 384))) != given.get("width", 384):
-            raise ValueError(f"Mamba3D.from_released: encoder_dims: expected trans_dim = {given.get('width', 384)}, since tokens go into the blocks as they are, got {dims}")
+            raise ValueError(
+                f"Mamba3D.from_released: encoder_dims: expected trans_dim = {given.get('width', 384)}, since tokens go into the blocks as they are, got {dims}"
+            )
         return cls(**given, batch_statistics=True)

@@ -27,7 +27,8 @@ def thin(
     reducer: int,  # keep one point in this many
 ) -> Tensor:  # [m] rows in rising order, max(1, n // reducer) of each cloud that has points
     "Farthest point sampling to a share of each cloud."
-    if reducer == 1 or not len(points): return torch.arange(len(points), device=points.xyz.device)
+    if reducer == 1 or not len(points):
+        return torch.arange(len(points), device=points.xyz.device)
     keep = (points.counts // reducer).clamp_min(1)
     rows = farthest_point_sample(points.xyz, points.batch, points.size, int(keep.max()))
     owner = points.batch[rows]
@@ -39,8 +40,10 @@ def layer(c_in: int, c_out: int, bias: bool) -> nn.Sequential:
     "Linear, batch normalisation, ReLU on rows."
     return nn.Sequential(nn.Linear(c_in, c_out, bias=bias), nn.BatchNorm1d(c_out), nn.ReLU())
 
+
 class Residual(nn.Module):
     "Two layers around which the input goes, on rows [m c]."
+
     def __init__(self, width: int, bias: bool):
         super().__init__()
         self.net = nn.Sequential(*layer(width, width, bias), *layer(width, width, bias)[:2])
@@ -48,17 +51,23 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.net(x) + x)
 
+
 class Neighbourhood(nn.Module):
     "One row for each kept point from its nearest points."
-    def __init__(self,
-        c_in: int,       # channels of the points
-        c_out: int,      # channels of the result
-        neighbours: int, # nearest points k
-        blocks: int = 1, # residual pairs before the maximum
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the points
+        c_out: int,  # channels of the result
+        neighbours: int,  # nearest points k
+        blocks: int = 1,  # residual pairs before the maximum
     ):
         super().__init__()
         self.k = neighbours
-        self.alpha, self.beta = nn.Parameter(torch.ones(c_in + 3)), nn.Parameter(torch.zeros(c_in + 3))
+        self.alpha, self.beta = (
+            nn.Parameter(torch.ones(c_in + 3)),
+            nn.Parameter(torch.zeros(c_in + 3)),
+        )
         self.transfer = layer(2 * c_in + 3, c_out, bias=False)
         self.operation = nn.ModuleList(Residual(c_out, bias=False) for _ in range(blocks))
 
@@ -72,30 +81,35 @@ class Neighbourhood(nn.Module):
         to_group, to_own = join.weight.split([len(self.alpha), p.feat.shape[1]], 1)
         x = F.linear(group, to_group) + F.linear(p.feat[rows], to_own)[:, None]
         x = act(norm(x.flatten(0, 1)))
-        for block in self.operation: x = block(x)
+        for block in self.operation:
+            x = block(x)
         return GroupMax.apply(x.view(len(rows), self.k, -1))
 
 # %% ../../nbs/backbones/44_pcm.ipynb #80c2ac77
 class Stage(nn.Module):
     "One level of the encoder: thin, gather, scan."
-    def __init__(self,
-        c_in: int,                 # channels before
-        c_out: int,                # channels after
-        orders: tuple[str, ...],   # the order of each Mamba block
-        neighbours: int,           # points in a neighbourhood
-        reducer: int,              # keep one point in this many
-        pre_blocks: int,           # residual pairs in the neighbourhood
-        drop_path: list[float],    # stochastic depth of each Mamba block
-        prompt_width: int,         # width of the prompts before they are brought to c_out
-        carry: bool,               # whether the residual stream must change its width
-        d_state: int = 16,         # states of each channel of the scans
+
+    def __init__(
+        self,
+        c_in: int,  # channels before
+        c_out: int,  # channels after
+        orders: tuple[str, ...],  # the order of each Mamba block
+        neighbours: int,  # points in a neighbourhood
+        reducer: int,  # keep one point in this many
+        pre_blocks: int,  # residual pairs in the neighbourhood
+        drop_path: list[float],  # stochastic depth of each Mamba block
+        prompt_width: int,  # width of the prompts before they are brought to c_out
+        carry: bool,  # whether the residual stream must change its width
+        d_state: int = 16,  # states of each channel of the scans
     ):
         super().__init__()
         self.reducer, self.orders = reducer, tuple(orders)
         self.gather = Neighbourhood(c_in, c_out, neighbours, pre_blocks)
         self.carry = nn.Linear(c_in, c_out, bias=False) if carry else nn.Identity()
         self.prompt_proj = nn.Linear(prompt_width, c_out, bias=False)
-        self.blocks = nn.ModuleList(MambaBlock(width=c_out, d_state=d_state, drop_path=rate) for rate in drop_path)
+        self.blocks = nn.ModuleList(
+            MambaBlock(width=c_out, d_state=d_state, drop_path=rate) for rate in drop_path
+        )
 
     def shrink(self, p: PointBatch, residual: Tensor | None) -> tuple[PointBatch, Tensor | None]:
         "Fewer points with wider features, and the residual stream that goes with them."
@@ -103,117 +117,246 @@ class Stage(nn.Module):
         less = PointBatch(p.xyz[rows], self.gather(p, rows), p.batch[rows], p.size)
         return less, None if residual is None else self.carry(residual[rows])
 
+
 def scan_rows(
     block: MambaBlock,
-    p: PointBatch,            # rows in the order of the scan
+    p: PointBatch,  # rows in the order of the scan
     residual: Tensor | None,  # [n c] the other stream, or None before the first block
-    prompt: Tensor,           # [k c] rows to put before each cloud
+    prompt: Tensor,  # [k c] rows to put before each cloud
 ) -> tuple[PointBatch, Tensor]:  # both streams after the block
     "Run a Mamba block along each cloud, after its prompts."
-    padded = lambda x: torch.cat([prompt.expand(p.size, -1, -1), to_padded(x, p.batch, p.size)[0]], 1)
+    padded = lambda x: torch.cat(
+        [prompt.expand(p.size, -1, -1), to_padded(x, p.batch, p.size)[0]], 1
+    )
     mask = to_padded(p.feat[:, :1], p.batch, p.size)[1]
     hidden, residual = block(padded(p.feat), None if residual is None else padded(residual))
-    return p.with_feat(from_padded(hidden[:, len(prompt):], mask)), from_padded(residual[:, len(prompt):], mask)
+    return p.with_feat(from_padded(hidden[:, len(prompt) :], mask)), from_padded(
+        residual[:, len(prompt) :], mask
+    )
 
 # %% ../../nbs/backbones/44_pcm.ipynb #9154f9ee
 class Propagation(nn.Module):
     "Bring coarse features to finer points and mix them with what is known there."
-    def __init__(self,
-        c_coarse: int,   # channels of the coarse points
-        c_fine: int,     # channels that the finer points have already
-        c_out: int,      # channels of the result
-        blocks: int = 1, # residual pairs
+
+    def __init__(
+        self,
+        c_coarse: int,  # channels of the coarse points
+        c_fine: int,  # channels that the finer points have already
+        c_out: int,  # channels of the result
+        blocks: int = 1,  # residual pairs
     ):
         super().__init__()
         self.fuse = layer(c_fine + c_coarse, c_out, bias=True)
         self.operation = nn.ModuleList(Residual(c_out, bias=True) for _ in range(blocks))
 
     def forward(self, fine: PointBatch, coarse: PointBatch) -> PointBatch:
-        brought = interpolate(fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size)
+        brought = interpolate(
+            fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size
+        )
         x = self.fuse(torch.cat([fine.feat, brought], 1))
-        for block in self.operation: x = block(x)
+        for block in self.operation:
+            x = block(x)
         return fine.with_feat(x)
 
 # %% ../../nbs/backbones/44_pcm.ipynb #59fb47ce
-HASH_SEED_0 = ("z", "yzx", "zyx", "z-trans", "xyz", "zxy", "hilbert", "xzy", "yxz")  # a set of the nine released orders, PYTHONHASHSEED=0
+HASH_SEED_0 = (
+    "z",
+    "yzx",
+    "zyx",
+    "z-trans",
+    "xyz",
+    "zxy",
+    "hilbert",
+    "xzy",
+    "yxz",
+)  # a set of the nine released orders, PYTHONHASHSEED=0
 
-RENAME = [(re.compile(ours), theirs) for ours, theirs in (
-    (r"^embedding\.", "encoder.embedding.net."), (r"^prompt$", "encoder.order_prompt.weight"), (r"^position\.", "encoder.pos_proj."),
-    (r"^norm\.4\.", "head.head.2.0."), (r"^norm\.", "head.head.0."),
-    (r"^stages\.(\d+)\.carry", r"encoder.residual_proj_blocks_list.\1"), (r"^stages\.(\d+)\.prompt_proj", r"encoder.order_prompt_proj.\1"),
-    (r"^stages\.(\d+)\.gather\.(alpha|beta)", r"encoder.local_grouper_list.\1.affine_\2"),
-    (r"^stages\.(\d+)\.gather\.transfer", r"encoder.pre_blocks_list.\1.transfer.net"), (r"^stages\.(\d+)\.gather", r"encoder.pre_blocks_list.\1"),
-    (r"^stages\.(\d+)\.blocks", r"encoder.mamba_blocks_list.\1"), (r"^decoder\.(\d+)\.fuse", r"decoder.decode_list.\1.fuse.net"),
-    (r"^decoder\.(\d+)\.operation", r"decoder.decode_list.\1.extraction.operation"),
-    (r"^spare\.list\.(\d+)", r"decoder.gmp_map_list.\1.net"), (r"^spare\.end", "decoder.gmp_map_end.net"),
-    (r"(operation\.\d+)\.net\.([01])\.", r"\1.net1.\2."), (r"(operation\.\d+)\.net\.3\.", r"\1.net2.0."), (r"(operation\.\d+)\.net\.4\.", r"\1.net2.1."))]
+RENAME = [
+    (re.compile(ours), theirs)
+    for ours, theirs in (
+        (r"^embedding\.", "encoder.embedding.net."),
+        (r"^prompt$", "encoder.order_prompt.weight"),
+        (r"^position\.", "encoder.pos_proj."),
+        (r"^norm\.4\.", "head.head.2.0."),
+        (r"^norm\.", "head.head.0."),
+        (r"^stages\.(\d+)\.carry", r"encoder.residual_proj_blocks_list.\1"),
+        (r"^stages\.(\d+)\.prompt_proj", r"encoder.order_prompt_proj.\1"),
+        (r"^stages\.(\d+)\.gather\.(alpha|beta)", r"encoder.local_grouper_list.\1.affine_\2"),
+        (r"^stages\.(\d+)\.gather\.transfer", r"encoder.pre_blocks_list.\1.transfer.net"),
+        (r"^stages\.(\d+)\.gather", r"encoder.pre_blocks_list.\1"),
+        (r"^stages\.(\d+)\.blocks", r"encoder.mamba_blocks_list.\1"),
+        (r"^decoder\.(\d+)\.fuse", r"decoder.decode_list.\1.fuse.net"),
+        (r"^decoder\.(\d+)\.operation", r"decoder.decode_list.\1.extraction.operation"),
+        (r"^spare\.list\.(\d+)", r"decoder.gmp_map_list.\1.net"),
+        (r"^spare\.end", "decoder.gmp_map_end.net"),
+        (r"(operation\.\d+)\.net\.([01])\.", r"\1.net1.\2."),
+        (r"(operation\.\d+)\.net\.3\.", r"\1.net2.0."),
+        (r"(operation\.\d+)\.net\.4\.", r"\1.net2.1."),
+    )
+]
+
 
 class PCM(Backbone):
     "Point Cloud Mamba as released with UniPre3D; returns one row for each point."
-    def __init__(self, *,
-        in_channels: int = 3,                          # columns of the input that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
-        embed_dim: int = 384,                          # width of the stem
-        dim_expansion: tuple[int, ...] = (1, 1, 2, 1), # how many times wider each stage is than the one before
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,  # columns of the input that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
+        embed_dim: int = 384,  # width of the stem
+        dim_expansion: tuple[int, ...] = (
+            1,
+            1,
+            2,
+            1,
+        ),  # how many times wider each stage is than the one before
         mamba_blocks: tuple[int, ...] = (1, 2, 2, 4),  # Mamba blocks of each stage
-        d_state: int = 16,                             # states of each channel of the scans
-        orders: tuple[str, ...] = ("xyz", "xzy", "yxz", "yzx", "zxy", "zyx", "hilbert", "z", "z-trans"),  # one for each Mamba block
-        pre_blocks: tuple[int, ...] = (1, 1, 1, 1),    # residual pairs in the neighbourhoods of each stage
+        d_state: int = 16,  # states of each channel of the scans
+        orders: tuple[str, ...] = (
+            "xyz",
+            "xzy",
+            "yxz",
+            "yzx",
+            "zxy",
+            "zyx",
+            "hilbert",
+            "z",
+            "z-trans",
+        ),  # one for each Mamba block
+        pre_blocks: tuple[int, ...] = (
+            1,
+            1,
+            1,
+            1,
+        ),  # residual pairs in the neighbourhoods of each stage
         k_neighbors: tuple[int, ...] = (12, 12, 12, 12),  # points in a neighbourhood
-        reducers: tuple[int, ...] = (2, 2, 2, 2),      # each stage keeps one point in this many
-        prompts_per_order: int = 6,                    # rows that tell a scan its order
-        prompt_width: int = 384,                       # their width before they are brought to a stage's
-        prompt_order: tuple[str, ...] | None = None,   # whose prompts come first in the table; None: as `orders` first names them
-        decoder_channels: tuple[int, ...] | None = None,  # widths after each step back up; None mirrors the encoder
-        decoder_blocks: tuple[int, ...] = (1, 1, 1, 1),   # residual pairs of each step
-        out_channels: int = 128,                       # width after `norm`
-        dropout: float = .5,                           # inside `norm`
-        drop_path_rate: float = .1,                    # stochastic depth of the last Mamba block; the first two have none
-        grid_size: float = .02,                        # cell of the curves' grid, object units
-        released_orders: bool = False,                 # True: orders as the released code computes them, over the batch
-        spare_head: bool = True,                       # the released decoder's second head, which nothing uses; False leaves it out
+        reducers: tuple[int, ...] = (2, 2, 2, 2),  # each stage keeps one point in this many
+        prompts_per_order: int = 6,  # rows that tell a scan its order
+        prompt_width: int = 384,  # their width before they are brought to a stage's
+        prompt_order: tuple[str, ...]
+        | None = None,  # whose prompts come first in the table; None: as `orders` first names them
+        decoder_channels: tuple[int, ...]
+        | None = None,  # widths after each step back up; None mirrors the encoder
+        decoder_blocks: tuple[int, ...] = (1, 1, 1, 1),  # residual pairs of each step
+        out_channels: int = 128,  # width after `norm`
+        dropout: float = 0.5,  # inside `norm`
+        drop_path_rate: float = 0.1,  # stochastic depth of the last Mamba block; the first two have none
+        grid_size: float = 0.02,  # cell of the curves' grid, object units
+        released_orders: bool = False,  # True: orders as the released code computes them, over the batch
+        spare_head: bool = True,  # the released decoder's second head, which nothing uses; False leaves it out
     ):
         super().__init__(locals())
         widths, stages = [embed_dim], len(dim_expansion)
-        for times in dim_expansion: widths.append(widths[-1] * times)
+        for times in dim_expansion:
+            widths.append(widths[-1] * times)
         channels = tuple(decoder_channels or widths[-2::-1])
         prompt_order = tuple(prompt_order or dict.fromkeys(orders))
-        if in_channels < 3: raise ValueError(f"PCM.in_channels: expected at least 3 (the coordinates), got {in_channels}")
-        for name in ("mamba_blocks", "pre_blocks", "k_neighbors", "reducers", "decoder_channels", "decoder_blocks"):
-            if self.config[name] is not None and len(self.config[name]) != stages: raise ValueError(f"PCM.{name}: expected {stages} numbers, one for each of dim_expansion, got {len(self.config[name])}")
-        if len(orders) != sum(mamba_blocks): raise ValueError(f"PCM.orders: expected {sum(mamba_blocks)}, one for each Mamba block, got {len(orders)}")
-        if unknown := [o for o in orders if o not in ORDERS]: raise ValueError(f"PCM.orders: expected names among {', '.join(ORDERS)}, got {unknown[0]!r}")
-        if set(prompt_order) != set(orders): raise ValueError(f"PCM.prompt_order: expected each of orders once ({', '.join(sorted(set(orders)))}), got {', '.join(prompt_order)}")
-        self.in_channels, self.stem_width, self.body_width, self.width = in_channels, embed_dim, channels[-1], out_channels
-        self.prompt_order, self.prompts_per_order, self.grid_size, self.released_orders = prompt_order, prompts_per_order, grid_size, released_orders
+        if in_channels < 3:
+            raise ValueError(
+                f"PCM.in_channels: expected at least 3 (the coordinates), got {in_channels}"
+            )
+        for name in (
+            "mamba_blocks",
+            "pre_blocks",
+            "k_neighbors",
+            "reducers",
+            "decoder_channels",
+            "decoder_blocks",
+        ):
+            if self.config[name] is not None and len(self.config[name]) != stages:
+                raise ValueError(
+                    f"PCM.{name}: expected {stages} numbers, one for each of dim_expansion, got {len(self.config[name])}"
+                )
+        if len(orders) != sum(mamba_blocks):
+            raise ValueError(
+                f"PCM.orders: expected {sum(mamba_blocks)}, one for each Mamba block, got {len(orders)}"
+            )
+        if unknown := [o for o in orders if o not in ORDERS]:
+            raise ValueError(
+                f"PCM.orders: expected names among {', '.join(ORDERS)}, got {unknown[0]!r}"
+            )
+        if set(prompt_order) != set(orders):
+            raise ValueError(
+                f"PCM.prompt_order: expected each of orders once ({', '.join(sorted(set(orders)))}), got {', '.join(prompt_order)}"
+            )
+        self.in_channels, self.stem_width, self.body_width, self.width = (
+            in_channels,
+            embed_dim,
+            channels[-1],
+            out_channels,
+        )
+        self.prompt_order, self.prompts_per_order, self.grid_size, self.released_orders = (
+            prompt_order,
+            prompts_per_order,
+            grid_size,
+            released_orders,
+        )
         self.embedding = layer(in_channels, embed_dim, bias=False)
         self.prompt = nn.Parameter(torch.randn(len(prompt_order) * prompts_per_order, prompt_width))
         shared = set(dim_expansion) == {1}
-        self.position = nn.ModuleList(nn.Linear(3, w, bias=False) for w in (widths[1:2] if shared else widths[1:]))
+        self.position = nn.ModuleList(
+            nn.Linear(3, w, bias=False) for w in (widths[1:2] if shared else widths[1:])
+        )
         total = sum(mamba_blocks)
-        rates = [0.] + [drop_path_rate * i / max(1, total - 1) for i in range(total - 1)]
+        rates = [0.0] + [drop_path_rate * i / max(1, total - 1) for i in range(total - 1)]
         ends = [sum(mamba_blocks[:i]) for i in range(stages + 1)]
         self.stages = nn.ModuleList(
-            Stage(widths[i], widths[i + 1], orders[ends[i]:ends[i + 1]], k_neighbors[i], reducers[i], pre_blocks[i], rates[ends[i]:ends[i + 1]], prompt_width,
-                  carry=i > 0 and widths[i] != widths[i + 1], d_state=d_state) for i in range(stages))
+            Stage(
+                widths[i],
+                widths[i + 1],
+                orders[ends[i] : ends[i + 1]],
+                k_neighbors[i],
+                reducers[i],
+                pre_blocks[i],
+                rates[ends[i] : ends[i + 1]],
+                prompt_width,
+                carry=i > 0 and widths[i] != widths[i + 1],
+                d_state=d_state,
+            )
+            for i in range(stages)
+        )
         coarse = (widths[-1], *channels[:-1])
-        self.decoder = nn.ModuleList(Propagation(c, f, o, b) for c, f, o, b in zip(coarse, widths[-2::-1], channels, decoder_blocks))
-        self.norm = nn.Sequential(*layer(channels[-1], channels[-1], bias=False), nn.Dropout(dropout), nn.Linear(channels[-1], out_channels))
-        if spare_head: self.spare = nn.ModuleDict({"list": nn.ModuleList(layer(w, 64, bias=False) for w in widths[::-1]), "end": layer(64 * len(widths), 64, bias=False)})
+        self.decoder = nn.ModuleList(
+            Propagation(c, f, o, b)
+            for c, f, o, b in zip(coarse, widths[-2::-1], channels, decoder_blocks)
+        )
+        self.norm = nn.Sequential(
+            *layer(channels[-1], channels[-1], bias=False),
+            nn.Dropout(dropout),
+            nn.Linear(channels[-1], out_channels),
+        )
+        if spare_head:
+            self.spare = nn.ModuleDict(
+                {
+                    "list": nn.ModuleList(layer(w, 64, bias=False) for w in widths[::-1]),
+                    "end": layer(64 * len(widths), 64, bias=False),
+                }
+            )
         with torch.no_grad():
             for stage in self.stages:
-                for block in stage.blocks: block.mixer.out_proj.weight /= total ** .5  # the residual stream keeps its size with depth
+                for block in stage.blocks:
+                    block.mixer.out_proj.weight /= (
+                        total**0.5
+                    )  # the residual stream keeps its size with depth
 
     def stem(self, points: PointBatch) -> PointBatch:
         "All points, with features of their own columns."
-        if self.in_channels > 3: self.need_columns(points)
+        if self.in_channels > 3:
+            self.need_columns(points)
         self.need_rows(len(points), "stem")
-        x = torch.cat([points.xyz, points.feat[:, 3:self.in_channels]], 1) if self.in_channels > 3 else points.xyz
-        return points.with_feat(self.embedding(x) if len(points) else x.new_zeros(0, self.stem_width))
+        x = (
+            torch.cat([points.xyz, points.feat[:, 3 : self.in_channels]], 1)
+            if self.in_channels > 3
+            else points.xyz
+        )
+        return points.with_feat(
+            self.embedding(x) if len(points) else x.new_zeros(0, self.stem_width)
+        )
 
     def rows_of_prompt(self, order: str) -> Tensor:
         "The prompts of an order, [k prompt_width]."
         start = self.prompt_order.index(order) * self.prompts_per_order
-        return self.prompt[start:start + self.prompts_per_order]
+        return self.prompt[start : start + self.prompts_per_order]
 
     def reorder(self, p: PointBatch, order: str) -> Tensor:
         "Rows of all points along a curve."
@@ -232,49 +375,121 @@ class PCM(Backbone):
                     p = PointBatch(p.xyz[rows], p.feat[rows], p.batch, p.size)
                     residual = None if residual is None else residual[rows]
                 p = p.with_feat(p.feat + self.position[min(i, len(self.position) - 1)](p.xyz))
-                p, residual = scan_rows(block, p, residual, stage.prompt_proj(self.rows_of_prompt(order)))
+                p, residual = scan_rows(
+                    block, p, residual, stage.prompt_proj(self.rows_of_prompt(order))
+                )
             levels.append(p)
         return levels
 
     def body(self, p: PointBatch) -> PointBatch:
         "Encoder and decoder; the points come back in the order in which they came."
-        if not len(p): return p.with_feat(p.feat.new_zeros(0, self.body_width))
+        if not len(p):
+            return p.with_feat(p.feat.new_zeros(0, self.body_width))
         *levels, coarse = self.encode(p)
-        for level in levels[1:]: self.need_rows(len(level), "body")
-        for fine, step in zip(levels[::-1], self.decoder): coarse = step(fine, coarse)
+        for level in levels[1:]:
+            self.need_rows(len(level), "body")
+        for fine, step in zip(levels[::-1], self.decoder):
+            coarse = step(fine, coarse)
         return coarse
 
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours; PCM's norm is the head of the released predictor's encoder."
         name, mixer, own = name.partition(".mixer.")
-        for ours, theirs in RENAME: name = ours.sub(theirs, name)
-        if len(self.position) == 1: name = name.replace("pos_proj.0.", "pos_proj.")  # stages that share one layer
+        for ours, theirs in RENAME:
+            name = ours.sub(theirs, name)
+        if len(self.position) == 1:
+            name = name.replace("pos_proj.0.", "pos_proj.")  # stages that share one layer
         key, change = released_mamba_weight(own) if mixer else ("", None)
         return name + mixer + key, change
 
     @classmethod
-    def from_released(cls,
-        kwargs: dict[str, Any],  # encoder_args, decoder_args and cls_args under their released names
-        order_prompt_ranges: dict[str, list[int]] | None = None,  # rows of each order's prompts; None: as with PYTHONHASHSEED=0
+    def from_released(
+        cls,
+        kwargs: dict[
+            str, Any
+        ],  # encoder_args, decoder_args and cls_args under their released names
+        order_prompt_ranges: dict[str, list[int]]
+        | None = None,  # rows of each order's prompts; None: as with PYTHONHASHSEED=0
     ) -> PCM:
         "A model of the shape that released code would build, with its orders."
         kwargs = dict(kwargs)
         ranges = kwargs.pop("order_prompt_ranges", order_prompt_ranges)
-        if missing := [k for k in ("encoder_args", "decoder_args", "cls_args") if k not in kwargs]: raise ValueError(f"PCM.from_released: expected {missing[0]!r} among the arguments, found {', '.join(kwargs)}")
+        if missing := [k for k in ("encoder_args", "decoder_args", "cls_args") if k not in kwargs]:
+            raise ValueError(
+                f"PCM.from_released: expected {missing[0]!r} among the arguments, found {', '.join(kwargs)}"
+            )
         enc, dec, head = kwargs["encoder_args"], kwargs["decoder_args"], kwargs["cls_args"]
-        fixed = dict(groups=1, res_expansion=1, activation="relu", bias=False, use_xyz=True, normalize="anchor", rms_norm=True, mamba_pos=True, use_order_prompt=True,
-                     pos_type="share", pos_proj_type="linear", combine_pos=False, block_residual=True, use_windows=False)
+        fixed = dict(
+            groups=1,
+            res_expansion=1,
+            activation="relu",
+            bias=False,
+            use_xyz=True,
+            normalize="anchor",
+            rms_norm=True,
+            mamba_pos=True,
+            use_order_prompt=True,
+            pos_type="share",
+            pos_proj_type="linear",
+            combine_pos=False,
+            block_residual=True,
+            use_windows=False,
+        )
         for name, value in fixed.items():
-            if enc.get(name, value) != value: raise ValueError(f"PCM.from_released: encoder_args.{name}: expected {value!r}, the released one, got {enc[name]!r}")
+            if enc.get(name, value) != value:
+                raise ValueError(
+                    f"PCM.from_released: encoder_args.{name}: expected {value!r}, the released one, got {enc[name]!r}"
+                )
         for args, name in ((enc, "pos_blocks"), (dec, "mamba_blocks")):
-            if any(args.get(name, [0])): raise ValueError(f"PCM.from_released: {name}: expected only zeros, as released, got {list(args[name])}")
-        names = dict(in_channels="in_channels", embed_dim="embed_dim", dim_expansion="dim_expansion", pre_blocks="pre_blocks", mamba_blocks="mamba_blocks", k_neighbors="k_neighbors",
-                     reducers="reducers", drop_path_rate="drop_path_rate", grid_size="grid_size", prompt_num_per_order="prompts_per_order", mamba_layers_orders="orders")
-        unused = {"NAME", "residual_in_fp32", "fused_add_norm", "bimamba_type", "pos_blocks", "k_strides", "windows_size", "cls_pooling"}
-        if unknown := sorted(set(enc) - set(names) - set(fixed) - unused): raise ValueError(f"PCM.from_released: unknown argument encoder_args.{unknown[0]}, expected {', '.join(names)}")
+            if any(args.get(name, [0])):
+                raise ValueError(
+                    f"PCM.from_released: {name}: expected only zeros, as released, got {list(args[name])}"
+                )
+        names = dict(
+            in_channels="in_channels",
+            embed_dim="embed_dim",
+            dim_expansion="dim_expansion",
+            pre_blocks="pre_blocks",
+            mamba_blocks="mamba_blocks",
+            k_neighbors="k_neighbors",
+            reducers="reducers",
+            drop_path_rate="drop_path_rate",
+            grid_size="grid_size",
+            prompt_num_per_order="prompts_per_order",
+            mamba_layers_orders="orders",
+        )
+        unused = {
+            "NAME",
+            "residual_in_fp32",
+            "fused_add_norm",
+            "bimamba_type",
+            "pos_blocks",
+            "k_strides",
+            "windows_size",
+            "cls_pooling",
+        }
+        if unknown := sorted(set(enc) - set(names) - set(fixed) - unused):
+            raise ValueError(
+                f"PCM.from_released: unknown argument encoder_args.{unknown[0]}, expected {', '.join(names)}"
+            )
         given = {names[k]: v for k, v in enc.items() if k in names}
-        orders = tuple(given["orders"]) if not isinstance(given["orders"], str) else (given["orders"],) * sum(given["mamba_blocks"])
-        by_row = sorted(set(orders), key=lambda o: ranges[o][0]) if ranges else [o for o in HASH_SEED_0 if o in orders]
+        orders = (
+            tuple(given["orders"])
+            if not isinstance(given["orders"], str)
+            else (given["orders"],) * sum(given["mamba_blocks"])
+        )
+        by_row = (
+            sorted(set(orders), key=lambda o: ranges[o][0])
+            if ranges
+            else [o for o in HASH_SEED_0 if o in orders]
+        )
         stages = len(given["dim_expansion"])
-        return cls(**given | dict(orders=orders), prompt_order=tuple(by_row), decoder_channels=tuple(dec["decoder_channel_list"][-stages:]), decoder_blocks=tuple(dec["decoder_blocks"]),
-                   out_channels=head["num_classes"], dropout=head.get("dropout", .5), released_orders=True)
+        return cls(
+            **given | dict(orders=orders),
+            prompt_order=tuple(by_row),
+            decoder_channels=tuple(dec["decoder_channel_list"][-stages:]),
+            decoder_blocks=tuple(dec["decoder_blocks"]),
+            out_channels=head["num_classes"],
+            dropout=head.get("dropout", 0.5),
+            released_orders=True,
+        )

@@ -21,13 +21,15 @@ __all__ = ['anchor_points', 'nearest', 'lift', 'cloud_deviation', 'layer', 'Resi
 # %% ../../nbs/backbones/42_pointmlp.ipynb #426d5bff
 def anchor_points(
     columns: Tensor,  # [n d] positions, and further columns that take part in distances
-    batch: Tensor,    # [n] sorted cloud index
-    size: int,        # number of clouds B
-    reduce: int,      # keep one point in so many, of every cloud, and at least one of a cloud that has any
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
+    reduce: int,  # keep one point in so many, of every cloud, and at least one of a cloud that has any
     three_in_memory: bool = False,  # read rows of d > 3 numbers as if they had 3, as released kernels do
 ) -> Tensor:  # [m] rows of the anchors, cloud after cloud
     "Farthest points, as many in each cloud as its share."
-    place = columns.reshape(-1)[:3 * len(columns)].view(-1, 3) if three_in_memory else columns[:, :3]
+    place = (
+        columns.reshape(-1)[: 3 * len(columns)].view(-1, 3) if three_in_memory else columns[:, :3]
+    )
     want = (torch.bincount(batch, minlength=size) // reduce).clamp_min(1)
     index = farthest_point_sample(place, batch, size, k=int(want.max()))
     cloud = batch[index]
@@ -37,30 +39,38 @@ def anchor_points(
 # %% ../../nbs/backbones/42_pointmlp.ipynb #df5ba850
 @torch.no_grad()
 def nearest(
-    query: Tensor,        # [m d] packed places to ask about
+    query: Tensor,  # [m d] packed places to ask about
     query_batch: Tensor,  # [m] sorted cloud of each query
-    columns: Tensor,      # [n d] packed points
-    batch: Tensor,        # [n] sorted cloud index
-    size: int,            # number of clouds B
-    k: int,               # neighbours for each query
+    columns: Tensor,  # [n d] packed points
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
+    k: int,  # neighbours for each query
 ) -> Tensor:  # [m k] rows, nearest first; a cloud of fewer than k points repeats the nearest
     "The k nearest points of the query's own cloud, all columns counted."
-    if columns.shape[1] == 3: return knn(query, query_batch, columns, batch, size, k)
-    (asked, real), (table, mask) = to_padded(query, query_batch, size), to_padded(columns, batch, size)
+    if columns.shape[1] == 3:
+        return knn(query, query_batch, columns, batch, size, k)
+    (asked, real), (table, mask) = (
+        to_padded(query, query_batch, size),
+        to_padded(columns, batch, size),
+    )
     d2 = squared_distance(asked[..., :3], table[..., :3])
-    for more in range(3, columns.shape[1]): d2 += (asked[..., :, None, more] - table[..., None, :, more]).square()
-    near, index = d2.masked_fill_(~mask[:, None], torch.inf).topk(min(k, table.shape[1]), largest=False)
+    for more in range(3, columns.shape[1]):
+        d2 += (asked[..., :, None, more] - table[..., None, :, more]).square()
+    near, index = d2.masked_fill_(~mask[:, None], torch.inf).topk(
+        min(k, table.shape[1]), largest=False
+    )
     index = torch.where(near.isinf(), index[..., :1], index)
     index = torch.cat([index, index[..., :1].expand(*index.shape[:2], k - index.shape[-1])], -1)
     return (index + offsets(batch, size)[:-1, None, None])[real]
 
+
 def lift(
-    query: Tensor,        # [m d] packed places that want a value
+    query: Tensor,  # [m d] packed places that want a value
     query_batch: Tensor,  # [m] sorted cloud of each query
-    columns: Tensor,      # [n d] packed points whose values are known
-    feat: Tensor,         # [n c] the values
-    batch: Tensor,        # [n] sorted cloud index
-    size: int,            # number of clouds B
+    columns: Tensor,  # [n d] packed points whose values are known
+    feat: Tensor,  # [n c] the values
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
 ) -> Tensor:  # [m c]
     "Mean of the three nearest known values, weighted by one over the squared distance in all columns."
     index = nearest(query, query_batch, columns, batch, size, k=3)
@@ -72,11 +82,13 @@ def lift(
 # %% ../../nbs/backbones/42_pointmlp.ipynb #2ad2cdfc
 def cloud_deviation(
     groups: Tensor,  # [m k c] differences of neighbours to their anchors
-    batch: Tensor,   # [m] sorted cloud of each anchor
-    size: int,       # number of clouds B
+    batch: Tensor,  # [m] sorted cloud of each anchor
+    size: int,  # number of clouds B
 ) -> Tensor:  # [B] at least 1e-12, so that the gradient of a cloud of equal points is finite
     "The standard deviation of all numbers that belong to a cloud (unbiased)."
-    var, mean = torch.var_mean(groups.flatten(1).to(torch.promote_types(groups.dtype, torch.float)), 1, correction=0)
+    var, mean = torch.var_mean(
+        groups.flatten(1).to(torch.promote_types(groups.dtype, torch.float)), 1, correction=0
+    )
     per_cloud = lambda v: v.new_zeros(size).index_add(0, batch, v)
     rows, n = torch.bincount(batch, minlength=size).clamp_min(1), groups[0].numel()
     between = (mean - (per_cloud(mean) / rows)[batch]).square()
@@ -85,13 +97,17 @@ def cloud_deviation(
 # %% ../../nbs/backbones/42_pointmlp.ipynb #accba948
 def layer(
     in_width: int,  # columns in
-    width: int,     # columns out
+    width: int,  # columns out
 ) -> nn.Sequential:
     "Linear map, batch normalisation, ReLU, on rows."
-    return nn.Sequential(nn.Linear(in_width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Linear(in_width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)
+    )
+
 
 class Residual(nn.Module):
     "Rows [r width] to rows [r width]: ReLU(x + two maps of x)."
+
     def __init__(self, width: int, expansion: float):
         super().__init__()
         inner = int(width * expansion)
@@ -101,24 +117,34 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(self.first(x)) + x, inplace=True)
 
+
 class Stage(nn.Module):
     "From points to anchors: affine module, residual layers on neighbours, maximum, residual layers on anchors."
-    def __init__(self,
-        in_width: int,     # features of a point
-        width: int,        # features of an anchor
-        neighbours: int,   # points around each anchor
-        pre_blocks: int,   # residual layers on neighbours
+
+    def __init__(
+        self,
+        in_width: int,  # features of a point
+        width: int,  # features of an anchor
+        neighbours: int,  # points around each anchor
+        pre_blocks: int,  # residual layers on neighbours
         post_blocks: int,  # residual layers on anchors
-        residual_expansion: float = 1.,  # inner width of a residual layer over its width
+        residual_expansion: float = 1.0,  # inner width of a residual layer over its width
     ):
         super().__init__()
         self.neighbours = neighbours
-        self.alpha, self.beta = nn.Parameter(torch.ones(in_width)), nn.Parameter(torch.zeros(in_width))
+        self.alpha, self.beta = (
+            nn.Parameter(torch.ones(in_width)),
+            nn.Parameter(torch.zeros(in_width)),
+        )
         self.transfer = layer(2 * in_width, width)
         self.pre = nn.Sequential(*[Residual(width, residual_expansion) for _ in range(pre_blocks)])
-        self.post = nn.Sequential(*[Residual(width, residual_expansion) for _ in range(post_blocks)])
+        self.post = nn.Sequential(
+            *[Residual(width, residual_expansion) for _ in range(post_blocks)]
+        )
 
-    def forward(self, columns: Tensor, x: Tensor, batch: Tensor, size: int, anchor: Tensor) -> Tensor:
+    def forward(
+        self, columns: Tensor, x: Tensor, batch: Tensor, size: int, anchor: Tensor
+    ) -> Tensor:
         "Columns [n d], features [n c], anchors as rows [m] -> features of the anchors [m width]."
         near = nearest(columns[anchor], batch[anchor], columns, batch, size, self.neighbours)
         groups = x.index_select(0, near.flatten()).view(*near.shape, -1) - x[anchor][:, None]
@@ -134,7 +160,8 @@ class Stage(nn.Module):
 # %% ../../nbs/backbones/42_pointmlp.ipynb #f99a0516
 class Rise(nn.Module):
     "From anchors back to the points of the level above: interpolate, join, residual layers."
-    def __init__(self, in_width: int, width: int, blocks: int, residual_expansion: float = 1.):
+
+    def __init__(self, in_width: int, width: int, blocks: int, residual_expansion: float = 1.0):
         super().__init__()
         self.fuse = layer(in_width, width)
         self.blocks = nn.Sequential(*[Residual(width, residual_expansion) for _ in range(blocks)])
@@ -143,48 +170,96 @@ class Rise(nn.Module):
         "What the points knew [n a] and what came from below [n b] -> [n width]."
         return self.blocks(self.fuse(torch.cat([known, lifted], 1)))
 
+
 class PointMLP(Backbone):
     "PointMLP with a decoder, as released with UniPre3D; returns one row for every point."
-    def __init__(self, *,
-        in_channels: int = 3,                # columns of feat that are read: 3 = coordinates, more = also feat[:, 3:in_channels]; all count in distances
-        embed_width: int = 64,               # features of a point after the stem
-        expansion: tuple[int, ...] = (2, 2, 2, 2),           # width of each stage over that of the one before
-        reduce: tuple[int, ...] = (2, 2, 2, 2),              # points over anchors at each stage
-        neighbours: tuple[int, ...] = (24, 24, 24, 24),      # points around each anchor
-        pre_blocks: tuple[int, ...] = (2, 2, 2, 2),          # residual layers on neighbours
-        post_blocks: tuple[int, ...] = (2, 2, 2, 2),         # residual layers on anchors
-        decoder_widths: tuple[int, ...] = (512, 256, 128, 128),  # features on the way up; the last is `width`
-        decoder_blocks: tuple[int, ...] = (2, 2, 2, 2),      # residual layers on the way up
-        residual_expansion: float = 1.,      # inner width of a residual layer over its width
-        three_in_memory: bool = False,       # anchors as released kernels choose them when in_channels > 3 (see `anchor_points`)
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,  # columns of feat that are read: 3 = coordinates, more = also feat[:, 3:in_channels]; all count in distances
+        embed_width: int = 64,  # features of a point after the stem
+        expansion: tuple[int, ...] = (
+            2,
+            2,
+            2,
+            2,
+        ),  # width of each stage over that of the one before
+        reduce: tuple[int, ...] = (2, 2, 2, 2),  # points over anchors at each stage
+        neighbours: tuple[int, ...] = (24, 24, 24, 24),  # points around each anchor
+        pre_blocks: tuple[int, ...] = (2, 2, 2, 2),  # residual layers on neighbours
+        post_blocks: tuple[int, ...] = (2, 2, 2, 2),  # residual layers on anchors
+        decoder_widths: tuple[int, ...] = (
+            512,
+            256,
+            128,
+            128,
+        ),  # features on the way up; the last is `width`
+        decoder_blocks: tuple[int, ...] = (2, 2, 2, 2),  # residual layers on the way up
+        residual_expansion: float = 1.0,  # inner width of a residual layer over its width
+        three_in_memory: bool = False,  # anchors as released kernels choose them when in_channels > 3 (see `anchor_points`)
     ):
         super().__init__(locals())
-        if in_channels < 3: raise ValueError(f"PointMLP.in_channels: expected at least 3 (the coordinates), got {in_channels}")
+        if in_channels < 3:
+            raise ValueError(
+                f"PointMLP.in_channels: expected at least 3 (the coordinates), got {in_channels}"
+            )
         depth = len(expansion)
-        for name in ("reduce", "neighbours", "pre_blocks", "post_blocks", "decoder_widths", "decoder_blocks"):
-            if len(self.config[name]) != depth: raise ValueError(f"PointMLP.{name}: expected {depth} numbers, one for each of expansion, got {len(self.config[name])}")
-        self.in_channels, self.embed_width, self.reduce, self.three_in_memory = in_channels, embed_width, self.config["reduce"], three_in_memory
-        self.stem_width, self.body_width, self.width = embed_width + in_channels - 3, decoder_widths[-1], decoder_widths[-1]
+        for name in (
+            "reduce",
+            "neighbours",
+            "pre_blocks",
+            "post_blocks",
+            "decoder_widths",
+            "decoder_blocks",
+        ):
+            if len(self.config[name]) != depth:
+                raise ValueError(
+                    f"PointMLP.{name}: expected {depth} numbers, one for each of expansion, got {len(self.config[name])}"
+                )
+        self.in_channels, self.embed_width, self.reduce, self.three_in_memory = (
+            in_channels,
+            embed_width,
+            self.config["reduce"],
+            three_in_memory,
+        )
+        self.stem_width, self.body_width, self.width = (
+            embed_width + in_channels - 3,
+            decoder_widths[-1],
+            decoder_widths[-1],
+        )
         self.embed = layer(in_channels, embed_width)
         widths = [embed_width]
-        for factor in expansion: widths.append(widths[-1] * factor)
-        self.down = nn.ModuleList(Stage(*args, residual_expansion) for args in zip(widths, widths[1:], neighbours, pre_blocks, post_blocks))
+        for factor in expansion:
+            widths.append(widths[-1] * factor)
+        self.down = nn.ModuleList(
+            Stage(*args, residual_expansion)
+            for args in zip(widths, widths[1:], neighbours, pre_blocks, post_blocks)
+        )
         below = [widths[-1], *decoder_widths]
-        self.up = nn.ModuleList(Rise(b + known, w, blocks, residual_expansion) for b, known, w, blocks in zip(below, widths[-2::-1], decoder_widths, decoder_blocks))
+        self.up = nn.ModuleList(
+            Rise(b + known, w, blocks, residual_expansion)
+            for b, known, w, blocks in zip(below, widths[-2::-1], decoder_widths, decoder_blocks)
+        )
         self.norm = nn.Identity()
 
     def stem(self, points: PointBatch) -> PointBatch:
         "Every point with its embedding; columns beyond the coordinates stay behind it."
         self.need_columns(points)
         self.need_rows(len(points), "stem")
-        columns = points.feat[:, :self.in_channels]
+        columns = points.feat[:, : self.in_channels]
         x = self.embed(columns) if len(points) else columns.new_zeros(0, self.embed_width)
         return points.with_feat(torch.cat([x, columns[:, 3:]], 1) if self.in_channels > 3 else x)
 
     def body(self, p: PointBatch) -> PointBatch:
         "Down to few anchors and back up to every point of `stem`."
-        if not len(p): return p.with_feat(p.feat.new_zeros(0, self.width))
-        columns, batch, x = torch.cat([p.xyz, p.feat[:, self.embed_width:]], 1), p.batch, p.feat[:, :self.embed_width]
+        if not len(p):
+            return p.with_feat(p.feat.new_zeros(0, self.width))
+        columns, batch, x = (
+            torch.cat([p.xyz, p.feat[:, self.embed_width :]], 1),
+            p.batch,
+            p.feat[:, : self.embed_width],
+        )
         levels = [(columns, x, batch)]
         for stage, reduce in zip(self.down, self.reduce):
             anchor = anchor_points(columns, batch, p.size, reduce, self.three_in_memory)
@@ -202,19 +277,43 @@ class PointMLP(Backbone):
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours."
         part, *rest = name.split(".")
-        if part == "embed": return ".".join(["embedding.net", *rest]), None
+        if part == "embed":
+            return ".".join(["embedding.net", *rest]), None
         number, what, *rest = rest
-        if what in ("alpha", "beta"): return f"local_grouper_list.{number}.affine_{what}", None
-        at = {"transfer": f"pre_blocks_list.{number}.transfer.net", "pre": f"pre_blocks_list.{number}.operation", "post": f"pos_blocks_list.{number}.operation",
-              "fuse": f"decode_list.{number}.fuse.net", "blocks": f"decode_list.{number}.extraction.operation"}[what]
+        if what in ("alpha", "beta"):
+            return f"local_grouper_list.{number}.affine_{what}", None
+        at = {
+            "transfer": f"pre_blocks_list.{number}.transfer.net",
+            "pre": f"pre_blocks_list.{number}.operation",
+            "post": f"pos_blocks_list.{number}.operation",
+            "fuse": f"decode_list.{number}.fuse.net",
+            "blocks": f"decode_list.{number}.extraction.operation",
+        }[what]
         return ".".join([at, *({"first": "net1", "second": "net2"}.get(r, r) for r in rest)]), None
 
     @classmethod
-    def from_released(cls,
-        kwargs: dict[str, Any],  # constructor arguments under their released names (embed_dim, k_neighbors, reducers, de_dims, ...)
+    def from_released(
+        cls,
+        kwargs: dict[
+            str, Any
+        ],  # constructor arguments under their released names (embed_dim, k_neighbors, reducers, de_dims, ...)
     ) -> PointMLP:
         "A model that computes what released code would; what is not named is as in the released pre-training model."
-        names = dict(embed_dim="embed_width", dim_expansion="expansion", k_neighbors="neighbours", reducers="reduce", pos_blocks="post_blocks",
-                     de_dims="decoder_widths", de_blocks="decoder_blocks", res_expansion="residual_expansion", in_channels="in_channels", pre_blocks="pre_blocks")
-        given = dict(in_channels=4) | cls.released_arguments(kwargs, names, fixed=dict(groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor"))
+        names = dict(
+            embed_dim="embed_width",
+            dim_expansion="expansion",
+            k_neighbors="neighbours",
+            reducers="reduce",
+            pos_blocks="post_blocks",
+            de_dims="decoder_widths",
+            de_blocks="decoder_blocks",
+            res_expansion="residual_expansion",
+            in_channels="in_channels",
+            pre_blocks="pre_blocks",
+        )
+        given = dict(in_channels=4) | cls.released_arguments(
+            kwargs,
+            names,
+            fixed=dict(groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor"),
+        )
         return cls(**given, three_in_memory=given["in_channels"] > 3)

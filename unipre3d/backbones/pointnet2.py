@@ -18,24 +18,33 @@ __all__ = ['shared_layers', 'SetAbstraction', 'FeaturePropagation', 'PointNet2']
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #40570d00
 def shared_layers(
-    in_width: int,            # columns in
+    in_width: int,  # columns in
     widths: tuple[int, ...],  # columns after each layer
 ) -> nn.Sequential:
     "Linear map, batch normalisation, ReLU, as often as there are widths, on rows."
-    return nn.Sequential(*[m for a, b in zip((in_width, *widths), widths) for m in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))])
+    return nn.Sequential(
+        *[
+            m
+            for a, b in zip((in_width, *widths), widths)
+            for m in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
+        ]
+    )
+
 
 class SetAbstraction(nn.Module):
     "Summaries of balls around centres (`radius`, `k`), or of whole clouds."
+
     def __init__(self, in_width: int, widths: tuple[int, ...]):
         super().__init__()
         self.layers = shared_layers(3 + in_width, widths)
 
-    def forward(self,
-        p: PointBatch,   # points of the level below
-        centres: int,    # centres for each cloud; a smaller cloud gets one for each of its points
-        radius: float,   # radius of the balls, object units
-        k: int,          # points that a ball holds at most; the first ones in the order of the cloud
-    ) -> PointBatch:     # the centres, feat [m widths[-1]]
+    def forward(
+        self,
+        p: PointBatch,  # points of the level below
+        centres: int,  # centres for each cloud; a smaller cloud gets one for each of its points
+        radius: float,  # radius of the balls, object units
+        k: int,  # points that a ball holds at most; the first ones in the order of the cloud
+    ) -> PointBatch:  # the centres, feat [m widths[-1]]
         "One row for each centre."
         centre = farthest_point_sample(p.xyz, p.batch, p.size, centres)
         near = ball_query(p.xyz[centre], p.batch[centre], p.xyz, p.batch, p.size, radius, k)
@@ -47,58 +56,97 @@ class SetAbstraction(nn.Module):
     def summarise(self, p: PointBatch) -> Tensor:
         "One row for each cloud, [B widths[-1]]; zeros for an empty one."
         x = self.layers(torch.cat([p.xyz, p.feat], 1))
-        return GroupMax.apply(to_padded(x, p.batch, p.size)[0])  # after ReLU nothing is below the zeros of the padding
+        return GroupMax.apply(
+            to_padded(x, p.batch, p.size)[0]
+        )  # after ReLU nothing is below the zeros of the padding
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #f0d76429
 class FeaturePropagation(nn.Module):
     "Summaries of a coarse level, handed to the points of a fine one."
+
     def __init__(self, in_width: int, widths: tuple[int, ...]):
         super().__init__()
         self.layers = shared_layers(in_width, widths)
 
-    def forward(self,
-        fine: PointBatch,             # points that want features; theirs are kept beside
+    def forward(
+        self,
+        fine: PointBatch,  # points that want features; theirs are kept beside
         coarse: PointBatch | Tensor,  # points that have them, or one row for each cloud [B c]
-    ) -> PointBatch:                  # fine, feat [n widths[-1]]
+    ) -> PointBatch:  # fine, feat [n widths[-1]]
         "One row for each point of `fine`."
-        if isinstance(coarse, PointBatch): lifted = interpolate(fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size)
-        else: lifted = coarse[fine.batch]
+        if isinstance(coarse, PointBatch):
+            lifted = interpolate(
+                fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size
+            )
+        else:
+            lifted = coarse[fine.batch]
         return fine.with_feat(self.layers(torch.cat([fine.feat, lifted], 1)))
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #686bac7d
 class PointNet2(Backbone):
     "PointNet++ with single-scale grouping and a decoder; returns one row for every point."
-    def __init__(self, *,
-        in_channels: int = 3,                    # columns of feat that are read; the first three are the coordinates
-        centres: tuple[int, ...] = (512, 128),   # centres of each level, for each cloud
-        radii: tuple[float, ...] = (.13, .26),   # radius of the balls of each level, object units
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,  # columns of feat that are read; the first three are the coordinates
+        centres: tuple[int, ...] = (512, 128),  # centres of each level, for each cloud
+        radii: tuple[float, ...] = (0.13, 0.26),  # radius of the balls of each level, object units
         neighbours: tuple[int, ...] = (32, 64),  # points in a ball
-        widths: tuple[tuple[int, ...], ...] = ((64, 64, 128), (128, 128, 256), (256, 512, 1024)),  # layers of each level; the last level is the whole cloud
-        decoder_widths: tuple[tuple[int, ...], ...] = ((256, 256), (256, 128), (128, 128, 128)),   # layers on the way up; the very last is `width`
+        widths: tuple[tuple[int, ...], ...] = (
+            (64, 64, 128),
+            (128, 128, 256),
+            (256, 512, 1024),
+        ),  # layers of each level; the last level is the whole cloud
+        decoder_widths: tuple[tuple[int, ...], ...] = (
+            (256, 256),
+            (256, 128),
+            (128, 128, 128),
+        ),  # layers on the way up; the very last is `width`
     ):
         super().__init__(locals())
-        if in_channels < 3: raise ValueError(f"PointNet2.in_channels: expected at least 3 (the coordinates), got {in_channels}")
-        for name, want in dict(radii=len(centres), neighbours=len(centres), widths=len(centres) + 1, decoder_widths=len(centres) + 1).items():
-            if len(self.config[name]) != want: raise ValueError(f"PointNet2.{name}: expected {want} entries for the {len(centres)} levels of centres, got {len(self.config[name])}")
+        if in_channels < 3:
+            raise ValueError(
+                f"PointNet2.in_channels: expected at least 3 (the coordinates), got {in_channels}"
+            )
+        for name, want in dict(
+            radii=len(centres),
+            neighbours=len(centres),
+            widths=len(centres) + 1,
+            decoder_widths=len(centres) + 1,
+        ).items():
+            if len(self.config[name]) != want:
+                raise ValueError(
+                    f"PointNet2.{name}: expected {want} entries for the {len(centres)} levels of centres, got {len(self.config[name])}"
+                )
         self.in_channels, self.levels = in_channels, list(zip(centres, radii, neighbours))
-        self.stem_width, self.body_width, self.width = in_channels, decoder_widths[-1][-1], decoder_widths[-1][-1]
+        self.stem_width, self.body_width, self.width = (
+            in_channels,
+            decoder_widths[-1][-1],
+            decoder_widths[-1][-1],
+        )
         known = [in_channels, *(w[-1] for w in widths)]
         self.down = nn.ModuleList(SetAbstraction(a, w) for a, w in zip(known, widths))
         below = [known[-1], *(w[-1] for w in decoder_widths)]
-        self.up = nn.ModuleList(FeaturePropagation(a + b, w) for a, b, w in zip(known[-2::-1], below, decoder_widths))
+        self.up = nn.ModuleList(
+            FeaturePropagation(a + b, w) for a, b, w in zip(known[-2::-1], below, decoder_widths)
+        )
         self.norm = nn.Identity()
 
     def stem(self, points: PointBatch) -> PointBatch:
         "Every point with the columns that the model reads."
         self.need_columns(points)
-        return points.with_feat(points.feat[:, :self.in_channels])
+        return points.with_feat(points.feat[:, : self.in_channels])
 
     def body(self, p: PointBatch) -> PointBatch:
         "Down to a summary of each cloud and back up to every point of `stem`."
-        if not len(p): return p.with_feat(p.feat.new_zeros(0, self.width))
+        if not len(p):
+            return p.with_feat(p.feat.new_zeros(0, self.width))
         self.need_rows(len(p), "body")
         seen = [p]
-        for abstraction, (centres, radius, k) in zip(self.down, self.levels): seen.append(abstraction(seen[-1], centres, radius, k))
+        for abstraction, (centres, radius, k) in zip(self.down, self.levels):
+            seen.append(abstraction(seen[-1], centres, radius, k))
         x = self.down[-1].summarise(seen[-1])
-        for propagation in self.up: x = propagation(seen.pop(), x)
+        for propagation in self.up:
+            x = propagation(seen.pop(), x)
         return x

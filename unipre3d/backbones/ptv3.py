@@ -25,27 +25,37 @@ __all__ = ['CURVES', 'curve_digits', 'curve_codes', 'Patches', 'cut_patches', 'a
 # %% ../../nbs/backbones/47_ptv3.ipynb #9dd4c0a5
 CURVES = ("z", "z-trans", "hilbert", "hilbert-trans")
 
+
 def curve_digits(
-    cell: Tensor,   # [n 3] long, each cloud counted from its own lowest cell
+    cell: Tensor,  # [n 3] long, each cloud counted from its own lowest cell
     batch: Tensor,  # [n] sorted cloud index
-    size: int,      # number of clouds B
+    size: int,  # number of clouds B
 ) -> Tensor:  # [B] long, 0 for a cloud within one cell
     "Binary digits of the largest coordinate of each cloud."
-    top = cell.new_zeros(size).scatter_reduce(0, batch, cell.amax(1), "amax") if len(cell) else cell.new_zeros(size)
+    top = (
+        cell.new_zeros(size).scatter_reduce(0, batch, cell.amax(1), "amax")
+        if len(cell)
+        else cell.new_zeros(size)
+    )
     return torch.frexp(top.double()).exponent.long()
 
+
 def curve_codes(
-    cell: Tensor,    # [n 3] long, each cloud counted from its own lowest cell
-    batch: Tensor,   # [n] sorted cloud index
+    cell: Tensor,  # [n 3] long, each cloud counted from its own lowest cell
+    batch: Tensor,  # [n] sorted cloud index
     digits: Tensor,  # [B] binary digits of each cloud, from `curve_digits`
-    curve: str,      # one of CURVES
+    curve: str,  # one of CURVES
 ) -> Tensor:  # [n] long: cloud, then place on the curve in 3 max(digits) binary digits
     "The place of each cell along a curve through its own cloud."
     depth = int(digits.max()) if len(digits) else 0
     if 3 * depth + len(digits).bit_length() > 63:
-        raise ValueError(f"curve_codes.cell: {len(digits)} clouds of up to 2^{depth} cells along an axis do not fit in a code; use a larger voxel_size")
-    if curve.endswith("-trans"): cell = cell[:, [1, 0, 2]]
-    if curve.startswith("z"): return batch << 3 * depth | z_code(cell, depth)
+        raise ValueError(
+            f"curve_codes.cell: {len(digits)} clouds of up to 2^{depth} cells along an axis do not fit in a code; use a larger voxel_size"
+        )
+    if curve.endswith("-trans"):
+        cell = cell[:, [1, 0, 2]]
+    if curve.startswith("z"):
+        return batch << 3 * depth | z_code(cell, depth)
     back = (torch.arange(3, device=cell.device) + (depth - digits)[batch, None]) % 3
     return batch << 3 * depth | hilbert_code(cell.gather(1, back), depth)
 
@@ -53,24 +63,30 @@ def curve_codes(
 @dataclass(frozen=True, eq=False)
 class Patches:
     "Which rows attend to one another."
-    rows: Tensor         # [s] the row that each place of each patch reads; s >= n, since some are borrowed
-    back: Tensor         # [n] the place at which each row has its result
-    lengths: Tensor      # [p] places in each patch
-    longest: int         # the largest of them
+
+    rows: Tensor  # [s] the row that each place of each patch reads; s >= n, since some are borrowed
+    back: Tensor  # [n] the place at which each row has its result
+    lengths: Tensor  # [p] places in each patch
+    longest: int  # the largest of them
     mask: Tensor | None  # [p longest] bool, true where a place is in use; None if all are
 
+
 def cut_patches(
-    order: Tensor,   # [n] rows along the curve, cloud after cloud
+    order: Tensor,  # [n] rows along the curve, cloud after cloud
     counts: Tensor,  # [B] rows of each cloud
-    patch: int,      # places in a patch
+    patch: int,  # places in a patch
 ) -> Patches:
     "Cut the row of each cloud; the last patch borrows the end of the one before."
     clouds, short = torch.arange(len(counts), device=order.device), counts <= patch
     cuts = torch.where(short, counts.clamp(max=1), (counts + patch - 1) // patch)
     places = torch.where(short, counts, cuts * patch)
-    ahead = places.cumsum(0) - places - counts.cumsum(0) + counts  # places before this cloud that hold a borrowed row
+    ahead = (
+        places.cumsum(0) - places - counts.cumsum(0) + counts
+    )  # places before this cloud that hold a borrowed row
     owner = clouds.repeat_interleave(places)
-    rank = torch.arange(len(owner), device=order.device) - ahead[owner]  # in `order`, if nothing were borrowed
+    rank = (
+        torch.arange(len(owner), device=order.device) - ahead[owner]
+    )  # in `order`, if nothing were borrowed
     rank = torch.where(rank < counts.cumsum(0)[owner], rank, rank - patch)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device) + ahead.repeat_interleave(counts)
@@ -81,43 +97,53 @@ def cut_patches(
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #b28546fe
 def attend_rectangle(
-    qkv: Tensor,       # [s 3 heads d] queries, keys and values at the places of the patches
+    qkv: Tensor,  # [s 3 heads d] queries, keys and values at the places of the patches
     patches: Patches,
 ) -> Tensor:  # [s heads d]
     "Softmax attention within each patch, by torch."
     shape = (len(patches.lengths), patches.longest, *qkv.shape[1:])
-    x = qkv.view(shape) if patches.mask is None else qkv.new_zeros(shape).index_put((patches.mask,), qkv)
+    x = (
+        qkv.view(shape)
+        if patches.mask is None
+        else qkv.new_zeros(shape).index_put((patches.mask,), qkv)
+    )
     q, k, v = x.permute(2, 0, 3, 1, 4)
     seen = None if patches.mask is None else patches.mask[:, None, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
     return y.flatten(0, 1) if patches.mask is None else y[patches.mask]
 
+
 @functools.cache
 def flash_kernel():
     "flash-attention's function for packed sequences; None where the package is not installed."
-    if importlib.util.find_spec("flash_attn") is None: return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
     return getattr(importlib.import_module("flash_attn"), "flash_attn_varlen_qkvpacked_func", None)
 
+
 def attend(
-    qkv: Tensor,       # [s 3 heads d] queries, keys and values at the places of the patches
+    qkv: Tensor,  # [s 3 heads d] queries, keys and values at the places of the patches
     patches: Patches,
 ) -> Tensor:  # [s heads d]
     "Softmax attention within each patch: flash-attention on CUDA in half precision where it is installed, else `attend_rectangle`."
     packed = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and flash_kernel()
-    if not packed: return attend_rectangle(qkv, patches)
+    if not packed:
+        return attend_rectangle(qkv, patches)
     return packed(qkv.contiguous(), F.pad(patches.lengths.cumsum(0), (1, 0)).int(), patches.longest)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #f271c746
 @dataclass(frozen=True, eq=False)
 class Level:
     "The cells of one resolution, and what is known about them."
-    cells: SparseTensor           # without features; caches its rulebooks
-    codes: tuple[Tensor, ...]     # [n] long for each curve, clouds in front
-    depth: int                    # binary digits of a coordinate in the codes
-    inverse: Tensor | None = None # [rows of the finer level]: their rows here
+
+    cells: SparseTensor  # without features; caches its rulebooks
+    codes: tuple[Tensor, ...]  # [n] long for each curve, clouds in front
+    depth: int  # binary digits of a coordinate in the codes
+    inverse: Tensor | None = None  # [rows of the finer level]: their rows here
     cut: dict = field(default_factory=dict, repr=False)  # patches by curve and length
 
-    def __len__(self): return len(self.cells)
+    def __len__(self):
+        return len(self.cells)
 
     def patches(self, curve: int, patch: int) -> Patches:
         "The patches along a curve, by its place in `codes`."
@@ -131,15 +157,17 @@ class Level:
         codes = tuple(self.codes[i] for i in torch.randperm(len(self.codes)).tolist())
         return Level(self.cells, codes, self.depth, self.inverse)
 
+
 def finest_level(
-    cells: SparseTensor,       # each cloud counted from its own lowest cell
-    curves: tuple[str, ...],   # names from CURVES
+    cells: SparseTensor,  # each cloud counted from its own lowest cell
+    curves: tuple[str, ...],  # names from CURVES
 ) -> Level:
     "The level of the voxels themselves."
     batch, cell = cells.index[:, 0], cells.index[:, 1:]
     digits = curve_digits(cell, batch, cells.size)
     codes = tuple(curve_codes(cell, batch, digits, curve) for curve in curves)
     return Level(cells.with_feat(cells.feat[:, :0]), codes, int(digits.max()) if len(digits) else 0)
+
 
 def coarser_level(
     level: Level,
@@ -149,48 +177,64 @@ def coarser_level(
     bits = min(stride.bit_length() - 1, level.depth)
     codes, inverse = (level.codes[0] >> 3 * bits).unique(return_inverse=True)
     member = torch.empty_like(codes)
-    member[inverse] = torch.arange(len(inverse), device=codes.device)  # any member will do: all agree in the digits that stay
+    member[inverse] = torch.arange(
+        len(inverse), device=codes.device
+    )  # any member will do: all agree in the digits that stay
     index = level.cells.index[member] >> torch.tensor([0, bits, bits, bits], device=codes.device)
     shape = tuple((s - 1 >> bits) + 1 for s in level.cells.shape)
     cells = SparseTensor(level.cells.feat.new_zeros(len(index), 0), index, shape, level.cells.size)
-    return Level(cells, tuple(c[member] >> 3 * bits for c in level.codes), level.depth - bits, inverse)
+    return Level(
+        cells, tuple(c[member] >> 3 * bits for c in level.codes), level.depth - bits, inverse
+    )
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #f92bf83c
 def row_norm(width: int) -> nn.BatchNorm1d:
     "The batch normalisation of this model: rare updates and a large epsilon."
-    return nn.BatchNorm1d(width, eps=1e-3, momentum=.01)
+    return nn.BatchNorm1d(width, eps=1e-3, momentum=0.01)
+
 
 class Down(nn.Module):
     "Rows to the next coarser level: a layer, and the maximum over the members of each cell."
-    def __init__(self,
-        c_in: int,   # channels of the finer level
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the finer level
         c_out: int,  # channels of the coarser one
     ):
         super().__init__()
         self.proj, self.norm = nn.Linear(c_in, c_out), row_norm(c_out)
 
-    def forward(self,
-        x: Tensor,      # [n c_in]
+    def forward(
+        self,
+        x: Tensor,  # [n c_in]
         coarse: Level,  # whose `inverse` says where each row goes
     ) -> Tensor:  # [rows of `coarse`, c_out]
         x = self.proj(x)
-        top = x.new_empty(len(coarse), x.shape[1]).scatter_reduce(0, coarse.inverse[:, None].expand_as(x), x, "amax", include_self=False)
+        top = x.new_empty(len(coarse), x.shape[1]).scatter_reduce(
+            0, coarse.inverse[:, None].expand_as(x), x, "amax", include_self=False
+        )
         return F.gelu(self.norm(top))
+
 
 class Up(nn.Module):
     "Rows of the next coarser level to their members, beside the rows that were here before."
-    def __init__(self,
-        c_in: int,    # channels of the coarser level
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the coarser level
         c_skip: int,  # channels that the encoder had here
         c_out: int,
     ):
         super().__init__()
-        self.proj, self.proj_skip = (nn.Sequential(nn.Linear(c, c_out), row_norm(c_out), nn.GELU()) for c in (c_in, c_skip))
+        self.proj, self.proj_skip = (
+            nn.Sequential(nn.Linear(c, c_out), row_norm(c_out), nn.GELU()) for c in (c_in, c_skip)
+        )
 
-    def forward(self,
-        x: Tensor,      # [rows of `coarse`, c_in]
+    def forward(
+        self,
+        x: Tensor,  # [rows of `coarse`, c_in]
         coarse: Level,
-        skip: Tensor,   # [n c_skip]
+        skip: Tensor,  # [n c_skip]
     ) -> tuple[Tensor, Tensor]:  # the sum [n c_out], and the part of it that was here before
         skip = self.proj_skip(skip)
         return skip + self.proj(x)[coarse.inverse], skip
@@ -198,7 +242,9 @@ class Up(nn.Module):
 # %% ../../nbs/backbones/47_ptv3.ipynb #011959fd
 class PatchAttention(nn.Module):
     "Multi-head attention within patches, on packed rows [n width]."
-    def __init__(self,
+
+    def __init__(
+        self,
         width: int,
         heads: int,  # must divide width
     ):
@@ -210,25 +256,40 @@ class PatchAttention(nn.Module):
         qkv = self.qkv(x)[patches.rows].unflatten(1, (3, self.heads, -1))
         return self.proj(attend(qkv, patches).flatten(1)[patches.back])
 
+
 class Block(nn.Module):
     "Where am I, attention within patches along one curve, MLP; on packed rows [n width]."
-    def __init__(self,
+
+    def __init__(
+        self,
         width: int,
-        heads: int,              # must divide width
+        heads: int,  # must divide width
         *,
-        curve: int,              # which of the level's curves to walk
-        patch: int,              # rows of a patch
-        mlp_ratio: float = 4.,   # hidden width of the MLP over width
-        drop_path: float = 0.,   # probability with which a row goes without a branch, in training
+        curve: int,  # which of the level's curves to walk
+        patch: int,  # rows of a patch
+        mlp_ratio: float = 4.0,  # hidden width of the MLP over width
+        drop_path: float = 0.0,  # probability with which a row goes without a branch, in training
     ):
         super().__init__()
-        self.curve, self.patch, self.drop_path, hidden = curve, patch, drop_path, int(mlp_ratio * width)
-        self.cpe = nn.ModuleList([SubMConv3d(width, width, 3, bias=True), nn.Linear(width, width), nn.LayerNorm(width)])
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(width), PatchAttention(width, heads), nn.LayerNorm(width)
+        self.curve, self.patch, self.drop_path, hidden = (
+            curve,
+            patch,
+            drop_path,
+            int(mlp_ratio * width),
+        )
+        self.cpe = nn.ModuleList(
+            [SubMConv3d(width, width, 3, bias=True), nn.Linear(width, width), nn.LayerNorm(width)]
+        )
+        self.norm1, self.attn, self.norm2 = (
+            nn.LayerNorm(width),
+            PatchAttention(width, heads),
+            nn.LayerNorm(width),
+        )
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self,
-        x: Tensor,                   # [n width]
+    def forward(
+        self,
+        x: Tensor,  # [n width]
         level: Level,
         seen: Tensor | None = None,  # [n width] what the convolution sees, if not x
     ) -> Tensor:
@@ -242,108 +303,230 @@ class Block(nn.Module):
 def _each(name: str, value: Any, count: int) -> tuple:
     "A tuple of this length, from one value for all or from one for each."
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
-    if len(values) != count: raise ValueError(f"PTv3.{name}: expected {count} values (one for each stage), got {len(values)}")
+    if len(values) != count:
+        raise ValueError(
+            f"PTv3.{name}: expected {count} values (one for each stage), got {len(values)}"
+        )
     return values
+
 
 class PTv3(Backbone):
     "Point Transformer V3 (Wu et al., 2024) as released with UniPre3D; returns one row for each occupied voxel."
+
     columns = "any"
 
-    def __init__(self, *,
-        in_channels: int = 6,                                  # columns of feat that are read
-        voxel_size: float = .02,                               # edge of a voxel, metres or object units
-        order: tuple[str, ...] = CURVES,                       # curves that the blocks of a stage walk in turn
-        stride: tuple[int, ...] = (2, 2, 2, 2),                # how much larger cells get between stages; powers of two
-        enc_depths: tuple[int, ...] = (2, 2, 2, 6, 2),         # blocks of each encoder stage, finest first
+    def __init__(
+        self,
+        *,
+        in_channels: int = 6,  # columns of feat that are read
+        voxel_size: float = 0.02,  # edge of a voxel, metres or object units
+        order: tuple[str, ...] = CURVES,  # curves that the blocks of a stage walk in turn
+        stride: tuple[int, ...] = (
+            2,
+            2,
+            2,
+            2,
+        ),  # how much larger cells get between stages; powers of two
+        enc_depths: tuple[int, ...] = (2, 2, 2, 6, 2),  # blocks of each encoder stage, finest first
         enc_channels: tuple[int, ...] = (32, 64, 128, 256, 512),
         enc_num_head: tuple[int, ...] = (2, 4, 8, 16, 32),
-        enc_patch_size: int | tuple[int, ...] = 1024,          # rows of a patch, for all stages or for each
-        dec_depths: tuple[int, ...] = (2, 2, 2, 2),            # blocks of each decoder stage, finest first
+        enc_patch_size: int | tuple[int, ...] = 1024,  # rows of a patch, for all stages or for each
+        dec_depths: tuple[int, ...] = (2, 2, 2, 2),  # blocks of each decoder stage, finest first
         dec_channels: tuple[int, ...] = (64, 64, 128, 256),
         dec_num_head: tuple[int, ...] = (4, 4, 8, 16),
         dec_patch_size: int | tuple[int, ...] = 1024,
-        mlp_ratio: float = 4.,                                 # hidden width of the MLP over its width
-        drop_path: float = .3,                                 # stochastic depth of the deepest block; the first has none
-        shuffle_orders: bool = True,                           # in training, curves in random order at every level
+        mlp_ratio: float = 4.0,  # hidden width of the MLP over its width
+        drop_path: float = 0.3,  # stochastic depth of the deepest block; the first has none
+        shuffle_orders: bool = True,  # in training, curves in random order at every level
     ):
         super().__init__(locals())
         stages = len(enc_depths)
-        encoder = [_each(k, self.config[k], stages) for k in ("enc_channels", "enc_num_head", "enc_depths", "enc_patch_size")]
-        decoder = [_each(k, self.config[k], stages - 1) for k in ("dec_channels", "dec_num_head", "dec_depths", "dec_patch_size")]
+        encoder = [
+            _each(k, self.config[k], stages)
+            for k in ("enc_channels", "enc_num_head", "enc_depths", "enc_patch_size")
+        ]
+        decoder = [
+            _each(k, self.config[k], stages - 1)
+            for k in ("dec_channels", "dec_num_head", "dec_depths", "dec_patch_size")
+        ]
         self._check(encoder, decoder)
-        self.in_channels, self.voxel_size, self.order, self.shuffle_orders = in_channels, voxel_size, tuple(order), shuffle_orders
-        self.stride, widths, coming = _each("stride", stride, stages - 1), encoder[0], (*decoder[0], encoder[0][-1])
+        self.in_channels, self.voxel_size, self.order, self.shuffle_orders = (
+            in_channels,
+            voxel_size,
+            tuple(order),
+            shuffle_orders,
+        )
+        self.stride, widths, coming = (
+            _each("stride", stride, stages - 1),
+            encoder[0],
+            (*decoder[0], encoder[0][-1]),
+        )
         self.stem_width, self.body_width, self.width = widths[0], coming[0], coming[0]
         self.conv, self.conv_norm = SubMConv3d(in_channels, widths[0], 5), row_norm(widths[0])
         self.down = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
         self.enc = self._stages(*encoder, mlp_ratio, drop_path)
-        self.up = nn.ModuleList(Up(below, skip, here) for below, skip, here in zip(coming[1:], widths, coming))
+        self.up = nn.ModuleList(
+            Up(below, skip, here) for below, skip, here in zip(coming[1:], widths, coming)
+        )
         self.dec = self._stages(*decoder, mlp_ratio, drop_path, backwards=True)
         self.norm = nn.Identity()
 
     def _check(self, encoder: list[tuple], decoder: list[tuple]) -> None:
         c = self.config
-        if not c["voxel_size"] > 0: raise ValueError(f"PTv3.voxel_size: expected a length above 0, got {c['voxel_size']}")
-        if not c["order"] or set(c["order"]) - set(CURVES): raise ValueError(f"PTv3.order: expected some of {', '.join(CURVES)}, got {c['order']}")
+        if not c["voxel_size"] > 0:
+            raise ValueError(f"PTv3.voxel_size: expected a length above 0, got {c['voxel_size']}")
+        if not c["order"] or set(c["order"]) - set(CURVES):
+            raise ValueError(f"PTv3.order: expected some of {', '.join(CURVES)}, got {c['order']}")
         for s in _each("stride", c["stride"], len(encoder[0]) - 1):
-            if s < 1 or s & s - 1: raise ValueError(f"PTv3.stride: expected powers of two, got {s}")
+            if s < 1 or s & s - 1:
+                raise ValueError(f"PTv3.stride: expected powers of two, got {s}")
         for name, (widths, heads, _, patches) in (("enc", encoder), ("dec", decoder)):
-            if min(patches) < 1: raise ValueError(f"PTv3.{name}_patch_size: expected at least 1, got {patches}")
+            if min(patches) < 1:
+                raise ValueError(f"PTv3.{name}_patch_size: expected at least 1, got {patches}")
             for width, head in zip(widths, heads):
-                if width % head: raise ValueError(f"PTv3.{name}_num_head: expected divisors of {name}_channels = {widths}, got {heads}")
+                if width % head:
+                    raise ValueError(
+                        f"PTv3.{name}_num_head: expected divisors of {name}_channels = {widths}, got {heads}"
+                    )
 
-    def _stages(self, widths: tuple, heads: tuple, depths: tuple, patches: tuple, mlp_ratio: float, drop_path: float, backwards: bool = False) -> nn.ModuleList:
+    def _stages(
+        self,
+        widths: tuple,
+        heads: tuple,
+        depths: tuple,
+        patches: tuple,
+        mlp_ratio: float,
+        drop_path: float,
+        backwards: bool = False,
+    ) -> nn.ModuleList:
         "The blocks of each stage; stochastic depth rises to the bottom of the U (`backwards`: and falls again)."
         rates, stages = torch.linspace(0, drop_path, sum(depths)).tolist(), nn.ModuleList()
         for width, head, depth, patch in zip(widths, heads, depths, patches):
-            mine, rates = rates[:depth][::-1 if backwards else 1], rates[depth:]
-            stages.append(nn.ModuleList(Block(width, head, curve=i % len(self.order), patch=patch, mlp_ratio=mlp_ratio, drop_path=rate) for i, rate in enumerate(mine)))
+            mine, rates = rates[:depth][:: -1 if backwards else 1], rates[depth:]
+            stages.append(
+                nn.ModuleList(
+                    Block(
+                        width,
+                        head,
+                        curve=i % len(self.order),
+                        patch=patch,
+                        mlp_ratio=mlp_ratio,
+                        drop_path=rate,
+                    )
+                    for i, rate in enumerate(mine)
+                )
+            )
         return stages
 
     def stem(self, points: PointBatch) -> PointBatch:
         "One row for each occupied voxel, in the order of their first points: mean of the features, then a sparse convolution over 5 x 5 x 5 cells."
         self.need_columns(points)
-        p, _ = merge_voxels(points.with_feat(points.feat[:, :self.in_channels]), self.voxel_size)
+        p, _ = merge_voxels(points.with_feat(points.feat[:, : self.in_channels]), self.voxel_size)
         self.need_rows(len(p), "stem")
-        if not len(p): return p.with_feat(p.feat.new_zeros(0, self.stem_width))
+        if not len(p):
+            return p.with_feat(p.feat.new_zeros(0, self.stem_width))
         return p.with_feat(F.gelu(self.conv_norm(self.conv(point_cells(p, self.voxel_size)).feat)))
 
     def levels(self, p: PointBatch) -> list[Level]:
         "All resolutions, finest first."
-        mix = (lambda level: level.shuffled()) if self.training and self.shuffle_orders else (lambda level: level)
+        mix = (
+            (lambda level: level.shuffled())
+            if self.training and self.shuffle_orders
+            else (lambda level: level)
+        )
         levels = [mix(finest_level(point_cells(p, self.voxel_size), self.order))]
-        for stride in self.stride: levels.append(mix(coarser_level(levels[-1], stride)))
+        for stride in self.stride:
+            levels.append(mix(coarser_level(levels[-1], stride)))
         return levels
 
     def body(self, p: PointBatch) -> PointBatch:
         "The U: rows [n stem_width], at most one a voxel, to rows [n width] in the same order. Cells are worked out anew, so fusion may have added some."
-        if not len(p): return p.with_feat(p.feat.new_zeros(0, self.body_width))
+        if not len(p):
+            return p.with_feat(p.feat.new_zeros(0, self.body_width))
         x, skips, levels = p.feat, [], self.levels(p)
         self.need_rows(len(levels[-1]), "body")
         for i, (level, blocks) in enumerate(zip(levels, self.enc)):
-            if i: skips.append(x); x = self.down[i - 1](x, level)
-            for block in blocks: x = block(x, level)
+            if i:
+                skips.append(x)
+                x = self.down[i - 1](x, level)
+            for block in blocks:
+                x = block(x, level)
         for i in reversed(range(len(self.dec))):
             x, seen = self.up[i](x, levels[i + 1], skips[i])
-            for block in self.dec[i]: x, seen = block(x, levels[i], seen), None
+            for block in self.dec[i]:
+                x, seen = block(x, levels[i], seen), None
         return p.with_feat(x)
 
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours."
         stage = lambda m: f"enc.enc{int(m[1]) + 1}.down."
-        for ours, theirs in ((r"^conv_norm\.", "embedding.stem.norm."), (r"^conv\.", "embedding.stem.conv."), (r"^down\.(\d+)\.", stage), (r"\.down\.norm\.", ".down.norm.0."),
-                             (r"^up\.(\d+)\.", r"dec.dec\1.up."), (r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\1\2.block\3."), (r"\.(norm[12])\.", r".\1.0."), (r"\.(fc[12])\.", r".mlp.0.\1.")):
+        for ours, theirs in (
+            (r"^conv_norm\.", "embedding.stem.norm."),
+            (r"^conv\.", "embedding.stem.conv."),
+            (r"^down\.(\d+)\.", stage),
+            (r"\.down\.norm\.", ".down.norm.0."),
+            (r"^up\.(\d+)\.", r"dec.dec\1.up."),
+            (r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\1\2.block\3."),
+            (r"\.(norm[12])\.", r".\1.0."),
+            (r"\.(fc[12])\.", r".mlp.0.\1."),
+        ):
             name = re.sub(ours, theirs, name)
         return name, None
 
     @classmethod
-    def from_released(cls,
+    def from_released(
+        cls,
         kwargs: dict[str, Any],  # constructor arguments as released code names them
     ) -> PTv3:
         "A model of the shape that released code would build. What is not named has the released constructor's default; what changes no value is accepted."
-        names = ("in_channels", "order", "stride", "enc_depths", "enc_channels", "enc_num_head", "enc_patch_size", "dec_depths", "dec_channels", "dec_num_head",
-                 "dec_patch_size", "mlp_ratio", "drop_path", "shuffle_orders", "voxel_size")
-        fixed = dict(qkv_bias=True, qk_scale=None, attn_drop=0., proj_drop=0., pre_norm=True, enable_rpe=False, cls_mode=False, pdnorm_bn=False, pdnorm_ln=False)
-        unused = frozenset(("enable_flash", "upcast_attention", "upcast_softmax", "pdnorm_decouple", "pdnorm_adaptive", "pdnorm_affine", "pdnorm_conditions", "cfg"))
-        given = dict(order=("z", "z-trans"), enc_patch_size=48, dec_patch_size=48) | cls.released_arguments(kwargs, {n: n for n in names}, fixed, unused)
-        return cls(**given | dict(order=_each("order", given["order"], 1) if isinstance(given["order"], str) else given["order"]))
+        names = (
+            "in_channels",
+            "order",
+            "stride",
+            "enc_depths",
+            "enc_channels",
+            "enc_num_head",
+            "enc_patch_size",
+            "dec_depths",
+            "dec_channels",
+            "dec_num_head",
+            "dec_patch_size",
+            "mlp_ratio",
+            "drop_path",
+            "shuffle_orders",
+            "voxel_size",
+        )
+        fixed = dict(
+            qkv_bias=True,
+            qk_scale=None,
+            attn_drop=0.0,
+            proj_drop=0.0,
+            pre_norm=True,
+            enable_rpe=False,
+            cls_mode=False,
+            pdnorm_bn=False,
+            pdnorm_ln=False,
+        )
+        unused = frozenset(
+            (
+                "enable_flash",
+                "upcast_attention",
+                "upcast_softmax",
+                "pdnorm_decouple",
+                "pdnorm_adaptive",
+                "pdnorm_affine",
+                "pdnorm_conditions",
+                "cfg",
+            )
+        )
+        given = dict(
+            order=("z", "z-trans"), enc_patch_size=48, dec_patch_size=48
+        ) | cls.released_arguments(kwargs, {n: n for n in names}, fixed, unused)
+        return cls(
+            **given
+            | dict(
+                order=_each("order", given["order"], 1)
+                if isinstance(given["order"], str)
+                else given["order"]
+            )
+        )

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, Source
 from ..core import PointBatch
-from ..geometry.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, merge_voxels, point_cells
+from unipre3d.geometry.sparse import (
+    SparseConv3d,
+    SparseInverseConv3d,
+    SparseTensor,
+    SubMConv3d,
+    merge_voxels,
+    point_cells,
+)
 
 # %% auto #0
 __all__ = ['ConvNorm', 'ResidualBlock', 'unscramble', 'SparseUNet']
@@ -20,31 +27,47 @@ __all__ = ['ConvNorm', 'ResidualBlock', 'unscramble', 'SparseUNet']
 # %% ../../nbs/backbones/46_sparseunet.ipynb #2855c5f6
 class ConvNorm(nn.Module):
     "A sparse convolution, batch normalisation and, if asked, ReLU."
-    def __init__(self,
-        conv: nn.Module,    # one of the three sparse layers, without bias
+
+    def __init__(
+        self,
+        conv: nn.Module,  # one of the three sparse layers, without bias
         relu: bool = True,
     ):
         super().__init__()
-        self.conv, self.norm, self.relu = conv, nn.BatchNorm1d(conv.out_channels, eps=1e-3, momentum=.01), relu
+        self.conv, self.norm, self.relu = (
+            conv,
+            nn.BatchNorm1d(conv.out_channels, eps=1e-3, momentum=0.01),
+            relu,
+        )
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         y = self.conv(x)
-        if not len(y): return y
+        if not len(y):
+            return y
         if self.training and len(y) == 1:
-            raise ValueError("SparseUNet: expected at least 2 cells at every level while training (batch normalisation), got 1; use more or larger clouds, or call eval()")
+            raise ValueError(
+                "SparseUNet: expected at least 2 cells at every level while training (batch normalisation), got 1; use more or larger clouds, or call eval()"
+            )
         feat = self.norm(y.feat)
         return y.with_feat(F.relu(feat) if self.relu else feat)
 
+
 class ResidualBlock(nn.Module):
     "Two submanifold convolutions and a shortcut."
-    def __init__(self,
-        in_channels: int,   # width of the features that come in
+
+    def __init__(
+        self,
+        in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out; the shortcut is a linear layer where they differ
     ):
         super().__init__()
         self.first = ConvNorm(SubMConv3d(in_channels, out_channels))
         self.second = ConvNorm(SubMConv3d(out_channels, out_channels), relu=False)
-        self.proj = None if in_channels == out_channels else ConvNorm(SubMConv3d(in_channels, out_channels, 1), relu=False)
+        self.proj = (
+            None
+            if in_channels == out_channels
+            else ConvNorm(SubMConv3d(in_channels, out_channels, 1), relu=False)
+        )
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         y, shortcut = self.second(self.first(x)), x if self.proj is None else self.proj(x)
@@ -57,40 +80,81 @@ def unscramble(
     "What spconv 2 makes of a kernel of size one: the memory of [out in], read as [in out]."
     return weight.reshape(weight.shape[-1], weight.shape[0]).T.contiguous()
 
+
 class SparseUNet(Backbone):
     "The sparse residual U-Net of the released scene models (MinkUNet34 in its layers); one row for each voxel."
+
     columns = "any"
 
-    def __init__(self, *,
-        in_channels: int = 6,               # columns of the points' features that are read
-        base_channels: int = 32,            # width of the stem
-        channels: tuple[int, ...] = (32, 64, 128, 256, 256, 128, 96, 96),  # width of each level, down and then up
-        layers: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2),                # residual blocks of each level, down and then up
-        out_channels: int | None = None,    # of a last linear layer; None leaves it out
-        voxel_size: float = .02,            # edge of a voxel, in the unit of xyz (metres)
+    def __init__(
+        self,
+        *,
+        in_channels: int = 6,  # columns of the points' features that are read
+        base_channels: int = 32,  # width of the stem
+        channels: tuple[int, ...] = (
+            32,
+            64,
+            128,
+            256,
+            256,
+            128,
+            96,
+            96,
+        ),  # width of each level, down and then up
+        layers: tuple[int, ...] = (
+            2,
+            3,
+            4,
+            6,
+            2,
+            2,
+            2,
+            2,
+        ),  # residual blocks of each level, down and then up
+        out_channels: int | None = None,  # of a last linear layer; None leaves it out
+        voxel_size: float = 0.02,  # edge of a voxel, in the unit of xyz (metres)
     ):
         super().__init__(locals())
         if len(channels) != len(layers) or len(channels) % 2 or not channels:
-            raise ValueError(f"SparseUNet.channels: expected as many as layers, an even number, got {len(channels)} channels and {len(layers)} layers")
-        if not voxel_size > 0: raise ValueError(f"SparseUNet.voxel_size: expected a length above 0, got {voxel_size}")
-        self.in_channels, self.stem_width, self.voxel_size, half = in_channels, base_channels, voxel_size, len(channels) // 2
+            raise ValueError(
+                f"SparseUNet.channels: expected as many as layers, an even number, got {len(channels)} channels and {len(layers)} layers"
+            )
+        if not voxel_size > 0:
+            raise ValueError(f"SparseUNet.voxel_size: expected a length above 0, got {voxel_size}")
+        self.in_channels, self.stem_width, self.voxel_size, half = (
+            in_channels,
+            base_channels,
+            voxel_size,
+            len(channels) // 2,
+        )
         self.width = self.body_width = out_channels or channels[-1]
-        before = [base_channels, *channels[:half]]                      # width of what a level down gets, and of what is kept for the way up
-        down, up = channels[:half], channels[:half - 1:-1]              # level 0 is the finest
-        below = [*up[1:], channels[half - 1]]                           # width of what comes up to a level
+        before = [
+            base_channels,
+            *channels[:half],
+        ]  # width of what a level down gets, and of what is kept for the way up
+        down, up = channels[:half], channels[: half - 1 : -1]  # level 0 is the finest
+        below = [*up[1:], channels[half - 1]]  # width of what comes up to a level
         self.conv_input = ConvNorm(SubMConv3d(in_channels, base_channels, 5))
         self.down = nn.ModuleList(ConvNorm(SparseConv3d(a, b)) for a, b in zip(before, down))
-        self.enc = nn.ModuleList(nn.Sequential(*[ResidualBlock(c, c) for _ in range(n)]) for c, n in zip(down, layers))
+        self.enc = nn.ModuleList(
+            nn.Sequential(*[ResidualBlock(c, c) for _ in range(n)]) for c, n in zip(down, layers)
+        )
         self.up = nn.ModuleList(ConvNorm(SparseInverseConv3d(a, b)) for a, b in zip(below, up))
-        self.dec = nn.ModuleList(nn.Sequential(ResidualBlock(c + skip, c), *[ResidualBlock(c, c) for _ in range(n - 1)])
-                                 for c, skip, n in zip(up, before, layers[::-1]))
-        self.final = SubMConv3d(channels[-1], out_channels, 1, bias=True) if out_channels else nn.Identity()
+        self.dec = nn.ModuleList(
+            nn.Sequential(ResidualBlock(c + skip, c), *[ResidualBlock(c, c) for _ in range(n - 1)])
+            for c, skip, n in zip(up, before, layers[::-1])
+        )
+        self.final = (
+            SubMConv3d(channels[-1], out_channels, 1, bias=True) if out_channels else nn.Identity()
+        )
         self.norm = nn.Identity()
 
     def stem(self, points: PointBatch) -> PointBatch:
         "One row for each occupied voxel, in the order of first points, with the features of the first convolution."
         self.need_columns(points)
-        voxels, _ = merge_voxels(points.with_feat(points.feat[:, :self.in_channels]), self.voxel_size)
+        voxels, _ = merge_voxels(
+            points.with_feat(points.feat[:, : self.in_channels]), self.voxel_size
+        )
         return voxels.with_feat(self.conv_input(point_cells(voxels, self.voxel_size)).feat)
 
     def body(self, p: PointBatch) -> PointBatch:
@@ -107,14 +171,28 @@ class SparseUNet(Backbone):
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours; kernels of size one are unscrambled."
         key = re.sub(r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\2.block\3.", name)
-        for ours, theirs in ((".first.conv.", ".conv1."), (".first.norm.", ".bn1."), (".second.conv.", ".conv2."), (".second.norm.", ".bn2."), (".conv.", ".0."), (".norm.", ".1.")):
+        for ours, theirs in (
+            (".first.conv.", ".conv1."),
+            (".first.norm.", ".bn1."),
+            (".second.conv.", ".conv2."),
+            (".second.norm.", ".bn2."),
+            (".conv.", ".0."),
+            (".norm.", ".1."),
+        ):
             key = key.replace(ours, theirs)
         return key, unscramble if name.endswith(("proj.conv.weight", "final.weight")) else None
 
     @classmethod
-    def from_released(cls,
+    def from_released(
+        cls,
         kwargs: dict,  # constructor arguments as released: in_channels, num_classes, base_channels, channels, layers
     ) -> SparseUNet:
         "A model of the shape that released code would build."
-        names = {k: k for k in ("in_channels", "base_channels", "channels", "layers")} | {"num_classes": "out_channels"}
-        return cls(**cls.released_arguments(kwargs, names, fixed={"cls_mode": False}, unused=frozenset({"cfg"})))
+        names = {k: k for k in ("in_channels", "base_channels", "channels", "layers")} | {
+            "num_classes": "out_channels"
+        }
+        return cls(
+            **cls.released_arguments(
+                kwargs, names, fixed={"cls_mode": False}, unused=frozenset({"cfg"})
+            )
+        )

@@ -29,12 +29,20 @@ def choose_views(
     n_ref: int,  # views that the model sees
     n_target: int,  # views that it must render
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:  # numbers of the reference and of the target views, none in both
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # numbers of the reference and of the target views, none in both
     "Reference and target views, disjoint (section 1 of the paper's method)."
-    if min(n_ref, n_target) < 1: raise ValueError(f"choose_views: expected n_ref and n_target of at least 1, got {n_ref} and {n_target}")
-    if n_ref + n_target > n_views: raise ValueError(f"choose_views: expected n_ref + n_target <= {n_views} views, got {n_ref} + {n_target}")
+    if min(n_ref, n_target) < 1:
+        raise ValueError(
+            f"choose_views: expected n_ref and n_target of at least 1, got {n_ref} and {n_target}"
+        )
+    if n_ref + n_target > n_views:
+        raise ValueError(
+            f"choose_views: expected n_ref + n_target <= {n_views} views, got {n_ref} + {n_target}"
+        )
     order = rng.permutation(n_views)
-    return order[:n_ref], order[n_ref:n_ref + n_target]
+    return order[:n_ref], order[n_ref : n_ref + n_target]
 
 # %% ../../nbs/data/26_loaders.ipynb #a8e67674
 def rotate_world(
@@ -47,6 +55,7 @@ def rotate_world(
     pose[:, :3, :3] = pose[:, :3, :3] @ R.T
     return xyz @ R.T, pose
 
+
 def about_z(
     angle: float,  # radians, counterclockwise seen from above
 ) -> np.ndarray:  # [3 3] float32
@@ -55,18 +64,42 @@ def about_z(
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=np.float32)
 
 # %% ../../nbs/data/26_loaders.ipynb #bad708da
-FEATURES = dict(xyz=3, height=1, normal=3, color=3, color_signed=3)  # name -> columns; color in 0..1, color_signed in -1..1
+FEATURES = dict(
+    xyz=3, height=1, normal=3, color=3, color_signed=3
+)  # name -> columns; color in 0..1, color_signed in -1..1
+
 
 def point_features(
-    rows: np.ndarray | dict[str, np.ndarray],  # one cloud: [n 3], or [n 10] of xyz, normal, colour (0..1), part; or columns by name
-    names: tuple[str, ...] = ("xyz",),  # any of `FEATURES`, in this order; height is above the lowest point
+    rows: np.ndarray
+    | dict[
+        str, np.ndarray
+    ],  # one cloud: [n 3], or [n 10] of xyz, normal, colour (0..1), part; or columns by name
+    names: tuple[str, ...] = (
+        "xyz",
+    ),  # any of `FEATURES`, in this order; height is above the lowest point
 ) -> np.ndarray:  # [n c] float32
     "The input features of a backbone."
-    if unknown := [n for n in names if n not in FEATURES]: raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {unknown[0]!r}")
-    table = rows if isinstance(rows, dict) else dict(zip(("xyz", "normal", "color"), np.split(rows, [3, 6, 9], 1)[:1 if rows.shape[1] == 3 else 3]))
-    make = dict(height=lambda: table["xyz"][:, 2:] - table["xyz"][:, 2].min(initial=np.inf), color_signed=lambda: table["color"] * 2 - 1)
+    if unknown := [n for n in names if n not in FEATURES]:
+        raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {unknown[0]!r}")
+    table = (
+        rows
+        if isinstance(rows, dict)
+        else dict(
+            zip(
+                ("xyz", "normal", "color"),
+                np.split(rows, [3, 6, 9], 1)[: 1 if rows.shape[1] == 3 else 3],
+            )
+        )
+    )
+    make = dict(
+        height=lambda: table["xyz"][:, 2:] - table["xyz"][:, 2].min(initial=np.inf),
+        color_signed=lambda: table["color"] * 2 - 1,
+    )
     needs = [dict(height="xyz", color_signed="color").get(n, n) for n in names]
-    if lack := [n for n in needs if n not in table]: raise ValueError(f"features: expected a cloud with {lack[0]}, found one with {', '.join(table)} only")
+    if lack := [n for n in needs if n not in table]:
+        raise ValueError(
+            f"features: expected a cloud with {lack[0]}, found one with {', '.join(table)} only"
+        )
     return np.concatenate([make[n]() if n in make else table[n] for n in names], 1)
 
 # %% ../../nbs/data/26_loaders.ipynb #2502aa68
@@ -76,12 +109,25 @@ def orbit(
     *,
     fov: float = 49.134342641202636,  # degrees, horizontal
     distance: float = 1.75,  # from the origin, object units
-    elevation: float = 20.,  # degrees above the horizon
+    elevation: float = 20.0,  # degrees above the horizon
 ) -> CameraBatch:  # all on cloud 0
     "Cameras on a circle around the origin."
     angle, up = torch.arange(frames) * (2 * math.pi / frames), math.radians(elevation)
-    eye = distance * torch.stack([math.cos(up) * angle.cos(), math.cos(up) * angle.sin(), torch.full_like(angle, math.sin(up))], 1)
-    return CameraBatch(look_at(eye), intrinsics_from_fov(fov, hw).repeat(frames, 1, 1), hw, torch.zeros(frames, dtype=torch.long))
+    eye = distance * torch.stack(
+        [
+            math.cos(up) * angle.cos(),
+            math.cos(up) * angle.sin(),
+            torch.full_like(angle, math.sin(up)),
+        ],
+        1,
+    )
+    return CameraBatch(
+        look_at(eye),
+        intrinsics_from_fov(fov, hw).repeat(frames, 1, 1),
+        hw,
+        torch.zeros(frames, dtype=torch.long),
+    )
+
 
 def walk(
     frames: int,  # views on the path
@@ -90,18 +136,25 @@ def walk(
     K: np.ndarray,  # [3 3] for images of that size
 ) -> CameraBatch:  # all on cloud 0
     "Cameras along a path of poses, from the first to the last."
-    if not len(poses): raise ValueError("walk: expected at least one pose, got none")
+    if not len(poses):
+        raise ValueError("walk: expected at least one pose, got none")
     place = np.linspace(0, len(poses) - 1, frames)
     before = np.minimum(place.astype(int), max(0, len(poses) - 2))
     after, share = np.minimum(before + 1, len(poses) - 1), (place - before)[:, None, None]
     pose = torch.from_numpy((1 - share) * poses[before] + share * poses[after])
     u, _, v = torch.linalg.svd(pose[:, :3, :3])
     pose[:, :3, :3] = u @ v
-    return CameraBatch(torch.linalg.inv(pose).float(), torch.from_numpy(K).float().repeat(frames, 1, 1), hw, torch.zeros(frames, dtype=torch.long))
+    return CameraBatch(
+        torch.linalg.inv(pose).float(),
+        torch.from_numpy(K).float().repeat(frames, 1, 1),
+        hw,
+        torch.zeros(frames, dtype=torch.long),
+    )
 
 # %% ../../nbs/data/26_loaders.ipynb #18c02fd3
 class ObjectSamples(Dataset):
     "Samples of objects: `samples[index, draw]` is a pure function of the seed, the index and the draw."
+
     def __init__(
         self,
         source: ShapeNetViews,
@@ -111,17 +164,25 @@ class ObjectSamples(Dataset):
         n_target: int = 4,  # views that it must render
         sampling: str = "random",  # or "fps": the farthest points, the same ones each time
         features: tuple[str, ...] = ("xyz",),  # any of `FEATURES`
-        rotate: float = 0.,  # turn points and cameras together about z by up to this many degrees either way
+        rotate: float = 0.0,  # turn points and cameras together about z by up to this many degrees either way
         seed: int = 0,  # of views, points and turns
     ):
-        if sampling not in ("random", "fps"): raise ValueError(f"sampling: expected 'random' or 'fps', got {sampling!r}")
+        if sampling not in ("random", "fps"):
+            raise ValueError(f"sampling: expected 'random' or 'fps', got {sampling!r}")
         choose_views(source.n_views, n_ref, n_target, np.random.default_rng(0))
-        if n_points is not None and n_points < 1: raise ValueError(f"n_points: expected at least 1, or 0 for all, got {n_points}")
+        if n_points is not None and n_points < 1:
+            raise ValueError(f"n_points: expected at least 1, or 0 for all, got {n_points}")
         point_features(np.zeros((1, 10), np.float32), tuple(features))
         self.source, self.n_points, self.n_ref, self.n_target = source, n_points, n_ref, n_target
-        self.sampling, self.features, self.rotate, self.seed = sampling, tuple(features), rotate, seed
+        self.sampling, self.features, self.rotate, self.seed = (
+            sampling,
+            tuple(features),
+            rotate,
+            seed,
+        )
 
-    def __len__(self): return len(self.source)
+    def __len__(self):
+        return len(self.source)
 
     def name(self, index: int) -> str:
         "Which object it is."
@@ -138,39 +199,78 @@ class ObjectSamples(Dataset):
         clouds = [self.source.rows(i)[:, :3] for i in missing]
         found = {i: facts.get(key(i), None) for i in indices if key(i) in facts.items}
         if missing:
-            owner = torch.repeat_interleave(torch.arange(len(clouds)), torch.tensor([len(c) for c in clouds]))
-            rows = farthest_point_sample(torch.from_numpy(np.concatenate(clouds)), owner, len(clouds), self.n_points)
+            owner = torch.repeat_interleave(
+                torch.arange(len(clouds)), torch.tensor([len(c) for c in clouds])
+            )
+            rows = farthest_point_sample(
+                torch.from_numpy(np.concatenate(clouds)), owner, len(clouds), self.n_points
+            )
             start = np.cumsum([0] + [len(c) for c in clouds])
-            for n, i in enumerate(missing): found[i] = facts.get(key(i), lambda: (rows[owner[rows] == n].numpy() - start[n]).astype(np.int16 if len(clouds[n]) < 2**15 else np.int32))
+            for n, i in enumerate(missing):
+                found[i] = facts.get(
+                    key(i),
+                    lambda: (rows[owner[rows] == n].numpy() - start[n]).astype(
+                        np.int16 if len(clouds[n]) < 2**15 else np.int32
+                    ),
+                )
         return [found[i] for i in indices]
 
     def batch(self, keys: list[tuple[int, int]]) -> Sample:
         "The collated sample of several `(index, draw)`: the same as `collate` of each alone, in a third of the time."
         source, r = self.source, self.n_ref
-        farthest = self._farthest([i for i, _ in keys]) if self.sampling == "fps" and self.n_points else [None] * len(keys)
+        farthest = (
+            self._farthest([i for i, _ in keys])
+            if self.sampling == "fps" and self.n_points
+            else [None] * len(keys)
+        )
         clouds, pixels, poses = [], [], []
         for (index, draw), rows in zip(keys, farthest):
             rng = np.random.default_rng((self.seed, draw, index))
             which = np.concatenate(choose_views(source.n_views, r, self.n_target, rng))
             cloud, pose = source.rows(index), source.world_to_cam(index)[which]
             if self.n_points is not None and self.n_points < len(cloud):
-                cloud = cloud[rng.choice(len(cloud), self.n_points, replace=False) if rows is None else rows]
+                cloud = cloud[
+                    rng.choice(len(cloud), self.n_points, replace=False) if rows is None else rows
+                ]
             if self.rotate:
-                R, cloud = about_z(math.radians(rng.uniform(-self.rotate, self.rotate))), cloud.copy()
+                R, cloud = (
+                    about_z(math.radians(rng.uniform(-self.rotate, self.rotate))),
+                    cloud.copy(),
+                )
                 cloud[:, :3], pose = rotate_world(R, cloud[:, :3], pose)
-                if cloud.shape[1] > 3: cloud[:, 3:6] = cloud[:, 3:6] @ R.T
-            clouds.append(cloud); poses.append(pose)
+                if cloud.shape[1] > 3:
+                    cloud[:, 3:6] = cloud[:, 3:6] @ R.T
+            clouds.append(cloud)
+            poses.append(pose)
             pixels.append(np.stack([source.pixels(index, k) for k in which]))
         owner = np.repeat(np.arange(len(keys)), [len(c) for c in clouds])
-        points = PointBatch(torch.from_numpy(np.concatenate([c[:, :3] for c in clouds])), torch.from_numpy(np.concatenate([point_features(c, self.features) for c in clouds])),
-                            torch.from_numpy(owner), len(keys))
-        def views(part): return as_views(np.concatenate([p[part] for p in pixels]), np.concatenate([p[part] for p in poses]), source.fov,
-                                         np.repeat(np.arange(len(keys)), len(range(*part.indices(r + self.n_target)))))
-        return Sample(points, views(slice(0, r)), views(slice(r, None)), torch.tensor([source.label(i) for i, _ in keys]))
+        points = PointBatch(
+            torch.from_numpy(np.concatenate([c[:, :3] for c in clouds])),
+            torch.from_numpy(np.concatenate([point_features(c, self.features) for c in clouds])),
+            torch.from_numpy(owner),
+            len(keys),
+        )
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample: return self.batch([key if isinstance(key, tuple) else (key, 0)])
+        def views(part):
+            return as_views(
+                np.concatenate([p[part] for p in pixels]),
+                np.concatenate([p[part] for p in poses]),
+                source.fov,
+                np.repeat(np.arange(len(keys)), len(range(*part.indices(r + self.n_target)))),
+            )
 
-    def __getitems__(self, keys: list) -> Sample: return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
+        return Sample(
+            points,
+            views(slice(0, r)),
+            views(slice(r, None)),
+            torch.tensor([source.label(i) for i, _ in keys]),
+        )
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        return self.batch([key if isinstance(key, tuple) else (key, 0)])
+
+    def __getitems__(self, keys: list) -> Sample:
+        return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
 
 # %% ../../nbs/data/26_loaders.ipynb #f3e0a319
 def match(
@@ -178,17 +278,22 @@ def match(
 ) -> list[int | None]:  # one place each, no place twice; None where there is none left
     "As many rows as possible get a place of their own."
     owner: dict[int, int] = {}
+
     def settle(row, tried):
         for place in wanted[row]:
-            if place in tried: continue
+            if place in tried:
+                continue
             tried.add(place)
             if place not in owner or settle(owner[place], tried):
                 owner[place] = row
                 return True
         return False
-    for row in range(len(wanted)): settle(row, set())
+
+    for row in range(len(wanted)):
+        settle(row, set())
     found = {row: place for place, row in owner.items()}
     return [found.get(row) for row in range(len(wanted))]
+
 
 def choose_frames(
     n_frames: int,  # usable frames that there are
@@ -196,59 +301,97 @@ def choose_frames(
     n_target: int,  # frames that it must render
     max_gap: int,  # places between a target and its reference, at most
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:  # places of the reference and of the target frames, none in both; reference j is near target j modulo their number
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # places of the reference and of the target frames, none in both; reference j is near target j modulo their number
     "Targets, and for each a reference nearby (section 1 of the paper's method); fewer of both in a short scene."
-    if n_frames < 2: raise ValueError(f"choose_frames: expected at least 2 frames (one to see, one to render), got {n_frames}")
+    if n_frames < 2:
+        raise ValueError(
+            f"choose_frames: expected at least 2 frames (one to see, one to render), got {n_frames}"
+        )
     usable, whole = min(n_frames, n_ref + n_target), n_ref + n_target
     m = max(1, n_target * usable // whole)
     r = max(1, min(n_ref * usable // whole, n_frames - m))
-    more, m = max(0, m - r), min(m, r)                 # targets beyond the references are chosen last, near a reference
-    def near(place, taken): return rng.permutation(np.setdiff1d(np.arange(max(0, place - max_gap), min(n_frames, place + max_gap + 1)), taken)).tolist()
+    more, m = (
+        max(0, m - r),
+        min(m, r),
+    )  # targets beyond the references are chosen last, near a reference
+
+    def near(place, taken):
+        return rng.permutation(
+            np.setdiff1d(
+                np.arange(max(0, place - max_gap), min(n_frames, place + max_gap + 1)), taken
+            )
+        ).tolist()
+
     best = None
-    for attempt in range(1000):                        # only short scenes need a second try
+    for attempt in range(1000):  # only short scenes need a second try
         targets = rng.permutation(n_frames)[:m]
         wanted = [near(target, targets) for target in np.resize(targets, r)]
         found = match(wanted)
-        refs = [place if place is not None else (wanted[j] or [None])[0] for j, place in enumerate(found)]
+        refs = [
+            place if place is not None else (wanted[j] or [None])[0]
+            for j, place in enumerate(found)
+        ]
         score = sum(place is not None for place in found), sum(place is not None for place in refs)
-        if best is None or score > best[0]: best = score, refs, targets
-        if score[0] == r or (attempt > 14 and best[0][1]): break
+        if best is None or score > best[0]:
+            best = score, refs, targets
+        if score[0] == r or (attempt > 14 and best[0][1]):
+            break
     _, refs, targets = best
-    lonely = {j % m for j, place in enumerate(refs) if place is None}   # a target whose neighbours are all targets is left out
+    lonely = {
+        j % m for j, place in enumerate(refs) if place is None
+    }  # a target whose neighbours are all targets is left out
     keep = [k for k in range(m) if k not in lonely]
-    refs, targets = np.array([place for j, place in enumerate(refs) if j % m in keep], dtype=np.int64), targets[keep]
+    refs, targets = (
+        np.array([place for j, place in enumerate(refs) if j % m in keep], dtype=np.int64),
+        targets[keep],
+    )
     others = match([near(place, [*refs, *targets]) for place in np.resize(refs, more)])
-    return refs, np.concatenate([targets, np.array([place for place in others if place is not None], dtype=np.int64)])
+    return refs, np.concatenate(
+        [targets, np.array([place for place in others if place is not None], dtype=np.int64)]
+    )
 
 # %% ../../nbs/data/26_loaders.ipynb #7eb66b06
 @dataclass
 class Room:
     "One sample of a scene on its way through augmentation."
+
     points: dict[str, np.ndarray]  # xyz [n 3] metres; perhaps normal [n 3], color [n 3] in 0..1
     color: np.ndarray  # [v h w 3] float32 in 0..1
     depth: np.ndarray  # [v h w] float32 metres
-    pose: np.ndarray   # [v 4 4] float64 camera to world
-    K: np.ndarray      # [v 3 3]
+    pose: np.ndarray  # [v 4 4] float64 camera to world
+    K: np.ndarray  # [v 3 3]
+
 
 def transform_room(
     room: Room,  # changed in place
     *,
-    angle: float = 0.,  # radians about z, counterclockwise seen from above
-    scale: float = 1.,
+    angle: float = 0.0,  # radians about z, counterclockwise seen from above
+    scale: float = 1.0,
     mirror: bool = False,  # x becomes -x; the images flip left to right
 ) -> Room:
     "Turn, then mirror, then scale a room about the origin: points, normals, cameras and depth, so that each point keeps its pixel (the mirrored one if mirrored)."
-    M = np.diag([-1., 1., 1.]) if mirror else np.eye(3)
+    M = np.diag([-1.0, 1.0, 1.0]) if mirror else np.eye(3)
     A = M @ about_z(angle).astype(np.float64)
     room.points["xyz"] = (room.points["xyz"] @ (scale * A).T).astype(np.float32)
-    if "normal" in room.points: room.points["normal"] = (room.points["normal"] @ A.T).astype(np.float32)
+    if "normal" in room.points:
+        room.points["normal"] = (room.points["normal"] @ A.T).astype(np.float32)
     room.pose = room.pose.copy()
-    room.pose[:, :3, :3], room.pose[:, :3, 3] = A @ room.pose[:, :3, :3] @ M, scale * room.pose[:, :3, 3] @ A.T
+    room.pose[:, :3, :3], room.pose[:, :3, 3] = (
+        A @ room.pose[:, :3, :3] @ M,
+        scale * room.pose[:, :3, 3] @ A.T,
+    )
     room.depth = room.depth * np.float32(scale)
     if mirror:
-        room.color, room.depth, room.K = room.color[:, :, ::-1], room.depth[:, :, ::-1], room.K.copy()
+        room.color, room.depth, room.K = (
+            room.color[:, :, ::-1],
+            room.depth[:, :, ::-1],
+            room.K.copy(),
+        )
         room.K[:, 0, 2] = room.depth.shape[2] - room.K[:, 0, 2]
     return room
+
 
 def recolor(
     color: np.ndarray,  # [... 3] in 0..1
@@ -256,11 +399,12 @@ def recolor(
     shift: np.ndarray,  # [3] brightness of each channel, 0 keeps it
 ) -> np.ndarray:  # [... 3] float32 in 0..1
     "Contrast about the middle, then brightness."
-    return np.clip((color - .5) * gain + (.5 + shift), 0, 1).astype(np.float32)
+    return np.clip((color - 0.5) * gain + (0.5 + shift), 0, 1).astype(np.float32)
 
 # %% ../../nbs/data/26_loaders.ipynb #c616b36c
 class SceneSamples(Dataset):
     "Samples of rooms: `samples[index, draw]` is a pure function of the seed, the index and the draw."
+
     def __init__(
         self,
         source: ScanNetFrames,
@@ -269,32 +413,71 @@ class SceneSamples(Dataset):
         n_ref: int = 8,  # frames that the model sees
         n_target: int = 8,  # frames that it must render
         max_gap: int = 5,  # places between a target and its reference among the usable frames, at most
-        features: tuple[str, ...] = ("normal", "color_signed"),  # any of `FEATURES`; the default is the released code's
-        rotate: float = 0.,  # turn about z by up to this many degrees either way
-        scale: tuple[float, float] = (1., 1.),  # smallest and largest factor
+        features: tuple[str, ...] = (
+            "normal",
+            "color_signed",
+        ),  # any of `FEATURES`; the default is the released code's
+        rotate: float = 0.0,  # turn about z by up to this many degrees either way
+        scale: tuple[float, float] = (1.0, 1.0),  # smallest and largest factor
         mirror: bool = False,  # mirror every second sample
-        jitter_color: float = 0.,  # contrast and brightness change by up to this much, alike in points and images
+        jitter_color: float = 0.0,  # contrast and brightness change by up to this much, alike in points and images
         seed: int = 0,  # of frames, points and changes
     ):
-        for name, value in dict(n_ref=n_ref, n_target=n_target, max_gap=max_gap, n_points=1 if n_points is None else n_points).items():
-            if value < 1: raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 < scale[0] <= scale[1]: raise ValueError(f"scale: expected two factors, 0 < smallest <= largest, got {tuple(scale)}")
-        if not 0 <= jitter_color < 1: raise ValueError(f"jitter_color: expected a share, at least 0 and below 1, got {jitter_color}")
-        point_features({name: np.zeros((1, 3), np.float32) for name in ("xyz", "normal", "color")}, tuple(features))
+        for name, value in dict(
+            n_ref=n_ref,
+            n_target=n_target,
+            max_gap=max_gap,
+            n_points=1 if n_points is None else n_points,
+        ).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(
+                f"scale: expected two factors, 0 < smallest <= largest, got {tuple(scale)}"
+            )
+        if not 0 <= jitter_color < 1:
+            raise ValueError(
+                f"jitter_color: expected a share, at least 0 and below 1, got {jitter_color}"
+            )
+        point_features(
+            {name: np.zeros((1, 3), np.float32) for name in ("xyz", "normal", "color")},
+            tuple(features),
+        )
         source = self._complete(source)
-        self.source, self.n_points, self.n_ref, self.n_target, self.max_gap = source, n_points, n_ref, n_target, max_gap
-        self.features, self.rotate, self.scale, self.mirror, self.jitter_color, self.seed = tuple(features), rotate, tuple(scale), mirror, jitter_color, seed
+        self.source, self.n_points, self.n_ref, self.n_target, self.max_gap = (
+            source,
+            n_points,
+            n_ref,
+            n_target,
+            max_gap,
+        )
+        self.features, self.rotate, self.scale, self.mirror, self.jitter_color, self.seed = (
+            tuple(features),
+            rotate,
+            tuple(scale),
+            mirror,
+            jitter_color,
+            seed,
+        )
 
     @staticmethod
     def _complete(source):
         "The scenes with a frame to see and one to render; the others are said."
         short = [s for k, s in enumerate(source.scenes) if not source.has_frames(k, 2)]
-        if not short: return source
-        if len(short) == len(source): raise ValueError(f"{source.root / source.split}: expected scenes with at least 2 usable frames (one to see, one to render), found none among {len(source)}, such as {short[0]}")
-        warnings.warn(f"{source.root / source.split}: left out {len(short)} of {len(source)} scenes, which have fewer than 2 usable frames: {', '.join(short[:5])}{' ...' * (len(short) > 5)}", stacklevel=3)
+        if not short:
+            return source
+        if len(short) == len(source):
+            raise ValueError(
+                f"{source.root / source.split}: expected scenes with at least 2 usable frames (one to see, one to render), found none among {len(source)}, such as {short[0]}"
+            )
+        warnings.warn(
+            f"{source.root / source.split}: left out {len(short)} of {len(source)} scenes, which have fewer than 2 usable frames: {', '.join(short[:5])}{' ...' * (len(short) > 5)}",
+            stacklevel=3,
+        )
         return source.only([s for s in source.scenes if s not in short])
 
-    def __len__(self): return len(self.source)
+    def __len__(self):
+        return len(self.source)
 
     def name(self, index: int) -> str:
         "Which scene it is."
@@ -313,16 +496,25 @@ class SceneSamples(Dataset):
 
     def _choose(self, index, rng):
         numbers = self.source.frames(index)
-        return tuple([numbers[k] for k in part] for part in choose_frames(len(numbers), self.n_ref, self.n_target, self.max_gap, rng))
+        return tuple(
+            [numbers[k] for k in part]
+            for part in choose_frames(len(numbers), self.n_ref, self.n_target, self.max_gap, rng)
+        )
 
     def _points(self, index, rng):
         "The cloud about its mean, by name, and the mean."
         source, xyz = self.source, self.source.array(index, "coord")
         center, n = xyz.mean(0, dtype=np.float64), len(xyz)
-        keep = slice(None) if self.n_points is None or self.n_points >= n else rng.choice(n, self.n_points, replace=False)
+        keep = (
+            slice(None)
+            if self.n_points is None or self.n_points >= n
+            else rng.choice(n, self.n_points, replace=False)
+        )
         points = dict(xyz=(xyz[keep] - center).astype(np.float32))
-        if "normal" in self.features: points["normal"] = source.array(index, "normal")[keep]
-        if {"color", "color_signed"} & set(self.features): points["color"] = source.array(index, "color")[keep] / np.float32(255)
+        if "normal" in self.features:
+            points["normal"] = source.array(index, "normal")[keep]
+        if {"color", "color_signed"} & set(self.features):
+            points["color"] = source.array(index, "color")[keep] / np.float32(255)
         return points, center
 
     def _room(self, index, draw):
@@ -331,30 +523,57 @@ class SceneSamples(Dataset):
         points, center = self._points(index, rng)
         color, depth, pose = map(np.stack, zip(*(self.source.view(index, k) for k in ref + target)))
         pose[:, :3, 3] -= center
-        room = Room(points, color, depth, pose, np.tile(self.source.intrinsics(index), (len(pose), 1, 1)))
-        change = dict(angle=math.radians(rng.uniform(-self.rotate, self.rotate)), scale=rng.uniform(*self.scale), mirror=self.mirror and rng.random() < .5)
-        if change != dict(angle=0., scale=1., mirror=False): transform_room(room, **change)
+        room = Room(
+            points, color, depth, pose, np.tile(self.source.intrinsics(index), (len(pose), 1, 1))
+        )
+        change = dict(
+            angle=math.radians(rng.uniform(-self.rotate, self.rotate)),
+            scale=rng.uniform(*self.scale),
+            mirror=self.mirror and rng.random() < 0.5,
+        )
+        if change != dict(angle=0.0, scale=1.0, mirror=False):
+            transform_room(room, **change)
         if self.jitter_color:
-            gain, shift = 1 + rng.uniform(-1, 1) * self.jitter_color, rng.uniform(-1, 1, 3) * self.jitter_color
+            gain, shift = (
+                1 + rng.uniform(-1, 1) * self.jitter_color,
+                rng.uniform(-1, 1, 3) * self.jitter_color,
+            )
             room.color = recolor(room.color / np.float32(255), gain, shift)
-            if "color" in points: points["color"] = recolor(points["color"], gain, shift)
+            if "color" in points:
+                points["color"] = recolor(points["color"], gain, shift)
         return room, len(ref)
 
     def batch(self, keys: list[tuple[int, int]]) -> Sample:
         "The collated sample of several `(index, draw)`: the same as `collate` of each alone."
         rooms = [self._room(index, draw) for index, draw in keys]
-        def owner(counts): return np.repeat(np.arange(len(keys)), counts)
+
+        def owner(counts):
+            return np.repeat(np.arange(len(keys)), counts)
+
         join = lambda arrays: torch.from_numpy(np.concatenate(arrays))
-        points = PointBatch(join([room.points["xyz"] for room, _ in rooms]), join([point_features(room.points, self.features) for room, _ in rooms]),
-                            torch.from_numpy(owner([len(room.points["xyz"]) for room, _ in rooms])), len(keys))
+        points = PointBatch(
+            join([room.points["xyz"] for room, _ in rooms]),
+            join([point_features(room.points, self.features) for room, _ in rooms]),
+            torch.from_numpy(owner([len(room.points["xyz"]) for room, _ in rooms])),
+            len(keys),
+        )
+
         def views(part):
-            parts = [[x[part(r)] for x in (room.color, room.depth, room.pose, room.K)] for room, r in rooms]
-            return as_posed_views(*map(np.concatenate, zip(*parts)), owner([len(p[0]) for p in parts]))
+            parts = [
+                [x[part(r)] for x in (room.color, room.depth, room.pose, room.K)]
+                for room, r in rooms
+            ]
+            return as_posed_views(
+                *map(np.concatenate, zip(*parts)), owner([len(p[0]) for p in parts])
+            )
+
         return Sample(points, views(lambda r: slice(0, r)), views(lambda r: slice(r, None)), None)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample: return self.batch([key if isinstance(key, tuple) else (key, 0)])
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        return self.batch([key if isinstance(key, tuple) else (key, 0)])
 
-    def __getitems__(self, keys: list) -> Sample: return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
+    def __getitems__(self, keys: list) -> Sample:
+        return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
 
 # %% ../../nbs/data/26_loaders.ipynb #51f5a079
 def epoch_order(
@@ -365,22 +584,31 @@ def epoch_order(
     "The order of one epoch."
     return np.random.default_rng((seed, epoch, 0x0BDE)).permutation(n)
 
+
 @dataclass(frozen=True)
 class StepSampler:
     "The batch of step s, for s = start .. stop - 1: the next places of all epochs' permutations laid end to end. No state, so a resumed run goes on exactly."
-    n: int           # objects
+
+    n: int  # objects
     batch_size: int  # of one process
     seed: int = 0
-    start: int = 0   # first step
-    stop: int = 1    # one past the last
+    start: int = 0  # first step
+    stop: int = 1  # one past the last
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self):
-        if self.n < 1: raise ValueError("StepSampler.n: expected at least one object, got 0; is the split empty?")
-        if not 0 <= self.rank < self.world_size: raise ValueError(f"StepSampler.rank: expected 0..{self.world_size - 1}, got {self.rank}")
+        if self.n < 1:
+            raise ValueError(
+                "StepSampler.n: expected at least one object, got 0; is the split empty?"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"StepSampler.rank: expected 0..{self.world_size - 1}, got {self.rank}"
+            )
 
-    def __len__(self): return max(0, self.stop - self.start)
+    def __len__(self):
+        return max(0, self.stop - self.start)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         "`(index, epoch)` of each sample of this process in this step."
@@ -389,10 +617,13 @@ class StepSampler:
         orders = {e: epoch_order(self.n, int(e), self.seed) for e in np.unique(places // self.n)}
         return [(int(orders[e][k]), int(e)) for e, k in zip(places // self.n, places % self.n)]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]: return map(self.batch, range(self.start, self.stop))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return map(self.batch, range(self.start, self.stop))
 
 # %% ../../nbs/data/26_loaders.ipynb #7a0b3051
-def _as_is(sample): return sample   # `ObjectSamples` collates by itself
+def _as_is(sample):
+    return sample  # `ObjectSamples` collates by itself
+
 
 def leave_interrupts(
     worker: int,  # number of the process
@@ -400,29 +631,38 @@ def leave_interrupts(
     "Let Ctrl-C reach the main process alone: it saves and then ends its workers."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
 def plain_error(
     error: Exception,
 ) -> Exception:
     "The error of a worker process as it was: its own line, without the worker's traceback around it."
     text = str(error)
-    if not (text.startswith("Caught ") and "Original Traceback" in text): return error
+    if not (text.startswith("Caught ") and "Original Traceback" in text):
+        return error
     return type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1])
+
 
 class Loader:
     "Batches of a DataLoader; bad data is the same error in one line, whichever process read it."
+
     def __init__(
         self,
         batches: DataLoader,
-    ): self.batches = batches
+    ):
+        self.batches = batches
 
-    def __len__(self): return len(self.batches)
+    def __len__(self):
+        return len(self.batches)
 
     def __iter__(self) -> Iterator:
-        try: yield from self.batches
+        try:
+            yield from self.batches
         except (ValueError, TypeError, OSError) as error:
             plain = plain_error(error)
-            if plain is error: raise
+            if plain is error:
+                raise
             raise plain from error
+
 
 def make_loader(
     samples: ObjectSamples | SceneSamples,
@@ -437,8 +677,18 @@ def make_loader(
 ) -> Loader:  # of collated `Sample`s, one a step
     "Training batches. Step s is the same whatever the first step, the workers, or what ran before."
     steps = StepSampler(len(samples), batch_size, seed, start_step, stop_step, rank, world_size)
-    return Loader(DataLoader(samples, batch_sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=False,
-                             prefetch_factor=4 if num_workers else None, worker_init_fn=leave_interrupts))
+    return Loader(
+        DataLoader(
+            samples,
+            batch_sampler=steps,
+            collate_fn=_as_is,
+            num_workers=num_workers,
+            persistent_workers=False,
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=leave_interrupts,
+        )
+    )
+
 
 def eval_loader(
     samples: ObjectSamples | SceneSamples,
@@ -447,4 +697,12 @@ def eval_loader(
     num_workers: int = 0,
 ) -> Loader:  # of collated `Sample`s; the last may be smaller
     "Every object once, in order, always with the same views and points."
-    return Loader(DataLoader(samples, batch_size=batch_size, shuffle=False, collate_fn=_as_is, num_workers=num_workers))
+    return Loader(
+        DataLoader(
+            samples,
+            batch_size=batch_size,
+            shuffle=False,
+            collate_fn=_as_is,
+            num_workers=num_workers,
+        )
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import CameraBatch, ViewBatch, data_dir
-from .furniture import FOV, orbit_poses, unpack_cloud
+from ..worlds.furniture import FOV, orbit_poses, unpack_cloud
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
 
@@ -28,30 +28,50 @@ __all__ = ['HALF_TURN', 'SPLITS', 'Store', 'read_pose', 'read_orbit', 'decode_im
 # %% ../../nbs/data/22_shapenet.ipynb #f6fa8c7b
 class Store:
     "Files below one root, a folder or a zip; safe to hand to other processes."
+
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        if not self.root.exists(): raise FileNotFoundError(f"{self.root}: expected a folder or a zip of objects, found nothing there")
+        if not self.root.exists():
+            raise FileNotFoundError(
+                f"{self.root}: expected a folder or a zip of objects, found nothing there"
+            )
         self.is_zip, self._zip, self._pid, self._tree = self.root.is_file(), None, None, None
-        if self.is_zip and not zipfile.is_zipfile(self.root): raise ValueError(f"{self.root}: expected a folder or a zip archive, found another kind of file")
+        if self.is_zip and not zipfile.is_zipfile(self.root):
+            raise ValueError(
+                f"{self.root}: expected a folder or a zip archive, found another kind of file"
+            )
 
-    def __getstate__(self): return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
+    def __getstate__(self):
+        return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
 
     @property
     def zip(self) -> zipfile.ZipFile:
         "The archive, opened once in each process."
-        if self._pid != os.getpid(): self._zip, self._pid = zipfile.ZipFile(self.root), os.getpid()
+        if self._pid != os.getpid():
+            self._zip, self._pid = zipfile.ZipFile(self.root), os.getpid()
         return self._zip
 
     def read(self, name: str) -> bytes:
         "The bytes of one file."
-        try: return self.zip.read(name) if self.is_zip else (self.root / name).read_bytes()
-        except (KeyError, FileNotFoundError): raise FileNotFoundError(f"{self.root / name}: expected this file, found nothing there") from None
-        except zipfile.BadZipFile as problem: raise ValueError(f"{self.root / name}: expected an intact member of the archive, found {problem}") from None
+        try:
+            return self.zip.read(name) if self.is_zip else (self.root / name).read_bytes()
+        except (KeyError, FileNotFoundError):
+            raise FileNotFoundError(
+                f"{self.root / name}: expected this file, found nothing there"
+            ) from None
+        except zipfile.BadZipFile as problem:
+            raise ValueError(
+                f"{self.root / name}: expected an intact member of the archive, found {problem}"
+            ) from None
 
     def open(self, name: str) -> io.BufferedIOBase:
         "One file to read from; of a plain file only what is asked for is read."
-        try: return io.BytesIO(self.read(name)) if self.is_zip else open(self.root / name, "rb")
-        except FileNotFoundError: raise FileNotFoundError(f"{self.root / name}: expected this file, found nothing there") from None
+        try:
+            return io.BytesIO(self.read(name)) if self.is_zip else open(self.root / name, "rb")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self.root / name}: expected this file, found nothing there"
+            ) from None
 
     def has(self, name: str) -> bool:
         "Whether there is such a file."
@@ -59,18 +79,29 @@ class Store:
 
     def names(self, folder: str = "") -> set[str]:
         "What a folder holds; nothing if there is no such folder."
-        if not self.is_zip: return set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
+        if not self.is_zip:
+            return set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
         if self._tree is None:
             self._tree = {}
             for name in self.zip.namelist():
                 parts = name.rstrip("/").split("/")
-                for k in range(len(parts)): self._tree.setdefault("/".join(parts[:k]), set()).add(parts[k])
+                for k in range(len(parts)):
+                    self._tree.setdefault("/".join(parts[:k]), set()).add(parts[k])
         return self._tree.get(folder, set())
 
     def models(self) -> list[tuple[str, str]]:
         "Every `(synset, model)`: two levels of folders."
-        if self.is_zip: return sorted({tuple(n.split("/")[:2]) for n in self.zip.namelist() if n.count("/") >= 3})
-        return sorted((s.name, m.name) for s in os.scandir(self.root) if s.is_dir() for m in os.scandir(s.path) if m.is_dir())
+        if self.is_zip:
+            return sorted(
+                {tuple(n.split("/")[:2]) for n in self.zip.namelist() if n.count("/") >= 3}
+            )
+        return sorted(
+            (s.name, m.name)
+            for s in os.scandir(self.root)
+            if s.is_dir()
+            for m in os.scandir(s.path)
+            if m.is_dir()
+        )
 
 # %% ../../nbs/data/22_shapenet.ipynb #c447608f
 def read_pose(
@@ -78,14 +109,27 @@ def read_pose(
     name: str = "camera",  # the file, for messages
 ) -> np.ndarray:  # [4 4] float64 camera to world
     "A camera file: rigid, finite, 4 x 4."
-    try: numbers = np.array([float(x) for x in text.split()])
-    except ValueError: raise ValueError(f"{name}: expected 16 numbers, found other text") from None
-    if len(numbers) != 16: raise ValueError(f"{name}: expected 16 numbers (4 x 4, row by row), found {len(numbers)}")
-    if not np.isfinite(numbers).all(): raise ValueError(f"{name}: expected finite numbers, found {numbers[~np.isfinite(numbers)][0]}")
+    try:
+        numbers = np.array([float(x) for x in text.split()])
+    except ValueError:
+        raise ValueError(f"{name}: expected 16 numbers, found other text") from None
+    if len(numbers) != 16:
+        raise ValueError(f"{name}: expected 16 numbers (4 x 4, row by row), found {len(numbers)}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(
+            f"{name}: expected finite numbers, found {numbers[~np.isfinite(numbers)][0]}"
+        )
     pose = numbers.reshape(4, 4)
-    off = max(np.abs(pose[:3, :3].T @ pose[:3, :3] - np.eye(3)).max(), np.abs(pose[3] - [0, 0, 0, 1]).max())
-    if off > 1e-3 or np.linalg.det(pose[:3, :3]) < 0: raise ValueError(f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), found one that is off by {off:.3g}, determinant {np.linalg.det(pose[:3, :3]):.3g}")
+    off = max(
+        np.abs(pose[:3, :3].T @ pose[:3, :3] - np.eye(3)).max(),
+        np.abs(pose[3] - [0, 0, 0, 1]).max(),
+    )
+    if off > 1e-3 or np.linalg.det(pose[:3, :3]) < 0:
+        raise ValueError(
+            f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), found one that is off by {off:.3g}, determinant {np.linalg.det(pose[:3, :3]):.3g}"
+        )
     return pose
+
 
 def read_orbit(
     text: str,  # one line a view: azimuth, elevation, roll (0), distance, fov
@@ -93,10 +137,16 @@ def read_orbit(
 ) -> np.ndarray:  # [v 4 4] float64 camera to world
     "The compact camera file of the embedded archive."
     rows = [line.split() for line in text.splitlines() if line.strip()]
-    if any(len(r) != 5 for r in rows): raise ValueError(f"{name}: expected 5 numbers a line (azimuth elevation roll distance fov), found {next(len(r) for r in rows if len(r) != 5)}")
-    try: table = np.array(rows, dtype=float).reshape(-1, 5)
-    except ValueError: raise ValueError(f"{name}: expected 5 numbers a line, found other text") from None
-    if not np.isfinite(table).all() or (table[:, 2] != 0).any(): raise ValueError(f"{name}: expected finite numbers and roll 0, found something else")
+    if any(len(r) != 5 for r in rows):
+        raise ValueError(
+            f"{name}: expected 5 numbers a line (azimuth elevation roll distance fov), found {next(len(r) for r in rows if len(r) != 5)}"
+        )
+    try:
+        table = np.array(rows, dtype=float).reshape(-1, 5)
+    except ValueError:
+        raise ValueError(f"{name}: expected 5 numbers a line, found other text") from None
+    if not np.isfinite(table).all() or (table[:, 2] != 0).any():
+        raise ValueError(f"{name}: expected finite numbers and roll 0, found something else")
     return orbit_poses(table)
 
 # %% ../../nbs/data/22_shapenet.ipynb #f618efec
@@ -106,10 +156,18 @@ def decode_image(
 ) -> Image.Image:  # mode RGB or RGBA
     "An image with three or four channels, wholly decoded."
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP")); image.load()
-    except Exception as problem: raise ValueError(f"{name}: expected an image, found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})") from None
-    if image.mode not in ("RGB", "RGBA"): raise ValueError(f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}")
+        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
+        image.load()
+    except Exception as problem:
+        raise ValueError(
+            f"{name}: expected an image, found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
+        ) from None
+    if image.mode not in ("RGB", "RGBA"):
+        raise ValueError(
+            f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}"
+        )
     return image
+
 
 def clear_black(
     image: Image.Image,  # RGBA, colours on black
@@ -118,6 +176,7 @@ def clear_black(
     pixels = np.asarray(image)
     return Image.fromarray(pixels * (pixels[..., 3:] > 0))
 
+
 def resize_image(
     image: Image.Image,  # RGB or RGBA
     size: int | None,  # pixels along an edge; None keeps the image
@@ -125,12 +184,16 @@ def resize_image(
     on_black: bool = True,  # colours are on black already: scale them and alpha apart. False: scale RGBA as one, then drop alpha
 ) -> np.ndarray:  # [4 h w] uint8: colour and mask (255 where the view shows the object)
     "The colour that a network sees, and where it is not background."
-    if resample not in ("bicubic", "box"): raise ValueError(f"resample: expected 'bicubic' or 'box', got {resample!r}")
+    if resample not in ("bicubic", "box"):
+        raise ValueError(f"resample: expected 'bicubic' or 'box', got {resample!r}")
     how = Image.BICUBIC if resample == "bicubic" else Image.BOX
     fit = lambda im: im if size is None or im.size == (size, size) else im.resize((size, size), how)
     if on_black and image.mode == "RGBA":
         image = clear_black(image)
-        rgb, mask = np.asarray(fit(image.convert("RGB"))), np.asarray(fit(image.getchannel("A"))) > 0
+        rgb, mask = (
+            np.asarray(fit(image.convert("RGB"))),
+            np.asarray(fit(image.getchannel("A"))) > 0,
+        )
     else:
         rgb = np.asarray(fit(image))[..., :3]
         mask = rgb.any(-1)
@@ -146,7 +209,11 @@ def released_points(
     p = xyz - xyz.mean(0)
     return np.stack([-p[:, 2], p[:, 0], -p[:, 1]], 1)
 
-HALF_TURN = np.diag([1., -1., -1., 1.])  # the released world has z down; half a turn about x puts it up
+
+HALF_TURN = np.diag(
+    [1.0, -1.0, -1.0, 1.0]
+)  # the released world has z down; half a turn about x puts it up
+
 
 def turntable(
     n: int = 200,  # views in each of the two sweeps
@@ -158,7 +225,12 @@ def turntable(
     out = np.stack([-np.sin(turn) * np.cos(climb), np.cos(turn) * np.cos(climb), -np.sin(climb)], 1)
     right = np.stack([np.cos(turn), np.sin(turn), 0 * turn], 1)
     pose = np.tile(np.eye(4), (2 * n, 1, 1))
-    pose[:, :3, 0], pose[:, :3, 1], pose[:, :3, 2], pose[:, :3, 3] = right, np.cross(-out, right), -out, 1.75 * out
+    pose[:, :3, 0], pose[:, :3, 1], pose[:, :3, 2], pose[:, :3, 3] = (
+        right,
+        np.cross(-out, right),
+        -out,
+        1.75 * out,
+    )
     return HALF_TURN @ pose if z_up else pose
 
 # %% ../../nbs/data/22_shapenet.ipynb #f6eb7f50
@@ -170,16 +242,23 @@ def as_views(
 ) -> ViewBatch:
     "Images and cameras as tensors."
     images, hw = torch.from_numpy(pixels), tuple(pixels.shape[-2:])
-    camera = CameraBatch(torch.from_numpy(world_to_cam), intrinsics_from_fov(fov, hw).repeat(len(pixels), 1, 1), hw, torch.from_numpy(batch))
+    camera = CameraBatch(
+        torch.from_numpy(world_to_cam),
+        intrinsics_from_fov(fov, hw).repeat(len(pixels), 1, 1),
+        hw,
+        torch.from_numpy(batch),
+    )
     return ViewBatch(camera, images[:, :3].float() / 255, None, images[:, 3] > 0)
 
 # %% ../../nbs/data/22_shapenet.ipynb #e2c9a61e
 class Cache:
     "Arrays by key; the least recently used leave when there are more than `limit` bytes."
+
     def __init__(self, limit: int):
         self.limit, self.used, self.items = limit, 0, OrderedDict()
 
-    def __getstate__(self): return dict(limit=self.limit, used=0, items=OrderedDict())
+    def __getstate__(self):
+        return dict(limit=self.limit, used=0, items=OrderedDict())
 
     def get(self, key, make) -> np.ndarray:
         "The array of this key; `make()` is called where it is not there."
@@ -190,11 +269,13 @@ class Cache:
         if value.nbytes <= self.limit:
             self.items[key] = value
             self.used += value.nbytes
-            while self.used > self.limit: self.used -= self.items.popitem(last=False)[1].nbytes
+            while self.used > self.limit:
+                self.used -= self.items.popitem(last=False)[1].nbytes
         return value
 
 # %% ../../nbs/data/22_shapenet.ipynb #d4999d42
 SPLITS = ("train", "val", "test")
+
 
 def choose_splits(
     names: list[str],  # of one class
@@ -202,87 +283,147 @@ def choose_splits(
     seed: int = 0,
 ) -> list[str]:  # a split for each name
     "Splits by the order of hashed names: at least one training object, and val and test get their share rounded."
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed} {names[i]}".encode()).digest())
+    order = sorted(
+        range(len(names)), key=lambda i: hashlib.sha256(f"{seed} {names[i]}".encode()).digest()
+    )
     test, val = (min(round(len(names) * s), len(names) - 1) for s in (shares[2], shares[1]))
     split = ["test"] * test + ["val"] * min(val, len(names) - 1 - test)
     split += ["train"] * (len(names) - len(split))
     return [s for _, s in sorted(zip(order, split))]
 
+
 def split_objects(
     objects: list[tuple[str, str]],  # class and name of each
-    shares: tuple[float, float, float] = (.75, .05, .20),  # of train, val and test in each class; the released code has .75, .20, .05
+    shares: tuple[float, float, float] = (
+        0.75,
+        0.05,
+        0.20,
+    ),  # of train, val and test in each class; the released code has .75, .20, .05
     seed: int = 0,
     name: str = "split",  # what messages call it
 ) -> dict[tuple[str, str], str]:  # a split for each object
     "Splits of all classes by `choose_splits`; none with a share above 0 is empty."
     needed = ["train", *(s for s, share in zip(SPLITS[1:], shares[1:]) if share)]
-    if len(objects) < len(needed): raise ValueError(f"{name}: expected at least one object for each of {', '.join(needed)}, found {len(objects)}; add objects, or give a split a share of 0")
-    digest, kinds, out = {o: hashlib.sha256(f"{seed} {'/'.join(o)}".encode()).digest() for o in objects}, {}, {}
-    for kind, one in sorted(objects): kinds.setdefault(kind, []).append(one)
-    for kind, names in kinds.items(): out |= {(kind, n): s for n, s in zip(names, choose_splits(names, shares, seed))}
+    if len(objects) < len(needed):
+        raise ValueError(
+            f"{name}: expected at least one object for each of {', '.join(needed)}, found {len(objects)}; add objects, or give a split a share of 0"
+        )
+    digest, kinds, out = (
+        {o: hashlib.sha256(f"{seed} {'/'.join(o)}".encode()).digest() for o in objects},
+        {},
+        {},
+    )
+    for kind, one in sorted(objects):
+        kinds.setdefault(kind, []).append(one)
+    for kind, names in kinds.items():
+        out |= {(kind, n): s for n, s in zip(names, choose_splits(names, shares, seed))}
     for split, share in zip(SPLITS, shares):
-        if not share or split in out.values(): continue
-        (donor, _), = Counter(out.values()).most_common(1)
-        level, seen = {}, Counter()                                           # the n-th object of its class, by hash
-        for o in sorted((o for o in out if out[o] == donor), key=digest.get): seen[o[0]] += 1; level[o] = seen[o[0]]
-        taken = sorted(level, key=lambda o: (-level[o], digest[o]))           # from the class that has most left
-        for o in taken[:min(len(taken) - 1, max(1, round(share * len(objects))))]: out[o] = split
+        if not share or split in out.values():
+            continue
+        ((donor, _),) = Counter(out.values()).most_common(1)
+        level, seen = {}, Counter()  # the n-th object of its class, by hash
+        for o in sorted((o for o in out if out[o] == donor), key=digest.get):
+            seen[o[0]] += 1
+            level[o] = seen[o[0]]
+        taken = sorted(
+            level, key=lambda o: (-level[o], digest[o])
+        )  # from the class that has most left
+        for o in taken[: min(len(taken) - 1, max(1, round(share * len(objects))))]:
+            out[o] = split
     return out
 
 # %% ../../nbs/data/22_shapenet.ipynb #42edb24e
 @dataclass(frozen=True)
 class Cloud:
     "What is known of an object's surface; z up, within 0.65 of the origin for the embedded objects."
-    xyz: Tensor            # [n 3] float32
+
+    xyz: Tensor  # [n 3] float32
     normal: Tensor | None  # [n 3] float32, unit, outwards
-    color: Tensor | None   # [n 3] float32 in 0..1
-    part: Tensor | None    # [n] long, 0 = no label; names in `ShapeNetViews.parts`
+    color: Tensor | None  # [n 3] float32 in 0..1
+    part: Tensor | None  # [n] long, 0 = no label; names in `ShapeNetViews.parts`
+
 
 def as_cloud(
     rows: np.ndarray,  # [n 3] or [n 10] float32, as `ShapeNetViews.rows` gives them
 ) -> Cloud:
     "Columns with names."
-    xyz, normal, color, part = (torch.from_numpy(np.ascontiguousarray(c)) for c in np.split(rows, [3, 6, 9], axis=1))
-    return Cloud(xyz, None, None, None) if rows.shape[1] == 3 else Cloud(xyz, normal, color, part[:, 0].long())
+    xyz, normal, color, part = (
+        torch.from_numpy(np.ascontiguousarray(c)) for c in np.split(rows, [3, 6, 9], axis=1)
+    )
+    return (
+        Cloud(xyz, None, None, None)
+        if rows.shape[1] == 3
+        else Cloud(xyz, normal, color, part[:, 0].long())
+    )
+
 
 class ShapeNetViews:
     "Objects with posed views, read when they are asked for."
+
     def __init__(
         self,
         root: str | Path | None = None,  # folder or zip; None means the embedded furniture
         *,
-        split: str | None = None,  # "train", "val" or "test" by `objects.csv`, or by lists `<root>/<split>.txt` (one `<synset>-<model>` a line), or without lists by `split_objects`; None means all
-        classes: list[str] | None = None,  # synsets to keep; labels stay those of the whole data set
-        convention: str | None = None,  # "released" for the released files; None reads `convention.json`
+        split: str
+        | None = None,  # "train", "val" or "test" by `objects.csv`, or by lists `<root>/<split>.txt` (one `<synset>-<model>` a line), or without lists by `split_objects`; None means all
+        classes: list[str]
+        | None = None,  # synsets to keep; labels stay those of the whole data set
+        convention: str
+        | None = None,  # "released" for the released files; None reads `convention.json`
         size: int | None = None,  # pixels along an edge; None keeps the images
         resample: str = "bicubic",  # or "box"
         fov: float = FOV,  # degrees; only for released files, others say their own
         z_up: bool = True,  # turn the released world, whose z is down; False keeps its numbers
-        views: int | None = None,  # views of an object; None means what `convention.json` says, 24 for released files
+        views: int
+        | None = None,  # views of an object; None means what `convention.json` says, 24 for released files
         cache_bytes: int = 0,  # bound on what is kept decoded, in each process
     ):
         self.store = Store(data_dir() / "furniture.zip" if root is None else root)
         self.size, self.resample, self.z_up, self.cache = size, resample, z_up, Cache(cache_bytes)
-        self.facts = Cache(2**28)  # camera poses and farthest points, whatever cache_bytes is: 3.6 kB for an object of 24 views and 1,024 points, so 70,000 objects
-        if convention not in (None, "released"): raise ValueError(f"convention: expected None or 'released', got {convention!r}")
+        self.facts = Cache(
+            2**28
+        )  # camera poses and farthest points, whatever cache_bytes is: 3.6 kB for an object of 24 views and 1,024 points, so 70,000 objects
+        if convention not in (None, "released"):
+            raise ValueError(f"convention: expected None or 'released', got {convention!r}")
         if convention is None and not self.store.has("convention.json"):
-            raise ValueError(f"{self.store.root}: expected convention.json (files that this package wrote); for the released files pass --convention released")
-        self.convention = dict(format="released", cameras="matrix", points="released", images="released", suffix=".png", fov=fov, views=24)
-        if convention is None: self.convention = json.loads(self.store.read("convention.json"))
+            raise ValueError(
+                f"{self.store.root}: expected convention.json (files that this package wrote); for the released files pass --convention released"
+            )
+        self.convention = dict(
+            format="released",
+            cameras="matrix",
+            points="released",
+            images="released",
+            suffix=".png",
+            fov=fov,
+            views=24,
+        )
+        if convention is None:
+            self.convention = json.loads(self.store.read("convention.json"))
         self.n_views, self.fov = views or self.convention["views"], self.convention["fov"]
         self.table = {}
         if self.store.has("objects.csv"):
-            self.table = {(r["class"], r["id"]): r for r in csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))}
-        self.parts = json.loads(self.store.read("parts.json")) if self.store.has("parts.json") else {}
+            self.table = {
+                (r["class"], r["id"]): r
+                for r in csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))
+            }
+        self.parts = (
+            json.loads(self.store.read("parts.json")) if self.store.has("parts.json") else {}
+        )
         self.everything = sorted(self.table) or self.store.models()
-        if not self.everything: raise FileNotFoundError(f"{self.store.root}: expected <synset>/<model>/ folders, found none")
+        if not self.everything:
+            raise FileNotFoundError(
+                f"{self.store.root}: expected <synset>/<model>/ folders, found none"
+            )
         self.classes = sorted({s for s, _ in self.everything})
         self.items = self._select(self.everything, split, classes)
-        if convention == "released": self.items = self._complete(self.items)
+        if convention == "released":
+            self.items = self._complete(self.items)
 
     def _select(self, items, split, classes):
         if classes is not None:
-            if unknown := set(classes) - set(self.classes): raise ValueError(f"classes: expected some of {self.classes}, got {sorted(unknown)}")
+            if unknown := set(classes) - set(self.classes):
+                raise ValueError(f"classes: expected some of {self.classes}, got {sorted(unknown)}")
             items = [i for i in items if i[0] in classes]
         return items if split is None else self._members(items, split, classes)
 
@@ -290,42 +431,99 @@ class ShapeNetViews:
         "Those of the items that belong to a split."
         if self.table:
             known = {r["split"] for r in self.table.values()}
-            if split not in known: raise ValueError(f"split: expected one of {sorted(known)}, got {split!r}")
+            if split not in known:
+                raise ValueError(f"split: expected one of {sorted(known)}, got {split!r}")
             keep = {k for k, r in self.table.items() if r["split"] == split}
-        else: keep = self._listed(split) if any(self.store.has(f"{s}.txt") for s in (split, *SPLITS)) else self._hashed(split)
+        else:
+            keep = (
+                self._listed(split)
+                if any(self.store.has(f"{s}.txt") for s in (split, *SPLITS))
+                else self._hashed(split)
+            )
         found = [i for i in items if i in keep]
-        if not found: raise ValueError(f"{self.store.root}: expected objects of the split {split!r}{f' in {classes}' if classes is not None else ''}, found none")
+        if not found:
+            raise ValueError(
+                f"{self.store.root}: expected objects of the split {split!r}{f' in {classes}' if classes is not None else ''}, found none"
+            )
         return found
 
     def _complete(self, items):
         "Those of the items that have their points and all views; the others are counted in a warning."
-        needed, whole, lack = {f"{k:02d}{end}" for k in range(self.n_views) for end in (self.convention["suffix"], ".txt")}, [], []
-        for synset, model in tqdm(items, desc="looking at objects", delay=2, leave=False, disable=len(items) < 1000):
-            views = sorted(f"easy/{name}" for name in needed - self.store.names(f"{synset}/{model}/easy"))
-            points = [] if f"{synset}-{model}.npy" in self.store.names(f"{synset}/{model}/pts") else [f"pts/{synset}-{model}.npy"]
-            if points or views: lack.append(f"{synset}/{model}/{(points + views)[0]}")
-            else: whole.append((synset, model))
-        if not whole: raise FileNotFoundError(f"{self.store.root / lack[0]}: expected this file; of {len(items)} objects none has its points and {self.n_views} views")
-        if lack: warnings.warn(f"{self.store.root}: left out {len(lack)} of {len(items)} objects that lack a file, such as {lack[0]}", stacklevel=3)
+        needed, whole, lack = (
+            {
+                f"{k:02d}{end}"
+                for k in range(self.n_views)
+                for end in (self.convention["suffix"], ".txt")
+            },
+            [],
+            [],
+        )
+        for synset, model in tqdm(
+            items, desc="looking at objects", delay=2, leave=False, disable=len(items) < 1000
+        ):
+            views = sorted(
+                f"easy/{name}" for name in needed - self.store.names(f"{synset}/{model}/easy")
+            )
+            points = (
+                []
+                if f"{synset}-{model}.npy" in self.store.names(f"{synset}/{model}/pts")
+                else [f"pts/{synset}-{model}.npy"]
+            )
+            if points or views:
+                lack.append(f"{synset}/{model}/{(points + views)[0]}")
+            else:
+                whole.append((synset, model))
+        if not whole:
+            raise FileNotFoundError(
+                f"{self.store.root / lack[0]}: expected this file; of {len(items)} objects none has its points and {self.n_views} views"
+            )
+        if lack:
+            warnings.warn(
+                f"{self.store.root}: left out {len(lack)} of {len(items)} objects that lack a file, such as {lack[0]}",
+                stacklevel=3,
+            )
         return whole
 
     def _listed(self, split):
         path, there = self.store.root / f"{split}.txt", set(self.everything)
-        if not self.store.has(path.name): raise FileNotFoundError(f"{path}: expected a list of objects, one <synset>-<model> a line, as there is for another split; found nothing there")
-        named = {tuple(line.strip().removesuffix(".npy").split("-", 1)): line for line in self.store.read(path.name).decode("utf8", "replace").splitlines() if line.strip()}
-        if not named.keys() & there: raise ValueError(f"{path}: expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list, found {len(named)} lines that name none ({f'{next(iter(named.values()))[:60]!r} for example; ' if named else ''}there is {'/'.join(self.everything[0])}); the root must hold the folders of the synsets")
-        if lack := named.keys() - there: warnings.warn(f"{path}: left out {len(lack)} of {len(named)} objects, whose folders are not there, such as {'-'.join(min(lack))}", stacklevel=5)
+        if not self.store.has(path.name):
+            raise FileNotFoundError(
+                f"{path}: expected a list of objects, one <synset>-<model> a line, as there is for another split; found nothing there"
+            )
+        named = {
+            tuple(line.strip().removesuffix(".npy").split("-", 1)): line
+            for line in self.store.read(path.name).decode("utf8", "replace").splitlines()
+            if line.strip()
+        }
+        if not named.keys() & there:
+            raise ValueError(
+                f"{path}: expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list, found {len(named)} lines that name none ({f'{next(iter(named.values()))[:60]!r} for example; ' if named else ''}there is {'/'.join(self.everything[0])}); the root must hold the folders of the synsets"
+            )
+        if lack := named.keys() - there:
+            warnings.warn(
+                f"{path}: left out {len(lack)} of {len(named)} objects, whose folders are not there, such as {'-'.join(min(lack))}",
+                stacklevel=5,
+            )
         return named.keys() & there
 
     def _hashed(self, split):
         root = self.store.root
-        if split not in SPLITS: raise ValueError(f"split: expected one of {', '.join(SPLITS)}, or the name of a list in {root}, got {split!r}")
+        if split not in SPLITS:
+            raise ValueError(
+                f"split: expected one of {', '.join(SPLITS)}, or the name of a list in {root}, got {split!r}"
+            )
         if not any(self.store.has(f"{s}/{m}/pts/{s}-{m}.npy") for s, m in self.everything[:20]):
-            raise ValueError(f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, found none in {'/'.join(self.everything[0])}; the root must hold the folders of the synsets")
-        warnings.warn(f"{root}: no lists train.txt, val.txt, test.txt (one <synset>-<model> a line); each class is split by a hash of its names, 75 % train, 5 % val, 20 % test (the released code has 75, 20 and 5)", stacklevel=5)
+            raise ValueError(
+                f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, found none in {'/'.join(self.everything[0])}; the root must hold the folders of the synsets"
+            )
+        warnings.warn(
+            f"{root}: no lists train.txt, val.txt, test.txt (one <synset>-<model> a line); each class is split by a hash of its names, 75 % train, 5 % val, 20 % test (the released code has 75, 20 and 5)",
+            stacklevel=5,
+        )
         return {o for o, s in split_objects(self.everything, name=str(root)).items() if s == split}
 
-    def __len__(self): return len(self.items)
+    def __len__(self):
+        return len(self.items)
 
     def fingerprint(self) -> str:
         "Hash of the archive's bytes, or of the names and sizes of the folder's clouds."
@@ -335,71 +533,121 @@ class ShapeNetViews:
         "Number of the object's class in `classes`."
         return self.classes.index(self.items[i][0])
 
-    def _path(self, i): return "/".join(self.items[i])
+    def _path(self, i):
+        return "/".join(self.items[i])
 
     def rows(self, i: int) -> np.ndarray:
         "The object's points as [n 3] float32, or [n 10] with normals, colours in 0..1 and part numbers."
         synset, model = self.items[i]
-        return self.cache.get(("cloud", i), lambda: self._read_cloud(f"{self._path(i)}/pts/{synset}-{model}.npy"))
+        return self.cache.get(
+            ("cloud", i), lambda: self._read_cloud(f"{self._path(i)}/pts/{synset}-{model}.npy")
+        )
 
     def cloud(self, i: int) -> Cloud:
         "The object's points."
         return as_cloud(self.rows(i))
 
     def _read_array(self, name):
-        try: return np.load(io.BytesIO(self.store.read(name)), allow_pickle=False)
-        except (ValueError, EOFError) as problem: raise ValueError(f"{self.store.root / name}: expected a numpy array, found a file that does not load ({str(problem).splitlines()[0]})") from None
+        try:
+            return np.load(io.BytesIO(self.store.read(name)), allow_pickle=False)
+        except (ValueError, EOFError) as problem:
+            raise ValueError(
+                f"{self.store.root / name}: expected a numpy array, found a file that does not load ({str(problem).splitlines()[0]})"
+            ) from None
 
     def _read_cloud(self, name) -> np.ndarray:
         "[n 3] or, with normals, colours and parts, [n 10] float32."
         rows, where = self._read_array(name), self.store.root / name
         if self.convention["points"] == "packed":
-            try: c = unpack_cloud(rows)
-            except ValueError as problem: raise ValueError(f"{where}: {problem}") from None
-            rows = np.concatenate([c["xyz"], c["normal"], c["color"] / np.float32(255), c["part"][:, None]], 1)
+            try:
+                c = unpack_cloud(rows)
+            except ValueError as problem:
+                raise ValueError(f"{where}: {problem}") from None
+            rows = np.concatenate(
+                [c["xyz"], c["normal"], c["color"] / np.float32(255), c["part"][:, None]], 1
+            )
         want = 3 if self.convention["points"] == "released" else None
         if rows.ndim != 2 or rows.shape[1] not in ((want,) if want else (3, 10)):
-            raise ValueError(f"{where}: expected an array [n {want or '3 or 10'}], found {list(rows.shape)}")
-        if not len(rows): raise ValueError(f"{where}: expected at least one point, found an empty cloud")
-        if not np.isfinite(rows).all(): raise ValueError(f"{where}: expected finite coordinates, found {int((~np.isfinite(rows)).sum())} that are not")
+            raise ValueError(
+                f"{where}: expected an array [n {want or '3 or 10'}], found {list(rows.shape)}"
+            )
+        if not len(rows):
+            raise ValueError(f"{where}: expected at least one point, found an empty cloud")
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"{where}: expected finite coordinates, found {int((~np.isfinite(rows)).sum())} that are not"
+            )
         if want:
             rows = released_points(rows.astype(np.float32))
-            if self.z_up: rows = rows @ HALF_TURN[:3, :3].T
+            if self.z_up:
+                rows = rows @ HALF_TURN[:3, :3].T
         return rows.astype(np.float32)
 
     def poses(self, i: int) -> np.ndarray:
         "[v 4 4] float64 camera to world, OpenCV axes, of all views."
+
         def read():
             folder = f"{self._path(i)}/easy"
             if self.convention["cameras"] == "orbit":
                 name = f"{folder}/rendering_metadata.txt"
                 found = read_orbit(self.store.read(name).decode(), str(self.store.root / name))
-                if len(found) != self.n_views: raise ValueError(f"{self.store.root / name}: expected {self.n_views} lines, found {len(found)}")
+                if len(found) != self.n_views:
+                    raise ValueError(
+                        f"{self.store.root / name}: expected {self.n_views} lines, found {len(found)}"
+                    )
                 return found
             names = [f"{folder}/{k:02d}.txt" for k in range(self.n_views)]
-            found = np.stack([read_pose(self.store.read(n).decode("utf8", "replace"), str(self.store.root / n)) for n in names])
-            return HALF_TURN @ found if self.convention["points"] == "released" and self.z_up else found
+            found = np.stack(
+                [
+                    read_pose(
+                        self.store.read(n).decode("utf8", "replace"), str(self.store.root / n)
+                    )
+                    for n in names
+                ]
+            )
+            return (
+                HALF_TURN @ found
+                if self.convention["points"] == "released" and self.z_up
+                else found
+            )
+
         return self.cache.get(("poses", i), read)
 
     def view_names(self, i: int) -> list[str]:
         "The image files of an object."
-        return [f"{self._path(i)}/easy/{k:02d}{self.convention['suffix']}" for k in range(self.n_views)]
+        return [
+            f"{self._path(i)}/easy/{k:02d}{self.convention['suffix']}" for k in range(self.n_views)
+        ]
 
     def pixels(self, i: int, k: int) -> np.ndarray:
         "[4 h w] uint8: colour on black and mask of view `k`."
         name = self.view_names(i)[k]
+
         def read():
-            return resize_image(decode_image(self.store.read(name), str(self.store.root / name)), self.size, self.resample, self.convention["images"] == "on black")
+            return resize_image(
+                decode_image(self.store.read(name), str(self.store.root / name)),
+                self.size,
+                self.resample,
+                self.convention["images"] == "on black",
+            )
+
         return self.cache.get(("view", i, k), read)
 
     def world_to_cam(self, i: int) -> np.ndarray:
         "[v 4 4] float32, OpenCV axes, of all views."
-        return self.facts.get(("world_to_cam", i), lambda: np.linalg.inv(self.poses(i)).astype(np.float32))
+        return self.facts.get(
+            ("world_to_cam", i), lambda: np.linalg.inv(self.poses(i)).astype(np.float32)
+        )
 
     def views(self, i: int, which: list[int] | None = None) -> ViewBatch:
         "Some views of an object (None: all) in the order asked, with `batch` 0."
         which = list(range(self.n_views)) if which is None else [int(k) for k in which]
-        return as_views(np.stack([self.pixels(i, k) for k in which]), self.world_to_cam(i)[which], self.fov, np.zeros(len(which), dtype=np.int64))
+        return as_views(
+            np.stack([self.pixels(i, k) for k in which]),
+            self.world_to_cam(i)[which],
+            self.fov,
+            np.zeros(len(which), dtype=np.int64),
+        )
 
 # %% ../../nbs/data/22_shapenet.ipynb #a18abd84
 def export_objects(
@@ -409,16 +657,26 @@ def export_objects(
     indices: list[int] | None = None,  # which objects; None means all
 ) -> Path:
     "The released layout as plain files: PNG views, one 4 x 4 camera file each, a float32 cloud."
-    if convention not in ("unipre3d", "released"): raise ValueError(f"convention: expected 'unipre3d' or 'released', got {convention!r}")
+    if convention not in ("unipre3d", "released"):
+        raise ValueError(f"convention: expected 'unipre3d' or 'released', got {convention!r}")
     folder, released = Path(folder), convention == "released"
     indices = list(range(len(source)) if indices is None else indices)
     for i in indices:
         synset, model = source.items[i]
         easy, pts = folder / synset / model / "easy", folder / synset / model / "pts"
-        easy.mkdir(parents=True, exist_ok=True); pts.mkdir(exist_ok=True)
+        easy.mkdir(parents=True, exist_ok=True)
+        pts.mkdir(exist_ok=True)
         cloud, poses = source.cloud(i), source.poses(i).copy()
-        rows = np.concatenate([cloud.xyz.numpy()] + ([] if released or cloud.normal is None else [cloud.normal.numpy(), cloud.color.numpy(), cloud.part[:, None].numpy()]), 1).astype(np.float32)
-        if released:                                      # the inverse of `released_points`: its reader subtracts the mean
+        rows = np.concatenate(
+            [cloud.xyz.numpy()]
+            + (
+                []
+                if released or cloud.normal is None
+                else [cloud.normal.numpy(), cloud.color.numpy(), cloud.part[:, None].numpy()]
+            ),
+            1,
+        ).astype(np.float32)
+        if released:  # the inverse of `released_points`: its reader subtracts the mean
             poses[:, :3, 3] -= cloud.xyz.double().mean(0).numpy()
             poses, rows = HALF_TURN @ poses, rows * np.float32([1, -1, -1])
             rows = np.stack([rows[:, 1], -rows[:, 2], -rows[:, 0]], 1)
@@ -426,14 +684,23 @@ def export_objects(
         for k, (name, pose) in enumerate(zip(source.view_names(i), poses)):
             image = decode_image(source.store.read(name), name)
             (clear_black(image) if image.mode == "RGBA" else image).save(easy / f"{k:02d}.png")
-            (easy / f"{k:02d}.txt").write_text("\n".join(" ".join(repr(float(x)) for x in row) for row in pose) + "\n")
+            (easy / f"{k:02d}.txt").write_text(
+                "\n".join(" ".join(repr(float(x)) for x in row) for row in pose) + "\n"
+            )
         meta = f"{source._path(i)}/easy/rendering_metadata.txt"
-        if source.store.has(meta): (easy / "rendering_metadata.txt").write_bytes(source.store.read(meta))
+        if source.store.has(meta):
+            (easy / "rendering_metadata.txt").write_bytes(source.store.read(meta))
     if not released:
-        (folder / "convention.json").write_text(json.dumps({**source.convention, "cameras": "matrix", "points": "columns", "suffix": ".png"}))
+        (folder / "convention.json").write_text(
+            json.dumps(
+                {**source.convention, "cameras": "matrix", "points": "columns", "suffix": ".png"}
+            )
+        )
         rows = [source.table[source.items[i]] for i in indices if source.items[i] in source.table]
         if rows:
             with open(folder / "objects.csv", "w", newline="") as f:
-                out = csv.DictWriter(f, rows[0], lineterminator="\n"); out.writeheader(); out.writerows(rows)
+                out = csv.DictWriter(f, rows[0], lineterminator="\n")
+                out.writeheader()
+                out.writerows(rows)
         (folder / "parts.json").write_text(json.dumps(source.parts))
     return folder

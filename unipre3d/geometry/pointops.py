@@ -16,12 +16,14 @@ __all__ = ['farthest_point_sample', 'squared_distance', 'knn', 'ball_query', 'th
 
 # %% ../../nbs/geometry/11_pointops.ipynb #bfbd5749
 def _check_count(name: str, value: int) -> None:
-    if value < 1: raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
 
 def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
     "Farthest points of padded clouds [B n 3], as places [B k]; a place repeats once a cloud has no points left."
     x, y, z = (c.contiguous() for c in xyz.unbind(-1))
-    gap = torch.where(mask, torch.inf, -1.).to(xyz.dtype)
+    gap = torch.where(mask, torch.inf, -1.0).to(xyz.dtype)
     d2, step = torch.empty_like(gap), torch.empty_like(gap)
     newest = torch.zeros(len(gap), 1, dtype=torch.long, device=gap.device)
     chosen = [newest]
@@ -30,23 +32,25 @@ def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
         for c in (y, z):
             torch.sub(c, c.gather(1, newest), out=step)
             d2.addcmul_(step, step)
-        torch.minimum(gap, d2, out=gap).scatter_(1, newest, -1.)
+        torch.minimum(gap, d2, out=gap).scatter_(1, newest, -1.0)
         newest = gap.argmax(1, keepdim=True)
         chosen.append(newest)
     return torch.cat(chosen, 1)
 
+
 @torch.no_grad()
 def farthest_point_sample(
-    xyz: Tensor,    # [n 3] packed points, any length unit
+    xyz: Tensor,  # [n 3] packed points, any length unit
     batch: Tensor,  # [n] sorted cloud index
-    size: int,      # number of clouds B
-    k: int,         # centres for each cloud
+    size: int,  # number of clouds B
+    k: int,  # centres for each cloud
 ) -> Tensor:  # [m] packed row numbers, cloud after cloud, min(k, points of the cloud) for each; `batch[index]` says whose
     "Well spread points of every cloud, in the order in which they are taken; each cloud starts with its first point."
     _check_count("farthest_point_sample.k", k)
     padded, mask = to_padded(xyz, batch, size)
     k = min(k, padded.shape[1])
-    if not k: return batch.new_zeros(0)
+    if not k:
+        return batch.new_zeros(0)
     index = _farthest_padded(padded, mask, k) + offsets(batch, size)[:-1, None]
     return index[torch.arange(k, device=mask.device) < mask.sum(1, keepdim=True)]
 
@@ -62,16 +66,28 @@ def squared_distance(
         d2.addcmul_(step, step)
     return d2
 
+
 def _widen(index: Tensor, k: int) -> Tensor:
     "Repeat the first column until there are k."
     return torch.cat([index, index[..., :1].expand(*index.shape[:-1], k - index.shape[-1])], -1)
 
-def _search(query: Tensor, query_batch: Tensor, xyz: Tensor, batch: Tensor, size: int, pick: Callable, chunk: int = 2**20) -> Tensor:
+
+def _search(
+    query: Tensor,
+    query_batch: Tensor,
+    xyz: Tensor,
+    batch: Tensor,
+    size: int,
+    pick: Callable,
+    chunk: int = 2**20,
+) -> Tensor:
     "Pack up the places that `pick` chooses from each table [b m n] of squared distances (infinite where there is no point)."
     points, mask = to_padded(xyz, batch, size)
     queries, asked = to_padded(query, query_batch, size)
     if (lost := asked.any(1) & ~mask.any(1)).any():
-        raise ValueError(f"neighbour search: expected points in every cloud that is asked about, cloud {int(lost.nonzero()[0])} is empty")
+        raise ValueError(
+            f"neighbour search: expected points in every cloud that is asked about, cloud {int(lost.nonzero()[0])} is empty"
+        )
     ragged, n = not mask.all(), points.shape[1]
     rows = max(1, chunk // max(1, size * n))
     found = []
@@ -83,63 +99,80 @@ def _search(query: Tensor, query_batch: Tensor, xyz: Tensor, batch: Tensor, size
 # %% ../../nbs/geometry/11_pointops.ipynb #f5cd0c1e
 @torch.no_grad()
 def knn(
-    query: Tensor,        # [m 3] packed places to ask about
+    query: Tensor,  # [m 3] packed places to ask about
     query_batch: Tensor,  # [m] sorted cloud of each query
-    xyz: Tensor,          # [n 3] packed points, same unit
-    batch: Tensor,        # [n] sorted cloud index
-    size: int,            # number of clouds B
-    k: int,               # neighbours for each query
-) -> Tensor:  # [m k] packed row numbers, nearest first; a cloud of fewer than k points repeats the nearest
+    xyz: Tensor,  # [n 3] packed points, same unit
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
+    k: int,  # neighbours for each query
+) -> (
+    Tensor
+):  # [m k] packed row numbers, nearest first; a cloud of fewer than k points repeats the nearest
     "The k nearest points of the query's own cloud."
     _check_count("knn.k", k)
+
     def pick(d2):
         near, index = d2.topk(min(k, d2.shape[-1]), largest=False)
         return _widen(torch.where(near.isinf(), index[..., :1], index), k)
-    return _search(query, query_batch, xyz, batch, size, pick) if len(query) else batch.new_zeros(0, k)
+
+    return (
+        _search(query, query_batch, xyz, batch, size, pick) if len(query) else batch.new_zeros(0, k)
+    )
+
 
 @torch.no_grad()
 def ball_query(
-    query: Tensor,        # [m 3] packed centres
+    query: Tensor,  # [m 3] packed centres
     query_batch: Tensor,  # [m] sorted cloud of each centre
-    xyz: Tensor,          # [n 3] packed points, same unit
-    batch: Tensor,        # [n] sorted cloud index
-    size: int,            # number of clouds B
-    radius: float,        # radius of the ball; the surface itself is outside (d^2 < radius^2)
-    k: int,               # neighbours for each centre
+    xyz: Tensor,  # [n 3] packed points, same unit
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
+    radius: float,  # radius of the ball; the surface itself is outside (d^2 < radius^2)
+    k: int,  # neighbours for each centre
 ) -> Tensor:  # [m k] packed row numbers in rising order, then the first one repeated; the nearest point if the ball is empty
     "The first k points, in the order of the cloud, that lie inside a ball around each centre."
     _check_count("ball_query.k", k)
+
     def pick(d2):
         n = d2.shape[-1]
-        place = torch.where(d2 < radius**2, torch.arange(n, device=d2.device, dtype=torch.float), float(n))
+        place = torch.where(
+            d2 < radius**2, torch.arange(n, device=d2.device, dtype=torch.float), float(n)
+        )
         place = place.topk(min(k, n), largest=False).values.long()
         first = place[..., :1]
-        if (first == n).any(): first = torch.where(first == n, d2.argmin(-1, keepdim=True), first)
+        if (first == n).any():
+            first = torch.where(first == n, d2.argmin(-1, keepdim=True), first)
         return _widen(torch.where(place == n, first, place), k)
-    return _search(query, query_batch, xyz, batch, size, pick) if len(query) else batch.new_zeros(0, k)
+
+    return (
+        _search(query, query_batch, xyz, batch, size, pick) if len(query) else batch.new_zeros(0, k)
+    )
 
 # %% ../../nbs/geometry/11_pointops.ipynb #f6b9bb5e
 def three_nn(
-    query: Tensor,        # [m 3] packed places to ask about
+    query: Tensor,  # [m 3] packed places to ask about
     query_batch: Tensor,  # [m] sorted cloud of each query
-    xyz: Tensor,          # [n 3] packed points, same unit
-    batch: Tensor,        # [n] sorted cloud index
-    size: int,            # number of clouds B
-) -> tuple[Tensor, Tensor]:  # index [m 3], squared distance [m 3] in squared units, both nearest first
+    xyz: Tensor,  # [n 3] packed points, same unit
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
+) -> tuple[
+    Tensor, Tensor
+]:  # index [m 3], squared distance [m 3] in squared units, both nearest first
     "The three nearest points and how far they are."
     index = knn(query, query_batch, xyz, batch, size, k=3)
     return index, (query[:, None] - xyz[index]).square().sum(-1)
 
+
 def interpolate(
-    query: Tensor,        # [m 3] packed places that want a value
+    query: Tensor,  # [m 3] packed places that want a value
     query_batch: Tensor,  # [m] sorted cloud of each query
-    xyz: Tensor,          # [n 3] packed points whose values are known
-    feat: Tensor,         # [n c] the values
-    batch: Tensor,        # [n] sorted cloud index
-    size: int,            # number of clouds B
-    k: int = 3,           # points to average
-    power: float = 2,     # exponent p of the distance
-    eps: float = 1e-8,    # added to the distance to that power, so that a known point keeps (almost) its own value
+    xyz: Tensor,  # [n 3] packed points whose values are known
+    feat: Tensor,  # [n c] the values
+    batch: Tensor,  # [n] sorted cloud index
+    size: int,  # number of clouds B
+    k: int = 3,  # points to average
+    power: float = 2,  # exponent p of the distance
+    eps: float = 1e-8,  # added to the distance to that power, so that a known point keeps (almost) its own value
 ) -> Tensor:  # [m c]
     "Inverse-distance weighted mean of the k nearest known values."
     index = knn(query, query_batch, xyz, batch, size, k)
@@ -151,30 +184,39 @@ def interpolate(
 
 # %% ../../nbs/geometry/11_pointops.ipynb #ecf87898
 def voxelize(
-    xyz: Tensor,        # [n 3] packed points
-    batch: Tensor,      # [n] sorted cloud index
+    xyz: Tensor,  # [n 3] packed points
+    batch: Tensor,  # [n] sorted cloud index
     voxel_size: float,  # edge of a voxel, same unit as xyz
-) -> tuple[Tensor, Tensor]:  # cell [v 4] long (cloud, i, j, k), sorted, each once; inverse [n]: the voxel of each point
+) -> tuple[
+    Tensor, Tensor
+]:  # cell [v 4] long (cloud, i, j, k), sorted, each once; inverse [n]: the voxel of each point
     "The voxels that hold points."
-    if not voxel_size > 0: raise ValueError(f"voxelize.voxel_size: expected a length above 0, got {voxel_size}")
+    if not voxel_size > 0:
+        raise ValueError(f"voxelize.voxel_size: expected a length above 0, got {voxel_size}")
     cell = torch.cat([batch[:, None], (xyz.detach() / voxel_size).floor().long()], 1)
-    if not len(cell): return cell, batch
+    if not len(cell):
+        return cell, batch
     low = cell.amin(0)
     extent = (cell.amax(0) - low + 1).tolist()
     if extent[0] * extent[1] * extent[2] * extent[3] >= 2**63:
-        raise ValueError(f"voxelize.voxel_size: {voxel_size} cuts the cloud into {extent[1]} x {extent[2]} x {extent[3]} cells, too many to number; use a larger voxel")
+        raise ValueError(
+            f"voxelize.voxel_size: {voxel_size} cuts the cloud into {extent[1]} x {extent[2]} x {extent[3]} cells, too many to number; use a larger voxel"
+        )
     number = cell[:, 0] - low[0]
-    for axis in (1, 2, 3): number = number * extent[axis] + cell[:, axis] - low[axis]
+    for axis in (1, 2, 3):
+        number = number * extent[axis] + cell[:, axis] - low[axis]
     number, inverse = number.unique(return_inverse=True)
     rest = []
     for axis in (3, 2, 1):
-        rest.append(number % extent[axis]); number = number // extent[axis]
+        rest.append(number % extent[axis])
+        number = number // extent[axis]
     return torch.stack([number, *reversed(rest)], 1) + low, inverse
 
+
 def voxel_mean(
-    x: Tensor,        # [n c] one row a point
+    x: Tensor,  # [n c] one row a point
     inverse: Tensor,  # [n] the voxel of each point, from `voxelize`
-    count: int,       # number of voxels v
+    count: int,  # number of voxels v
 ) -> Tensor:  # [v c]
     "The mean of the points in each voxel."
     total = x.new_zeros(count, x.shape[1]).index_add(0, inverse, x)

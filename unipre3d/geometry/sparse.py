@@ -25,22 +25,28 @@ __all__ = ['cell_numbers', 'SparseTensor', 'neighbour_table', 'Block', 'Rulebook
 
 # %% ../../nbs/geometry/13_sparse.ipynb #5285fd24
 def cell_numbers(
-    index: Tensor,                # [n 4] long (batch, i, j, k), inside the block
+    index: Tensor,  # [n 4] long (batch, i, j, k), inside the block
     shape: tuple[int, int, int],  # cells of the block along each axis (I, J, K)
 ) -> Tensor:  # [n] long
     "The row-major number of each cell; numbers order cells by batch, then i, j, k."
     b, i, j, k = index.unbind(1)
     return ((b * shape[0] + i) * shape[1] + j) * shape[2] + k
 
+
 @dataclass(frozen=True, eq=False)
 class SparseTensor:
     "Features on some cells of a block; all other cells are zero."
-    feat: Tensor                 # [n c] one row a cell
-    index: Tensor                # [n 4] long (batch, i, j, k), each cell at most once, in any order
+
+    feat: Tensor  # [n c] one row a cell
+    index: Tensor  # [n 4] long (batch, i, j, k), each cell at most once, in any order
     shape: tuple[int, int, int]  # cells of the block along each axis (I, J, K)
-    size: int                    # number of clouds B
-    _cache: dict | None = field(default=None, repr=False)      # what was worked out about these cells; shared by with_feat
-    _origin: tuple | None = field(default=None, repr=False)   # for a strided result: where it came from
+    size: int  # number of clouds B
+    _cache: dict | None = field(
+        default=None, repr=False
+    )  # what was worked out about these cells; shared by with_feat
+    _origin: tuple | None = field(
+        default=None, repr=False
+    )  # for a strided result: where it came from
 
     def __post_init__(self):
         check_shapes("SparseTensor", feat=(self.feat, "n c"), index=(self.index, "n 4"))
@@ -49,20 +55,37 @@ class SparseTensor:
             object.__setattr__(self, "_cache", {"order": self._checked_order()})
 
     def _checked_order(self) -> Tensor:
-        if self.index.dtype != torch.long: raise ValueError(f"SparseTensor.index: expected dtype torch.int64, got {self.index.dtype}")
+        if self.index.dtype != torch.long:
+            raise ValueError(
+                f"SparseTensor.index: expected dtype torch.int64, got {self.index.dtype}"
+            )
         limit = (self.size, *self.shape)
         if limit[0] * limit[1] * limit[2] * limit[3] >= 2**62:
-            raise ValueError(f"SparseTensor.shape: {limit[0]} blocks of {self.shape} have too many cells to number; use a larger voxel")
-        if not len(self.index): return self.index[:, 0]
-        for name, low, high, end in zip(("batch", "i", "j", "k"), self.index.amin(0).tolist(), self.index.amax(0).tolist(), limit):
-            if low < 0 or high >= end: raise ValueError(f"SparseTensor.index: expected {name} in 0..{end - 1}, found {low}..{high}; check shape and size")
+            raise ValueError(
+                f"SparseTensor.shape: {limit[0]} blocks of {self.shape} have too many cells to number; use a larger voxel"
+            )
+        if not len(self.index):
+            return self.index[:, 0]
+        for name, low, high, end in zip(
+            ("batch", "i", "j", "k"),
+            self.index.amin(0).tolist(),
+            self.index.amax(0).tolist(),
+            limit,
+        ):
+            if low < 0 or high >= end:
+                raise ValueError(
+                    f"SparseTensor.index: expected {name} in 0..{end - 1}, found {low}..{high}; check shape and size"
+                )
         number, order = cell_numbers(self.index, self.shape).sort()
         if (same := number[1:] == number[:-1]).any():
             row = order[int(same.nonzero()[0])]
-            raise ValueError(f"SparseTensor.index: expected each cell once, found {tuple(self.index[row].tolist())} more than once; merge rows first (merge_voxels)")
+            raise ValueError(
+                f"SparseTensor.index: expected each cell once, found {tuple(self.index[row].tolist())} more than once; merge rows first (merge_voxels)"
+            )
         return order
 
-    def __len__(self): return len(self.feat)
+    def __len__(self):
+        return len(self.feat)
 
     def with_feat(self, feat: Tensor) -> SparseTensor:
         "The same cells with other features, `[n c]`; shares everything known about the cells."
@@ -77,23 +100,33 @@ class SparseTensor:
         "The same cells on `device`; what was worked out is left behind."
         return SparseTensor(self.feat.to(device), self.index.to(device), self.shape, self.size)
 
-def _triple(owner: str, name: str, value: int | tuple[int, int, int], low: int) -> tuple[int, int, int]:
+
+def _triple(
+    owner: str, name: str, value: int | tuple[int, int, int], low: int
+) -> tuple[int, int, int]:
     "Three whole numbers from one or three, checked."
     three = (value,) * 3 if isinstance(value, Integral) else tuple(value)
     if len(three) != 3 or any(not isinstance(v, Integral) or v < low for v in three):
-        raise ValueError(f"{owner}.{name}: expected a whole number or three of them, each at least {low}, got {value!r}")
+        raise ValueError(
+            f"{owner}.{name}: expected a whole number or three of them, each at least {low}, got {value!r}"
+        )
     return tuple(int(v) for v in three)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #3eac46d8
 def neighbour_table(
-    number: Tensor,               # [n] long, rising: cell numbers in a block that has the window's margin around it
+    number: Tensor,  # [n] long, rising: cell numbers in a block that has the window's margin around it
     shape: tuple[int, int, int],  # of that block, margin included
-    kernel: tuple[int, int, int], # odd widths of the window
+    kernel: tuple[int, int, int],  # odd widths of the window
 ) -> Tensor:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 where there is none
     "Which cells lie in the window around each cell."
     n, volume, lines = len(number), kernel[0] * kernel[1] * kernel[2], kernel[0] * kernel[1]
-    table = torch.full((volume, n + 1), -1, dtype=torch.int32, device=number.device)  # the last column takes what was not found
-    here, ends = torch.arange(n, dtype=torch.int32, device=number.device), F.pad(number, (0, 1), value=-1)
+    table = torch.full(
+        (volume, n + 1), -1, dtype=torch.int32, device=number.device
+    )  # the last column takes what was not found
+    here, ends = (
+        torch.arange(n, dtype=torch.int32, device=number.device),
+        F.pad(number, (0, 1), value=-1),
+    )
     table[volume // 2, :n] = here
     for line in range(lines // 2 + 1):
         a, b = line // kernel[1] - kernel[0] // 2, line % kernel[1] - kernel[1] // 2
@@ -109,31 +142,41 @@ def neighbour_table(
 # %% ../../nbs/geometry/13_sparse.ipynb #e4a235f8
 class Block(NamedTuple):
     "A piece of the work: some output rows, and all pairs that end in them."
-    pairs: slice       # in src and dst of the rulebook
+
+    pairs: slice  # in src and dst of the rulebook
     counts: list[int]  # pairs of each offset, in this order
-    rows: Tensor       # [r] output rows
-    order: Tensor      # pairs of the block in the order of the output rows
-    start: Tensor      # [r] where in `order` each output row begins
+    rows: Tensor  # [r] output rows
+    order: Tensor  # pairs of the block in the order of the output rows
+    start: Tensor  # [r] where in `order` each output row begins
+
 
 @dataclass(frozen=True, eq=False)
 class Rulebook:
     "Who contributes to whom, through which offset."
-    src: Tensor          # [p] int32 input row of each pair
-    dst: Tensor          # [p] int32 output row of each pair
+
+    src: Tensor  # [p] int32 input row of each pair
+    dst: Tensor  # [p] int32 output row of each pair
     blocks: list[Block]  # together they hold each output row once
-    rows: int            # output rows m
+    rows: int  # output rows m
 
     @classmethod
-    def from_table(cls,
-        table: Tensor,     # [offsets, m] int32 places in `src_rows`, -1 where there is nothing
+    def from_table(
+        cls,
+        table: Tensor,  # [offsets, m] int32 places in `src_rows`, -1 where there is nothing
         src_rows: Tensor,  # [n] input row at each place
         dst_rows: Tensor,  # [m] output row of each column; columns that stand together are worked on together
     ) -> Rulebook:
         "Cut a table into blocks."
         (volume, m), most = table.shape, 2048 if table.device.type == "cpu" else 2**17
         side = -(-m // max(1, -(-m // most)))  # blocks of one size
-        if not m: return cls(src_rows[:0].int(), dst_rows[:0].int(), [], 0)
-        table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side).transpose(0, 1).contiguous()
+        if not m:
+            return cls(src_rows[:0].int(), dst_rows[:0].int(), [], 0)
+        table = (
+            F.pad(table, (0, -m % side), value=-1)
+            .view(volume, -1, side)
+            .transpose(0, 1)
+            .contiguous()
+        )
         hit, rows = table >= 0, F.pad(dst_rows.int(), (0, -m % side))
         pair = hit.view(-1).nonzero()[:, 0]
         place = hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit)
@@ -143,25 +186,43 @@ class Rulebook:
         start, blocks, done = many.cumsum(1, dtype=torch.int32) - many, [], 0
         for i, count in enumerate(counts):
             pairs, r = slice(done, done + sum(count)), min(side, m - i * side)
-            blocks.append(Block(pairs, count, dst_rows[i * side:][:r], order[pairs], start[i, :r]))
+            blocks.append(Block(pairs, count, dst_rows[i * side :][:r], order[pairs], start[i, :r]))
             done = pairs.stop
         src = src_rows.int().index_select(0, table.view(-1).index_select(0, pair))
-        return cls(src, rows.index_select(0, pair % side + pair.div(volume * side, rounding_mode="floor") * side), blocks, m)
+        return cls(
+            src,
+            rows.index_select(
+                0, pair % side + pair.div(volume * side, rounding_mode="floor") * side
+            ),
+            blocks,
+            m,
+        )
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e2567c01
 @dataclass(frozen=True, eq=False)
 class Rules:
     "A rulebook and its reverse."
+
     forth: Rulebook
-    inputs: int           # input rows n
+    inputs: int  # input rows n
     mirror: bool = False  # True: the reverse is the same book with the offsets counted from the end
 
     @cached_property
     def back(self) -> Rulebook:
         "The book of the same pairs with input and output exchanged."
-        if self.mirror: return self.forth
-        offset = torch.cat([torch.arange(len(b.counts)).repeat_interleave(torch.tensor(b.counts)) for b in self.forth.blocks] or [torch.zeros(0, dtype=torch.long)])
-        volume, device = len(self.forth.blocks[0].counts) if self.forth.blocks else 1, self.forth.src.device
+        if self.mirror:
+            return self.forth
+        offset = torch.cat(
+            [
+                torch.arange(len(b.counts)).repeat_interleave(torch.tensor(b.counts))
+                for b in self.forth.blocks
+            ]
+            or [torch.zeros(0, dtype=torch.long)]
+        )
+        volume, device = (
+            len(self.forth.blocks[0].counts) if self.forth.blocks else 1,
+            self.forth.src.device,
+        )
         table = torch.full((volume, self.inputs), -1, dtype=torch.int32, device=device)
         table[offset.to(device), self.forth.src.long()] = self.forth.dst
         rows = torch.arange(self.inputs, device=device)
@@ -173,14 +234,17 @@ class Rules:
         rules.__dict__["back"] = self.forth
         return rules
 
+
 def _buffers(like: Tensor, book: Rulebook, *widths: int) -> list[Tensor]:
     "Room for the rows of the largest block."
     most = max((b.pairs.stop - b.pairs.start for b in book.blocks), default=0)
     return [like.new_empty(most, w) for w in widths]
 
+
 def _add_up(products: Tensor, block: Block, out: Tensor) -> None:
     "Sum the products of each output row of the block into its place."
     out.index_copy_(0, block.rows, F.embedding_bag(block.order, products, block.start, mode="sum"))
+
 
 class _SparseConv(torch.autograd.Function):
     @staticmethod
@@ -190,39 +254,59 @@ class _SparseConv(torch.autograd.Function):
         out = feat.new_empty(book.rows, weight.shape[2])
         gathered, products = _buffers(feat, book, *weight.shape[1:])
         for b in book.blocks:
-            x, y = (t[:b.pairs.stop - b.pairs.start] for t in (gathered, products))
+            x, y = (t[: b.pairs.stop - b.pairs.start] for t in (gathered, products))
             torch.index_select(feat, 0, book.src[b.pairs], out=x)
             for w, rows, result in zip(weight, x.split(b.counts), y.split(b.counts)):
-                if len(rows): torch.mm(rows, w, out=result)
+                if len(rows):
+                    torch.mm(rows, w, out=result)
             _add_up(y, b, out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (feat, weight), book, (want_feat, want_weight, _) = ctx.saved_tensors, ctx.rules.back, ctx.needs_input_grad
-        of_feat, of_weight = torch.empty_like(feat) if want_feat else None, weight.new_zeros(weight.shape) if want_weight else None
+        (feat, weight), book, (want_feat, want_weight, _) = (
+            ctx.saved_tensors,
+            ctx.rules.back,
+            ctx.needs_input_grad,
+        )
+        of_feat, of_weight = (
+            torch.empty_like(feat) if want_feat else None,
+            weight.new_zeros(weight.shape) if want_weight else None,
+        )
         step = -1 if ctx.rules.mirror else 1
         offsets, turned = range(len(weight))[::step], weight.mT
-        gathered, inputs, products = _buffers(feat, book, weight.shape[2], weight.shape[1], weight.shape[1])
+        gathered, inputs, products = _buffers(
+            feat, book, weight.shape[2], weight.shape[1], weight.shape[1]
+        )
         for b in book.blocks:
-            g, x, y = (t[:b.pairs.stop - b.pairs.start] for t in (gathered, inputs, products))
+            g, x, y = (t[: b.pairs.stop - b.pairs.start] for t in (gathered, inputs, products))
             torch.index_select(grad, 0, book.src[b.pairs], out=g)
-            if want_weight: torch.index_select(feat, 0, book.dst[b.pairs], out=x)
-            for k, rows, seen, result in zip(offsets, g.split(b.counts), x.split(b.counts), y.split(b.counts)):
-                if not len(rows): continue
-                if want_feat: torch.mm(rows, turned[k], out=result)
-                if want_weight: of_weight[k].addmm_(seen.T, rows)
-            if want_feat: _add_up(y, b, of_feat)
+            if want_weight:
+                torch.index_select(feat, 0, book.dst[b.pairs], out=x)
+            for k, rows, seen, result in zip(
+                offsets, g.split(b.counts), x.split(b.counts), y.split(b.counts)
+            ):
+                if not len(rows):
+                    continue
+                if want_feat:
+                    torch.mm(rows, turned[k], out=result)
+                if want_weight:
+                    of_weight[k].addmm_(seen.T, rows)
+            if want_feat:
+                _add_up(y, b, of_feat)
         return of_feat, of_weight, None
 
+
 def sparse_conv(
-    feat: Tensor,    # [n c] input rows
+    feat: Tensor,  # [n c] input rows
     weight: Tensor,  # [out k0 k1 k2 in], spconv's layout; kernel axes in the order of the index
-    rules: Rules,    # of this resolution and kernel
+    rules: Rules,  # of this resolution and kernel
 ) -> Tensor:  # [m out]
     "Convolve along the pairs of a rulebook; differentiable once in features and weights."
-    return _SparseConv.apply(feat.contiguous(), weight.to(feat.dtype).flatten(1, 3).permute(1, 2, 0).contiguous(), rules)
+    return _SparseConv.apply(
+        feat.contiguous(), weight.to(feat.dtype).flatten(1, 3).permute(1, 2, 0).contiguous(), rules
+    )
 
 # %% ../../nbs/geometry/13_sparse.ipynb #96c15d7c
 def submanifold_rules(
@@ -231,53 +315,82 @@ def submanifold_rules(
 ) -> Rules:
     "The rules of a centred window on the cells of `x`, from its cache where they are known."
     kernel = _triple("submanifold_rules", "kernel", kernel, 1)
-    if any(k % 2 == 0 for k in kernel): raise ValueError(f"submanifold_rules.kernel: expected odd widths, which have a centre, got {kernel}")
+    if any(k % 2 == 0 for k in kernel):
+        raise ValueError(
+            f"submanifold_rules.kernel: expected odd widths, which have a centre, got {kernel}"
+        )
     if kernel not in x._cache:
         order, margin = x._cache["order"], [k // 2 for k in kernel]
         shape = tuple(s + 2 * m for s, m in zip(x.shape, margin))
         number = cell_numbers(x.index[order] + x.index.new_tensor([0, *margin]), shape)
-        x._cache[kernel] = Rules(Rulebook.from_table(neighbour_table(number, shape, kernel), order, order), len(x), mirror=True)
+        x._cache[kernel] = Rules(
+            Rulebook.from_table(neighbour_table(number, shape, kernel), order, order),
+            len(x),
+            mirror=True,
+        )
     return x._cache[kernel]
+
 
 class Origin(NamedTuple):
     "Where a strided tensor came from."
-    index: Tensor                 # cells of the finer tensor, in its order
+
+    index: Tensor  # cells of the finer tensor, in its order
     shape: tuple[int, int, int]
     size: int
-    cache: dict                   # what is known about the finer cells
-    origin: Origin | None         # where the finer tensor came from
+    cache: dict  # what is known about the finer cells
+    origin: Origin | None  # where the finer tensor came from
     kernel: tuple[int, int, int]  # of the convolution in between
-    rules: object                 # fine to coarse: Rules, or spconv's own record of them
+    rules: object  # fine to coarse: Rules, or spconv's own record of them
 
-def _coarse(x: SparseTensor, kernel: tuple, stride: tuple, padding: tuple) -> tuple[Tensor, tuple, Tensor, Tensor, Tensor]:
+
+def _coarse(
+    x: SparseTensor, kernel: tuple, stride: tuple, padding: tuple
+) -> tuple[Tensor, tuple, Tensor, Tensor, Tensor]:
     "Output cells and block, and for every pair its offset, input row and output row."
     shape = tuple((s + 2 * p - k) // t + 1 for s, p, k, t in zip(x.shape, padding, kernel, stride))
-    if min(shape) < 1: raise ValueError(f"SparseConv3d.kernel_size: {kernel} is wider than the block {x.shape} with padding {padding}")
+    if min(shape) < 1:
+        raise ValueError(
+            f"SparseConv3d.kernel_size: {kernel} is wider than the block {x.shape} with padding {padding}"
+        )
     taps = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).to(x.index.device)
     step, pad, end = (x.index.new_tensor(t) for t in (stride, padding, shape))
     at = x.index[:, 1:] + pad - taps[:, None]  # [taps n 3]
     to = at.div(step, rounding_mode="floor")
     tap, src = ((to * step == at) & (to >= 0) & (to < end)).all(2).nonzero().unbind(1)
-    number, dst = cell_numbers(torch.cat([x.index[src, :1], to[tap, src]], 1), shape).unique(return_inverse=True)
+    number, dst = cell_numbers(torch.cat([x.index[src, :1], to[tap, src]], 1), shape).unique(
+        return_inverse=True
+    )
     index = x.index.new_empty(len(number), 4)
     index[dst] = torch.cat([x.index[src, :1], to[tap, src]], 1)
     return index, shape, tap, src, dst
 
+
 def strided_rules(
     x: SparseTensor,
-    kernel: int | tuple[int, int, int],       # cells that one output cell sees
-    stride: int | tuple[int, int, int],       # fine cells from one coarse cell to the next
+    kernel: int | tuple[int, int, int],  # cells that one output cell sees
+    stride: int | tuple[int, int, int],  # fine cells from one coarse cell to the next
     padding: int | tuple[int, int, int] = 0,  # of air around the block
-) -> tuple[SparseTensor, Rules]:  # the coarse cells without features [m 0], and the rules from fine to coarse
+) -> tuple[
+    SparseTensor, Rules
+]:  # the coarse cells without features [m 0], and the rules from fine to coarse
     "Coarser cells and how to get there, from the cache of `x` where they are known."
-    three = _triple("strided_rules", "kernel", kernel, 1), _triple("strided_rules", "stride", stride, 1), _triple("strided_rules", "padding", padding, 0)
+    three = (
+        _triple("strided_rules", "kernel", kernel, 1),
+        _triple("strided_rules", "stride", stride, 1),
+        _triple("strided_rules", "padding", padding, 0),
+    )
     if three not in x._cache:
         index, shape, tap, src, dst = _coarse(x, *three)
-        table = torch.full((three[0][0] * three[0][1] * three[0][2], len(index)), -1, dtype=torch.int32, device=index.device)
+        table = torch.full(
+            (three[0][0] * three[0][1] * three[0][2], len(index)),
+            -1,
+            dtype=torch.int32,
+            device=index.device,
+        )
         table[tap, dst] = src.int()
         rows = torch.arange(max(len(x), len(index)), device=index.device)
-        rules = Rules(Rulebook.from_table(table, rows[:len(x)], rows[:len(index)]), len(x))
-        x._cache[three] = index, shape, {"order": rows[:len(index)]}, rules
+        rules = Rules(Rulebook.from_table(table, rows[: len(x)], rows[: len(index)]), len(x))
+        x._cache[three] = index, shape, {"order": rows[: len(index)]}, rules
     index, shape, cache, rules = x._cache[three]
     origin = Origin(x.index, x.shape, x.size, x._cache, x._origin, three[0], rules)
     return SparseTensor(x.feat.new_zeros(len(index), 0), index, shape, x.size, cache, origin), rules
@@ -285,46 +398,82 @@ def strided_rules(
 # %% ../../nbs/geometry/13_sparse.ipynb #f3187420
 def _use_spconv(owner: str, backend: str, x: SparseTensor) -> bool:
     "Whether a layer should call spconv for this tensor."
-    if backend == "torch" or (backend == "auto" and x.feat.dtype not in (torch.float32, torch.float16)): return False
+    if backend == "torch" or (
+        backend == "auto" and x.feat.dtype not in (torch.float32, torch.float16)
+    ):
+        return False
     here = x.feat.device.type == "cuda" and importlib.util.find_spec("spconv") is not None
     if backend == "spconv" and not here:
-        raise ValueError(f"{owner}.backend: 'spconv' needs a CUDA tensor and the spconv package, found a tensor on {x.feat.device}; use backend='auto' or 'torch'")
+        raise ValueError(
+            f"{owner}.backend: 'spconv' needs a CUDA tensor and the spconv package, found a tensor on {x.feat.device}; use backend='auto' or 'torch'"
+        )
     return here
+
 
 def _run_spconv(x: SparseTensor, kind: str, layer: nn.Module, known: dict, key: str, **options):
     "One spconv layer with the weights of ours; `known` holds what earlier layers worked out, by key. Returns spconv's tensor."
     import spconv.pytorch as spconv
+
     with torch.device("meta"):  # their own weights are never used: do not make them
-        theirs = getattr(spconv, kind)(layer.in_channels, layer.out_channels, list(layer.kernel_size), bias=False, indice_key=key, **options)
+        theirs = getattr(spconv, kind)(
+            layer.in_channels,
+            layer.out_channels,
+            list(layer.kernel_size),
+            bias=False,
+            indice_key=key,
+            **options,
+        )
     del theirs.weight
     theirs.weight = layer.weight.to(x.feat.dtype)
     theirs.train()  # in evaluation mode spconv cuts the graph, and its rulebook has no way back
-    with full_precision(x.feat):  # under autocast, even to bfloat16, spconv would compute in float16
-        return theirs(spconv.SparseConvTensor(x.feat, x.index.int(), list(x.shape), x.size, indice_dict=dict(known)))
+    with full_precision(
+        x.feat
+    ):  # under autocast, even to bfloat16, spconv would compute in float16
+        return theirs(
+            spconv.SparseConvTensor(
+                x.feat, x.index.int(), list(x.shape), x.size, indice_dict=dict(known)
+            )
+        )
+
 
 class _SparseLayer(nn.Module):
     "What the three layers share: weights, bias, checks."
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size, bias: bool, backend: str):
         super().__init__()
-        if backend not in ("auto", "torch", "spconv"): raise ValueError(f"{type(self).__name__}.backend: expected 'auto', 'torch' or 'spconv', got {backend!r}")
+        if backend not in ("auto", "torch", "spconv"):
+            raise ValueError(
+                f"{type(self).__name__}.backend: expected 'auto', 'torch' or 'spconv', got {backend!r}"
+            )
         self.in_channels, self.out_channels, self.backend = in_channels, out_channels, backend
         self.kernel_size = k = _triple(type(self).__name__, "kernel_size", kernel_size, 1)
-        bound = (in_channels * k[0] * k[1] * k[2]) ** -.5
-        self.weight = nn.Parameter(torch.empty(out_channels, *k, in_channels).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
+        bound = (in_channels * k[0] * k[1] * k[2]) ** -0.5
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, *k, in_channels).uniform_(-bound, bound)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
+        )
 
-    def extra_repr(self) -> str: return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
 
     def _check(self, x: SparseTensor) -> None:
         if x.feat.shape[1] != self.in_channels:
-            raise ValueError(f"{type(self).__name__}: expected features with {self.in_channels} channels (in_channels), got {x.feat.shape[1]}")
+            raise ValueError(
+                f"{type(self).__name__}: expected features with {self.in_channels} channels (in_channels), got {x.feat.shape[1]}"
+            )
 
-    def _add_bias(self, y: Tensor) -> Tensor: return y if self.bias is None else y + self.bias.to(y.dtype)
+    def _add_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
 
 class SubMConv3d(_SparseLayer):
     "Submanifold convolution: the same cells, each summing over its window (Graham et al., 2018)."
-    def __init__(self,
-        in_channels: int,   # width of the features that come in
+
+    def __init__(
+        self,
+        in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out
         kernel_size: int | tuple[int, int, int] = 3,  # odd
         *,
@@ -333,49 +482,77 @@ class SubMConv3d(_SparseLayer):
     ):
         super().__init__(in_channels, out_channels, kernel_size, bias, backend)
         if any(k % 2 == 0 for k in self.kernel_size):
-            raise ValueError(f"SubMConv3d.kernel_size: expected odd widths, which have a centre, got {self.kernel_size}")
+            raise ValueError(
+                f"SubMConv3d.kernel_size: expected odd widths, which have a centre, got {self.kernel_size}"
+            )
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         self._check(x)
-        if self.kernel_size == (1, 1, 1): y = F.linear(x.feat, self.weight[:, 0, 0, 0])
+        if self.kernel_size == (1, 1, 1):
+            y = F.linear(x.feat, self.weight[:, 0, 0, 0])
         elif _use_spconv("SubMConv3d", self.backend, x) and len(x):
             known, key = x._cache.setdefault("spconv", {}), f"subm {self.kernel_size}"
             out = _run_spconv(x, "SubMConv3d", self, known, key)
             known[key], y = out.indice_dict[key], out.features
-        else: y = sparse_conv(x.feat, self.weight, submanifold_rules(x, self.kernel_size))
+        else:
+            y = sparse_conv(x.feat, self.weight, submanifold_rules(x, self.kernel_size))
         return x.with_feat(self._add_bias(y))
+
 
 class SparseConv3d(_SparseLayer):
     "Strided convolution: the values of the dense one at every output cell that some input reaches."
-    def __init__(self,
-        in_channels: int,   # width of the features that come in
+
+    def __init__(
+        self,
+        in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out
         kernel_size: int | tuple[int, int, int] = 2,  # cells that one output cell sees
         *,
-        stride: int | tuple[int, int, int] = 2,   # fine cells from one coarse cell to the next
+        stride: int | tuple[int, int, int] = 2,  # fine cells from one coarse cell to the next
         padding: int | tuple[int, int, int] = 0,  # of air around the block
         bias: bool = False,
         backend: str = "auto",  # auto | torch | spconv
     ):
         super().__init__(in_channels, out_channels, kernel_size, bias, backend)
-        self.stride, self.padding = _triple("SparseConv3d", "stride", stride, 1), _triple("SparseConv3d", "padding", padding, 0)
+        self.stride, self.padding = (
+            _triple("SparseConv3d", "stride", stride, 1),
+            _triple("SparseConv3d", "padding", padding, 0),
+        )
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         self._check(x)
-        if self.kernel_size != (1, 1, 1) and _use_spconv("SparseConv3d", self.backend, x) and len(x):
-            out = _run_spconv(x, "SparseConv3d", self, {}, "down", stride=list(self.stride), padding=list(self.padding))
-            origin = Origin(x.index, x.shape, x.size, x._cache, x._origin, self.kernel_size, out.indice_dict)
+        if (
+            self.kernel_size != (1, 1, 1)
+            and _use_spconv("SparseConv3d", self.backend, x)
+            and len(x)
+        ):
+            out = _run_spconv(
+                x,
+                "SparseConv3d",
+                self,
+                {},
+                "down",
+                stride=list(self.stride),
+                padding=list(self.padding),
+            )
+            origin = Origin(
+                x.index, x.shape, x.size, x._cache, x._origin, self.kernel_size, out.indice_dict
+            )
             y = SparseTensor(out.features, out.indices.long(), tuple(out.spatial_shape), x.size)
             return replace(y, feat=self._add_bias(y.feat), _origin=origin)
         coarse, rules = strided_rules(x, self.kernel_size, self.stride, self.padding)
         return coarse.with_feat(self._add_bias(sparse_conv(x.feat, self.weight, rules)))
 
+
 class SparseInverseConv3d(_SparseLayer):
     "The way back from a strided convolution: exactly the rows that it consumed, in their order."
-    def __init__(self,
-        in_channels: int,   # width of the features that come in
+
+    def __init__(
+        self,
+        in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out
         kernel_size: int | tuple[int, int, int] = 2,  # that of the strided convolution
         *,
@@ -386,36 +563,63 @@ class SparseInverseConv3d(_SparseLayer):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         self._check(x)
-        if (o := x._origin) is None: raise ValueError("SparseInverseConv3d: expected a tensor that a SparseConv3d made (and layers on the same cells), got one without an origin")
+        if (o := x._origin) is None:
+            raise ValueError(
+                "SparseInverseConv3d: expected a tensor that a SparseConv3d made (and layers on the same cells), got one without an origin"
+            )
         if o.kernel != self.kernel_size:
-            raise ValueError(f"SparseInverseConv3d.kernel_size: expected that of the SparseConv3d that is undone, {o.kernel}, got {self.kernel_size}")
-        if isinstance(o.rules, Rules): y = sparse_conv(x.feat, self.weight, o.rules.reversed())
-        else: y = _run_spconv(x, "SparseInverseConv3d", self, o.rules, "down").features
+            raise ValueError(
+                f"SparseInverseConv3d.kernel_size: expected that of the SparseConv3d that is undone, {o.kernel}, got {self.kernel_size}"
+            )
+        if isinstance(o.rules, Rules):
+            y = sparse_conv(x.feat, self.weight, o.rules.reversed())
+        else:
+            y = _run_spconv(x, "SparseInverseConv3d", self, o.rules, "down").features
         return SparseTensor(self._add_bias(y), o.index, o.shape, o.size, o.cache, o.origin)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #25beaccf
 def merge_voxels(
     points: PointBatch,
     voxel_size: float,  # edge of a voxel, same unit as xyz
-) -> tuple[PointBatch, Tensor]:  # one point a voxel, in the order of first points; inverse [n]: the row that each point went to
+) -> tuple[
+    PointBatch, Tensor
+]:  # one point a voxel, in the order of first points; inverse [n]: the row that each point went to
     "Average the points of each voxel; differentiable in the features."
     cell, voxel = voxelize(points.xyz, points.batch, voxel_size)
     here = torch.arange(len(points), device=voxel.device)
-    first, order = here.new_full((len(cell),), len(points)).scatter_reduce(0, voxel, here, "amin").sort()
+    first, order = (
+        here.new_full((len(cell),), len(points)).scatter_reduce(0, voxel, here, "amin").sort()
+    )
     inverse = order.argsort()[voxel]
-    xyz, feat = voxel_mean(points.xyz, inverse, len(cell)), voxel_mean(points.feat, inverse, len(cell))
+    xyz, feat = (
+        voxel_mean(points.xyz, inverse, len(cell)),
+        voxel_mean(points.feat, inverse, len(cell)),
+    )
     moved = (xyz / voxel_size).floor().long() != cell[order, 1:]
-    return PointBatch(torch.where(moved, points.xyz[first], xyz), feat, points.batch[first], points.size), inverse
+    return PointBatch(
+        torch.where(moved, points.xyz[first], xyz), feat, points.batch[first], points.size
+    ), inverse
+
 
 def point_cells(
     points: PointBatch,  # one row a voxel
-    voxel_size: float,   # edge of a voxel, same unit as xyz
+    voxel_size: float,  # edge of a voxel, same unit as xyz
     multiple: int = 16,  # the block's sides are multiples of this, so that strides lose nothing at its end
 ) -> SparseTensor:  # row i is point i
     "The points as cells, counted from the lowest cell of each cloud."
     grid = grid_coordinates(points.xyz, points.batch, points.size, voxel_size)
-    shape = tuple((n // multiple + 1) * multiple for n in grid.amax(0).tolist()) if len(grid) else (multiple,) * 3
-    try: return SparseTensor(points.feat, torch.cat([points.batch[:, None], grid], 1), shape, points.size)
+    shape = (
+        tuple((n // multiple + 1) * multiple for n in grid.amax(0).tolist())
+        if len(grid)
+        else (multiple,) * 3
+    )
+    try:
+        return SparseTensor(
+            points.feat, torch.cat([points.batch[:, None], grid], 1), shape, points.size
+        )
     except ValueError as error:
-        if "more than once" not in str(error): raise
-        raise ValueError(f"point_cells.points: expected one point a voxel of {voxel_size}, found two in one; merge them first (merge_voxels)") from None
+        if "more than once" not in str(error):
+            raise
+        raise ValueError(
+            f"point_cells.points: expected one point a voxel of {voxel_size}, found two in one; merge them first (merge_voxels)"
+        ) from None
