@@ -1,0 +1,7 @@
+"`python -m unipre3d` is the command `unipre3d`."
+
+import sys
+
+from unipre3d.cli import main
+
+sys.exit(main())
