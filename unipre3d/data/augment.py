@@ -100,18 +100,16 @@ def recolor(
 # %% ../../nbs/data/17_augment.ipynb #a8e67674
 def move_cameras(
     world_to_cam: Float[np.ndarray, "v 4 4"],
-    A: Float[np.ndarray, "3 3"] = np.eye(3),  # rotation of the world, perhaps with a mirror
+    A: Float[np.ndarray, "3 3"] = np.eye(3),  # rotation of the world
     scale: float = 1.0,  # of the world
     shift: Float[np.ndarray, "3"] = np.zeros(3),  # of the world, after rotation and scale
 ) -> Float[np.ndarray, "v 4 4"]:  # in the same precision
-    "Poses in a world that moved by x' = scale A x + shift. With a mirror in `A` the camera's x is mirrored too."
+    "Poses in a world that moved by x' = scale A x + shift."
     # single precision rounds A, so in double precision its inverse is not quite its transpose
     back = A.T if A.dtype == np.float32 else np.linalg.inv(A)
     moved = world_to_cam + 0  # a copy without negative zeros
     moved[:, :3, :3] = moved[:, :3, :3] @ back
     moved[:, :3, 3] = scale * moved[:, :3, 3] - moved[:, :3, :3] @ shift
-    if np.linalg.det(A) < 0:
-        moved[:, 0] *= -1
     return moved
 
 # %% ../../nbs/data/17_augment.ipynb #7eb66b06
@@ -153,7 +151,8 @@ def mirror_views(
     flipped = {k: v[:, :, ::-1] for k, v in images.items() if v is not None}
     K = views.K.copy()
     K[:, 0, 2] = views.rgb.shape[2] - K[:, 0, 2]
-    pose = move_cameras(views.world_to_cam, np.diag([-1.0, 1.0, 1.0]))
+    pose = views.world_to_cam * np.float32([-1, 1, 1, 1])  # the world's x
+    pose[:, 0] *= -1  # and the camera's x
     return replace(views, world_to_cam=pose, K=K, **flipped)
 
 

@@ -23,8 +23,8 @@ from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
 
 # %% auto #0
-__all__ = ['FEATURES', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples', 'Labelled',
-           'CloudSamples', 'pack_views', 'ViewSamples']
+__all__ = ['FEATURES', 'STORED', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples',
+           'Labelled', 'CloudSamples', 'pack_views', 'ViewSamples']
 
 # %% ../../nbs/data/26_samples.ipynb #ac60612d
 def choose_views(
@@ -117,6 +117,7 @@ def choose_frames(
 
 # %% ../../nbs/data/26_samples.ipynb #bad708da
 FEATURES = dict(xyz=3, height=1, normal=3, color=3, color_signed=3)  # name -> columns
+STORED = dict(height="xyz", color_signed="color")  # the column that a feature is made from
 
 
 def point_features(
@@ -128,7 +129,7 @@ def point_features(
     for name in names:
         if name not in FEATURES:
             raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {name!r}")
-        stored = dict(height="xyz", color_signed="color").get(name, name)
+        stored = STORED.get(name, name)
         if stored not in cloud:
             found = ", ".join(cloud)
             raise ValueError(
@@ -246,8 +247,10 @@ class Samples(Dataset):
         index: int,
         n: int,  # points of the cloud
         rng: np.random.Generator,
-    ) -> Int[np.ndarray, "m"]:  # rows
+    ) -> slice | Int[np.ndarray, "m"]:  # rows
         "Random points of a cloud, or of its farthest points."
+        if self.n_points is None and not self.farthest:
+            return slice(None)
         pool = np.arange(n)
         if 0 < self.farthest < n:
             self.search([index])
@@ -259,11 +262,10 @@ class Samples(Dataset):
     def take(
         self,
         rows: Cloud,  # as the reader gives them
+        names: Sequence[str],  # columns, where they are there
         keep: slice | Int[np.ndarray, "m"] = slice(None),  # rows of the points that stay
-        labels: Sequence[str] = (),  # columns that go along
     ) -> Cloud:
-        "Some points, with coordinates, normals, colours in 0..1 and labels."
-        names = ("xyz", "normal", "color", *labels)
+        "Some columns of some points; colours in 0..1."
         cloud = {name: rows[name][keep] for name in names if name in rows}
         if "color" in cloud and cloud["color"].dtype == np.uint8:
             cloud["color"] = cloud["color"] / np.float32(255)
@@ -321,16 +323,17 @@ class CloudSamples(Samples):
             seed=seed,
         )
         self.labels = tuple(labels)
+        self.columns = ("xyz", "normal", "color", *labels)
 
     def whole(self, index: int) -> Cloud:
         "All points of a cloud, as they are."
-        return self.take(self.rows(index), labels=self.labels)
+        return self.take(self.rows(index), self.columns)
 
     def cloud(self, index: int, draw: int) -> Cloud:
         "One cloud, thinned out and changed."
         rng, rows = self.rng(index, draw), self.rows(index)
         keep = self.keep(index, len(rows["xyz"]), rng)
-        return augment(self.take(rows, keep, self.labels), rng, self.augment)
+        return augment(self.take(rows, self.columns, keep), rng, self.augment)
 
     def batch(self, keys: list[tuple[int, int]]) -> Labelled:
         "The packed clouds of several `(index, draw)`."
@@ -361,9 +364,10 @@ def pack_views(
         parts = [getattr(one, name) for one in views]
         return None if parts[0] is None else torch.from_numpy(np.concatenate(parts))
 
-    rgb = join("rgb").permute(0, 3, 1, 2).contiguous()
-    if rgb.dtype == torch.uint8:
-        rgb = rgb.float() / 255
+    pixels = join("rgb")
+    rgb = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    if pixels.dtype == torch.uint8:
+        rgb /= 255
     counts = torch.tensor([len(one.rgb) for one in views])
     camera = CameraBatch(
         join("world_to_cam").float(),
@@ -474,7 +478,8 @@ class ViewSamples(Samples):
         numbers, ref, target = self._choose(index, rng)
         places = np.concatenate([ref, target])
         rows, pose = self._about_origin(index)
-        cloud = self.take(rows, self.keep(index, len(rows["xyz"]), rng))
+        keep = self.keep(index, len(rows["xyz"]), rng)
+        cloud = self.take(rows, ("xyz", *(STORED.get(k, k) for k in self.features)), keep)
         views = self._views(index, [numbers[k] for k in places], pose[places])
         cloud, views = augment_views(cloud, views, rng, self.augment)
         return cloud, views.part(0, len(ref)), views.part(len(ref), len(places))
