@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
+from unipre3d.data.augment import Augment
 from unipre3d.data.labelled import write_modelnet40, write_scanobjectnn
 from unipre3d.tasks.classification import (
     build_classifier,
@@ -34,7 +35,7 @@ from unipre3d.tasks.classification import (
     take_shots,
     vote,
 )
-from unipre3d.tasks.transfer import Augment, load_task, run_task
+from unipre3d.tasks.transfer import load_task, run_task
 from unipre3d.pretrain import load_tensors
 
 NET2 = dict(
@@ -164,7 +165,7 @@ def test_any_backbone_classifies_and_a_batch_equals_its_clouds(backbone):
 
 def test_samples_depend_on_seed_index_and_draw_alone():
     samples = ClassificationSamples(
-        Boxes(), n_points=32, features=("xyz", "color"), how=Augment(rotate="up", drop=0.5)
+        Boxes(), n_points=32, features=("xyz", "color"), augment=Augment(rotate="up", drop=0.5)
     )
     a, b = samples[3, 2], samples.batch([(1, 0), (3, 2)])
     assert torch.equal(b.points.xyz[b.points.batch == 1], a.points.xyz) and b.label.tolist() == [
@@ -288,7 +289,10 @@ def test_scores_equal_torchmetrics():
 
 
 def test_voting_says_so_and_averages_probabilities():
-    net, samples = model(), ClassificationSamples(Boxes(8), n_points=32, how=Augment(rotate="up"))
+    net, samples = (
+        model(),
+        ClassificationSamples(Boxes(8), n_points=32, augment=Augment(rotate="up")),
+    )
     voted = vote(net, samples, 3)
     assert sorted(voted) == ["confusion_voting3", "macc_voting3", "oa_voting3"]
     mean = torch.stack([class_probabilities(net, samples, d)[0] for d in (1, 2, 3)]).mean(0)

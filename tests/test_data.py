@@ -14,14 +14,9 @@ from safetensors.numpy import load_file
 from unipre3d.core import CameraBatch, collate, data_dir
 from unipre3d.data import shapenet
 from unipre3d.worlds import furniture, prepare
-from unipre3d.data.loaders import (
-    ObjectSamples,
-    StepSampler,
-    about_z,
-    eval_loader,
-    make_loader,
-    rotate_world,
-)
+from unipre3d.data.augment import Augment, about_z, move_cameras
+from unipre3d.data.loading import StepSampler, eval_loader, make_loader
+from unipre3d.data.samples import ViewSamples
 from unipre3d.data.shapenet import (
     ShapeNetViews,
     export_objects,
@@ -295,19 +290,14 @@ def test_parity_of_points_and_rotation(tmp_path):
         (parity["out/transform_point_data"] - parity["out/transform_point_data"][0]),
         atol=1e-6,
     )
-    n = len(parity["in/w2c"])
-    camera = CameraBatch(
-        torch.from_numpy(parity["in/w2c"]),
+    n, R = len(parity["in/w2c"]), parity["out/rot_mat"]
+    xyz = parity["out/transform_point_data"] @ R.T
+    turned = CameraBatch(
+        torch.from_numpy(move_cameras(parity["in/w2c"], R)),
         torch.eye(3).repeat(n, 1, 1),
         (8, 8),
         torch.zeros(n, dtype=torch.long),
     )
-    xyz, pose = rotate_world(
-        torch.from_numpy(parity["out/rot_mat"]),
-        torch.from_numpy(parity["out/transform_point_data"]),
-        camera.world_to_cam,
-    )
-    turned = replace(camera, world_to_cam=pose)
     np.testing.assert_allclose(xyz, parity["out/rotated_pos"], atol=2e-6)
     np.testing.assert_allclose(turned.world_to_cam, parity["out/rotated_extrinsic"], atol=2e-6)
     np.testing.assert_allclose(turned.center, parity["out/camera_centers"], atol=1e-5)
@@ -565,10 +555,10 @@ def test_error_options(embedded):
         one_line(e)
     for wrong in (dict(features=("smell",)), dict(n_ref=20, n_target=5)):
         with pytest.raises(ValueError) as e:
-            ObjectSamples(embedded, **wrong)
+            ViewSamples(embedded, **wrong)
         one_line(e)
     with pytest.raises(ValueError) as e:
-        ObjectSamples(embedded, sampling="best")[0]
+        ViewSamples(embedded, sampling="best")[0]
     one_line(e, "best")
     with pytest.raises(ValueError) as e:
         ShapeNetViews(resample="magic").views(0, [0])
@@ -603,31 +593,31 @@ def test_cache_bound():
 
 def test_poses_and_farthest_points_are_kept_without_a_cache(folder, monkeypatch):
     "Whatever cache_bytes is: camera files are read once, farthest points searched once, and the numbers stay the same."
-    from unipre3d.data import loaders
+    from unipre3d.data import samples as module
 
     searches, reads = [], []
     monkeypatch.setattr(
-        loaders,
+        module,
         "farthest_point_sample",
-        lambda *args, search=loaders.farthest_point_sample: (
+        lambda *args, search=module.farthest_point_sample: (
             searches.append(args[2]) or search(*args)
         ),
     )
     monkeypatch.setattr(
         shapenet, "read_pose", lambda *args: reads.append(args[1]) or read_pose(*args)
     )
-    data = ObjectSamples(ShapeNetViews(folder, size=32), sampling="fps", n_points=64)
+    data = ViewSamples(ShapeNetViews(folder, size=32), sampling="fps", n_points=64)
     keys = [(0, 0), (2, 0), (0, 1)]
     first, again = data.batch(keys), data.batch(keys)
     assert same(first, again) and searches == [2] and len(reads) == 2 * 24
     assert (
         not data.source.cache.items and data.source.facts.used <= data.source.facts.limit == 2**28
     )
-    assert data._farthest([0])[0].dtype == np.int16
-    kept = ObjectSamples(
+    assert data.known.items[0].dtype == np.int16 and data.known.limit == 2**28
+    kept = ViewSamples(
         ShapeNetViews(folder, size=32, cache_bytes=2**24), sampling="fps", n_points=64
     )
-    assert same(first, kept.batch(keys)) and not pickle.loads(pickle.dumps(data)).source.facts.items
+    assert same(first, kept.batch(keys)) and not pickle.loads(pickle.dumps(data)).known.items
 
 
 def test_pickle(embedded):
@@ -645,7 +635,7 @@ def test_resize_modes(embedded):
     assert not (box.mask & ~torch.nn.functional.max_pool2d(full.mask.float(), 2).bool()).any()
 
 
-# ---- loaders
+# ---- samples and loading
 
 
 def same(a, b):
@@ -664,14 +654,14 @@ def same(a, b):
 
 
 def samples(**options):
-    return ObjectSamples(ShapeNetViews(split="val", size=32), n_points=64, **options)
+    return ViewSamples(ShapeNetViews(split="val", size=32), n_points=64, **options)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         dict(),
-        dict(rotate=90.0, features=("xyz", "normal", "height")),
+        dict(augment=Augment(rotate="up"), features=("xyz", "normal", "height")),
         dict(sampling="fps", n_ref=2),
     ],
 )
@@ -686,10 +676,11 @@ def test_a_batch_is_its_samples_collated(options):
 
 
 def test_loader_resumes_and_workers_agree():
-    data = samples(rotate=180.0)
+    spin = Augment(rotate="up")
+    data = samples(augment=spin)
     whole = list(make_loader(data, 0, 12, batch_size=8))
     assert len(whole) == 12 and whole[0].points.size == 8
-    resumed = list(make_loader(samples(rotate=180.0), 7, 12, batch_size=8))
+    resumed = list(make_loader(samples(augment=spin), 7, 12, batch_size=8))
     assert all(same(a, b) for a, b in zip(whole[7:], resumed))
     parallel = list(make_loader(data, 7, 12, batch_size=8, num_workers=2))
     assert all(same(a, b) for a, b in zip(whole[7:], parallel))
@@ -724,10 +715,25 @@ def test_evaluation_is_fixed_and_complete():
     assert all(same(x, y) for x, y in zip(a, b)) and sum(x.points.size for x in a) == len(samples())
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 50])
+def test_evaluation_is_shared_among_processes(world_size):
+    "Every world_size-th batch for each; together every cloud once, in batches as of one process."
+    data = samples()
+    whole = list(eval_loader(data, batch_size=8))
+    shards = [
+        eval_loader(data, batch_size=8, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    assert sum(map(len, shards)) == len(whole)
+    for r, shard in enumerate(shards):
+        own = whole[r::world_size]
+        assert len(own) == len(list(shard)) and all(same(a, b) for a, b in zip(shard, own))
+
+
 def test_rotation_keeps_every_pixel(embedded):
     xyz, camera = embedded.cloud(5).xyz, embedded.views(5, [0, 1, 2]).camera
-    turned_xyz, pose = rotate_world(torch.from_numpy(about_z(1.2)), xyz, camera.world_to_cam)
-    turned = replace(camera, world_to_cam=pose)
+    turned_xyz = xyz @ torch.from_numpy(about_z(1.2)).T
+    pose = move_cameras(camera.world_to_cam.numpy(), about_z(1.2))
+    turned = replace(camera, world_to_cam=torch.from_numpy(pose))
     one = torch.zeros(len(xyz), dtype=torch.long)
     torch.testing.assert_close(
         project(turned_xyz, one, turned)[0], project(xyz, one, camera)[0], atol=1e-3, rtol=0

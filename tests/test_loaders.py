@@ -1,4 +1,4 @@
-"""Samples of rooms: which frames, what moves together, and the loaders' promises."""
+"""Samples of rooms: which frames, what moves together, and the promises of loading."""
 
 import shutil
 import warnings
@@ -10,19 +10,15 @@ import pytest
 import torch
 
 from unipre3d.core import collate
-from unipre3d.data.loaders import (
-    SceneSamples,
-    choose_frames,
-    eval_loader,
-    make_loader,
-    match,
-    point_features,
-)
+from unipre3d.data.augment import Augment
+from unipre3d.data.loading import eval_loader, make_loader
+from unipre3d.data.samples import ViewSamples, choose_frames, match, point_features
 from unipre3d.data.scannet import ScanNetFrames, write_box_rooms
 from unipre3d.geometry.cameras import project, unproject
 
 HW = (48, 64)
-AUGMENT = dict(rotate=180.0, scale=(0.8, 1.25), mirror=True, jitter_color=0.2)
+CHANGES = dict(rotate="up", scale=(0.8, 1.25), mirror=True, color=0.2)
+AUGMENT = dict(augment=Augment(**CHANGES))
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +33,15 @@ def root(tmp_path_factory):
 
 
 def samples(root, **options):
-    return SceneSamples(ScanNetFrames(root, split="train", hw=HW), **options)
+    scene = dict(
+        n_points=None,
+        n_ref=8,
+        n_target=8,
+        max_gap=5,
+        features=("normal", "color_signed"),
+        center=True,
+    )
+    return ViewSamples(ScanNetFrames(root, split="train", hw=HW), **scene | options)
 
 
 def same(a, b):
@@ -128,8 +132,8 @@ def test_short_scenes(root, tmp_path):
             p.unlink()
     with pytest.warns(UserWarning) as said:
         data = samples(copy)
-    assert [str(w.message).split("train: ")[1] for w in said if "left out" in str(w.message)] == [
-        "left out 1 of 3 scenes, which have fewer than 2 usable frames: b"
+    assert [str(w.message) for w in said if "left out" in str(w.message)] == [
+        "left out 1 of 3 clouds, without at least 2 usable views (some to see, some to render): b"
     ]
     assert "skipped 19 frames: no pose file" in str(said[0].message)
     assert len(data) == 2 and [data.name(k) for k in (0, 1)] == ["a", "c"]
@@ -153,7 +157,7 @@ def test_a_split_without_a_whole_scene_is_an_error(root, tmp_path):
         pytest.warns(UserWarning, match="no pose file"),
         pytest.raises(
             ValueError,
-            match=r"^[^\n]*train: expected scenes with at least 2 usable frames [^\n]*, found none among 3, such as a$",
+            match=r"^views: expected clouds with at least 2 usable views [^\n]*, found none among 3: a, b, c$",
         ),
     ):
         samples(copy)
@@ -199,18 +203,21 @@ def linear_map(a, b):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(rotate=180.0),
+        dict(rotate="up"),
+        dict(rotate="all"),
         dict(scale=(0.5, 2.0)),
+        dict(translate=2.0),
         dict(mirror=True),
-        dict(jitter_color=0.3),
-        AUGMENT,
+        dict(color=0.3),
+        CHANGES,
     ],
     ids=lambda o: "+".join(o),
 )
 def test_points_keep_their_pixels_and_depth(root, options):
+    many = Augment(**options)
     mirrored = 0
     for draw in range(4):
-        plain, moved = samples(root)[0, draw], samples(root, **options)[0, draw]
+        plain, moved = samples(root)[0, draw], samples(root, augment=many)[0, draw]
         (uv, seen), (uv2, seen2) = at_depth(plain), at_depth(moved)
         flip = bool(torch.linalg.det(linear_map(plain, moved)) < 0)
         mirrored += flip
@@ -248,12 +255,13 @@ def test_mirroring_moves_an_off_centre_principal_point(root, tmp_path):
     text = (copy / "2D" / "intrinsics.txt").read_text().split()
     text[2] = str(float(text[2]) + 5)
     (copy / "2D" / "intrinsics.txt").write_text(" ".join(text))
+    left = Augment(mirror=True)
     seen = {
-        round(float(samples(copy, mirror=True)[0, d].ref.camera.K[0, 0, 2]), 3) for d in range(8)
+        round(float(samples(copy, augment=left)[0, d].ref.camera.K[0, 0, 2]), 3) for d in range(8)
     }
     assert seen == {37.0, 27.0}  # 32 + 5 and 64 - 37
     for draw in range(4):
-        a, b = samples(copy)[0, draw], samples(copy, mirror=True)[0, draw]
+        a, b = samples(copy)[0, draw], samples(copy, augment=left)[0, draw]
         u, u2 = (project(x.points.xyz, x.points.batch, x.ref.camera)[0][..., 0] for x in (a, b))
         inside = project(a.points.xyz, a.points.batch, a.ref.camera)[2]
         if not torch.equal(a.points.xyz, b.points.xyz):
@@ -265,7 +273,10 @@ def test_mirroring_moves_an_off_centre_principal_point(root, tmp_path):
 def test_colours_change_alike_in_points_and_images(root):
     "The same affine map, up to clipping: fitted on the points it predicts the images."
     options = dict(features=("color",), n_ref=2, n_target=2)
-    a, b = samples(root, **options)[0, 1], samples(root, jitter_color=0.3, **options)[0, 1]
+    a, b = (
+        samples(root, **options)[0, 1],
+        samples(root, augment=Augment(color=0.3), **options)[0, 1],
+    )
     changed = False
     for c in range(3):
         x, y = a.points.feat[:, c], b.points.feat[:, c]
@@ -335,7 +346,9 @@ def test_features(root):
 def test_a_feature_without_its_file_is_an_error(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "rooms"))
     (copy / "train" / "a" / "normal.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="a/normal.npy: expected this file"):
+    with pytest.raises(
+        ValueError, match="^a: features: expected a cloud with normal, found one with"
+    ):
         samples(copy)[0]
     assert samples(copy, features=("color_signed",))[0].points.feat.shape[1] == 3
 
@@ -346,17 +359,21 @@ def test_a_feature_without_its_file_is_an_error(root, tmp_path):
         (dict(n_ref=0), "n_ref"),
         (dict(max_gap=0), "max_gap"),
         (dict(n_points=0), "n_points"),
-        (dict(scale=(2, 1)), "scale"),
-        (dict(jitter_color=1.0), "jitter_color"),
+        (dict(augment=dict(scale=(2, 1))), "augment.scale"),
+        (dict(augment=dict(color=1.0)), "augment.color"),
+        (dict(augment=dict(scale=(0.5, 2), stretch=True)), "augment.stretch"),
+        (dict(augment=dict(jitter=0.1)), "augment.jitter"),
         (dict(features=("smell",)), "features"),
     ],
 )
 def test_error_options(root, options, word):
     with pytest.raises(ValueError, match=f"^{word}: expected [^\n]*$"):
+        if "augment" in options:
+            options = dict(augment=Augment(**options["augment"]))
         samples(root, **options)
 
 
-# ---- the loaders' promises
+# ---- the promises of loading
 
 
 @pytest.mark.parametrize(

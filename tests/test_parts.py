@@ -11,6 +11,7 @@ import torch
 
 from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
+from unipre3d.data.augment import Augment
 from unipre3d.data.labelled import ShapeNetPart, shapenet_parts, write_shapenetpart
 from unipre3d.tasks.metrics import own_parts
 from unipre3d.tasks.parts import (
@@ -38,7 +39,7 @@ from unipre3d.tasks.parts import (
     to_points,
     with_names,
 )
-from unipre3d.tasks.transfer import Augment, load_task, run_task
+from unipre3d.tasks.transfer import load_task, run_task
 from unipre3d.pretrain import load_tensors
 
 NET2 = dict(
@@ -248,14 +249,14 @@ def test_parts_are_numbered_through_all_categories():
     [
         Augment(),
         Augment(drop=0.6),
-        Augment(rotate="all", scale=(0.5, 2.0), shift=0.3, jitter=0.02, drop=0.6),
+        Augment(rotate="all", scale=(0.5, 2.0), translate=0.3, jitter=0.02, drop=0.6),
     ],
     ids=["plain", "drop", "all"],
 )
 def test_labels_follow_their_points(how):
-    samples = PartSamples(clouds(), n_points=64, how=how)
+    samples = PartSamples(clouds(), n_points=64, augment=how)
     for i in (0, 1):
-        truth, seen = samples.reader.rows(i)["part"], set()
+        truth, seen = samples.source.rows(i)["part"], set()
         for draw in range(3):
             cloud = samples.cloud(i, draw)
             number = cloud["color"][:, 0].astype(int)  # each point carries its number
@@ -276,12 +277,14 @@ def test_questions_are_all_points_as_they_are():
     samples = PartSamples(clouds(), n_points=10)
     every = samples.questions([1, 4])
     assert (
-        np.array_equal(every.points.xyz[96:], samples.reader.rows(4)["xyz"])
+        np.array_equal(every.points.xyz[96:], samples.source.rows(4)["xyz"])
         and len(every.label) == 192
     )
     with pytest.raises(ValueError, match="expected samples without changes"):
         next(
-            predict_parts(None, PartSamples(clouds(), how=Augment(drop=0.5)), list(PARTS.values()))
+            predict_parts(
+                None, PartSamples(clouds(), augment=Augment(drop=0.5)), list(PARTS.values())
+            )
         )
 
 
@@ -509,7 +512,7 @@ def test_normals_from_the_command_line_and_a_start_without_them(shapenetpart, tm
         return replace(found, backbone_options=small, hidden=16)
 
     assert recipe().features == ("xyz", "height") and recipe().augment == Augment(
-        scale=(2 / 3, 1.5), stretch=True, shift=0.13
+        scale=(2 / 3, 1.5), stretch=True, translate=0.13
     )
     run_task(
         "height", recipe(), part_task, tmp_path / "height", device="cpu", say=lambda text: None

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from unipre3d.core import CameraBatch
 from unipre3d.data import scannet
-from unipre3d.data.loaders import SceneSamples
+from unipre3d.data.samples import ViewSamples
 from unipre3d.data.labelled import scannet_labels
 from unipre3d.data.scannet import (
     BLOCK,
@@ -513,9 +513,9 @@ def test_a_scene_without_usable_frames(copy):
     assert quiet(lambda: source.frames(0)) == [] and source.skipped["pose is not finite"] == 12
     refuses(lambda: source.views(0), "box0000_00", "found 0 usable")
     refuses(
-        lambda: SceneSamples(source),
-        "at least 2 usable frames",
-        "found none among 1, such as box0000_00",
+        lambda: ViewSamples(source, n_ref=8, n_target=8, max_gap=5),
+        "at least 2 usable views",
+        "found none among 1: box0000_00",
     )
 
 
@@ -625,14 +625,13 @@ def test_labels_may_be_a_column_and_optional_files_absent(rooms):
         kind=FileNotFoundError,
     )
     refuses(
-        lambda: SceneSamples(frames(rooms), features=("normal",))[0],
-        "normal.npy",
-        kind=FileNotFoundError,
+        lambda: ViewSamples(frames(rooms), max_gap=5, features=("normal",))[0],
+        "a: features: expected a cloud with normal",
     )
     assert (
-        SceneSamples(frames(rooms), n_ref=1, n_target=1, features=("color",))[0].points.feat.shape[
-            1
-        ]
+        ViewSamples(frames(rooms), n_ref=1, n_target=1, max_gap=5, features=("color",))[
+            0
+        ].points.feat.shape[1]
         == 3
     )
 

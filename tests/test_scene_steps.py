@@ -9,7 +9,9 @@ from PIL import Image
 
 from unipre3d.backbones.sparseunet import SparseUNet
 from unipre3d.core import collate
-from unipre3d.data.loaders import SceneSamples, make_loader, walk
+from unipre3d.data.augment import Augment
+from unipre3d.data.loading import make_loader
+from unipre3d.data.samples import ViewSamples, walk
 from unipre3d.data.scannet import (
     ScanNetFrames,
     box_cameras,
@@ -37,9 +39,17 @@ def root(tmp_path_factory):
 
 
 def samples(root, **options):
-    return SceneSamples(
+    return ViewSamples(
         ScanNetFrames(root, split="train", hw=HW),
-        **dict(n_points=400, n_ref=2, n_target=2) | options,
+        **dict(
+            n_points=400,
+            n_ref=2,
+            n_target=2,
+            max_gap=5,
+            features=("normal", "color_signed"),
+            center=True,
+        )
+        | options,
     )
 
 
@@ -78,7 +88,7 @@ def finite(net, loss):
 @pytest.mark.parametrize("fusion", ["none", "feature", "point"])
 def test_a_step_reaches_every_part(root, fusion):
     sample, net = (
-        samples(root, rotate=180.0, scale=(0.9, 1.1), mirror=True, jitter_color=0.1).batch(
+        samples(root, augment=Augment("up", (0.9, 1.1), mirror=True, color=0.1)).batch(
             [(0, 0), (1, 3)]
         ),
         model(fusion),
@@ -190,7 +200,7 @@ def test_a_tour_passes_the_filmed_poses(root):
 
 @pytest.mark.parametrize("frames, poses", [(1, 8), (5, 1), (3, 2), (20, 8)])
 def test_a_walk_of_any_length(frames, poses):
-    film = walk(frames, HW, box_cameras(poses), standard_intrinsics(HW))
+    film = walk(frames, HW, np.linalg.inv(box_cameras(poses)), standard_intrinsics(HW))
     assert len(film) == frames and film.world_to_cam.isfinite().all()
     torch.testing.assert_close(
         film.center[0], torch.from_numpy(box_cameras(poses)[0, :3, 3]).float()

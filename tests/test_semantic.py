@@ -17,8 +17,10 @@ from torchmetrics.functional.classification import (
 import unipre3d.tasks.semantic as semantic
 from unipre3d.backbones import PointNet2, PTv3, SparseUNet, StandardTransformer
 from unipre3d.core import data_dir, to_device
+from unipre3d.data.augment import Augment, mirror
 from unipre3d.data.labelled import S3DIS, scannet_labels, write_s3dis
-from unipre3d.data.loaders import make_loader
+from unipre3d.data.loading import make_loader
+from unipre3d.data.samples import Labelled
 from unipre3d.data.scannet import box_cloud, write_cloud
 from unipre3d.tasks.classification import Selection
 from unipre3d.tasks.semantic import (
@@ -33,7 +35,6 @@ from unipre3d.tasks.semantic import (
     evaluate_semantic,
     hold_out_rooms,
     lovasz_loss,
-    mirror,
     one_per_voxel,
     paint_room,
     point_probabilities,
@@ -45,12 +46,12 @@ from unipre3d.tasks.semantic import (
     show_voxels,
     split_rooms,
 )
-from unipre3d.tasks.transfer import Augment, Labelled, load_task, run_task
+from unipre3d.tasks.transfer import load_task, run_task
 from unipre3d.pretrain import load_tensors
 from unipre3d.viewer import label_palette
 
 UNET = dict(base_channels=8, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1), voxel_size=0.2)
-STRONG = Augment(rotate="up", scale=(0.8, 1.2), shift=0.3, jitter=0.01, drop=0.4, color=0.2)
+STRONG = Augment(rotate="up", scale=(0.8, 1.2), translate=0.3, jitter=0.01, drop=0.4, color=0.2)
 
 
 def box(seed):
@@ -146,8 +147,7 @@ def test_labels_follow_points_through_changes_and_crops(crop):
         n_points=200,
         crop=crop,
         features=("xyz", "normal", "color"),
-        how=replace(STRONG, color=0.0),
-        flip=True,
+        augment=replace(STRONG, color=0.0, mirror=True),
     )
     b = samples.batch([(0, 0), (1, 5)])
     digits = (b.points.feat[:, 6:] * 255).round().long()
@@ -168,7 +168,9 @@ def test_shape_survives_changes():
     "Distances between points are those of the room, times one factor."
     reader = Numbered()
     samples = ScenePoints(
-        reader, voxel_size=0.01, how=Augment(rotate="up", scale=(0.8, 1.2), shift=0.3), flip=True
+        reader,
+        voxel_size=0.01,
+        augment=Augment(rotate="up", scale=(0.8, 1.2), mirror=True, translate=0.3),
     )
     for draw in range(4):
         cloud = samples.cloud(1, draw)
@@ -183,7 +185,7 @@ def test_shape_survives_changes():
 
 
 def test_samples_depend_on_seed_index_and_draw_alone(scannet):
-    how = dict(voxel_size=0.2, n_points=300, how=STRONG, flip=True)
+    how = dict(voxel_size=0.2, n_points=300, augment=replace(STRONG, mirror=True))
     samples = ScenePoints(rooms(scannet), **how)
     a, b = samples[1, 2], samples.batch([(0, 0), (1, 2)])
     second = b.points.batch == 1
@@ -325,7 +327,7 @@ def test_a_batch_equals_its_rooms_for_any_backbone(scannet, name):
         voxel_size=0.1,
         n_points=120,
         features=("xyz", "normal"),
-        how=Augment(rotate="up"),
+        augment=Augment(rotate="up"),
     )  # a finer grid than the backbone's: several points share a row
     with torch.no_grad():
         together, alone = (
@@ -649,7 +651,7 @@ def test_missing_s3dis_says_where_to_get_it(tmp_path):
         read_rooms(replace(semantic_recipes["sem-s3dis"], data=str(tmp_path)), "train")
     with pytest.raises(ValueError, match="share: expected rooms of at least 2 places"):
         hold_out_rooms(["scene0000_00", "scene0000_01"], 0.1)
-    with pytest.raises(ValueError, match="expected at least one room, got none"):
+    with pytest.raises(ValueError, match="expected at least one cloud, got none"):
         ScenePoints(Selection(Numbered(), []))
 
 

@@ -12,28 +12,19 @@ from torch import nn
 
 from unipre3d.backbones import Mamba3D, PointMLP, PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
+from unipre3d.data.samples import Labelled
 from unipre3d.tasks.transfer import (
-    Augment,
     FinetuneRecipe,
-    Labelled,
-    augment,
     build_backbone,
-    drop_points,
     finetune,
-    jitter,
     label_loss,
     layer_order,
     loop_options,
     run_history,
     parameter_groups,
-    rescale,
-    rotate_all,
-    rotate_up,
     set_training,
     start_from,
     start_released,
-    stretch,
-    turn,
 )
 from unipre3d.pretrain import load_tensors, new_accelerator, save_tensors
 
@@ -370,94 +361,6 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path):
 
 
 # ---------------------------------------------------------------- clouds and recipes
-
-
-def test_changes_are_functions_of_the_seed_and_labels_follow():
-    rng = np.random.default_rng(0)
-    xyz = rng.normal(size=(50, 3)).astype(np.float32)
-    cloud = dict(
-        xyz=xyz,
-        normal=xyz / np.linalg.norm(xyz, axis=1, keepdims=True),
-        color=rng.random((50, 3), np.float32),
-        part=np.arange(50),
-    )
-    how = Augment(rotate="all", scale=(0.5, 2.0), shift=0.1, jitter=0.01, drop=0.5, color=0.2)
-    a, b = (augment(cloud, np.random.default_rng(7), how) for _ in range(2))
-    assert (
-        all((a[k] == b[k]).all() for k in cloud)
-        and all(v.dtype == cloud[k].dtype for k, v in a.items())
-        and len({len(v) for v in a.values()}) == 1
-    )
-    for change in (rotate_up, rotate_all):
-        turned = change(cloud, np.random.default_rng(1))
-        assert np.allclose(
-            (turned["xyz"] * turned["normal"]).sum(1), (xyz * cloud["normal"]).sum(1), atol=1e-4
-        )
-    assert np.allclose(rotate_up(cloud, np.random.default_rng(1))["xyz"][:, 2], xyz[:, 2])
-    assert (
-        drop_points(cloud, np.random.default_rng(2), 0.9)["xyz"]
-        == xyz[drop_points(cloud, np.random.default_rng(2), 0.9)["part"]]
-    ).all()
-    assert np.abs(jitter(cloud, np.random.default_rng(3), 0.01)["xyz"] - xyz).max() <= 0.0301
-    assert np.linalg.det(turn(dict(xyz=np.eye(3, dtype=np.float32)), np.eye(3))["xyz"]) == 1
-    assert rotate_all(dict(xyz=np.eye(3, dtype=np.float32)), rng)["xyz"].dtype == np.float32
-    assert np.linalg.det(
-        rotate_all(dict(xyz=np.eye(3, dtype=np.float32)), rng)["xyz"]
-    ) == pytest.approx(1, abs=1e-5)
-
-
-def test_without_a_stretch_every_draw_is_as_it_was():
-    "The numbers were written down before there was a stretch."
-    xyz = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    got = augment(
-        dict(xyz=xyz, part=np.arange(50)),
-        np.random.default_rng(7),
-        Augment(scale=(0.5, 2.0), shift=0.1, jitter=0.01, drop=0.5),
-    )
-    assert (
-        len(got["xyz"]) == 33
-        and got["part"][:3].tolist() == [0, 1, 3]
-        and [v.hex() for v in got["xyz"][0].tolist()]
-        == ["0x1.a28bd80000000p-5", "-0x1.80348a0000000p-3", "0x1.f5c03c0000000p-2"]
-    )
-    ratio = rescale(dict(xyz=xyz), np.random.default_rng(7), 0.5, 2.0)["xyz"] / xyz
-    assert np.ptp(ratio) < 1e-5
-
-
-def test_a_stretch_has_a_factor_for_each_axis_and_keeps_normals_upright():
-    rng = np.random.default_rng(0)
-    factors = np.stack(
-        [
-            stretch(dict(xyz=np.ones((1, 3), np.float32)), np.random.default_rng(s))["xyz"][0]
-            for s in range(400)
-        ]
-    )
-    assert (
-        factors.min() >= np.float32(2 / 3)
-        and factors.max() <= 1.5
-        and np.allclose(factors.mean(0), 13 / 12, atol=0.04)
-        and np.abs(np.corrcoef(factors.T)[0, 1:]).max() < 0.15
-    )
-    normal = rng.normal(size=(50, 3))
-    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-    along = np.cross(normal, rng.normal(size=(50, 3)))  # directions along each point's surface
-    cloud = dict(xyz=along.astype(np.float32), normal=normal.astype(np.float32), part=np.arange(50))
-    got = augment(cloud, np.random.default_rng(3), Augment(scale=(2 / 3, 1.5), stretch=True))
-    assert (
-        np.allclose((got["xyz"] * got["normal"]).sum(1), 0, atol=1e-5)
-        and np.allclose(np.linalg.norm(got["normal"], axis=1), 1, atol=1e-5)
-        and got["normal"].dtype == np.float32
-    )
-    assert (
-        np.abs((got["xyz"] * cloud["normal"]).sum(1)).max() > 0.1
-    )  # left as they were they would lean
-    assert np.isfinite(
-        stretch(dict(xyz=np.ones((1, 3), np.float32), normal=np.zeros((1, 3), np.float32)), rng)[
-            "normal"
-        ]
-    ).all()
-    with pytest.raises(ValueError, match="augment.stretch: expected augment.scale"):
-        Augment(stretch=True)
 
 
 def test_loss_equals_torch_and_ignores_what_has_no_label():

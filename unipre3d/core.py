@@ -4,9 +4,11 @@
 
 # %% ../nbs/00_core.ipynb #6078cb5e
 from __future__ import annotations
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +79,13 @@ def full_precision(
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _join(parts):
+    "Arrays or tensors as one tensor."
+    if isinstance(parts[0], np.ndarray):
+        return torch.from_numpy(np.concatenate(parts))
+    return torch.cat(list(parts))
+
+
 @dataclass(frozen=True, eq=False)
 class PointBatch:
     "Point clouds packed along one axis; a cloud may be empty."
@@ -94,6 +103,17 @@ class PointBatch:
 
     def __len__(self):
         return len(self.xyz)
+
+    @classmethod
+    def pack(
+        cls,
+        xyz: Sequence[np.ndarray | Tensor],  # [n_b 3] of each cloud
+        feat: Sequence[np.ndarray | Tensor],  # [n_b c] of each cloud
+    ) -> PointBatch:
+        "Several clouds behind one another."
+        counts = torch.tensor([len(cloud) for cloud in xyz])
+        owner = torch.arange(len(xyz)).repeat_interleave(counts)
+        return cls(_join(xyz), _join(feat), owner, len(xyz))
 
     @property
     def counts(self) -> Tensor:

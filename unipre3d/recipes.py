@@ -17,7 +17,9 @@ from torch import nn
 from . import backbones, fusion
 from .backbones.backbone import Backbone
 from .core import Sample, collate
-from .data.loaders import FEATURES, ObjectSamples, SceneSamples, eval_loader, make_loader
+from .data.augment import Augment
+from .data.loading import eval_loader, make_loader
+from .data.samples import FEATURES, ViewSamples
 from .data.scannet import ScanNetFrames
 from .data.shapenet import ShapeNetViews
 from .worlds.shapes import embedded_shapes
@@ -77,7 +79,7 @@ class Recipe:
     )
     features: tuple[str, ...] = (
         "xyz",
-    )  # columns that the backbone reads; see the loaders' FEATURES
+    )  # columns that the backbone reads; see FEATURES of the samples
     resolution: int = (
         64  # height of the images in pixels; the width follows the layout (objects 1:1, scenes 4:3)
     )
@@ -456,7 +458,7 @@ LAYOUTS = {
 def build_data(
     recipe: Recipe,
     split: str,  # "train", "val" or "test"
-) -> ObjectSamples | SceneSamples:
+) -> ViewSamples:
     "The samples of one split; only training turns them."
     if recipe.layout not in LAYOUTS:
         raise ValueError(f'layout: expected one of {", ".join(LAYOUTS)}; got "{recipe.layout}"')
@@ -468,7 +470,7 @@ def build_data(
 def object_samples(
     recipe: Recipe,
     split: str,  # "train", "val" or "test"
-) -> ObjectSamples:
+) -> ViewSamples:
     "Objects with rendered views."
     train, root = split == "train", None if recipe.data == "furniture" else recipe.data
     if recipe.classes and root != "shapes":
@@ -488,14 +490,14 @@ def object_samples(
         size=recipe.resolution,
         cache_bytes=recipe.cache_mb * 2**20,
     )
-    return ObjectSamples(
+    return ViewSamples(
         views,
         n_points=recipe.n_points or None,
         n_ref=recipe.n_ref,
         n_target=recipe.n_target,
         sampling=recipe.sampling,
         features=recipe.features,
-        rotate=180.0 if train and recipe.rotate else 0.0,
+        augment=Augment(rotate="up" if train and recipe.rotate else "none"),
         seed=recipe.seed if train else 0,
     )
 
@@ -503,7 +505,7 @@ def object_samples(
 def scene_samples(
     recipe: Recipe,
     split: str,  # "train", "val" or "test"
-) -> SceneSamples:
+) -> ViewSamples:
     "Scenes with RGB-D frames; embedded rooms are composed on first use."
     train, root = split == "train", recipe.data
     if root == "rooms":
@@ -519,21 +521,22 @@ def scene_samples(
         intrinsics=recipe.intrinsics,
         cache_bytes=recipe.cache_mb * 2**20,
     )
-    return SceneSamples(
+    return ViewSamples(
         frames,
         n_points=recipe.n_points or None,
         n_ref=recipe.n_ref,
         n_target=recipe.n_target,
         max_gap=recipe.max_gap,
         features=recipe.features,
-        rotate=180.0 if train and recipe.rotate else 0.0,
+        center=True,
+        augment=Augment(rotate="up" if train and recipe.rotate else "none"),
         seed=recipe.seed if train else 0,
     )
 
 
 def training_batches(
     recipe: Recipe,
-    samples: ObjectSamples | SceneSamples,
+    samples: ViewSamples,
     rank: int = 0,
     world_size: int = 1,  # this process and how many there are
 ) -> Callable[[int, int], Iterable[Sample]]:
@@ -556,7 +559,7 @@ def training_batches(
 
 def held_out(
     recipe: Recipe,
-    samples: ObjectSamples | SceneSamples,
+    samples: ViewSamples,
 ) -> Callable[[], Iterable[Sample]]:
     "A function that gives every cloud once, with fixed points and views."
     return lambda: eval_loader(samples, batch_size=recipe.batch_size)

@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from ..backbones.backbone import Backbone, freeze
 from ..backbones.transformer import Block, group_points
 from ..core import PointBatch
+from ..data.augment import Augment
 from ..data.labelled import ScanObjectNN
+from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..worlds.shapes import KINDS, embedded_shapes
 from unipre3d.tasks.classification import (
-    ClassificationSamples,
     Furniture,
     build_samples,
     class_probabilities,
@@ -29,9 +30,7 @@ from unipre3d.tasks.classification import (
 )
 from ..tasks.finetuning import finetune_recipes, tasks
 from unipre3d.tasks.transfer import (
-    Augment,
     FinetuneRecipe,
-    Labelled,
     Task,
     build_backbone,
     run_task,
@@ -324,8 +323,8 @@ def masked_task(
         )
 
     train, val = read("train"), read("val")
-    sampler = lambda reader, how: ClassificationSamples(
-        reader, n_points=recipe.n_points, features=recipe.features, how=how, seed=recipe.seed
+    sampler = lambda reader, how: CloudSamples(
+        reader, n_points=recipe.n_points, features=recipe.features, augment=how, seed=recipe.seed
     )
     asked = sampler(val, Augment())
 

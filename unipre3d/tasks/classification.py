@@ -14,32 +14,28 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..backbones.backbone import Backbone
 from ..core import PointBatch, to_padded
+from ..data.augment import Augment
 from ..data.labelled import ModelNet40, ScanObjectNN
-from ..data.loaders import point_features
+from ..data.samples import CloudSamples, Labelled
 from ..worlds.scans import Scans, embedded_scans
-from ..data.shapenet import Cache, ShapeNetViews
+from ..data.shapenet import ShapeNetViews
 from .metrics import ClassScore, draw_confusion
 from unipre3d.tasks.transfer import (
-    Augment,
     FinetuneRecipe,
-    Labelled,
     Task,
-    augment,
     build_backbone,
     label_loss,
     load_task,
     run_task,
 )
-from ..geometry.pointops import farthest_point_sample
 from ..pretrain import load_tensors
 
 # %% auto #0
-__all__ = ['MINI', 'FULL', 'classification_recipes', 'pool', 'ClassificationModel', 'Furniture', 'labels_of', 'Selection',
-           'ClassificationSamples', 'hold_out', 'take_shots', 'Episode', 'draw_episode', 'class_probabilities',
+__all__ = ['ClassificationSamples', 'MINI', 'FULL', 'classification_recipes', 'pool', 'ClassificationModel', 'Furniture',
+           'labels_of', 'Selection', 'hold_out', 'take_shots', 'Episode', 'draw_episode', 'class_probabilities',
            'score_classes', 'evaluate_classes', 'vote', 'ClassificationRecipe', 'read_scans', 'read_clouds',
            'read_splits', 'build_samples', 'build_classifier', 'classification_loss', 'save_confusion',
            'classification_task']
@@ -108,8 +104,7 @@ class Furniture:
 
     def rows(self, i: int) -> dict[str, np.ndarray]:
         "Columns by name, [4096 ...]."
-        xyz, normal, color, part = np.split(self.views.rows(i), [3, 6, 9], 1)
-        return dict(xyz=xyz, normal=normal, color=color, part=part[:, 0].astype(np.int32))
+        return self.views.rows(i)
 
     def fingerprint(self) -> str:
         return self.views.fingerprint()
@@ -159,87 +154,7 @@ class Selection:
         return self.reader.fingerprint()
 
 # %% ../../nbs/tasks/72_classification.ipynb #729274da
-class ClassificationSamples(Dataset):
-    "Clouds with a class; a batch is a `Labelled`."
-
-    def __init__(
-        self,
-        reader,  # any reader
-        *,
-        n_points: int | None = 1024,  # random ones; None keeps all, a smaller cloud stays whole
-        features: tuple[str, ...] = (
-            "xyz",
-        ),  # columns that the backbone reads; see the loaders' FEATURES
-        how: Augment = Augment(),  # what varies from draw to draw
-        seed: int = 0,  # of points and changes
-        farthest: int = 0,  # draw the points from so many farthest ones, always the same; 0 means from all
-    ):
-        if not len(reader):
-            raise ValueError("ClassificationSamples: expected at least one object, got none")
-        if n_points is not None and n_points < 1:
-            raise ValueError(f"n_points: expected at least 1, or 0 for all, got {n_points}")
-        if farthest and farthest < (n_points or 0):
-            raise ValueError(
-                f"farthest: expected 0 or at least the {n_points} points that are drawn, got {farthest}"
-            )
-        self.farthest, self.known = farthest, Cache(2**26)
-        self.reader, self.n_points, self.features, self.how, self.seed = (
-            reader,
-            n_points,
-            tuple(features),
-            how,
-            seed,
-        )
-
-    def __len__(self):
-        return len(self.reader)
-
-    def pick(self, index: int, xyz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        "Rows of the points that stay."
-        n = len(xyz)
-        search = lambda: (
-            farthest_point_sample(
-                torch.from_numpy(xyz), torch.zeros(n, dtype=torch.long), 1, self.farthest
-            )
-            .numpy()
-            .astype(np.int32)
-        )
-        pool = self.known.get(index, search) if 0 < self.farthest < n else np.arange(n)
-        return (
-            pool
-            if self.n_points is None or self.n_points >= len(pool)
-            else pool[rng.choice(len(pool), self.n_points, replace=False)]
-        )
-
-    def cloud(self, index: int, draw: int) -> dict[str, np.ndarray]:
-        "One cloud, thinned out and changed."
-        rng, rows = np.random.default_rng((self.seed, draw, index)), self.reader.rows(index)
-        names = [k for k in ("xyz", "normal", "color") if k in rows]
-        keep = self.pick(index, rows["xyz"], rng)
-        found = {k: rows[k][keep] for k in names}
-        if "color" in found and found["color"].dtype == np.uint8:
-            found["color"] = found["color"] / np.float32(255)
-        return augment(found, rng, self.how)
-
-    def batch(self, keys: list[tuple[int, int]]) -> Labelled:
-        "The collated clouds of several `(index, draw)`."
-        clouds = [self.cloud(*key) for key in keys]
-        join = lambda arrays: torch.from_numpy(np.concatenate(arrays))
-        points = PointBatch(
-            join([c["xyz"] for c in clouds]),
-            join([point_features(c, self.features) for c in clouds]),
-            torch.arange(len(keys)).repeat_interleave(
-                torch.tensor([len(c["xyz"]) for c in clouds])
-            ),
-            len(keys),
-        )
-        return Labelled(points, torch.tensor([self.reader.label(i) for i, _ in keys]))
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Labelled:
-        return self.batch([key if isinstance(key, tuple) else (key, 0)])
-
-    def __getitems__(self, keys: list) -> Labelled:
-        return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
+ClassificationSamples = CloudSamples
 
 # %% ../../nbs/tasks/72_classification.ipynb #22f4c186
 def hold_out(
@@ -419,7 +334,7 @@ classification_recipes: dict[str, ClassificationRecipe] = {
         **MINI,
         data="furniture",
         classes=("appliance", "bed", "cabinet", "chair", "lamp", "plant", "sofa", "table"),
-        augment=Augment(rotate="up", scale=(0.8, 1.25), shift=0.05),
+        augment=Augment(rotate="up", scale=(0.8, 1.25), translate=0.05),
         steps=600,
     ),
     "cls-shapes-mini": ClassificationRecipe(
@@ -428,7 +343,7 @@ classification_recipes: dict[str, ClassificationRecipe] = {
         data="shapes",
         layout="scans",
         shots=100,
-        augment=Augment(rotate="up", scale=(0.8, 1.25), shift=0.05, jitter=0.002),
+        augment=Augment(rotate="up", scale=(0.8, 1.25), translate=0.05, jitter=0.002),
         steps=3200,
         ema=0.995,
         validate_every=200,
@@ -445,7 +360,7 @@ classification_recipes: dict[str, ClassificationRecipe] = {
         about="ModelNet40 (pass --data); the paper's Transformer; one GPU",
         **FULL,
         layout="modelnet40",
-        augment=Augment(scale=(2 / 3, 1.5), stretch=True, shift=0.13),
+        augment=Augment(scale=(2 / 3, 1.5), stretch=True, translate=0.13),
         sampling="fps",
         steps=90_000,
         warmup=3000,
@@ -553,7 +468,7 @@ def build_samples(
         reader,
         n_points=recipe.n_points or None,
         features=recipe.features,
-        how=recipe.augment if changes else Augment(),
+        augment=recipe.augment if changes else Augment(),
         seed=recipe.seed if changes else 0,
         farthest=farthest,
     )

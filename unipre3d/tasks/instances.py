@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
+from ..data.augment import Augment, Cloud  # Augment, like Any: inherited fields name it
 from ..data.labelled import LabelSet, scannet_labels
 from .metrics import InstanceScore, Instances
 from unipre3d.tasks.semantic import (
@@ -37,12 +38,10 @@ from unipre3d.tasks.semantic import (
     split_rooms,
 )
 from unipre3d.tasks.transfer import (
-    Augment,
-    Cloud,
     Task,
     build_backbone,
     label_loss,
-)  # Augment, like Any: inherited fields name it
+)
 from ..recipes import find_recipe
 from ..viewer import label_palette
 

@@ -20,12 +20,12 @@ from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.labelled import PART_COUNTS, SHAPENETPART, ShapeNetPart
 from ..worlds.furniture import Tracer, normalise
-from ..data.loaders import point_features
+from ..data.augment import Augment
+from ..data.samples import CloudSamples, Labelled
 from ..worlds.scans import Scans, write_scans
 from ..data.shapenet import ShapeNetViews
 from ..worlds.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
 from unipre3d.tasks.classification import (
-    ClassificationSamples,
     Furniture,
     Selection,
     labels_of,
@@ -34,11 +34,8 @@ from unipre3d.tasks.classification import (
 )
 from .metrics import PartScore, own_parts
 from unipre3d.tasks.transfer import (
-    Augment,
     FinetuneRecipe,
-    Labelled,
     Task,
-    augment,
     build_backbone,
     label_loss,
     load_task,
@@ -321,56 +318,23 @@ class LabelledParts(Labelled):
     category: Int[Tensor, "b"]
 
 
-class PartSamples(ClassificationSamples):
+class PartSamples(CloudSamples):
     "Clouds with parts; a batch is a `LabelledParts`. Labels go with their points through every change."
 
-    def cloud(self, index: int, draw: int) -> dict[str, np.ndarray]:
-        "One cloud, thinned out and changed."
-        rng, rows = np.random.default_rng((self.seed, draw, index)), self.whole(index)
-        keep = self.pick(index, rows["xyz"], rng)
-        return augment({k: v[keep] for k, v in rows.items()}, rng, self.how)
+    def __init__(self, reader, **options):
+        super().__init__(reader, labels=("part",), **options)
 
-    def whole(self, index: int) -> dict[str, np.ndarray]:
-        "All points of a cloud, as they are."
-        found = {
-            k: v
-            for k, v in self.reader.rows(index).items()
-            if k in ("xyz", "normal", "color", "part")
-        }
-        if "color" in found and found["color"].dtype == np.uint8:
-            found["color"] = found["color"] / np.float32(255)
-        return found
-
-    def join(
-        self, clouds: list[dict], category: list[int], features: tuple[str, ...]
-    ) -> LabelledParts:
+    def join(self, indices: Sequence[int], clouds: Sequence[dict]) -> LabelledParts:
         "Clouds as a batch."
-        join = lambda arrays: torch.from_numpy(np.concatenate(arrays))
-        points = PointBatch(
-            join([c["xyz"] for c in clouds]),
-            join([point_features(c, features) for c in clouds]),
-            torch.arange(len(clouds)).repeat_interleave(
-                torch.tensor([len(c["xyz"]) for c in clouds])
-            ),
-            len(clouds),
-        )
-        return LabelledParts(
-            points, join([c["part"] for c in clouds]).long(), torch.tensor(category)
-        )
-
-    def batch(self, keys: list[tuple[int, int]]) -> LabelledParts:
-        "The collated clouds of several `(index, draw)`."
-        return self.join(
-            [self.cloud(*key) for key in keys],
-            [self.reader.label(i) for i, _ in keys],
-            self.features,
-        )
+        b = super().join(indices, clouds)
+        return LabelledParts(b.points, b.label, self.classes(indices))
 
     def questions(self, indices: Sequence[int]) -> LabelledParts:
         "All points of several clouds, to be asked about."
-        return self.join(
-            [self.whole(i) for i in indices], [self.reader.label(i) for i in indices], ("xyz",)
-        )
+        clouds = [self.whole(i) for i in indices]
+        xyz = [cloud["xyz"] for cloud in clouds]
+        points, label = PointBatch.pack(xyz, xyz), self.column(clouds, "part")
+        return LabelledParts(points, label, self.classes(indices))
 
 # %% ../../nbs/tasks/73_parts.ipynb #fb11ecbc
 @torch.no_grad()
@@ -385,8 +349,8 @@ def predict_parts(
     tuple[Int[Tensor, "n"], LabelledParts]
 ]:  # batch by batch: a part for every point of the clouds, and the clouds
     "What the model says of all points, in the order of the samples."
-    if samples.how != Augment():
-        raise ValueError(f"predict_parts: expected samples without changes, got {samples.how}")
+    if samples.augment != Augment():
+        raise ValueError(f"predict_parts: expected samples without changes, got {samples.augment}")
     model.eval()
     for start in range(0, len(samples), batch_size):
         rows = range(start, min(start + batch_size, len(samples)))
@@ -586,7 +550,7 @@ class PartRecipe(FinetuneRecipe):
 MINI = dict(
     data="shapes",
     classes=CATEGORIES,
-    augment=Augment(scale=(0.8, 1.25), shift=0.05, jitter=0.002),
+    augment=Augment(scale=(0.8, 1.25), translate=0.05, jitter=0.002),
     batch_size=16,
     steps=800,
     warmup=40,
@@ -652,7 +616,7 @@ part_recipes: dict[str, PartRecipe] = {
         n_points=2048,
         features=("xyz", "height"),
         backbone="PointMLP",
-        augment=Augment(scale=(2 / 3, 1.5), stretch=True, shift=0.13),
+        augment=Augment(scale=(2 / 3, 1.5), stretch=True, translate=0.13),
         batch_size=32,
         steps=110_000,
         warmup=3000,
@@ -772,7 +736,7 @@ def part_samples(
         reader,
         n_points=recipe.n_points or None,
         features=recipe.features,
-        how=recipe.augment if changes else Augment(),
+        augment=recipe.augment if changes else Augment(),
         seed=recipe.seed if changes else 0,
     )
 

@@ -5,7 +5,7 @@
 # %% ../../nbs/tasks/74_semantic.ipynb #e94f9b8e
 from __future__ import annotations
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from matplotlib.lines import Line2D
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
+from ..data.augment import Augment, Cloud, about_z, augment, mirror, rotate
 from ..data.labelled import S3DIS, Layout, scannet_labels
-from ..data.loaders import about_z, point_features
+from ..data.samples import CloudSamples, Labelled
 from ..data.scannet import ScanNetFrames
 from .classification import Selection
 from .metrics import SemanticScore
 from .parts import to_points
 from unipre3d.tasks.transfer import (
-    Augment,
-    Cloud,
     FinetuneRecipe,
-    Labelled,
     Task,
-    augment,
     build_backbone,
     label_loss,
-    turn,
 )
 from ..geometry.pointops import voxelize
 from ..geometry.sparse import merge_voxels
@@ -42,7 +37,7 @@ from ..recipes import find_recipe
 from ..viewer import MOST_POINTS, label_palette, point_viewer
 
 # %% auto #0
-__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'ScanNetRooms', 'one_per_voxel', 'crop_rows', 'mirror',
+__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'ScanNetRooms', 'one_per_voxel', 'crop_rows',
            'LabelledScenes', 'WholeScene', 'ScenePoints', 'carry', 'SemanticModel', 'lovasz_loss', 'semantic_loss',
            'point_probabilities', 'evaluate_semantic', 'paint_room', 'save_room', 'SemanticRecipe', 'read_rooms',
            'hold_out_rooms', 'split_rooms', 'build_scenes', 'build_semantic', 'class_details', 'save_voxels',
@@ -120,13 +115,6 @@ def crop_rows(
     far = (away**2).sum(1) if shape == "ball" else np.abs(away[:, :2]).max(1)
     return np.sort(np.argpartition(far, n_points - 1)[:n_points])
 
-
-def mirror(
-    cloud: Cloud,
-) -> Cloud:
-    "Left and right exchanged: x becomes -x, in points and normals."
-    return cloud | {k: cloud[k] * np.float32([-1, 1, 1]) for k in ("xyz", "normal") if k in cloud}
-
 # %% ../../nbs/tasks/74_semantic.ipynb #54816f3f
 @dataclass(frozen=True, eq=False)
 class LabelledScenes(Labelled):
@@ -145,7 +133,7 @@ class WholeScene:
     instance: Tensor  # [n] long, -1 = none
 
 
-class ScenePoints(Dataset):
+class ScenePoints(CloudSamples):
     "Rooms with labels for every point; a batch is a `LabelledScenes`."
 
     def __init__(
@@ -155,98 +143,61 @@ class ScenePoints(Dataset):
         voxel_size: float = 0.02,  # metres; one point in each cell
         n_points: int | None = None,  # at most, after that; None takes the whole room
         crop: str = "ball",  # or "column", see `crop_rows`
-        features: tuple[str, ...] = (
-            "normal",
-            "color_signed",
-        ),  # columns that the backbone reads; see the loaders' FEATURES
-        how: Augment = Augment(),  # what varies from draw to draw
-        flip: bool = False,  # mirror every second draw, at random
+        features: tuple[str, ...] = ("normal", "color_signed"),  # columns that the backbone reads
+        augment: Augment = Augment(),  # what varies from draw to draw
         seed: int = 0,  # of points, crops and changes
     ):
-        if not len(reader):
-            raise ValueError("ScenePoints: expected at least one room, got none")
-        crop_rows(np.zeros((1, 3)), 1, np.random.default_rng(0), crop)
-        self.reader, self.voxel_size, self.n_points, self.crop, self.features = (
+        super().__init__(
             reader,
-            voxel_size,
-            n_points,
-            crop,
-            tuple(features),
+            n_points=n_points,
+            features=features,
+            augment=augment,
+            labels=("segment", "instance"),
+            seed=seed,
         )
-        self.how, self.flip, self.seed = how, flip, seed
-
-    def __len__(self):
-        return len(self.reader)
+        crop_rows(np.zeros((1, 3)), 1, np.random.default_rng(0), crop)
+        self.voxel_size, self.crop = voxel_size, crop
 
     def room(self, index: int) -> Cloud:
         "All points of a room about the middle of its floor; colours in 0..1."
-        cloud = dict(self.reader.rows(index))
+        cloud = self.whole(index)
         low, high = cloud["xyz"].min(0), cloud["xyz"].max(0)
-        cloud["xyz"] = cloud["xyz"] - np.append((low + high)[:2] / 2, low[2]).astype(np.float32)
-        if "color" in cloud:
-            cloud["color"] = cloud["color"] / np.float32(255)
-        return cloud
+        floor = np.append((low + high)[:2] / 2, low[2]).astype(np.float32)
+        return cloud | dict(xyz=cloud["xyz"] - floor)
 
     def cloud(self, index: int, draw: int) -> Cloud:
         "One room changed, thinned out and cropped."
-        rng, cloud = np.random.default_rng((self.seed, draw, index)), self.room(index)
-        cloud = augment(cloud, rng, self.how)
-        if self.flip and rng.random() < 0.5:
-            cloud = mirror(cloud)
+        rng = self.rng(index, draw)
+        cloud = augment(self.room(index), rng, self.augment)
         keep = one_per_voxel(cloud["xyz"], self.voxel_size, rng)
         if self.n_points is not None:
             keep = keep[crop_rows(cloud["xyz"][keep], self.n_points, rng, self.crop)]
         return {k: v[keep] for k, v in cloud.items()}
 
-    def inputs(self, index: int, cloud: Cloud) -> Tensor:
-        "[n c] float32: what the backbone reads of a room's points."
+    def pack(self, indices, clouds) -> PointBatch:
+        "Rooms as a batch, with the features of the backbone."
         try:
-            return torch.from_numpy(point_features(cloud, self.features))
+            return super().pack(indices, clouds)
         except ValueError as problem:
             raise ValueError(
-                f"{self.reader.name(index)}: {problem}; write that file (for S3DIS, preprocess_s3dis.py with --raw_root and --parse_normal), or leave the column out of --features"
+                f"{problem}; write that file (for S3DIS, preprocess_s3dis.py with --raw_root and --parse_normal), or leave the column out of --features"
             ) from None
 
-    def batch(self, keys: list[tuple[int, int]]) -> LabelledScenes:
-        "The collated crops of several `(index, draw)`."
-        clouds = [self.cloud(*key) for key in keys]
-        join = lambda arrays: torch.from_numpy(np.concatenate(list(arrays)))
-        owner = torch.arange(len(keys)).repeat_interleave(
-            torch.tensor([len(c["xyz"]) for c in clouds])
-        )
-        points = PointBatch(
-            join(c["xyz"] for c in clouds),
-            torch.cat([self.inputs(index, c) for (index, _), c in zip(keys, clouds)]),
-            owner,
-            len(keys),
-        )
-        return LabelledScenes(
-            points,
-            join(c["segment"] for c in clouds).long(),
-            join(c["instance"] for c in clouds).long(),
-        )
-
-    def __getitem__(self, key: int | tuple[int, int]) -> LabelledScenes:
-        return self.batch([key if isinstance(key, tuple) else (key, 0)])
-
-    def __getitems__(self, keys: list) -> LabelledScenes:
-        return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
+    def join(self, indices, clouds) -> LabelledScenes:
+        "Crops as a batch."
+        b = super().join(indices, clouds)
+        return LabelledScenes(b.points, b.label, self.column(clouds, "instance"))
 
     def scene(self, index: int, angle: float = 0.0, mirrored: bool = False) -> WholeScene:
         "A whole room, seen turned by `angle` (radians about the vertical) and perhaps in a mirror; no other changes."
         cloud = self.room(index)
         if angle:
-            cloud = turn(cloud, about_z(angle))
+            cloud = rotate(cloud, about_z(angle))
         if mirrored:
             cloud = mirror(cloud)
-        xyz = torch.from_numpy(cloud["xyz"])
-        points, inverse = merge_voxels(
-            PointBatch(xyz, self.inputs(index, cloud), torch.zeros(len(xyz), dtype=torch.long), 1),
-            self.voxel_size,
-        )
-        return WholeScene(
-            points, inverse, *(torch.from_numpy(cloud[k]).long() for k in ("segment", "instance"))
-        )
+        points, inverse = merge_voxels(self.pack([index], [cloud]), self.voxel_size)
+        labels = (self.column([cloud], name) for name in self.labels)
+        return WholeScene(points, inverse, *labels)
 
 # %% ../../nbs/tasks/74_semantic.ipynb #2c99d34e
 def carry(
@@ -340,12 +291,12 @@ def evaluate_semantic(
     "Scores over all points of all rooms."
     if votes == 1 or votes < 0:
         raise ValueError(f"votes: expected 0 (off) or at least 2, got {votes}")
-    score = SemanticScore(len(samples.reader.classes), groups=groups)
+    score = SemanticScore(len(samples.source.classes), groups=groups)
     for index in range(len(samples)):
         found = point_probabilities(model, samples, index, votes=votes or 1, device=device).argmax(
             1
         )
-        score.update(found, torch.from_numpy(samples.reader.rows(index)["segment"]).long())
+        score.update(found, torch.from_numpy(samples.source.rows(index)["segment"]).long())
     return {f"{k}_voting{votes}" if votes else k: v for k, v in score.compute().items()}
 
 # %% ../../nbs/tasks/74_semantic.ipynb #f2d08b67
@@ -623,8 +574,7 @@ def build_scenes(
         n_points=recipe.n_points or None,
         crop=recipe.crop,
         features=recipe.features,
-        how=recipe.augment,
-        flip=recipe.flip,
+        augment=replace(recipe.augment, mirror=recipe.flip),
         seed=recipe.seed,
     )
 

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone, freeze, match_released
 from ..core import PointBatch, to_device
-from ..data.loaders import about_z, make_loader, recolor
+from ..data.augment import Augment
+from ..data.loading import make_loader
 from unipre3d.records import (
     check_record,
     code_version,
@@ -49,11 +50,9 @@ from unipre3d.pretrain import (
 from ..recipes import build_backbone
 
 # %% auto #0
-__all__ = ['Cloud', 'at_least', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
-           'layer_order', 'parameter_groups', 'set_training', 'turn', 'rotate_up', 'rotate_all', 'rescale', 'stretch',
-           'shift', 'jitter', 'drop_points', 'jitter_color', 'Augment', 'augment', 'label_loss', 'Finetuned',
-           'finetune', 'Labelled', 'FinetuneRecipe', 'loop_options', 'Task', 'start_summary', 'run_history', 'run_task',
-           'read_task', 'load_task']
+__all__ = ['at_least', 'Start', 'counted', 'load_weights', 'backbone_tensors', 'start_from', 'start_released', 'units',
+           'layer_order', 'parameter_groups', 'set_training', 'label_loss', 'Finetuned', 'finetune', 'FinetuneRecipe',
+           'loop_options', 'Task', 'start_summary', 'run_history', 'run_task', 'read_task', 'load_task']
 
 # %% ../../nbs/tasks/70_transfer.ipynb #9274e44e
 def at_least(
@@ -308,129 +307,6 @@ def set_training(
                 f"frozen: expected names of parts such as {', '.join(n for n, _ in model.named_children())}; got {name!r}"
             ) from None
 
-# %% ../../nbs/tasks/70_transfer.ipynb #3d169161
-Cloud = dict[
-    str, np.ndarray
-]  # xyz [n 3] float32; perhaps normal [n 3], color [n 3] in 0..1, labels [n]
-
-
-def turn(
-    cloud: Cloud,
-    R: np.ndarray,  # [3 3] rotation
-) -> Cloud:
-    "Points and normals, rotated about the origin."
-    return cloud | {k: (cloud[k] @ R.T).astype(np.float32) for k in ("xyz", "normal") if k in cloud}
-
-
-def rotate_up(cloud: Cloud, rng: np.random.Generator, degrees: float = 180.0) -> Cloud:
-    "Turn about the vertical by up to so many degrees either way."
-    return turn(cloud, about_z(math.radians(rng.uniform(-degrees, degrees))))
-
-
-def rotate_all(cloud: Cloud, rng: np.random.Generator) -> Cloud:
-    "Turn by a rotation drawn uniformly from all of them (a random unit quaternion)."
-    q = rng.normal(size=4)
-    w, v = (q / np.linalg.norm(q))[0], (q / np.linalg.norm(q))[1:]
-    cross = np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
-    return turn(cloud, np.eye(3) + 2 * w * cross + 2 * cross @ cross)
-
-
-def rescale(cloud: Cloud, rng: np.random.Generator, low: float = 0.8, high: float = 1.25) -> Cloud:
-    "Multiply all coordinates by one factor; as likely to shrink as to grow."
-    return cloud | dict(
-        xyz=(cloud["xyz"] * math.exp(rng.uniform(math.log(low), math.log(high)))).astype(np.float32)
-    )
-
-
-def stretch(cloud: Cloud, rng: np.random.Generator, low: float = 2 / 3, high: float = 1.5) -> Cloud:
-    "Multiply each axis by a factor of its own, drawn evenly; normals stay at right angles to the surface."
-    factor, found = rng.uniform(low, high, 3), {}
-    if "normal" in cloud:
-        normal = cloud["normal"] / factor
-        found["normal"] = (
-            normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
-        ).astype(np.float32)
-    return cloud | dict(xyz=(cloud["xyz"] * factor).astype(np.float32)) | found
-
-
-def shift(cloud: Cloud, rng: np.random.Generator, distance: float = 0.05) -> Cloud:
-    "Move the cloud as a whole, by up to `distance` along each axis."
-    return cloud | dict(xyz=(cloud["xyz"] + rng.uniform(-distance, distance, 3)).astype(np.float32))
-
-
-def jitter(cloud: Cloud, rng: np.random.Generator, sigma: float = 0.005) -> Cloud:
-    "Move each point by Gaussian noise, at most three sigma along an axis."
-    return cloud | dict(
-        xyz=(cloud["xyz"] + sigma * rng.normal(size=cloud["xyz"].shape).clip(-3, 3)).astype(
-            np.float32
-        )
-    )
-
-
-def drop_points(cloud: Cloud, rng: np.random.Generator, share: float = 0.5) -> Cloud:
-    "Drop up to this share of the points (drawn for each cloud), with their labels; at least one stays."
-    n = len(cloud["xyz"])
-    keep = np.sort(rng.permutation(n)[: max(1, round(n * (1 - rng.uniform(0, share))))])
-    return {k: v[keep] for k, v in cloud.items()}
-
-
-def jitter_color(cloud: Cloud, rng: np.random.Generator, amount: float = 0.1) -> Cloud:
-    "Change contrast and the brightness of each channel by up to `amount`, alike for all points."
-    return (
-        cloud
-        | dict(
-            color=recolor(
-                cloud["color"], 1 + rng.uniform(-amount, amount), rng.uniform(-amount, amount, 3)
-            )
-        )
-        if "color" in cloud
-        else cloud
-    )
-
-# %% ../../nbs/tasks/70_transfer.ipynb #31f620ae
-@dataclass(frozen=True)
-class Augment:
-    "How training clouds vary."
-
-    rotate: str = "none"  # "none", "up" (about the vertical) or "all"
-    scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor
-    stretch: bool = False  # a factor of its own for each axis, drawn evenly; else one for all, as likely to shrink as to grow
-    shift: float = 0.0  # largest distance along an axis, units of the cloud
-    jitter: float = 0.0  # sigma of the noise of each point, units of the cloud
-    drop: float = 0.0  # largest share of points to drop
-    color: float = 0.0  # largest change of contrast and brightness
-
-    def __post_init__(self):
-        if self.rotate not in ("none", "up", "all"):
-            raise ValueError(f'augment.rotate: expected "none", "up" or "all", got {self.rotate!r}')
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"augment.scale: expected two factors, 0 < smallest <= largest, got {tuple(self.scale)}"
-            )
-        if self.stretch and tuple(self.scale) == (1.0, 1.0):
-            raise ValueError(
-                "augment.stretch: expected augment.scale to say by how much, got (1.0, 1.0)"
-            )
-        if not 0 <= self.drop < 1:
-            raise ValueError(
-                f"augment.drop: expected a share, at least 0 and below 1, got {self.drop}"
-            )
-
-
-def augment(cloud: Cloud, rng: np.random.Generator, how: Augment) -> Cloud:
-    "Drop, turn, scale, shift, jitter and recolour, as far as asked for."
-    if how.drop:
-        cloud = drop_points(cloud, rng, how.drop)
-    if how.rotate != "none":
-        cloud = (rotate_up if how.rotate == "up" else rotate_all)(cloud, rng)
-    if tuple(how.scale) != (1.0, 1.0):
-        cloud = (stretch if how.stretch else rescale)(cloud, rng, *how.scale)
-    if how.shift:
-        cloud = shift(cloud, rng, how.shift)
-    if how.jitter:
-        cloud = jitter(cloud, rng, how.jitter)
-    return jitter_color(cloud, rng, how.color) if how.color else cloud
-
 # %% ../../nbs/tasks/70_transfer.ipynb #ea248a1c
 def label_loss(
     logits: Float[Tensor, "n k"],
@@ -608,14 +484,6 @@ def finetune(
         log.file.close()
     return Finetuned(step, progress["best_step"], progress["best"], ended)
 
-# %% ../../nbs/tasks/70_transfer.ipynb #129b0126
-@dataclass(frozen=True, eq=False)
-class Labelled:
-    "Clouds with the labels that a task learns."
-
-    points: PointBatch
-    label: Tensor  # long: [B] a class a cloud, or [n] a class a point
-
 # %% ../../nbs/tasks/70_transfer.ipynb #c6c0b261
 @dataclass(frozen=True)
 class FinetuneRecipe:
@@ -627,7 +495,7 @@ class FinetuneRecipe:
     n_points: int = 1024  # points of a cloud that the model reads; 0 keeps all
     features: tuple[str, ...] = (
         "xyz",
-    )  # columns that the backbone reads; see the loaders' FEATURES
+    )  # columns that the backbone reads; see FEATURES of the samples
     augment: Augment = Augment()  # how training clouds vary
     # model and start
     backbone: str = "StandardTransformer"  # class in unipre3d.backbones
