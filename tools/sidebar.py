@@ -37,11 +37,13 @@ FIRST = [
 
 
 def part_of(path):
-    "The part of a notebook; the landing page stands before all others, every backbone is a backbone, and tutorials have no numbers."
+    "The part of a notebook; the landing page stands before all others, every backbone is a backbone, every reader is data, and tutorials have no numbers."
     if path.parent.name == "tutorials":
         return "tutorials"
     if path.parent.name == "backbones":
         return 4
+    if path.parent.name == "data":
+        return 2
     found = re.match(r"(\d)\d", path.name)
     return int(found[1]) if found else 0
 

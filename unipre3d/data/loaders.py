@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import CameraBatch, PointBatch, Sample
-from .scannet import ScanNetFrames, as_posed_views, scale_intrinsics
-from .shapenet import ShapeNetViews, as_views
+from .readers import Cloud, Subset, Views, as_views
+from .scannet import ScanNetFrames, scale_intrinsics
+from .shapenet import ShapeNetViews
 from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
 
@@ -70,10 +71,7 @@ FEATURES = dict(
 
 
 def point_features(
-    rows: np.ndarray
-    | dict[
-        str, np.ndarray
-    ],  # one cloud: [n 3], or [n 10] of xyz, normal, colour (0..1), part; or columns by name
+    rows: Cloud,  # one cloud; `color` in 0..1
     names: tuple[str, ...] = (
         "xyz",
     ),  # any of `FEATURES`, in this order; height is above the lowest point
@@ -81,26 +79,16 @@ def point_features(
     "The input features of a backbone."
     if unknown := [n for n in names if n not in FEATURES]:
         raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {unknown[0]!r}")
-    table = (
-        rows
-        if isinstance(rows, dict)
-        else dict(
-            zip(
-                ("xyz", "normal", "color"),
-                np.split(rows, [3, 6, 9], 1)[: 1 if rows.shape[1] == 3 else 3],
-            )
-        )
-    )
     make = dict(
-        height=lambda: table["xyz"][:, 2:] - table["xyz"][:, 2].min(initial=np.inf),
-        color_signed=lambda: table["color"] * 2 - 1,
+        height=lambda: rows["xyz"][:, 2:] - rows["xyz"][:, 2].min(initial=np.inf),
+        color_signed=lambda: rows["color"] * 2 - 1,
     )
     needs = [dict(height="xyz", color_signed="color").get(n, n) for n in names]
-    if lack := [n for n in needs if n not in table]:
+    if lack := [n for n in needs if n not in rows]:
         raise ValueError(
-            f"features: expected a cloud with {lack[0]}, found one with {', '.join(table)} only"
+            f"features: expected a cloud with {lack[0]}, found one with {', '.join(rows)} only"
         )
-    return np.concatenate([make[n]() if n in make else table[n] for n in names], 1)
+    return np.concatenate([make[n]() if n in make else rows[n] for n in names], 1)
 
 # %% ../../nbs/data/26_loaders.ipynb #2502aa68
 def orbit(
@@ -172,7 +160,8 @@ class ObjectSamples(Dataset):
         choose_views(source.n_views, n_ref, n_target, np.random.default_rng(0))
         if n_points is not None and n_points < 1:
             raise ValueError(f"n_points: expected at least 1, or 0 for all, got {n_points}")
-        point_features(np.zeros((1, 10), np.float32), tuple(features))
+        empty = {name: np.zeros((1, 3), np.float32) for name in ("xyz", "normal", "color")}
+        point_features(empty, tuple(features))
         self.source, self.n_points, self.n_ref, self.n_target = source, n_points, n_ref, n_target
         self.sampling, self.features, self.rotate, self.seed = (
             sampling,
@@ -186,7 +175,7 @@ class ObjectSamples(Dataset):
 
     def name(self, index: int) -> str:
         "Which object it is."
-        return "/".join(self.source.items[index])
+        return self.source.name(index)
 
     def tour(self, index: int, frames: int, height: int) -> CameraBatch:
         "Cameras on a circle around the object, for a film of square images."
@@ -196,7 +185,7 @@ class ObjectSamples(Dataset):
         "Rows of the farthest points of each object; one search for all that are not known."
         facts, key = self.source.facts, lambda i: ("fps", i, self.n_points)
         missing = sorted({i for i in indices if key(i) not in facts.items})
-        clouds = [self.source.rows(i)[:, :3] for i in missing]
+        clouds = [self.source.rows(i)["xyz"] for i in missing]
         found = {i: facts.get(key(i), None) for i in indices if key(i) in facts.items}
         if missing:
             owner = torch.repeat_interleave(
@@ -227,36 +216,38 @@ class ObjectSamples(Dataset):
         for (index, draw), rows in zip(keys, farthest):
             rng = np.random.default_rng((self.seed, draw, index))
             which = np.concatenate(choose_views(source.n_views, r, self.n_target, rng))
-            cloud, pose = source.rows(index), source.world_to_cam(index)[which]
-            if self.n_points is not None and self.n_points < len(cloud):
-                cloud = cloud[
-                    rng.choice(len(cloud), self.n_points, replace=False) if rows is None else rows
-                ]
+            cloud = {k: v for k, v in source.rows(index).items() if k != "part"}
+            pose = source.world_to_cam(index)[which].astype(np.float32)
+            n = len(cloud["xyz"])
+            if self.n_points is not None and self.n_points < n:
+                keep = rng.choice(n, self.n_points, replace=False) if rows is None else rows
+                cloud = {k: v[keep] for k, v in cloud.items()}
             if self.rotate:
-                R, cloud = (
-                    about_z(math.radians(rng.uniform(-self.rotate, self.rotate))),
-                    cloud.copy(),
-                )
-                cloud[:, :3], pose = rotate_world(R, cloud[:, :3], pose)
-                if cloud.shape[1] > 3:
-                    cloud[:, 3:6] = cloud[:, 3:6] @ R.T
+                R = about_z(math.radians(rng.uniform(-self.rotate, self.rotate)))
+                cloud["xyz"], pose = rotate_world(R, cloud["xyz"], pose)
+                if "normal" in cloud:
+                    cloud["normal"] = cloud["normal"] @ R.T
             clouds.append(cloud)
             poses.append(pose)
-            pixels.append(np.stack([source.pixels(index, k) for k in which]))
-        owner = np.repeat(np.arange(len(keys)), [len(c) for c in clouds])
+            pixels.append([source.view(index, k) for k in which])
+        owner = np.repeat(np.arange(len(keys)), [len(c["xyz"]) for c in clouds])
         points = PointBatch(
-            torch.from_numpy(np.concatenate([c[:, :3] for c in clouds])),
+            torch.from_numpy(np.concatenate([c["xyz"] for c in clouds])),
             torch.from_numpy(np.concatenate([point_features(c, self.features) for c in clouds])),
             torch.from_numpy(owner),
             len(keys),
         )
 
         def views(part):
+            chosen = [view for views in pixels for view in views[part]]
             return as_views(
-                np.concatenate([p[part] for p in pixels]),
+                np.stack([view.rgb for view in chosen]),
                 np.concatenate([p[part] for p in poses]),
-                source.fov,
-                np.repeat(np.arange(len(keys)), len(range(*part.indices(r + self.n_target)))),
+                np.concatenate(
+                    [source.K(i)[None].repeat(len(p[part]), 0) for (i, _), p in zip(keys, poses)]
+                ),
+                np.repeat(np.arange(len(keys)), len(chosen) // len(keys)),
+                mask=np.stack([view.mask for view in chosen]),
             )
 
         return Sample(
@@ -360,7 +351,7 @@ class Room:
     points: dict[str, np.ndarray]  # xyz [n 3] metres; perhaps normal [n 3], color [n 3] in 0..1
     color: np.ndarray  # [v h w 3] float32 in 0..1
     depth: np.ndarray  # [v h w] float32 metres
-    pose: np.ndarray  # [v 4 4] float64 camera to world
+    world_to_cam: np.ndarray  # [v 4 4] float64
     K: np.ndarray  # [v 3 3]
 
 
@@ -377,11 +368,10 @@ def transform_room(
     room.points["xyz"] = (room.points["xyz"] @ (scale * A).T).astype(np.float32)
     if "normal" in room.points:
         room.points["normal"] = (room.points["normal"] @ A.T).astype(np.float32)
-    room.pose = room.pose.copy()
-    room.pose[:, :3, :3], room.pose[:, :3, 3] = (
-        A @ room.pose[:, :3, :3] @ M,
-        scale * room.pose[:, :3, 3] @ A.T,
-    )
+    pose = room.world_to_cam.copy()
+    pose[:, :3, :3] = M @ pose[:, :3, :3] @ A.T
+    pose[:, :3, 3] = scale * pose[:, :3, 3] @ M
+    room.world_to_cam = pose
     room.depth = room.depth * np.float32(scale)
     if mirror:
         room.color, room.depth, room.K = (
@@ -474,21 +464,22 @@ class SceneSamples(Dataset):
             f"{source.root / source.split}: left out {len(short)} of {len(source)} scenes, which have fewer than 2 usable frames: {', '.join(short[:5])}{' ...' * (len(short) > 5)}",
             stacklevel=3,
         )
-        return source.only([s for s in source.scenes if s not in short])
+        return Subset(source, [k for k, s in enumerate(source.scenes) if s not in short])
 
     def __len__(self):
         return len(self.source)
 
     def name(self, index: int) -> str:
         "Which scene it is."
-        return self.source.scene(index)
+        return self.source.name(index)
 
     def tour(self, index: int, frames: int, height: int) -> CameraBatch:
         "Cameras along the path on which the scene was filmed, for a film of images of the frames' proportions."
         h, w = self.source.hw
-        poses, hw = self.source.poses(index).copy(), (height, round(height * w / h))
-        poses[:, :3, 3] -= self.source.array(index, "coord").mean(0, dtype=np.float64)
-        return walk(frames, hw, poses, scale_intrinsics(self.source.intrinsics(index), (h, w), hw))
+        hw = (height, round(height * w / h))
+        poses = np.linalg.inv(self.source.world_to_cam(index))
+        poses[:, :3, 3] -= self.source.rows(index)["xyz"].mean(0, dtype=np.float64)
+        return walk(frames, hw, poses, scale_intrinsics(self.source.K(index), (h, w), hw))
 
     def choose(self, index: int, draw: int = 0) -> tuple[list[int], list[int]]:
         "Numbers of the reference and of the target frames of a sample; reference j belongs to target j modulo their number."
@@ -503,7 +494,8 @@ class SceneSamples(Dataset):
 
     def _points(self, index, rng):
         "The cloud about its mean, by name, and the mean."
-        source, xyz = self.source, self.source.array(index, "coord")
+        rows = self.source.rows(index)
+        xyz = rows["xyz"]
         center, n = xyz.mean(0, dtype=np.float64), len(xyz)
         keep = (
             slice(None)
@@ -511,20 +503,28 @@ class SceneSamples(Dataset):
             else rng.choice(n, self.n_points, replace=False)
         )
         points = dict(xyz=(xyz[keep] - center).astype(np.float32))
-        if "normal" in self.features:
-            points["normal"] = source.array(index, "normal")[keep]
-        if {"color", "color_signed"} & set(self.features):
-            points["color"] = source.array(index, "color")[keep] / np.float32(255)
+        if "normal" in self.features and "normal" in rows:
+            points["normal"] = rows["normal"][keep]
+        if {"color", "color_signed"} & set(self.features) and "color" in rows:
+            points["color"] = rows["color"][keep] / np.float32(255)
         return points, center
 
     def _room(self, index, draw):
         rng = np.random.default_rng((self.seed, draw, index))
         ref, target = self._choose(index, rng)
         points, center = self._points(index, rng)
-        color, depth, pose = map(np.stack, zip(*(self.source.view(index, k) for k in ref + target)))
-        pose[:, :3, 3] -= center
+        views, numbers = (
+            [self.source.view(index, k) for k in ref + target],
+            self.source.frames(index),
+        )
+        pose = self.source.world_to_cam(index)[[numbers.index(k) for k in ref + target]]
+        pose[:, :3, 3] += pose[:, :3, :3] @ center
         room = Room(
-            points, color, depth, pose, np.tile(self.source.intrinsics(index), (len(pose), 1, 1))
+            points,
+            np.stack([view.rgb for view in views]),
+            np.stack([view.depth for view in views]),
+            pose,
+            np.tile(self.source.K(index), (len(pose), 1, 1)),
         )
         change = dict(
             angle=math.radians(rng.uniform(-self.rotate, self.rotate)),
@@ -560,12 +560,11 @@ class SceneSamples(Dataset):
 
         def views(part):
             parts = [
-                [x[part(r)] for x in (room.color, room.depth, room.pose, room.K)]
+                [x[part(r)] for x in (room.color, room.world_to_cam, room.K, room.depth)]
                 for room, r in rooms
             ]
-            return as_posed_views(
-                *map(np.concatenate, zip(*parts)), owner([len(p[0]) for p in parts])
-            )
+            color, pose, K, depth = map(np.concatenate, zip(*parts))
+            return as_views(color, pose, K, owner([len(p[0]) for p in parts]), depth=depth)
 
         return Sample(points, views(lambda r: slice(0, r)), views(lambda r: slice(r, None)), None)
 

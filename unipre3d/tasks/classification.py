@@ -21,7 +21,8 @@ from ..core import PointBatch, to_padded
 from ..data.labelled import ModelNet40, ScanObjectNN
 from ..data.loaders import point_features
 from ..worlds.scans import Scans, embedded_scans
-from ..data.shapenet import Cache, ShapeNetViews
+from ..data.readers import Cache, Subset, class_labels, hold_out, take_shots
+from ..data.shapenet import ShapeNetViews
 from .metrics import ClassScore, draw_confusion
 from unipre3d.tasks.transfer import (
     Augment,
@@ -38,11 +39,10 @@ from ..geometry.pointops import farthest_point_sample
 from ..pretrain import load_tensors
 
 # %% auto #0
-__all__ = ['MINI', 'FULL', 'classification_recipes', 'pool', 'ClassificationModel', 'Furniture', 'labels_of', 'Selection',
-           'ClassificationSamples', 'hold_out', 'take_shots', 'Episode', 'draw_episode', 'class_probabilities',
-           'score_classes', 'evaluate_classes', 'vote', 'ClassificationRecipe', 'read_scans', 'read_clouds',
-           'read_splits', 'build_samples', 'build_classifier', 'classification_loss', 'save_confusion',
-           'classification_task']
+__all__ = ['MINI', 'FULL', 'classification_recipes', 'pool', 'ClassificationModel', 'ClassificationSamples', 'Episode',
+           'draw_episode', 'class_probabilities', 'score_classes', 'evaluate_classes', 'vote', 'ClassificationRecipe',
+           'read_scans', 'read_clouds', 'read_splits', 'build_samples', 'build_classifier', 'classification_loss',
+           'save_confusion', 'classification_task']
 
 # %% ../../nbs/tasks/72_classification.ipynb #1e2ce3af
 def pool(
@@ -80,83 +80,6 @@ class ClassificationModel(nn.Module):
     def forward(self, points: PointBatch) -> Float[Tensor, "b k"]:
         "Logits of each cloud."
         return self.head(pool(self.backbone(points)))
-
-# %% ../../nbs/tasks/72_classification.ipynb #0fddf06f
-class Furniture:
-    "Clouds of the embedded objects. Rows: `xyz`, `normal`, `color` (0..1), `part`."
-
-    def __init__(
-        self,
-        *,
-        split: str,  # "train", "val" or "test"; by design family
-        classes: Sequence[str] = (),  # to keep; empty keeps all
-        cache_bytes: int = 2**28,  # bound on what is kept, in each process
-    ):
-        self.views = ShapeNetViews(
-            split=split, classes=list(classes) or None, cache_bytes=cache_bytes
-        )
-        self.classes = sorted(classes) or self.views.classes
-
-    def __len__(self):
-        return len(self.views)
-
-    def name(self, i: int) -> str:
-        return "/".join(self.views.items[i])
-
-    def label(self, i: int) -> int:
-        return self.classes.index(self.views.items[i][0])
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "Columns by name, [4096 ...]."
-        xyz, normal, color, part = np.split(self.views.rows(i), [3, 6, 9], 1)
-        return dict(xyz=xyz, normal=normal, color=color, part=part[:, 0].astype(np.int32))
-
-    def fingerprint(self) -> str:
-        return self.views.fingerprint()
-
-
-def labels_of(reader) -> np.ndarray:  # [len]
-    "Class of every object."
-    return np.array([reader.label(i) for i in range(len(reader))], dtype=np.int64)
-
-
-class Selection:
-    "Some objects or rooms of a reader, in the order given."
-
-    def __init__(
-        self,
-        reader,  # any reader
-        indices: Sequence[int],  # which ones
-        classes: Sequence[int] | None = None,  # classes that there are from now on; None keeps all
-    ):
-        self.reader, self.indices, kept = (
-            reader,
-            [int(i) for i in indices],
-            list(range(len(reader.classes)) if classes is None else map(int, classes)),
-        )
-        self.classes, self.place = (
-            [reader.classes[c] for c in kept],
-            {c: k for k, c in enumerate(kept)},
-        )
-        if classes is not None and (lost := {reader.label(i) for i in self.indices} - set(kept)):
-            raise ValueError(
-                f"Selection: expected objects of the classes {', '.join(self.classes)}, got one of {reader.classes[min(lost)]}"
-            )
-
-    def __len__(self):
-        return len(self.indices)
-
-    def name(self, i: int) -> str:
-        return self.reader.name(self.indices[i])
-
-    def label(self, i: int) -> int:
-        return self.place[self.reader.label(self.indices[i])]
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        return self.reader.rows(self.indices[i])
-
-    def fingerprint(self) -> str:
-        return self.reader.fingerprint()
 
 # %% ../../nbs/tasks/72_classification.ipynb #729274da
 class ClassificationSamples(Dataset):
@@ -242,34 +165,6 @@ class ClassificationSamples(Dataset):
         return self.batch([k if isinstance(k, tuple) else (k, 0) for k in keys])
 
 # %% ../../nbs/tasks/72_classification.ipynb #22f4c186
-def hold_out(
-    labels: Int[np.ndarray, "n"],
-    share: float,  # of each class, rounded; at least one where a class has two or more
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:  # sorted indices that train, and that choose
-    "Take a share of each class away from training."
-    rng, away = np.random.default_rng((seed, 0xA11)), []
-    for c in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == c))
-        away.append(own[: max(1, round(share * len(own))) if len(own) > 1 else 0])
-    chosen = np.sort(np.concatenate(away))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def take_shots(
-    labels: Int[np.ndarray, "n"],
-    shots: int,  # K objects of each class; a smaller class gives all it has
-    seed: int = 0,
-) -> np.ndarray:  # sorted indices
-    "K objects of each class. More shots with the same seed keep the ones before."
-    rng = np.random.default_rng((seed, 0x5407))
-    return np.sort(
-        np.concatenate(
-            [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)]
-        )
-    )
-
-
 @dataclass(frozen=True)
 class Episode:
     "One N-way K-shot task."
@@ -479,7 +374,7 @@ def read_clouds(
 ):  # a reader
     "All objects of one split."
     known = {
-        "furniture": lambda: Furniture(split=split, classes=recipe.classes),
+        "furniture": lambda: ShapeNetViews(split=split, classes=recipe.classes, cache_bytes=2**28),
         "scans": lambda: read_scans(recipe, split),
         "scanobjectnn": lambda: ScanObjectNN(recipe.data, split=split, variant=recipe.variant),
         "modelnet40": lambda: ModelNet40(recipe.data, split=split),
@@ -515,23 +410,23 @@ def read_splits(
     train, test = read_clouds(recipe, "train"), read_clouds(recipe, "test")
     if recipe.ways:
         e = draw_episode(
-            labels_of(train),
+            class_labels(train),
             recipe.ways,
             recipe.shots,
             recipe.queries,
             recipe.episode,
-            test_labels=labels_of(test),
+            test_labels=class_labels(test),
         )
-        return Selection(train, e.support, e.classes), None, Selection(test, e.query, e.classes)
+        return Subset(train, e.support, e.classes), None, Subset(test, e.query, e.classes)
     val, rows = None, np.arange(len(train))
     if recipe.validation == "split":
         val = read_clouds(recipe, "val")
     if recipe.validation == "share":
-        rows, chosen = hold_out(labels_of(train), recipe.share)
-        val = Selection(train, chosen)
+        rows, chosen = hold_out(class_labels(train), recipe.share)
+        val = Subset(train, chosen)
     if recipe.shots:
-        rows = rows[take_shots(labels_of(train)[rows], recipe.shots, recipe.episode)]
-    return Selection(train, rows), val, test
+        rows = rows[take_shots(class_labels(train)[rows], recipe.shots, recipe.episode)]
+    return Subset(train, rows), val, test
 
 
 def build_samples(

@@ -22,15 +22,12 @@ from ..data.labelled import PART_COUNTS, SHAPENETPART, ShapeNetPart
 from ..worlds.furniture import Tracer, normalise
 from ..data.loaders import point_features
 from ..worlds.scans import Scans, write_scans
+from ..data.readers import Concat, Subset, class_labels, take_shots
 from ..data.shapenet import ShapeNetViews
 from ..worlds.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
 from unipre3d.tasks.classification import (
     ClassificationSamples,
-    Furniture,
-    Selection,
-    labels_of,
     pool,
-    take_shots,
 )
 from .metrics import PartScore, own_parts
 from unipre3d.tasks.transfer import (
@@ -51,7 +48,7 @@ from ..records import code_hash, made_once
 __all__ = ['CATEGORIES', 'COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'make_part_shapes',
            'embedded_part_shapes', 'number_parts', 'PartClouds', 'with_names', 'LabelledParts', 'PartSamples',
            'predict_parts', 'PartTable', 'evaluate_parts', 'Majority', 'draw_parts', 'save_parts', 'spread',
-           'PartRecipe', 'part_names', 'read_parts', 'Both', 'split_parts', 'part_samples', 'build_parts', 'part_loss',
+           'PartRecipe', 'part_names', 'read_parts', 'split_parts', 'part_samples', 'build_parts', 'part_loss',
            'part_task']
 
 # %% ../../nbs/tasks/73_parts.ipynb #cea8f57b
@@ -707,8 +704,10 @@ def read_parts(
             )
         return PartClouds(ShapeNetPart(recipe.data, split=split), names, numbered=True)
     if recipe.layout == "furniture":
-        reader = PartClouds(Furniture(split=split, classes=recipe.classes), names)
-        return Selection(reader, with_names(reader))
+        reader = PartClouds(
+            ShapeNetViews(split=split, classes=recipe.classes, cache_bytes=2**28), names
+        )
+        return Subset(reader, with_names(reader))
     many = dict(zip(("train", "val", "test"), recipe.per_class))[split]
     return PartClouds(
         Scans(
@@ -718,32 +717,6 @@ def read_parts(
         ),
         names,
     )
-
-
-class Both:
-    "Two readers of the same classes, one after the other."
-
-    def __init__(self, *readers):
-        self.readers, self.classes, self.places = (
-            readers,
-            readers[0].classes,
-            [(r, i) for r in readers for i in range(len(r))],
-        )
-
-    def __len__(self):
-        return len(self.places)
-
-    def name(self, i: int) -> str:
-        return self.places[i][0].name(self.places[i][1])
-
-    def label(self, i: int) -> int:
-        return self.places[i][0].label(self.places[i][1])
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        return self.places[i][0].rows(self.places[i][1])
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
 
 
 def split_parts(
@@ -756,9 +729,9 @@ def split_parts(
         raise ValueError(f'validation: expected "split" or "none", got {recipe.validation!r}')
     train, val, test = (read_parts(recipe, split) for split in ("train", "val", "test"))
     if recipe.validation == "none":
-        train, val = Both(train, val), None
+        train, val = Concat(train, val), None
     if recipe.shots:
-        train = Selection(train, take_shots(labels_of(train), recipe.shots, recipe.seed))
+        train = Subset(train, take_shots(class_labels(train), recipe.shots, recipe.seed))
     return train, val, test
 
 
@@ -840,7 +813,7 @@ def part_task(
         found, floor = score(model, test), score(Majority(train, len(classes)), test)
         save_parts(
             model,
-            part_samples(recipe, Selection(test, spread(len(test), 8))),
+            part_samples(recipe, Subset(test, spread(len(test), 8))),
             parts,
             folder / "parts.png",
             device=device,
