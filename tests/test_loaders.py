@@ -18,6 +18,7 @@ from unipre3d.data.loaders import (
     match,
     point_features,
 )
+from unipre3d.data.readers import read_views
 from unipre3d.data.scannet import ScanNetFrames, write_box_rooms
 from unipre3d.geometry.cameras import project, unproject
 
@@ -109,7 +110,7 @@ def test_matching_is_as_large_as_possible():
 def test_choose_says_what_the_sample_holds(root):
     data = samples(root)
     ref, target = data.choose(1, 3)
-    s, views = data[1, 3], data.source.views(1, ref + target)
+    s, views = data[1, 3], read_views(data.source, 1, ref + target)
     assert torch.equal(torch.cat([s.ref.rgb, s.target.rgb]), views.rgb) and torch.equal(
         torch.cat([s.ref.depth, s.target.depth]), views.depth
     )
@@ -162,16 +163,16 @@ def test_a_split_without_a_whole_scene_is_an_error(root, tmp_path):
 def test_scenes_are_counted_without_looking_at_every_frame(root, monkeypatch):
     from unipre3d.data import scannet
 
-    glances = []
+    headers = []
     monkeypatch.setattr(
         scannet,
-        "glance",
-        lambda *args, glance=scannet.glance: glances.append(args[2]) or glance(*args),
+        "read_header",
+        lambda *args, read=scannet.read_header: headers.append(args[2]) or read(*args),
     )
     data = samples(root)
-    assert len(glances) == 3 * 2 * 2  # scenes, frames, images
+    assert len(headers) == 3 * 2 * 2  # scenes, frames, images
     data.source.frames(0)
-    assert len(glances) == 3 * 2 * 2 + 20 * 2
+    assert len(headers) == 3 * 2 * 2 + 20 * 2
 
 
 # ---- what moves together
@@ -306,7 +307,7 @@ def test_the_origin_is_the_mean_of_the_whole_cloud(root):
     ref, _ = samples(root).choose(0)
     torch.testing.assert_close(
         whole.ref.camera.center.double(),
-        plain.views(0, ref).camera.center.double() - shift,
+        read_views(plain, 0, ref).camera.center.double() - shift,
         atol=1e-4,
         rtol=0,
     )
@@ -335,7 +336,9 @@ def test_features(root):
 def test_a_feature_without_its_file_is_an_error(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "rooms"))
     (copy / "train" / "a" / "normal.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="a/normal.npy: expected this file"):
+    with pytest.raises(
+        ValueError, match="features: expected a cloud with normal, found one with xyz"
+    ):
         samples(copy)[0]
     assert samples(copy, features=("color_signed",))[0].points.feat.shape[1] == 3
 
@@ -388,9 +391,9 @@ def test_evaluation_is_fixed_and_complete(root):
 def test_reading_leaves_the_cache_as_it_was(root):
     data = samples(root, **AUGMENT)
     first = (
-        data.source.view(0, 0).color.copy(),
+        data.source.view(0, 0).rgb.copy(),
         data.source.array(0, "coord").copy(),
-        data.source.poses(0).copy(),
+        data.source.world_to_cam(0).copy(),
     )
     for draw in range(6):
         data[0, draw]
@@ -398,6 +401,10 @@ def test_reading_leaves_the_cache_as_it_was(root):
         np.array_equal(x, y)
         for x, y in zip(
             first,
-            (data.source.view(0, 0).color, data.source.array(0, "coord"), data.source.poses(0)),
+            (
+                data.source.view(0, 0).rgb,
+                data.source.array(0, "coord"),
+                data.source.world_to_cam(0),
+            ),
         )
     )

@@ -369,7 +369,9 @@ def transform_room(
     if "normal" in room.points:
         room.points["normal"] = (room.points["normal"] @ A.T).astype(np.float32)
     pose = room.world_to_cam.copy()
-    pose[:, :3, :3] = M @ pose[:, :3, :3] @ A.T
+    pose[:, :3, :3] = (
+        M @ pose[:, :3, :3] @ np.linalg.inv(A)
+    )  # A is rounded to float32: no exact rotation
     pose[:, :3, 3] = scale * pose[:, :3, 3] @ M
     room.world_to_cam = pose
     room.depth = room.depth * np.float32(scale)

@@ -253,8 +253,10 @@ def hold_out_places(
     places = [name if "/" in name else name.split("_")[0] for name in names]
     known = sorted(set(places))
     if len(known) < 2:
-        found = f"found {len(known)}; use validation none"
-        raise ValueError(f"share: expected rooms of at least 2 places to hold one out, {found}")
+        raise ValueError(
+            "share: expected rooms of at least 2 places to hold one out, "
+            f"found {len(known)}; use validation none"
+        )
     order = np.random.default_rng((seed, 0x5EAA)).permutation(known)
     held = set(order[: max(1, round(fraction * len(known)))].tolist())
     kept = [i for i, place in enumerate(places) if place not in held]
@@ -285,8 +287,9 @@ class Store:
             )
         self.is_zip = self.root.is_file()
         if self.is_zip and not zipfile.is_zipfile(self.root):
-            found = "found another kind of file"
-            raise ValueError(f"{self.root}: expected a folder or a zip archive, {found}")
+            raise ValueError(
+                f"{self.root}: expected a folder or a zip archive, found another kind of file"
+            )
         self._zip = None
         self._pid = None
         self._tree = None
@@ -329,8 +332,10 @@ class Store:
         try:
             return np.load(io.BytesIO(self.read(name)), allow_pickle=False)
         except (ValueError, EOFError) as problem:
-            found = f"found a file that does not load ({str(problem).splitlines()[0]})"
-            raise ValueError(f"{self.root / name}: expected a numpy array, {found}") from None
+            raise ValueError(
+                f"{self.root / name}: expected a numpy array, "
+                f"found a file that does not load ({str(problem).splitlines()[0]})"
+            ) from None
 
     def has(self, name: str) -> bool:
         "Whether there is such a file."

@@ -50,8 +50,10 @@ def read_intrinsics(
         raise ValueError(f"{name}: expected 9 or 16 numbers, found other text") from None
     finite = int(np.isfinite(numbers).sum())
     if len(numbers) not in (9, 16) or finite < len(numbers):
-        expected = "expected 9 or 16 finite numbers (K, 3 x 3 or 4 x 4)"
-        raise ValueError(f"{name}: {expected}, found {len(numbers)}, {finite} of them finite")
+        raise ValueError(
+            f"{name}: expected 9 or 16 finite numbers (K, 3 x 3 or 4 x 4)"
+            f", found {len(numbers)}, {finite} of them finite"
+        )
     side = 3 if len(numbers) == 9 else 4
     K = numbers.reshape(side, side)[:3, :3].copy()
     K[:2, 2] += 0.5
@@ -59,9 +61,11 @@ def read_intrinsics(
     shift = np.abs(K[:2, 2] / (w, h) - 0.5).max()
     if K[0, 0] <= 0 or K[1, 1] <= 0 or shift > 0.15:
         center = f"{K[0, 2] - 0.5:.6g}, {K[1, 2] - 0.5:.6g}"
-        found = f"found focal lengths {K[0, 0]:.6g}, {K[1, 1]:.6g} and principal point {center}"
-        expected = f"expected a K for the stored images of {w} x {h}"
-        raise ValueError(f"{name}: {expected}, {found}; is it for another size?")
+        raise ValueError(
+            f"{name}: expected a K for the stored images of {w} x {h}, "
+            f"found focal lengths {K[0, 0]:.6g}, {K[1, 1]:.6g} and principal point {center}"
+            "; is it for another size?"
+        )
     return K
 
 
@@ -99,8 +103,10 @@ def _decode(data, formats, name, expected, prepare=lambda image: None) -> Image.
         prepare(image)
         image.load()
     except Exception as problem:
-        found = f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        raise ValueError(f"{name}: expected {expected}, {found}") from None
+        raise ValueError(
+            f"{name}: expected {expected}, "
+            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
+        ) from None
     return image
 
 
@@ -135,8 +141,10 @@ def read_depth(
     Raises: ValueError unless it decodes, TypeError unless it has one channel of 16 bits."""
     image = _decode(data, ("PNG",), name, "a PNG image")
     if not image.mode.startswith("I"):
-        expected = "expected one channel of 16 bits (depth in millimetres)"
-        raise TypeError(f"{name}: {expected}, found mode {image.mode}")
+        raise TypeError(
+            f"{name}: expected one channel of 16 bits (depth in millimetres)"
+            f", found mode {image.mode}"
+        )
     return resize_nearest(np.asarray(image), hw).astype(np.uint16)
 
 # %% ../../nbs/data/23_scannet.ipynb #a32e5f77
@@ -159,8 +167,10 @@ def read_header(
     try:
         image = Image.open(file, formats=formats)  # reads the header
     except Exception:
-        found = "found a file that does not begin like one"
-        raise ValueError(f"{name}: expected a {' or '.join(formats)} image, {found}") from None
+        raise ValueError(
+            f"{name}: expected a {' or '.join(formats)} image, "
+            "found a file that does not begin like one"
+        ) from None
     w, h = image.size
     length = file.seek(0, 2)
     file.seek(-min(8, length), 2)
@@ -428,8 +438,9 @@ class ScanNetFrames(RoomReader):
         if len(hw) != 2 or min(hw) < 1:
             raise ValueError(f"hw: expected a height and a width of at least 1 pixel, got {hw}")
         if depth_scale <= 0:
-            expected = "expected stored units in a metre, above 0"
-            raise ValueError(f"depth_scale: {expected}, got {depth_scale}")
+            raise ValueError(
+                f"depth_scale: expected stored units in a metre, above 0, got {depth_scale}"
+            )
         super().__init__(root, cache_bytes)
         self.split = split
         self.hw = tuple(hw)
@@ -445,8 +456,11 @@ class ScanNetFrames(RoomReader):
         found = self._find_scenes()
         unknown = sorted(set(scenes or ()) - set(found))
         if unknown:
-            expected = f"expected some of the {len(found)} scenes in {self.root / split}"
-            raise ValueError(f"scenes: {expected}, got {unknown[0]!r}")
+            raise ValueError(
+                "scenes: "
+                f"expected some of the {len(found)} scenes in {self.root / split}"
+                f", got {unknown[0]!r}"
+            )
         self.scenes = found if scenes is None else list(scenes)
 
     # -- where things are
@@ -460,9 +474,10 @@ class ScanNetFrames(RoomReader):
         found = sorted(name for name in names if self.store.names(f"{self.split}/{name}"))
         if not found:
             holds = ", ".join(sorted(self.store.names())[:6]) or "nothing"
-            expected = "expected one folder a scene with coord.npy, found none"
             raise FileNotFoundError(
-                f"{self.root / self.split}: {expected}; {self.root} holds {holds}"
+                f"{self.root / self.split}: "
+                "expected one folder a scene with coord.npy, found none"
+                f"; {self.root} holds {holds}"
             )
         return found
 
@@ -473,8 +488,9 @@ class ScanNetFrames(RoomReader):
             folder = f"2D/{kind}/{self.scenes[i]}"
             names = self.store.names(folder)
             if not names:
-                expected = f"expected the scene's frames N{suffixes[0]}, found none"
-                raise FileNotFoundError(f"{self.root / folder}: {expected}")
+                raise FileNotFoundError(
+                    f"{self.root / folder}: expected the scene's frames N{suffixes[0]}, found none"
+                )
             for path in map(Path, sorted(names, reverse=True)):
                 if path.suffix in suffixes and path.stem.isdecimal():
                     found.setdefault(int(path.stem), {})[kind] = f"{folder}/{path.name}"
@@ -554,8 +570,10 @@ class ScanNetFrames(RoomReader):
             elif size not in (None, depth):
                 expected = f"of {size[1]} x {size[0]} as in the scene's other frames"
             if expected:
-                found = f"found {depth[1]} x {depth[0]}"
-                raise ValueError(f"{self.root / own['depth']}: expected depth {expected}, {found}")
+                raise ValueError(
+                    f"{self.root / own['depth']}: expected depth {expected}, "
+                    f"found {depth[1]} x {depth[0]}"
+                )
             size = depth
             yield number, pose, size
 
@@ -621,8 +639,11 @@ class ScanNetFrames(RoomReader):
         "Colour and depth of one frame, by its number in `frames(i)`."
         film = self._film(i)
         if frame not in film.files:
-            usable = f"the {len(film.numbers)} usable frames of {self.scenes[i]}"
-            raise ValueError(f"frame: expected one of {usable}, got {frame}")
+            raise ValueError(
+                "frame: expected one of "
+                f"the {len(film.numbers)} usable frames of {self.scenes[i]}"
+                f", got {frame}"
+            )
 
         def pixels(kind):
             return self.cache.get(
@@ -665,24 +686,32 @@ def read_sens_header(
     Raises: ValueError for another format or a damaged file."""
     (version,) = _take(file, "I", name)
     if version != 4:
-        expected = "expected version 4 of the .sens format"
-        raise ValueError(f"{name}: {expected}, found {version}; is it a ScanNet v2 file?")
+        raise ValueError(
+            f"{name}: expected version 4 of the .sens format"
+            f", found {version}; is it a ScanNet v2 file?"
+        )
     (length,) = _take(file, "Q", name)
     if length > 4096:
-        expected = "expected a sensor's name of a few letters"
-        raise ValueError(f"{name}: {expected}, found a length of {length}; the file is damaged")
+        raise ValueError(
+            f"{name}: expected a sensor's name of a few letters"
+            f", found a length of {length}; the file is damaged"
+        )
     _take(file, f"{length}s", name)
     matrices = _take(file, "64f", name)  # K and extrinsics of colour, then of depth, 4 x 4 each
     kinds = _take(file, "2i", name)
     if kinds != (2, 1):
-        expected = "expected JPEG colour and zlib depth (kinds 2 and 1)"
-        raise ValueError(f"{name}: {expected}, found {kinds[0]} and {kinds[1]}")
+        raise ValueError(
+            f"{name}: expected JPEG colour and zlib depth (kinds 2 and 1)"
+            f", found {kinds[0]} and {kinds[1]}"
+        )
     color_w, color_h, depth_w, depth_h = _take(file, "4I", name)
     (scale,) = _take(file, "f", name)
     (count,) = _take(file, "Q", name)
     if not (depth_w and depth_h and 0 < scale < float("inf")):
-        found = f"found {depth_w} x {depth_h} and {scale:g} a metre"
-        raise ValueError(f"{name}: expected a size and units of depth above 0, {found}")
+        raise ValueError(
+            f"{name}: expected a size and units of depth above 0, "
+            f"found {depth_w} x {depth_h} and {scale:g} a metre"
+        )
     K = read_intrinsics(" ".join(map(repr, matrices[32:48])), (depth_h, depth_w), name)
     return SensHeader(K, (color_h, color_w), (depth_h, depth_w), scale, count)
 
@@ -705,21 +734,27 @@ def read_sens_frames(
         *pose, _, _, color_bytes, depth_bytes = _take(file, "16f4Q", here)
         length = color_bytes + depth_bytes
         if length > 2**28:
-            expected = "expected images of less than 256 MB"
-            raise ValueError(f"{here}: {expected}, found a length of {length}; the file is damaged")
+            raise ValueError(
+                f"{here}: expected images of less than 256 MB"
+                f", found a length of {length}; the file is damaged"
+            )
         if number % every:
             file.seek(length, 1)
             continue
         color, packed = file.read(color_bytes), file.read(depth_bytes)
         if len(packed) < depth_bytes:
-            found = f"found {len(color) + len(packed)}; the file is cut off"
-            raise ValueError(f"{here}: expected {length} bytes of images, {found}")
+            raise ValueError(
+                f"{here}: expected {length} bytes of images, "
+                f"found {len(color) + len(packed)}; the file is cut off"
+            )
         try:
             depth = np.frombuffer(zlib.decompress(packed), dtype="<u2").reshape(header.depth_hw)
         except (zlib.error, ValueError) as problem:
-            expected = f"expected depth of {header.depth_hw[1]} x {header.depth_hw[0]}"
-            found = f"found bytes that do not unpack to it ({problem})"
-            raise ValueError(f"{here}: {expected}, {found}") from None
+            raise ValueError(
+                f"{here}: "
+                f"expected depth of {header.depth_hw[1]} x {header.depth_hw[0]}, "
+                f"found bytes that do not unpack to it ({problem})"
+            ) from None
         yield number, color, depth, np.array(pose).reshape(4, 4)
 
 # %% ../../nbs/data/23_scannet.ipynb #559c1c0b
@@ -772,13 +807,17 @@ def read_mesh(
     lists = {p.name for p in ply["face"].properties} if "face" in ply else set()
     lists &= {"vertex_indices", "vertex_index"}
     if not lists:
-        found = f"found {', '.join(e.name for e in ply.elements)} only"
-        raise ValueError(f"{path}: expected triangles (face with vertex_indices), {found}")
+        raise ValueError(
+            f"{path}: expected triangles (face with vertex_indices), "
+            f"found {', '.join(e.name for e in ply.elements)} only"
+        )
     face = ply["face"][lists.pop()]
     faces = np.stack(list(face)) if len(face) else np.zeros((0, 3), dtype=int)
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(xyz):
-        found = f"found {faces.min()}..{faces.max()}"
-        raise ValueError(f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, {found}")
+        raise ValueError(
+            f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, "
+            f"found {faces.min()}..{faces.max()}"
+        )
     color = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
     return dict(coord=xyz, color=color, normal=vertex_normals(xyz, faces))
 
@@ -792,15 +831,17 @@ def read_categories(
 
     Raises: FileNotFoundError or ValueError unless it has columns raw_category, id and nyu40id."""
     if not Path(path).is_file():
-        expected = "expected ScanNet's table scannetv2-labels.combined.tsv"
-        raise FileNotFoundError(f"{path}: {expected}, found no such file")
+        raise FileNotFoundError(
+            f"{path}: expected ScanNet's table scannetv2-labels.combined.tsv, found no such file"
+        )
     with open(path, newline="", encoding="utf8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     columns = rows[0].keys() if rows else {}
     if not {"raw_category", "id", "nyu40id"} <= set(columns):
         found = ", ".join(map(str, columns)) or "no rows"
-        expected = "expected tab-separated columns raw_category, id and nyu40id"
-        raise ValueError(f"{path}: {expected}, found {found}")
+        raise ValueError(
+            f"{path}: expected tab-separated columns raw_category, id and nyu40id, found {found}"
+        )
     by_id = {number: k for k, number in enumerate(scannet_labels(200).ids)}
 
     def number(text):
@@ -844,14 +885,18 @@ def read_labels(
             segment = np.array(json.loads(segments.read_text())["segIndices"])
             objects = json.loads(groups.read_text())["segGroups"]
         except (ValueError, KeyError) as problem:
-            expected = "expected JSON with segGroups and segIndices"
-            where = f"{groups} and {segments.name}"
-            raise ValueError(f"{where}: {expected}, could not read it ({problem})") from None
+            raise ValueError(
+                f"{groups} and {segments.name}: "
+                "expected JSON with segGroups and segIndices"
+                f", could not read it ({problem})"
+            ) from None
         found |= _object_labels(segment, objects, categories)
     for name, rows in found.items():
         if len(rows) != n:
-            expected = f"expected {n} labels, one a vertex of the mesh"
-            raise ValueError(f"{folder}: {expected}, found {len(rows)} for {name}")
+            raise ValueError(
+                f"{folder}: expected {n} labels, one a vertex of the mesh"
+                f", found {len(rows)} for {name}"
+            )
     return found
 
 
@@ -876,8 +921,10 @@ def read_alignment(
     Raises: FileNotFoundError or ValueError where it is missing."""
     hint = "convert without align"
     if not Path(path).is_file():
-        expected = "expected the scene's description with axisAlignment"
-        raise FileNotFoundError(f"{path}: {expected}, found no such file; {hint}")
+        raise FileNotFoundError(
+            f"{path}: expected the scene's description with axisAlignment"
+            f", found no such file; {hint}"
+        )
     for line in Path(path).read_text().splitlines():
         name, _, numbers = line.partition("=")
         if name.strip() == "axisAlignment":
@@ -910,16 +957,17 @@ def convert_scans(
     here = sorted(p.name for p in scans.glob("*") if (p / f"{p.name}{end}").is_file())
     if not here:
         mesh = " with <scene>_vh_clean_2.ply" if frames else ""
-        expected = f"expected raw scenes as <scene>/<scene>{end}{mesh}"
         raise FileNotFoundError(
-            f"{scans}: {expected}, found none; request ScanNet at www.scan-net.org"
+            f"{scans}: expected raw scenes as <scene>/<scene>{end}{mesh}"
+            ", found none; request ScanNet at www.scan-net.org"
         )
     split = {split: here} if isinstance(split, str) else split
     wanted = {scene: name for name, scenes in split.items() for scene in _listed(scenes)}
     lack = sorted(set(wanted) - set(here))
     if lack:
-        expected = "expected a raw scene, which the split names"
-        raise FileNotFoundError(f"{scans / lack[0]}: {expected}, found none")
+        raise FileNotFoundError(
+            f"{scans / lack[0]}: expected a raw scene, which the split names, found none"
+        )
     categories = None if labels is None else read_categories(labels)
     for scene, part in tqdm(sorted(wanted.items()), desc="converting scans", disable=not progress):
         if (out / part / scene / "coord.npy").is_file():
@@ -942,8 +990,9 @@ def _listed(scenes: list[str] | str | Path) -> list[str]:
     if not isinstance(scenes, (str, Path)):
         return scenes
     if not Path(scenes).is_file():
-        expected = "expected a list of scenes such as scannetv2_train.txt"
-        raise FileNotFoundError(f"{scenes}: {expected}, found nothing there")
+        raise FileNotFoundError(
+            f"{scenes}: expected a list of scenes such as scannetv2_train.txt, found nothing there"
+        )
     return Path(scenes).read_text().split()
 
 

@@ -46,9 +46,10 @@ def read_pose(
     R = pose[:3, :3]
     off = max(np.abs(R.T @ R - np.eye(3)).max(), np.abs(pose[3] - [0, 0, 0, 1]).max())
     if off > 1e-3 or np.linalg.det(R) < 0:
-        expected = "expected a rigid camera-to-world matrix (last row 0 0 0 1)"
-        found = f"found one that is off by {off:.3g}, determinant {np.linalg.det(R):.3g}"
-        raise ValueError(f"{name}: {expected}, {found}")
+        raise ValueError(
+            f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), "
+            f"found one that is off by {off:.3g}, determinant {np.linalg.det(R):.3g}"
+        )
     return pose
 
 
@@ -62,8 +63,10 @@ def read_orbit(
     rows = [line.split() for line in text.splitlines() if line.strip()]
     widths = {len(row) for row in rows} - {5}
     if widths:
-        expected = "expected 5 numbers a line (azimuth elevation roll distance fov)"
-        raise ValueError(f"{name}: {expected}, found {min(widths)}")
+        raise ValueError(
+            f"{name}: expected 5 numbers a line (azimuth elevation roll distance fov)"
+            f", found {min(widths)}"
+        )
     try:
         table = np.array(rows, dtype=float).reshape(-1, 5)
     except ValueError:
@@ -84,11 +87,14 @@ def decode_image(
         image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
         image.load()
     except Exception as problem:
-        found = f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        raise ValueError(f"{name}: expected an image, {found}") from None
+        raise ValueError(
+            f"{name}: expected an image, "
+            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
+        ) from None
     if image.mode not in ("RGB", "RGBA"):
-        expected = "expected 3 or 4 channels of 8 bits (RGB or RGBA)"
-        raise ValueError(f"{name}: {expected}, found mode {image.mode}")
+        raise ValueError(
+            f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}"
+        )
     return image
 
 
@@ -189,10 +195,11 @@ def split_objects(
     Raises: ValueError for fewer objects than splits."""
     needed = ["train", *(s for s, f in zip(SPLITS[1:], fractions[1:]) if f)]
     if len(objects) < len(needed):
-        expected = (
+        raise ValueError(
+            f"{name}: "
             f"expected at least one object for each of {', '.join(needed)}, found {len(objects)}"
+            "; add objects, or give a split a share of 0"
         )
-        raise ValueError(f"{name}: {expected}; add objects, or give a split a share of 0")
     digest = {o: hashlib.sha256(f"{seed} {'/'.join(o)}".encode()).digest() for o in objects}
     classes = {}
     for kind, one in sorted(objects):
@@ -229,7 +236,7 @@ class ShapeNetViews:
         split: str
         | None = None,  # a name of `objects.csv`, of a list `<root>/<split>.txt`, or see below; None: all
         classes: Sequence[str]
-        | None = None,  # synsets to keep, numbered in sorted order; none given: all
+        | None = None,  # synsets to keep, numbered in sorted order; None: all
         convention: str
         | None = None,  # "released" for the released files; None reads `convention.json`
         size: int | None = None,  # pixels along an edge; None keeps the images
@@ -259,13 +266,14 @@ class ShapeNetViews:
         )
         self.everything = sorted(self.table) or self._models()
         if not self.everything:
-            expected = "expected <synset>/<model>/ folders, found none"
-            raise FileNotFoundError(f"{self.store.root}: {expected}")
+            raise FileNotFoundError(
+                f"{self.store.root}: expected <synset>/<model>/ folders, found none"
+            )
         known = sorted({synset for synset, _ in self.everything})
         unknown = sorted(set(classes or ()) - set(known))
         if unknown:
             raise ValueError(f"classes: expected some of {known}, got {unknown}")
-        self.classes = sorted(classes or known)
+        self.classes = known if classes is None else sorted(classes)
         self.items = [item for item in self.everything if item[0] in self.classes]
         if split is not None:
             self.items = self._members(split)
@@ -278,9 +286,11 @@ class ShapeNetViews:
             kinds = dict.fromkeys(("format", "points", "images"), "released")
             return kinds | dict(cameras="matrix", suffix=".png", fov=fov, views=24)
         if not self.store.has("convention.json"):
-            expected = "expected convention.json (files that this package wrote)"
-            hint = "for the released files pass --convention released"
-            raise ValueError(f"{self.store.root}: {expected}; {hint}")
+            raise ValueError(
+                f"{self.store.root}: "
+                "expected convention.json (files that this package wrote); "
+                "for the released files pass --convention released"
+            )
         return json.loads(self.store.read("convention.json"))
 
     def _read_table(self):
@@ -307,26 +317,32 @@ class ShapeNetViews:
             keep = self._hashed(split)
         found = [item for item in self.items if item in keep]
         if not found:
-            expected = f"expected objects of the split {split!r} in {self.classes}"
-            raise ValueError(f"{self.store.root}: {expected}, found none")
+            raise ValueError(
+                f"{self.store.root}: "
+                f"expected objects of the split {split!r} in {self.classes}"
+                ", found none"
+            )
         return found
 
     def _listed(self, split):
         "The objects that `<split>.txt` names."
         path = self.store.root / f"{split}.txt"
         if not self.store.has(path.name):
-            expected = "expected a list of objects, one <synset>-<model> a line, as there is for another split"
-            raise FileNotFoundError(f"{path}: {expected}; found nothing there")
+            raise FileNotFoundError(
+                f"{path}: "
+                "expected a list of objects, one <synset>-<model> a line, as there is for another split"
+                "; found nothing there"
+            )
         lines = [line.strip() for line in self.store.text(path.name).splitlines() if line.strip()]
         named = {tuple(line.removesuffix(".npy").split("-", 1)) for line in lines}
         found = named & set(self.everything)
         if not found:
             expected = "expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list"
             example = f"{lines[0][:60]!r} for example; " if lines else ""
-            there = f"{example}there is {'/'.join(self.everything[0])}"
-            hint = "the root must hold the folders of the synsets"
             raise ValueError(
-                f"{path}: {expected}, found {len(named)} lines that name none ({there}); {hint}"
+                f"{path}: {expected}, found {len(named)} lines that name none ("
+                f"{example}there is {'/'.join(self.everything[0])}); "
+                "the root must hold the folders of the synsets"
             )
         lack = named - found
         if lack:
@@ -338,13 +354,17 @@ class ShapeNetViews:
         "The objects of a split by their names, where there is no list."
         root = self.store.root
         if split not in SPLITS:
-            expected = f"expected one of {', '.join(SPLITS)}, or the name of a list in {root}"
-            raise ValueError(f"split: {expected}, got {split!r}")
+            raise ValueError(
+                "split: "
+                f"expected one of {', '.join(SPLITS)}, or the name of a list in {root}"
+                f", got {split!r}"
+            )
         if not any(self.store.has(self._cloud_file(item)) for item in self.everything[:20]):
-            found = f"found none in {'/'.join(self.everything[0])}"
-            hint = "the root must hold the folders of the synsets"
-            expected = "expected <synset>/<model>/pts/<synset>-<model>.npy"
-            raise ValueError(f"{root}: {expected}, {found}; {hint}")
+            raise ValueError(
+                f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, "
+                f"found none in {'/'.join(self.everything[0])}; "
+                "the root must hold the folders of the synsets"
+            )
         lists = "no lists train.txt, val.txt, test.txt (one <synset>-<model> a line)"
         rule = "each class is split by a hash of its names, 75 % train, 5 % val, 20 % test"
         warnings.warn(f"{root}: {lists}; {rule} (the released code has 75, 20 and 5)", stacklevel=4)
@@ -370,8 +390,10 @@ class ShapeNetViews:
             else:
                 whole.append(item)
         if not whole:
-            found = f"of {len(self.items)} objects none has its points and {self.n_views} views"
-            raise FileNotFoundError(f"{self.store.root / lack[0]}: expected this file; {found}")
+            raise FileNotFoundError(
+                f"{self.store.root / lack[0]}: expected this file; "
+                f"of {len(self.items)} objects none has its points and {self.n_views} views"
+            )
         if lack:
             count = f"left out {len(lack)} of {len(self.items)} objects that lack a file"
             warnings.warn(f"{self.store.root}: {count}, such as {lack[0]}", stacklevel=3)
@@ -441,8 +463,10 @@ class ShapeNetViews:
             rows = np.concatenate([c["xyz"], c["normal"], color, c["part"][:, None]], 1)
         widths = (3,) if self.released else (3, 10)
         if rows.ndim != 2 or rows.shape[1] not in widths:
-            expected = f"expected an array [n {' or '.join(map(str, widths))}]"
-            raise ValueError(f"{where}: {expected}, found {list(rows.shape)}")
+            raise ValueError(
+                f"{where}: expected an array [n {' or '.join(map(str, widths))}]"
+                f", found {list(rows.shape)}"
+            )
         if not len(rows):
             raise ValueError(f"{where}: expected at least one point, found an empty cloud")
         if not np.isfinite(rows).all():

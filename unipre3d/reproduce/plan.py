@@ -307,11 +307,10 @@ def masked_task(
     "The last step's weights are kept; the score is the chamfer distance on held-out shapes with fixed masks."
 
     def read(split):
-        root = None
+        root, kinds = None, list(recipe.classes) or None
         if recipe.data != "furniture":
-            kinds = list(recipe.classes) or None
             root = embedded_shapes(categories=kinds, per_category=recipe.per_class)
-        return ShapeNetViews(root, split=split, classes=recipe.classes, cache_bytes=2**28)
+        return ShapeNetViews(root, split=split, classes=kinds, cache_bytes=2**28)
 
     train, val = read("train"), read("val")
     sampler = lambda reader, how: ClassificationSamples(

@@ -705,7 +705,7 @@ def read_parts(
         return PartClouds(ShapeNetPart(recipe.data, split=split), names, numbered=True)
     if recipe.layout == "furniture":
         reader = PartClouds(
-            ShapeNetViews(split=split, classes=recipe.classes, cache_bytes=2**28), names
+            ShapeNetViews(split=split, classes=recipe.classes or None, cache_bytes=2**28), names
         )
         return Subset(reader, with_names(reader))
     many = dict(zip(("train", "val", "test"), recipe.per_class))[split]
