@@ -80,8 +80,13 @@ def read_text(
     try:
         rows = np.loadtxt(path, delimiter=delimiter, dtype=np.float32, ndmin=2)
     except ValueError as problem:
-        found = f"a line that is not ({str(problem).splitlines()[0]})"
-        raise ValueError(layout.say(path, f"{columns} numbers a line", found)) from None
+        raise ValueError(
+            layout.say(
+                path,
+                f"{columns} numbers a line",
+                f"a line that is not ({str(problem).splitlines()[0]})",
+            )
+        ) from None
     return check_columns(rows, columns, path, layout)
 
 
@@ -92,8 +97,11 @@ class H5:
 
     def __init__(self, path: Path, layout: Layout):
         if not path.is_file():
-            found = f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
-            raise FileNotFoundError(layout.say(path, "this file", found))
+            raise FileNotFoundError(
+                layout.say(
+                    path, "this file", f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
+                )
+            )
         self.path = path
         self.layout = layout
         self._file = None
@@ -110,16 +118,22 @@ class H5:
             try:
                 self._file = h5py.File(self.path, "r")
             except OSError as problem:
-                why = f"{found_at(self.path)} that does not open ({str(problem).splitlines()[0]})"
-                raise ValueError(self.layout.say(self.path, "an h5 file", why)) from None
+                raise ValueError(
+                    self.layout.say(
+                        self.path,
+                        "an h5 file",
+                        f"{found_at(self.path)} that does not open ({str(problem).splitlines()[0]})",
+                    )
+                ) from None
             self._pid = os.getpid()
         return self._file
 
     def array(self, key: str, shape: tuple) -> h5py.Dataset:
         "One array, not read yet, of this shape; None stands for any size."
         if key not in self.file:
-            found = ", ".join(self.file) or "none"
-            raise ValueError(self.layout.say(self.path, f"an array {key!r}", found))
+            raise ValueError(
+                self.layout.say(self.path, f"an array {key!r}", ", ".join(self.file) or "none")
+            )
         found = self.file[key]
         have = list(getattr(found, "shape", []))  # a group has none
         same = all(size in (None, real) for size, real in zip(shape, have))
@@ -151,11 +165,17 @@ class ObjectReader(FileReader):
         folders = (self.root, *(self.root / name for name in below))
         found = [p for p in folders if any((p / mark).exists() for mark in marks)]
         if not found:
-            message = self.layout.say(self.root, " or ".join(marks), found_at(self.root))
-            raise FileNotFoundError(message)
+            raise FileNotFoundError(
+                self.layout.say(self.root, " or ".join(marks), found_at(self.root))
+            )
         if len(found) > 1:
-            two = f"two: {found[0]} and {found[1]}; name one of them"
-            raise ValueError(self.layout.say(self.root, "one copy of the data", two))
+            raise ValueError(
+                self.layout.say(
+                    self.root,
+                    "one copy of the data",
+                    f"two: {found[0]} and {found[1]}; name one of them",
+                )
+            )
         return found[0]
 
     def _object(self, rows, where) -> Float[np.ndarray, "n c"]:
@@ -164,8 +184,9 @@ class ObjectReader(FileReader):
         try:
             columns[0] = fit_radius(columns[0], self.radius)
         except ValueError:
-            message = self.layout.say(where, "points in more than one place", "all in one")
-            raise ValueError(message) from None
+            raise ValueError(
+                self.layout.say(where, "points in more than one place", "all in one")
+            ) from None
         return np.concatenate(columns, 1, dtype=np.float32)
 
     def rows(self, i: int) -> Cloud:
@@ -312,8 +333,11 @@ class ModelNet40(ObjectReader):
     def _lines(self, name):
         path = self.root / name
         if not path.is_file():
-            found = f"{found_at(path)}; {self.root} is {found_at(self.root)}"
-            raise FileNotFoundError(self.layout.say(path, "this list", found))
+            raise FileNotFoundError(
+                self.layout.say(
+                    path, "this list", f"{found_at(path)}; {self.root} is {found_at(self.root)}"
+                )
+            )
         return path.read_text().split()
 
     def _text_items(self, split):
@@ -321,8 +345,9 @@ class ModelNet40(ObjectReader):
         for name in self._lines(listed):
             kind = name.rpartition("_")[0]
             if kind not in self.classes:
-                where = self.root / listed
-                raise ValueError(self.layout.say(where, "lines <class>_<number>", repr(name)))
+                raise ValueError(
+                    self.layout.say(self.root / listed, "lines <class>_<number>", repr(name))
+                )
             items.append((name, self.classes.index(kind), self.root / kind / f"{name}.txt"))
         return items
 
@@ -332,8 +357,11 @@ class ModelNet40(ObjectReader):
         if listed.is_file():
             paths = [self.root / Path(line).name for line in listed.read_text().split()]
         if not paths:
-            where = self.root / f"ply_data_{split}0.h5"
-            raise FileNotFoundError(self.layout.say(where, "this file", found_at(self.root)))
+            raise FileNotFoundError(
+                self.layout.say(
+                    self.root / f"ply_data_{split}0.h5", "this file", found_at(self.root)
+                )
+            )
         items = []
         for path in paths:
             h5 = H5(path, self.layout)
@@ -453,29 +481,46 @@ class ShapeNetPart(ObjectReader):
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
         for row in rows:
             if len(row) != 2 or row[0] not in self.parts:
-                expected = f"lines <category> <synset> with one of {', '.join(self.parts)}"
-                raise ValueError(self.layout.say(path, expected, repr(" ".join(row))))
+                raise ValueError(
+                    self.layout.say(
+                        path,
+                        f"lines <category> <synset> with one of {', '.join(self.parts)}",
+                        repr(" ".join(row)),
+                    )
+                )
         return {synset: name for name, synset in rows}
 
     def _list(self, split):
         path = self.root / "train_test_split" / f"shuffled_{split}_file_list.json"
         if not path.is_file():
-            found = f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
-            raise FileNotFoundError(self.layout.say(path, "this list", found))
+            raise FileNotFoundError(
+                self.layout.say(
+                    path, "this list", f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
+                )
+            )
         try:
             entries = json.loads(path.read_text())
         except ValueError as problem:
-            found = f"text that does not parse ({problem})"
-            raise ValueError(self.layout.say(path, "a JSON list", found)) from None
+            raise ValueError(
+                self.layout.say(path, "a JSON list", f"text that does not parse ({problem})")
+            ) from None
         if not isinstance(entries, list) or not entries:
-            found = "an empty list" if entries == [] else type(entries).__name__
-            raise ValueError(self.layout.say(path, "a JSON list of objects", found))
+            raise ValueError(
+                self.layout.say(
+                    path,
+                    "a JSON list of objects",
+                    "an empty list" if entries == [] else type(entries).__name__,
+                )
+            )
         items = []
         for entry in entries:
             _, synset, model = [*str(entry).split("/"), "", ""][:3]
             if not isinstance(entry, str) or entry.count("/") != 2 or synset not in self.synsets:
-                expected = "entries shape_data/<synset>/<model> of known synsets"
-                raise ValueError(self.layout.say(path, expected, repr(entry)))
+                raise ValueError(
+                    self.layout.say(
+                        path, "entries shape_data/<synset>/<model> of known synsets", repr(entry)
+                    )
+                )
             label = self.classes.index(self.synsets[synset])
             items.append((f"{synset}-{model}", label, self.root / synset / f"{model}.txt"))
         return items
@@ -557,17 +602,17 @@ class S3DIS(RoomReader):
             )
         areas = dict(train=[a for a in others if a != val_area], val=[val_area], test=[test_area])
         if not any((self.root / f"Area_{a}").is_dir() for a in range(1, 7)):
-            message = self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
-            raise FileNotFoundError(message)
+            raise FileNotFoundError(
+                self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
+            )
         self.store = Store(self.root)
         for area in areas[split]:
             folder = self.root / f"Area_{area}"
             rooms = sorted(p.parent.name for p in folder.glob("*/coord.npy"))
             if not rooms:
-                message = self.layout.say(
-                    folder, "one folder a room with coord.npy", found_at(folder)
+                raise FileNotFoundError(
+                    self.layout.say(folder, "one folder a room with coord.npy", found_at(folder))
                 )
-                raise FileNotFoundError(message)
             self.items += [(f"Area_{area}/{room}", None, None) for room in rooms]
 
 

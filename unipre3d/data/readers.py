@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer, Num, UInt8
 
-from ..core import CameraBatch, ViewBatch, data_dir
+from ..core import CameraBatch, ViewBatch
 from ..records import data_hash
 
 # %% auto #0
@@ -310,13 +310,13 @@ class Store:
         try:
             return io.BytesIO(self.zip.read(name)) if self.is_zip else open(self.root / name, "rb")
         except (KeyError, FileNotFoundError):
-            missing = f"{self.root / name}: expected this file, found nothing there"
-            raise FileNotFoundError(missing) from None
+            raise FileNotFoundError(
+                f"{self.root / name}: expected this file, found nothing there"
+            ) from None
         except zipfile.BadZipFile as problem:
-            damaged = (
+            raise ValueError(
                 f"{self.root / name}: expected an intact member of the archive, found {problem}"
-            )
-            raise ValueError(damaged) from None
+            ) from None
 
     def read(self, name: str) -> bytes:
         "The bytes of one file."
@@ -440,8 +440,13 @@ def check_columns(
         rows = rows[:, 0]
     want = ["n" if n is None else n] + [columns] * bool(columns)
     if rows.ndim != len(want) or list(rows.shape[1:]) != want[1:] or n not in (None, len(rows)):
-        expected = f"an array [{' '.join(map(str, want))}]{'' if n is None else ' as in coord.npy'}"
-        raise ValueError(layout.say(where, expected, str(list(rows.shape))))
+        raise ValueError(
+            layout.say(
+                where,
+                f"an array [{' '.join(map(str, want))}]{'' if n is None else ' as in coord.npy'}",
+                str(list(rows.shape)),
+            )
+        )
     if not len(rows):
         raise ValueError(layout.say(where, "at least one point", "an empty cloud"))
     if rows.dtype.kind not in "fiu":
@@ -465,8 +470,9 @@ def check_whole(
     Raises: ValueError unless all are whole numbers in `low .. high - 1`."""
     wrong = (labels < low) | (labels >= high) | (labels != np.round(labels))
     if wrong.any():
-        found = f"{labels[wrong].flat[0]:g}"
-        raise ValueError(layout.say(where, f"{what} in {low}..{high - 1}", found))
+        raise ValueError(
+            layout.say(where, f"{what} in {low}..{high - 1}", f"{labels[wrong].flat[0]:g}")
+        )
     return labels.astype(np.int32)
 
 # %% ../../nbs/data/19_readers.ipynb #r19base
@@ -503,7 +509,7 @@ class FileReader:
 
 
 class RoomReader(FileReader):
-    "Rooms as folders of arrays. A reader sets `layout`, `classes`, `store`, `columns`, `limits`, `segment` and `folder(i)`."
+    "Rooms as folders of arrays. A reader sets what stands here without a value."
 
     store: Store
     columns: dict[str, int]  # file -> columns; 0 is a plain list
@@ -528,9 +534,12 @@ class RoomReader(FileReader):
         path = f"{self.folder(i)}/{name}.npy"
         where = self.root / path
         if not self.store.has(path):
-            found = "none; leave out the features or labels that need it"
             raise FileNotFoundError(
-                self.layout.say(where, f"this file ({name} of each point)", found)
+                self.layout.say(
+                    where,
+                    f"this file ({name} of each point)",
+                    "none; leave out the features or labels that need it",
+                )
             )
         try:
             rows = self.store.array(path)
@@ -551,12 +560,15 @@ class RoomReader(FileReader):
         if low < 0 or high > 255:
             raise ValueError(self.layout.say(where, "colours in 0..255", f"{low}..{high}"))
         if high <= 1 and (rows % 1).any():
-            found = f"fractions up to {high:.3g}; multiply by 255"
-            raise ValueError(self.layout.say(where, "colours in 0..255", found))
+            raise ValueError(
+                self.layout.say(
+                    where, "colours in 0..255", f"fractions up to {high:.3g}; multiply by 255"
+                )
+            )
         return np.ascontiguousarray(np.round(rows), dtype=np.uint8)
 
     def rows(self, i: int) -> Cloud:
-        "`xyz` [n 3] float32 metres, `color` [n 3] uint8 and `normal` where there are files; with labels `segment`, `instance` [n] int32."
+        "`xyz` metres, and where there are files `color` (uint8) and `normal`; with labels `segment` and `instance`."
         cloud = dict(xyz=self.array(i, "coord"))
         for name in ("color", "normal"):
             if self.has(i, name):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -225,7 +225,7 @@ def split_objects(
 
 # %% ../../nbs/data/22_shapenet.ipynb #42edb24e
 class ShapeNetViews:
-    """Objects with posed views. Rows: `xyz`, and where known `normal`, `color` (0..1) and `part` (0 = no label, names in `parts`).
+    """Objects with posed views. Rows: `xyz`, perhaps `normal`, `color` (0..1), `part` (0 = none; names in `parts`).
 
     Raises: FileNotFoundError or ValueError that name the file, at once or when it is read."""
 
