@@ -292,6 +292,28 @@ def test_parity_of_cameras_and_images(tmp_path):
     np.testing.assert_allclose(turned, parity["out/w2c"] @ np.diag([1, -1, -1, 1]), atol=1e-6)
 
 
+def test_released_foreground_is_the_alpha(tmp_path):
+    "A black part of an object belongs to it, a colour where alpha is 0 does not; without alpha the colour decides."
+    parity = load_file(PARITY / "cameras_shapenet.safetensors")
+    np.save(write_released(tmp_path, parity), np.zeros((4, 3), np.float32))
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[8:24, 8:24] = [90, 60, 30, 255]
+    rgba[8:16, 8:24, :3] = 0  # black, and the object's
+    rgba[:4, :, :3] = 200  # bright, and nobody's
+    easy = tmp_path / "03001627" / "m" / "easy"
+    Image.fromarray(rgba).save(easy / "00.png")
+    Image.fromarray(rgba[..., :3]).save(easy / "01.png")
+    for size in (None, 16):
+        data = ShapeNetViews(tmp_path, convention="released", size=size, views=3)
+        step = 32 // (size or 32)
+        seen, plain = data.view(0, 0), data.view(0, 1)
+        assert seen.mask[8 // step : 24 // step, 8 // step : 24 // step].all()
+        assert not seen.mask[: 4 // step].any()
+        assert np.array_equal(plain.mask, plain.rgb.any(-1)) and plain.mask[: 2 // step].all()
+        image = Image.fromarray(rgba) if size is None else Image.fromarray(rgba).resize((16, 16))
+        assert np.array_equal(seen.rgb, np.asarray(image)[..., :3])  # colours as before
+
+
 def test_parity_of_points_and_rotation(tmp_path):
     parity = load_file(PARITY / "shapenet_points_and_rotation.safetensors")
     raw = parity["in/raw_for_center"]

@@ -126,8 +126,9 @@ def resize_image(
         rgb = scaled(image.convert("RGB"))
         mask = scaled(image.getchannel("A")) > 0
     else:
-        rgb = scaled(image)[..., :3]
-        mask = rgb.any(-1)
+        channels = scaled(image)
+        rgb = channels[..., :3]
+        mask = channels[..., 3] > 0 if image.mode == "RGBA" else rgb.any(-1)
     out = np.empty((4, *mask.shape), dtype=np.uint8)
     out[:3] = rgb.transpose(2, 0, 1)
     out[3] = 255 * mask
