@@ -15,24 +15,21 @@ from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
 from unipre3d.data.labelled import write_modelnet40, write_scanobjectnn
+from unipre3d.data.readers import Subset, class_labels, hold_out, take_shots
 from unipre3d.tasks.classification import (
     build_classifier,
     build_samples,
     ClassificationModel,
     ClassificationRecipe,
     ClassificationSamples,
-    Selection,
     class_probabilities,
     draw_episode,
     evaluate_classes,
     classification_recipes,
     classification_task,
-    hold_out,
-    labels_of,
     pool,
     read_splits,
     score_classes,
-    take_shots,
     vote,
 )
 from unipre3d.tasks.transfer import load_task, run_task
@@ -106,7 +103,7 @@ def scanobjectnn(tmp_path_factory):
         write_scanobjectnn(
             root,
             np.stack([boxes.rows(i)["xyz"] for i in range(len(boxes))]),
-            labels_of(boxes),
+            class_labels(boxes),
             split=split,
         )
     return root
@@ -266,14 +263,14 @@ def test_episodes_never_ask_what_they_showed():
 
 
 def test_a_selection_renumbers_its_classes():
-    chosen = Selection(Boxes(), [2, 3, 6], classes=[2, 3])
+    chosen = Subset(Boxes(), [2, 3, 6], classes=[2, 3])
     assert (
         chosen.classes == ["pole", "beam"]
-        and labels_of(chosen).tolist() == [0, 1, 0]
+        and class_labels(chosen).tolist() == [0, 1, 0]
         and chosen.name(2) == "0/6"
     )
     with pytest.raises(ValueError, match="got one of cube"):
-        Selection(Boxes(), [0], classes=[1])
+        Subset(Boxes(), [0], classes=[1])
 
 
 # ---------------------------------------------------------------- scores
@@ -297,7 +294,7 @@ def test_voting_says_so_and_averages_probabilities():
     assert sorted(voted) == ["confusion_voting3", "macc_voting3", "oa_voting3"]
     mean = torch.stack([class_probabilities(net, samples, d)[0] for d in (1, 2, 3)]).mean(0)
     assert voted["oa_voting3"] == pytest.approx(
-        (mean.argmax(1).numpy() == labels_of(Boxes(8))).mean()
+        (mean.argmax(1).numpy() == class_labels(Boxes(8))).mean()
     )
     assert not any("voting" in k for k in evaluate_classes(net, samples))
     with pytest.raises(ValueError, match="votes: expected at least 2"):

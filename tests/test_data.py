@@ -4,6 +4,7 @@ import configparser, csv, json, os, pickle, shutil, zipfile
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from unipre3d.worlds import furniture, prepare
 from unipre3d.data.augment import Augment, about_z, move_cameras
 from unipre3d.data.loading import StepSampler, eval_loader, make_loader
 from unipre3d.data.samples import ViewSamples
+from unipre3d.data.readers import read_views
 from unipre3d.data.shapenet import (
     ShapeNetViews,
     export_objects,
@@ -27,6 +29,11 @@ from unipre3d.data.shapenet import (
 from unipre3d.geometry.cameras import project
 
 PARITY = Path(__file__).parent / "parity"
+
+
+def cloud(reader, i):
+    "The columns of a cloud as tensors with names."
+    return SimpleNamespace(**{k: torch.from_numpy(v) for k, v in reader.rows(i).items()})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +132,7 @@ def test_cameras_are_exact(embedded):
     "Points fall on the object; one that misses lies in a pixel of the outline, less than a quarter of which is covered."
     share = []
     for i in range(0, len(embedded), 47):
-        views, xyz = embedded.views(i), embedded.cloud(i).xyz
+        views, xyz = read_views(embedded, i), cloud(embedded, i).xyz
         uv, depth, inside = project(xyz, torch.zeros(len(xyz), dtype=torch.long), views.camera)
         assert inside.all()  # the whole object is in every view
         col, row = uv.floor().long().unbind(-1)
@@ -146,7 +153,7 @@ def test_cameras_are_exact(embedded):
 
 def test_background_is_black(embedded):
     for i in range(0, len(embedded), 53):
-        views = embedded.views(i)
+        views = read_views(embedded, i)
         assert (
             not (views.rgb * ~views.mask[:, None]).any() and views.rgb.amax(1)[views.mask].min() > 0
         ), embedded.items[i]
@@ -154,7 +161,7 @@ def test_background_is_black(embedded):
 
 def test_clouds(embedded):
     for i in range(0, len(embedded), 41):
-        c = embedded.cloud(i)
+        c = cloud(embedded, i)
         assert c.xyz.shape == (4096, 3) and c.xyz.norm(dim=1).max() <= furniture.RADIUS + 1e-3
         assert (c.normal.norm(dim=1) - 1).abs().max() < 1e-5
         assert c.color.min() >= 0 and c.color.max() <= 1
@@ -164,7 +171,7 @@ def test_clouds(embedded):
 def test_point_colours_are_those_of_the_views(embedded):
     "A point in front is as bright as the pixel that it falls on."
     i = embedded.items.index(("chair", "cc0-plasticChair"))
-    views, c = embedded.views(i), embedded.cloud(i)
+    views, c = read_views(embedded, i), cloud(embedded, i)
     uv, depth, _ = project(c.xyz, torch.zeros(len(c.xyz), dtype=torch.long), views.camera)
     facing = (
         torch.einsum(
@@ -225,26 +232,26 @@ def test_folder_equals_zip(embedded, folder):
     assert len(plain) == 3
     for i in range(3):
         j = embedded.items.index(plain.items[i])
-        a, b = plain.views(i), embedded.views(j)
+        a, b = read_views(plain, i), read_views(embedded, j)
         assert (
             torch.equal(a.rgb, b.rgb)
             and torch.equal(a.mask, b.mask)
             and torch.equal(a.camera.world_to_cam, b.camera.world_to_cam)
         )
         for k in ("xyz", "normal", "color", "part"):
-            assert torch.equal(getattr(plain.cloud(i), k), getattr(embedded.cloud(j), k))
+            assert torch.equal(getattr(cloud(plain, i), k), getattr(cloud(embedded, j), k))
 
 
 def test_export_as_released_reads_back_aligned(embedded, tmp_path):
     i = embedded.items.index(("chair", "cc0-plasticChair"))
     export_objects(embedded, tmp_path, convention="released", indices=[i])
     data = ShapeNetViews(tmp_path, convention="released")
-    a, b = data.cloud(0).xyz, embedded.cloud(i).xyz
+    a, b = cloud(data, 0).xyz, cloud(embedded, i).xyz
     torch.testing.assert_close(a, b - b.mean(0), atol=1e-6, rtol=0)
     one = torch.zeros(len(a), dtype=torch.long)
     torch.testing.assert_close(
-        project(a, one, data.views(0).camera)[0],
-        project(b, one, embedded.views(i).camera)[0],
+        project(a, one, read_views(data, 0).camera)[0],
+        project(b, one, read_views(embedded, i).camera)[0],
         atol=1e-3,
         rtol=0,
     )
@@ -269,13 +276,37 @@ def test_parity_of_cameras_and_images(tmp_path):
     np.save(write_released(tmp_path, parity), np.zeros((4, 3), np.float32))
     for size in (16, 32):
         data = ShapeNetViews(tmp_path, convention="released", size=size, z_up=False, views=3)
-        views = data.views(0)
+        views = read_views(data, 0)
         np.testing.assert_allclose(views.camera.world_to_cam, parity["out/w2c"], atol=1e-6)
-        np.testing.assert_allclose(data.poses(0), parity["out/c2w"], atol=1e-6)
+        np.testing.assert_allclose(data.cam_to_world(0), parity["out/c2w"], atol=1e-6)
         np.testing.assert_allclose(views.camera.center, parity["out/camera_center"], atol=1e-5)
         np.testing.assert_allclose(views.rgb, parity[f"out/image{size}"], atol=1e-6)
-    turned = ShapeNetViews(tmp_path, convention="released", views=3).views(0).camera.world_to_cam
+    turned = read_views(
+        ShapeNetViews(tmp_path, convention="released", views=3), 0
+    ).camera.world_to_cam
     np.testing.assert_allclose(turned, parity["out/w2c"] @ np.diag([1, -1, -1, 1]), atol=1e-6)
+
+
+def test_released_foreground_is_the_alpha(tmp_path):
+    "A black part of an object belongs to it, a colour where alpha is 0 does not; without alpha the colour decides."
+    parity = load_file(PARITY / "cameras_shapenet.safetensors")
+    np.save(write_released(tmp_path, parity), np.zeros((4, 3), np.float32))
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[8:24, 8:24] = [90, 60, 30, 255]
+    rgba[8:16, 8:24, :3] = 0  # black, and the object's
+    rgba[:4, :, :3] = 200  # bright, and nobody's
+    easy = tmp_path / "03001627" / "m" / "easy"
+    Image.fromarray(rgba).save(easy / "00.png")
+    Image.fromarray(rgba[..., :3]).save(easy / "01.png")
+    for size in (None, 16):
+        data = ShapeNetViews(tmp_path, convention="released", size=size, views=3)
+        step = 32 // (size or 32)
+        seen, plain = data.view(0, 0), data.view(0, 1)
+        assert seen.mask[8 // step : 24 // step, 8 // step : 24 // step].all()
+        assert not seen.mask[: 4 // step].any()
+        assert np.array_equal(plain.mask, plain.rgb.any(-1)) and plain.mask[: 2 // step].all()
+        image = Image.fromarray(rgba) if size is None else Image.fromarray(rgba).resize((16, 16))
+        assert np.array_equal(seen.rgb, np.asarray(image)[..., :3])  # colours as before
 
 
 def test_parity_of_points_and_rotation(tmp_path):
@@ -496,7 +527,7 @@ def test_error_image(broken, damage):
     if damage == "gray":
         Image.open(png).convert("L").save(png)
     with pytest.raises(FileNotFoundError if damage == "missing" else ValueError) as e:
-        ShapeNetViews(root).views(0, [0])
+        read_views(ShapeNetViews(root), 0, [0])
     one_line(e, png)
 
 
@@ -515,7 +546,7 @@ def test_error_camera(broken, text, word):
     root, _, txt, _ = broken
     txt.write_text(text)
     with pytest.raises(ValueError) as e:
-        ShapeNetViews(root).views(0, [0])
+        read_views(ShapeNetViews(root), 0, [0])
     one_line(e, txt, word)
 
 
@@ -523,7 +554,7 @@ def test_error_missing_camera(broken):
     root, _, txt, _ = broken
     txt.unlink()
     with pytest.raises(FileNotFoundError) as e:
-        ShapeNetViews(root).views(0, [0])
+        read_views(ShapeNetViews(root), 0, [0])
     one_line(e, txt)
 
 
@@ -540,11 +571,11 @@ def test_error_cloud(broken, rows, word):
     root, _, _, npy = broken
     np.save(npy, rows)
     with pytest.raises(ValueError) as e:
-        ShapeNetViews(root).cloud(0)
+        ShapeNetViews(root).rows(0)
     one_line(e, npy, word)
     npy.write_bytes(npy.read_bytes()[:40])
     with pytest.raises(ValueError) as e:
-        ShapeNetViews(root).cloud(0)
+        ShapeNetViews(root).rows(0)
     one_line(e, npy)
 
 
@@ -561,7 +592,7 @@ def test_error_options(embedded):
         ViewSamples(embedded, sampling="best")[0]
     one_line(e, "best")
     with pytest.raises(ValueError) as e:
-        ShapeNetViews(resample="magic").views(0, [0])
+        read_views(ShapeNetViews(resample="magic"), 0, [0])
     one_line(e, "magic")
 
 
@@ -611,7 +642,7 @@ def test_poses_and_farthest_points_are_kept_without_a_cache(folder, monkeypatch)
     first, again = data.batch(keys), data.batch(keys)
     assert same(first, again) and searches == [2] and len(reads) == 2 * 24
     assert (
-        not data.source.cache.items and data.source.facts.used <= data.source.facts.limit == 2**28
+        not data.source.cache.items and data.source.facts.used <= data.source.facts.limit == 2**29
     )
     assert data.known.items[0].dtype == np.int16 and data.known.limit == 2**28
     kept = ViewSamples(
@@ -622,12 +653,12 @@ def test_poses_and_farthest_points_are_kept_without_a_cache(folder, monkeypatch)
 
 def test_pickle(embedded):
     copy = pickle.loads(pickle.dumps(embedded))
-    assert torch.equal(copy.views(3, [1]).rgb, embedded.views(3, [1]).rgb)
+    assert torch.equal(read_views(copy, 3, [1]).rgb, read_views(embedded, 3, [1]).rgb)
 
 
 def test_resize_modes(embedded):
-    box = ShapeNetViews(size=64, resample="box").views(0, [0])
-    full = embedded.views(0, [0])
+    box = read_views(ShapeNetViews(size=64, resample="box"), 0, [0])
+    full = read_views(embedded, 0, [0])
     torch.testing.assert_close(
         box.rgb, torch.nn.functional.avg_pool2d(full.rgb, 2), atol=1.01 / 255, rtol=0
     )
@@ -730,7 +761,7 @@ def test_evaluation_is_shared_among_processes(world_size):
 
 
 def test_rotation_keeps_every_pixel(embedded):
-    xyz, camera = embedded.cloud(5).xyz, embedded.views(5, [0, 1, 2]).camera
+    xyz, camera = cloud(embedded, 5).xyz, read_views(embedded, 5, [0, 1, 2]).camera
     turned_xyz = xyz @ torch.from_numpy(about_z(1.2)).T
     pose = move_cameras(camera.world_to_cam.numpy(), about_z(1.2))
     turned = replace(camera, world_to_cam=torch.from_numpy(pose))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from unipre3d.data import labelled as downstream
+from unipre3d.data.readers import class_labels
 from unipre3d.data.labelled import (
     S3DIS,
     ModelNet40,
     ScanObjectNN,
     ShapeNetPart,
     fit_radius,
-    scannet_labels,
     shapenet_parts,
     write_modelnet40,
     write_s3dis,
@@ -23,6 +23,7 @@ from unipre3d.data.labelled import (
     y_up_to_z_up,
     z_up_to_y_up,
 )
+from unipre3d.data.scannet import SCANNET, scannet_labels
 
 RNG = np.random.default_rng(0)
 unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -94,7 +95,7 @@ def test_scanobjectnn(scans, variant, split):
         read = ScanObjectNN(at, split=split, variant=variant)
         assert (
             len(read) == 3
-            and [read.classes[k] for k in read.labels] == ["toilet", "bag", "chair"]
+            and [read.classes[k] for k in class_labels(read)] == ["toilet", "bag", "chair"]
             and len(read.classes) == 15
         )
     for i in range(3):
@@ -180,7 +181,7 @@ def test_scanobjectnn_round_trip(tmp_path):
         tmp_path, xyz, [1, 2, 3, 4], RNG.random((4, 50)) < 0.5, split="test", variant="OBJ_BG"
     )
     read = ScanObjectNN(tmp_path, split="test", variant="OBJ_BG")
-    assert read.labels.tolist() == [1, 2, 3, 4] and all(
+    assert class_labels(read).tolist() == [1, 2, 3, 4] and all(
         np.allclose(read.rows(i)["xyz"], xyz[i], atol=1e-6) for i in range(4)
     )
 
@@ -277,7 +278,7 @@ def test_modelnet40_text(tmp_path):
             "airplane_0001",
             "night_stand_0001",
         ]
-        assert [read.classes[k] for k in read.labels] == ["airplane", "night_stand"]
+        assert [read.classes[k] for k in class_labels(read)] == ["airplane", "night_stand"]
     assert np.allclose(
         read.rows(1)["xyz"], fit_radius(y_up_to_z_up(rows[1][:, :3])), atol=1e-5
     ) and np.allclose(read.rows(1)["normal"], y_up_to_z_up(rows[1][:, 3:]), atol=1e-5)
@@ -307,7 +308,7 @@ def test_modelnet40_h5(tmp_path):
         read = pickle.loads(pickle.dumps(ModelNet40(tmp_path, split="train", radius=1.0)))
         assert (
             len(read) == 4
-            and read.labels.tolist() == [1] * 4
+            and class_labels(read).tolist() == [1] * 4
             and len({read.name(i) for i in range(4)}) == 4
         )
         assert np.allclose(
@@ -335,7 +336,7 @@ def test_modelnet40_round_trip(tmp_path, form):
     for split in ("train", "test"):
         write_modelnet40(tmp_path, clouds, ["bed", "desk"], split=split, form=form)
     read = ModelNet40(tmp_path, split="test")
-    assert read.labels.tolist() == [1, 0, 1]
+    assert class_labels(read).tolist() == [1, 0, 1]
     for i, (_, rows) in enumerate(clouds):
         assert np.allclose(np.concatenate(list(read.rows(i).values()), 1), rows, atol=1e-5)
 
@@ -414,7 +415,7 @@ def test_shapenetpart(partset, tmp_path):
     root, rows = partset
     read = ShapeNetPart(tmp_path, split="trainval")
     assert [read.name(i) for i in range(3)] == ["02691156-a1", "03797390-m1", "04379243-t1"] and [
-        read.classes[k] for k in read.labels
+        read.classes[k] for k in class_labels(read)
     ] == ["Airplane", "Mug", "Table"]
     for i, model in enumerate(("a1", "m1", "t1")):
         got = read.rows(i)
@@ -540,7 +541,7 @@ def test_s3dis(areas):
     assert "Area_2/office_1" not in [i[0] for i in S3DIS(root, split="train", val_area=2).items]
     np.save(root / "Area_5/office_1/normal.npy", np.zeros((15, 3)))
     assert test.has(0, "normal") and test.rows(0)["normal"].dtype == np.float32
-    refuses(lambda: test.labels, "found rooms")
+    refuses(lambda: class_labels(test), "found rooms")
 
 
 def test_s3dis_round_trip(tmp_path):
@@ -625,6 +626,7 @@ def test_every_layout_says_where_its_data_is():
         downstream.MODELNET40,
         downstream.SHAPENETPART,
         downstream.S3DIS_LAYOUT,
+        SCANNET,
     ):
         message = layout.say("here", "this", "that")
         assert (

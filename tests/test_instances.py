@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from unipre3d.data.labelled import scannet_labels
-from unipre3d.data.scannet import box_cloud, write_cloud
+from unipre3d.data.scannet import ScanNetFrames, box_cloud, scannet_labels, write_cloud
 from unipre3d.tasks import instances
 from unipre3d.tasks.instances import (
     InstanceModel,
@@ -35,7 +34,7 @@ from unipre3d.tasks.instances import (
     thing_classes,
 )
 from unipre3d.tasks.metrics import InstanceScore, Instances
-from unipre3d.tasks.semantic import ScanNetRooms, ScenePoints, split_rooms
+from unipre3d.tasks.semantic import ScenePoints, split_rooms
 from unipre3d.tasks.transfer import build_backbone, load_task, load_weights, run_task
 from unipre3d.pretrain import load_tensors
 from unipre3d.recipes import build_model, find_recipe
@@ -415,7 +414,7 @@ def test_a_perfect_model_scores_one_on_every_point(boxes):
             )
             return 9.0 * F.one_hot(torch.where(inside, 6, 0), 20).float(), offset
 
-    samples = ScenePoints(ScanNetRooms(boxes / "rooms", split="test"), voxel_size=0.1)
+    samples = ScenePoints(ScanNetFrames(boxes / "rooms", split="test", labels=20), voxel_size=0.1)
     got = evaluate_instances(Knows(), samples, scannet_labels(20), radius=0.12, least=5)
     assert got["map"] == 1 and got["ap"].isfinite().sum() == 1 and got["things"][6] == 1
     scene = samples.scene(0)
@@ -428,7 +427,7 @@ def test_a_perfect_model_scores_one_on_every_point(boxes):
 
 
 def test_rooms_without_a_thing(tmp_path, boxes):
-    samples = ScenePoints(ScanNetRooms(boxes / "bare", split="train"), voxel_size=0.25)
+    samples = ScenePoints(ScanNetFrames(boxes / "bare", split="train", labels=20), voxel_size=0.25)
     model, things = (
         InstanceModel(build_backbone(recipe(boxes)), 20),
         thing_classes(scannet_labels(20)),

@@ -13,6 +13,7 @@ from unipre3d.core import collate
 from unipre3d.data.augment import Augment
 from unipre3d.data.loading import eval_loader, make_loader
 from unipre3d.data.samples import ViewSamples, choose_frames, match, point_features
+from unipre3d.data.readers import read_views
 from unipre3d.data.scannet import ScanNetFrames, write_box_rooms
 from unipre3d.geometry.cameras import project, unproject
 
@@ -113,7 +114,7 @@ def test_matching_is_as_large_as_possible():
 def test_choose_says_what_the_sample_holds(root):
     data = samples(root)
     ref, target = data.choose(1, 3)
-    s, views = data[1, 3], data.source.views(1, ref + target)
+    s, views = data[1, 3], read_views(data.source, 1, ref + target)
     assert torch.equal(torch.cat([s.ref.rgb, s.target.rgb]), views.rgb) and torch.equal(
         torch.cat([s.ref.depth, s.target.depth]), views.depth
     )
@@ -166,16 +167,16 @@ def test_a_split_without_a_whole_scene_is_an_error(root, tmp_path):
 def test_scenes_are_counted_without_looking_at_every_frame(root, monkeypatch):
     from unipre3d.data import scannet
 
-    glances = []
+    headers = []
     monkeypatch.setattr(
         scannet,
-        "glance",
-        lambda *args, glance=scannet.glance: glances.append(args[2]) or glance(*args),
+        "read_header",
+        lambda *args, read=scannet.read_header: headers.append(args[2]) or read(*args),
     )
     data = samples(root)
-    assert len(glances) == 3 * 2 * 2  # scenes, frames, images
+    assert len(headers) == 3 * 2 * 2  # scenes, frames, images
     data.source.frames(0)
-    assert len(glances) == 3 * 2 * 2 + 20 * 2
+    assert len(headers) == 3 * 2 * 2 + 20 * 2
 
 
 # ---- what moves together
@@ -317,7 +318,7 @@ def test_the_origin_is_the_mean_of_the_whole_cloud(root):
     ref, _ = samples(root).choose(0)
     torch.testing.assert_close(
         whole.ref.camera.center.double(),
-        plain.views(0, ref).camera.center.double() - shift,
+        read_views(plain, 0, ref).camera.center.double() - shift,
         atol=1e-4,
         rtol=0,
     )
@@ -405,9 +406,9 @@ def test_evaluation_is_fixed_and_complete(root):
 def test_reading_leaves_the_cache_as_it_was(root):
     data = samples(root, **AUGMENT)
     first = (
-        data.source.view(0, 0).color.copy(),
+        data.source.view(0, 0).rgb.copy(),
         data.source.array(0, "coord").copy(),
-        data.source.poses(0).copy(),
+        data.source.world_to_cam(0).copy(),
     )
     for draw in range(6):
         data[0, draw]
@@ -415,6 +416,10 @@ def test_reading_leaves_the_cache_as_it_was(root):
         np.array_equal(x, y)
         for x, y in zip(
             first,
-            (data.source.view(0, 0).color, data.source.array(0, "coord"), data.source.poses(0)),
+            (
+                data.source.view(0, 0).rgb,
+                data.source.array(0, "coord"),
+                data.source.world_to_cam(0),
+            ),
         )
     )

@@ -13,9 +13,9 @@ from unipre3d.backbones import PointNet2, SparseUNet, StandardTransformer
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
 from unipre3d.data.labelled import ShapeNetPart, shapenet_parts, write_shapenetpart
+from unipre3d.data.readers import Concat
 from unipre3d.tasks.metrics import own_parts
 from unipre3d.tasks.parts import (
-    Both,
     LabelledParts,
     Majority,
     PartClouds,
@@ -362,7 +362,7 @@ def test_generated_shapes_split_by_number_and_come_back():
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
     both, nobody, _ = split_parts(replace(recipe, validation="none"))
     assert (
-        isinstance(both, Both)
+        isinstance(both, Concat)
         and nobody is None
         and len(both) == 16
         and both.name(13) == val.name(1)

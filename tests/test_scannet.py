@@ -20,17 +20,18 @@ from safetensors.numpy import load_file
 from unipre3d.core import CameraBatch
 from unipre3d.data import scannet
 from unipre3d.data.samples import ViewSamples
-from unipre3d.data.labelled import scannet_labels
+from unipre3d.data.readers import as_views, read_views
 from unipre3d.data.scannet import (
     BLOCK,
     BOX,
     ScanNetFrames,
-    as_posed_views,
     box_cameras,
     box_cloud,
     box_frame,
     convert_scans,
-    nearest,
+    resize_nearest,
+    scannet_labels,
+    read_header,
     read_color,
     read_categories,
     read_intrinsics,
@@ -146,18 +147,18 @@ def test_parity_of_depth_colour_and_poses(parity, released):
         np.stack([v.depth for v in views]), np.where(depth > 0.05, depth, 0), atol=1e-6
     )
     np.testing.assert_array_equal(
-        views[0].color.transpose(2, 0, 1), parity["out/image160x120_255_first"]
+        views[0].rgb.transpose(2, 0, 1), parity["out/image160x120_255_first"]
     )
-    poses = released.poses(0).copy()
+    poses = np.linalg.inv(released.world_to_cam(0))
     poses[:, :3, 3] -= released.array(0, "coord").mean(0, dtype=np.float64)
     np.testing.assert_allclose(poses, parity["out/c2w_centered"], atol=1e-6)
     np.testing.assert_allclose(np.linalg.inv(poses), parity["out/w2c"], atol=1e-5)
-    view = as_posed_views(
+    view = as_views(
         np.zeros((2, 4, 4, 3), np.uint8),
-        np.ones((2, 4, 4)),
-        poses,
+        np.linalg.inv(poses),
         np.tile(np.eye(3), (2, 1, 1)),
         np.zeros(2, dtype=int),
+        depth=np.ones((2, 4, 4)),
     )
     np.testing.assert_allclose(view.camera.world_to_cam, parity["out/w2c"], atol=1e-5)
     np.testing.assert_allclose(view.camera.center, parity["out/camera_center"], atol=1e-5)
@@ -165,7 +166,7 @@ def test_parity_of_depth_colour_and_poses(parity, released):
 
 def test_parity_of_world_points(parity, released):
     "The same pixels go to the same points: x = (u - 79.5) z / f there is ((u + 0.5) - 80) z / f here."
-    views = released.views(0)
+    views = read_views(released, 0)
     pose = views.camera.cam_to_world
     pose[:, :3, 3] -= torch.from_numpy(parity["in/moving_centers"])
     camera = CameraBatch(
@@ -182,7 +183,7 @@ def test_parity_of_world_points(parity, released):
 
 
 def test_unproject_then_project_is_the_identity(rooms):
-    views = frames(rooms).views(0)
+    views = read_views(frames(rooms), 0)
     xyz, valid = unproject(views.depth, views.camera)
     assert valid.all()
     for v in range(len(views)):
@@ -205,7 +206,7 @@ def test_pixels_lie_on_the_surfaces(boxes):
     source = frames(
         boxes, hw=(12, 16)
     )  # nearest pixels of 24 x 32: up to half a stored pixel beside the centre
-    views = frames(boxes).views(0)
+    views = read_views(frames(boxes), 0)
     xyz, valid = unproject(views.depth, views.camera)
     p = xyz[valid].numpy()
     wall = np.minimum(abs(p), abs(p - BOX)).min(1)
@@ -215,17 +216,15 @@ def test_pixels_lie_on_the_surfaces(boxes):
         9,
     )
     assert valid.all() and np.minimum(wall, block).max() < 5e-3
-    np.testing.assert_allclose(
-        source.intrinsics(0), np.diag([0.5, 0.5, 1]) @ frames(boxes).intrinsics(0), atol=1e-9
-    )
+    np.testing.assert_allclose(source.K(0), np.diag([0.5, 0.5, 1]) @ frames(boxes).K(0), atol=1e-9)
 
 
 @pytest.mark.parametrize("hw", [(48, 64), (24, 32), (96, 128), (30, 64)])
 def test_a_point_keeps_its_relative_place_at_any_size(rooms, hw):
     source, cloud = frames(rooms, hw=hw), torch.from_numpy(frames(rooms).array(0, "coord"))
     one = torch.zeros(len(cloud), dtype=torch.long)
-    uv = project(cloud, one, source.views(0, [0]).camera)[0][0] / torch.tensor([hw[1], hw[0]])
-    at_native = project(cloud, one, frames(rooms, hw=(48, 64)).views(0, [0]).camera)[0][
+    uv = project(cloud, one, read_views(source, 0, [0]).camera)[0][0] / torch.tensor([hw[1], hw[0]])
+    at_native = project(cloud, one, read_views(frames(rooms, hw=(48, 64)), 0, [0]).camera)[0][
         0
     ] / torch.tensor([64, 48])
     seen = (at_native > 0).all(1) & (at_native < 1).all(1)
@@ -247,10 +246,11 @@ def test_box_cloud_lies_on_what_is_seen():
 
 def test_rows(rooms):
     source = frames(rooms)
-    assert [source.scene(i) for i in range(len(source))] == ["a", "b"]
-    rows = source.rows(0)
+    assert [source.name(i) for i in range(len(source))] == ["a", "b"]
+    assert set(source.rows(0)) == {"xyz", "color", "normal"}  # no labels are read
+    rows = frames(rooms, labels=20).rows(0)
     assert {k: v.dtype for k, v in rows.items()} == dict(
-        xyz=np.float32, color=np.uint8, normal=np.float32, segment20=np.int32, instance=np.int32
+        xyz=np.float32, color=np.uint8, normal=np.float32, segment=np.int32, instance=np.int32
     )
     assert all(len(v) == len(rows["xyz"]) for v in rows.values()) and not source.has(
         0, "segment200"
@@ -263,23 +263,24 @@ def test_what_was_written_is_read(boxes):
     rows = source.rows(0)
     np.testing.assert_allclose(rows["xyz"], made["coord"], atol=1e-6)
     for name in ("color", "segment20", "instance"):
-        np.testing.assert_array_equal(rows[name], made[name])
+        np.testing.assert_array_equal(source.array(0, name), made[name])
+    np.testing.assert_array_equal(frames(boxes, labels=20).rows(0)["segment"], made["segment20"])
     assert (
         len(source) == 2
-        and source.scene(1) == "box0001_00"
+        and source.name(1) == "box0001_00"
         and source.frames(0) == list(range(0, 240, 20))
     )
     frame, pose = source.view(0, 40), box_cameras(12)[2]
     color, depth = box_frame(pose, standard_intrinsics(HW), HW)
     assert (
-        frame.color.dtype == np.uint8
+        frame.rgb.dtype == np.uint8
         and frame.depth.dtype == np.float32
-        and frame.pose.dtype == np.float64
+        and source.world_to_cam(0).dtype == source.K(0).dtype == np.float64
     )
     np.testing.assert_allclose(frame.depth, depth, atol=6e-4)
-    np.testing.assert_allclose(frame.pose, pose, atol=1e-12)
-    assert np.abs(frame.color.astype(int) - color).mean() < 6
-    np.testing.assert_allclose(source.intrinsics(0), standard_intrinsics(HW), atol=1e-9)
+    np.testing.assert_allclose(source.world_to_cam(0)[2], np.linalg.inv(pose), atol=1e-12)
+    assert np.abs(frame.rgb.astype(int) - color).mean() < 6
+    np.testing.assert_allclose(source.K(0), standard_intrinsics(HW), atol=1e-9)
 
 
 def test_frames_are_in_order_of_number(rooms):
@@ -296,7 +297,7 @@ def test_zip_reads_as_the_folder(rooms, tmp_path):
             z.write(p, str(p.relative_to(rooms)))
     a, b = frames(rooms), pickle.loads(pickle.dumps(frames(tmp_path / "rooms.zip")))
     assert a.scenes == b.scenes and a.frames(1) == b.frames(1)
-    assert np.array_equal(a.view(1, 20).color, b.view(1, 20).color) and np.array_equal(
+    assert np.array_equal(a.view(1, 20).rgb, b.view(1, 20).rgb) and np.array_equal(
         a.array(0, "coord"), b.array(0, "coord")
     )
 
@@ -305,7 +306,8 @@ def test_cache_changes_nothing_and_pickles_empty(rooms):
     with_cache, without = frames(rooms), frames(rooms, cache_bytes=0)
     for n in with_cache.frames(0):
         a, b, c = with_cache.view(0, n), without.view(0, n), with_cache.view(0, n)
-        for x, y, z in zip(a, b, c):
+        for k in ("rgb", "depth"):
+            x, y, z = (getattr(v, k) for v in (a, b, c))
             assert np.array_equal(x, y) and np.array_equal(x, z)
     assert not without.cache.items and with_cache.cache.items
     copy = pickle.loads(pickle.dumps(with_cache))
@@ -318,23 +320,26 @@ def test_depth_takes_pillows_nearest_and_colour_the_area():
     rng = np.random.default_rng(0)
     depth = rng.integers(0, 60000, (45, 61)).astype(np.uint16)
     assert np.array_equal(
-        nearest(depth, (13, 100)),
+        resize_nearest(depth, (13, 100)),
         np.asarray(Image.fromarray(depth).resize((100, 13), Image.NEAREST)),
     )
-    assert np.array_equal(nearest(depth, (45, 61)), depth)
+    assert np.array_equal(resize_nearest(depth, (45, 61)), depth)
     png, color = io.BytesIO(), rng.integers(0, 256, (48, 64, 3)).astype(np.uint8)
     Image.fromarray(color).save(png, "PNG")
     mean = color.reshape(24, 2, 32, 2, 3).mean((1, 3))
-    assert np.abs(read_color(png.getvalue(), (24, 32))[0] - mean).max() <= 1
-    assert np.array_equal(read_color(png.getvalue(), (48, 64))[0], color)
+    assert np.abs(read_color(png.getvalue(), (24, 32)) - mean).max() <= 1
+    assert np.array_equal(read_color(png.getvalue(), (48, 64)), color)
 
 
 def test_a_jpeg_is_averaged_over_areas():
     rng, buffer = np.random.default_rng(0), io.BytesIO()
     image = np.kron(rng.integers(40, 200, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     Image.fromarray(image).save(buffer, "JPEG", quality=98, subsampling=0)
-    small, size = read_color(buffer.getvalue(), (6, 8))
-    assert size == (96, 128) and np.abs(small.astype(int) - image[8::16, 8::16]).max() <= 4
+    small = read_color(buffer.getvalue(), (6, 8))
+    assert (
+        read_header(buffer).hw == (96, 128)
+        and np.abs(small.astype(int) - image[8::16, 8::16]).max() <= 4
+    )
 
 
 def test_depth_up_to_the_bound_is_missing(rooms):
@@ -355,31 +360,29 @@ def test_intrinsics_of_a_scene_come_first(rooms):
     K[0, 0] = 99
     write_intrinsics(rooms / "2D" / "intrinsic" / "b.txt", K)
     source = frames(rooms, hw=(48, 64))
-    assert source.intrinsics(1)[0, 0] == pytest.approx(99) and source.intrinsics(0)[
-        0, 0
-    ] == pytest.approx(standard_intrinsics((48, 64))[0, 0])
+    assert source.K(1)[0, 0] == pytest.approx(99) and source.K(0)[0, 0] == pytest.approx(
+        standard_intrinsics((48, 64))[0, 0]
+    )
     np.testing.assert_allclose(
-        frames(rooms, hw=(48, 64), intrinsics="standard").intrinsics(1),
+        frames(rooms, hw=(48, 64), intrinsics="standard").K(1),
         standard_intrinsics((48, 64)),
         atol=1e-9,
     )
     write_intrinsics(rooms / "train" / "a" / "intrinsic_depth.txt", K)
-    assert frames(rooms).intrinsics(0)[0, 0] == pytest.approx(99 / 2)
+    assert frames(rooms).K(0)[0, 0] == pytest.approx(99 / 2)
 
 
 def test_no_intrinsics_is_an_error_unless_asked_for(rooms):
     (rooms / "2D" / "intrinsics.txt").unlink()
-    refuses(lambda: frames(rooms).views(0), "2D/intrinsics.txt", "--intrinsics standard")
+    refuses(lambda: read_views(frames(rooms), 0), "2D/intrinsics.txt", "--intrinsics standard")
     with pytest.raises(FileNotFoundError) as info:
-        quiet(lambda: frames(rooms).views(0))
+        quiet(lambda: read_views(frames(rooms), 0))
     (rooms / "2D" / "intrinsics.txt").write_text(
         str(info.value).rsplit(": ", 1)[1]
     )  # what it says to write can be read
-    np.testing.assert_allclose(frames(rooms).intrinsics(0), standard_intrinsics(HW), rtol=1e-5)
+    np.testing.assert_allclose(frames(rooms).K(0), standard_intrinsics(HW), rtol=1e-5)
     (rooms / "2D" / "intrinsics.txt").unlink()
-    np.testing.assert_allclose(
-        frames(rooms, intrinsics="standard").intrinsics(0), standard_intrinsics(HW)
-    )
+    np.testing.assert_allclose(frames(rooms, intrinsics="standard").K(0), standard_intrinsics(HW))
     refuses(lambda: frames(rooms, intrinsics="guess"), "intrinsics: expected 'files' or 'standard'")
 
 
@@ -396,7 +399,7 @@ def test_no_intrinsics_is_an_error_unless_asked_for(rooms):
 )
 def test_error_intrinsics(rooms, text, word):
     (rooms / "2D" / "intrinsics.txt").write_text(text)
-    refuses(lambda: frames(rooms).views(0), "intrinsics.txt", word)
+    refuses(lambda: read_views(frames(rooms), 0), "intrinsics.txt", word)
 
 
 def test_scaling_twice_is_scaling_once():
@@ -441,7 +444,7 @@ def test_skipped_frames_are_counted_and_said_once(copy):
         "\n" not in str(w.message) and str(copy) in str(w.message) for w in said
     )
     refuses(lambda: source.view(0, 40), "expected one of the 2 usable frames of box0000_00")
-    assert len(source.poses(0)) == 2 and len(source.views(0)) == 2
+    assert len(source.world_to_cam(0)) == 2 and len(read_views(source, 0)) == 2
 
 
 def test_a_scene_is_looked_at_without_decoding(rooms, monkeypatch):
@@ -455,8 +458,8 @@ def test_a_scene_is_looked_at_without_decoding(rooms, monkeypatch):
         )
     source = frames(rooms)
     assert (
-        len(source.frames(0)) == len(source.poses(0)) == 6
-        and source.intrinsics(0) is not None
+        len(source.frames(0)) == len(source.world_to_cam(0)) == 6
+        and source.K(0) is not None
         and not decoded
     )
     source.view(0, 20)
@@ -503,7 +506,7 @@ def test_png_beside_jpg_is_left_alone(copy):
     for n in range(0, 240, 20):
         Image.fromarray(np.zeros((*HW, 3), np.uint8)).save(folder / f"{n}.png")
     source = frames(copy, cache_bytes=0)
-    assert all(source.view(0, n).color.mean() > 20 for n in source.frames(0))
+    assert all(source.view(0, n).rgb.mean() > 20 for n in source.frames(0))
 
 
 def test_a_scene_without_usable_frames(copy):
@@ -511,7 +514,7 @@ def test_a_scene_without_usable_frames(copy):
         p.write_text(" ".join(["inf"] * 16))
     source = frames(copy)
     assert quiet(lambda: source.frames(0)) == [] and source.skipped["pose is not finite"] == 12
-    refuses(lambda: source.views(0), "box0000_00", "found 0 usable")
+    refuses(lambda: read_views(source, 0), "box0000_00", "found 0 usable")
     refuses(
         lambda: ViewSamples(source, n_ref=8, n_target=8, max_gap=5),
         "at least 2 usable views",
@@ -590,7 +593,7 @@ def test_error_cloud(rooms, name, array, word):
         path.write_bytes(array)
     else:
         np.save(path, np.load(path) * 3.0 if array is None else array)
-    refuses(lambda: frames(rooms).rows(0), f"{name}.npy", word)
+    refuses(lambda: frames(rooms, labels=20).rows(0), f"{name}.npy", word)
 
 
 @pytest.mark.parametrize(
@@ -648,7 +651,7 @@ def test_depth_of_another_size_than_colour_is_fine(rooms):
     write_intrinsics(rooms / "2D" / "intrinsic" / "a.txt", standard_intrinsics((24, 32)))
     source = frames(rooms)
     assert len(source.frames(0)) == 6
-    np.testing.assert_allclose(source.intrinsics(0), standard_intrinsics(HW))
+    np.testing.assert_allclose(source.K(0), standard_intrinsics(HW))
 
 
 def test_error_depth_of_eight_bits(rooms):
@@ -866,8 +869,8 @@ def test_converted_scan_reads_as_the_preprocessed_layout(tmp_path):
     np.testing.assert_allclose(source.array(0, "coord"), cloud["coord"], atol=1e-6)
     for name in ("color", "segment20", "instance"):
         assert np.array_equal(source.array(0, name), cloud[name]), name
-    np.testing.assert_allclose(source.intrinsics(0), standard_intrinsics(HW), atol=1e-4)
-    views = source.views(0)
+    np.testing.assert_allclose(source.K(0), standard_intrinsics(HW), atol=1e-4)
+    views = read_views(source, 0)
     p = unproject(views.depth, views.camera)[0].reshape(-1, 3).numpy()
     assert np.maximum(p - BOX, -p).max() < 3e-3  # on the walls: depth, poses and K agree
 
@@ -883,17 +886,20 @@ def test_scans_into_the_layout(scan):
         "pose is not finite": 1
     }
     rows = source.rows(0)
-    np.testing.assert_array_equal(rows["segment20"], [0, 4, 4, -1])
-    np.testing.assert_array_equal(rows["instance"], [0, 4, 4, -1])
+    for name in ("segment20", "instance"):
+        np.testing.assert_array_equal(source.array(0, name), [0, 4, 4, -1])
     np.testing.assert_array_equal(rows["normal"], [[0, 0, 1]] * 4)
     np.testing.assert_array_equal(rows["color"], [[10, 20, 30]] * 4)
-    np.testing.assert_allclose(source.intrinsics(0), standard_intrinsics(HW), rtol=1e-6)
+    np.testing.assert_allclose(source.K(0), standard_intrinsics(HW), rtol=1e-6)
     np.testing.assert_allclose(
         source.view(0, 6).depth,
         box_frame(box_cameras(7)[6], standard_intrinsics(HW), HW)[1],
         atol=6e-4,
     )
-    np.testing.assert_allclose(source.view(0, 6).pose, box_cameras(7)[6], atol=1e-6)
+    at = source.frames(0).index(6)
+    np.testing.assert_allclose(
+        np.linalg.inv(source.world_to_cam(0)[at]), box_cameras(7)[6], atol=1e-6
+    )
     half = frames(
         convert_scans(
             folder.parent,
@@ -906,7 +912,7 @@ def test_scans_into_the_layout(scan):
         hw=(12, 16),
     )
     np.testing.assert_allclose(
-        quiet(lambda: half.intrinsics(0)),
+        quiet(lambda: half.K(0)),
         scale_intrinsics(standard_intrinsics(HW), HW, (12, 16)),
         rtol=1e-6,
     )
@@ -935,7 +941,7 @@ def test_aligned_scan_is_the_same_room(tmp_path):
     )
     xyz = [torch.from_numpy(s.array(0, "coord")) for s in (plain, turned)]
     uv, uv_turned = (
-        project(x, torch.zeros(len(x), dtype=torch.long), s.views(0, [20]).camera)
+        project(x, torch.zeros(len(x), dtype=torch.long), read_views(s, 0, [20]).camera)
         for x, s in zip(xyz, (plain, turned))
     )
     seen = uv[2][0]
@@ -1046,11 +1052,11 @@ def test_error_files_of_a_raw_scene(tmp_path):
     (folder / "scene0000_00.aggregation.json").write_text("{")
     refuses(lambda: convert(tmp_path), "aggregation.json")
     (folder / "scene0000_00.aggregation.json").unlink()
-    assert set(convert(tmp_path).rows(0)) == {
-        "xyz",
-        "color",
-        "normal",
-    }  # a test scene has no labels
+    source = convert(tmp_path)
+    assert set(source.rows(0)) == {"xyz", "color", "normal"}
+    assert not any(
+        source.has(0, k) for k in ("segment20", "segment200", "instance")
+    )  # a test scene
     mesh = folder / "scene0000_00_vh_clean_2.ply"
     mesh.write_bytes(mesh.read_bytes()[:300])
     shutil.rmtree(tmp_path / "out")

@@ -18,13 +18,12 @@ import unipre3d.tasks.semantic as semantic
 from unipre3d.backbones import PointNet2, PTv3, SparseUNet, StandardTransformer
 from unipre3d.core import data_dir, to_device
 from unipre3d.data.augment import Augment, mirror
-from unipre3d.data.labelled import S3DIS, scannet_labels, write_s3dis
+from unipre3d.data.labelled import S3DIS, write_s3dis
 from unipre3d.data.loading import make_loader
 from unipre3d.data.samples import Labelled
-from unipre3d.data.scannet import box_cloud, write_cloud
-from unipre3d.tasks.classification import Selection
+from unipre3d.data.readers import Subset, hold_out_places
+from unipre3d.data.scannet import ScanNetFrames, box_cloud, scannet_labels, write_cloud
 from unipre3d.tasks.semantic import (
-    ScanNetRooms,
     ScenePoints,
     SemanticModel,
     SemanticRecipe,
@@ -33,7 +32,6 @@ from unipre3d.tasks.semantic import (
     carry,
     crop_rows,
     evaluate_semantic,
-    hold_out_rooms,
     lovasz_loss,
     one_per_voxel,
     paint_room,
@@ -90,7 +88,7 @@ def s3dis(tmp_path_factory):
 
 
 def rooms(root, split="train", **how):
-    return ScanNetRooms(root, split=split, **how)
+    return ScanNetFrames(root, split=split, **dict(labels=20) | how)
 
 
 def tiny(root, **values):
@@ -260,7 +258,7 @@ def test_scannet_without_objects_and_with_foreign_labels(tmp_path):
     )
     assert (rooms(tmp_path).rows(0)["instance"] == -1).all()
     write_cloud(tmp_path, "val", "b", coord=cloud["coord"], segment20=cloud["segment20"] + 100)
-    with pytest.raises(ValueError, match=r"b: segment20.npy: expected labels below 20, found 106"):
+    with pytest.raises(ValueError, match=r"b/segment20.npy: expected labels in -1..19, found 106"):
         rooms(tmp_path, "val").rows(0)
     write_cloud(tmp_path, "test", "c", coord=cloud["coord"], segment20=cloud["segment20"])
     with pytest.raises(ValueError, match="features: expected a cloud with normal"):
@@ -650,9 +648,9 @@ def test_missing_s3dis_says_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="get it from its authors"):
         read_rooms(replace(semantic_recipes["sem-s3dis"], data=str(tmp_path)), "train")
     with pytest.raises(ValueError, match="share: expected rooms of at least 2 places"):
-        hold_out_rooms(["scene0000_00", "scene0000_01"], 0.1)
+        hold_out_places(["scene0000_00", "scene0000_01"], 0.1)
     with pytest.raises(ValueError, match="expected at least one cloud, got none"):
-        ScenePoints(Selection(Numbered(), []))
+        ScenePoints(Subset(Numbered(), []))
 
 
 def test_recipes_fit_the_backbones_that_pretraining_made():

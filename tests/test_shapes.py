@@ -171,7 +171,7 @@ def test_archive_reads_resumes_and_does_not_depend_on_workers(tmp_path):
         len(data) == 8
         and data.n_views == 2
         and data.pixels(0, 0).shape == (4, 32, 32)
-        and data.cloud(0).xyz.shape == (128, 3)
+        and data.rows(0)["xyz"].shape == (128, 3)
     )
     assert data.parts["cup"] == PARTS["cup"] and float(data.table[data.items[0]]["unit"]) > 0
     sides = [

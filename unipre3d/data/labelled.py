@@ -4,105 +4,57 @@
 
 # %% ../../nbs/data/24_labelled.ipynb #161a1e64
 from __future__ import annotations
-import csv, json, os
-from dataclasses import dataclass
+import json, os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
+from jaxtyping import Float, Int, Num
 
-from ..core import data_dir
-from .shapenet import Cache
-from ..records import data_hash
+from unipre3d.data.readers import (
+    Cache,
+    Cloud,
+    FileReader,
+    Layout,
+    RoomReader,
+    Store,
+    check_columns,
+    check_whole,
+    found_at,
+)
 
 # %% auto #0
-__all__ = ['SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'S3DIS_LAYOUT', 'RADIUS', 'PART_COUNTS', 'Layout', 'found_at',
-           'y_up_to_z_up', 'z_up_to_y_up', 'fit_radius', 'check_columns', 'check_whole', 'read_text', 'H5',
-           'LabelledClouds', 'names_of', 'ScanObjectNN', 'write_scanobjectnn', 'ModelNet40', 'write_modelnet40',
-           'shapenet_parts', 'ShapeNetPart', 'write_shapenetpart', 'S3DIS', 'write_s3dis', 'LabelSet', 'scannet_labels']
-
-# %% ../../nbs/data/24_labelled.ipynb #53027149
-@dataclass(frozen=True)
-class Layout:
-    "What a data set's folder looks like, and where it comes from."
-
-    name: str
-    tree: str  # the files, in one line
-    source: str  # where to get it
-
-    def say(
-        self,
-        where: str | Path,  # the file or folder
-        expected: str,
-        found: str,
-    ) -> str:
-        "The message, one line."
-        return f"{where}: expected {expected}, found {found}; {self.name} looks like {self.tree}; get it from {self.source}"
-
-
-def found_at(
-    path: str | Path,
-    show: int = 6,  # names of a folder's entries
-) -> str:
-    "What is at a path, in a few words."
-    path = Path(path)
-    if path.is_file():
-        return f"a file of {path.stat().st_size:,} bytes{' (a zip: unpack it)' if path.suffix == '.zip' else ''}"
-    if not path.is_dir():
-        return "nothing there"
-    names = sorted(p.name for p in path.iterdir())
-    return (
-        f"a folder with {', '.join(names[:show])}{f' and {len(names) - show} more' if len(names) > show else ''}"
-        if names
-        else "an empty folder"
-    )
-
-
-SCANOBJECTNN = Layout(
-    "ScanObjectNN",
-    "<root>/{main_split,main_split_nobg}/{training,test}_objectdataset*.h5 (also below <root>/h5_files)",
-    "hkust-vgd.github.io/scanobjectnn (h5_files.zip, after agreeing to its terms)",
-)
-MODELNET40 = Layout(
-    "ModelNet40",
-    "<root>/{modelnet40_shape_names.txt,modelnet40_train.txt,modelnet40_test.txt,airplane/airplane_0001.txt,...} (modelnet40_normal_resampled) "
-    "or <root>/{shape_names.txt,ply_data_train0.h5,...,ply_data_test0.h5,...} (modelnet40_ply_hdf5_2048)",
-    "shapenet.cs.stanford.edu/media (modelnet40_normal_resampled.zip or modelnet40_ply_hdf5_2048.zip; see modelnet.cs.princeton.edu)",
-)
-SHAPENETPART = Layout(
-    "ShapeNetPart",
-    "<root>/{synsetoffset2category.txt,train_test_split/shuffled_{train,val,test}_file_list.json,<synset>/<model>.txt}",
-    "shapenet.cs.stanford.edu/media/shapenetcore_partanno_segmentation_benchmark_v0_normal.zip",
-)
-S3DIS_LAYOUT = Layout(
-    "S3DIS",
-    "<root>/Area_{1..6}/<room>/{coord,color,segment,instance}.npy (normal.npy optional)",
-    "its authors (Stanford3dDataset_v1.2, by a form), then Pointcept's preprocess_s3dis.py",
-)
+__all__ = ['RADIUS', 'SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'PART_COUNTS', 'S3DIS_LAYOUT', 'y_up_to_z_up', 'z_up_to_y_up',
+           'fit_radius', 'read_text', 'H5', 'ObjectReader', 'check_option', 'ScanObjectNN', 'write_scanobjectnn',
+           'ModelNet40', 'write_modelnet40', 'shapenet_parts', 'ShapeNetPart', 'write_shapenetpart', 'S3DIS',
+           'write_s3dis']
 
 # %% ../../nbs/data/24_labelled.ipynb #e250fa5c
 RADIUS = 0.65  # of objects in this package
 
 
 def y_up_to_z_up(
-    xyz: np.ndarray,  # [n 3] y up; points or normals
-) -> np.ndarray:  # [n 3] z up
+    xyz: Float[np.ndarray, "n 3"],  # y up; points or normals
+) -> Float[np.ndarray, "n 3"]:  # z up
     "A quarter turn about x."
     return np.stack([xyz[:, 0], -xyz[:, 2], xyz[:, 1]], 1)
 
 
 def z_up_to_y_up(
-    xyz: np.ndarray,  # [n 3] z up
-) -> np.ndarray:  # [n 3] y up
+    xyz: Float[np.ndarray, "n 3"],  # z up
+) -> Float[np.ndarray, "n 3"]:  # y up
     "The inverse of `y_up_to_z_up`."
     return np.stack([xyz[:, 0], xyz[:, 2], -xyz[:, 1]], 1)
 
 
 def fit_radius(
-    xyz: np.ndarray,  # [n 3]
+    xyz: Float[np.ndarray, "n 3"],
     radius: float | None = RADIUS,  # of the farthest point; None changes nothing
-) -> np.ndarray:  # [n 3] float32
-    "The mean at the origin, the farthest point at `radius`."
+) -> Float[np.ndarray, "n 3"]:  # float32
+    """The mean at the origin, the farthest point at `radius`.
+
+    Raises: ValueError where all points are one."""
     if radius is None:
         return xyz.astype(np.float32)
     centred = xyz.astype(np.float64) - xyz.mean(0, dtype=np.float64)
@@ -112,60 +64,15 @@ def fit_radius(
     return (centred * (radius / far)).astype(np.float32)
 
 # %% ../../nbs/data/24_labelled.ipynb #b75981e2
-def check_columns(
-    rows: np.ndarray,
-    columns: int,  # 0 for a plain list
-    where: str | Path,  # the file, for messages
-    layout: Layout,
-    n: int | None = None,  # rows that another file has
-) -> np.ndarray:  # [n columns] or [n]
-    "Raise a one-line ValueError unless an array has its shape, at least one row, and finite numbers."
-    if not columns and rows.ndim == 2 and rows.shape[1] == 1:
-        rows = rows[:, 0]
-    want = [n if n is not None or not rows.ndim else len(rows)] + [columns] * bool(columns)
-    if list(rows.shape) != want:
-        raise ValueError(
-            layout.say(
-                where,
-                f"an array [{'n' if n is None else n}{f' {columns}' if columns else ''}]",
-                f"{list(rows.shape)}",
-            )
-        )
-    if not len(rows):
-        raise ValueError(layout.say(where, "at least one point", "an empty cloud"))
-    if rows.dtype.kind not in "fiu":
-        raise ValueError(layout.say(where, "numbers", f"{rows.dtype}"))
-    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
-        raise ValueError(
-            layout.say(where, "finite numbers", f"{int((~np.isfinite(rows)).sum())} that are not")
-        )
-    return rows
-
-
-def check_whole(
-    labels: np.ndarray,  # any shape
-    low: int,
-    high: int,  # not included
-    where: str | Path,  # the file, for messages
-    layout: Layout,
-    what: str = "labels",
-) -> np.ndarray:  # int32
-    "Raise a one-line ValueError unless all labels are whole numbers in `low .. high - 1`."
-    wrong = (labels < low) | (labels >= high) | (labels != np.round(labels))
-    if wrong.any():
-        raise ValueError(
-            layout.say(where, f"{what} in {low}..{high - 1}", f"{labels[wrong].flat[0]:g}")
-        )
-    return labels.astype(np.int32)
-
-
 def read_text(
     path: Path,
     columns: int,
     layout: Layout,
     delimiter: str | None = None,  # None is white space
-) -> np.ndarray:  # [n columns] float32
-    "Numbers of a text file, one point a line."
+) -> Float[np.ndarray, "n columns"]:  # float32
+    """Numbers of a text file, one point a line.
+
+    Raises: FileNotFoundError or ValueError that say what the file should be."""
     if not path.is_file():
         raise FileNotFoundError(layout.say(path, "this file", found_at(path)))
     if not path.read_bytes().strip():
@@ -184,7 +91,9 @@ def read_text(
 
 
 class H5:
-    "Arrays of an h5 file, opened when needed, once in each process; what was read is held."
+    """Arrays of an h5 file, opened when needed, once in each process; what was read is held.
+
+    Raises: FileNotFoundError or ValueError that say what the file should be."""
 
     def __init__(self, path: Path, layout: Layout):
         if not path.is_file():
@@ -193,7 +102,11 @@ class H5:
                     path, "this file", f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
                 )
             )
-        self.path, self.layout, self._file, self._pid, self._held = path, layout, None, None, {}
+        self.path = path
+        self.layout = layout
+        self._file = None
+        self._pid = None
+        self._held = {}
 
     def __getstate__(self):
         return {**self.__dict__, "_file": None, "_pid": None, "_held": {}}
@@ -203,7 +116,7 @@ class H5:
         "The open file."
         if self._pid != os.getpid():
             try:
-                self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
+                self._file = h5py.File(self.path, "r")
             except OSError as problem:
                 raise ValueError(
                     self.layout.say(
@@ -212,28 +125,21 @@ class H5:
                         f"{found_at(self.path)} that does not open ({str(problem).splitlines()[0]})",
                     )
                 ) from None
+            self._pid = os.getpid()
         return self._file
 
     def array(self, key: str, shape: tuple) -> h5py.Dataset:
         "One array, not read yet, of this shape; None stands for any size."
         if key not in self.file:
             raise ValueError(
-                self.layout.say(self.path, f"an array {key!r}", f"{', '.join(self.file) or 'none'}")
+                self.layout.say(self.path, f"an array {key!r}", ", ".join(self.file) or "none")
             )
         found = self.file[key]
-        fits = (
-            isinstance(found, h5py.Dataset)
-            and len(found.shape) == len(shape)
-            and all(w in (None, g) for w, g in zip(shape, found.shape))
-        )
-        if not fits:
-            raise ValueError(
-                self.layout.say(
-                    self.path,
-                    f"{key} of shape [{' '.join('n' if w is None else str(w) for w in shape)}]",
-                    f"{list(getattr(found, 'shape', []))}",
-                )
-            )
+        have = list(getattr(found, "shape", []))  # a group has none
+        same = all(size in (None, real) for size, real in zip(shape, have))
+        if len(have) != len(shape) or not same:
+            sizes = " ".join("n" if size is None else str(size) for size in shape)
+            raise ValueError(self.layout.say(self.path, f"{key} of shape [{sizes}]", str(have)))
         return found
 
     def whole(self, key: str, shape: tuple) -> np.ndarray:
@@ -242,67 +148,22 @@ class H5:
             self._held[key] = self.array(key, shape)[:]
         return self._held[key]
 
-    def labels(self, classes: int, n: int) -> np.ndarray:
+    def labels(self, classes: int, n: int) -> Int[np.ndarray, "n"]:
         "`label` as [n] int32, from [n] or [n 1]."
-        shape = (n, 1) if "label" in self.file and self.file["label"].ndim == 2 else (n,)
-        return check_whole(
-            self.array("label", shape)[:].reshape(-1), 0, classes, self.path, self.layout
-        )
+        column = "label" in self.file and self.file["label"].ndim == 2
+        labels = self.array("label", (n, 1) if column else (n,))[:].reshape(-1)
+        return check_whole(labels, 0, classes, self.path, self.layout)
 
-# %% ../../nbs/data/24_labelled.ipynb #6a5ae44d
-class LabelledClouds:
-    "Clouds with labels in one convention, read when they are asked for. A reader sets `layout`, `classes`, `items` and `_read`."
+# %% ../../nbs/data/24_labelled.ipynb #r24object
+class ObjectReader(FileReader):
+    "Objects whose files have y up."
 
-    layout: Layout
-    classes: list[str]
-    pattern = "**/*"  # files that count in the fingerprint
-
-    def __init__(self, root: str | Path, cache_bytes: int):
-        self.root, self.cache = Path(root), Cache(cache_bytes)
-        self.items = []  # (name, class number or None, what _read needs)
-
-    def __len__(self):
-        return len(self.items)
-
-    def name(self, i: int) -> str:
-        "What an item is called, unique in its data set."
-        return self.items[i][0]
-
-    def label(self, i: int) -> int | None:
-        "Number of an item's class in `classes`; None for a room."
-        return self.items[i][1]
-
-    @property
-    def labels(self) -> np.ndarray:
-        "[len] class of every item; rooms have none."
-        if any(item[1] is None for item in self.items):
-            raise ValueError(
-                f"{type(self).__name__}.labels: expected objects with a class, found rooms; use rows(i)['segment']"
-            )
-        return np.array([item[1] for item in self.items], dtype=np.int64)
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "Arrays by name: `xyz` [n 3] float32 always, z up; others as the reader says; labels int32."
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        "Hash of the names and sizes of the files."
-        return data_hash(self.root, self.pattern)
-
-    def _pick(self, option: str, value, known):
-        if value not in known:
-            raise ValueError(
-                f"{option}: expected one of {', '.join(map(str, known))}, got {value!r}"
-            )
-        return value
+    radius: float | None  # of the farthest point
 
     def _folder(self, marks, below):
         "The folder that holds one of `marks`: the root or one of the folders `below` it."
-        found = [
-            p
-            for p in (self.root, *(self.root / b for b in below))
-            if any((p / m).exists() for m in marks)
-        ]
+        folders = (self.root, *(self.root / name for name in below))
+        found = [p for p in folders if any((p / mark).exists() for mark in marks)]
         if not found:
             raise FileNotFoundError(
                 self.layout.say(self.root, " or ".join(marks), found_at(self.root))
@@ -317,32 +178,45 @@ class LabelledClouds:
             )
         return found[0]
 
-    def _object(self, rows, where, radius):
-        "[n 3 or 6] y up -> the same columns, z up, in the radius."
-        parts = [y_up_to_z_up(rows[:, k : k + 3]) for k in range(0, rows.shape[1], 3)]
+    def _object(self, rows, where) -> Float[np.ndarray, "n c"]:
+        "Points and perhaps normals, y up -> the same columns, z up, in the radius."
+        columns = [y_up_to_z_up(rows[:, k : k + 3]) for k in range(0, rows.shape[1], 3)]
         try:
-            parts[0] = fit_radius(parts[0], radius)
+            columns[0] = fit_radius(columns[0], self.radius)
         except ValueError:
             raise ValueError(
                 self.layout.say(where, "points in more than one place", "all in one")
             ) from None
-        return np.concatenate(parts, 1, dtype=np.float32)
+        return np.concatenate(columns, 1, dtype=np.float32)
+
+    def rows(self, i: int) -> Cloud:
+        "`xyz` and, if the files have it, `normal`: [n 3] float32, z up."
+        table = self.cache.get(i, lambda: self._read(i))
+        return dict(zip(("xyz", "normal"), np.split(table, table.shape[1] // 3, 1)))
 
 
-def names_of(
-    columns: str,  # such as "xyz normal"
-    rows: np.ndarray,  # [n 3 k] float32
-) -> dict[str, np.ndarray]:
-    "Groups of three columns by name; fewer columns give fewer names."
-    return {
-        name: rows[:, 3 * k : 3 * k + 3]
-        for k, name in enumerate(columns.split())
-        if 3 * k < rows.shape[1]
-    }
+def check_option(
+    name: str,
+    value: str | int | None,
+    known: Iterable[str | int | None],
+) -> None:
+    """Raises: ValueError that lists what is known."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 # %% ../../nbs/data/24_labelled.ipynb #08ce9084
-class ScanObjectNN(LabelledClouds):
-    "Scanned objects of 15 classes, one h5 file a split. Rows: `xyz`; who wants the background asks for `mask(i)`."
+SCANOBJECTNN = Layout(
+    "ScanObjectNN",
+    "<root>/{main_split,main_split_nobg}/{training,test}_objectdataset*.h5 (also below <root>/h5_files)",
+    "hkust-vgd.github.io/scanobjectnn (h5_files.zip, after agreeing to its terms)",
+)
+
+
+class ScanObjectNN(ObjectReader):
+    """Scanned objects of 15 classes, one h5 file a split. Rows: `xyz`; the background is in `mask(i)`.
+
+    Raises: FileNotFoundError or ValueError that say what the files should be."""
 
     layout, pattern = SCANOBJECTNN, "**/*objectdataset*.h5"
     classes = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
@@ -354,6 +228,7 @@ class ScanObjectNN(LabelledClouds):
         PB_T50_R=("main_split", "_augmentedrot"),
         PB_T50_RS=("main_split", "_augmentedrot_scale75"),
     )
+    splits = dict(train="training", test="test")
 
     def __init__(
         self,
@@ -362,76 +237,68 @@ class ScanObjectNN(LabelledClouds):
         split: str,  # "train" or "test"
         variant: str = "PB_T50_RS",  # or OBJ_BG, OBJ_ONLY, PB_T25, PB_T25_R, PB_T50_R
         radius: float | None = RADIUS,  # 1. as the field, None as in the file
-        cache_bytes: int = 0,  # bound on turned clouds that are kept, in each process, beside the file's array (281 MB for PB_T50_RS)
+        cache_bytes: int = 0,  # bound on rotated clouds that are kept, in each process, beside the file's array
     ):
         super().__init__(root, cache_bytes)
-        folder, kind = self.variants[self._pick("variant", variant, self.variants)]
-        prefix = dict(train="training", test="test")[self._pick("split", split, ("train", "test"))]
+        check_option("variant", variant, self.variants)
+        check_option("split", split, self.splits)
         self.radius = radius
-        self.h5 = H5(
-            self._folder(["main_split", "main_split_nobg"], ["h5_files"])
-            / folder
-            / f"{prefix}_objectdataset{kind}.h5",
-            self.layout,
-        )
+        folder, kind = self.variants[variant]
+        prefix = self.splits[split]
+        home = self._folder(["main_split", "main_split_nobg"], ["h5_files"])
+        self.h5 = H5(home / folder / f"{prefix}_objectdataset{kind}.h5", self.layout)
         count = len(self.h5.array("data", (None, None, 3)))
         if not count:
             raise ValueError(self.layout.say(self.h5.path, "at least one object", "none"))
-        self.items = [
-            (f"{prefix}{kind}_{k:05d}", int(label), k)
-            for k, label in enumerate(self.h5.labels(len(self.classes), count))
-        ]
+        labels = self.h5.labels(len(self.classes), count).tolist()
+        self.items = [(f"{prefix}{kind}_{k:05d}", label, k) for k, label in enumerate(labels)]
 
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "`xyz` [n 3] float32."
+    def _read(self, i):
+        where = f"{self.h5.path} object {i}"
+        xyz = self.h5.whole("data", (len(self), None, 3))[i]
+        return self._object(check_columns(xyz, 3, where, self.layout), where)
 
-        def read():
-            where = f"{self.h5.path} object {i}"
-            return self._object(
-                check_columns(
-                    self.h5.whole("data", (len(self), None, 3))[i], 3, where, self.layout
-                ),
-                where,
-                self.radius,
-            )
-
-        return names_of("xyz", self.cache.get(i, read))
-
-    def mask(self, i: int) -> np.ndarray:  # [n] int32
-        "1 on the object, 0 on what stands around it, for each of its points."
+    def mask(self, i: int) -> Int[np.ndarray, "n"]:
+        "1 on the object, 0 on what stands around it, for each of its points: int32."
         points = self.h5.array("data", (len(self), None, 3)).shape[1]
         return (self.h5.whole("mask", (len(self), points))[i] != -1).astype(np.int32)
 
 
 def write_scanobjectnn(
     root: str | Path,
-    xyz: np.ndarray,  # [n m 3] z up
-    label: np.ndarray,  # [n] 0..14
-    mask: np.ndarray | None = None,  # [n m] 1 on the object
+    xyz: Float[np.ndarray, "n m 3"],  # z up
+    label: Sequence[int],  # [n] 0..14
+    mask: Num[np.ndarray, "n m"] | None = None,  # 1 on the object
     *,
     split: str,  # "train" or "test"
     variant: str = "PB_T50_RS",
 ) -> Path:  # the file
     "One split in ScanObjectNN's layout."
     folder, kind = ScanObjectNN.variants[variant]
-    path = (
-        Path(root)
-        / "h5_files"
-        / folder
-        / f"{dict(train='training', test='test')[split]}_objectdataset{kind}.h5"
-    )
+    name = f"{ScanObjectNN.splits[split]}_objectdataset{kind}.h5"
+    path = Path(root) / "h5_files" / folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    if mask is None:
+        mask = np.ones(xyz.shape[:2])
     with h5py.File(path, "w") as file:
         file["data"] = np.stack([z_up_to_y_up(cloud) for cloud in xyz]).astype(np.float32)
         file["label"] = np.asarray(label, dtype=np.int32)
-        file["mask"] = np.where(np.ones(xyz.shape[:2]) if mask is None else mask, 0, -1).astype(
-            np.int32
-        )
+        file["mask"] = np.where(mask, 0, -1).astype(np.int32)
     return path
 
 # %% ../../nbs/data/24_labelled.ipynb #7bfb4cdf
-class ModelNet40(LabelledClouds):
-    "CAD models of 40 classes, from either form. Rows: `xyz`, `normal`."
+MODELNET40 = Layout(
+    "ModelNet40",
+    "<root>/{modelnet40_shape_names.txt,modelnet40_train.txt,modelnet40_test.txt,airplane/airplane_0001.txt,...} (modelnet40_normal_resampled) "
+    "or <root>/{shape_names.txt,ply_data_train0.h5,...,ply_data_test0.h5,...} (modelnet40_ply_hdf5_2048)",
+    "shapenet.cs.stanford.edu/media (modelnet40_normal_resampled.zip or modelnet40_ply_hdf5_2048.zip; see modelnet.cs.princeton.edu)",
+)
+
+
+class ModelNet40(ObjectReader):
+    """CAD models of 40 classes, from either form. Rows: `xyz`, `normal`.
+
+    Raises: FileNotFoundError or ValueError that say what the files should be."""
 
     layout = MODELNET40
     forms = dict(normal_resampled="modelnet40_shape_names.txt", ply_hdf5="shape_names.txt")
@@ -439,27 +306,27 @@ class ModelNet40(LabelledClouds):
     def __init__(
         self,
         root: str
-        | Path,  # modelnet40_normal_resampled or modelnet40_ply_hdf5_2048, or the folder that holds one of them
+        | Path,  # modelnet40_normal_resampled or modelnet40_ply_hdf5_2048, or the folder of one of them
         *,
         split: str,  # "train" or "test"
         radius: float | None = RADIUS,  # 1. as the field, None as in the file
         cache_bytes: int = 2
-        ** 30,  # bound on what is kept of text, which is slow to read, in each process; the h5 form holds its arrays
+        ** 30,  # bound on what is kept of text, in each process; the h5 form holds its arrays
     ):
         super().__init__(root, cache_bytes)
-        self._pick("split", split, ("train", "test"))
-        self.root = self._folder(
-            list(self.forms.values()), ["modelnet40_normal_resampled", "modelnet40_ply_hdf5_2048"]
-        )
-        self.form, self.radius = (
-            next(form for form, mark in self.forms.items() if (self.root / mark).exists()),
-            radius,
-        )
+        check_option("split", split, ("train", "test"))
+        below = ["modelnet40_normal_resampled", "modelnet40_ply_hdf5_2048"]
+        self.root = self._folder(list(self.forms.values()), below)
+        self.radius = radius
+        self.form = next(form for form, mark in self.forms.items() if (self.root / mark).exists())
         self.classes = self._lines(self.forms[self.form])
-        self.pattern = "*/*.txt" if self.form == "normal_resampled" else "ply_data*.h5"
-        if self.form == "ply_hdf5":
+        if self.form == "normal_resampled":
+            self.pattern = "*/*.txt"
+            self.items = self._text_items(split)
+        else:
+            self.pattern = "ply_data*.h5"
+            self.items = self._h5_items(split)
             self.cache = Cache(0)  # its arrays are held already
-        self.items = self._text(split) if self.form == "normal_resampled" else self._h5(split)
         if not self.items:
             raise ValueError(self.layout.say(self.root, f"objects of split {split}", "none"))
 
@@ -473,71 +340,52 @@ class ModelNet40(LabelledClouds):
             )
         return path.read_text().split()
 
-    def _text(self, split):
-        names = self._lines(f"modelnet40_{split}.txt")
-        for name in names:
-            if name.rpartition("_")[0] not in self.classes:
+    def _text_items(self, split):
+        listed, items = f"modelnet40_{split}.txt", []
+        for name in self._lines(listed):
+            kind = name.rpartition("_")[0]
+            if kind not in self.classes:
                 raise ValueError(
-                    self.layout.say(
-                        self.root / f"modelnet40_{split}.txt", "lines <class>_<number>", repr(name)
-                    )
+                    self.layout.say(self.root / listed, "lines <class>_<number>", repr(name))
                 )
-        return [
-            (
-                name,
-                self.classes.index(name.rpartition("_")[0]),
-                self.root / name.rpartition("_")[0] / f"{name}.txt",
-            )
-            for name in names
-        ]
+            items.append((name, self.classes.index(kind), self.root / kind / f"{name}.txt"))
+        return items
 
-    def _h5(self, split):
+    def _h5_items(self, split):
         listed = self.root / f"{split}_files.txt"
-        paths = (
-            [self.root / Path(line).name for line in listed.read_text().split()]
-            if listed.is_file()
-            else sorted(self.root.glob(f"ply_data_{split}*.h5"))
-        )
+        paths = sorted(self.root.glob(f"ply_data_{split}*.h5"))
+        if listed.is_file():
+            paths = [self.root / Path(line).name for line in listed.read_text().split()]
         if not paths:
             raise FileNotFoundError(
                 self.layout.say(
                     self.root / f"ply_data_{split}0.h5", "this file", found_at(self.root)
                 )
             )
-        files = [H5(path, self.layout) for path in paths]
-        labels = [
-            h5.labels(len(self.classes), len(h5.array("data", (None, None, 3)))) for h5 in files
-        ]
-        return [
-            (f"{h5.path.stem}_{k:04d}", int(label), (h5, k))
-            for h5, own in zip(files, labels)
-            for k, label in enumerate(own)
-        ]
+        items = []
+        for path in paths:
+            h5 = H5(path, self.layout)
+            labels = h5.labels(len(self.classes), len(h5.array("data", (None, None, 3)))).tolist()
+            items += [(f"{path.stem}_{k:04d}", label, (h5, k)) for k, label in enumerate(labels)]
+        return items
 
     def _read(self, i):
         place = self.items[i][2]
         if isinstance(place, Path):
-            return self._object(read_text(place, 6, self.layout, ","), place, self.radius)
+            return self._object(read_text(place, 6, self.layout, ","), place)
         h5, k = place
-        where, columns = f"{h5.path} object {k}", [h5.whole("data", (None, None, 3))[k]]
+        where = f"{h5.path} object {k}"
+        rows = h5.whole("data", (None, None, 3))[k]
         if "normal" in h5.file:
-            columns.append(h5.whole("normal", h5.file["data"].shape)[k])
-        return self._object(
-            check_columns(np.concatenate(columns, 1), 3 * len(columns), where, self.layout),
-            where,
-            self.radius,
-        )
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "`xyz` and, if the files have it, `normal`: [n 3] float32."
-        return names_of("xyz normal", self.cache.get(i, lambda: self._read(i)))
+            rows = np.concatenate([rows, h5.whole("normal", h5.file["data"].shape)[k]], 1)
+        return self._object(check_columns(rows, rows.shape[1], where, self.layout), where)
 
 
 def write_modelnet40(
     root: str | Path,
     clouds: list[
-        tuple[str, np.ndarray]
-    ],  # (class, [m 6] points and normals, z up); one m for ply_hdf5
+        tuple[str, Float[np.ndarray, "m 6"]]
+    ],  # (class, points and normals, z up); one m for ply_hdf5
     classes: list[str],
     *,
     split: str,  # "train" or "test"
@@ -547,26 +395,32 @@ def write_modelnet40(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / ModelNet40.forms[form]).write_text("\n".join(classes) + "\n")
-    turned = [
+    kinds = [kind for kind, _ in clouds]
+    y_up = [
         np.concatenate([z_up_to_y_up(rows[:, :3]), z_up_to_y_up(rows[:, 3:])], 1).astype(np.float32)
         for _, rows in clouds
     ]
     if form == "ply_hdf5":
-        (root / f"{split}_files.txt").write_text(
-            f"data/modelnet40_ply_hdf5_2048/ply_data_{split}0.h5\n"
-        )
+        file_list = f"data/modelnet40_ply_hdf5_2048/ply_data_{split}0.h5\n"
+        (root / f"{split}_files.txt").write_text(file_list)
         with h5py.File(root / f"ply_data_{split}0.h5", "w") as file:
-            file["data"], file["normal"] = np.stack(turned)[..., :3], np.stack(turned)[..., 3:]
-            file["label"] = np.uint8([[classes.index(kind)] for kind, _ in clouds])
+            file["data"] = np.stack(y_up)[..., :3]
+            file["normal"] = np.stack(y_up)[..., 3:]
+            file["label"] = np.uint8([[classes.index(kind)] for kind in kinds])
         return root
-    names = [f"{kind}_{k + 1:04d}" for k, (kind, _) in enumerate(clouds)]
+    names = [f"{kind}_{k + 1:04d}" for k, kind in enumerate(kinds)]
     (root / f"modelnet40_{split}.txt").write_text("\n".join(names) + "\n")
-    for name, (kind, _), rows in zip(names, clouds, turned):
+    for name, kind, rows in zip(names, kinds, y_up):
         (root / kind).mkdir(exist_ok=True)
         np.savetxt(root / kind / f"{name}.txt", rows, fmt="%.6f", delimiter=",")
     return root
 
 # %% ../../nbs/data/24_labelled.ipynb #f9d33550
+SHAPENETPART = Layout(
+    "ShapeNetPart",
+    "<root>/{synsetoffset2category.txt,train_test_split/shuffled_{train,val,test}_file_list.json,<synset>/<model>.txt}",
+    "shapenet.cs.stanford.edu/media/shapenetcore_partanno_segmentation_benchmark_v0_normal.zip",
+)
 PART_COUNTS = dict(
     Airplane=4,
     Bag=2,
@@ -593,8 +447,10 @@ def shapenet_parts() -> dict[str, list[int]]:  # category -> its part numbers, o
     return {name: list(range(a, b)) for name, a, b in zip(PART_COUNTS, ends, ends[1:])}
 
 
-class ShapeNetPart(LabelledClouds):
-    "Objects of 16 categories with 50 parts. Rows: `xyz`, `normal`, `part`. `classes` are the categories, `parts` their part numbers."
+class ShapeNetPart(ObjectReader):
+    """Objects of 16 categories, the `classes`, with 50 parts. Rows: `xyz`, `normal`, `part`.
+
+    Raises: FileNotFoundError or ValueError that say what the files should be."""
 
     layout, pattern = SHAPENETPART, "*/*.txt"
 
@@ -608,18 +464,16 @@ class ShapeNetPart(LabelledClouds):
         cache_bytes: int = 2**30,  # bound on what is kept, in each process; text is slow to read
     ):
         super().__init__(root, cache_bytes)
-        self._pick("split", split, ("train", "val", "test", "trainval"))
-        self.root = self._folder(
-            ["synsetoffset2category.txt"],
-            ["shapenetcore_partanno_segmentation_benchmark_v0_normal"],
+        check_option("split", split, ("train", "val", "test", "trainval"))
+        below = ["shapenetcore_partanno_segmentation_benchmark_v0_normal"]
+        self.root = self._folder(["synsetoffset2category.txt"], below)
+        self.radius = radius
+        self.parts = shapenet_parts()  # category -> part numbers
+        self.classes = list(self.parts)
+        self.synsets = self._categories()
+        self.items = (
+            self._list("train") + self._list("val") if split == "trainval" else self._list(split)
         )
-        self.parts, self.radius = shapenet_parts(), radius
-        self.classes, self.synsets = list(self.parts), self._categories()
-        self.items = [
-            item
-            for name in (("train", "val") if split == "trainval" else (split,))
-            for item in self._list(name)
-        ]
 
     def _categories(self):
         "synset -> category."
@@ -658,40 +512,31 @@ class ShapeNetPart(LabelledClouds):
                     "an empty list" if entries == [] else type(entries).__name__,
                 )
             )
+        items = []
         for entry in entries:
-            if (
-                not isinstance(entry, str)
-                or entry.count("/") != 2
-                or entry.split("/")[1] not in self.synsets
-            ):
+            _, synset, model = [*str(entry).split("/"), "", ""][:3]
+            if not isinstance(entry, str) or entry.count("/") != 2 or synset not in self.synsets:
                 raise ValueError(
                     self.layout.say(
                         path, "entries shape_data/<synset>/<model> of known synsets", repr(entry)
                     )
                 )
-        pairs = [entry.split("/")[1:] for entry in entries]
-        return [
-            (
-                f"{synset}-{model}",
-                self.classes.index(self.synsets[synset]),
-                self.root / synset / f"{model}.txt",
-            )
-            for synset, model in pairs
-        ]
+            label = self.classes.index(self.synsets[synset])
+            items.append((f"{synset}-{model}", label, self.root / synset / f"{model}.txt"))
+        return items
 
     def _read(self, i):
         _, label, path = self.items[i]
         rows = read_text(path, 7, self.layout)
-        own = self.parts[self.classes[label]]
-        check_whole(
-            rows[:, 6], own[0], own[-1] + 1, path, self.layout, f"parts of a {self.classes[label]}"
-        )
-        return np.concatenate([self._object(rows[:, :6], path, self.radius), rows[:, 6:]], 1)
+        kind = self.classes[label]
+        own = self.parts[kind]
+        check_whole(rows[:, 6], own[0], own[-1] + 1, path, self.layout, f"parts of a {kind}")
+        return np.concatenate([self._object(rows[:, :6], path), rows[:, 6:]], 1)
 
-    def rows(self, i: int) -> dict[str, np.ndarray]:
+    def rows(self, i: int) -> Cloud:
         "`xyz` and `normal` [n 3] float32, `part` [n] int32 in 0..49."
-        rows = self.cache.get(i, lambda: self._read(i))
-        return names_of("xyz normal", rows[:, :6]) | dict(part=rows[:, 6].astype(np.int32))
+        xyz, normal, part = np.split(self.cache.get(i, lambda: self._read(i)), (3, 6), 1)
+        return dict(xyz=xyz, normal=normal, part=part[:, 0].astype(np.int32))
 
 
 def write_shapenetpart(
@@ -703,34 +548,38 @@ def write_shapenetpart(
 ) -> Path:  # the folder
     "A data set in ShapeNetPart's layout."
     root = Path(root)
-    (root / "train_test_split").mkdir(parents=True, exist_ok=True)
-    (root / "synsetoffset2category.txt").write_text(
-        "".join(f"{name}\t{synset}\n" for name, synset in categories.items())
-    )
+    lists = root / "train_test_split"
+    lists.mkdir(parents=True, exist_ok=True)
+    lines = [f"{name}\t{synset}\n" for name, synset in categories.items()]
+    (root / "synsetoffset2category.txt").write_text("".join(lines))
     for split, own in shapes.items():
-        (root / "train_test_split" / f"shuffled_{split}_file_list.json").write_text(
-            json.dumps([f"shape_data/{synset}/{model}" for synset, model, _ in own])
-        )
+        entries = [f"shape_data/{synset}/{model}" for synset, model, _ in own]
+        (lists / f"shuffled_{split}_file_list.json").write_text(json.dumps(entries))
         for synset, model, rows in own:
             (root / synset).mkdir(exist_ok=True)
-            np.savetxt(
-                root / synset / f"{model}.txt",
-                np.concatenate(
-                    [z_up_to_y_up(rows[:, :3]), z_up_to_y_up(rows[:, 3:6]), rows[:, 6:]], 1
-                ),
-                fmt="%.6f",
-            )
+            y_up = [z_up_to_y_up(rows[:, :3]), z_up_to_y_up(rows[:, 3:6]), rows[:, 6:]]
+            np.savetxt(root / synset / f"{model}.txt", np.concatenate(y_up, 1), fmt="%.6f")
     return root
 
 # %% ../../nbs/data/24_labelled.ipynb #317bb630
-class S3DIS(LabelledClouds):
-    "Rooms of six areas with 13 classes. Rows: `xyz` metres, `color`, `normal` (if there), `segment`, `instance`."
+S3DIS_LAYOUT = Layout(
+    "S3DIS",
+    "<root>/Area_{1..6}/<room>/{coord,color,segment,instance}.npy (normal.npy optional)",
+    "its authors (Stanford3dDataset_v1.2, by a form), then Pointcept's preprocess_s3dis.py",
+)
+
+
+class S3DIS(RoomReader):
+    """Rooms of six areas with 13 classes. Rows: `xyz` metres, `color`, `normal` (if there), `segment`, `instance`.
+
+    Raises: FileNotFoundError or ValueError that say what the files should be."""
 
     layout, pattern = S3DIS_LAYOUT, "Area_*/*/*.npy"
     classes = (
         "ceiling floor wall beam column window door table chair sofa bookcase board clutter".split()
     )
     columns = dict(coord=3, color=3, normal=3, segment=0, instance=0)
+    segment, limits = "segment", dict(segment=13)
 
     def __init__(
         self,
@@ -738,132 +587,45 @@ class S3DIS(LabelledClouds):
         *,
         split: str,  # "train", "val" or "test"
         test_area: int = 5,
-        val_area: int
-        | None = None,  # taken from training, to choose by; None: no "val" split, all other areas train
+        val_area: int | None = None,  # taken from training to validate on; None: no "val" split
         cache_bytes: int = 2**28,  # bound on what is kept, in each process
     ):
         super().__init__(root, cache_bytes)
-        others = [a for a in range(1, 7) if a != self._pick("test_area", test_area, range(1, 7))]
-        self._pick("val_area", val_area, [None, *others])
-        if self._pick("split", split, ("train", "val", "test")) == "val" and val_area is None:
+        check_option("split", split, ("train", "val", "test"))
+        check_option("test_area", test_area, range(1, 7))
+        others = [a for a in range(1, 7) if a != test_area]
+        check_option("val_area", val_area, [None, *others])
+        if split == "val" and val_area is None:
+            known = ", ".join(map(str, others))
             raise ValueError(
-                f"val_area: expected one of {', '.join(map(str, others))} to validate on (not the test area), got None"
+                f"val_area: expected one of {known} to validate on (not the test area), got None"
             )
-        areas = dict(train=[a for a in others if a != val_area], val=[val_area], test=[test_area])[
-            split
-        ]
+        areas = dict(train=[a for a in others if a != val_area], val=[val_area], test=[test_area])
         if not any((self.root / f"Area_{a}").is_dir() for a in range(1, 7)):
             raise FileNotFoundError(
                 self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
             )
-        self.items = [
-            (f"Area_{a}/{room}", None, None)
-            for a in areas
-            for room in self._rooms(self.root / f"Area_{a}")
-        ]
-
-    def _rooms(self, folder):
-        found = sorted(p.parent.name for p in folder.glob("*/coord.npy"))
-        if not found:
-            raise FileNotFoundError(
-                self.layout.say(folder, "one folder a room with coord.npy", found_at(folder))
-            )
-        return found
-
-    def has(self, i: int, name: str) -> bool:
-        "Whether a room has `color`, `normal`, `segment` or `instance`."
-        return (self.root / self.name(i) / f"{name}.npy").is_file()
-
-    def array(self, i: int, name: str) -> np.ndarray:
-        "One array of a room: coord [n 3] float32 metres, color [n 3] uint8, normal [n 3] float32; segment and instance [n] int32, -1 = none."
-        return self.cache.get((i, name), lambda: self._load(i, name))
-
-    def _load(self, i, name):
-        path = self.root / self.name(i) / f"{self._pick('name', name, self.columns)}.npy"
-        if not path.is_file():
-            raise FileNotFoundError(
-                self.layout.say(path, f"this file ({name} of each point)", found_at(path.parent))
-            )
-        try:
-            rows = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as problem:
-            raise ValueError(
-                self.layout.say(
-                    path,
-                    "a numpy array",
-                    f"{found_at(path)} that does not load ({str(problem).splitlines()[0]})",
+        self.store = Store(self.root)
+        for area in areas[split]:
+            folder = self.root / f"Area_{area}"
+            rooms = sorted(p.parent.name for p in folder.glob("*/coord.npy"))
+            if not rooms:
+                raise FileNotFoundError(
+                    self.layout.say(folder, "one folder a room with coord.npy", found_at(folder))
                 )
-            ) from None
-        rows = check_columns(
-            rows,
-            self.columns[name],
-            path,
-            self.layout,
-            None if name == "coord" else len(self.array(i, "coord")),
-        )
-        if name == "color":
-            return check_whole(np.round(rows), 0, 256, path, self.layout, "colours").astype(
-                np.uint8
-            )
-        if name in ("segment", "instance"):
-            return check_whole(
-                rows, -1, len(self.classes) if name == "segment" else 2**31, path, self.layout
-            )
-        return np.ascontiguousarray(rows, dtype=np.float32)
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "`xyz` [n 3] float32 metres, `color` [n 3] uint8, `segment` and `instance` [n] int32; `normal` [n 3] float32 where there is one."
-        names = [n for n in self.columns if n not in ("coord", "normal")] + ["normal"] * self.has(
-            i, "normal"
-        )
-        return dict(xyz=self.array(i, "coord")) | {name: self.array(i, name) for name in names}
+            self.items += [(f"Area_{area}/{room}", None, None) for room in rooms]
 
 
 def write_s3dis(
     root: str | Path,
     room: str,  # such as Area_5/office_1
-    **arrays: np.ndarray,  # coord [n 3] metres, color [n 3] 0..255, segment [n], instance [n]; normal [n 3] if you like
+    **arrays: np.ndarray,  # coord [n 3] metres, color [n 3] 0..255, segment [n], instance [n]; perhaps normal [n 3]
 ) -> Path:  # the room's folder
     "A room in the layout of Pointcept's preprocessing."
     folder = Path(root) / room
     folder.mkdir(parents=True, exist_ok=True)
     kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
     for name, array in arrays.items():
-        np.save(
-            folder / f"{name}.npy",
-            np.asarray(array).astype(kinds.get(name, np.int16)).reshape(len(array), -1),
-        )
+        rows = np.asarray(array).astype(kinds.get(name, np.int16))
+        np.save(folder / f"{name}.npy", rows.reshape(len(rows), -1))
     return folder
-
-# %% ../../nbs/data/24_labelled.ipynb #9aaa02b5
-@dataclass(frozen=True)
-class LabelSet:
-    "Names of the labels 0 .. K - 1."
-
-    names: list[str]
-    ids: list[int]  # number of each class in ScanNet's own files
-    groups: dict[str, list[int]]  # head, common, tail -> classes; empty for 20 classes
-    skip: tuple[int, ...]  # wall and floor: classes without instances
-    val: list[int]  # classes that occur in the validation scenes
-
-
-def scannet_labels(
-    classes: int = 20,  # or 200
-) -> LabelSet:
-    "The label names of ScanNet20 or ScanNet200, from the committed table."
-    if classes not in (20, 200):
-        raise ValueError(f"classes: expected 20 or 200, got {classes!r}")
-    with open(data_dir() / "scannet_classes.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if int(r["set"]) == classes]
-    names, where = (
-        [r["name"] for r in rows],
-        lambda key, value: [k for k, r in enumerate(rows) if r[key] == value],
-    )
-    groups = {g: where("group", g) for g in ("head", "common", "tail")} if classes == 200 else {}
-    return LabelSet(
-        names,
-        [int(r["id"]) for r in rows],
-        groups,
-        tuple(sorted(names.index(n) for n in ("wall", "floor"))),
-        where("val", "1"),
-    )

@@ -4,88 +4,110 @@
 
 # %% ../../nbs/data/23_scannet.ipynb #af670149
 from __future__ import annotations
-import copy, csv, io, json, os, struct, warnings, zlib
+import csv, io, json, os, struct, warnings, zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from jaxtyping import Bool, Float, Int, Num, Shaped, UInt8, UInt16
 from PIL import Image
 from plyfile import PlyData, PlyParseError
 from tqdm.auto import tqdm
 
-from ..core import CameraBatch, ViewBatch, data_dir
-from .shapenet import Cache, Store, read_pose
-from ..records import data_hash
+from ..core import data_dir
+from .readers import Layout, RoomReader, Store, View
+from .shapenet import read_pose
 
 # %% auto #0
-__all__ = ['STANDARD', 'CLOUD', 'BOX', 'BLOCK', 'NYU40', 'read_intrinsics', 'scale_intrinsics', 'standard_intrinsics', 'nearest',
-           'read_color', 'read_depth', 'glance', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box',
-           'box_color', 'box_cameras', 'box_cloud', 'box_frame', 'write_box_rooms', 'Frame', 'as_posed_views',
-           'ScanNetFrames', 'SensHeader', 'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals',
-           'read_mesh', 'read_categories', 'read_labels', 'read_alignment', 'convert_scans']
+__all__ = ['FOCAL', 'COLUMNS', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'NYU40', 'read_intrinsics', 'scale_intrinsics',
+           'standard_intrinsics', 'resize_nearest', 'read_color', 'read_depth', 'ImageHeader', 'read_header',
+           'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color', 'box_cameras', 'box_cloud',
+           'box_frame', 'write_box_rooms', 'LabelSet', 'scannet_labels', 'ScanNetFrames', 'SensHeader',
+           'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals', 'read_mesh', 'read_categories',
+           'read_labels', 'read_alignment', 'convert_scans']
 
 # %% ../../nbs/data/23_scannet.ipynb #cd45cb66
-STANDARD = (
-    577.870605,
-    (480, 640),
-)  # focal length in pixels that ScanNet users share, and the image size it is for
+FOCAL = 577.870605  # pixels of a 640 x 480 image: the focal length that ScanNet users share
 
 
 def read_intrinsics(
     text: str,  # 3 x 3 or 4 x 4 numbers, row by row
     hw: tuple[int, int],  # size of the images that they are for
     name: str = "intrinsics.txt",  # the file, for messages
-) -> np.ndarray:  # [3 3] float64, our convention: the centre of the top-left pixel is (0.5, 0.5)
-    "Intrinsics from a ScanNet file, whose pixel centres are whole numbers."
+) -> Float[
+    np.ndarray, "3 3"
+]:  # float64, our convention: the centre of the top-left pixel is (0.5, 0.5)
+    """Intrinsics from a ScanNet file, whose pixel centres are whole numbers.
+
+    Raises: ValueError unless it holds a K for images of that size."""
     try:
         numbers = np.array([float(x) for x in text.split()])
     except ValueError:
         raise ValueError(f"{name}: expected 9 or 16 numbers, found other text") from None
-    if len(numbers) not in (9, 16) or not np.isfinite(numbers).all():
+    finite = int(np.isfinite(numbers).sum())
+    if len(numbers) not in (9, 16) or finite < len(numbers):
         raise ValueError(
-            f"{name}: expected 9 or 16 finite numbers (K, 3 x 3 or 4 x 4), found {len(numbers)}, {int(np.isfinite(numbers).sum())} of them finite"
+            f"{name}: expected 9 or 16 finite numbers (K, 3 x 3 or 4 x 4)"
+            f", found {len(numbers)}, {finite} of them finite"
         )
-    K = numbers.reshape(3 if len(numbers) == 9 else 4, -1)[:3, :3].copy()
+    side = 3 if len(numbers) == 9 else 4
+    K = numbers.reshape(side, side)[:3, :3].copy()
     K[:2, 2] += 0.5
-    (h, w), shift = hw, np.abs(K[:2, 2] / hw[::-1] - 0.5).max()
-    if (K[[0, 1], [0, 1]] <= 0).any() or shift > 0.15:
+    h, w = hw
+    shift = np.abs(K[:2, 2] / (w, h) - 0.5).max()
+    if K[0, 0] <= 0 or K[1, 1] <= 0 or shift > 0.15:
+        center = f"{K[0, 2] - 0.5:.6g}, {K[1, 2] - 0.5:.6g}"
         raise ValueError(
-            f"{name}: expected a K for the stored images of {w} x {h}, found focal lengths {K[0, 0]:.6g}, {K[1, 1]:.6g} and principal point {K[0, 2] - 0.5:.6g}, {K[1, 2] - 0.5:.6g}; is it for another size?"
+            f"{name}: expected a K for the stored images of {w} x {h}, "
+            f"found focal lengths {K[0, 0]:.6g}, {K[1, 1]:.6g} and principal point {center}"
+            "; is it for another size?"
         )
     return K
 
 
 def scale_intrinsics(
-    K: np.ndarray,  # [3 3] our convention
+    K: Float[np.ndarray, "3 3"],  # our convention
     hw: tuple[int, int],  # the size that K is for
     to: tuple[int, int],  # another size of the same images
-) -> np.ndarray:  # [3 3] float64
+) -> Float[np.ndarray, "3 3"]:  # float64
     "K of the same camera with other pixels."
     return np.diag([to[1] / hw[1], to[0] / hw[0], 1.0]) @ K
 
 
 def standard_intrinsics(
     hw: tuple[int, int],  # image height and width in pixels
-) -> np.ndarray:  # [3 3] float64
+) -> Float[np.ndarray, "3 3"]:  # float64
     "The focal length that ScanNet users share, scaled to this size; the principal point in the middle."
-    f, (h, w) = STANDARD
-    return scale_intrinsics(np.array([[f, 0, w / 2], [0, f, h / 2], [0, 0, 1]]), (h, w), hw)
+    K = np.array([[FOCAL, 0, 320], [0, FOCAL, 240], [0, 0, 1]])
+    return scale_intrinsics(K, (480, 640), hw)
 
 # %% ../../nbs/data/23_scannet.ipynb #62c2c108
-def nearest(
-    image: np.ndarray,  # [H W] or [H W c]
+def resize_nearest(
+    image: Shaped[np.ndarray, "H W *c"],
     hw: tuple[int, int],  # new size
-) -> np.ndarray:  # [h w] or [h w c]
+) -> Shaped[np.ndarray, "h w *c"]:
     "The pixel that holds each new pixel's centre."
-    rows, columns = (
-        ((np.arange(n) + 0.5) * old / n).astype(int) for n, old in zip(hw, image.shape)
-    )
+    (h, w), (H, W) = hw, image.shape[:2]
+    rows = ((np.arange(h) + 0.5) * H / h).astype(int)
+    columns = ((np.arange(w) + 0.5) * W / w).astype(int)
     return image[rows[:, None], columns]
+
+
+def _decode(data, formats, name, expected, prepare=lambda image: None) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        prepare(image)
+        image.load()
+    except Exception as problem:
+        raise ValueError(
+            f"{name}: expected {expected}, "
+            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
+        ) from None
+    return image
 
 
 def read_color(
@@ -93,70 +115,72 @@ def read_color(
     hw: tuple[int, int],  # size wanted
     resample: str = "box",  # area average, or "bicubic" as the released reader
     name: str = "color",  # the file, for messages
-) -> tuple[np.ndarray, tuple[int, int]]:  # [h w 3] uint8, and the stored size
-    "A colour image at the size wanted."
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        size = image.size[::-1]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A colour image at the size wanted.
+
+    Raises: ValueError unless it decodes."""
+    size = hw[::-1]
+
+    def reduce(image):
         if resample == "box":
-            image.draft("RGB", hw[::-1])
-        image.load()
-    except Exception as problem:
-        raise ValueError(
-            f"{name}: expected a JPEG or PNG image, found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        ) from None
-    image = image.convert("RGB")
-    if image.size != hw[::-1]:
-        image = image.resize(hw[::-1], Image.BOX if resample == "box" else Image.BICUBIC)
-    return np.array(image), size
+            image.draft("RGB", size)
+
+    image = _decode(data, ("JPEG", "PNG"), name, "a JPEG or PNG image", reduce).convert("RGB")
+    if image.size != size:
+        image = image.resize(size, Image.BOX if resample == "box" else Image.BICUBIC)
+    return np.array(image)
 
 
 def read_depth(
     data: bytes,  # 16-bit grey PNG
     hw: tuple[int, int],  # size wanted
     name: str = "depth",  # the file, for messages
-) -> tuple[np.ndarray, tuple[int, int]]:  # [h w] uint16 in stored units, and the stored size
-    "A depth image at the size wanted, by nearest pixel."
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
-        image.load()
-    except Exception as problem:
-        raise ValueError(
-            f"{name}: expected a PNG image, found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        ) from None
+) -> UInt16[np.ndarray, "h w"]:  # stored units
+    """A depth image at the size wanted, by nearest pixel.
+
+    Raises: ValueError unless it decodes, TypeError unless it has one channel of 16 bits."""
+    image = _decode(data, ("PNG",), name, "a PNG image")
     if not image.mode.startswith("I"):
         raise TypeError(
-            f"{name}: expected one channel of 16 bits (depth in millimetres), found mode {image.mode}"
+            f"{name}: expected one channel of 16 bits (depth in millimetres)"
+            f", found mode {image.mode}"
         )
-    return nearest(np.asarray(image), hw).astype(np.uint16), image.size[::-1]
+    return resize_nearest(np.asarray(image), hw).astype(np.uint16)
 
 # %% ../../nbs/data/23_scannet.ipynb #a32e5f77
-def glance(
-    file,  # an image, opened in binary
+class ImageHeader(NamedTuple):
+    "What an image file tells without its pixels."
+
+    hw: tuple[int, int]
+    mode: str  # Pillow's name for the channels
+    doubtful: bool  # whether the pixels must be decoded to know that they are there
+
+
+def read_header(
+    file: io.BufferedIOBase,  # an image
     formats: tuple[str, ...] = ("JPEG", "PNG"),  # that are expected
     name: str = "image",  # the file, for messages
-) -> tuple[
-    tuple[int, int], str, bool
-]:  # height and width, mode, and whether the pixels must be decoded to know that they are there
-    "What an image says of itself at the front, and whether it looks whole."
+) -> ImageHeader:
+    """The front of an image file, and whether its end is there.
+
+    Raises: ValueError unless it begins like an image of these formats."""
     try:
         image = Image.open(file, formats=formats)  # reads the header
     except Exception:
         raise ValueError(
-            f"{name}: expected a {' or '.join(formats)} image, found a file that does not begin like one"
+            f"{name}: expected a {' or '.join(formats)} image, "
+            "found a file that does not begin like one"
         ) from None
-    (w, h), size = image.size, file.seek(0, 2)
-    file.seek(-min(8, size), 2)
-    return (
-        (h, w),
-        image.mode,
-        size < 200 + h * w // 25 or not file.read().endswith((b"IEND\xaeB`\x82", b"\xff\xd9")),
-    )
+    w, h = image.size
+    length = file.seek(0, 2)
+    file.seek(-min(8, length), 2)
+    whole = file.read().endswith((b"IEND\xaeB`\x82", b"\xff\xd9"))
+    return ImageHeader((h, w), image.mode, not whole or length < 200 + h * w // 25)
 
 # %% ../../nbs/data/23_scannet.ipynb #02962c23
-CLOUD = dict(
+COLUMNS = dict(
     coord=3, color=3, normal=3, segment20=0, segment200=0, instance=0
-)  # file -> columns; 0 is a plain list
+)  # of a cloud's files; 0 is a plain list
 
 
 def write_cloud(
@@ -165,11 +189,12 @@ def write_cloud(
     scene: str,
     **arrays: np.ndarray,  # coord [n 3] metres; any of color [n 3] 0..255, normal [n 3], segment20, segment200, instance [n]
 ) -> Path:  # the scene's folder
-    "`<root>/<split>/<scene>/*.npy`."
-    if unknown := set(arrays) - set(CLOUD):
-        raise ValueError(
-            f"write_cloud: expected some of {', '.join(CLOUD)}, got {sorted(unknown)[0]}"
-        )
+    """`<root>/<split>/<scene>/*.npy`.
+
+    Raises: ValueError for other arrays, or colours out of range."""
+    unknown = sorted(set(arrays) - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"write_cloud: expected some of {', '.join(COLUMNS)}, got {unknown[0]}")
     color = np.asarray(arrays.get("color", 0))
     if color.size and not 0 <= color.min() <= color.max() <= 255:
         raise ValueError(f"write_cloud: color: expected 0..255, got {color.min()}..{color.max()}")
@@ -177,142 +202,126 @@ def write_cloud(
     folder.mkdir(parents=True, exist_ok=True)
     kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
     for name, array in arrays.items():
-        with open(part := folder / f"{name}.npy.part", "wb") as file:
+        part = folder / f"{name}.npy.part"
+        with open(part, "wb") as file:
             np.save(file, np.asarray(array).astype(kinds.get(name, np.int16)))
         os.replace(part, folder / f"{name}.npy")  # there as a whole or not at all
     return folder
+
+
+def _write_matrix(path, matrix):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(repr(float(x)) for x in row) for row in matrix]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def write_frame(
     root: str | Path,
     scene: str,
     number: int,
-    color: np.ndarray,  # [H W 3] uint8
-    depth: np.ndarray,  # [h w] uint16, millimetres, 0 = missing
-    pose: np.ndarray,  # [4 4] camera to world
+    color: UInt8[np.ndarray, "H W 3"],
+    depth: Num[np.ndarray, "h w"],  # millimetres, 0 = missing
+    pose: Float[np.ndarray, "4 4"],  # camera to world
     quality: int = 95,  # of the JPEG
 ) -> None:
     "`<root>/2D/{color,depth,pose}/<scene>/<number>.{jpg,png,txt}`."
-    paths = {
-        kind: Path(root) / "2D" / kind / scene / f"{number}.{suffix}"
-        for kind, suffix in dict(color="jpg", depth="png", pose="txt").items()
-    }
-    for path in paths.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(color).save(paths["color"], quality=quality)
-    Image.fromarray(depth.astype(np.uint16)).save(paths["depth"])
-    paths["pose"].write_text(
-        "\n".join(" ".join(repr(float(x)) for x in row) for row in pose) + "\n"
-    )
+    folder = Path(root) / "2D"
+    for kind in ("color", "depth"):
+        (folder / kind / scene).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(color).save(folder / "color" / scene / f"{number}.jpg", quality=quality)
+    Image.fromarray(depth.astype(np.uint16)).save(folder / "depth" / scene / f"{number}.png")
+    _write_matrix(folder / "pose" / scene / f"{number}.txt", pose)
 
 
 def write_intrinsics(
     path: str | Path,  # <root>/2D/intrinsics.txt or <root>/2D/intrinsic/<scene>.txt
-    K: np.ndarray,  # [3 3] our convention
+    K: Float[np.ndarray, "3 3"],  # our convention
 ) -> None:
     "K as ScanNet writes it: 4 x 4, pixel centres on whole numbers."
     full = np.eye(4)
     full[:3, :3] = K
     full[:2, 2] -= 0.5
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(" ".join(repr(float(x)) for x in row) for row in full) + "\n")
+    _write_matrix(Path(path), full)
 
 # %% ../../nbs/data/23_scannet.ipynb #fadc579c
-BOX, BLOCK = (
-    np.array([4.0, 5.0, 2.5]),
-    np.array([[1.4, 1.8, 0.0], [2.4, 3.0, 0.8]]),
-)  # metres: the room, and the corners of the block in it
+BOX = np.array([4.0, 5.0, 2.5])  # metres: the room
+BLOCK = np.array([[1.4, 1.8, 0.0], [2.4, 3.0, 0.8]])  # corners of the block in it
 
 
 def trace_box(
-    origin: np.ndarray,  # [3] inside the room, outside the block
-    ray: np.ndarray,  # [... 3]
+    origin: Float[np.ndarray, "3"],  # inside the room, outside the block
+    ray: Float[np.ndarray, "*n 3"],
 ) -> tuple[
-    np.ndarray, np.ndarray
-]:  # [...] in lengths of the ray to the first surface, and whether it is the block
+    Float[np.ndarray, "*n"], Bool[np.ndarray, "*n"]
+]:  # lengths of the ray, and whether it ends on the block
     "Where rays end in the box room."
     with np.errstate(divide="ignore", invalid="ignore"):
         wall = np.nanmin(np.maximum((BOX - origin) / ray, -origin / ray), -1)
         sides = (BLOCK - origin.reshape(1, 3))[:, None] / ray.reshape(-1, 3)
-    near, far = sides.min(0).max(-1).reshape(wall.shape), sides.max(0).min(-1).reshape(wall.shape)
+    near = sides.min(0).max(-1).reshape(wall.shape)
+    far = sides.max(0).min(-1).reshape(wall.shape)
     hit = (near < far) & (near > 0) & (near < wall)
     return np.where(hit, near, wall), hit
 
 
 def box_color(
-    xyz: np.ndarray,  # [... 3] on a surface of the box room
-) -> np.ndarray:  # [... 3] uint8
+    xyz: Float[np.ndarray, "*n 3"],  # on a surface of the box room
+) -> UInt8[np.ndarray, "*n 3"]:
     "Smooth stripes, other ones on each wall."
-    waves = 0.5 + 0.5 * np.sin(
-        np.stack(
-            [
-                2 * xyz[..., 0] + xyz[..., 2],
-                1.5 * xyz[..., 1] - xyz[..., 2],
-                2 * xyz[..., 2] + xyz[..., 0] - xyz[..., 1],
-            ],
-            -1,
-        )
-    )
+    x, y, z = np.moveaxis(xyz, -1, 0)
+    waves = 0.5 + 0.5 * np.sin(np.stack([2 * x + z, 1.5 * y - z, 2 * z + x - y], -1))
     return np.round(40 + 200 * waves).astype(np.uint8)
 
 
 def box_cameras(
     n: int,
-) -> np.ndarray:  # [n 4 4] camera to world
-    "A walk once around the block, looking across it and a little down."
-    turn = np.linspace(0, 2 * np.pi, n, endpoint=False)
+) -> Float[np.ndarray, "n 4 4"]:  # camera to world
+    "A walk once around the block, with the block in view and a little down."
+    angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
     eye = np.stack(
-        [1.9 + 1.5 * np.cos(turn), 2.4 + 1.9 * np.sin(turn), 1.5 + 0.2 * np.sin(3 * turn)], 1
+        [1.9 + 1.5 * np.cos(angle), 2.4 + 1.9 * np.sin(angle), 1.5 + 0.2 * np.sin(3 * angle)], 1
     )
     z = np.array([1.9, 2.4, 0.9]) - eye
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     x = np.cross(z, [0, 0, 1.0])
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     pose = np.tile(np.eye(4), (n, 1, 1))
-    pose[:, :3, 0], pose[:, :3, 1], pose[:, :3, 2], pose[:, :3, 3] = x, np.cross(z, x), z, eye
+    pose[:, :3] = np.stack([x, np.cross(z, x), z, eye], 2)
     return pose
 
 # %% ../../nbs/data/23_scannet.ipynb #6424c152
 def box_cloud(
     spacing: float = 0.05,  # metres between points
 ) -> dict[str, np.ndarray]:  # arrays for `write_cloud`
-    "Points on a grid over the surfaces of the box room, with normals, ScanNet20 labels (wall 0, floor 1, table 6) and instances."
-    parts = []
+    "Points on a grid over the box room, with normals, ScanNet20 labels (wall 0, floor 1, table 6) and instances."
+    faces = []
     for axis in range(3):
         for low, high, facing, block in ((np.zeros(3), BOX, -1, False), (*BLOCK, 1, True)):
             ticks = [np.arange(a + spacing / 2, b, spacing) for a, b in zip(low, high)]
             for side, sign in ((low, -1), (high, 1)):
+                down = axis == 2 and sign < 0
+                if block and down:
+                    continue  # the block stands on the floor
                 ticks[axis] = side[axis : axis + 1]
                 xyz = np.stack(np.meshgrid(*ticks, indexing="ij"), -1).reshape(-1, 3)
-                if block and axis == 2 and sign < 0:
-                    continue  # the block stands on the floor
-                normal = np.zeros_like(xyz)
-                normal[:, axis] = facing * sign
-                label = 6 if block else 1 if axis == 2 and sign < 0 else 0
-                if label == 1:
-                    keep = ~((xyz > BLOCK[0]) & (xyz < BLOCK[1]))[:, :2].all(1)
-                    xyz, normal = xyz[keep], normal[keep]
-                parts.append(
-                    (
-                        xyz,
-                        box_color(xyz),
-                        normal,
-                        np.full(len(xyz), label),
-                        np.full(len(xyz), 0 if block else -1),
-                    )
-                )
-    return dict(
-        zip(("coord", "color", "normal", "segment20", "instance"), map(np.concatenate, zip(*parts)))
-    )
+                if down:
+                    xyz = xyz[~((xyz > BLOCK[0]) & (xyz < BLOCK[1]))[:, :2].all(1)]
+                label = 6 if block else int(down)
+                normal = facing * sign * np.eye(3)[axis] + 0.0  # no negative zeros
+                faces.append((xyz, normal, label, block - 1))
+    counts = [len(face[0]) for face in faces]
+    xyz = np.concatenate([face[0] for face in faces])
+    normal, label, instance = (np.repeat([face[k] for face in faces], counts, 0) for k in (1, 2, 3))
+    return dict(coord=xyz, color=box_color(xyz), normal=normal, segment20=label, instance=instance)
 
 
 def box_frame(
-    pose: np.ndarray,  # [4 4] camera to world
-    K: np.ndarray,  # [3 3] our convention
+    pose: Float[np.ndarray, "4 4"],  # camera to world
+    K: Float[np.ndarray, "3 3"],  # our convention
     hw: tuple[int, int],
 ) -> tuple[
-    np.ndarray, np.ndarray
-]:  # colour [h w 3] uint8, depth [h w] metres, exact at pixel centres
+    UInt8[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]
+]:  # colour; depth in metres, exact at pixel centres
     "What a camera sees in the box room."
     v, u = np.meshgrid(np.arange(hw[0]) + 0.5, np.arange(hw[1]) + 0.5, indexing="ij")
     ray = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(K).T @ pose[:3, :3].T
@@ -324,7 +333,7 @@ def write_box_rooms(
     root: str | Path,
     *,
     rooms: dict[str, str]
-    | None = None,  # scene -> split; None means two rooms for training and one to validate
+    | None = None,  # scene -> split; None: two rooms for training, one to validate
     n_frames: int = 24,
     hw: tuple[int, int] = (240, 320),  # of the stored frames
     step: int = 20,  # between the numbers of frames, as in a film that was thinned out
@@ -333,22 +342,58 @@ def write_box_rooms(
     "Box rooms in ScanNet's layout: for tests and for pages that must run without any data."
     root, K = Path(root), standard_intrinsics(hw)
     write_intrinsics(root / "2D" / "intrinsics.txt", K)
-    for scene, split in (
-        rooms or dict(box0000_00="train", box0001_00="train", box0002_00="val")
-    ).items():
+    rooms = rooms or dict(box0000_00="train", box0001_00="train", box0002_00="val")
+    for scene, split in rooms.items():
         write_cloud(root, split, scene, **box_cloud(spacing))
         for n, pose in enumerate(box_cameras(n_frames)):
             color, depth = box_frame(pose, K, hw)
             write_frame(root, scene, n * step, color, np.round(depth * 1000), pose)
     return root
 
-# %% ../../nbs/data/23_scannet.ipynb #30b9f3ee
-class Frame(NamedTuple):
-    "One view of a room."
+# %% ../../nbs/data/23_scannet.ipynb #9aaa02b5
+@dataclass(frozen=True)
+class LabelSet:
+    "Names of the labels 0 .. K - 1."
 
-    color: np.ndarray  # [h w 3] uint8
-    depth: np.ndarray  # [h w] float32 metres along z, 0 = missing
-    pose: np.ndarray  # [4 4] float64 camera to world, OpenCV axes
+    names: list[str]
+    ids: list[int]  # number of each class in ScanNet's own files
+    groups: dict[str, list[int]]  # head, common, tail -> classes; empty for 20 classes
+    skip: tuple[int, ...]  # wall and floor: classes without instances
+    val: list[int]  # classes that occur in the validation scenes
+
+
+def scannet_labels(
+    classes: int = 20,  # or 200
+) -> LabelSet:
+    """The label names of ScanNet20 or ScanNet200, from the committed table.
+
+    Raises: ValueError for another number."""
+    if classes not in (20, 200):
+        raise ValueError(f"classes: expected 20 or 200, got {classes!r}")
+    with open(data_dir() / "scannet_classes.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["set"]) == classes]
+
+    def having(key, value):
+        return [k for k, row in enumerate(rows) if row[key] == value]
+
+    groups = ("head", "common", "tail") if classes == 200 else ()
+    return LabelSet(
+        names=[row["name"] for row in rows],
+        ids=[int(row["id"]) for row in rows],
+        groups={group: having("group", group) for group in groups},
+        skip=tuple(k for k, row in enumerate(rows) if row["name"] in ("wall", "floor")),
+        val=having("val", "1"),
+    )
+
+# %% ../../nbs/data/23_scannet.ipynb #30b9f3ee
+SCANNET = Layout(
+    "ScanNet",
+    "<root>/{train,val,test}/<scene>/coord.npy with frames in <root>/2D",
+    "www.scan-net.org, then Pointcept's preprocess_scannet.py or unipre3d.data.scannet.convert_scans",
+)
+FRAME_FILES = dict(
+    color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)
+)  # of N.jpg and N.png the first counts
 
 
 class _Skip(Exception):
@@ -356,176 +401,100 @@ class _Skip(Exception):
 
 
 @dataclass(frozen=True)
-class _Scene:
-    numbers: tuple[int, ...]  # frames that can be used
-    poses: np.ndarray  # [f 4 4] camera to world
-    K: np.ndarray  # [3 3] for the size wanted
+class _Film:
+    numbers: list[int]  # frames that can be used
+    world_to_cam: Float[np.ndarray, "f 4 4"]
+    K: Float[np.ndarray, "3 3"]  # for the size wanted
     files: dict[int, dict[str, str]]  # number -> kind -> path
 
 
-def as_posed_views(
-    color: np.ndarray,  # [v h w 3] uint8, or float 0..1
-    depth: np.ndarray,  # [v h w] metres
-    cam_to_world: np.ndarray,  # [v 4 4]
-    K: np.ndarray,  # [v 3 3]
-    batch: np.ndarray,  # [v] which cloud each view shows
-) -> ViewBatch:
-    "Frames as tensors."
-    rgb = torch.from_numpy(np.ascontiguousarray(color.transpose(0, 3, 1, 2)))
-    pose = torch.from_numpy(np.linalg.inv(cam_to_world).astype(np.float32).reshape(-1, 4, 4))
-    camera = CameraBatch(
-        pose,
-        torch.from_numpy(K.astype(np.float32)),
-        tuple(depth.shape[-2:]),
-        torch.from_numpy(batch),
-    )
-    return ViewBatch(
-        camera,
-        rgb.float() / 255 if rgb.dtype == torch.uint8 else rgb,
-        torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32)),
-        None,
-    )
+class ScanNetFrames(RoomReader):
+    """Rooms in ScanNet's preprocessed layout: clouds, perhaps labels, and posed frames with depth.
 
+    Raises: FileNotFoundError or ValueError that name the file, at once or when it is read."""
 
-class ScanNetFrames:
-    "Rooms in ScanNet's preprocessed layout: clouds with labels, and posed frames with depth, read when they are asked for."
+    layout, pattern, columns = SCANNET, "*/*/*.npy", COLUMNS
+    limits = dict(segment20=20, segment200=200)
 
     def __init__(
         self,
         root: str | Path,  # folder or zip
         *,
         split: str,  # "train", "val" or "test"
+        labels: int
+        | None = None,  # 20 or 200 classes as `segment`, with `instance`; None reads no labels
         hw: tuple[int, int] = (120, 160),  # height and width that frames are scaled to
         scenes: list[str] | None = None,  # which ones; None means all of the split
-        intrinsics: str = "files",  # or "standard": 577.870605 at 640 x 480, for data without intrinsics of its own
+        intrinsics: str = "files",  # or "standard": 577.870605 at 640 x 480, for data without a K of its own
         resample: str = "box",  # of colour; "bicubic" as the released reader does
         depth_scale: float = 1000.0,  # stored units of depth in a metre
         min_depth: float = 0.05,  # metres; depth up to here counts as missing (the released code's bound)
         cache_bytes: int = 2**28,  # bound on what is kept decoded, in each process
     ):
-        for name, value, known in (
-            ("intrinsics", intrinsics, ("files", "standard")),
-            ("resample", resample, ("box", "bicubic")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
+        if intrinsics not in ("files", "standard"):
+            raise ValueError(f"intrinsics: expected 'files' or 'standard', got {intrinsics!r}")
+        if resample not in ("box", "bicubic"):
+            raise ValueError(f"resample: expected 'box' or 'bicubic', got {resample!r}")
         if len(hw) != 2 or min(hw) < 1:
             raise ValueError(f"hw: expected a height and a width of at least 1 pixel, got {hw}")
         if depth_scale <= 0:
             raise ValueError(
                 f"depth_scale: expected stored units in a metre, above 0, got {depth_scale}"
             )
-        self.root, self.split, self.hw, self.kind, self.resample = (
-            Path(root),
-            split,
-            tuple(hw),
-            intrinsics,
-            resample,
-        )
-        self.depth_scale, self.min_depth, self.cache = depth_scale, min_depth, Cache(cache_bytes)
+        super().__init__(root, cache_bytes)
+        self.split = split
+        self.hw = tuple(hw)
+        self.intrinsics = intrinsics
+        self.resample = resample
+        self.depth_scale = depth_scale
+        self.min_depth = min_depth
+        self.classes = scannet_labels(labels).names if labels else []
+        self.segment = f"segment{labels}" if labels else None
         self.skipped = Counter()  # reason -> frames, in this process
-        self._known, self._said = {}, set()
-        self.scenes = self._find_scenes()
-        if scenes is not None:
-            if unknown := sorted(set(scenes) - set(self.scenes)):
-                raise ValueError(
-                    f"scenes: expected some of the {len(self.scenes)} scenes in {self.root / split}, got {unknown[0]!r}"
-                )
-            self.scenes = list(scenes)
+        self._films = {}
+        self._reported = set()
+        found = self._find_scenes()
+        unknown = sorted(set(scenes or ()) - set(found))
+        if unknown:
+            raise ValueError(
+                "scenes: "
+                f"expected some of the {len(found)} scenes in {self.root / split}"
+                f", got {unknown[0]!r}"
+            )
+        self.scenes = found if scenes is None else list(scenes)
 
     # -- where things are
     def _find_scenes(self):
         if not self.root.exists():
             raise FileNotFoundError(
-                f"{self.root}: expected ScanNet as <root>/{{train,val,test}}/<scene>/coord.npy with frames in <root>/2D, found nothing there; request it at www.scan-net.org and preprocess it as Pointcept does, or convert raw scans with convert_scans"
+                f"{self.root}: expected ScanNet as {SCANNET.tree}, found nothing there; get it from {SCANNET.source}"
             )
         self.store = Store(self.root)
-        found = sorted(
-            n for n in self.store.names(self.split) if self.store.names(f"{self.split}/{n}")
-        )
+        names = self.store.names(self.split)
+        found = sorted(name for name in names if self.store.names(f"{self.split}/{name}"))
         if not found:
+            holds = ", ".join(sorted(self.store.names())[:6]) or "nothing"
             raise FileNotFoundError(
-                f"{self.root / self.split}: expected one folder a scene with coord.npy, found none; {self.root} holds {', '.join(sorted(self.store.names())[:6]) or 'nothing'}"
+                f"{self.root / self.split}: "
+                "expected one folder a scene with coord.npy, found none"
+                f"; {self.root} holds {holds}"
             )
         return found
 
-    def _load(self, i, name):
-        path = f"{self.split}/{self.scenes[i]}/{name}.npy"
-        if not self.store.has(path):
-            raise FileNotFoundError(
-                f"{self.root / path}: expected this file ({name} of each point), found none; leave out the features or labels that need it"
-            )
-        try:
-            return np.load(io.BytesIO(self.store.read(path)), allow_pickle=False)
-        except (ValueError, EOFError) as problem:
-            raise ValueError(
-                f"{self.root / path}: expected a numpy array, found a file that does not load ({str(problem).splitlines()[0]})"
-            ) from None
-
-    def _partners(self, i):
+    def _frame_files(self, i):
         "{number: {kind: path}} of all frames."
         found = {}
-        for kind, suffixes in dict(color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)).items():
-            names = self.store.names(f"2D/{kind}/{self.scenes[i]}")
+        for kind, suffixes in FRAME_FILES.items():
+            folder = f"2D/{kind}/{self.scenes[i]}"
+            names = self.store.names(folder)
             if not names:
                 raise FileNotFoundError(
-                    f"{self.root / '2D' / kind / self.scenes[i]}: expected the scene's frames N{suffixes[0]}, found none"
+                    f"{self.root / folder}: expected the scene's frames N{suffixes[0]}, found none"
                 )
-            for path in map(
-                Path, sorted(names, reverse=True)
-            ):  # of N.jpg and N.png the first counts
+            for path in map(Path, sorted(names, reverse=True)):
                 if path.suffix in suffixes and path.stem.isdecimal():
-                    found.setdefault(int(path.stem), {})[kind] = (
-                        f"2D/{kind}/{self.scenes[i]}/{path.name}"
-                    )
+                    found.setdefault(int(path.stem), {})[kind] = f"{folder}/{path.name}"
         return found
-
-    def _pose(self, files):
-        "The pose of a frame that has all its files."
-        if lack := sorted({"color", "depth", "pose"} - set(files)):
-            raise _Skip(f"no {lack[0]} file")
-        try:
-            return read_pose(
-                self.store.read(files["pose"]).decode("utf8", "replace"), files["pose"]
-            )
-        except ValueError as problem:
-            raise _Skip(
-                "pose is not finite"
-                if "finite numbers" in str(problem)
-                else "pose is not a rigid 4 x 4 matrix"
-            ) from None
-
-    def _size(self, kind, path):
-        "Stored size of an image; its pixels are decoded only if it looks broken or empty."
-        try:
-            with self.store.open(path) as file:
-                size, mode, doubtful = glance(
-                    file, ("JPEG", "PNG") if kind == "color" else ("PNG",), str(self.root / path)
-                )
-            pixels = (
-                self._pixels(kind, path)
-                if doubtful or (kind == "depth" and not mode.startswith("I"))
-                else None
-            )
-        except TypeError as problem:
-            raise ValueError(str(problem)) from None
-        except ValueError:
-            raise _Skip(f"{kind} does not decode") from None
-        if (
-            kind == "depth"
-            and pixels is not None
-            and not (pixels > self.min_depth * self.depth_scale).any()
-        ):
-            raise _Skip("depth is empty")
-        return size
-
-    def _pixels(self, kind, path):
-        "A colour or depth image, decoded."
-        if kind == "color":
-            return read_color(self.store.read(path), self.hw, self.resample, str(self.root / path))[
-                0
-            ]
-        return read_depth(self.store.read(path), self.hw, str(self.root / path))[0]
 
     def _stored_intrinsics(self, i, size):
         scene = self.scenes[i]
@@ -537,211 +506,160 @@ class ScanNetFrames:
         )
         for path in places:
             if self.store.has(path):
-                return read_intrinsics(
-                    self.store.read(path).decode("utf8", "replace"), size, str(self.root / path)
-                )
-        raise FileNotFoundError(
-            f"{self.root / places[-1]}: expected intrinsics there, in {places[0]} or in {places[2]}, found none; pass --intrinsics standard for ScanNet's usual focal length, or write {places[-1].split('/')[-1]}: {' '.join(f'{x:.6g}' for x in (standard_intrinsics(size) - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]).ravel())}"
+                return read_intrinsics(self.store.text(path), size, str(self.root / path))
+        usual = standard_intrinsics(size) - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
+        expected = f"expected intrinsics there, in {places[0]} or in {places[2]}, found none"
+        hint = (
+            "pass --intrinsics standard for ScanNet's usual focal length, or write intrinsics.txt"
         )
+        numbers = " ".join(f"{x:.6g}" for x in usual.ravel())
+        raise FileNotFoundError(f"{self.root / places[-1]}: {expected}; {hint}: {numbers}")
 
-    # -- what users ask for
-    def __len__(self):
-        return len(self.scenes)
+    # -- which frames can be used
+    def _pose(self, files):
+        "The pose of a frame that has all its files."
+        lack = sorted(set(FRAME_FILES) - set(files))
+        if lack:
+            raise _Skip(f"no {lack[0]} file")
+        try:
+            return read_pose(self.store.text(files["pose"]), files["pose"])
+        except ValueError as problem:
+            finite = "finite" if "finite numbers" in str(problem) else "a rigid 4 x 4 matrix"
+            raise _Skip(f"pose is not {finite}") from None
 
-    def fingerprint(self) -> str:
-        "Hash of the archive's bytes, or of the names and sizes of all clouds' files."
-        return data_hash(self.root, "*/*/*.npy")
+    def _pixels(self, kind, path):
+        "A colour or depth image, decoded."
+        if kind == "color":
+            return read_color(self.store.read(path), self.hw, self.resample, str(self.root / path))
+        return read_depth(self.store.read(path), self.hw, str(self.root / path))
 
-    def scene(self, i: int) -> str:
-        "Name of a scene."
-        return self.scenes[i]
+    def _size(self, kind, path):
+        "Stored size of an image; its pixels are decoded only if it seems broken or empty."
+        formats = ("JPEG", "PNG") if kind == "color" else ("PNG",)
+        try:
+            with self.store.open(path) as file:
+                header = read_header(file, formats, str(self.root / path))
+            wrong_kind = kind == "depth" and not header.mode.startswith("I")
+            pixels = self._pixels(kind, path) if header.doubtful or wrong_kind else None
+        except TypeError as problem:
+            raise ValueError(str(problem)) from None
+        except ValueError:
+            raise _Skip(f"{kind} does not decode") from None
+        if kind == "depth" and pixels is not None and not self._metres(pixels).any():
+            raise _Skip("depth is empty")
+        return header.hw
 
-    def has(self, i: int, name: str) -> bool:
-        "Whether a scene's cloud has `color`, `normal`, `segment20`, `segment200` or `instance`."
-        return self.store.has(f"{self.split}/{self.scenes[i]}/{name}.npy")
+    def _metres(self, depth):
+        known = depth > self.min_depth * self.depth_scale
+        return np.where(known, depth / np.float32(self.depth_scale), np.float32(0))
 
-    def array(self, i: int, name: str) -> np.ndarray:
-        "One array of a scene's cloud, checked: coord [n 3] float32 metres, color [n 3] uint8, normal [n 3] float32; labels [n], -1 = none."
-        return self.cache.get((name, i), lambda: self._check(i, name, self._load(i, name)))
-
-    def _check(self, i, name, rows):
-        where, n = (
-            self.root / self.split / self.scenes[i] / f"{name}.npy",
-            None if name == "coord" else len(self.array(i, "coord")),
-        )
-        if not CLOUD[name] and rows.ndim == 2 and rows.shape[1] == 1:
-            rows = rows[:, 0]
-        want = ["n" if n is None else n] + [CLOUD[name]] * bool(CLOUD[name])
-        if rows.ndim != len(want) or list(rows.shape[1:]) != want[1:] or n not in (None, len(rows)):
-            raise ValueError(
-                f"{where}: expected an array [{' '.join(map(str, want))}]{' as in coord.npy' if n else ''}, found {list(rows.shape)}"
-            )
-        if not len(rows):
-            raise ValueError(f"{where}: expected at least one point, found an empty cloud")
-        if rows.dtype.kind not in ("f", "i", "u") or (
-            rows.dtype.kind == "f" and not np.isfinite(rows).all()
-        ):
-            raise ValueError(
-                f"{where}: expected finite numbers, found {f'{int((~np.isfinite(rows)).sum())} that are not' if rows.dtype.kind == 'f' else rows.dtype}"
-            )
-        if name == "color" and (rows.min() < 0 or rows.max() > 255):
-            raise ValueError(
-                f"{where}: expected colours in 0..255, found {rows.min()}..{rows.max()}"
-            )
-        if name == "color" and rows.dtype.kind == "f":
-            if rows.max() <= 1 and (rows % 1).any():
-                raise ValueError(
-                    f"{where}: expected colours in 0..255, found fractions up to {rows.max():.3g}; multiply by 255"
-                )
-            rows = np.round(rows)
-        return np.ascontiguousarray(
-            rows,
-            dtype=dict(coord=np.float32, normal=np.float32, color=np.uint8).get(name, np.int32),
-        )
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "All arrays of a scene's cloud by name: `xyz` always, the others where the files are there."
-        return dict(xyz=self.array(i, "coord")) | {
-            name: self.array(i, name) for name in CLOUD if name != "coord" and self.has(i, name)
-        }
-
-    def _usable(self, partners, reasons):
-        "The frames that can be used, one after another: number, pose, stored size of depth; why the others cannot is counted."
+    def _usable(self, files, reasons) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
+        "Frames that can be used: number, pose, stored size of depth. Why others cannot is counted."
         size = None
-        for number, files in sorted(partners.items()):
+        for number, own in sorted(files.items()):
             try:
-                pose, color, depth = (
-                    self._pose(files),
-                    self._size("color", files["color"]),
-                    self._size("depth", files["depth"]),
-                )
+                pose = self._pose(own)
+                color = self._size("color", own["color"])
+                depth = self._size("depth", own["depth"])
             except _Skip as reason:
                 reasons[str(reason)] += 1
                 continue
+            expected = None
             if abs(color[0] * depth[1] / (color[1] * depth[0]) - 1) > 0.01:
+                expected = f"with the proportions of its colour image ({color[1]} x {color[0]})"
+            elif size not in (None, depth):
+                expected = f"of {size[1]} x {size[0]} as in the scene's other frames"
+            if expected:
                 raise ValueError(
-                    f"{self.root / files['depth']}: expected depth with the proportions of its colour image ({color[1]} x {color[0]}), found {depth[1]} x {depth[0]}"
-                )
-            if size not in (None, depth):
-                raise ValueError(
-                    f"{self.root / files['depth']}: expected depth of {size[1]} x {size[0]} as in the scene's other frames, found {depth[1]} x {depth[0]}"
+                    f"{self.root / own['depth']}: expected depth {expected}, "
+                    f"found {depth[1]} x {depth[0]}"
                 )
             size = depth
             yield number, pose, size
 
-    def _look(self, i):
-        "Look at all frames of a scene."
-        reasons, partners = Counter(), self._partners(i)
-        numbers, poses, sizes = (
-            zip(*found) if (found := list(self._usable(partners, reasons))) else ((), (), None)
-        )
-        self._report(i, reasons)
-        K = (
-            np.eye(3)
-            if sizes is None
-            else standard_intrinsics(self.hw)
-            if self.kind == "standard"
-            else scale_intrinsics(self._stored_intrinsics(i, sizes[0]), sizes[0], self.hw)
-        )
-        return _Scene(
-            numbers,
-            np.array(poses).reshape(-1, 4, 4),
-            K,
-            {number: partners[number] for number in numbers},
-        )
+    def _film(self, i) -> _Film:
+        "A scene's frames, checked at the first call."
+        if i not in self._films:
+            reasons, files = Counter(), self._frame_files(i)
+            usable = list(self._usable(files, reasons))
+            self._report(i, reasons)
+            numbers = [number for number, _, _ in usable]
+            poses = np.array([pose for _, pose, _ in usable]).reshape(-1, 4, 4)
+            K = standard_intrinsics(self.hw)
+            if usable and self.intrinsics == "files":
+                size = usable[0][2]
+                K = scale_intrinsics(self._stored_intrinsics(i, size), size, self.hw)
+            own = {number: files[number] for number in numbers}
+            self._films[i] = _Film(numbers, np.linalg.inv(poses), K, own)
+        return self._films[i]
 
     def _report(self, i, reasons):
         self.skipped.update(reasons)
         for reason, count in reasons.items():
-            if reason not in self._said:
-                warnings.warn(
-                    f"{self.root}: {self.scenes[i]}: skipped {count} frames: {reason}; further ones are counted in .skipped",
-                    stacklevel=4,
-                )
-            self._said.add(reason)
+            if reason not in self._reported:
+                skipped = f"skipped {count} frames: {reason}; further ones are counted in .skipped"
+                warnings.warn(f"{self.root}: {self.scenes[i]}: {skipped}", stacklevel=4)
+            self._reported.add(reason)
 
-    def _seen(self, i) -> _Scene:
-        if i not in self._known:
-            self._known[i] = self._look(i)
-        return self._known[i]
+    # -- the protocol
+    def __len__(self):
+        return len(self.scenes)
+
+    def name(self, i: int) -> str:
+        "Name of a scene."
+        return self.scenes[i]
+
+    def label(self, i: int) -> None:
+        "A room has no class."
+
+    def folder(self, i: int) -> str:
+        "`<split>/<scene>`."
+        return f"{self.split}/{self.scenes[i]}"
 
     def frames(self, i: int) -> list[int]:
         "Numbers of a scene's frames that can be used, in order."
-        return list(self._seen(i).numbers)
+        return list(self._film(i).numbers)
 
-    def has_frames(self, i: int, least: int) -> bool:
-        "Whether a scene has so many frames that can be used; looks no further than that."
-        if (
-            i not in self._known
-            and len(list(islice(self._usable(self._partners(i), Counter()), least))) == least
-        ):
-            return True
-        return len(self.frames(i)) >= least
+    def has_frames(self, i: int, count: int) -> bool:
+        "Whether a scene has so many frames that can be used; checks no more than that."
+        if i in self._films:
+            return len(self._films[i].numbers) >= count
+        some = islice(self._usable(self._frame_files(i), Counter()), count)
+        return len(list(some)) == count or len(self.frames(i)) >= count
 
-    def only(self, scenes: list[str]) -> ScanNetFrames:
-        "The same reader with some of its scenes."
-        other = copy.copy(self)
-        other.scenes, other.cache, other._known, other._said, other.skipped = (
-            list(scenes),
-            Cache(self.cache.limit),
-            {},
-            set(self._said),
-            Counter(self.skipped),
-        )
-        return other
+    def world_to_cam(self, i: int) -> Float[np.ndarray, "f 4 4"]:
+        "float64, OpenCV axes, of `frames(i)`."
+        return self._film(i).world_to_cam
 
-    def poses(self, i: int) -> np.ndarray:
-        "[f 4 4] float64 camera to world of `frames(i)`."
-        return self._seen(i).poses
+    def K(self, i: int) -> Float[np.ndarray, "3 3"]:
+        "float64, of a scene's frames at the size `hw`."
+        return self._film(i).K
 
-    def intrinsics(self, i: int) -> np.ndarray:
-        "[3 3] float64 K of a scene's frames at the size `hw`."
-        return self._seen(i).K
-
-    def view(self, i: int, frame: int) -> Frame:
-        "Colour, depth in metres and pose of one frame, by its number in `frames(i)`."
-        seen = self._seen(i)
-        if frame not in seen.numbers:
+    def view(self, i: int, frame: int) -> View:
+        "Colour and depth of one frame, by its number in `frames(i)`."
+        film = self._film(i)
+        if frame not in film.files:
             raise ValueError(
-                f"frame: expected one of the {len(seen.numbers)} usable frames of {self.scenes[i]}, got {frame}"
+                "frame: expected one of "
+                f"the {len(film.numbers)} usable frames of {self.scenes[i]}"
+                f", got {frame}"
             )
+
+        def pixels(kind):
+            return self.cache.get(
+                (kind, i, frame), lambda: self._pixels(kind, film.files[frame][kind])
+            )
+
         try:
-            color, depth = (
-                self.cache.get(
-                    (kind, i, frame), lambda: self._pixels(kind, seen.files[frame][kind])
-                )
-                for kind in ("color", "depth")
-            )
+            return View(pixels("color"), self._metres(pixels("depth")))
         except (ValueError, TypeError) as problem:
             raise ValueError(f"{problem}; without this file its frame is skipped") from None
-        metres = np.where(
-            depth > self.min_depth * self.depth_scale,
-            depth / np.float32(self.depth_scale),
-            np.float32(0),
-        )
-        return Frame(color, metres, seen.poses[seen.numbers.index(frame)])
-
-    def views(self, i: int, which: Iterable[int] | None = None) -> ViewBatch:
-        "Some frames of a scene (None: all) in the order asked, in the world of the files, with `batch` 0."
-        which = self.frames(i) if which is None else list(which)
-        if not which:
-            raise ValueError(
-                f"{self.root / '2D'}: {self.scenes[i]}: expected at least one frame to show, found {len(self.frames(i))} usable ones"
-            )
-        color, depth, pose = map(np.stack, zip(*(self.view(i, k) for k in which)))
-        return as_posed_views(
-            color,
-            depth,
-            pose,
-            np.tile(self.intrinsics(i), (len(which), 1, 1)),
-            np.zeros(len(which), dtype=np.int64),
-        )
 
 # %% ../../nbs/data/23_scannet.ipynb #1cd63eac
 class SensHeader(NamedTuple):
     "What stands at the beginning of a `.sens` file."
 
-    intrinsics: np.ndarray  # [3 3] of the depth camera, our convention
+    intrinsics: Float[np.ndarray, "3 3"]  # of the depth camera, our convention
     color_hw: tuple[int, int]  # stored sizes
     depth_hw: tuple[int, int]
     depth_scale: float  # stored units of depth in a metre
@@ -760,125 +678,120 @@ def _take(file, form: str, name: str) -> tuple:
 
 
 def read_sens_header(
-    file,  # a .sens file, opened in binary
+    file: io.BufferedIOBase,  # a .sens file
     name: str = "sens",  # the file, for messages
 ) -> SensHeader:
-    "The header; the file then stands at the first frame."
+    """The header; the file then stands at the first frame.
+
+    Raises: ValueError for another format or a damaged file."""
     (version,) = _take(file, "I", name)
     if version != 4:
         raise ValueError(
-            f"{name}: expected version 4 of the .sens format, found {version}; is it a ScanNet v2 file?"
+            f"{name}: expected version 4 of the .sens format"
+            f", found {version}; is it a ScanNet v2 file?"
         )
     (length,) = _take(file, "Q", name)
     if length > 4096:
         raise ValueError(
-            f"{name}: expected a sensor's name of a few letters, found a length of {length}; the file is damaged"
+            f"{name}: expected a sensor's name of a few letters"
+            f", found a length of {length}; the file is damaged"
         )
     _take(file, f"{length}s", name)
-    matrices = np.array(_take(file, "64f", name), dtype=np.float64).reshape(
-        4, 4, 4
-    )  # K and extrinsics of colour, then of depth
-    color_kind, depth_kind = _take(file, "2i", name)
-    if (color_kind, depth_kind) != (2, 1):
+    matrices = _take(file, "64f", name)  # K and extrinsics of colour, then of depth, 4 x 4 each
+    kinds = _take(file, "2i", name)
+    if kinds != (2, 1):
         raise ValueError(
-            f"{name}: expected JPEG colour and zlib depth (kinds 2 and 1), found {color_kind} and {depth_kind}"
+            f"{name}: expected JPEG colour and zlib depth (kinds 2 and 1)"
+            f", found {kinds[0]} and {kinds[1]}"
         )
     color_w, color_h, depth_w, depth_h = _take(file, "4I", name)
     (scale,) = _take(file, "f", name)
     (count,) = _take(file, "Q", name)
     if not (depth_w and depth_h and 0 < scale < float("inf")):
         raise ValueError(
-            f"{name}: expected a size and units of depth above 0, found {depth_w} x {depth_h} and {scale:g} a metre"
+            f"{name}: expected a size and units of depth above 0, "
+            f"found {depth_w} x {depth_h} and {scale:g} a metre"
         )
-    K = read_intrinsics(" ".join(map(repr, matrices[2].ravel().tolist())), (depth_h, depth_w), name)
-    return SensHeader(K, (color_h, color_w), (depth_h, depth_w), float(scale), count)
+    K = read_intrinsics(" ".join(map(repr, matrices[32:48])), (depth_h, depth_w), name)
+    return SensHeader(K, (color_h, color_w), (depth_h, depth_w), scale, count)
 
 
 def read_sens_frames(
-    file,  # a .sens file that stands at its first frame
+    file: io.BufferedIOBase,  # a .sens file that stands at its first frame
     header: SensHeader,
     every: int = 20,  # frames of the film for one that is given
     name: str = "sens",  # the file, for messages
 ) -> Iterator[
-    tuple[int, bytes, np.ndarray, np.ndarray]
-]:  # number, JPEG, depth [h w] uint16, camera to world [4 4]
-    "One frame of each `every`; what is skipped is not decoded."
+    tuple[int, bytes, UInt16[np.ndarray, "h w"], Float[np.ndarray, "4 4"]]
+]:  # number, JPEG, depth, camera to world
+    """One frame of each `every`; what is skipped is not decoded.
+
+    Raises: ValueError that names the damaged frame."""
     if every < 1:
         raise ValueError(f"every: expected at least 1, got {every}")
     for number in range(header.frames):
-        *pose, _, _, color_bytes, depth_bytes = _take(file, "16f4Q", f"{name}, frame {number}")
-        if color_bytes + depth_bytes > 2**28:
+        here = f"{name}, frame {number}"
+        *pose, _, _, color_bytes, depth_bytes = _take(file, "16f4Q", here)
+        length = color_bytes + depth_bytes
+        if length > 2**28:
             raise ValueError(
-                f"{name}, frame {number}: expected images of less than 256 MB, found a length of {color_bytes + depth_bytes}; the file is damaged"
+                f"{here}: expected images of less than 256 MB"
+                f", found a length of {length}; the file is damaged"
             )
         if number % every:
-            file.seek(color_bytes + depth_bytes, 1)
+            file.seek(length, 1)
             continue
         color, packed = file.read(color_bytes), file.read(depth_bytes)
         if len(packed) < depth_bytes:
             raise ValueError(
-                f"{name}, frame {number}: expected {color_bytes + depth_bytes} bytes of images, found {len(color) + len(packed)}; the file is cut off"
+                f"{here}: expected {length} bytes of images, "
+                f"found {len(color) + len(packed)}; the file is cut off"
             )
         try:
             depth = np.frombuffer(zlib.decompress(packed), dtype="<u2").reshape(header.depth_hw)
         except (zlib.error, ValueError) as problem:
             raise ValueError(
-                f"{name}, frame {number}: expected depth of {header.depth_hw[1]} x {header.depth_hw[0]}, found bytes that do not unpack to it ({problem})"
+                f"{here}: "
+                f"expected depth of {header.depth_hw[1]} x {header.depth_hw[0]}, "
+                f"found bytes that do not unpack to it ({problem})"
             ) from None
         yield number, color, depth, np.array(pose).reshape(4, 4)
 
 # %% ../../nbs/data/23_scannet.ipynb #559c1c0b
-NYU40 = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-    11,
-    12,
-    14,
-    16,
-    24,
-    28,
-    33,
-    34,
-    36,
-    39,
-)  # NYU40 number of each of ScanNet's 20 classes
+NYU40 = np.array(
+    [*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39]
+)  # number of each of ScanNet's 20 classes
 
 
 def scannet20(
-    nyu40: np.ndarray,  # [n] NYU40 numbers
-) -> np.ndarray:  # [n] 0..19, -1 for what is not evaluated
+    nyu40: Int[np.ndarray, "n"],  # NYU40 numbers
+) -> Int[np.ndarray, "n"]:  # 0..19, -1 for what is not evaluated
     "ScanNet's 20 classes."
-    table = np.full(max(int(np.max(nyu40, initial=0)), *NYU40) + 1, -1)
-    table[list(NYU40)] = np.arange(20)
+    table = np.full(max(int(np.max(nyu40, initial=0)), 39) + 1, -1)
+    table[NYU40] = np.arange(20)
     return table[nyu40]
 
 
 def vertex_normals(
-    xyz: np.ndarray,  # [n 3]
-    faces: np.ndarray,  # [f 3]
-) -> np.ndarray:  # [n 3] unit; zeros for a vertex without a triangle
+    xyz: Float[np.ndarray, "n 3"],
+    faces: Int[np.ndarray, "f 3"],
+) -> Float[np.ndarray, "n 3"]:  # float32, unit; zeros for a vertex without a triangle
     "Area-weighted mean of the triangles' normals."
-    a, b, c = (xyz[faces[:, k]].astype(np.float64) for k in range(3))
-    area, normal = np.cross(b - a, c - a), np.zeros((len(xyz), 3))
+    a, b, c = xyz[faces.T].astype(np.float64)
+    area = np.cross(b - a, c - a)
+    normal = np.zeros((len(xyz), 3))
     for k in range(3):
         np.add.at(normal, faces[:, k], area)
-    return (normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)).astype(
-        np.float32
-    )
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    return (normal / np.maximum(length, 1e-12)).astype(np.float32)
 
 
 def read_mesh(
     path: str | Path,  # <scene>_vh_clean_2.ply
 ) -> dict[str, np.ndarray]:  # coord [n 3] float32 metres, color [n 3] uint8, normal [n 3] float32
-    "Vertices of a reconstructed mesh."
+    """Vertices of a reconstructed mesh.
+
+    Raises: FileNotFoundError or ValueError unless it has coloured vertices and triangles of them."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: expected the scene's mesh, found no such file")
     try:
@@ -886,67 +799,59 @@ def read_mesh(
         vertex = ply["vertex"]
     except (PlyParseError, KeyError, OSError) as problem:
         raise ValueError(f"{path}: expected a PLY mesh, could not read it ({problem})") from None
-    if lack := {"x", "y", "z", "red", "green", "blue"} - {p.name for p in vertex.properties}:
+    names = [p.name for p in vertex.properties]
+    lack = sorted({"x", "y", "z", "red", "green", "blue"} - set(names))
+    if lack:
+        raise ValueError(f"{path}: expected vertices with {lack[0]}, found {', '.join(names)}")
+    xyz = np.stack([vertex[k] for k in "xyz"], 1, dtype=np.float32)
+    lists = {p.name for p in ply["face"].properties} if "face" in ply else set()
+    lists &= {"vertex_indices", "vertex_index"}
+    if not lists:
         raise ValueError(
-            f"{path}: expected vertices with {sorted(lack)[0]}, found {', '.join(p.name for p in vertex.properties)}"
+            f"{path}: expected triangles (face with vertex_indices), "
+            f"found {', '.join(e.name for e in ply.elements)} only"
         )
-    xyz = np.stack([np.asarray(vertex[k], dtype=np.float32) for k in "xyz"], 1)
-    index = (
-        next(
-            (
-                p.name
-                for p in ply["face"].properties
-                if p.name in ("vertex_indices", "vertex_index")
-            ),
-            None,
-        )
-        if "face" in ply
-        else None
-    )
-    if not index:
-        raise ValueError(
-            f"{path}: expected triangles (face with vertex_indices), found {', '.join(e.name for e in ply.elements)} only"
-        )
-    faces = (
-        np.stack(list(ply["face"][index])) if len(ply["face"].data) else np.zeros((0, 3), dtype=int)
-    )
+    face = ply["face"][lists.pop()]
+    faces = np.stack(list(face)) if len(face) else np.zeros((0, 3), dtype=int)
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(xyz):
         raise ValueError(
-            f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, found {faces.min()}..{faces.max()}"
+            f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, "
+            f"found {faces.min()}..{faces.max()}"
         )
-    return dict(
-        coord=xyz,
-        color=np.stack([np.asarray(vertex[k]) for k in ("red", "green", "blue")], 1),
-        normal=vertex_normals(xyz, faces),
-    )
+    color = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
+    return dict(coord=xyz, color=color, normal=vertex_normals(xyz, faces))
 
 
 def read_categories(
     path: str | Path,  # scannetv2-labels.combined.tsv
 ) -> dict[
     str, tuple[int, int]
-]:  # what annotators wrote -> class among the 20 and among the 200, -1 where it is none of them
-    "ScanNet's table of names."
+]:  # an annotator's word -> class of the 20 and of the 200, -1 = none of them
+    """ScanNet's table of names.
+
+    Raises: FileNotFoundError or ValueError unless it has columns raw_category, id and nyu40id."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{path}: expected ScanNet's table scannetv2-labels.combined.tsv, found no such file"
         )
     with open(path, newline="", encoding="utf8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    if not rows or (lack := {"raw_category", "id", "nyu40id"} - set(rows[0])):
+    columns = rows[0].keys() if rows else {}
+    if not {"raw_category", "id", "nyu40id"} <= set(columns):
+        found = ", ".join(map(str, columns)) or "no rows"
         raise ValueError(
-            f"{path}: expected tab-separated columns raw_category, id and nyu40id, found {', '.join(map(str, rows[0])) if rows else 'no rows'}"
+            f"{path}: expected tab-separated columns raw_category, id and nyu40id, found {found}"
         )
-    with open(data_dir() / "scannet_classes.csv", newline="") as file:
-        by_id = {int(r["id"]): int(r["number"]) for r in csv.DictReader(file) if r["set"] == "200"}
-    number = lambda text: int(text) if text and text.isdigit() else 0
-    return {
-        r["raw_category"]: (
-            int(scannet20(np.array([number(r["nyu40id"])]))[0]),
-            by_id.get(number(r["id"]), -1),
-        )
-        for r in reversed(rows)
-    }  # of a name that stands twice the first row counts
+    by_id = {number: k for k, number in enumerate(scannet_labels(200).ids)}
+
+    def number(text):
+        return int(text) if text and text.isdigit() else 0
+
+    classes = {}
+    for row in reversed(rows):  # of a name that stands twice the first row counts
+        small = scannet20(np.array([number(row["nyu40id"])]))[0]
+        classes[row["raw_category"]] = int(small), by_id.get(number(row["id"]), -1)
+    return classes
 
 
 def read_labels(
@@ -954,72 +859,77 @@ def read_labels(
     scene: str,
     n: int,  # vertices of its mesh
     categories: dict[str, tuple[int, int]]
-    | None = None,  # from `read_categories`: classes come from the names of the instances, of the 200 as well
+    | None = None,  # from `read_categories`: classes by the instances' names
 ) -> dict[
-    str, np.ndarray
-]:  # segment20 and, where the JSON files are there, instance and perhaps segment200; nothing for a scene without labels
-    "Classes and instances of a scene's vertices."
-    folder, found = Path(folder), {}
+    str, Int[np.ndarray, "n"]
+]:  # segment20; with the JSON files instance, and with categories segment200
+    """Classes and instances of a scene's vertices; nothing for a scene without labels.
+
+    Raises: ValueError for a damaged file, or another number of labels than vertices."""
+    found = {}
+    stem = Path(folder) / scene
     labels, groups, segments = (
-        folder / f"{scene}{end}"
+        Path(f"{stem}{end}")
         for end in ("_vh_clean_2.labels.ply", ".aggregation.json", "_vh_clean_2.0.010000.segs.json")
     )
     if labels.is_file():
         try:
-            found["segment20"] = scannet20(
-                np.asarray(PlyData.read(str(labels))["vertex"]["label"]).astype(int)
-            )
+            nyu40 = np.asarray(PlyData.read(str(labels))["vertex"]["label"]).astype(int)
         except (PlyParseError, KeyError, ValueError) as problem:
-            raise ValueError(
-                f"{labels}: expected a PLY file with a label at each vertex, could not read it ({str(problem).splitlines()[0]})"
-            ) from None
+            expected = "expected a PLY file with a label at each vertex"
+            why = str(problem).splitlines()[0]
+            raise ValueError(f"{labels}: {expected}, could not read it ({why})") from None
+        found["segment20"] = scannet20(nyu40)
     if groups.is_file() and segments.is_file():
         try:
-            segment, objects = (
-                np.array(json.loads(segments.read_text())["segIndices"]),
-                json.loads(groups.read_text())["segGroups"],
-            )
+            segment = np.array(json.loads(segments.read_text())["segIndices"])
+            objects = json.loads(groups.read_text())["segGroups"]
         except (ValueError, KeyError) as problem:
             raise ValueError(
-                f"{groups} and {segments.name}: expected JSON with segGroups and segIndices, could not read it ({problem})"
+                f"{groups} and {segments.name}: "
+                "expected JSON with segGroups and segIndices"
+                f", could not read it ({problem})"
             ) from None
-        found |= {
-            name: np.full(len(segment), -1)
-            for name in (
-                "instance",
-                *(("segment20", "segment200") if categories is not None else ()),
-            )
-        }
-        for one in objects:
-            rows = np.isin(segment, one["segments"])
-            found["instance"][rows] = one["objectId"]
-            if categories is not None:
-                found["segment20"][rows], found["segment200"][rows] = categories.get(
-                    one.get("label"), (-1, -1)
-                )
+        found |= _object_labels(segment, objects, categories)
     for name, rows in found.items():
         if len(rows) != n:
             raise ValueError(
-                f"{folder}: expected {n} labels, one a vertex of the mesh, found {len(rows)} for {name}"
+                f"{folder}: expected {n} labels, one a vertex of the mesh"
+                f", found {len(rows)} for {name}"
             )
+    return found
+
+
+def _object_labels(segment, objects, categories):
+    names = ("instance",) if categories is None else ("instance", "segment20", "segment200")
+    found = {name: np.full(len(segment), -1) for name in names}
+    for one in objects:
+        rows = np.isin(segment, one["segments"])
+        numbers = (one["objectId"], *(categories or {}).get(one.get("label"), (-1, -1)))
+        for name, number in zip(names, numbers):
+            found[name][rows] = number
     return found
 
 
 def read_alignment(
     path: str | Path,  # <scene>.txt
-) -> np.ndarray:  # [4 4] float64, from the scanner's world to one whose x and y run along the walls
-    "The line `axisAlignment = ...` of a scene's description."
+) -> Float[
+    np.ndarray, "4 4"
+]:  # float64, from the scanner's world to one whose x and y run along the walls
+    """The line `axisAlignment = ...` of a scene's description.
+
+    Raises: FileNotFoundError or ValueError where it is missing."""
+    hint = "convert without align"
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"{path}: expected the scene's description with axisAlignment, found no such file; convert without align"
+            f"{path}: expected the scene's description with axisAlignment"
+            f", found no such file; {hint}"
         )
-    lines = dict(line.split("=", 1) for line in Path(path).read_text().splitlines() if "=" in line)
-    numbers = {k.strip(): v for k, v in lines.items()}.get("axisAlignment")
-    if numbers is None:
-        raise ValueError(
-            f"{path}: expected a line axisAlignment = 16 numbers, found none; convert without align"
-        )
-    return read_pose(numbers, f"{path}, axisAlignment")
+    for line in Path(path).read_text().splitlines():
+        name, _, numbers = line.partition("=")
+        if name.strip() == "axisAlignment":
+            return read_pose(numbers, f"{path}, axisAlignment")
+    raise ValueError(f"{path}: expected a line axisAlignment = 16 numbers, found none; {hint}")
 
 # %% ../../nbs/data/23_scannet.ipynb #1365fe3e
 def convert_scans(
@@ -1029,43 +939,49 @@ def convert_scans(
     split: str
     | dict[
         str, list[str] | str | Path
-    ],  # one split for all scenes, or the scenes of each split, or its list such as scannetv2_train.txt
+    ],  # of all scenes, or the scenes of each split, or its list such as scannetv2_train.txt
     labels: str
     | Path
-    | None = None,  # scannetv2-labels.combined.tsv: classes from the instances' names, of the 200 as well; None takes the 20 of labels.ply
+    | None = None,  # scannetv2-labels.combined.tsv, also for the 200; None: the 20 of labels.ply
     frames: bool = True,  # False leaves the films out: segmentation needs the clouds alone
     every: int = 20,  # frames of the film for one that is kept
     hw: tuple[int, int] = (240, 320),  # stored size of the frames
-    align: bool = False,  # turn clouds and cameras by the axisAlignment of <scene>.txt; False keeps the scanner's world
+    align: bool = False,  # rotate by the axisAlignment of <scene>.txt; False keeps the scanner's world
     progress: bool = True,  # show a bar
 ) -> Path:
-    "Raw ScanNet scenes into the preprocessed layout; what is there already stays, so keep to one set of options."
+    """Raw ScanNet scenes into the preprocessed layout; what is there already stays, so keep to one set of options.
+
+    Raises: FileNotFoundError or ValueError that name the missing or damaged file."""
     scans, out = Path(scans), Path(out)
     end = ".sens" if frames else "_vh_clean_2.ply"
-    here = (
-        sorted(p.name for p in scans.iterdir() if (p / f"{p.name}{end}").is_file())
-        if scans.is_dir()
-        else []
-    )
+    here = sorted(p.name for p in scans.glob("*") if (p / f"{p.name}{end}").is_file())
     if not here:
+        mesh = " with <scene>_vh_clean_2.ply" if frames else ""
         raise FileNotFoundError(
-            f"{scans}: expected raw scenes as <scene>/<scene>{end}{' with <scene>_vh_clean_2.ply' if frames else ''}, found none; request ScanNet at www.scan-net.org"
+            f"{scans}: expected raw scenes as <scene>/<scene>{end}{mesh}"
+            ", found none; request ScanNet at www.scan-net.org"
         )
-    wanted = (
-        {s: split for s in here}
-        if isinstance(split, str)
-        else {s: name for name, scenes in split.items() for s in _listed(scenes)}
-    )
-    categories = None if labels is None else read_categories(labels)
-    if lack := sorted(set(wanted) - set(here)):
+    split = {split: here} if isinstance(split, str) else split
+    wanted = {scene: name for name, scenes in split.items() for scene in _listed(scenes)}
+    lack = sorted(set(wanted) - set(here))
+    if lack:
         raise FileNotFoundError(
             f"{scans / lack[0]}: expected a raw scene, which the split names, found none"
         )
+    categories = None if labels is None else read_categories(labels)
     for scene, part in tqdm(sorted(wanted.items()), desc="converting scans", disable=not progress):
-        if not (out / part / scene / "coord.npy").is_file():
-            _convert_scan(
-                scans / scene, out, scene, part, categories, every if frames else None, hw, align
-            )
+        if (out / part / scene / "coord.npy").is_file():
+            continue  # frames come first and the cloud last: it is complete
+        folder = scans / scene
+        cloud = read_mesh(folder / f"{scene}_vh_clean_2.ply")
+        cloud |= read_labels(folder, scene, len(cloud["coord"]), categories)
+        world = read_alignment(folder / f"{scene}.txt") if align else np.eye(4)
+        cloud["normal"] = cloud["normal"] @ world[:3, :3].T
+        coord = cloud.pop("coord") @ world[:3, :3].T + world[:3, 3]
+        if frames:
+            _convert_film(str(folder / f"{scene}.sens"), out, scene, every, hw, world)
+        write_cloud(out, part, scene, **cloud)
+        write_cloud(out, part, scene, coord=coord)
     return out
 
 
@@ -1080,36 +996,14 @@ def _listed(scenes: list[str] | str | Path) -> list[str]:
     return Path(scenes).read_text().split()
 
 
-def _convert_scan(folder, out, scene, split, categories, every, hw, align):
-    "Frames first (none, if `every` is None) and the cloud last: a scene whose cloud is there is complete."
-    cloud = read_mesh(folder / f"{scene}_vh_clean_2.ply")
-    cloud |= read_labels(folder, scene, len(cloud["coord"]), categories)
-    world = read_alignment(folder / f"{scene}.txt") if align else np.eye(4)
-    cloud |= dict(
-        coord=cloud["coord"] @ world[:3, :3].T + world[:3, 3],
-        normal=cloud["normal"] @ world[:3, :3].T,
-    )
-    if every is not None:
-        _convert_film(str(folder / f"{scene}.sens"), out, scene, every, hw, world)
-    write_cloud(out, split, scene, **{k: v for k, v in cloud.items() if k != "coord"})
-    write_cloud(out, split, scene, coord=cloud["coord"])
-
-
 def _convert_film(film, out, scene, every, hw, world):
-    "Intrinsics, and each frame that is kept: colour, depth in millimetres, pose in the turned world."
+    "Intrinsics, and each frame that is kept: colour, depth in millimetres, pose in the rotated world."
     with open(film, "rb") as file, np.errstate(invalid="ignore"):
         header = read_sens_header(file, film)
-        write_intrinsics(
-            out / "2D" / "intrinsic" / f"{scene}.txt",
-            scale_intrinsics(header.intrinsics, header.depth_hw, hw),
-        )
+        K = scale_intrinsics(header.intrinsics, header.depth_hw, hw)
+        write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", K)
+        millimetres = 1000 / header.depth_scale
         for number, jpeg, depth, pose in read_sens_frames(file, header, every, film):
-            color, _ = read_color(jpeg, hw, name=f"{film}, frame {number}")
-            write_frame(
-                out,
-                scene,
-                number,
-                color,
-                np.round(nearest(depth, hw) * (1000 / header.depth_scale)),
-                world @ pose,
-            )
+            color = read_color(jpeg, hw, name=f"{film}, frame {number}")
+            depth = np.round(resize_nearest(depth, hw) * millimetres)
+            write_frame(out, scene, number, color, depth, world @ pose)

@@ -4,111 +4,35 @@
 
 # %% ../../nbs/data/22_shapenet.ipynb #d590c323
 from __future__ import annotations
-import csv, hashlib, io, json, os, warnings, zipfile
-from collections import Counter, OrderedDict
-from dataclasses import dataclass
+import csv, hashlib, io, json, warnings
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
+from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import CameraBatch, ViewBatch, data_dir
-from ..worlds.furniture import FOV, orbit_poses, unpack_cloud
+from ..core import data_dir
+from .readers import Cache, Cloud, Store, View
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
+from ..worlds.furniture import FOV, orbit_poses, unpack_cloud
 
 # %% auto #0
-__all__ = ['HALF_TURN', 'SPLITS', 'Store', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image',
-           'released_points', 'turntable', 'as_views', 'Cache', 'choose_splits', 'split_objects', 'Cloud', 'as_cloud',
-           'ShapeNetViews', 'export_objects']
-
-# %% ../../nbs/data/22_shapenet.ipynb #f6fa8c7b
-class Store:
-    "Files below one root, a folder or a zip; safe to hand to other processes."
-
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        if not self.root.exists():
-            raise FileNotFoundError(
-                f"{self.root}: expected a folder or a zip of objects, found nothing there"
-            )
-        self.is_zip, self._zip, self._pid, self._tree = self.root.is_file(), None, None, None
-        if self.is_zip and not zipfile.is_zipfile(self.root):
-            raise ValueError(
-                f"{self.root}: expected a folder or a zip archive, found another kind of file"
-            )
-
-    def __getstate__(self):
-        return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
-
-    @property
-    def zip(self) -> zipfile.ZipFile:
-        "The archive, opened once in each process."
-        if self._pid != os.getpid():
-            self._zip, self._pid = zipfile.ZipFile(self.root), os.getpid()
-        return self._zip
-
-    def read(self, name: str) -> bytes:
-        "The bytes of one file."
-        try:
-            return self.zip.read(name) if self.is_zip else (self.root / name).read_bytes()
-        except (KeyError, FileNotFoundError):
-            raise FileNotFoundError(
-                f"{self.root / name}: expected this file, found nothing there"
-            ) from None
-        except zipfile.BadZipFile as problem:
-            raise ValueError(
-                f"{self.root / name}: expected an intact member of the archive, found {problem}"
-            ) from None
-
-    def open(self, name: str) -> io.BufferedIOBase:
-        "One file to read from; of a plain file only what is asked for is read."
-        try:
-            return io.BytesIO(self.read(name)) if self.is_zip else open(self.root / name, "rb")
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{self.root / name}: expected this file, found nothing there"
-            ) from None
-
-    def has(self, name: str) -> bool:
-        "Whether there is such a file."
-        return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
-
-    def names(self, folder: str = "") -> set[str]:
-        "What a folder holds; nothing if there is no such folder."
-        if not self.is_zip:
-            return set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
-        if self._tree is None:
-            self._tree = {}
-            for name in self.zip.namelist():
-                parts = name.rstrip("/").split("/")
-                for k in range(len(parts)):
-                    self._tree.setdefault("/".join(parts[:k]), set()).add(parts[k])
-        return self._tree.get(folder, set())
-
-    def models(self) -> list[tuple[str, str]]:
-        "Every `(synset, model)`: two levels of folders."
-        if self.is_zip:
-            return sorted(
-                {tuple(n.split("/")[:2]) for n in self.zip.namelist() if n.count("/") >= 3}
-            )
-        return sorted(
-            (s.name, m.name)
-            for s in os.scandir(self.root)
-            if s.is_dir()
-            for m in os.scandir(s.path)
-            if m.is_dir()
-        )
+__all__ = ['HALF_TURN', 'SPLITS', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',
+           'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #c447608f
 def read_pose(
     text: str,  # sixteen numbers, row by row
     name: str = "camera",  # the file, for messages
-) -> np.ndarray:  # [4 4] float64 camera to world
-    "A camera file: rigid, finite, 4 x 4."
+) -> Float[np.ndarray, "4 4"]:  # float64 camera to world
+    """A camera file.
+
+    Raises: ValueError unless it is 4 x 4, finite, rigid and not mirrored."""
     try:
         numbers = np.array([float(x) for x in text.split()])
     except ValueError:
@@ -116,17 +40,15 @@ def read_pose(
     if len(numbers) != 16:
         raise ValueError(f"{name}: expected 16 numbers (4 x 4, row by row), found {len(numbers)}")
     if not np.isfinite(numbers).all():
-        raise ValueError(
-            f"{name}: expected finite numbers, found {numbers[~np.isfinite(numbers)][0]}"
-        )
+        wrong = numbers[~np.isfinite(numbers)][0]
+        raise ValueError(f"{name}: expected finite numbers, found {wrong}")
     pose = numbers.reshape(4, 4)
-    off = max(
-        np.abs(pose[:3, :3].T @ pose[:3, :3] - np.eye(3)).max(),
-        np.abs(pose[3] - [0, 0, 0, 1]).max(),
-    )
-    if off > 1e-3 or np.linalg.det(pose[:3, :3]) < 0:
+    R = pose[:3, :3]
+    off = max(np.abs(R.T @ R - np.eye(3)).max(), np.abs(pose[3] - [0, 0, 0, 1]).max())
+    if off > 1e-3 or np.linalg.det(R) < 0:
         raise ValueError(
-            f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), found one that is off by {off:.3g}, determinant {np.linalg.det(pose[:3, :3]):.3g}"
+            f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), "
+            f"found one that is off by {off:.3g}, determinant {np.linalg.det(R):.3g}"
         )
     return pose
 
@@ -134,12 +56,16 @@ def read_pose(
 def read_orbit(
     text: str,  # one line a view: azimuth, elevation, roll (0), distance, fov
     name: str = "rendering_metadata.txt",  # the file, for messages
-) -> np.ndarray:  # [v 4 4] float64 camera to world
-    "The compact camera file of the embedded archive."
+) -> Float[np.ndarray, "v 4 4"]:  # float64 camera to world
+    """The compact camera file of the embedded archive.
+
+    Raises: ValueError unless each line has five finite numbers and roll 0."""
     rows = [line.split() for line in text.splitlines() if line.strip()]
-    if any(len(r) != 5 for r in rows):
+    widths = {len(row) for row in rows} - {5}
+    if widths:
         raise ValueError(
-            f"{name}: expected 5 numbers a line (azimuth elevation roll distance fov), found {next(len(r) for r in rows if len(r) != 5)}"
+            f"{name}: expected 5 numbers a line (azimuth elevation roll distance fov)"
+            f", found {min(widths)}"
         )
     try:
         table = np.array(rows, dtype=float).reshape(-1, 5)
@@ -154,13 +80,16 @@ def decode_image(
     data: bytes,  # PNG or WebP
     name: str = "image",  # the file, for messages
 ) -> Image.Image:  # mode RGB or RGBA
-    "An image with three or four channels, wholly decoded."
+    """An image, wholly decoded.
+
+    Raises: ValueError unless it decodes and has three or four channels."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
         image.load()
     except Exception as problem:
         raise ValueError(
-            f"{name}: expected an image, found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
+            f"{name}: expected an image, "
+            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
         ) from None
     if image.mode not in ("RGB", "RGBA"):
         raise ValueError(
@@ -181,97 +110,57 @@ def resize_image(
     image: Image.Image,  # RGB or RGBA
     size: int | None,  # pixels along an edge; None keeps the image
     resample: str = "bicubic",  # "bicubic" as the released reader does, or "box"
-    on_black: bool = True,  # colours are on black already: scale them and alpha apart. False: scale RGBA as one, then drop alpha
-) -> np.ndarray:  # [4 h w] uint8: colour and mask (255 where the view shows the object)
+    on_black: bool = True,  # colours are on black: scale them and alpha apart. False: as one, alpha dropped
+) -> UInt8[np.ndarray, "4 h w"]:  # colour and mask (255 where the view shows the object)
     "The colour that a network sees, and where it is not background."
     if resample not in ("bicubic", "box"):
         raise ValueError(f"resample: expected 'bicubic' or 'box', got {resample!r}")
-    how = Image.BICUBIC if resample == "bicubic" else Image.BOX
-    fit = lambda im: im if size is None or im.size == (size, size) else im.resize((size, size), how)
+    method = Image.BICUBIC if resample == "bicubic" else Image.BOX
+
+    def scaled(channels):
+        same = size is None or channels.size == (size, size)
+        return np.asarray(channels if same else channels.resize((size, size), method))
+
     if on_black and image.mode == "RGBA":
         image = clear_black(image)
-        rgb, mask = (
-            np.asarray(fit(image.convert("RGB"))),
-            np.asarray(fit(image.getchannel("A"))) > 0,
-        )
+        rgb = scaled(image.convert("RGB"))
+        mask = scaled(image.getchannel("A")) > 0
     else:
-        rgb = np.asarray(fit(image))[..., :3]
-        mask = rgb.any(-1)
+        channels = scaled(image)
+        rgb = channels[..., :3]
+        mask = channels[..., 3] > 0 if image.mode == "RGBA" else rgb.any(-1)
     out = np.empty((4, *mask.shape), dtype=np.uint8)
-    out[:3], out[3] = rgb.transpose(2, 0, 1), np.where(mask, 255, 0)
+    out[:3] = rgb.transpose(2, 0, 1)
+    out[3] = 255 * mask
     return out
 
 # %% ../../nbs/data/22_shapenet.ipynb #921b9fb1
-def released_points(
-    xyz: np.ndarray,  # [n 3] as in the released files
-) -> np.ndarray:  # [n 3] in the world of the released cameras
-    "Subtract the mean of all points, take columns (2, 0, 1), negate the new columns 0 and 2."
-    p = xyz - xyz.mean(0)
-    return np.stack([-p[:, 2], p[:, 0], -p[:, 1]], 1)
-
-
 HALF_TURN = np.diag(
     [1.0, -1.0, -1.0, 1.0]
 )  # the released world has z down; half a turn about x puts it up
 
 
+def released_points(
+    xyz: Float[np.ndarray, "n 3"],  # as in the released files
+) -> Float[np.ndarray, "n 3"]:  # in the world of the released cameras
+    "Subtract the mean of all points, take columns (2, 0, 1), negate the new columns 0 and 2."
+    p = xyz - xyz.mean(0)
+    return np.stack([-p[:, 2], p[:, 0], -p[:, 1]], 1)
+
+
 def turntable(
     n: int = 200,  # views in each of the two sweeps
     z_up: bool = True,  # False gives the released world, z down
-) -> np.ndarray:  # [2n 4 4] float64 camera to world
-    "The released video path: two full turns at distance 1.75, climbing from 0 to 20 and from 20 to 90 degrees."
-    turn = np.radians(np.tile(np.linspace(-180, 180, n), 2))
-    climb = np.radians(np.concatenate([np.linspace(0, 20, n), np.linspace(20, 90, n)]))
-    out = np.stack([-np.sin(turn) * np.cos(climb), np.cos(turn) * np.cos(climb), -np.sin(climb)], 1)
-    right = np.stack([np.cos(turn), np.sin(turn), 0 * turn], 1)
+) -> Float[np.ndarray, "2*n 4 4"]:  # float64 camera to world
+    "The released video path: two full circles at distance 1.75, climbing from 0 to 20 and from 20 to 90 degrees."
+    azimuth = np.radians(np.tile(np.linspace(-180, 180, n), 2))
+    elevation = np.radians(np.concatenate([np.linspace(0, 20, n), np.linspace(20, 90, n)]))
+    c, s, level = np.cos(azimuth), np.sin(azimuth), np.cos(elevation)
+    out = np.stack([-s * level, c * level, -np.sin(elevation)], 1)
+    right = np.stack([c, s, 0 * azimuth], 1)
     pose = np.tile(np.eye(4), (2 * n, 1, 1))
-    pose[:, :3, 0], pose[:, :3, 1], pose[:, :3, 2], pose[:, :3, 3] = (
-        right,
-        np.cross(-out, right),
-        -out,
-        1.75 * out,
-    )
+    pose[:, :3] = np.stack([right, np.cross(-out, right), -out, 1.75 * out], 2)
     return HALF_TURN @ pose if z_up else pose
-
-# %% ../../nbs/data/22_shapenet.ipynb #f6eb7f50
-def as_views(
-    pixels: np.ndarray,  # [v 4 h w] uint8: colour and mask
-    world_to_cam: np.ndarray,  # [v 4 4] float32
-    fov: float,  # degrees
-    batch: np.ndarray,  # [v] which cloud each view shows
-) -> ViewBatch:
-    "Images and cameras as tensors."
-    images, hw = torch.from_numpy(pixels), tuple(pixels.shape[-2:])
-    camera = CameraBatch(
-        torch.from_numpy(world_to_cam),
-        intrinsics_from_fov(fov, hw).repeat(len(pixels), 1, 1),
-        hw,
-        torch.from_numpy(batch),
-    )
-    return ViewBatch(camera, images[:, :3].float() / 255, None, images[:, 3] > 0)
-
-# %% ../../nbs/data/22_shapenet.ipynb #e2c9a61e
-class Cache:
-    "Arrays by key; the least recently used leave when there are more than `limit` bytes."
-
-    def __init__(self, limit: int):
-        self.limit, self.used, self.items = limit, 0, OrderedDict()
-
-    def __getstate__(self):
-        return dict(limit=self.limit, used=0, items=OrderedDict())
-
-    def get(self, key, make) -> np.ndarray:
-        "The array of this key; `make()` is called where it is not there."
-        if key in self.items:
-            self.items.move_to_end(key)
-            return self.items[key]
-        value = make()
-        if value.nbytes <= self.limit:
-            self.items[key] = value
-            self.used += value.nbytes
-            while self.used > self.limit:
-                self.used -= self.items.popitem(last=False)[1].nbytes
-        return value
 
 # %% ../../nbs/data/22_shapenet.ipynb #d4999d42
 SPLITS = ("train", "val", "test")
@@ -279,249 +168,239 @@ SPLITS = ("train", "val", "test")
 
 def choose_splits(
     names: list[str],  # of one class
-    shares: tuple[float, float, float],  # of train, val and test; they add up to one
+    fractions: tuple[float, float, float],  # of train, val and test; they add up to one
     seed: int = 0,
 ) -> list[str]:  # a split for each name
-    "Splits by the order of hashed names: at least one training object, and val and test get their share rounded."
-    order = sorted(
-        range(len(names)), key=lambda i: hashlib.sha256(f"{seed} {names[i]}".encode()).digest()
-    )
-    test, val = (min(round(len(names) * s), len(names) - 1) for s in (shares[2], shares[1]))
-    split = ["test"] * test + ["val"] * min(val, len(names) - 1 - test)
-    split += ["train"] * (len(names) - len(split))
-    return [s for _, s in sorted(zip(order, split))]
+    "Splits by the order of hashed names: at least one training object, and val and test get their fraction rounded."
+    most = len(names) - 1
+    test = min(round(len(names) * fractions[2]), most)
+    val = min(round(len(names) * fractions[1]), most - test)
+    ranked = ["test"] * test + ["val"] * val + ["train"] * (len(names) - test - val)
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    split = dict(zip(order, ranked))
+    return [split[name] for name in names]
 
 
 def split_objects(
     objects: list[tuple[str, str]],  # class and name of each
-    shares: tuple[float, float, float] = (
+    fractions: tuple[float, float, float] = (
         0.75,
         0.05,
         0.20,
-    ),  # of train, val and test in each class; the released code has .75, .20, .05
+    ),  # of train, val and test in each class
     seed: int = 0,
     name: str = "split",  # what messages call it
 ) -> dict[tuple[str, str], str]:  # a split for each object
-    "Splits of all classes by `choose_splits`; none with a share above 0 is empty."
-    needed = ["train", *(s for s, share in zip(SPLITS[1:], shares[1:]) if share)]
+    """Splits of all classes by `choose_splits`; none with a fraction above 0 is empty.
+
+    Raises: ValueError for fewer objects than splits."""
+    needed = ["train", *(s for s, f in zip(SPLITS[1:], fractions[1:]) if f)]
     if len(objects) < len(needed):
         raise ValueError(
-            f"{name}: expected at least one object for each of {', '.join(needed)}, found {len(objects)}; add objects, or give a split a share of 0"
+            f"{name}: "
+            f"expected at least one object for each of {', '.join(needed)}, found {len(objects)}"
+            "; add objects, or give a split a share of 0"
         )
-    digest, kinds, out = (
-        {o: hashlib.sha256(f"{seed} {'/'.join(o)}".encode()).digest() for o in objects},
-        {},
-        {},
-    )
+    digest = {o: hashlib.sha256(f"{seed} {'/'.join(o)}".encode()).digest() for o in objects}
+    classes = {}
     for kind, one in sorted(objects):
-        kinds.setdefault(kind, []).append(one)
-    for kind, names in kinds.items():
-        out |= {(kind, n): s for n, s in zip(names, choose_splits(names, shares, seed))}
-    for split, share in zip(SPLITS, shares):
-        if not share or split in out.values():
+        classes.setdefault(kind, []).append(one)
+    out = {}
+    for kind, names in classes.items():
+        splits = choose_splits(names, fractions, seed)
+        out |= {(kind, n): s for n, s in zip(names, splits)}
+    for split, fraction in zip(SPLITS, fractions):
+        if not fraction or split in out.values():
             continue
         ((donor, _),) = Counter(out.values()).most_common(1)
-        level, seen = {}, Counter()  # the n-th object of its class, by hash
+        rank, seen = {}, Counter()  # the n-th object of its class, by hash
         for o in sorted((o for o in out if out[o] == donor), key=digest.get):
             seen[o[0]] += 1
-            level[o] = seen[o[0]]
+            rank[o] = seen[o[0]]
         taken = sorted(
-            level, key=lambda o: (-level[o], digest[o])
+            rank, key=lambda o: (-rank[o], digest[o])
         )  # from the class that has most left
-        for o in taken[: min(len(taken) - 1, max(1, round(share * len(objects))))]:
+        for o in taken[: min(len(taken) - 1, max(1, round(fraction * len(objects))))]:
             out[o] = split
     return out
 
 # %% ../../nbs/data/22_shapenet.ipynb #42edb24e
-@dataclass(frozen=True)
-class Cloud:
-    "What is known of an object's surface; z up, within 0.65 of the origin for the embedded objects."
-
-    xyz: Tensor  # [n 3] float32
-    normal: Tensor | None  # [n 3] float32, unit, outwards
-    color: Tensor | None  # [n 3] float32 in 0..1
-    part: Tensor | None  # [n] long, 0 = no label; names in `ShapeNetViews.parts`
-
-
-def as_cloud(
-    rows: np.ndarray,  # [n 3] or [n 10] float32, as `ShapeNetViews.rows` gives them
-) -> Cloud:
-    "Columns with names."
-    xyz, normal, color, part = (
-        torch.from_numpy(np.ascontiguousarray(c)) for c in np.split(rows, [3, 6, 9], axis=1)
-    )
-    return (
-        Cloud(xyz, None, None, None)
-        if rows.shape[1] == 3
-        else Cloud(xyz, normal, color, part[:, 0].long())
-    )
-
-
 class ShapeNetViews:
-    "Objects with posed views, read when they are asked for."
+    """Objects with posed views. Rows: `xyz`, perhaps `normal`, `color` (0..1), `part` (0 = none; names in `parts`).
+
+    Raises: FileNotFoundError or ValueError that name the file, at once or when it is read."""
 
     def __init__(
         self,
         root: str | Path | None = None,  # folder or zip; None means the embedded furniture
         *,
         split: str
-        | None = None,  # "train", "val" or "test" by `objects.csv`, or by lists `<root>/<split>.txt` (one `<synset>-<model>` a line), or without lists by `split_objects`; None means all
-        classes: list[str]
-        | None = None,  # synsets to keep; labels stay those of the whole data set
+        | None = None,  # a name of `objects.csv`, of a list `<root>/<split>.txt`, or see below; None: all
+        classes: Sequence[str]
+        | None = None,  # synsets to keep, numbered in sorted order; None: all
         convention: str
         | None = None,  # "released" for the released files; None reads `convention.json`
         size: int | None = None,  # pixels along an edge; None keeps the images
         resample: str = "bicubic",  # or "box"
         fov: float = FOV,  # degrees; only for released files, others say their own
-        z_up: bool = True,  # turn the released world, whose z is down; False keeps its numbers
-        views: int
-        | None = None,  # views of an object; None means what `convention.json` says, 24 for released files
+        z_up: bool = True,  # rotate the released world, whose z is down; False keeps its numbers
+        views: int | None = None,  # of an object; None: by `convention.json`, 24 for released files
         cache_bytes: int = 0,  # bound on what is kept decoded, in each process
     ):
-        self.store = Store(data_dir() / "furniture.zip" if root is None else root)
-        self.size, self.resample, self.z_up, self.cache = size, resample, z_up, Cache(cache_bytes)
-        self.facts = Cache(
-            2**28
-        )  # camera poses and farthest points, whatever cache_bytes is: 3.6 kB for an object of 24 views and 1,024 points, so 70,000 objects
         if convention not in (None, "released"):
             raise ValueError(f"convention: expected None or 'released', got {convention!r}")
-        if convention is None and not self.store.has("convention.json"):
-            raise ValueError(
-                f"{self.store.root}: expected convention.json (files that this package wrote); for the released files pass --convention released"
-            )
-        self.convention = dict(
-            format="released",
-            cameras="matrix",
-            points="released",
-            images="released",
-            suffix=".png",
-            fov=fov,
-            views=24,
-        )
-        if convention is None:
-            self.convention = json.loads(self.store.read("convention.json"))
-        self.n_views, self.fov = views or self.convention["views"], self.convention["fov"]
-        self.table = {}
-        if self.store.has("objects.csv"):
-            self.table = {
-                (r["class"], r["id"]): r
-                for r in csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))
-            }
+        self.store = Store(data_dir() / "furniture.zip" if root is None else root)
+        self.size = size
+        self.resample = resample
+        self.z_up = z_up
+        self.cache = Cache(cache_bytes)
+        self.facts = Cache(
+            2**29
+        )  # poses and farthest points, whatever cache_bytes is: 5 kB for an object of 24 views
+        self.convention = self._read_convention(convention, fov)
+        self.released = self.convention["points"] == "released"
+        self.n_views = views or self.convention["views"]
+        self.fov = self.convention["fov"]
+        self.table = self._read_table()
         self.parts = (
             json.loads(self.store.read("parts.json")) if self.store.has("parts.json") else {}
         )
-        self.everything = sorted(self.table) or self.store.models()
+        self.everything = sorted(self.table) or self._models()
         if not self.everything:
             raise FileNotFoundError(
                 f"{self.store.root}: expected <synset>/<model>/ folders, found none"
             )
-        self.classes = sorted({s for s, _ in self.everything})
-        self.items = self._select(self.everything, split, classes)
+        known = sorted({synset for synset, _ in self.everything})
+        unknown = sorted(set(classes or ()) - set(known))
+        if unknown:
+            raise ValueError(f"classes: expected some of {known}, got {unknown}")
+        self.classes = known if classes is None else sorted(classes)
+        self.items = [item for item in self.everything if item[0] in self.classes]
+        if split is not None:
+            self.items = self._members(split)
         if convention == "released":
-            self.items = self._complete(self.items)
+            self.items = self._complete()
 
-    def _select(self, items, split, classes):
-        if classes is not None:
-            if unknown := set(classes) - set(self.classes):
-                raise ValueError(f"classes: expected some of {self.classes}, got {sorted(unknown)}")
-            items = [i for i in items if i[0] in classes]
-        return items if split is None else self._members(items, split, classes)
+    # -- which objects
+    def _read_convention(self, convention, fov):
+        if convention == "released":
+            kinds = dict.fromkeys(("format", "points", "images"), "released")
+            return kinds | dict(cameras="matrix", suffix=".png", fov=fov, views=24)
+        if not self.store.has("convention.json"):
+            raise ValueError(
+                f"{self.store.root}: "
+                "expected convention.json (files that this package wrote); "
+                "for the released files pass --convention released"
+            )
+        return json.loads(self.store.read("convention.json"))
 
-    def _members(self, items, split, classes):
+    def _read_table(self):
+        if not self.store.has("objects.csv"):
+            return {}
+        rows = csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))
+        return {(row["class"], row["id"]): row for row in rows}
+
+    def _models(self):
+        "Every `(synset, model)`: two levels of folders."
+        synsets = self.store.folders()
+        return [(synset, model) for synset in synsets for model in self.store.folders(synset)]
+
+    def _members(self, split):
         "Those of the items that belong to a split."
         if self.table:
-            known = {r["split"] for r in self.table.values()}
+            known = sorted({row["split"] for row in self.table.values()})
             if split not in known:
-                raise ValueError(f"split: expected one of {sorted(known)}, got {split!r}")
-            keep = {k for k, r in self.table.items() if r["split"] == split}
+                raise ValueError(f"split: expected one of {known}, got {split!r}")
+            keep = {item for item, row in self.table.items() if row["split"] == split}
+        elif any(self.store.has(f"{s}.txt") for s in (split, *SPLITS)):
+            keep = self._listed(split)
         else:
-            keep = (
-                self._listed(split)
-                if any(self.store.has(f"{s}.txt") for s in (split, *SPLITS))
-                else self._hashed(split)
-            )
-        found = [i for i in items if i in keep]
+            keep = self._hashed(split)
+        found = [item for item in self.items if item in keep]
         if not found:
             raise ValueError(
-                f"{self.store.root}: expected objects of the split {split!r}{f' in {classes}' if classes is not None else ''}, found none"
+                f"{self.store.root}: "
+                f"expected objects of the split {split!r} in {self.classes}"
+                ", found none"
             )
         return found
 
-    def _complete(self, items):
-        "Those of the items that have their points and all views; the others are counted in a warning."
-        needed, whole, lack = (
-            {
-                f"{k:02d}{end}"
-                for k in range(self.n_views)
-                for end in (self.convention["suffix"], ".txt")
-            },
-            [],
-            [],
-        )
-        for synset, model in tqdm(
-            items, desc="looking at objects", delay=2, leave=False, disable=len(items) < 1000
-        ):
-            views = sorted(
-                f"easy/{name}" for name in needed - self.store.names(f"{synset}/{model}/easy")
-            )
-            points = (
-                []
-                if f"{synset}-{model}.npy" in self.store.names(f"{synset}/{model}/pts")
-                else [f"pts/{synset}-{model}.npy"]
-            )
-            if points or views:
-                lack.append(f"{synset}/{model}/{(points + views)[0]}")
-            else:
-                whole.append((synset, model))
-        if not whole:
-            raise FileNotFoundError(
-                f"{self.store.root / lack[0]}: expected this file; of {len(items)} objects none has its points and {self.n_views} views"
-            )
-        if lack:
-            warnings.warn(
-                f"{self.store.root}: left out {len(lack)} of {len(items)} objects that lack a file, such as {lack[0]}",
-                stacklevel=3,
-            )
-        return whole
-
     def _listed(self, split):
-        path, there = self.store.root / f"{split}.txt", set(self.everything)
+        "The objects that `<split>.txt` names."
+        path = self.store.root / f"{split}.txt"
         if not self.store.has(path.name):
             raise FileNotFoundError(
-                f"{path}: expected a list of objects, one <synset>-<model> a line, as there is for another split; found nothing there"
+                f"{path}: "
+                "expected a list of objects, one <synset>-<model> a line, as there is for another split"
+                "; found nothing there"
             )
-        named = {
-            tuple(line.strip().removesuffix(".npy").split("-", 1)): line
-            for line in self.store.read(path.name).decode("utf8", "replace").splitlines()
-            if line.strip()
-        }
-        if not named.keys() & there:
+        lines = [line.strip() for line in self.store.text(path.name).splitlines() if line.strip()]
+        named = {tuple(line.removesuffix(".npy").split("-", 1)) for line in lines}
+        found = named & set(self.everything)
+        if not found:
+            expected = "expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list"
+            example = f"{lines[0][:60]!r} for example; " if lines else ""
             raise ValueError(
-                f"{path}: expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list, found {len(named)} lines that name none ({f'{next(iter(named.values()))[:60]!r} for example; ' if named else ''}there is {'/'.join(self.everything[0])}); the root must hold the folders of the synsets"
+                f"{path}: {expected}, found {len(named)} lines that name none ("
+                f"{example}there is {'/'.join(self.everything[0])}); "
+                "the root must hold the folders of the synsets"
             )
-        if lack := named.keys() - there:
-            warnings.warn(
-                f"{path}: left out {len(lack)} of {len(named)} objects, whose folders are not there, such as {'-'.join(min(lack))}",
-                stacklevel=5,
-            )
-        return named.keys() & there
+        lack = named - found
+        if lack:
+            count = f"left out {len(lack)} of {len(named)} objects, whose folders are not there"
+            warnings.warn(f"{path}: {count}, such as {'-'.join(min(lack))}", stacklevel=4)
+        return found
 
     def _hashed(self, split):
+        "The objects of a split by their names, where there is no list."
         root = self.store.root
         if split not in SPLITS:
             raise ValueError(
-                f"split: expected one of {', '.join(SPLITS)}, or the name of a list in {root}, got {split!r}"
+                "split: "
+                f"expected one of {', '.join(SPLITS)}, or the name of a list in {root}"
+                f", got {split!r}"
             )
-        if not any(self.store.has(f"{s}/{m}/pts/{s}-{m}.npy") for s, m in self.everything[:20]):
+        if not any(self.store.has(self._cloud_file(item)) for item in self.everything[:20]):
             raise ValueError(
-                f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, found none in {'/'.join(self.everything[0])}; the root must hold the folders of the synsets"
+                f"{root}: expected <synset>/<model>/pts/<synset>-<model>.npy, "
+                f"found none in {'/'.join(self.everything[0])}; "
+                "the root must hold the folders of the synsets"
             )
-        warnings.warn(
-            f"{root}: no lists train.txt, val.txt, test.txt (one <synset>-<model> a line); each class is split by a hash of its names, 75 % train, 5 % val, 20 % test (the released code has 75, 20 and 5)",
-            stacklevel=5,
-        )
-        return {o for o, s in split_objects(self.everything, name=str(root)).items() if s == split}
+        lists = "no lists train.txt, val.txt, test.txt (one <synset>-<model> a line)"
+        rule = "each class is split by a hash of its names, 75 % train, 5 % val, 20 % test"
+        warnings.warn(f"{root}: {lists}; {rule} (the released code has 75, 20 and 5)", stacklevel=4)
+        splits = split_objects(self.everything, name=str(root))
+        return {item for item, s in splits.items() if s == split}
 
+    def _complete(self):
+        "Those of the items that have their points and all views; the others are counted in a warning."
+        ends = (self.convention["suffix"], ".txt")
+        needed = {f"{k:02d}{end}" for k in range(self.n_views) for end in ends}
+        whole, lack = [], []
+        quiet = len(self.items) < 1000
+        for item in tqdm(self.items, desc="checking objects", delay=2, leave=False, disable=quiet):
+            folder = "/".join(item)
+            missing = [
+                f"{folder}/easy/{n}" for n in sorted(needed - self.store.names(f"{folder}/easy"))
+            ]
+            points = self._cloud_file(item)
+            if Path(points).name not in self.store.names(f"{folder}/pts"):
+                missing.insert(0, points)
+            if missing:
+                lack.append(missing[0])
+            else:
+                whole.append(item)
+        if not whole:
+            raise FileNotFoundError(
+                f"{self.store.root / lack[0]}: expected this file; "
+                f"of {len(self.items)} objects none has its points and {self.n_views} views"
+            )
+        if lack:
+            count = f"left out {len(lack)} of {len(self.items)} objects that lack a file"
+            warnings.warn(f"{self.store.root}: {count}, such as {lack[0]}", stacklevel=3)
+        return whole
+
+    # -- the protocol
     def __len__(self):
         return len(self.items)
 
@@ -529,178 +408,159 @@ class ShapeNetViews:
         "Hash of the archive's bytes, or of the names and sizes of the folder's clouds."
         return data_hash(self.store.root, "*/*/pts/*.npy")
 
+    def name(self, i: int) -> str:
+        "`<synset>/<model>`."
+        return "/".join(self.items[i])
+
     def label(self, i: int) -> int:
         "Number of the object's class in `classes`."
         return self.classes.index(self.items[i][0])
 
-    def _path(self, i):
-        return "/".join(self.items[i])
+    def rows(self, i: int) -> Cloud:
+        "`xyz` [n 3]; unless the files hold points alone `normal` [n 3], `color` [n 3] in 0..1, `part` [n] int32."
+        table = self.cache.get(("cloud", i), lambda: self._read_cloud(i))
+        cloud = dict(xyz=table[:, :3])
+        if table.shape[1] > 3:
+            part = table[:, 9].astype(np.int32)
+            cloud |= dict(normal=table[:, 3:6], color=table[:, 6:9], part=part)
+        return cloud
 
-    def rows(self, i: int) -> np.ndarray:
-        "The object's points as [n 3] float32, or [n 10] with normals, colours in 0..1 and part numbers."
-        synset, model = self.items[i]
-        return self.cache.get(
-            ("cloud", i), lambda: self._read_cloud(f"{self._path(i)}/pts/{synset}-{model}.npy")
-        )
+    @cached_property
+    def hw(self) -> tuple[int, int]:
+        "Height and width of the images; where they keep their size, that of the first."
+        return self.pixels(0, 0).shape[1:] if self.size is None else (self.size, self.size)
 
-    def cloud(self, i: int) -> Cloud:
-        "The object's points."
-        return as_cloud(self.rows(i))
+    def frames(self, i: int) -> list[int]:
+        "All views: an object that lacks one is left out."
+        return list(range(self.n_views))
 
-    def _read_array(self, name):
-        try:
-            return np.load(io.BytesIO(self.store.read(name)), allow_pickle=False)
-        except (ValueError, EOFError) as problem:
-            raise ValueError(
-                f"{self.store.root / name}: expected a numpy array, found a file that does not load ({str(problem).splitlines()[0]})"
-            ) from None
+    def world_to_cam(self, i: int) -> Float[np.ndarray, "v 4 4"]:
+        "float64, OpenCV axes, of all views."
+        return self.facts.get(("world_to_cam", i), lambda: np.linalg.inv(self.cam_to_world(i)))
 
-    def _read_cloud(self, name) -> np.ndarray:
-        "[n 3] or, with normals, colours and parts, [n 10] float32."
-        rows, where = self._read_array(name), self.store.root / name
+    def K(self, i: int) -> Float[np.ndarray, "3 3"]:
+        "float64, pixels."
+        return intrinsics_from_fov(self.fov, self.hw).double().numpy()
+
+    def view(self, i: int, frame: int) -> View:
+        "Colour on black, and where the object is."
+        pixels = self.pixels(i, frame)
+        return View(pixels[:3].transpose(1, 2, 0), mask=pixels[3] > 0)
+
+    # -- files
+    def _cloud_file(self, item):
+        return f"{'/'.join(item)}/pts/{'-'.join(item)}.npy"
+
+    def _read_cloud(self, i) -> Float[np.ndarray, "n c"]:
+        "xyz and perhaps normals, colours and parts, float32."
+        name = self._cloud_file(self.items[i])
+        rows, where = self.store.array(name), self.store.root / name
         if self.convention["points"] == "packed":
             try:
                 c = unpack_cloud(rows)
             except ValueError as problem:
                 raise ValueError(f"{where}: {problem}") from None
-            rows = np.concatenate(
-                [c["xyz"], c["normal"], c["color"] / np.float32(255), c["part"][:, None]], 1
-            )
-        want = 3 if self.convention["points"] == "released" else None
-        if rows.ndim != 2 or rows.shape[1] not in ((want,) if want else (3, 10)):
+            color = c["color"] / np.float32(255)
+            rows = np.concatenate([c["xyz"], c["normal"], color, c["part"][:, None]], 1)
+        widths = (3,) if self.released else (3, 10)
+        if rows.ndim != 2 or rows.shape[1] not in widths:
             raise ValueError(
-                f"{where}: expected an array [n {want or '3 or 10'}], found {list(rows.shape)}"
+                f"{where}: expected an array [n {' or '.join(map(str, widths))}]"
+                f", found {list(rows.shape)}"
             )
         if not len(rows):
             raise ValueError(f"{where}: expected at least one point, found an empty cloud")
         if not np.isfinite(rows).all():
-            raise ValueError(
-                f"{where}: expected finite coordinates, found {int((~np.isfinite(rows)).sum())} that are not"
-            )
-        if want:
+            wrong = int((~np.isfinite(rows)).sum())
+            raise ValueError(f"{where}: expected finite coordinates, found {wrong} that are not")
+        if self.released:
             rows = released_points(rows.astype(np.float32))
             if self.z_up:
                 rows = rows @ HALF_TURN[:3, :3].T
         return rows.astype(np.float32)
 
-    def poses(self, i: int) -> np.ndarray:
-        "[v 4 4] float64 camera to world, OpenCV axes, of all views."
+    def cam_to_world(self, i: int) -> Float[np.ndarray, "v 4 4"]:
+        "The files' poses: float64, OpenCV axes, of all views."
+        folder = f"{self.name(i)}/easy"
+        if self.convention["cameras"] == "orbit":
+            name = f"{folder}/rendering_metadata.txt"
+            where = self.store.root / name
+            poses = read_orbit(self.store.read(name).decode(), str(where))
+            if len(poses) != self.n_views:
+                raise ValueError(f"{where}: expected {self.n_views} lines, found {len(poses)}")
+            return poses
+        names = [f"{folder}/{k:02d}.txt" for k in range(self.n_views)]
+        poses = [read_pose(self.store.text(n), str(self.store.root / n)) for n in names]
+        return HALF_TURN @ np.stack(poses) if self.released and self.z_up else np.stack(poses)
+
+    def image_file(self, i: int, k: int) -> str:
+        "The image of view `k`."
+        return f"{self.name(i)}/easy/{k:02d}{self.convention['suffix']}"
+
+    def pixels(self, i: int, k: int) -> UInt8[np.ndarray, "4 h w"]:
+        "Colour on black and mask (0 or 255) of view `k`."
+        name = self.image_file(i, k)
 
         def read():
-            folder = f"{self._path(i)}/easy"
-            if self.convention["cameras"] == "orbit":
-                name = f"{folder}/rendering_metadata.txt"
-                found = read_orbit(self.store.read(name).decode(), str(self.store.root / name))
-                if len(found) != self.n_views:
-                    raise ValueError(
-                        f"{self.store.root / name}: expected {self.n_views} lines, found {len(found)}"
-                    )
-                return found
-            names = [f"{folder}/{k:02d}.txt" for k in range(self.n_views)]
-            found = np.stack(
-                [
-                    read_pose(
-                        self.store.read(n).decode("utf8", "replace"), str(self.store.root / n)
-                    )
-                    for n in names
-                ]
-            )
-            return (
-                HALF_TURN @ found
-                if self.convention["points"] == "released" and self.z_up
-                else found
-            )
-
-        return self.cache.get(("poses", i), read)
-
-    def view_names(self, i: int) -> list[str]:
-        "The image files of an object."
-        return [
-            f"{self._path(i)}/easy/{k:02d}{self.convention['suffix']}" for k in range(self.n_views)
-        ]
-
-    def pixels(self, i: int, k: int) -> np.ndarray:
-        "[4 h w] uint8: colour on black and mask of view `k`."
-        name = self.view_names(i)[k]
-
-        def read():
+            image = decode_image(self.store.read(name), str(self.store.root / name))
             return resize_image(
-                decode_image(self.store.read(name), str(self.store.root / name)),
-                self.size,
-                self.resample,
-                self.convention["images"] == "on black",
+                image, self.size, self.resample, self.convention["images"] == "on black"
             )
 
         return self.cache.get(("view", i, k), read)
-
-    def world_to_cam(self, i: int) -> np.ndarray:
-        "[v 4 4] float32, OpenCV axes, of all views."
-        return self.facts.get(
-            ("world_to_cam", i), lambda: np.linalg.inv(self.poses(i)).astype(np.float32)
-        )
-
-    def views(self, i: int, which: list[int] | None = None) -> ViewBatch:
-        "Some views of an object (None: all) in the order asked, with `batch` 0."
-        which = list(range(self.n_views)) if which is None else [int(k) for k in which]
-        return as_views(
-            np.stack([self.pixels(i, k) for k in which]),
-            self.world_to_cam(i)[which],
-            self.fov,
-            np.zeros(len(which), dtype=np.int64),
-        )
 
 # %% ../../nbs/data/22_shapenet.ipynb #a18abd84
 def export_objects(
     source: ShapeNetViews,  # at native size
     folder: str | Path,  # becomes `<folder>/<synset>/<model>/...`
-    convention: str = "unipre3d",  # "released" writes points and cameras so that the released reader gets them right
-    indices: list[int] | None = None,  # which objects; None means all
+    convention: str = "unipre3d",  # "released": points and cameras so that the released reader gets them right
+    indices: Sequence[int] | None = None,  # which objects; None means all
 ) -> Path:
     "The released layout as plain files: PNG views, one 4 x 4 camera file each, a float32 cloud."
     if convention not in ("unipre3d", "released"):
         raise ValueError(f"convention: expected 'unipre3d' or 'released', got {convention!r}")
-    folder, released = Path(folder), convention == "released"
+    folder = Path(folder)
     indices = list(range(len(source)) if indices is None else indices)
     for i in indices:
-        synset, model = source.items[i]
-        easy, pts = folder / synset / model / "easy", folder / synset / model / "pts"
-        easy.mkdir(parents=True, exist_ok=True)
-        pts.mkdir(exist_ok=True)
-        cloud, poses = source.cloud(i), source.poses(i).copy()
-        rows = np.concatenate(
-            [cloud.xyz.numpy()]
-            + (
-                []
-                if released or cloud.normal is None
-                else [cloud.normal.numpy(), cloud.color.numpy(), cloud.part[:, None].numpy()]
-            ),
-            1,
-        ).astype(np.float32)
-        if released:  # the inverse of `released_points`: its reader subtracts the mean
-            poses[:, :3, 3] -= cloud.xyz.double().mean(0).numpy()
-            poses, rows = HALF_TURN @ poses, rows * np.float32([1, -1, -1])
-            rows = np.stack([rows[:, 1], -rows[:, 2], -rows[:, 0]], 1)
-        np.save(pts / f"{synset}-{model}.npy", np.ascontiguousarray(rows))
-        for k, (name, pose) in enumerate(zip(source.view_names(i), poses)):
-            image = decode_image(source.store.read(name), name)
-            (clear_black(image) if image.mode == "RGBA" else image).save(easy / f"{k:02d}.png")
-            (easy / f"{k:02d}.txt").write_text(
-                "\n".join(" ".join(repr(float(x)) for x in row) for row in pose) + "\n"
-            )
-        meta = f"{source._path(i)}/easy/rendering_metadata.txt"
-        if source.store.has(meta):
-            (easy / "rendering_metadata.txt").write_bytes(source.store.read(meta))
-    if not released:
-        (folder / "convention.json").write_text(
-            json.dumps(
-                {**source.convention, "cameras": "matrix", "points": "columns", "suffix": ".png"}
-            )
-        )
-        rows = [source.table[source.items[i]] for i in indices if source.items[i] in source.table]
-        if rows:
-            with open(folder / "objects.csv", "w", newline="") as f:
-                out = csv.DictWriter(f, rows[0], lineterminator="\n")
-                out.writeheader()
-                out.writerows(rows)
-        (folder / "parts.json").write_text(json.dumps(source.parts))
+        _export_object(source, i, folder, convention == "released")
+    if convention == "unipre3d":
+        _export_tables(source, indices, folder)
     return folder
+
+
+def _export_object(source, i, folder, released):
+    easy = folder / source.name(i) / "easy"
+    easy.mkdir(parents=True, exist_ok=True)
+    cloud, poses = source.rows(i), source.cam_to_world(i)
+    rows = np.concatenate([column.reshape(len(column), -1) for column in cloud.values()], 1)
+    if released:  # the inverse of `released_points`: its reader subtracts the mean
+        poses[:, :3, 3] -= cloud["xyz"].mean(0, dtype=np.float64)
+        poses = HALF_TURN @ poses
+        x, y, z = cloud["xyz"].T
+        rows = np.stack([-y, z, -x], 1)
+    points = folder / source._cloud_file(source.items[i])
+    points.parent.mkdir(exist_ok=True)
+    np.save(points, np.ascontiguousarray(rows, dtype=np.float32))
+    for k, pose in enumerate(poses):
+        name = source.image_file(i, k)
+        image = decode_image(source.store.read(name), name)
+        if image.mode == "RGBA":
+            image = clear_black(image)
+        image.save(easy / f"{k:02d}.png")
+        lines = [" ".join(repr(float(x)) for x in row) for row in pose]
+        (easy / f"{k:02d}.txt").write_text("\n".join(lines) + "\n")
+    meta = f"{source.name(i)}/easy/rendering_metadata.txt"
+    if source.store.has(meta):
+        (easy / "rendering_metadata.txt").write_bytes(source.store.read(meta))
+
+
+def _export_tables(source, indices, folder):
+    files = dict(cameras="matrix", points="columns", suffix=".png")
+    (folder / "convention.json").write_text(json.dumps(source.convention | files))
+    (folder / "parts.json").write_text(json.dumps(source.parts))
+    rows = [source.table[source.items[i]] for i in indices if source.items[i] in source.table]
+    if rows:
+        with open(folder / "objects.csv", "w", newline="") as file:
+            out = csv.DictWriter(file, rows[0], lineterminator="\n")
+            out.writeheader()
+            out.writerows(rows)

@@ -17,7 +17,16 @@ from ..data.labelled import ScanObjectNN, fit_radius
 from .furniture import Material, Mesh, Tracer, read_csv
 from .rooms import depth_sigma
 from ..data.shapenet import ShapeNetViews
-from .shapes import KINDS, PARTS, Builder, block, cushion, drum, make_mesh, shape_items
+from unipre3d.worlds.shapes import (
+    KINDS,
+    PARTS,
+    Builder,
+    block,
+    cushion,
+    drum,
+    make_mesh,
+    shape_items,
+)
 from ..records import code_hash, data_hash, made_once
 
 # %% auto #0
@@ -367,13 +376,13 @@ def thing_mesh(
     "The object itself, at its size."
     if furniture is None:
         return make_mesh(thing["class"], thing["number"], thing["seed"])
-    c = furniture.cloud(furniture.items.index((thing["class"], thing["id"])))
+    c = furniture.rows(furniture.items.index((thing["class"], thing["id"])))
     size = np.array([float(thing[k]) for k in ("width", "depth", "height")])
-    unit = np.linalg.norm(size) / np.linalg.norm(np.ptp(c.xyz.numpy(), axis=0))
+    unit = np.linalg.norm(size) / np.linalg.norm(np.ptp(c["xyz"], axis=0))
     return surfels(
-        unit * c.xyz.numpy().astype(np.float64),
-        c.normal.numpy(),
-        c.part.numpy(),
+        unit * c["xyz"].astype(np.float64),
+        c["normal"],
+        c["part"].astype(np.int64),
         furniture.parts.get(thing["class"], ["unlabelled"]),
     )
 
