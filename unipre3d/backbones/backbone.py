@@ -61,12 +61,12 @@ def match_released(
             match.missing[name] = key
             continue
         match.used[name] = key
-        released = state[key]
         try:
-            match.weights[name] = as_ours(change(released) if change else released, ours)
+            match.weights[name] = as_ours(change(state[key]) if change else state[key], ours)
         except (ValueError, RuntimeError, IndexError):
-            want, got = list(ours.shape), list(released.shape)
-            match.misfit[name] = f"{key!r}: expected {want} for this model, got {got}"
+            match.misfit[name] = (
+                f"{key!r}: expected {list(ours.shape)} for this model, got {list(state[key].shape)}"
+            )
     return match
 
 # %% ../../nbs/backbones/39_backbone.ipynb #7c70f27c
@@ -85,6 +85,12 @@ class Backbone(nn.Module):
     columns: str = "first"
     # regular expressions of pieces of our names, and the released pieces, applied in this order
     released_names: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = ()
+    released_keywords: Mapping[
+        str, str
+    ] = {}  # a released constructor argument -> ours; none: our own
+    released_fixed: Mapping[str, Any] = {}  # a released argument -> the only value that we know
+    released_unused: str = ""  # released arguments that change nothing
+    released_defaults: Mapping[str, Any] = {}  # ours -> the released default, where it differs
     in_channels: int  # columns of the input that are read
     stem_width: int  # features after stem
     body_width: int  # features after body, before norm
@@ -94,14 +100,15 @@ class Backbone(nn.Module):
         self,
         arguments: dict[str, Any],  # of the model's constructor: its `locals()`
     ):
-        "Keep the arguments, in `config` and as attributes. Raises: ValueError for fewer than 3 coordinates."
+        "Keep the arguments, in `config` and as attributes."
         super().__init__()
         self.config = {k: freeze(v) for k, v in arguments.items() if k not in ("self", "__class__")}
         vars(self).update(self.config)
-        columns = self.config.get("in_channels", 3)
-        if self.columns != "any" and columns < 3:
-            found = f"expected at least 3 (the coordinates), got {columns}"
-            raise ValueError(f"{type(self).__name__}.in_channels: {found}")
+        if self.columns != "any" and self.in_channels < 3:
+            raise ValueError(
+                f"{type(self).__name__}.in_channels: expected at least 3 (the coordinates), "
+                f"got {self.in_channels}"
+            )
 
     def stem(self, points: PointBatch) -> PointBatch:
         "First layer: points with `stem_width` features. Point fusion acts after it."
@@ -126,15 +133,17 @@ class Backbone(nn.Module):
         for name in names:
             values = self.config[name]
             if values is not None and len(values) != count:
-                found = f"expected {count} values, {why}, got {len(values)}"
-                raise ValueError(f"{type(self).__name__}.{name}: {found}")
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: expected {count} values, {why}, got {len(values)}"
+                )
 
     def need_columns(self, points: PointBatch) -> None:
         "Raise a one-line ValueError unless `points` has the columns that the model reads."
-        columns = points.feat.shape[1]
-        if columns < self.in_channels:
-            want = f"expected points.feat with at least {self.in_channels} columns (in_channels)"
-            raise ValueError(f"{type(self).__name__}.stem: {want}, got {columns}")
+        if points.feat.shape[1] < self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}.stem: expected points.feat with at least "
+                f"{self.in_channels} columns (in_channels), got {points.feat.shape[1]}"
+            )
 
     def need_rows(
         self,
@@ -143,11 +152,10 @@ class Backbone(nn.Module):
     ) -> None:
         "Raise a one-line ValueError where training would divide by the variance of a single row."
         if self.training and rows == 1:
-            want = (
-                "expected at least 2 rows in the batch while training (batch normalisation), got 1"
+            raise ValueError(
+                f"{type(self).__name__}.{where}: expected at least 2 rows in the batch while "
+                "training (batch normalisation), got 1; use more points or clouds, or call eval()"
             )
-            todo = "use more points or clouds, or call eval()"
-            raise ValueError(f"{type(self).__name__}.{where}: {want}; {todo}")
 
     def released_weight(
         self,
@@ -165,12 +173,12 @@ class Backbone(nn.Module):
     ) -> dict[str, Tensor]:  # a state dict for load_state_dict
         "Released weights under our names and in our layout; all of them or a one-line ValueError."
         match = match_released(self.state_dict(), self.released_weight, state, prefix)
-        problems = [
-            f"expected the key {key!r} in the released state, not found among {len(state)} keys; "
-            "check prefix and sizes"
-            for key in match.missing.values()
-        ]
-        for problem in (*problems, *match.misfit.values()):
+        for key in match.missing.values():
+            raise ValueError(
+                f"{type(self).__name__}.convert_released: expected the key {key!r} in the released "
+                f"state, not found among {len(state)} keys; check prefix and sizes"
+            )
+        for problem in match.misfit.values():
             raise ValueError(f"{type(self).__name__}.convert_released: {problem}")
         return match.weights
 
@@ -180,27 +188,27 @@ class Backbone(nn.Module):
         kwargs: dict[str, Any],  # constructor arguments as released code names them
     ) -> Backbone:
         "A model of the shape that released code would build. A model that was never released takes its own arguments."
-        names = {name: name for name in inspect.signature(cls).parameters}
-        return cls(**cls.released_arguments(kwargs, names))
+        return cls(**{**cls.released_defaults, **cls.released_arguments(kwargs)})
 
     @classmethod
     def released_arguments(
         cls,
         kwargs: dict[str, Any],  # as released code names them
-        names: dict[str, str],  # released name -> ours
-        fixed: Mapping[str, Any] = {},  # released name -> the only value that this package knows
-        unused: frozenset[str] = frozenset(),  # released names that change nothing
     ) -> dict[str, Any]:
         "Released arguments under our names. An unknown name, or another value of a fixed one, is a one-line ValueError."
-        where, known = f"{cls.__name__}.from_released", {*names, *fixed, *unused}
+        names = cls.released_keywords or {name: name for name in inspect.signature(cls).parameters}
+        known = {*names, *cls.released_fixed, *cls.released_unused.split()}
         for name in sorted(set(kwargs) - known):
-            expected = ", ".join(sorted(known))
-            raise ValueError(f"{where}: unknown argument {name!r}, expected {expected}")
-        for name, value in fixed.items():
-            got = kwargs.get(name, value)
-            if got != value:
-                found = f"expected {value!r}, the released one, got {got!r}"
-                raise ValueError(f"{where}: {name}: {found}")
+            raise ValueError(
+                f"{cls.__name__}.from_released: unknown argument {name!r}, "
+                f"expected {', '.join(sorted(known))}"
+            )
+        for name, value in cls.released_fixed.items():
+            if kwargs.get(name, value) != value:
+                raise ValueError(
+                    f"{cls.__name__}.from_released: {name}: expected {value!r}, the released one, "
+                    f"got {kwargs[name]!r}"
+                )
         return {names[k]: v for k, v in kwargs.items() if k in names}
 
     def save_pretrained(
@@ -224,8 +232,9 @@ class Backbone(nn.Module):
         config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for file in (config_file, weights_file):
             if not file.is_file():
-                found = "expected a file that save_pretrained wrote, found none"
-                raise FileNotFoundError(f"{file}: {found}")
+                raise FileNotFoundError(
+                    f"{file}: expected a file that save_pretrained wrote, found none"
+                )
         config = json.loads(config_file.read_text())
         kind = config.pop("backbone", None)
         if kind != cls.__name__:
@@ -234,9 +243,10 @@ class Backbone(nn.Module):
         try:
             model.load_state_dict(load_file(weights_file))
         except RuntimeError as problem:
-            last = str(problem).splitlines()[-1].strip()
-            want = f"expected the weights of the model in {config_file.name}"
-            raise ValueError(f"{weights_file}: {want}, they do not fit ({last})") from None
+            raise ValueError(
+                f"{weights_file}: expected the weights of the model in {config_file.name}, "
+                f"they do not fit ({str(problem).splitlines()[-1].strip()})"
+            ) from None
         return model.eval()
 
 # %% ../../nbs/backbones/39_backbone.ipynb #5a7d20e3

@@ -127,18 +127,20 @@ def selective_scan(
 ) -> Float[Tensor, "b l d"]:  # of u's dtype; computed in float32 or better
     "The selective scan (Mamba, algorithm 2), causal along l; values and gradients of `selective_scan_reference`. Raises: ValueError."
     if backend not in ("auto", "torch", "mamba_ssm"):
-        expected = "expected 'auto', 'torch' or 'mamba_ssm'"
-        raise ValueError(f"selective_scan.backend: {expected}, got {backend!r}")
+        raise ValueError(
+            f"selective_scan.backend: expected 'auto', 'torch' or 'mamba_ssm', got {backend!r}"
+        )
     kernel = _kernel() if u.is_cuda else None
     if backend == "mamba_ssm" and kernel is None:
-        needs = "'mamba_ssm' needs the package mamba-ssm and tensors on a GPU; use 'torch'"
-        raise ValueError(f"selective_scan.backend: {needs}")
+        raise ValueError(
+            "selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm "
+            "and tensors on a GPU; use 'torch'"
+        )
     if not u.numel():
         return torch.zeros_like(u)
     out, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)
     u, delta, A, B, C, D = (x.to(exact) for x in (u, delta, A, B, C, D))
-    single = exact == torch.float32
-    if backend == "mamba_ssm" or (backend == "auto" and kernel is not None and single):
+    if kernel and (backend == "mamba_ssm" or (backend, exact) == ("auto", torch.float32)):
         u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
         return kernel(u, delta, A, B, C, D).transpose(1, 2).to(out)
     chunk = chunk or max(8, 2**18 // (u.shape[0] * A.numel()))
@@ -163,8 +165,10 @@ class SSM(nn.Module):
         super().__init__()
         self.split = [dt_rank, d_state, d_state]
         bound = d_conv**-0.5
-        self.conv_weight = nn.Parameter(torch.empty(d_conv, inner).uniform_(-bound, bound))
-        self.conv_bias = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
+        self.conv_weight, self.conv_bias = (
+            nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+            for shape in ((d_conv, inner), (inner,))
+        )
         self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
         self.dt_proj = nn.Linear(dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
@@ -187,8 +191,8 @@ class SSM(nn.Module):
         x, z = xz.chunk(2, -1)
         x = F.silu(self.convolve(x))
         delta, B, C = self.x_proj(x).split(self.split, -1)
-        delta = F.softplus(self.dt_proj(delta))
-        return selective_scan(x, delta, -self.A_log.exp(), B, C, self.D) * F.silu(z)
+        step = F.softplus(self.dt_proj(delta))
+        return selective_scan(x, step, -self.A_log.exp(), B, C, self.D) * F.silu(z)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #968b9d10
 class Mamba(nn.Module):

@@ -43,10 +43,8 @@ class LocalPooling(nn.Module):
     ):
         super().__init__()
         self.batch_statistics = batch_statistics
-        self.alpha = nn.Parameter(torch.ones(2 * width))
-        self.beta = nn.Parameter(torch.zeros(2 * width))
-        self.norm = nn.LayerNorm(2 * width)
-        self.mlp = nn.Linear(2 * width, width)
+        self.alpha, self.beta = (nn.Parameter(f(2 * width)) for f in (torch.ones, torch.zeros))
+        self.norm, self.mlp = nn.LayerNorm(2 * width), nn.Linear(2 * width, width)
 
     def forward(
         self,
@@ -78,8 +76,7 @@ class Mamba3DBlock(nn.Module):
     ):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.local = LocalPooling(width, batch_statistics)
         self.mixer = Mamba(width=width, d_state=d_state, flip_channels=True)
 
@@ -120,6 +117,19 @@ class Mamba3D(Backbone):
         (r"\.local\.norm\.", ".lfa.pre_norm_ft."),
         (r"\.local\.mlp\.", ".lfa.mlp.share_mlp."),
     )
+    released_keywords = dict(
+        trans_dim="width",
+        depth="depth",
+        drop_path_rate="drop_path_rate",
+        group_size="group_size",
+        num_group="num_groups",
+        center_local_k="center_local_k",
+    )
+    released_fixed = dict(bimamba_type="v4")
+    released_unused = (
+        "NAME num_heads encoder_dims ordering label_smooth "
+        "lr_ratio_cls lr_ratio_lfa fusion in_channels"
+    )
 
     def __init__(
         self,
@@ -140,8 +150,7 @@ class Mamba3D(Backbone):
         self.stem_width = self.body_width = width
         self.encoder = GroupEncoder(3, width, encoder_widths)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, width))
-        self.cls_token = nn.Parameter(0.02 * torch.randn(width))
-        self.cls_pos = nn.Parameter(0.02 * torch.randn(width))
+        self.cls_token, self.cls_pos = (nn.Parameter(0.02 * torch.randn(width)) for _ in range(2))
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Mamba3DBlock(width, rate, batch_statistics, d_state) for rate in rates
@@ -162,8 +171,7 @@ class Mamba3D(Backbone):
         x, mask = to_padded(p.feat, p.batch, p.size)
         pos, _ = to_padded(self.position(p.xyz), p.batch, p.size)
         near = knn(p.xyz, p.batch, p.xyz, p.batch, p.size, k=self.center_local_k)
-        x = prepend(self.cls_token[None], x)
-        pos = prepend(self.cls_pos[None], pos)
+        x, pos = prepend(self.cls_token[None], x), prepend(self.cls_pos[None], pos)
         for block in self.blocks:
             x = block(x + pos, mask, near, p.batch)
         return p.with_feat(from_padded(x[:, 1:], mask)), x[:, 0]
@@ -186,19 +194,11 @@ class Mamba3D(Backbone):
         ],  # under their released names (trans_dim, num_group, center_local_k, ...)
     ) -> Mamba3D:
         "A model of the shape that released code would build, with its statistics over the batch."
-        same = "depth drop_path_rate group_size center_local_k"
-        names = {name: name for name in same.split()}
-        names |= {"trans_dim": "width", "num_group": "num_groups"}
-        unused = (
-            "NAME num_heads encoder_dims ordering label_smooth "
-            "lr_ratio_cls lr_ratio_lfa fusion in_channels"
-        )
-        fixed = dict(bimamba_type="v4")
-        given = cls.released_arguments(kwargs, names, fixed, frozenset(unused.split()))
+        given = cls.released_arguments(kwargs)
         width = given.get("width", 384)
-        dims = kwargs.get("encoder_dims", width)
-        if dims != width:
-            why = "since tokens go into the blocks as they are"
-            found = f"encoder_dims: expected trans_dim = {width}, {why}, got {dims}"
-            raise ValueError(f"Mamba3D.from_released: {found}")
+        if kwargs.get("encoder_dims", width) != width:
+            raise ValueError(
+                f"Mamba3D.from_released: encoder_dims: expected trans_dim = {width}, since tokens "
+                f"go into the blocks as they are, got {kwargs['encoder_dims']}"
+            )
         return cls(**given, batch_statistics=True)

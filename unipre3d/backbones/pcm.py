@@ -19,7 +19,7 @@ from ..geometry.pointops import interpolate, knn
 from ..geometry.serialization import ORDERS, grid_coordinates, serialize
 
 # %% auto #0
-__all__ = ['HASH_SEED_0', 'RELEASED_ENCODER', 'thin', 'Residual', 'Neighbourhood', 'Stage', 'scan_rows', 'Propagation', 'PCM']
+__all__ = ['HASH_SEED_0', 'thin', 'Residual', 'Neighbourhood', 'Stage', 'scan_rows', 'Propagation', 'PCM']
 
 # %% ../../nbs/backbones/44_pcm.ipynb #55a18817
 def thin(
@@ -59,8 +59,7 @@ class Neighbourhood(nn.Module):
     ):
         super().__init__()
         self.k = neighbours
-        self.alpha = nn.Parameter(torch.ones(c_in + 3))
-        self.beta = nn.Parameter(torch.zeros(c_in + 3))
+        self.alpha, self.beta = (nn.Parameter(f(c_in + 3)) for f in (torch.ones, torch.zeros))
         self.transfer = shared_mlp(2 * c_in + 3, c_out)
         self.operation = nn.Sequential(*[Residual(c_out, bias=False) for _ in range(blocks)])
 
@@ -149,31 +148,14 @@ class Propagation(nn.Module):
         self.operation = nn.Sequential(*[Residual(c_out, bias=True) for _ in range(blocks)])
 
     def forward(self, fine: PointBatch, coarse: PointBatch) -> PointBatch:
-        known = (coarse.xyz, coarse.feat, coarse.batch, coarse.size)
-        propagated = interpolate(fine.xyz, fine.batch, *known)
+        propagated = interpolate(
+            fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size
+        )
         return fine.with_feat(self.operation(self.fuse(torch.cat([fine.feat, propagated], 1))))
 
 # %% ../../nbs/backbones/44_pcm.ipynb #59fb47ce
 # a set of the nine released orders, PYTHONHASHSEED=0
 HASH_SEED_0 = ("z", "yzx", "zyx", "z-trans", "xyz", "zxy", "hilbert", "xzy", "yxz")
-
-# arguments of the released encoder that have one value only
-RELEASED_ENCODER = dict(
-    groups=1,
-    res_expansion=1,
-    activation="relu",
-    bias=False,
-    use_xyz=True,
-    normalize="anchor",
-    rms_norm=True,
-    mamba_pos=True,
-    use_order_prompt=True,
-    pos_type="share",
-    pos_proj_type="linear",
-    combine_pos=False,
-    block_residual=True,
-    use_windows=False,
-)
 
 
 class PCM(Backbone):
@@ -198,6 +180,40 @@ class PCM(Backbone):
         (r"(operation\.\d+)\.net\.([01])\.", r"\1.net1.\2."),
         (r"(operation\.\d+)\.net\.3\.", r"\1.net2.0."),
         (r"(operation\.\d+)\.net\.4\.", r"\1.net2.1."),
+    )
+    # of the released encoder
+    released_keywords = dict(
+        in_channels="in_channels",
+        embed_dim="embed_dim",
+        dim_expansion="dim_expansion",
+        pre_blocks="pre_blocks",
+        mamba_blocks="mamba_blocks",
+        k_neighbors="k_neighbors",
+        reducers="reducers",
+        drop_path_rate="drop_path_rate",
+        grid_size="grid_size",
+        prompt_num_per_order="prompts_per_order",
+        mamba_layers_orders="orders",
+    )
+    released_fixed = dict(
+        groups=1,
+        res_expansion=1,
+        activation="relu",
+        bias=False,
+        use_xyz=True,
+        normalize="anchor",
+        rms_norm=True,
+        mamba_pos=True,
+        use_order_prompt=True,
+        pos_type="share",
+        pos_proj_type="linear",
+        combine_pos=False,
+        block_residual=True,
+        use_windows=False,
+    )
+    released_unused = (
+        "NAME residual_in_fp32 fused_add_norm bimamba_type "
+        "pos_blocks k_strides windows_size cls_pooling"
     )
 
     def __init__(
@@ -247,7 +263,6 @@ class PCM(Backbone):
         released_orders: bool = False,  # orders as the released code computes them, over the batch
         spare_head: bool = True,  # the released decoder's second head, which nothing uses
     ):
-        "Raises: ValueError in one line for arguments that do not belong together."
         super().__init__(locals())
         stages, total = len(dim_expansion), sum(mamba_blocks)
         lists = (
@@ -258,19 +273,19 @@ class PCM(Backbone):
         self.prompt_order = tuple(prompt_order or dict.fromkeys(orders))
         unknown = [order for order in orders if order not in ORDERS]
         if unknown:
-            found = f"expected names among {', '.join(ORDERS)}, got {unknown[0]!r}"
-            raise ValueError(f"PCM.orders: {found}")
+            raise ValueError(
+                f"PCM.orders: expected names among {', '.join(ORDERS)}, got {unknown[0]!r}"
+            )
         if set(self.prompt_order) != set(orders):
-            expected, got = ", ".join(sorted(set(orders))), ", ".join(self.prompt_order)
-            found = f"expected each of orders once ({expected}), got {got}"
-            raise ValueError(f"PCM.prompt_order: {found}")
+            raise ValueError(
+                f"PCM.prompt_order: expected each of orders once "
+                f"({', '.join(sorted(set(orders)))}), got {', '.join(self.prompt_order)}"
+            )
         widths = [embed_dim]
         for times in dim_expansion:
             widths.append(widths[-1] * times)
         up = tuple(decoder_channels or widths[-2::-1])
-        self.stem_width = embed_dim
-        self.body_width = up[-1]
-        self.width = out_channels
+        self.stem_width, self.body_width, self.width = embed_dim, up[-1], out_channels
         self.embedding = shared_mlp(in_channels, embed_dim)
         prompts = len(self.prompt_order) * prompts_per_order
         self.prompt = nn.Parameter(torch.randn(prompts, prompt_width))
@@ -387,35 +402,24 @@ class PCM(Backbone):
         ranges = kwargs.get("order_prompt_ranges", order_prompt_ranges)
         missing = [k for k in ("encoder_args", "decoder_args", "cls_args") if k not in kwargs]
         if missing:
-            found = f"expected {missing[0]!r} among the arguments, found {', '.join(kwargs)}"
-            raise ValueError(f"PCM.from_released: {found}")
+            raise ValueError(
+                f"PCM.from_released: expected {missing[0]!r} among the arguments, "
+                f"found {', '.join(kwargs)}"
+            )
         encoder, decoder, head = kwargs["encoder_args"], kwargs["decoder_args"], kwargs["cls_args"]
         for args, name in ((encoder, "pos_blocks"), (decoder, "mamba_blocks")):
-            blocks = args.get(name, [0])
-            if any(blocks):
-                found = f"expected only zeros, as released, got {list(blocks)}"
-                raise ValueError(f"PCM.from_released: {name}: {found}")
-        same = (
-            "in_channels embed_dim dim_expansion pre_blocks mamba_blocks "
-            "k_neighbors reducers drop_path_rate grid_size"
-        )
-        names = {name: name for name in same.split()} | {
-            "prompt_num_per_order": "prompts_per_order",
-            "mamba_layers_orders": "orders",
-        }
-        unused = (
-            "NAME residual_in_fp32 fused_add_norm bimamba_type "
-            "pos_blocks k_strides windows_size cls_pooling"
-        )
-        unused = frozenset(unused.split())
-        given = cls.released_arguments(encoder, names, RELEASED_ENCODER, unused)
+            if any(args.get(name, [0])):
+                raise ValueError(
+                    f"PCM.from_released: {name}: expected only zeros, as released, "
+                    f"got {list(args[name])}"
+                )
+        given = cls.released_arguments(encoder)
         orders = given["orders"]
         if isinstance(orders, str):
             orders = (orders,) * sum(given["mamba_blocks"])
+        table = [order for order in HASH_SEED_0 if order in orders]
         if ranges:
-            table = sorted(set(orders), key=lambda order: ranges[order][0])
-        else:
-            table = [order for order in HASH_SEED_0 if order in orders]
+            table.sort(key=lambda order: ranges[order][0])
         stages = len(given["dim_expansion"])
         return cls(
             **given | dict(orders=tuple(orders)),

@@ -54,10 +54,8 @@ def knn_columns(
         d2 += (queries[..., :, None, more] - table[..., None, :, more]).square()
     d2 = d2.masked_fill_(~mask[:, None], torch.inf)
     near, index = d2.topk(min(k, table.shape[1]), largest=False)
-    nearest = index[..., :1]
-    index = torch.where(near.isinf(), nearest, index)
-    repeated = nearest.expand(*index.shape[:2], k - index.shape[-1])
-    index = torch.cat([index, repeated], -1)
+    index = torch.where(near.isinf(), index[..., :1], index)
+    index = torch.cat([index, index[..., :1].expand(*index.shape[:2], k - index.shape[-1])], -1)
     return (index + offsets(batch, size)[:-1, None, None])[real]
 
 
@@ -74,8 +72,7 @@ def interpolate_columns(
     weight = 1 / ((query[:, None] - columns[index]).square().sum(-1) + 1e-8)
     known = torch.bincount(batch, minlength=size)[query_batch]
     weight = weight * (torch.arange(3, device=feat.device) < known[:, None])
-    weight = weight / weight.sum(1, keepdim=True)
-    return (weight[..., None] * feat[index]).sum(1)
+    return ((weight / weight.sum(1, keepdim=True))[..., None] * feat[index]).sum(1)
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #2ad2cdfc
 def cloud_deviation(
@@ -137,8 +134,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.neighbours = neighbours
-        self.alpha = nn.Parameter(torch.ones(in_width))
-        self.beta = nn.Parameter(torch.zeros(in_width))
+        self.alpha, self.beta = (nn.Parameter(f(in_width)) for f in (torch.ones, torch.zeros))
         self.transfer = shared_mlp(2 * in_width, width)
         self.pre = residuals(width, residual_expansion, pre_blocks)
         self.post = residuals(width, residual_expansion, post_blocks)
@@ -200,6 +196,21 @@ class PointMLP(Backbone):
         (r"\.first\.", ".net1."),
         (r"\.second\.", ".net2."),
     )
+    released_keywords = dict(
+        in_channels="in_channels",
+        embed_dim="embed_width",
+        dim_expansion="expansion",
+        k_neighbors="neighbours",
+        reducers="reduce",
+        pre_blocks="pre_blocks",
+        pos_blocks="post_blocks",
+        de_dims="decoder_widths",
+        de_blocks="decoder_blocks",
+        res_expansion="residual_expansion",
+    )
+    released_fixed = dict(
+        groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor"
+    )
 
     def __init__(
         self,
@@ -226,7 +237,6 @@ class PointMLP(Backbone):
         residual_expansion: float = 1.0,  # inner width of a residual layer over its width
         three_in_memory: bool = False,  # anchors as released kernels choose them (see `anchor_points`)
     ):
-        "Raises: ValueError in one line for arguments that do not belong to one number of stages."
         super().__init__(locals())
         lists = (
             "reduce",
@@ -287,18 +297,5 @@ class PointMLP(Backbone):
         ],  # under their released names (embed_dim, k_neighbors, reducers, ...)
     ) -> PointMLP:
         "A model that computes what released code would; what is not named is as in the released pre-training model."
-        names = dict(
-            in_channels="in_channels",
-            embed_dim="embed_width",
-            dim_expansion="expansion",
-            k_neighbors="neighbours",
-            reducers="reduce",
-            pre_blocks="pre_blocks",
-            pos_blocks="post_blocks",
-            de_dims="decoder_widths",
-            de_blocks="decoder_blocks",
-            res_expansion="residual_expansion",
-        )
-        fixed = dict(groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor")
-        given = dict(in_channels=4) | cls.released_arguments(kwargs, names, fixed)
+        given = dict(in_channels=4) | cls.released_arguments(kwargs)
         return cls(**given, three_in_memory=given["in_channels"] > 3)

@@ -69,8 +69,9 @@ class FeaturePropagation(nn.Module):
     ) -> PointBatch:  # fine, feat [n widths[-1]]
         "One row for each point of `fine` (PointNet++ equation 2)."
         if isinstance(coarse, PointBatch):
-            known = (coarse.xyz, coarse.feat, coarse.batch, coarse.size)
-            propagated = interpolate(fine.xyz, fine.batch, *known)
+            propagated = interpolate(
+                fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size
+            )
         else:
             propagated = coarse[fine.batch]
         return fine.with_feat(self.layers(torch.cat([fine.feat, propagated], 1)))
@@ -91,15 +92,13 @@ class PointNet2(Backbone):
         # layers on the way up; the very last is `width`
         decoder_widths: tuple[tuple[int, ...], ...] = ((256, 256), (256, 128), (128, 128, 128)),
     ):
-        "Raises: ValueError in one line for arguments that do not belong to one number of levels."
         super().__init__(locals())
         levels = len(centres)
         self.need_lengths(levels, "one for each of centres", "radii", "neighbours")
-        why = "one for each of centres and one for the whole"
-        self.need_lengths(levels + 1, why, "widths", "decoder_widths")
+        self.need_lengths(levels + 1, "one more than centres", "widths", "decoder_widths")
         self.levels = list(zip(centres, radii, neighbours))
-        self.stem_width = in_channels
-        self.body_width = self.width = decoder_widths[-1][-1]
+        self.stem_width, self.body_width = in_channels, decoder_widths[-1][-1]
+        self.width = self.body_width
         known = [in_channels, *(w[-1] for w in widths)]
         self.down = nn.ModuleList(SetAbstraction(a, w) for a, w in zip(known, widths))
         below = [known[-1], *(w[-1] for w in decoder_widths)]

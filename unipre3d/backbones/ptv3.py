@@ -6,7 +6,6 @@
 from __future__ import annotations
 import functools, importlib, importlib.util
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +47,10 @@ def curve_codes(
     "The place of each cell along a curve through its own cloud. Raises: ValueError where a code is too short."
     depth = int(digits.max()) if len(digits) else 0
     if 3 * depth + len(digits).bit_length() > 63:
-        found = f"{len(digits)} clouds of up to 2^{depth} cells along an axis do not fit in a code"
-        raise ValueError(f"curve_codes.cell: {found}; use a larger voxel_size")
+        raise ValueError(
+            f"curve_codes.cell: {len(digits)} clouds of up to 2^{depth} cells along an axis "
+            "do not fit in a code; use a larger voxel_size"
+        )
     if curve.endswith("-trans"):
         cell = cell[:, [1, 0, 2]]
     if curve.startswith("z"):
@@ -201,8 +202,7 @@ class Down(nn.Module):
         c_out: int,  # channels of the coarser one
     ):
         super().__init__()
-        self.proj = nn.Linear(c_in, c_out)
-        self.norm = scene_norm(c_out)
+        self.proj, self.norm = nn.Linear(c_in, c_out), scene_norm(c_out)
 
     def forward(
         self,
@@ -226,8 +226,9 @@ class Up(nn.Module):
         c_out: int,  # channels of the result
     ):
         super().__init__()
-        self.proj = nn.Sequential(nn.Linear(c_in, c_out), scene_norm(c_out), nn.GELU())
-        self.proj_skip = nn.Sequential(nn.Linear(c_skip, c_out), scene_norm(c_out), nn.GELU())
+        self.proj, self.proj_skip = (
+            nn.Sequential(nn.Linear(c, c_out), scene_norm(c_out), nn.GELU()) for c in (c_in, c_skip)
+        )
 
     def forward(
         self,
@@ -250,8 +251,7 @@ class PatchAttention(nn.Module):
     ):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "n c"], patches: Patches) -> Float[Tensor, "n c"]:
         qkv = self.qkv(x)[patches.rows].unflatten(1, (3, self.heads, -1))
@@ -281,8 +281,7 @@ class PatchBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = PatchAttention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(
         self,
@@ -291,12 +290,11 @@ class PatchBlock(nn.Module):
         seen: Float[Tensor, "n c"] | None = None,  # what the convolution reads, if not x
     ) -> Float[Tensor, "n c"]:
         conv, linear, norm = self.cpe
-        around = conv(level.cells.with_feat(x if seen is None else seen)).feat
-        x = x + norm(linear(around))
+        x = x + norm(linear(conv(level.cells.with_feat(x if seen is None else seen)).feat))
         mixed = self.attn(self.norm1(x), level.patches(self.curve, self.patch))
         x = x + drop_path(mixed, self.drop_path, self.training)
-        wide = F.gelu(self.fc1(self.norm2(x)))
-        return x + drop_path(self.fc2(wide), self.drop_path, self.training)
+        y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + drop_path(y, self.drop_path, self.training)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #121a57c8
 class PTv3(Backbone):
@@ -313,6 +311,22 @@ class PTv3(Backbone):
         (r"\.(norm[12])\.", r".\1.0."),
         (r"\.(fc[12])\.", r".mlp.0.\1."),
     )
+    released_fixed = dict(
+        qkv_bias=True,
+        qk_scale=None,
+        attn_drop=0.0,
+        proj_drop=0.0,
+        pre_norm=True,
+        enable_rpe=False,
+        cls_mode=False,
+        pdnorm_bn=False,
+        pdnorm_ln=False,
+    )
+    released_unused = (
+        "enable_flash upcast_attention upcast_softmax "
+        "pdnorm_decouple pdnorm_adaptive pdnorm_affine pdnorm_conditions cfg"
+    )
+    released_defaults = dict(order=("z", "z-trans"), enc_patch_size=48, dec_patch_size=48)
 
     def __init__(
         self,
@@ -335,11 +349,11 @@ class PTv3(Backbone):
         drop_path: float = 0.3,  # stochastic depth of the deepest block; the first has none
         shuffle_orders: bool = True,  # in training, curves in random order at every level
     ):
-        "Raises: ValueError in one line for arguments that do not fit together."
         super().__init__(locals())
         if not voxel_size > 0:
             raise ValueError(f"PTv3.voxel_size: expected a length above 0, got {voxel_size}")
-        if not order or set(order) - set(CURVES):
+        self.order = (order,) if isinstance(order, str) else tuple(order)
+        if not order or set(self.order) - set(CURVES):
             raise ValueError(f"PTv3.order: expected some of {', '.join(CURVES)}, got {order}")
         stages = len(enc_depths)
         self.stride = self._each("stride", stages - 1)
@@ -348,8 +362,7 @@ class PTv3(Backbone):
                 raise ValueError(f"PTv3.stride: expected powers of two, got {s}")
         widths = self._each("enc_channels", stages)
         coming = (*self._each("dec_channels", stages - 1), widths[-1])
-        self.stem_width = widths[0]
-        self.body_width = self.width = coming[0]
+        self.stem_width, self.body_width, self.width = widths[0], coming[0], coming[0]
         self.conv = SubMConv3d(in_channels, widths[0], 5)
         self.conv_norm = scene_norm(widths[0])
         self.down = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
@@ -363,8 +376,9 @@ class PTv3(Backbone):
         value = self.config[name]
         values = value if isinstance(value, tuple) else (value,) * count
         if len(values) != count:
-            found = f"expected {count} values (one for each stage), got {len(values)}"
-            raise ValueError(f"PTv3.{name}: {found}")
+            raise ValueError(
+                f"PTv3.{name}: expected {count} values (one for each stage), got {len(values)}"
+            )
         return values
 
     def _blocks(
@@ -378,8 +392,9 @@ class PTv3(Backbone):
         if min(patches, default=1) < 1:
             raise ValueError(f"PTv3.{part}_patch_size: expected at least 1, got {patches}")
         if any(width % head for width, head in zip(widths, heads)):
-            found = f"expected divisors of {part}_channels = {widths}, got {heads}"
-            raise ValueError(f"PTv3.{part}_num_head: {found}")
+            raise ValueError(
+                f"PTv3.{part}_num_head: expected divisors of {part}_channels = {widths}, got {heads}"
+            )
         rates = torch.linspace(0, self.drop_path, sum(depths)).split(list(depths))
         stages = nn.ModuleList()
         for width, head, patch, mine in zip(widths, heads, patches, rates):
@@ -430,36 +445,3 @@ class PTv3(Backbone):
                 x = block(x, levels[i], seen)
                 seen = None
         return p.with_feat(x)
-
-    @classmethod
-    def from_released(
-        cls,
-        kwargs: dict[str, Any],  # constructor arguments as released code names them
-    ) -> PTv3:
-        "A model of the shape that released code would build. What is not named has the released constructor's default."
-        names = (
-            "in_channels order stride enc_depths enc_channels enc_num_head enc_patch_size "
-            "dec_depths dec_channels dec_num_head dec_patch_size "
-            "mlp_ratio drop_path shuffle_orders voxel_size"
-        )
-        fixed = dict(
-            qkv_bias=True,
-            qk_scale=None,
-            attn_drop=0.0,
-            proj_drop=0.0,
-            pre_norm=True,
-            enable_rpe=False,
-            cls_mode=False,
-            pdnorm_bn=False,
-            pdnorm_ln=False,
-        )
-        unused = (
-            "enable_flash upcast_attention upcast_softmax "
-            "pdnorm_decouple pdnorm_adaptive pdnorm_affine pdnorm_conditions cfg"
-        )
-        given = dict(order=("z", "z-trans"), enc_patch_size=48, dec_patch_size=48)
-        same = {name: name for name in names.split()}
-        given |= cls.released_arguments(kwargs, same, fixed, frozenset(unused.split()))
-        if isinstance(given["order"], str):
-            given["order"] = (given["order"],)
-        return cls(**given)

@@ -44,9 +44,10 @@ class ConvNorm(nn.Module):
         if not len(y):
             return y
         if self.training and len(y) == 1:
-            want = "expected at least 2 cells at every level while training (batch normalisation)"
-            todo = "use more or larger clouds, or call eval()"
-            raise ValueError(f"SparseUNet: {want}, got 1; {todo}")
+            raise ValueError(
+                "SparseUNet: expected at least 2 cells at every level while training "
+                "(batch normalisation), got 1; use more or larger clouds, or call eval()"
+            )
         feat = self.norm(y.feat)
         return y.with_feat(F.relu(feat) if self.relu else feat)
 
@@ -67,8 +68,7 @@ class ResidualBlock(nn.Module):
             self.proj = ConvNorm(SubMConv3d(in_channels, out_channels, 1), relu=False)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        y = self.second(self.first(x))
-        shortcut = x if self.proj is None else self.proj(x)
+        y, shortcut = self.second(self.first(x)), self.proj(x) if self.proj else x
         return y.with_feat(F.relu(y.feat + shortcut.feat))
 
 # %% ../../nbs/backbones/46_sparseunet.ipynb #8979036d
@@ -92,6 +92,15 @@ class SparseUNet(Backbone):
         (r"\.conv\.", ".0."),
         (r"\.norm\.", ".1."),
     )
+    released_keywords = dict(
+        in_channels="in_channels",
+        num_classes="out_channels",
+        base_channels="base_channels",
+        channels="channels",
+        layers="layers",
+    )
+    released_fixed = dict(cls_mode=False)
+    released_unused = "cfg"
 
     def __init__(
         self,
@@ -104,12 +113,11 @@ class SparseUNet(Backbone):
         out_channels: int | None = None,  # of a last linear layer; None leaves it out
         voxel_size: float = 0.02,  # edge of a voxel, in the unit of xyz (metres)
     ):
-        "Raises: ValueError in one line for sizes that do not fit together."
         super().__init__(locals())
         if len(channels) != len(layers) or len(channels) % 2 or not channels:
-            got = f"got {len(channels)} channels and {len(layers)} layers"
             raise ValueError(
-                f"SparseUNet.channels: expected as many as layers, an even number, {got}"
+                "SparseUNet.channels: expected as many as layers, an even number, "
+                f"got {len(channels)} channels and {len(layers)} layers"
             )
         if not voxel_size > 0:
             raise ValueError(f"SparseUNet.voxel_size: expected a length above 0, got {voxel_size}")
@@ -159,16 +167,4 @@ class SparseUNet(Backbone):
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours; kernels of size one are unscrambled."
         key, _ = super().released_weight(name)
-        single = name.endswith(("proj.conv.weight", "final.weight"))
-        return key, unscramble if single else None
-
-    @classmethod
-    def from_released(
-        cls,
-        kwargs: dict,  # as released: in_channels, num_classes, base_channels, channels, layers
-    ) -> SparseUNet:
-        "A model of the shape that released code would build."
-        names = {name: name for name in ("in_channels", "base_channels", "channels", "layers")}
-        names["num_classes"] = "out_channels"
-        given = cls.released_arguments(kwargs, names, {"cls_mode": False}, frozenset({"cfg"}))
-        return cls(**given)
+        return key, unscramble if name.endswith(("proj.conv.weight", "final.weight")) else None

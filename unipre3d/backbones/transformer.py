@@ -4,7 +4,6 @@
 
 # %% ../../nbs/backbones/40_transformer.ipynb #58279ef4
 from __future__ import annotations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +54,9 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def attend(
         self,
@@ -77,8 +73,8 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"] | None = None
     ) -> Float[Tensor, "b t c"]:
         x = x + drop_path(self.attend(self.norm1(x), mask), self.drop_path, self.training)
-        wide = F.gelu(self.fc1(self.norm2(x)))
-        return x + drop_path(self.fc2(wide), self.drop_path, self.training)
+        y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + drop_path(y, self.drop_path, self.training)
 
 # %% ../../nbs/backbones/40_transformer.ipynb #4d26d5a2
 class StandardTransformer(Backbone):
@@ -93,6 +89,18 @@ class StandardTransformer(Backbone):
         (r"\.(qkv|proj)\.", r".attn.\1."),
         (r"\.(fc1|fc2)\.", r".mlp.\1."),
     )
+    released_keywords = dict(
+        num_groups="num_groups",
+        group_size="group_size",
+        radius="radius",
+        encoder_dims="encoder_dims",
+        trans_dim="width",
+        depth="depth",
+        num_heads="num_heads",
+        drop_path_rate="drop_path_rate",
+    )
+    released_unused = "in_channels"  # the released model reads coordinates only, whatever it says
+    released_defaults = dict(num_groups=256, encoder_dims=256, depth=12)
 
     def __init__(
         self,
@@ -108,11 +116,12 @@ class StandardTransformer(Backbone):
         num_heads: int = 6,  # attention heads; must divide width
         drop_path_rate: float = 0.1,  # stochastic depth of the last block; the first has none
     ):
-        "Raises: ValueError in one line for sizes that do not fit together."
         super().__init__(locals())
         if width % num_heads:
-            found = f"expected a divisor of width = {width}, got {num_heads}"
-            raise ValueError(f"StandardTransformer.num_heads: {found}")
+            raise ValueError(
+                "StandardTransformer.num_heads: expected a divisor of "
+                f"width = {width}, got {num_heads}"
+            )
         self.stem_width = self.body_width = width
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_widths)
         self.reduce = nn.Linear(encoder_dims, width)
@@ -130,7 +139,7 @@ class StandardTransformer(Backbone):
         groups, centre, _ = group_points(
             points, self.num_groups, self.group_size, self.radius, self.in_channels
         )
-        token = points.xyz.new_zeros(0, self.width)
+        token = groups.new_zeros(0, self.width)
         if len(centre):
             token = self.reduce(self.encoder(groups))
         return PointBatch(points.xyz[centre], token, points.batch[centre], points.size)
@@ -139,8 +148,7 @@ class StandardTransformer(Backbone):
         "Run all blocks; also return the CLS token of each cloud."
         x, mask = to_padded(p.feat, p.batch, p.size)
         pos, _ = to_padded(self.position(p.xyz), p.batch, p.size)
-        x = prepend(self.cls_token[None], x)
-        pos = prepend(self.cls_pos[None], pos)
+        x, pos = prepend(self.cls_token[None], x), prepend(self.cls_pos[None], pos)
         seen = None if mask.all() else F.pad(mask, (1, 0), value=True)
         for block in self.blocks:
             x = block(x + pos, seen)
@@ -149,17 +157,3 @@ class StandardTransformer(Backbone):
     def body(self, p: PointBatch) -> PointBatch:
         "Run all blocks on the tokens of `stem`; the CLS token takes part and is dropped at the end."
         return self.summarise(p)[0]
-
-    @classmethod
-    def from_released(
-        cls,
-        kwargs: dict[
-            str, Any
-        ],  # under their released names (trans_dim, encoder_dims, num_groups, ...)
-    ) -> StandardTransformer:
-        "A model of the shape that released code would build; what is not named has the released constructor's default."
-        same = "num_groups group_size radius encoder_dims depth num_heads drop_path_rate"
-        names = {name: name for name in same.split()} | {"trans_dim": "width"}
-        # the released model reads coordinates only, whatever in_channels says
-        given = cls.released_arguments(kwargs, names, unused=frozenset({"in_channels"}))
-        return cls(**dict(num_groups=256, encoder_dims=256, depth=12) | given)
