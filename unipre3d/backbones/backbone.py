@@ -195,7 +195,7 @@ class Backbone(nn.Module):
         cls,
         kwargs: dict[str, Any],  # as released code names them
     ) -> dict[str, Any]:
-        "Released arguments under our names. An unknown name, or another value of a fixed one, is a one-line ValueError."
+        "Released arguments under our names. Raises: ValueError for an unknown name or another value of a fixed one."
         names = cls.released_keywords or {name: name for name in inspect.signature(cls).parameters}
         known = {*names, *cls.released_fixed, *cls.released_unused.split()}
         for name in sorted(set(kwargs) - known):

@@ -56,7 +56,7 @@ def _states(
 
 
 class ChunkedScan(torch.autograd.Function):
-    "h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t . h_t; time first: u, delta [l b d], A [n d], B, C [l b n]."
+    "h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t . h_t; time comes first."
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ def selective_scan(
     backend: str = "auto",  # "torch", "mamba_ssm" (a GPU and that package), "auto": the latter where it can run
     chunk: int | None = None,  # tokens computed together by "torch"; None fits a chunk to the cache
 ) -> Float[Tensor, "b l d"]:  # of u's dtype; computed in float32 or better
-    "The selective scan (Mamba, algorithm 2), causal along l; values and gradients of `selective_scan_reference`. Raises: ValueError."
+    "The selective scan (Mamba, algorithm 2), causal along l; equal to `selective_scan_reference`. Raises: ValueError."
     if backend not in ("auto", "torch", "mamba_ssm"):
         raise ValueError(
             f"selective_scan.backend: expected 'auto', 'torch' or 'mamba_ssm', got {backend!r}"
@@ -252,8 +252,7 @@ class MambaBlock(nn.Module):
         drop_path: float = 0.0,  # probability of dropping `hidden` for a cloud while training
     ):
         super().__init__()
-        self.mixer = Mamba(width=width, d_state=d_state)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.mixer, self.norm = Mamba(width=width, d_state=d_state), nn.RMSNorm(width, eps=1e-5)
         self.drop_path = drop_path
 
     def forward(
@@ -263,8 +262,6 @@ class MambaBlock(nn.Module):
         | None = None,  # sum of all before it; None at the first block
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b l c"]]:
         hidden = hidden.to(self.norm.weight.dtype)  # the sum stays exact under mixed precision
-        if residual is None:
-            residual = hidden
-        else:
-            residual = residual + drop_path(hidden, self.drop_path, self.training)
-        return self.mixer(self.norm(residual)), residual
+        if residual is not None:
+            hidden = residual + drop_path(hidden, self.drop_path, self.training)
+        return self.mixer(self.norm(hidden)), hidden

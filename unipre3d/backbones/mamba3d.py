@@ -65,7 +65,7 @@ class LocalPooling(nn.Module):
 
 # %% ../../nbs/backbones/45_mamba3d.ipynb #f47e3c3b
 class Mamba3DBlock(nn.Module):
-    "Local norm pooling, then a Mamba layer with its channel-flipped twin; both residual. Tokens [B t width] with CLS first."
+    "Local norm pooling, then a Mamba layer with its channel-flipped twin; both residual, on tokens with CLS first."
 
     def __init__(
         self,

@@ -97,8 +97,7 @@ class Stage(nn.Module):
         d_state: int = 16,  # states of each channel of the scans
     ):
         super().__init__()
-        self.reducer = reducer
-        self.orders = tuple(orders)
+        self.reducer, self.orders = reducer, tuple(orders)
         self.gather = Neighbourhood(c_in, c_out, neighbours, pre_blocks)
         self.carry = nn.Linear(c_in, c_out, bias=False) if carry else nn.Identity()
         self.prompt_proj = nn.Linear(prompt_width, c_out, bias=False)
@@ -382,7 +381,7 @@ class PCM(Backbone):
         return coarse
 
     def released_weight(self, name: str) -> Source:
-        "Where the released checkpoints keep a weight of ours; PCM's norm is the head of the released predictor's encoder."
+        "Where the released checkpoints keep a weight of ours; our norm is the head of the released encoder."
         outer, mixer, inner = name.partition(".mixer.")
         key, change = released_mamba_weight(inner)
         outer, _ = super().released_weight(outer)

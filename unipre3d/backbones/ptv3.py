@@ -32,9 +32,8 @@ def curve_digits(
     size: int,  # number of clouds B
 ) -> Int[Tensor, "b"]:  # 0 for a cloud within one cell
     "Binary digits of the largest coordinate of each cloud."
-    top = cell.new_zeros(size)
-    if len(cell):
-        top = top.scatter_reduce(0, batch, cell.amax(1), "amax")
+    largest = cell.amax(1) if len(cell) else batch
+    top = cell.new_zeros(size).scatter_reduce(0, batch, largest, "amax")
     return torch.frexp(top.double()).exponent.long()
 
 
@@ -78,8 +77,7 @@ def cut_patches(
     patch: int,  # places in a patch
 ) -> Patches:
     "Cut the row of each cloud; the last patch borrows the end of the one before."
-    device = order.device
-    short = counts <= patch
+    device, short = order.device, counts <= patch
     cuts = torch.where(short, counts.clamp(max=1), (counts + patch - 1) // patch)
     places = torch.where(short, counts, cuts * patch)
     ends = counts.cumsum(0)
@@ -103,14 +101,12 @@ def attend_rectangle(
 ) -> Float[Tensor, "s heads d"]:
     "Softmax attention within each patch, by torch."
     shape = (len(patches.lengths), patches.longest, *qkv.shape[1:])
-    if patches.mask is None:
-        x, mask = qkv.view(shape), None
-    else:
-        x = qkv.new_zeros(shape).index_put((patches.mask,), qkv)
-        mask = patches.mask[:, None, None]
+    used = patches.mask
+    x = qkv.view(shape) if used is None else qkv.new_zeros(shape).index_put((used,), qkv)
     q, k, v = x.permute(2, 0, 3, 1, 4)
+    mask = None if used is None else used[:, None, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    return y.flatten(0, 1) if patches.mask is None else y[patches.mask]
+    return y.flatten(0, 1) if used is None else y[used]
 
 
 @functools.cache
@@ -125,10 +121,9 @@ def attend(
     qkv: Float[Tensor, "s 3 heads d"],  # queries, keys and values at the places of the patches
     patches: Patches,
 ) -> Float[Tensor, "s heads d"]:
-    "Softmax attention within each patch: flash-attention on CUDA in half precision where it is installed, else `attend_rectangle`."
-    half = qkv.dtype in (torch.float16, torch.bfloat16)
-    packed = flash_kernel() if qkv.is_cuda and half else None
-    if packed is None:
+    "Softmax attention within each patch: flash-attention where it can run, else `attend_rectangle`."
+    packed = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and flash_kernel()
+    if not packed:
         return attend_rectangle(qkv, patches)
     starts = F.pad(patches.lengths.cumsum(0), (1, 0)).int()
     return packed(qkv.contiguous(), starts, patches.longest)
@@ -210,8 +205,7 @@ class Down(nn.Module):
         coarse: Level,  # whose `inverse` says where each row goes
     ) -> Float[Tensor, "m c_out"]:  # one row for each of `coarse`
         x = self.proj(x)
-        cell = coarse.inverse[:, None].expand_as(x)
-        top = x.new_empty(len(coarse), x.shape[1])
+        cell, top = coarse.inverse[:, None].expand_as(x), x.new_empty(len(coarse), x.shape[1])
         top = top.scatter_reduce(0, cell, x, "amax", include_self=False)
         return F.gelu(self.norm(top))
 
@@ -272,9 +266,7 @@ class PatchBlock(nn.Module):
         drop_path: float = 0.0,  # probability with which a row goes without a branch, in training
     ):
         super().__init__()
-        self.curve = curve
-        self.patch = patch
-        self.drop_path = drop_path
+        self.curve, self.patch, self.drop_path = curve, patch, drop_path
         hidden = int(mlp_ratio * width)
         conv = SubMConv3d(width, width, 3, bias=True)
         self.cpe = nn.ModuleList([conv, nn.Linear(width, width), nn.LayerNorm(width)])
@@ -407,15 +399,13 @@ class PTv3(Backbone):
         return stages
 
     def stem(self, points: PointBatch) -> PointBatch:
-        "One row for each occupied voxel, in the order of first points: mean features, then a sparse convolution over 5 x 5 x 5 cells."
+        "One row for each occupied voxel, in the order of first points: mean features, then a convolution over 5^3 cells."
         self.need_columns(points)
-        points = points.with_feat(points.feat[:, : self.in_channels])
-        p, _ = merge_voxels(points, self.voxel_size)
+        p, _ = merge_voxels(points.with_feat(points.feat[:, : self.in_channels]), self.voxel_size)
         self.need_rows(len(p), "stem")
         if not len(p):
             return p.with_feat(p.feat.new_zeros(0, self.stem_width))
-        x = self.conv(point_cells(p, self.voxel_size)).feat
-        return p.with_feat(F.gelu(self.conv_norm(x)))
+        return p.with_feat(F.gelu(self.conv_norm(self.conv(point_cells(p, self.voxel_size)).feat)))
 
     def levels(self, p: PointBatch) -> list[Level]:
         "All resolutions, finest first."
@@ -428,7 +418,7 @@ class PTv3(Backbone):
         return levels
 
     def body(self, p: PointBatch) -> PointBatch:
-        "The U: rows [n stem_width], at most one a voxel, to [n width] in the same order. Cells are worked out anew: fusion may add some."
+        "The U: rows, at most one a voxel, to rows in the same order. Cells are worked out anew: fusion may add some."
         if not len(p):
             return p.with_feat(p.feat.new_zeros(0, self.body_width))
         x, skips, levels = p.feat, [], self.levels(p)
@@ -442,6 +432,5 @@ class PTv3(Backbone):
         for i in reversed(range(len(self.dec))):
             x, seen = self.up[i](x, levels[i + 1], skips[i])
             for block in self.dec[i]:
-                x = block(x, levels[i], seen)
-                seen = None
+                x, seen = block(x, levels[i], seen), None
         return p.with_feat(x)

@@ -35,9 +35,8 @@ class ConvNorm(nn.Module):
         relu: bool = True,
     ):
         super().__init__()
-        self.conv = conv
+        self.conv, self.relu = conv, relu
         self.norm = scene_norm(conv.out_channels)
-        self.relu = relu
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         y = self.conv(x)
@@ -132,17 +131,17 @@ class SparseUNet(Backbone):
         self.body_width = self.width = out_channels or channels[-1]
         self.conv_input = ConvNorm(SubMConv3d(in_channels, base_channels, 5))
         self.down = nn.ModuleList(ConvNorm(SparseConv3d(a, b)) for a, b in zip(before, down))
-        self.enc = nn.ModuleList()
-        for c, n in zip(down, layers):
-            self.enc.append(nn.Sequential(*[ResidualBlock(c, c) for _ in range(n)]))
+        self.enc = nn.ModuleList(
+            nn.Sequential(*[ResidualBlock(c, c) for _ in range(n)]) for c, n in zip(down, layers)
+        )
         self.up = nn.ModuleList(ConvNorm(SparseInverseConv3d(a, b)) for a, b in zip(below, up))
-        self.dec = nn.ModuleList()
-        for c, skip, n in zip(up, before, layers[::-1]):
-            widths = [c + skip, *[c] * (n - 1)]
-            self.dec.append(nn.Sequential(*[ResidualBlock(width, c) for width in widths]))
-        self.final = nn.Identity()
-        if out_channels:
-            self.final = SubMConv3d(channels[-1], out_channels, 1, bias=True)
+        self.dec = nn.ModuleList(
+            nn.Sequential(ResidualBlock(c + skip, c), *[ResidualBlock(c, c) for _ in range(n - 1)])
+            for c, skip, n in zip(up, before, layers[::-1])
+        )
+        self.final = (
+            SubMConv3d(channels[-1], out_channels, 1, bias=True) if out_channels else nn.Identity()
+        )
         self.norm = nn.Identity()
 
     def stem(self, points: PointBatch) -> PointBatch:
@@ -154,8 +153,7 @@ class SparseUNet(Backbone):
 
     def body(self, p: PointBatch) -> PointBatch:
         "Down and up again; rows stay. Expects one row a voxel."
-        x = point_cells(p, self.voxel_size, multiple=2 ** len(self.down))
-        kept = []
+        x, kept = point_cells(p, self.voxel_size, multiple=2 ** len(self.down)), []
         for down, enc in zip(self.down, self.enc):
             kept.append(x)
             x = enc(down(x))

@@ -52,8 +52,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,  # stochastic depth of both branches, 0 .. 1
     ):
         super().__init__()
-        self.num_heads = num_heads
-        self.drop_path = drop_path
+        self.num_heads, self.drop_path = num_heads, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -78,7 +77,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/backbones/40_transformer.ipynb #4d26d5a2
 class StandardTransformer(Backbone):
-    "The plain point Transformer of Point-BERT and Point-MAE, as released with UniPre3D; returns one row for each group centre."
+    "The plain Transformer of Point-BERT and Point-MAE, as released with UniPre3D; returns one row for each group centre."
 
     released_names = (
         (r"^encoder\.first\.", "encoder.first_conv."),
