@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from parity_cases import close
 from unipre3d.backbones.backbone import match_released
+from unipre3d.backbones.layers import spread
 from unipre3d.backbones.mamba import (
     SSM,
     Mamba,
@@ -19,7 +20,6 @@ from unipre3d.backbones.mamba import (
     released_mamba_weight,
     selective_scan,
     selective_scan_reference,
-    spread,
 )
 
 PARITY = Path(__file__).parent / "parity"

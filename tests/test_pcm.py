@@ -133,7 +133,7 @@ def test_too_few_points_for_training_is_said_so():
 
 def test_errors_name_the_argument(released):
     model, _, state, card = released
-    with pytest.raises(ValueError, match="reducers: expected 4 numbers"):
+    with pytest.raises(ValueError, match="reducers: expected 4 values"):
         PCM(**SMALL, reducers=(2, 2))
     with pytest.raises(ValueError, match="orders: expected names among"):
         PCM(**SMALL | dict(orders=("xyz", "peano", "z", "zyx")))

@@ -9,8 +9,8 @@ from unipre3d.backbones.pointmlp import (
     Stage,
     anchor_points,
     cloud_deviation,
-    lift,
-    nearest,
+    interpolate_columns,
+    knn_columns,
 )
 from unipre3d.core import PointBatch
 from unipre3d.geometry.pointops import interpolate, knn
@@ -126,7 +126,7 @@ def test_further_columns_count_as_distance():
     torch.manual_seed(0)
     points = pack(torch.rand(30, 4), torch.rand(3, 4))
     args = (points.feat, points.batch, points.feat, points.batch, 2)
-    index = nearest(*args, 6)
+    index = knn_columns(*args, 6)
     d2 = (
         (points.feat[:, None] - points.feat[None])
         .square()
@@ -141,12 +141,12 @@ def test_further_columns_count_as_distance():
     )  # too few points: the nearest again
     plain = points.feat[:, :3]
     assert torch.equal(
-        nearest(plain, points.batch, plain, points.batch, 2, 6),
+        knn_columns(plain, points.batch, plain, points.batch, 2, 6),
         knn(plain, points.batch, plain, points.batch, 2, 6),
     )
     known = torch.tensor([0, 4, 9, 20, 31, 32])  # two known points in the second cloud
     place = (plain, points.batch, plain[known], torch.randn(6, 5), points.batch[known], 2)
-    torch.testing.assert_close(lift(*place), interpolate(*place))
+    torch.testing.assert_close(interpolate_columns(*place), interpolate(*place))
 
 
 def test_stage_gradients():
@@ -168,7 +168,7 @@ def test_deviation_of_a_cloud():
 
 
 def test_errors_name_the_argument(released):
-    with pytest.raises(ValueError, match="PointMLP.neighbours: expected 2 numbers"):
+    with pytest.raises(ValueError, match="PointMLP.neighbours: expected 2 values"):
         PointMLP(**SMALL | dict(neighbours=(6, 6, 6)))
     with pytest.raises(ValueError, match="in_channels: expected at least 3"):
         PointMLP(in_channels=2)

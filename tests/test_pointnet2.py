@@ -74,9 +74,9 @@ def test_gradients():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="PointNet2.radii: expected 2 entries"):
+    with pytest.raises(ValueError, match="PointNet2.radii: expected 2 values"):
         PointNet2(**SMALL | dict(radii=(0.1,)))
-    with pytest.raises(ValueError, match="PointNet2.widths: expected 3 entries"):
+    with pytest.raises(ValueError, match="PointNet2.widths: expected 3 values"):
         PointNet2(**SMALL | dict(widths=((8,), (8,))))
     with pytest.raises(ValueError, match="in_channels: expected at least 3"):
         PointNet2(in_channels=2)

@@ -5,7 +5,8 @@ import torch
 
 from parity_cases import close, recorded
 from unipre3d.backbones import StandardTransformer
-from unipre3d.backbones.transformer import GroupEncoder, GroupMax, drop_branch, group_points
+from unipre3d.backbones.layers import GroupEncoder, GroupMax, drop_path
+from unipre3d.backbones.transformer import group_points
 from unipre3d.core import PointBatch
 
 SMALL = dict(
@@ -95,7 +96,7 @@ def test_group_maximum():
 
 def test_stochastic_depth_keeps_the_mean():
     torch.manual_seed(0)
-    x = drop_branch(torch.ones(20_000, 1, 1), 0.3, True)
+    x = drop_path(torch.ones(20_000, 1, 1), 0.3, True)
     assert abs(x.mean() - 1) < 0.02 and x.unique().numel() == 2 and x.min() == 0
 
 

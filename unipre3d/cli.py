@@ -426,7 +426,7 @@ def data_command(args: list[str]) -> int:
             else build_furniture(options.deb, options.out, workers=options.workers)
         )
     else:
-        from unipre3d.image import train_mini
+        from unipre3d.tasks.autoencoder import train_mini
 
         path = train_mini(options.out, steps=options.steps, seed=options.seed)
     print(f"wrote {path}")

@@ -4,35 +4,30 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import json, math, os, time, warnings
-from importlib.metadata import version
+import json, os, warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .core import data_dir
-from .data.shapenet import ShapeNetViews
-from .records import data_hash, hardware
 
 # %% auto #0
-__all__ = ['MINI_STEPS', 'check_images', 'last_up_block', 'new_autoencoder', 'pad_to_multiple', 'download_autoencoder',
-           'check_autoencoder_folder', 'load_autoencoder', 'KLImageEncoder', 'rgb_features', 'random_patches',
-           'autoencoder_loss', 'reconstruct', 'image_psnr', 'cosine_lr', 'save_state', 'load_state',
-           'train_autoencoder', 'save_autoencoder', 'split_images', 'shrink', 'reconstruction_scores', 'train_mini']
+__all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'load_autoencoder', 'last_up_block',
+           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
-    rgb: Tensor,  # [v 3 h w] floating point, 0..1
+    rgb: Shaped[Tensor, "..."],  # should be [v 3 h w], floating point, 0..1
     name: str = "rgb",  # what the message calls it
 ) -> None:
     "Raise a one-line ValueError unless `rgb` is a batch of floating-point colour images in 0..1."
     if rgb.ndim != 4 or rgb.shape[1] != 3:
         raise ValueError(
-            f"{name}: expected images of shape [v 3 h w], got {list(rgb.shape)}; put the channels second and drop an alpha channel"
+            f"{name}: expected images of shape [v 3 h w], got {list(rgb.shape)}; "
+            "put the channels second and drop an alpha channel"
         )
     if not rgb.is_floating_point():
         raise ValueError(
@@ -41,14 +36,103 @@ def check_images(
     low, high = (x.item() for x in rgb.aminmax()) if rgb.numel() else (0.0, 0.0)
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(
-            f"{name}: expected values in 0..1, found {low:.3g}..{high:.3g}; scale the images before the image model"
+            f"{name}: expected values in 0..1, found {low:.3g}..{high:.3g}; "
+            "scale the images before the image model"
         )
+
+# %% ../nbs/30_image.ipynb #52130912
+def download_autoencoder(
+    source: str,  # id on the model hub, "owner/name"
+    **options,  # for diffusers, such as subfolder
+) -> nn.Module:  # diffusers' AutoencoderKL
+    "From the local cache if it is there, else from the hub. Raises: FileNotFoundError if neither has it."
+    from diffusers import AutoencoderKL
+    from huggingface_hub import HfApi
+
+    with warnings.catch_warnings():
+        # between those two libraries
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+        try:
+            return AutoencoderKL.from_pretrained(source, local_files_only=True, **options)
+        except OSError:
+            pass
+        try:
+            # one quick knock: a download without a network would retry for half a minute
+            HfApi().model_info(source, timeout=5)
+            return AutoencoderKL.from_pretrained(source, **options)
+        except Exception as problem:
+            raise FileNotFoundError(
+                f"autoencoder {source!r}: not in the local cache and not obtainable from the hub "
+                f"({type(problem).__name__}); put its config.json and "
+                "diffusion_pytorch_model.safetensors into a folder and pass that path, "
+                'or use "mini"'
+            ) from None
+
+
+def check_autoencoder_folder(
+    folder: Path,  # should hold an autoencoder in diffusers' layout
+) -> None:
+    "Raise a one-line error that names the missing file, or what in config.json does not fit."
+    config = folder / "config.json"
+    for file in (config, folder / "diffusion_pytorch_model.safetensors"):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: expected an autoencoder in diffusers' layout, found no such file; "
+                "copy it there or name another folder"
+            )
+    try:
+        kind = json.loads(config.read_text()).get("_class_name", "AutoencoderKL")
+    except ValueError as error:
+        raise ValueError(f"{config}: expected JSON, found {error}; copy the file again") from None
+    if kind != "AutoencoderKL":
+        raise ValueError(
+            f"{config}: expected _class_name AutoencoderKL, found {kind}; "
+            "name a folder with that kind of autoencoder"
+        )
+
+
+def load_autoencoder(
+    source: str
+    | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
+    *,
+    subfolder: str = "",  # where it lies inside the source, such as "vae" in a whole diffusion model
+) -> nn.Module:  # diffusers' AutoencoderKL in float32
+    "Load an autoencoder. Raises: FileNotFoundError or ValueError in one line that names what is wrong."
+    # imported here: it takes seconds, and most of the package does not need it
+    from diffusers import AutoencoderKL
+
+    folder = data_dir() / "autoencoder-mini" if source == "mini" else Path(source).expanduser()
+    folder = folder / subfolder
+    if source == "mini" or folder.is_dir():
+        check_autoencoder_folder(folder)
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                folder, local_files_only=True, torch_dtype=torch.float32
+            )
+        except Exception as error:
+            raise ValueError(
+                f"autoencoder {str(folder)!r}: expected weights that fit its config.json, "
+                f"found {' '.join(str(error).split())[:200]}; copy both files again"
+            ) from None
+    elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
+        vae = download_autoencoder(source, subfolder=subfolder, torch_dtype=torch.float32)
+    else:
+        raise FileNotFoundError(
+            f'autoencoder {str(source)!r}: expected "mini", an existing folder or a hub id '
+            '"owner/name", found no such folder; check the path'
+        )
+    if vae.config.in_channels != 3:
+        raise ValueError(
+            f"autoencoder {str(source)!r}: expected 3 input channels, found "
+            f"{vae.config.in_channels} in config.json; name one for colour images"
+        )
+    return vae
 
 # %% ../nbs/30_image.ipynb #46061df7
 def last_up_block(
     vae: nn.Module,  # diffusers' AutoencoderKL
-    x: Tensor,  # [v 3 h w] colour in -1..1; h and w divisible by the autoencoder's downscale factor
-) -> Tensor:  # [v c h w]
+    x: Float[Tensor, "v 3 h w"],  # colour in -1..1; h and w divisible by the downscale factor
+) -> Float[Tensor, "v c h w"]:
     "The output of the decoder's last up block (paper section 3.2; released `model/image_predictor.py`)."
     z = vae.encode(x).latent_dist.mode()
     if vae.post_quant_conv is not None:
@@ -58,133 +142,25 @@ def last_up_block(
         h = block(h)
     return h
 
-# %% ../nbs/30_image.ipynb #d272d25e
-def new_autoencoder(
-    channels: tuple[int, ...] = (
-        16,
-        16,
-        32,
-    ),  # of each resolution, finest first; the first one is the width of the feature map
-    *,
-    latent_channels: int = 4,  # numbers per latent pixel
-    layers: int = 1,  # residual blocks per resolution (the decoder has one more)
-    groups: int = 8,  # of every group normalisation; must divide all channels
-    seed: int = 0,  # of the initial weights; the global random state is left alone
-) -> nn.Module:  # diffusers' AutoencoderKL
-    "An untrained autoencoder; each resolution after the first halves height and width."
-    from diffusers import (
-        AutoencoderKL,
-    )  # imported here: it takes seconds, and most of the package does not need it
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(channels),
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            block_out_channels=channels,
-            layers_per_block=layers,
-            latent_channels=latent_channels,
-            norm_num_groups=groups,
-            sample_size=64,
-        )
-
 # %% ../nbs/30_image.ipynb #ba1949cd
+def downscale_factor(
+    vae: nn.Module,  # diffusers' AutoencoderKL
+) -> int:  # a power of two
+    "How many times smaller the latent is than the image."
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def pad_to_multiple(
-    x: Tensor,  # [v c h w]
+    x: Float[Tensor, "v c h w"],
     factor: int,  # what height and width must be divisible by
-) -> Tensor:  # [v c H W] with H, W the next multiples; rows 0..h-1 and columns 0..w-1 are x
+) -> Float[Tensor, "v c H W"]:  # the next multiples; rows 0..h-1 and columns 0..w-1 are x
     "Repeat the last row and column until both sides are multiples of `factor`."
     h, w = x.shape[-2:]
     return F.pad(x, (0, -w % factor, 0, -h % factor), mode="replicate")
 
-# %% ../nbs/30_image.ipynb #52130912
-def download_autoencoder(
-    source: str,  # id on the model hub, "owner/name"
-    **options,  # for diffusers, such as subfolder
-) -> nn.Module:  # diffusers' AutoencoderKL
-    "From the local cache if it is there, else from the hub; FileNotFoundError in one line if neither has it."
-    from diffusers import AutoencoderKL
-    from huggingface_hub import HfApi
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The `local_dir_use_symlinks` argument"
-        )  # between those two libraries
-        try:
-            return AutoencoderKL.from_pretrained(source, local_files_only=True, **options)
-        except OSError:
-            pass
-        try:
-            HfApi().model_info(
-                source, timeout=5
-            )  # one quick knock: a download without a network would retry for half a minute
-            return AutoencoderKL.from_pretrained(source, **options)
-        except Exception as problem:
-            error = problem
-    raise FileNotFoundError(
-        f"autoencoder {source!r}: not in the local cache and not obtainable from the hub ({type(error).__name__}); "
-        'put its config.json and diffusion_pytorch_model.safetensors into a folder and pass that path, or use "mini"'
-    )
-
-
-def check_autoencoder_folder(
-    folder: Path,  # should hold an autoencoder in diffusers' layout
-) -> None:
-    "Raise a one-line error that names the missing file, or what in config.json does not fit."
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: expected an autoencoder in diffusers' layout, found no such file; copy it there or name another folder"
-            )
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name", "AutoencoderKL")
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / 'config.json'}: expected JSON, found {error}; copy the file again"
-        ) from None
-    if kind != "AutoencoderKL":
-        raise ValueError(
-            f"{folder / 'config.json'}: expected _class_name AutoencoderKL, found {kind}; name a folder with that kind of autoencoder"
-        )
-
-
-def load_autoencoder(
-    source: str
-    | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the model hub
-    *,
-    subfolder: str = "",  # where the autoencoder lies inside the source, such as "vae" in a whole diffusion model
-) -> nn.Module:  # diffusers' AutoencoderKL in float32
-    "Load an autoencoder; FileNotFoundError or ValueError in one line names what is missing or wrong."
-    from diffusers import AutoencoderKL
-
-    folder = (
-        data_dir() / "autoencoder-mini" if source == "mini" else Path(source).expanduser()
-    ) / subfolder
-    if source == "mini" or folder.is_dir():
-        check_autoencoder_folder(folder)
-        try:
-            vae = AutoencoderKL.from_pretrained(
-                folder, local_files_only=True, torch_dtype=torch.float32
-            )
-        except Exception as error:
-            raise ValueError(
-                f"autoencoder {str(folder)!r}: expected weights that fit its config.json, found {' '.join(str(error).split())[:200]}; copy both files again"
-            ) from None
-    elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
-        vae = download_autoencoder(source, subfolder=subfolder, torch_dtype=torch.float32)
-    else:
-        raise FileNotFoundError(
-            f'autoencoder {str(source)!r}: expected "mini", an existing folder or a hub id "owner/name", found no such folder; check the path'
-        )
-    if vae.config.in_channels != 3:
-        raise ValueError(
-            f"autoencoder {str(source)!r}: expected 3 input channels, found {vae.config.in_channels} in config.json; name one for colour images"
-        )
-    return vae
-
 # %% ../nbs/30_image.ipynb #108b568f
 class KLImageEncoder(nn.Module):
-    "Frozen features of images at full resolution; any callable `[v 3 h w] -> [v c h w]` with a `width` can take its place."
+    "Frozen features of images at full resolution; any callable [v 3 h w] -> [v c h w] with a `width` may replace it."
 
     def __init__(
         self,
@@ -201,7 +177,7 @@ class KLImageEncoder(nn.Module):
     def from_pretrained(
         cls,
         source: str
-        | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the model hub
+        | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
         *,
         subfolder: str = "",  # where the autoencoder lies inside the source
         chunk: int = 32,  # images that go through at once
@@ -216,8 +192,8 @@ class KLImageEncoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        "How many times smaller the latent is than the image; other sizes are padded to a multiple of it."
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        "Images of other sizes are padded to a multiple of it."
+        return downscale_factor(self.vae)
 
     def train(self, mode: bool = True) -> KLImageEncoder:
         "Stay in evaluation mode, whatever the model around it does."
@@ -226,9 +202,9 @@ class KLImageEncoder(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        rgb: Tensor,  # [v 3 h w] colour in 0..1
-    ) -> Tensor:  # [v c h w], c = width, dtype of rgb
-        "Features of each pixel; ValueError if `rgb` is not a batch of colour images in 0..1."
+        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+    ) -> Float[Tensor, "v c h w"]:  # c = width, dtype of rgb
+        "Features of each pixel. Raises: ValueError if `rgb` is not a batch of colour images in 0..1."
         check_images(rgb)
         h, w = rgb.shape[-2:]
         exact = torch.promote_types(rgb.dtype, torch.float32)
@@ -240,315 +216,11 @@ class KLImageEncoder(nn.Module):
 
 # %% ../nbs/30_image.ipynb #7aba952a
 def rgb_features(
-    rgb: Tensor,  # [v 3 h w] colour in 0..1
-) -> Tensor:  # [v 3 h w] the same, without gradient
+    rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+) -> Float[Tensor, "v 3 h w"]:  # the same, without gradient
     "The identity, as the simplest image model: an ablation with `width` 3."
     check_images(rgb)
     return rgb.detach()
 
 
 rgb_features.width = 3
-
-# %% ../nbs/30_image.ipynb #eab05019
-def random_patches(
-    images: Tensor,  # [b 3 H W] uint8, at least `size` high and wide
-    size: int = 64,  # side of the square patches, pixels
-    *,
-    generator: torch.Generator | None = None,  # source of randomness, on the CPU
-) -> Tensor:  # [b 3 size size] float in -1..1
-    "The first half of the images shrunk whole, the second half cropped at random; each mirrored with probability 1/2."
-    b, _, H, W = images.shape
-    top, left, mirror = (torch.rand(b, generator=generator).tolist() for _ in range(3))
-    whole = F.interpolate(images[: b // 2].float(), (size, size), mode="area")
-    crops = []
-    for image, y, x in zip(images[b // 2 :], top, left):
-        y, x = int(y * (H - size + 1)), int(x * (W - size + 1))
-        crops.append(image[:, y : y + size, x : x + size])
-    patches = torch.cat([whole, torch.stack(crops).float()])
-    flip = torch.tensor(mirror, device=images.device)[:, None, None, None] < 0.5
-    return torch.where(flip, patches.flip(-1), patches) / 127.5 - 1
-
-# %% ../nbs/30_image.ipynb #ba16c2f2
-def autoencoder_loss(
-    vae: nn.Module,  # diffusers' AutoencoderKL
-    x: Tensor,  # [b 3 h w] colour in -1..1
-    *,
-    kl_weight: float = 1e-4,  # lambda_KL
-    edge_weight: float = 0.1,  # lambda_e
-    generator: torch.Generator | None = None,  # source of the latent noise
-) -> tuple[Tensor, dict[str, float]]:  # loss to minimise, its unweighted terms
-    "Squared error + edges + Kullback-Leibler term, each per number of the image."
-    q = vae.encode(x).latent_dist
-    error = vae.decode(q.sample(generator=generator)).sample - x
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    mse, kl = error.square().mean(), q.kl().mean() / x[0].numel()
-    return mse + edge_weight * edges + kl_weight * kl, {
-        "mse": mse.item(),
-        "edges": edges.item(),
-        "kl": kl.item(),
-    }
-
-# %% ../nbs/30_image.ipynb #586427d8
-@torch.no_grad()
-def reconstruct(
-    vae: nn.Module,  # diffusers' AutoencoderKL
-    rgb: Tensor,  # [v 3 h w] colour in 0..1
-    *,
-    chunk: int = 32,  # images at once
-) -> Tensor:  # [v 3 h w] colour in 0..1
-    "Encode, take the mode, decode: what the latents kept of each image."
-    check_images(rgb)
-    h, w = rgb.shape[-2:]
-    x = pad_to_multiple(rgb * 2 - 1, 2 ** (len(vae.config.block_out_channels) - 1))
-    back = torch.cat(
-        [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(chunk)]
-    )
-    return ((back[..., :h, :w] + 1) / 2).clamp(0, 1)
-
-
-def image_psnr(
-    pred: Tensor,  # [v 3 h w] colour in 0..1
-    target: Tensor,  # [v 3 h w] colour in 0..1
-    mask: Tensor | None = None,  # [v h w] bool: judge only these pixels
-) -> Tensor:  # [v] decibels; nan where the mask is empty
-    "Peak signal-to-noise ratio of each image."
-    error = (pred - target).square().mean(1)
-    mse = error.mean((1, 2)) if mask is None else (error * mask).sum((1, 2)) / mask.sum((1, 2))
-    return -10 * torch.log10(mse.clamp(min=1e-10))
-
-# %% ../nbs/30_image.ipynb #28df9964
-def cosine_lr(
-    step: int,  # 0 .. steps - 1
-    steps: int,  # length of the run
-    lr: float,  # the highest value
-    *,
-    warmup: int = 100,  # steps of linear rise; at most a tenth of the run
-) -> float:
-    "Linear rise, then half a cosine down to zero."
-    rise = max(1, min(warmup, steps // 10))
-    return lr * min(1, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-# %% ../nbs/30_image.ipynb #ea04a46c
-def save_state(
-    path: Path,  # file; written beside it first, so that a crash cannot cut it
-    **state,  # plain values, tensors and state dictionaries
-) -> None:
-    "Write `state` in one piece."
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-def load_state(
-    path: Path,  # file that `save_state` wrote
-    settings: dict,  # what the run was called with
-) -> dict:  # the saved state
-    "Read a state; ValueError if it belongs to a run with other settings."
-    state = torch.load(path, weights_only=True)
-    other = [
-        f"{k} = {state['settings'].get(k)} there, {v} now"
-        for k, v in settings.items()
-        if state["settings"].get(k) != v
-    ]
-    if other:
-        raise ValueError(
-            f"{path}: expected the state of this run, found one with {', '.join(other)}; repeat the old settings or choose another folder"
-        )
-    return state
-
-# %% ../nbs/30_image.ipynb #7b75e0ff
-def train_autoencoder(
-    images: Tensor,  # [n 3 H W] uint8, the training split only
-    *,
-    vae: nn.Module | None = None,  # trained in place; None makes a new small one
-    steps: int = 1600,  # optimiser steps
-    batch: int = 16,  # patches in a step
-    size: int = 64,  # side of a patch, pixels
-    lr: float = 4e-3,  # highest learning rate
-    kl_weight: float = 1e-4,  # lambda_KL
-    edge_weight: float = 0.1,  # lambda_e
-    seed: int = 0,  # of weights, patches and noise
-    out: str
-    | os.PathLike
-    | None = None,  # folder for the state; a run that stopped goes on from it
-    save_every: int = 200,  # steps between two states
-    device: str = "cpu",  # where to train
-    progress: bool = True,  # show a progress bar
-) -> tuple[
-    nn.Module, dict
-]:  # the autoencoder in evaluation mode; {"loss" of each step, "seconds", "settings"}
-    "Train on random patches; the same call with the same `out` resumes."
-    settings = dict(
-        images=len(images),
-        steps=steps,
-        batch=batch,
-        size=size,
-        lr=lr,
-        kl_weight=kl_weight,
-        edge_weight=edge_weight,
-        seed=seed,
-    )
-    vae = (vae or new_autoencoder(seed=seed)).to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.01)
-    random, losses, seconds = torch.Generator().manual_seed(seed), [], 0.0
-    path = Path(out) / "state.pt" if out is not None else None
-    if path is not None and path.is_file():
-        state = load_state(path, settings)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        random.set_state(state["random"])
-        losses, seconds = state["losses"], state["seconds"]
-    elif path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter() - seconds
-    for step in tqdm(
-        range(len(losses), steps),
-        initial=len(losses),
-        total=steps,
-        desc="autoencoder",
-        disable=not progress,
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, lr)
-        x = random_patches(
-            images[torch.randint(len(images), (batch,), generator=random)], size, generator=random
-        ).to(device)
-        loss, _ = autoencoder_loss(
-            vae, x, kl_weight=kl_weight, edge_weight=edge_weight, generator=random
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if path is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-            save_state(
-                path,
-                vae=vae.state_dict(),
-                optimizer=optimizer.state_dict(),
-                random=random.get_state(),
-                losses=losses,
-                seconds=time.perf_counter() - start,
-                settings=settings,
-            )
-    return vae.eval(), {
-        "loss": losses,
-        "seconds": time.perf_counter() - start,
-        "settings": settings,
-    }
-
-# %% ../nbs/30_image.ipynb #10d0884c
-def save_autoencoder(
-    vae: nn.Module,  # diffusers' AutoencoderKL; left as it is
-    folder: str | os.PathLike,  # gets config.json and diffusion_pytorch_model.safetensors
-    *,
-    dtype: torch.dtype = torch.float16,  # of the stored numbers; loading gives float32 again
-) -> Path:  # the folder
-    "Write an autoencoder in diffusers' layout, in half precision by default."
-    half = type(vae).from_config({k: v for k, v in vae.config.items() if not k.startswith("_")})
-    half.load_state_dict(vae.state_dict())
-    nn.Module.to(half, dtype).save_pretrained(
-        folder
-    )  # the library's own `to` warns about an empty list
-    return Path(folder)
-
-# %% ../nbs/30_image.ipynb #e7958360
-def split_images(
-    data: ShapeNetViews,  # objects with views
-    views: int | None = None,  # images of each object; None takes all
-    *,
-    progress: bool = False,  # show a progress bar
-) -> Tensor:  # [n 4 h w] uint8: colour on black, and the mask (255 on the object)
-    "All views of all objects of a split, decoded."
-    pixels = [
-        data.pixels(i, k)
-        for i in tqdm(range(len(data)), desc="images", disable=not progress)
-        for k in range(views or data.n_views)
-    ]
-    return torch.from_numpy(np.stack(pixels))
-
-
-def shrink(
-    images: Tensor,  # [n 4 h w] uint8 from `split_images`
-    size: int,  # side of the result; divides h and w
-) -> tuple[Tensor, Tensor]:  # rgb [n 3 size size] in 0..1, mask [n size size] bool
-    "Means over blocks of pixels; a pixel is foreground if more than half of it is."
-    small = F.adaptive_avg_pool2d(images.float() / 255, size)
-    return small[:, :3], small[:, 3] > 0.5
-
-# %% ../nbs/30_image.ipynb #3731552a
-def reconstruction_scores(
-    vae: nn.Module,  # diffusers' AutoencoderKL
-    rgb: Tensor,  # [v 3 h w] colour in 0..1, held out
-    mask: Tensor,  # [v h w] bool foreground
-) -> dict[str, float]:  # mean PSNR in dB over images; foreground: over the mask only
-    "The autoencoder beside each image's mean colour and its blurred copy."
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    small = F.avg_pool2d(rgb, factor)
-    rivals = {
-        "": reconstruct(vae, rgb),
-        "constant_": rgb.mean((2, 3), keepdim=True).expand_as(rgb),
-        "blurred_": F.interpolate(small, rgb.shape[-2:], mode="bilinear"),
-    }
-    scores = {}
-    for name, pred in rivals.items():
-        scores[f"{name}psnr"] = round(image_psnr(pred, rgb).mean().item(), 2)
-        scores[f"{name}psnr_foreground"] = round(image_psnr(pred, rgb, mask).nanmean().item(), 2)
-    return scores | {"images": len(rgb)}
-
-# %% ../nbs/30_image.ipynb #bb929175
-MINI_STEPS = 1600  # optimiser steps of the shipped weights
-
-
-def train_mini(
-    out: str
-    | os.PathLike = "autoencoder-mini",  # folder that gets the weights, record.json and the state of the run
-    *,
-    steps: int | None = None,  # optimiser steps; None means those of the shipped weights
-    seed: int = 0,  # of weights, patches and noise
-    root: str
-    | os.PathLike
-    | None = None,  # archive or folder of objects; None means the embedded furniture
-    views: int | None = None,  # images of each object; None takes all
-    device: str = "cpu",  # where to train
-    progress: bool = True,  # show progress bars
-) -> Path:  # the folder, ready for `KLImageEncoder.from_pretrained`
-    "Train the small autoencoder on the training split, score it on the validation split; the same call resumes."
-    out, root = Path(out), data_dir() / "furniture.zip" if root is None else Path(root)
-    images = split_images(ShapeNetViews(root, split="train"), views, progress=progress)
-    vae, log = train_autoencoder(
-        images[:, :3],
-        steps=steps or MINI_STEPS,
-        seed=seed,
-        out=out,
-        device=device,
-        progress=progress,
-    )
-    save_autoencoder(vae.cpu(), out)
-    held_out = split_images(ShapeNetViews(root, split="val"), views)
-    stored, weights = load_autoencoder(out), out / "diffusion_pytorch_model.safetensors"
-    record = {
-        "kind": "autoencoder",
-        "what": "small autoencoder, trained on the training split only",
-        "data": {
-            "file": root.name,
-            "sha256": data_hash(root),
-            "split": "train",
-            "images": len(images),
-        },
-        "settings": log["settings"],
-        "parameters": sum(p.numel() for p in stored.parameters()),
-        "bytes": weights.stat().st_size,
-        "sha256": data_hash(weights),
-        "loss": [
-            round(float(np.mean(part)), 5)
-            for part in np.array_split(log["loss"], min(60, len(log["loss"])))
-        ],
-        "val": {
-            str(size): reconstruction_scores(stored, *shrink(held_out, size)) for size in (64, 128)
-        },
-        "seconds": round(log["seconds"]),
-        "hardware": hardware(),
-        "versions": {p: version(p) for p in ("torch", "diffusers", "unipre3d")},
-    }
-    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    return out

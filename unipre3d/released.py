@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .backbones.backbone import Source, match_released
 
 # %% auto #0
-__all__ = ['PARTS', 'Layout', 'flat_tensors', 'Inert', 'read_around', 'read_checkpoint', 'refused_object', 'count_roots',
-           'best_root', 'predictor_layout', 'layouts', 'Report', 'begins', 'family', 'compare_released',
+__all__ = ['PARTS', 'flat_tensors', 'Inert', 'read_around', 'read_checkpoint', 'refused_object', 'count_roots', 'best_root',
+           'predictor_layout', 'layouts', 'Report', 'begins', 'family', 'find_layout', 'compare_released',
            'load_released']
 
 # %% ../nbs/backbones/48_released.ipynb #de953d81
@@ -35,7 +35,7 @@ def flat_tensors(
 
 
 class Inert(dict):
-    "Stands for every object in a file that is no tensor and no plain value: takes whatever it is given and keeps nothing."
+    "Stands for every object in a file that is no tensor and no plain value: takes anything and keeps nothing."
 
     def __init__(self, *args, **kwargs):
         super().__init__()
@@ -53,52 +53,48 @@ def read_around(
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:
-        return None  # another form of file, or something that even so would have to run: it stays refused
+        return None  # another form of file, or something that even so would have to run
 
 
 def read_checkpoint(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # flat, on the CPU
-    "The tensors of a file; objects beside them are left out, and nothing of the file is ever run."
+    "The tensors of a file; objects beside them are left out, and nothing of it is run. Raises: FileNotFoundError, ValueError."
     file, refused = Path(file), ""
     if not file.is_file():
+        found = "a folder" if file.is_dir() else "nothing"
         raise FileNotFoundError(
-            f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {'a folder' if file.is_dir() else 'nothing'}"
+            f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {found}"
         )
     with file.open("rb") as stream:
-        start = stream.read(9)
+        safe = stream.read(9)[8:] == b"{"
     try:
-        tree = (
-            load_file(file)
-            if start[8:] == b"{"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        tree = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         tree, refused = read_around(file), refused_object(problem)
     except Exception as problem:  # a damaged file fails in a dozen ways
+        why = (str(problem) or type(problem).__name__).splitlines()[0][:80]
         raise ValueError(
-            f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it ({(str(problem) or type(problem).__name__).splitlines()[0][:80]})"
+            f"{file}: expected a checkpoint that torch.save or safetensors wrote, "
+            f"could not read it ({why})"
         ) from None
-    found = dict(flat_tensors(tree)) if isinstance(tree, Mapping) else {}
-    if refused and not found:
+    tensors = dict(flat_tensors(tree)) if isinstance(tree, Mapping) else {}
+    if refused and not tensors:
         raise ValueError(
-            f"{file}: expected tensors and plain values, found {refused}; save the state dict alone, where the file comes from"
+            f"{file}: expected tensors and plain values, found {refused}; "
+            "save the state dict alone, where the file comes from"
         )
     if not isinstance(tree, Mapping):
         raise ValueError(f"{file}: expected a dictionary of tensors, found a {type(tree).__name__}")
-    return found
+    return tensors
 
 
 def refused_object(
     problem: Exception,  # of torch.load
 ) -> str:
-    "What PyTorch's restricted reader stopped at, by name where it says so."
-    words = str(problem).split("GLOBAL ")
-    return (
-        f"{words[1].split()[0]}, which loading would have to run"
-        if len(words) > 1
-        else "something else"
-    )
+    "What PyTorch's restricted reader stopped at, by name where it gives one."
+    _, _, named = str(problem).partition("GLOBAL ")
+    return f"{named.split()[0]}, which loading would have to run" if named else "something else"
 
 # %% ../nbs/backbones/48_released.ipynb #1976d579
 def count_roots(
@@ -109,11 +105,9 @@ def count_roots(
     wanted, hits = set(wanted), Counter()
     for key in keys:
         pieces = key.split(".")
-        hits.update(
-            ".".join(pieces[:i]) + "." * (i > 0)
-            for i in range(len(pieces))
-            if ".".join(pieces[i:]) in wanted
-        )
+        for i in range(len(pieces)):
+            if ".".join(pieces[i:]) in wanted:
+                hits["".join(f"{piece}." for piece in pieces[:i])] += 1
     return hits
 
 
@@ -121,18 +115,24 @@ def best_root(
     hits: Counter[str],  # of count_roots
     state: Mapping[str, Tensor],  # the checkpoint
 ) -> str:
-    "The root with most keys. Of equals, one with the word `ema`; copies of the same tensors are one; any other tie is a one-line ValueError."
-    best = [root for root, n in hits.items() if n == max(hits.values())]
+    "The root with most keys; of equals, one with the word `ema`. Copies of the same tensors are one. Raises: ValueError for a tie."
+    most = max(hits.values())
+    best = [root for root, n in hits.items() if n == most]
     if len(best) > 1:
-        best = [root for root in best if "ema" in re.split(r"[._]", root.lower())] or best
-    below = lambda root: {
-        key.removeprefix(root): t for key, t in state.items() if key.startswith(root)
-    }
-    same = lambda a, b: a.keys() == b.keys() and all(torch.equal(t, b[key]) for key, t in a.items())
-    if len(best) > 1 and not all(same(below(best[0]), below(root)) for root in best[1:]):
-        raise ValueError(
-            f"expected one copy of the weights, found {len(best)}, below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose"
-        )
+        averaged = [root for root in best if "ema" in re.split(r"[._]", root.lower())]
+        best = averaged or best
+
+    def below(root):
+        return {key.removeprefix(root): t for key, t in state.items() if key.startswith(root)}
+
+    first = below(best[0])
+    for other in map(below, best[1:]):
+        same = first.keys() == other.keys() and all(torch.equal(first[k], other[k]) for k in first)
+        if not same:
+            raise ValueError(
+                f"expected one copy of the weights, found {len(best)}, "
+                f"below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose"
+            )
     return best[0]
 
 # %% ../nbs/backbones/48_released.ipynb #5646a548
@@ -145,13 +145,11 @@ PARTS = (
     ("head.mlp.", "{network}final."),
 )
 
-Layout = Callable[[str], Source]
-
 
 def predictor_layout(
     model: nn.Module,  # with backbone, fusion and head
     network: str,  # what stands before encoder and head: "point_network.", "network." or ""
-) -> Layout:
+) -> Callable[[str], Source]:
     "Where the released predictor keeps a weight of ours."
 
     def source(name: str) -> Source:
@@ -168,16 +166,13 @@ def predictor_layout(
 
 def layouts(
     module: nn.Module,  # a backbone, a predictor, or anything else
-) -> list[Layout]:
+) -> list[Callable[[str], Source]]:
     "The layouts in which a checkpoint may hold the module: as released, then as our own."
-    released = []
+    own = [lambda name: (name, None)]
     if hasattr(module, "released_weight"):
-        released = [module.released_weight]
-    elif hasattr(module, "backbone"):
-        released = [
-            predictor_layout(module, network) for network in ("point_network.", "network.", "")
-        ]
-    return [*released, lambda name: (name, None)]
+        return [module.released_weight, *own]
+    networks = ("point_network.", "network.", "") if hasattr(module, "backbone") else ()
+    return [*(predictor_layout(module, network) for network in networks), *own]
 
 # %% ../nbs/backbones/48_released.ipynb #a526bf65
 @dataclass(frozen=True)
@@ -189,43 +184,42 @@ class Report:
     loaded: dict[str, str]  # ours -> the key it comes from
     missing: dict[str, str]  # ours -> the key that the file lacks
     misfit: dict[str, str]  # ours -> key and both shapes
-    left_out: tuple[str, ...]  # ours, kept as they were because the caller said so
+    left_out: tuple[str, ...]  # ours, kept as they were because the caller named them
     unplaced: tuple[str, ...]  # keys of the file that belong to a larger or other model of the kind
     left_over: tuple[str, ...]  # keys of the file that have nothing to do with the model
 
     @property
+    def tensors(self) -> int:
+        "Tensors of the model."
+        return sum(map(len, (self.loaded, self.missing, self.misfit, self.left_out)))
+
+    @property
     def coverage(self) -> float:
-        "Share of the model's tensors that come from the file."
-        return len(self.loaded) / max(
-            1, sum(map(len, (self.loaded, self.missing, self.misfit, self.left_out)))
-        )
+        "Fraction of the model's tensors that come from the file."
+        return len(self.loaded) / max(1, self.tensors)
 
     def problems(self) -> list[str]:
         "What is amiss, each with its first example; empty where all is well."
-        first = lambda d: "{!r} ({})".format(*next(iter(d.items())))
-        said = (
-            [f"{len(self.missing)} missing in the file, first {first(self.missing)}"]
-            if self.missing
-            else []
-        )
-        if self.misfit:
-            said.append(f"{len(self.misfit)} of another shape, first {first(self.misfit)}")
+        problems = []
+        kinds = {"missing in the file": self.missing, "of another shape": self.misfit}
+        for kind, tensors in kinds.items():
+            for name, key in list(tensors.items())[:1]:
+                problems.append(f"{len(tensors)} {kind}, first {name!r} ({key})")
         if self.unplaced:
-            said.append(
-                f"{len(self.unplaced)} in the file without a place in the model, first {self.unplaced[0]!r}"
+            problems.append(
+                f"{len(self.unplaced)} in the file without a place in the model, "
+                f"first {self.unplaced[0]!r}"
             )
-        return said
+        return problems
 
     def __str__(self) -> str:
-        rows = [
-            f"{self.model}: {self.coverage:.1%} of {len(self.loaded) + len(self.missing) + len(self.misfit) + len(self.left_out)} tensors from {self.root or '.'}"
-        ]
+        found = f"{self.coverage:.1%} of {self.tensors} tensors from {self.root or '.'}"
+        rows = [f"{self.model}: {found}"]
         for kind in ("missing", "misfit", "left_out", "unplaced", "left_over"):
             names = list(getattr(self, kind))
             if names:
-                rows.append(
-                    f"  {kind.replace('_', ' '):<10}{len(names):>5}  {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-                )
+                examples = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+                rows.append(f"  {kind.replace('_', ' '):<10}{len(names):>5}  {examples}")
         return "\n".join(rows)
 
 # %% ../nbs/backbones/48_released.ipynb #a6c840c6
@@ -240,10 +234,33 @@ def begins(
 def family(
     key: str,  # without the root
 ) -> str:
-    "The first name of a key that says what it belongs to; keys of one model share a few of them."
+    "The first name of a key that tells what it belongs to; keys of one model have a few of them in common."
     for lead in ("point_network.", "network.", "encoder."):
         key = key.removeprefix(lead)
     return key.split(".")[0]
+
+
+def find_layout(
+    module: nn.Module,  # as in `compare_released`
+    state: Mapping[str, Tensor],  # the checkpoint, flat
+    root: str | None = None,  # what stands before the keys; None searches for it
+) -> tuple[str, dict[str, Source]]:  # the root, and where each tensor of the module is
+    "The root and the layout with most of the module's tensors. Raises: ValueError where there are none."
+    found = []
+    for layout in layouts(module):
+        sources = {name: layout(name) for name in module.state_dict()}
+        hits = count_roots({key for key, _ in sources.values()}, state)
+        number = max(hits.values(), default=0) if root is None else hits[root]
+        found.append((number, hits, sources))
+    number, hits, sources = max(found, key=lambda candidate: candidate[0])
+    if not number:
+        below = f" below {root!r}" if root else ""
+        first = ", ".join(map(repr, list(state)[:3])) or "no tensor at all"
+        raise ValueError(
+            f"expected tensors of a {type(module).__name__}{below}, "
+            f"found none among {len(state)} keys (first: {first})"
+        )
+    return best_root(hits, state) if root is None else root, sources
 
 
 def compare_released(
@@ -251,65 +268,47 @@ def compare_released(
     source: str | Path | Mapping[str, Any],  # a file, or a state dict with any wrapping
     *,
     leave_out: Iterable[str] = (),  # parts that keep what they have
-    root: str | None = None,  # what stands before the keys; None looks for it
+    root: str | None = None,  # what stands before the keys; None searches for it
 ) -> tuple[Report, dict[str, Tensor]]:  # the report, the weights in our layout; nothing is loaded
-    "What a checkpoint holds of a module."
+    "What a checkpoint holds of a module. Raises: ValueError where it holds nothing, or no plain numbers."
     if not isinstance(source, (str, Path, Mapping)):
-        raise ValueError(
-            f"expected a file or a dictionary of tensors, got a {type(source).__name__}"
-        )
+        kind = type(source).__name__
+        raise ValueError(f"expected a file or a dictionary of tensors, got a {kind}")
     state = dict(flat_tensors(source)) if isinstance(source, Mapping) else read_checkpoint(source)
     leave_out = (leave_out,) if isinstance(leave_out, str) else tuple(leave_out)
-    if root:
-        root = root.removesuffix(".") + "."
+    root = root.removesuffix(".") + "." if root else root
+    root, sources = find_layout(module, state, root)
     own = module.state_dict()
-    asked = [{name: layout(name) for name in own} for layout in layouts(module)]
-    hits = [
-        (count_roots({key for key, _ in sources.values()}, state), sources) for sources in asked
-    ]
-    roots, sources = max(
-        hits, key=lambda h: max(h[0].values(), default=0) if root is None else h[0][root]
-    )
-    at = root if root is not None else best_root(roots, state) if roots else ""
-    if not roots[at]:
-        raise ValueError(
-            f"expected tensors of a {type(module).__name__}{f' below {at!r}' if at else ''}, found none among {len(state)} keys (first: {', '.join(map(repr, list(state)[:3])) or 'no tensor at all'})"
-        )
     out = tuple(name for name in own if begins(name, leave_out))
-    match = match_released({k: v for k, v in own.items() if k not in out}, sources.get, state, at)
-    missing = {
-        name: key for name, key in match.missing.items() if not name.endswith("num_batches_tracked")
-    }
-    spent = {*match.used.values(), *(at + sources[name][0] for name in out)}
-    kin = {family(key.removeprefix(at)) for key in match.used.values()}
-    rest = [key for key in state if key not in spent]
-    unplaced = tuple(
-        key for key in rest if key.startswith(at) and family(key.removeprefix(at)) in kin
-    )
-    for part in leave_out:
-        if not any(
-            begins(name, [part]) for name in (*out, *(key.removeprefix(at) for key in unplaced))
-        ):
-            raise ValueError(
-                f"leave_out: expected beginnings of the model's tensors or of keys without a place, found {part!r}, which begins none"
-            )
-    unplaced = tuple(key for key in unplaced if not begins(key.removeprefix(at), leave_out))
+    match = match_released({k: own[k] for k in own if k not in out}, sources.get, state, root)
     for name, w in match.weights.items():
         if w.is_meta or w.layout != torch.strided:
+            found = "a tensor without values (meta)" if w.is_meta else w.layout
+            raise ValueError(f"{match.used[name]!r}: expected plain numbers, found {found}")
+    missing = {k: v for k, v in match.missing.items() if not k.endswith("num_batches_tracked")}
+    spent = {*match.used.values(), *(root + sources[name][0] for name in out)}
+    rest = [key for key in state if key not in spent]
+    kin = {family(key.removeprefix(root)) for key in match.used.values()}
+    unplaced = {key: key.removeprefix(root) for key in rest if key.startswith(root)}
+    unplaced = {key: short for key, short in unplaced.items() if family(short) in kin}
+    for part in leave_out:
+        if not any(begins(name, [part]) for name in (*out, *unplaced.values())):
             raise ValueError(
-                f"{match.used[name]!r}: expected plain numbers, found {'a tensor without values (meta)' if w.is_meta else w.layout}"
+                "leave_out: expected beginnings of the model's tensors or of keys without a place, "
+                f"found {part!r}, which begins none"
             )
-    loaded = {name: match.used[name] for name in match.weights}
-    return Report(
+    unplaced = tuple(key for key, short in unplaced.items() if not begins(short, leave_out))
+    report = Report(
         type(module).__name__,
-        at,
-        loaded,
-        missing,
-        match.misfit,
-        out,
-        unplaced,
-        tuple(key for key in rest if key not in unplaced),
-    ), match.weights
+        root,
+        loaded={name: match.used[name] for name in match.weights},
+        missing=missing,
+        misfit=match.misfit,
+        left_out=out,
+        unplaced=unplaced,
+        left_over=tuple(key for key in rest if key not in unplaced),
+    )
+    return report, match.weights
 
 
 def load_released(
@@ -317,19 +316,21 @@ def load_released(
     source: str | Path | Mapping[str, Any],  # a file, or a state dict with any wrapping
     *,
     leave_out: Iterable[str] = (),  # parts that keep what they have, such as ("head", "fusion")
-    root: str | None = None,  # what stands before the keys; None looks for it
+    root: str | None = None,  # what stands before the keys; None searches for it
 ) -> Report:
     "Load a checkpoint: every tensor that is not left out, or a one-line ValueError and no change at all."
     name = str(source) if isinstance(source, (str, Path)) else "state"
     try:
         report, weights = compare_released(module, source, leave_out=leave_out, root=root)
     except ValueError as problem:
+        text = str(problem)
+        text = text if text.startswith(name) else f"load_released: {name}: {text}"
+        raise ValueError(text) from None
+    problems = report.problems()
+    if problems:
         raise ValueError(
-            str(problem) if str(problem).startswith(name) else f"load_released: {name}: {problem}"
-        ) from None
-    if problems := report.problems():
-        raise ValueError(
-            f"load_released: {name}: expected all of {report.model}, covers {report.coverage:.1%} of its tensors: {'; '.join(problems)}; check the sizes, or name parts in leave_out"
+            f"load_released: {name}: expected all of {report.model}, covers {report.coverage:.1%} "
+            f"of its tensors: {'; '.join(problems)}; check the sizes, or name parts in leave_out"
         )
     module.load_state_dict(weights, strict=False)
     return report

@@ -4,35 +4,36 @@
 
 # %% ../../nbs/backbones/39_backbone.ipynb #5f6f3c4d
 from __future__ import annotations
-import inspect, json
+import inspect, json, re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core import PointBatch
+from ..geometry.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d
 
 # %% auto #0
-__all__ = ['Source', 'as_ours', 'Match', 'match_released', 'freeze', 'Backbone']
+__all__ = ['Source', 'MATRIX_LAYERS', 'as_ours', 'Match', 'match_released', 'freeze', 'Backbone', 'decay_names']
 
 # %% ../../nbs/backbones/39_backbone.ipynb #0216a98f
 def as_ours(
-    released: Tensor,  # what a checkpoint holds
-    ours: Tensor,  # what it is to replace
-) -> Tensor:  # of the shape of ours
-    "The same numbers in our shape, where the two shapes differ only by axes of length one."
-    short = lambda t: [n for n in t.shape if n != 1]
-    if short(released) != short(ours):
+    released: Shaped[Tensor, "..."],  # what a checkpoint holds
+    ours: Shaped[Tensor, "..."],  # what it is to replace
+) -> Shaped[Tensor, "..."]:  # of the shape of ours
+    "The same numbers in our shape, where the two shapes differ only by axes of length one. Raises: ValueError."
+    there, here = ([n for n in t.shape if n != 1] for t in (released, ours))
+    if there != here:
         raise ValueError(f"expected {list(ours.shape)} for this model, got {list(released.shape)}")
     return released.reshape(ours.shape)
 
 
-Source = tuple[
-    str, Callable[[Tensor], Tensor] | None
-]  # released key, and how its tensor becomes ours
+# a released key, and how its tensor becomes ours (None: as it is)
+Source = tuple[str, Callable[[Tensor], Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,22 @@ def match_released(
     state: Mapping[str, Tensor],  # the released state, which may hold more
     prefix: str = "",  # what stands before the keys that `source` names
 ) -> Match:
-    "Look up every tensor of ours in a released state."
-    weights, used, missing, misfit = {}, {}, {}, {}
+    "Find every tensor of ours in a released state."
+    match = Match({}, {}, {}, {})
     for name, ours in own.items():
         key, change = source(name)
-        if (key := prefix + key) not in state:
-            missing[name] = key
+        key = prefix + key
+        if key not in state:
+            match.missing[name] = key
             continue
-        used[name] = key
+        match.used[name] = key
         try:
-            weights[name] = as_ours(change(state[key]) if change else state[key], ours)
+            match.weights[name] = as_ours(change(state[key]) if change else state[key], ours)
         except (ValueError, RuntimeError, IndexError):
-            misfit[name] = (
+            match.misfit[name] = (
                 f"{key!r}: expected {list(ours.shape)} for this model, got {list(state[key].shape)}"
             )
-    return Match(weights, used, missing, misfit)
+    return match
 
 # %% ../../nbs/backbones/39_backbone.ipynb #7c70f27c
 def freeze(
@@ -78,7 +80,17 @@ def freeze(
 class Backbone(nn.Module):
     "Points to features in three parts; a model defines `stem`, `body`, `norm` and the three widths."
 
-    columns: str = "first"  # where coordinates are among the columns of the input: "first" (read from `xyz`), "only" (no other is read), "any" (a column is a column)
+    # where coordinates are among the columns of the input: "first" (read from `xyz`),
+    # "only" (no other is read), "any" (a column is a column)
+    columns: str = "first"
+    # regular expressions of pieces of our names, and the released pieces, applied in this order
+    released_names: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = ()
+    released_keywords: Mapping[
+        str, str
+    ] = {}  # a released constructor argument -> ours; none: our own
+    released_fixed: Mapping[str, Any] = {}  # a released argument -> the only value that we know
+    released_unused: str = ""  # released arguments that change nothing
+    released_defaults: Mapping[str, Any] = {}  # ours -> the released default, where it differs
     in_channels: int  # columns of the input that are read
     stem_width: int  # features after stem
     body_width: int  # features after body, before norm
@@ -88,8 +100,15 @@ class Backbone(nn.Module):
         self,
         arguments: dict[str, Any],  # of the model's constructor: its `locals()`
     ):
+        "Keep the arguments, in `config` and as attributes."
         super().__init__()
         self.config = {k: freeze(v) for k, v in arguments.items() if k not in ("self", "__class__")}
+        vars(self).update(self.config)
+        if self.columns != "any" and self.in_channels < 3:
+            raise ValueError(
+                f"{type(self).__name__}.in_channels: expected at least 3 (the coordinates), "
+                f"got {self.in_channels}"
+            )
 
     def stem(self, points: PointBatch) -> PointBatch:
         "First layer: points with `stem_width` features. Point fusion acts after it."
@@ -104,11 +123,26 @@ class Backbone(nn.Module):
         p = self.body(self.stem(points))
         return p.with_feat(self.norm(p.feat) if len(p) else p.feat.new_zeros(0, self.width))
 
+    def need_lengths(
+        self,
+        count: int,  # values that each argument must have; None stands for a default
+        why: str,  # "one for each of ..."
+        *names: str,  # of arguments
+    ) -> None:
+        "Raise a one-line ValueError unless all these arguments have as many values."
+        for name in names:
+            values = self.config[name]
+            if values is not None and len(values) != count:
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: expected {count} values, {why}, got {len(values)}"
+                )
+
     def need_columns(self, points: PointBatch) -> None:
         "Raise a one-line ValueError unless `points` has the columns that the model reads."
         if points.feat.shape[1] < self.in_channels:
             raise ValueError(
-                f"{type(self).__name__}.stem: expected points.feat with at least {self.in_channels} columns (in_channels), got {points.feat.shape[1]}"
+                f"{type(self).__name__}.stem: expected points.feat with at least "
+                f"{self.in_channels} columns (in_channels), got {points.feat.shape[1]}"
             )
 
     def need_rows(
@@ -119,16 +153,17 @@ class Backbone(nn.Module):
         "Raise a one-line ValueError where training would divide by the variance of a single row."
         if self.training and rows == 1:
             raise ValueError(
-                f"{type(self).__name__}.{where}: expected at least 2 rows in the batch while training (batch normalisation), got 1; use more points or clouds, or call eval()"
+                f"{type(self).__name__}.{where}: expected at least 2 rows in the batch while "
+                "training (batch normalisation), got 1; use more points or clouds, or call eval()"
             )
 
     def released_weight(
         self,
         name: str,  # name of one of our parameters or buffers
-    ) -> (
-        Source
-    ):  # its key in the released encoder, and how the tensor there becomes ours (None: as it is)
+    ) -> Source:  # its key in the released encoder, and how the tensor there becomes ours
         "Where the released checkpoints keep a weight of ours. A model without released weights keeps its own names."
+        for ours, theirs in self.released_names:
+            name = re.sub(ours, theirs, name)
         return name, None
 
     def convert_released(
@@ -140,7 +175,8 @@ class Backbone(nn.Module):
         match = match_released(self.state_dict(), self.released_weight, state, prefix)
         for key in match.missing.values():
             raise ValueError(
-                f"{type(self).__name__}.convert_released: expected the key {key!r} in the released state, not found among {len(state)} keys; check prefix and sizes"
+                f"{type(self).__name__}.convert_released: expected the key {key!r} in the released "
+                f"state, not found among {len(state)} keys; check prefix and sizes"
             )
         for problem in match.misfit.values():
             raise ValueError(f"{type(self).__name__}.convert_released: {problem}")
@@ -152,28 +188,26 @@ class Backbone(nn.Module):
         kwargs: dict[str, Any],  # constructor arguments as released code names them
     ) -> Backbone:
         "A model of the shape that released code would build. A model that was never released takes its own arguments."
-        return cls(
-            **cls.released_arguments(kwargs, {k: k for k in inspect.signature(cls).parameters})
-        )
+        return cls(**{**cls.released_defaults, **cls.released_arguments(kwargs)})
 
     @classmethod
     def released_arguments(
         cls,
         kwargs: dict[str, Any],  # as released code names them
-        names: dict[str, str],  # released name -> ours
-        fixed: Mapping[str, Any] = {},  # released name -> the only value that this package knows
-        unused: frozenset[str] = frozenset(),  # released names that change nothing
     ) -> dict[str, Any]:
-        "Released arguments under our names. An unknown name, or another value of a fixed one, is a one-line ValueError."
-        known = {*names, *fixed, *unused}
+        "Released arguments under our names. Raises: ValueError for an unknown name or another value of a fixed one."
+        names = cls.released_keywords or {name: name for name in inspect.signature(cls).parameters}
+        known = {*names, *cls.released_fixed, *cls.released_unused.split()}
         for name in sorted(set(kwargs) - known):
             raise ValueError(
-                f"{cls.__name__}.from_released: unknown argument {name!r}, expected {', '.join(sorted(known))}"
+                f"{cls.__name__}.from_released: unknown argument {name!r}, "
+                f"expected {', '.join(sorted(known))}"
             )
-        for name, value in fixed.items():
+        for name, value in cls.released_fixed.items():
             if kwargs.get(name, value) != value:
                 raise ValueError(
-                    f"{cls.__name__}.from_released: {name}: expected {value!r}, the released one, got {kwargs[name]!r}"
+                    f"{cls.__name__}.from_released: {name}: expected {value!r}, the released one, "
+                    f"got {kwargs[name]!r}"
                 )
         return {names[k]: v for k, v in kwargs.items() if k in names}
 
@@ -182,21 +216,19 @@ class Backbone(nn.Module):
         folder: str | Path,  # made if it is not there
     ) -> None:
         "Write `config.json` and `model.safetensors`."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(
-            json.dumps({"backbone": type(self).__name__, **self.config}, indent=1)
-        )
-        save_file(
-            {k: v.contiguous() for k, v in self.state_dict().items()},
-            Path(folder) / "model.safetensors",
-        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"backbone": type(self).__name__, **self.config}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,  # a folder that save_pretrained wrote
     ) -> Backbone:
-        "The saved model, in evaluation mode."
+        "The saved model, in evaluation mode. Raises: FileNotFoundError or ValueError in one line."
         config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for file in (config_file, weights_file):
             if not file.is_file():
@@ -204,13 +236,37 @@ class Backbone(nn.Module):
                     f"{file}: expected a file that save_pretrained wrote, found none"
                 )
         config = json.loads(config_file.read_text())
-        if (kind := config.pop("backbone", None)) != cls.__name__:
+        kind = config.pop("backbone", None)
+        if kind != cls.__name__:
             raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
         model = cls(**{k: freeze(v) for k, v in config.items()})
         try:
             model.load_state_dict(load_file(weights_file))
         except RuntimeError as problem:
             raise ValueError(
-                f"{weights_file}: expected the weights of the model in {config_file.name}, they do not fit ({str(problem).splitlines()[-1].strip()})"
+                f"{weights_file}: expected the weights of the model in {config_file.name}, "
+                f"they do not fit ({str(problem).splitlines()[-1].strip()})"
             ) from None
         return model.eval()
+
+# %% ../../nbs/backbones/39_backbone.ipynb #5a7d20e3
+MATRIX_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    SubMConv3d,
+    SparseConv3d,
+    SparseInverseConv3d,
+)
+
+
+def decay_names(
+    module: nn.Module,  # a backbone, a fusion, a head, or all of them
+) -> set[str]:  # as `named_parameters` spells them
+    "Names of the parameters that weight decay may shrink: weights of linear layers and convolutions."
+    names = set()
+    for path, part in module.named_modules():
+        own = ("weight",) if isinstance(part, MATRIX_LAYERS) else getattr(part, "decayed", ())
+        names.update(f"{path}.{name}".removeprefix(".") for name in own)
+    return names

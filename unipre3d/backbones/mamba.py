@@ -16,34 +16,38 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .backbone import Source
-from .transformer import drop_branch
+from .layers import drop_path
 
 # %% auto #0
 __all__ = ['selective_scan_reference', 'ChunkedScan', 'selective_scan', 'SSM', 'Mamba', 'taps_first', 'released_mamba_weight',
-           'MambaBlock', 'spread']
+           'MambaBlock']
 
 # %% ../../nbs/backbones/43_mamba.ipynb #68d6eb31
 def selective_scan_reference(
-    u: Tensor,  # [b l d] input
-    delta: Tensor,  # [b l d] step sizes, > 0
-    A: Tensor,  # [d n] decay rates, < 0
-    B: Tensor,  # [b l n] what a token writes
-    C: Tensor,  # [b l n] what a token reads
-    D: Tensor,  # [d] weight of the direct path
-) -> Tensor:  # [b l d]
+    u: Float[Tensor, "b l d"],  # input
+    delta: Float[Tensor, "b l d"],  # step sizes, > 0
+    A: Float[Tensor, "d n"],  # decay rates, < 0
+    B: Float[Tensor, "b l n"],  # what a token writes
+    C: Float[Tensor, "b l n"],  # what a token reads
+    D: Float[Tensor, "d"],  # weight of the direct path
+) -> Float[Tensor, "b l d"]:
     "The selective scan, token after token, in plain PyTorch (Mamba, algorithm 2)."
     h, y = u.new_zeros(len(u), *A.shape), []
     for t in range(u.shape[1]):
-        h = (
-            torch.exp(delta[:, t, :, None] * A) * h
-            + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
-        )
+        decay = torch.exp(delta[:, t, :, None] * A)
+        h = decay * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
         y.append((h * C[:, t, None]).sum(-1))
     return torch.stack(y, 1) + u * D if y else torch.zeros_like(u)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #547bd1f9
-def _states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    "Decays and states [k b n d] of one chunk; u, delta [k b d], A [n d], B [k b n], h [b n d] before the chunk."
+def _states(
+    u: Float[Tensor, "k b d"],
+    delta: Float[Tensor, "k b d"],
+    A: Float[Tensor, "n d"],
+    B: Float[Tensor, "k b n"],
+    h: Float[Tensor, "b n d"],  # the state before the chunk
+) -> tuple[Float[Tensor, "k b n d"], Float[Tensor, "k b n d"]]:
+    "Decays and states of one chunk."
     decay = (delta[:, :, None] * A).exp_()
     state = (delta * u)[:, :, None] * B[..., None]
     for t in range(len(u)):
@@ -52,17 +56,23 @@ def _states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[
 
 
 class ChunkedScan(torch.autograd.Function):
-    "h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t . h_t; time first: u, delta [l b d], A [n d], B, C [l b n]."
+    "h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t . h_t; time comes first."
 
     @staticmethod
     def forward(
-        ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int
-    ) -> Tensor:
+        ctx,
+        u: Float[Tensor, "l b d"],
+        delta: Float[Tensor, "l b d"],
+        A: Float[Tensor, "n d"],
+        B: Float[Tensor, "l b n"],
+        C: Float[Tensor, "l b n"],
+        chunk: int,  # tokens computed together
+    ) -> Float[Tensor, "l b d"]:
         h, starts, y = u.new_zeros(u.shape[1], *A.shape), [], []
-        for part in zip(*(x.split(chunk) for x in (u, delta, B, C))):
+        for u_, delta_, B_, C_ in zip(*(x.split(chunk) for x in (u, delta, B, C))):
             starts.append(h)
-            state = _states(*part[:2], A, part[2], h)[1]
-            y.append((part[3][:, :, None] @ state)[:, :, 0])
+            _, state = _states(u_, delta_, A, B_, h)
+            y.append((C_[:, :, None] @ state)[:, :, 0])
             h = state[-1].clone()
         ctx.save_for_backward(u, delta, A, B, C, *starts)
         ctx.chunk = chunk
@@ -70,18 +80,18 @@ class ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y: Tensor):
+    def backward(ctx, grad_y: Float[Tensor, "l b d"]):
         u, delta, A, B, C, *starts = ctx.saved_tensors
-        grad_A, carry, parts = torch.zeros_like(A), torch.zeros_like(starts[0]), []
-        for u, delta, B, C, gy, h in reversed(
-            list(zip(*(x.split(ctx.chunk) for x in (u, delta, B, C, grad_y)), starts))
-        ):
+        grad_A, later = torch.zeros_like(A), torch.zeros_like(starts[0])
+        chunks = list(zip(*(x.split(ctx.chunk) for x in (u, delta, B, C, grad_y)), starts))
+        parts = []
+        for u, delta, B, C, gy, h in reversed(chunks):
             decay, state = _states(u, delta, A, B, h)
             g = gy[:, :, None] * C[..., None]
-            g[-1] += carry
+            g[-1] += later
             for t in range(len(g) - 2, -1, -1):
                 g[t].addcmul_(decay[t + 1], g[t + 1])
-            carry = decay[0] * g[0]
+            later = decay[0] * g[0]  # what the chunk before gets
             grad_C = (state @ gy[..., None])[..., 0]
             grad_B = (g @ (delta * u)[..., None])[..., 0]
             grad_in = (B[:, :, None] @ g)[:, :, 0]
@@ -105,45 +115,45 @@ def _kernel() -> Callable | None:
 
 
 def selective_scan(
-    u: Tensor,  # [b l d] input
-    delta: Tensor,  # [b l d] step sizes, > 0
-    A: Tensor,  # [d n] decay rates, < 0
-    B: Tensor,  # [b l n] what a token writes
-    C: Tensor,  # [b l n] what a token reads
-    D: Tensor,  # [d] weight of the direct path
+    u: Float[Tensor, "b l d"],  # input
+    delta: Float[Tensor, "b l d"],  # step sizes, > 0
+    A: Float[Tensor, "d n"],  # decay rates, < 0
+    B: Float[Tensor, "b l n"],  # what a token writes
+    C: Float[Tensor, "b l n"],  # what a token reads
+    D: Float[Tensor, "d"],  # weight of the direct path
     *,
-    backend: str = "auto",  # "torch", "mamba_ssm" (a GPU and that package), or "auto": mamba_ssm where it can run
+    backend: str = "auto",  # "torch", "mamba_ssm" (a GPU and that package), "auto": the latter where it can run
     chunk: int | None = None,  # tokens computed together by "torch"; None fits a chunk to the cache
-) -> Tensor:  # [b l d], of u's dtype; computed in float32 or better
-    "The selective scan (Mamba, algorithm 2), causal along l; values and gradients of `selective_scan_reference`."
+) -> Float[Tensor, "b l d"]:  # of u's dtype; computed in float32 or better
+    "The selective scan (Mamba, algorithm 2), causal along l; equal to `selective_scan_reference`. Raises: ValueError."
     if backend not in ("auto", "torch", "mamba_ssm"):
         raise ValueError(
             f"selective_scan.backend: expected 'auto', 'torch' or 'mamba_ssm', got {backend!r}"
         )
-    if backend == "mamba_ssm" and (_kernel() is None or not u.is_cuda):
+    kernel = _kernel() if u.is_cuda else None
+    if backend == "mamba_ssm" and kernel is None:
         raise ValueError(
-            "selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm and tensors on a GPU; use 'torch'"
+            "selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm "
+            "and tensors on a GPU; use 'torch'"
         )
     if not u.numel():
         return torch.zeros_like(u)
     out, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)
     u, delta, A, B, C, D = (x.to(exact) for x in (u, delta, A, B, C, D))
-    if backend == "mamba_ssm" or (
-        backend == "auto" and u.is_cuda and exact == torch.float32 and _kernel() is not None
-    ):
+    if kernel and (backend == "mamba_ssm" or (backend, exact) == ("auto", torch.float32)):
         u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
-        return _kernel()(u, delta, A, B, C, D).transpose(1, 2).to(out)
+        return kernel(u, delta, A, B, C, D).transpose(1, 2).to(out)
     chunk = chunk or max(8, 2**18 // (u.shape[0] * A.numel()))
-    time_first = [x.transpose(0, 1).contiguous() for x in (u, delta, B, C)]
+    u_, delta_, B_, C_ = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
     with torch.autocast(u.device.type, enabled=False):
-        y = ChunkedScan.apply(*time_first[:2], A.T.contiguous(), *time_first[2:], chunk).transpose(
-            0, 1
-        )
-    return torch.addcmul(y, u, D).to(out)
+        y = ChunkedScan.apply(u_, delta_, A.T.contiguous(), B_, C_, chunk)
+    return torch.addcmul(y.transpose(0, 1), u, D).to(out)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #b0f23169
 class SSM(nn.Module):
     "One direction of a Mamba layer: causal convolution, selective scan, gate."
+
+    decayed = ("conv_weight",)  # see `decay_names`
 
     def __init__(
         self,
@@ -156,12 +166,11 @@ class SSM(nn.Module):
         self.split = [dt_rank, d_state, d_state]
         bound = d_conv**-0.5
         self.conv_weight, self.conv_bias = (
-            nn.Parameter(torch.empty(*s, inner).uniform_(-bound, bound)) for s in ((d_conv,), ())
+            nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+            for shape in ((d_conv, inner), (inner,))
         )
-        self.x_proj, self.dt_proj = (
-            nn.Linear(inner, sum(self.split), bias=False),
-            nn.Linear(dt_rank, inner),
-        )
+        self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         step = torch.exp(torch.empty(inner).uniform_(math.log(1e-3), math.log(0.1))).clamp_min(1e-4)
@@ -169,7 +178,7 @@ class SSM(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(bias) = step
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         "Each channel with its own filter over this token and those just before it."
         taps, length = len(self.conv_weight), x.shape[1]
         x = F.pad(x, (0, 0, taps - 1, 0))
@@ -178,13 +187,12 @@ class SSM(nn.Module):
             y = torch.addcmul(y, x[:, i : i + length], weight)
         return y
 
-    def forward(self, xz: Tensor) -> Tensor:
+    def forward(self, xz: Float[Tensor, "b l two_d"]) -> Float[Tensor, "b l d"]:
         x, z = xz.chunk(2, -1)
         x = F.silu(self.convolve(x))
         delta, B, C = self.x_proj(x).split(self.split, -1)
-        return selective_scan(
-            x, F.softplus(self.dt_proj(delta)), -self.A_log.exp(), B, C, self.D
-        ) * F.silu(z)
+        step = F.softplus(self.dt_proj(delta))
+        return selective_scan(x, step, -self.A_log.exp(), B, C, self.D) * F.silu(z)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #968b9d10
 class Mamba(nn.Module):
@@ -201,14 +209,12 @@ class Mamba(nn.Module):
     ):
         super().__init__()
         inner, rank = expand * width, math.ceil(width / 16)
-        self.in_proj, self.out_proj = (
-            nn.Linear(width, 2 * inner, bias=False),
-            nn.Linear(inner, width, bias=False),
-        )
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
         self.ssm = SSM(inner, d_state, d_conv, rank)
         self.flipped = SSM(inner, d_state, d_conv, rank) if flip_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
         xz = self.in_proj(x)
         y = self.ssm(xz)
         if self.flipped is not None:
@@ -246,34 +252,16 @@ class MambaBlock(nn.Module):
         drop_path: float = 0.0,  # probability of dropping `hidden` for a cloud while training
     ):
         super().__init__()
-        self.mixer, self.norm, self.drop_path = (
-            Mamba(width=width, d_state=d_state),
-            nn.RMSNorm(width, eps=1e-5),
-            drop_path,
-        )
+        self.mixer, self.norm = Mamba(width=width, d_state=d_state), nn.RMSNorm(width, eps=1e-5)
+        self.drop_path = drop_path
 
-    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "b l c"],  # output of the layer before
+        residual: Float[Tensor, "b l c"]
+        | None = None,  # sum of all before it; None at the first block
+    ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b l c"]]:
         hidden = hidden.to(self.norm.weight.dtype)  # the sum stays exact under mixed precision
-        residual = (
-            hidden
-            if residual is None
-            else residual + drop_branch(hidden, self.drop_path, self.training)
-        )
-        return self.mixer(self.norm(residual)), residual
-
-# %% ../../nbs/backbones/43_mamba.ipynb #1746c493
-def spread(
-    x: Tensor,  # [m ...] rows of numbers, for example neighbours minus their centre
-    batch: Tensor,  # [m] cloud of each row
-    size: int,  # number of clouds B
-) -> Tensor:  # [B] standard deviation of all numbers of each cloud (n - 1 in the denominator); about 0 for an empty cloud
-    "One standard deviation for each cloud."
-    flat = x.flatten(1)
-    count = torch.bincount(batch, minlength=size) * flat.shape[1]
-    total = lambda rows: rows.new_zeros(size).index_add(0, batch, rows)
-    mean = total(flat.sum(1)) / count.clamp_min(1)
-    return (
-        (total((flat - mean[batch, None]).square().sum(1)) / (count - 1).clamp_min(1))
-        .clamp_min(1e-30)
-        .sqrt()
-    )
+        if residual is not None:
+            hidden = residual + drop_path(hidden, self.drop_path, self.training)
+        return self.mixer(self.norm(hidden)), hidden

@@ -4,51 +4,46 @@
 
 # %% ../../nbs/backbones/44_pcm.ipynb #683dfe3d
 from __future__ import annotations
-import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .backbone import Backbone, Source
-from .mamba import MambaBlock, released_mamba_weight, spread
-from .transformer import GroupMax
-from ..core import PointBatch, from_padded, offsets, to_padded
-from ..geometry.pointops import farthest_point_sample, interpolate, knn
+from .layers import GroupMax, farthest_fraction, prepend, shared_mlp, spread
+from .mamba import MambaBlock, released_mamba_weight
+from ..core import PointBatch, from_padded, to_padded
+from ..geometry.pointops import interpolate, knn
 from ..geometry.serialization import ORDERS, grid_coordinates, serialize
 
 # %% auto #0
-__all__ = ['HASH_SEED_0', 'RENAME', 'thin', 'layer', 'Residual', 'Neighbourhood', 'Stage', 'scan_rows', 'Propagation', 'PCM']
+__all__ = ['HASH_SEED_0', 'thin', 'Residual', 'Neighbourhood', 'Stage', 'scan_rows', 'Propagation', 'PCM']
 
 # %% ../../nbs/backbones/44_pcm.ipynb #55a18817
 def thin(
-    points: PointBatch,
+    points: PointBatch,  # any unit
     reducer: int,  # keep one point in this many
-) -> Tensor:  # [m] rows in rising order, max(1, n // reducer) of each cloud that has points
-    "Farthest point sampling to a share of each cloud."
+) -> Int[Tensor, "m"]:  # rows in rising order, max(1, n // reducer) of each cloud that has points
+    "Farthest points, a fraction of each cloud, in the order of the cloud."
     if reducer == 1 or not len(points):
         return torch.arange(len(points), device=points.xyz.device)
-    keep = (points.counts // reducer).clamp_min(1)
-    rows = farthest_point_sample(points.xyz, points.batch, points.size, int(keep.max()))
-    owner = points.batch[rows]
-    place = torch.arange(len(rows), device=rows.device) - offsets(owner, points.size)[owner]
-    return rows[place < keep[owner]].sort().values
+    return farthest_fraction(points.xyz, points.batch, points.size, reducer).sort().values
 
 # %% ../../nbs/backbones/44_pcm.ipynb #25c3406e
-def layer(c_in: int, c_out: int, bias: bool) -> nn.Sequential:
-    "Linear, batch normalisation, ReLU on rows."
-    return nn.Sequential(nn.Linear(c_in, c_out, bias=bias), nn.BatchNorm1d(c_out), nn.ReLU())
-
-
 class Residual(nn.Module):
     "Two layers around which the input goes, on rows [m c]."
 
-    def __init__(self, width: int, bias: bool):
+    def __init__(
+        self,
+        width: int,  # columns in and out
+        bias: bool,  # of the linear maps
+    ):
         super().__init__()
-        self.net = nn.Sequential(*layer(width, width, bias), *layer(width, width, bias)[:2])
+        self.net = shared_mlp(width, width, width, bias=bias)[:-1]  # without the last ReLU
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
         return F.relu(self.net(x) + x)
 
 
@@ -64,25 +59,24 @@ class Neighbourhood(nn.Module):
     ):
         super().__init__()
         self.k = neighbours
-        self.alpha, self.beta = (
-            nn.Parameter(torch.ones(c_in + 3)),
-            nn.Parameter(torch.zeros(c_in + 3)),
-        )
-        self.transfer = layer(2 * c_in + 3, c_out, bias=False)
-        self.operation = nn.ModuleList(Residual(c_out, bias=False) for _ in range(blocks))
+        self.alpha, self.beta = (nn.Parameter(f(c_in + 3)) for f in (torch.ones, torch.zeros))
+        self.transfer = shared_mlp(2 * c_in + 3, c_out)
+        self.operation = nn.Sequential(*[Residual(c_out, bias=False) for _ in range(blocks)])
 
-    def forward(self, p: PointBatch, rows: Tensor) -> Tensor:
-        batch, seen = p.batch[rows], torch.cat([p.feat, p.xyz], 1)
+    def forward(
+        self,
+        p: PointBatch,  # all points
+        rows: Int[Tensor, "m"],  # of the kept points
+    ) -> Float[Tensor, "m c_out"]:
+        batch, columns = p.batch[rows], torch.cat([p.feat, p.xyz], 1)
         near = knn(p.xyz[rows], batch, p.xyz, p.batch, p.size, k=self.k)
-        offset = seen[near] - seen[rows][:, None]
+        offset = columns[near] - columns[rows][:, None]
         offset = offset / (spread(offset, batch, p.size) + 1e-5)[batch, None, None]
         group = torch.addcmul(self.beta, self.alpha, offset)
         join, norm, act = self.transfer
         to_group, to_own = join.weight.split([len(self.alpha), p.feat.shape[1]], 1)
         x = F.linear(group, to_group) + F.linear(p.feat[rows], to_own)[:, None]
-        x = act(norm(x.flatten(0, 1)))
-        for block in self.operation:
-            x = block(x)
+        x = self.operation(act(norm(x.flatten(0, 1))))
         return GroupMax.apply(x.view(len(rows), self.k, -1))
 
 # %% ../../nbs/backbones/44_pcm.ipynb #80c2ac77
@@ -111,28 +105,31 @@ class Stage(nn.Module):
             MambaBlock(width=c_out, d_state=d_state, drop_path=rate) for rate in drop_path
         )
 
-    def shrink(self, p: PointBatch, residual: Tensor | None) -> tuple[PointBatch, Tensor | None]:
+    def shrink(
+        self,
+        p: PointBatch,  # points of the level before
+        residual: Float[Tensor, "n c_in"] | None,  # the other stream; None at the first level
+    ) -> tuple[PointBatch, Float[Tensor, "m c_out"] | None]:
         "Fewer points with wider features, and the residual stream that goes with them."
         rows = thin(p, self.reducer)
-        less = PointBatch(p.xyz[rows], self.gather(p, rows), p.batch[rows], p.size)
-        return less, None if residual is None else self.carry(residual[rows])
+        fewer = PointBatch(p.xyz[rows], self.gather(p, rows), p.batch[rows], p.size)
+        return fewer, None if residual is None else self.carry(residual[rows])
 
 
 def scan_rows(
     block: MambaBlock,
     p: PointBatch,  # rows in the order of the scan
-    residual: Tensor | None,  # [n c] the other stream, or None before the first block
-    prompt: Tensor,  # [k c] rows to put before each cloud
-) -> tuple[PointBatch, Tensor]:  # both streams after the block
+    residual: Float[Tensor, "n c"] | None,  # the other stream, or None before the first block
+    prompt: Float[Tensor, "k c"],  # rows to put before each cloud
+) -> tuple[PointBatch, Float[Tensor, "n c"]]:  # both streams after the block
     "Run a Mamba block along each cloud, after its prompts."
-    padded = lambda x: torch.cat(
-        [prompt.expand(p.size, -1, -1), to_padded(x, p.batch, p.size)[0]], 1
-    )
-    mask = to_padded(p.feat[:, :1], p.batch, p.size)[1]
-    hidden, residual = block(padded(p.feat), None if residual is None else padded(residual))
-    return p.with_feat(from_padded(hidden[:, len(prompt) :], mask)), from_padded(
-        residual[:, len(prompt) :], mask
-    )
+    hidden, mask = to_padded(p.feat, p.batch, p.size)
+    if residual is not None:
+        residual, _ = to_padded(residual, p.batch, p.size)
+        residual = prepend(prompt, residual)
+    streams = block(prepend(prompt, hidden), residual)
+    hidden, residual = (from_padded(x[:, len(prompt) :], mask) for x in streams)
+    return p.with_feat(hidden), residual
 
 # %% ../../nbs/backbones/44_pcm.ipynb #9154f9ee
 class Propagation(nn.Module):
@@ -146,34 +143,24 @@ class Propagation(nn.Module):
         blocks: int = 1,  # residual pairs
     ):
         super().__init__()
-        self.fuse = layer(c_fine + c_coarse, c_out, bias=True)
-        self.operation = nn.ModuleList(Residual(c_out, bias=True) for _ in range(blocks))
+        self.fuse = shared_mlp(c_fine + c_coarse, c_out, bias=True)
+        self.operation = nn.Sequential(*[Residual(c_out, bias=True) for _ in range(blocks)])
 
     def forward(self, fine: PointBatch, coarse: PointBatch) -> PointBatch:
-        brought = interpolate(
+        propagated = interpolate(
             fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size
         )
-        x = self.fuse(torch.cat([fine.feat, brought], 1))
-        for block in self.operation:
-            x = block(x)
-        return fine.with_feat(x)
+        return fine.with_feat(self.operation(self.fuse(torch.cat([fine.feat, propagated], 1))))
 
 # %% ../../nbs/backbones/44_pcm.ipynb #59fb47ce
-HASH_SEED_0 = (
-    "z",
-    "yzx",
-    "zyx",
-    "z-trans",
-    "xyz",
-    "zxy",
-    "hilbert",
-    "xzy",
-    "yxz",
-)  # a set of the nine released orders, PYTHONHASHSEED=0
+# a set of the nine released orders, PYTHONHASHSEED=0
+HASH_SEED_0 = ("z", "yzx", "zyx", "z-trans", "xyz", "zxy", "hilbert", "xzy", "yxz")
 
-RENAME = [
-    (re.compile(ours), theirs)
-    for ours, theirs in (
+
+class PCM(Backbone):
+    "Point Cloud Mamba as released with UniPre3D; returns one row for each point."
+
+    released_names = (
         (r"^embedding\.", "encoder.embedding.net."),
         (r"^prompt$", "encoder.order_prompt.weight"),
         (r"^position\.", "encoder.pos_proj."),
@@ -193,25 +180,55 @@ RENAME = [
         (r"(operation\.\d+)\.net\.3\.", r"\1.net2.0."),
         (r"(operation\.\d+)\.net\.4\.", r"\1.net2.1."),
     )
-]
-
-
-class PCM(Backbone):
-    "Point Cloud Mamba as released with UniPre3D; returns one row for each point."
+    # of the released encoder
+    released_keywords = dict(
+        in_channels="in_channels",
+        embed_dim="embed_dim",
+        dim_expansion="dim_expansion",
+        pre_blocks="pre_blocks",
+        mamba_blocks="mamba_blocks",
+        k_neighbors="k_neighbors",
+        reducers="reducers",
+        drop_path_rate="drop_path_rate",
+        grid_size="grid_size",
+        prompt_num_per_order="prompts_per_order",
+        mamba_layers_orders="orders",
+    )
+    released_fixed = dict(
+        groups=1,
+        res_expansion=1,
+        activation="relu",
+        bias=False,
+        use_xyz=True,
+        normalize="anchor",
+        rms_norm=True,
+        mamba_pos=True,
+        use_order_prompt=True,
+        pos_type="share",
+        pos_proj_type="linear",
+        combine_pos=False,
+        block_residual=True,
+        use_windows=False,
+    )
+    released_unused = (
+        "NAME residual_in_fp32 fused_add_norm bimamba_type "
+        "pos_blocks k_strides windows_size cls_pooling"
+    )
 
     def __init__(
         self,
         *,
-        in_channels: int = 3,  # columns of the input that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
+        in_channels: int = 3,  # columns that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
         embed_dim: int = 384,  # width of the stem
         dim_expansion: tuple[int, ...] = (
             1,
             1,
             2,
             1,
-        ),  # how many times wider each stage is than the one before
+        ),  # width of each stage over that of the one before
         mamba_blocks: tuple[int, ...] = (1, 2, 2, 4),  # Mamba blocks of each stage
         d_state: int = 16,  # states of each channel of the scans
+        # one for each Mamba block
         orders: tuple[str, ...] = (
             "xyz",
             "xzy",
@@ -222,7 +239,7 @@ class PCM(Backbone):
             "hilbert",
             "z",
             "z-trans",
-        ),  # one for each Mamba block
+        ),
         pre_blocks: tuple[int, ...] = (
             1,
             1,
@@ -234,131 +251,102 @@ class PCM(Backbone):
         prompts_per_order: int = 6,  # rows that tell a scan its order
         prompt_width: int = 384,  # their width before they are brought to a stage's
         prompt_order: tuple[str, ...]
-        | None = None,  # whose prompts come first in the table; None: as `orders` first names them
+        | None = None,  # of the table of prompts; None: as `orders` names them
         decoder_channels: tuple[int, ...]
-        | None = None,  # widths after each step back up; None mirrors the encoder
+        | None = None,  # of each step up; None mirrors the encoder
         decoder_blocks: tuple[int, ...] = (1, 1, 1, 1),  # residual pairs of each step
         out_channels: int = 128,  # width after `norm`
         dropout: float = 0.5,  # inside `norm`
         drop_path_rate: float = 0.1,  # stochastic depth of the last Mamba block; the first two have none
         grid_size: float = 0.02,  # cell of the curves' grid, object units
-        released_orders: bool = False,  # True: orders as the released code computes them, over the batch
-        spare_head: bool = True,  # the released decoder's second head, which nothing uses; False leaves it out
+        released_orders: bool = False,  # orders as the released code computes them, over the batch
+        spare_head: bool = True,  # the released decoder's second head, which nothing uses
     ):
         super().__init__(locals())
-        widths, stages = [embed_dim], len(dim_expansion)
-        for times in dim_expansion:
-            widths.append(widths[-1] * times)
-        channels = tuple(decoder_channels or widths[-2::-1])
-        prompt_order = tuple(prompt_order or dict.fromkeys(orders))
-        if in_channels < 3:
-            raise ValueError(
-                f"PCM.in_channels: expected at least 3 (the coordinates), got {in_channels}"
-            )
-        for name in (
-            "mamba_blocks",
-            "pre_blocks",
-            "k_neighbors",
-            "reducers",
-            "decoder_channels",
-            "decoder_blocks",
-        ):
-            if self.config[name] is not None and len(self.config[name]) != stages:
-                raise ValueError(
-                    f"PCM.{name}: expected {stages} numbers, one for each of dim_expansion, got {len(self.config[name])}"
-                )
-        if len(orders) != sum(mamba_blocks):
-            raise ValueError(
-                f"PCM.orders: expected {sum(mamba_blocks)}, one for each Mamba block, got {len(orders)}"
-            )
-        if unknown := [o for o in orders if o not in ORDERS]:
+        stages, total = len(dim_expansion), sum(mamba_blocks)
+        lists = (
+            "mamba_blocks pre_blocks k_neighbors reducers decoder_channels decoder_blocks".split()
+        )
+        self.need_lengths(stages, "one for each of dim_expansion", *lists)
+        self.need_lengths(total, "one for each Mamba block", "orders")
+        self.prompt_order = tuple(prompt_order or dict.fromkeys(orders))
+        unknown = [order for order in orders if order not in ORDERS]
+        if unknown:
             raise ValueError(
                 f"PCM.orders: expected names among {', '.join(ORDERS)}, got {unknown[0]!r}"
             )
-        if set(prompt_order) != set(orders):
+        if set(self.prompt_order) != set(orders):
             raise ValueError(
-                f"PCM.prompt_order: expected each of orders once ({', '.join(sorted(set(orders)))}), got {', '.join(prompt_order)}"
+                f"PCM.prompt_order: expected each of orders once "
+                f"({', '.join(sorted(set(orders)))}), got {', '.join(self.prompt_order)}"
             )
-        self.in_channels, self.stem_width, self.body_width, self.width = (
-            in_channels,
-            embed_dim,
-            channels[-1],
-            out_channels,
-        )
-        self.prompt_order, self.prompts_per_order, self.grid_size, self.released_orders = (
-            prompt_order,
-            prompts_per_order,
-            grid_size,
-            released_orders,
-        )
-        self.embedding = layer(in_channels, embed_dim, bias=False)
-        self.prompt = nn.Parameter(torch.randn(len(prompt_order) * prompts_per_order, prompt_width))
-        shared = set(dim_expansion) == {1}
-        self.position = nn.ModuleList(
-            nn.Linear(3, w, bias=False) for w in (widths[1:2] if shared else widths[1:])
-        )
-        total = sum(mamba_blocks)
+        widths = [embed_dim]
+        for times in dim_expansion:
+            widths.append(widths[-1] * times)
+        up = tuple(decoder_channels or widths[-2::-1])
+        self.stem_width, self.body_width, self.width = embed_dim, up[-1], out_channels
+        self.embedding = shared_mlp(in_channels, embed_dim)
+        prompts = len(self.prompt_order) * prompts_per_order
+        self.prompt = nn.Parameter(torch.randn(prompts, prompt_width))
+        positions = (
+            widths[1:2] if set(dim_expansion) == {1} else widths[1:]
+        )  # equal stages have one
+        self.position = nn.ModuleList(nn.Linear(3, w, bias=False) for w in positions)
         rates = [0.0] + [drop_path_rate * i / max(1, total - 1) for i in range(total - 1)]
-        ends = [sum(mamba_blocks[:i]) for i in range(stages + 1)]
-        self.stages = nn.ModuleList(
-            Stage(
+        self.stages = nn.ModuleList()
+        for i, blocks in enumerate(mamba_blocks):
+            start = sum(mamba_blocks[:i])
+            stage = Stage(
                 widths[i],
                 widths[i + 1],
-                orders[ends[i] : ends[i + 1]],
+                orders[start : start + blocks],
                 k_neighbors[i],
                 reducers[i],
                 pre_blocks[i],
-                rates[ends[i] : ends[i + 1]],
+                rates[start : start + blocks],
                 prompt_width,
                 carry=i > 0 and widths[i] != widths[i + 1],
                 d_state=d_state,
             )
-            for i in range(stages)
-        )
-        coarse = (widths[-1], *channels[:-1])
-        self.decoder = nn.ModuleList(
-            Propagation(c, f, o, b)
-            for c, f, o, b in zip(coarse, widths[-2::-1], channels, decoder_blocks)
-        )
+            self.stages.append(stage)
+        steps = zip((widths[-1], *up[:-1]), widths[-2::-1], up, decoder_blocks)
+        self.decoder = nn.ModuleList(Propagation(*sizes) for sizes in steps)
         self.norm = nn.Sequential(
-            *layer(channels[-1], channels[-1], bias=False),
+            *shared_mlp(up[-1], up[-1]),
             nn.Dropout(dropout),
-            nn.Linear(channels[-1], out_channels),
+            nn.Linear(up[-1], out_channels),
         )
         if spare_head:
-            self.spare = nn.ModuleDict(
-                {
-                    "list": nn.ModuleList(layer(w, 64, bias=False) for w in widths[::-1]),
-                    "end": layer(64 * len(widths), 64, bias=False),
-                }
-            )
+            spare = nn.ModuleList(shared_mlp(w, 64) for w in widths[::-1])
+            self.spare = nn.ModuleDict({"list": spare, "end": shared_mlp(64 * len(widths), 64)})
         with torch.no_grad():
             for stage in self.stages:
-                for block in stage.blocks:
-                    block.mixer.out_proj.weight /= (
-                        total**0.5
-                    )  # the residual stream keeps its size with depth
+                for block in stage.blocks:  # the residual stream keeps its size with depth
+                    block.mixer.out_proj.weight /= total**0.5
 
     def stem(self, points: PointBatch) -> PointBatch:
         "All points, with features of their own columns."
+        self.need_rows(len(points), "stem")
+        x = points.xyz
         if self.in_channels > 3:
             self.need_columns(points)
-        self.need_rows(len(points), "stem")
-        x = (
-            torch.cat([points.xyz, points.feat[:, 3 : self.in_channels]], 1)
-            if self.in_channels > 3
-            else points.xyz
-        )
-        return points.with_feat(
-            self.embedding(x) if len(points) else x.new_zeros(0, self.stem_width)
-        )
+            x = torch.cat([x, points.feat[:, 3 : self.in_channels]], 1)
+        feat = self.embedding(x) if len(points) else x.new_zeros(0, self.stem_width)
+        return points.with_feat(feat)
 
-    def rows_of_prompt(self, order: str) -> Tensor:
-        "The prompts of an order, [k prompt_width]."
+    def rows_of_prompt(
+        self,
+        order: str,  # one of `orders`
+    ) -> Float[Tensor, "k prompt_width"]:
+        "The prompts of an order."
         start = self.prompt_order.index(order) * self.prompts_per_order
         return self.prompt[start : start + self.prompts_per_order]
 
-    def reorder(self, p: PointBatch, order: str) -> Tensor:
+    def reorder(
+        self,
+        p: PointBatch,  # object units
+        order: str,  # one of `orders`
+    ) -> Int[Tensor, "n"]:
         "Rows of all points along a curve."
         grid = grid_coordinates(p.xyz, p.batch, p.size, self.grid_size)
         depth = int(grid.max()).bit_length() if self.released_orders else 16
@@ -366,18 +354,18 @@ class PCM(Backbone):
 
     def encode(self, p: PointBatch) -> list[PointBatch]:
         "The points of every level, finest first; each level lies along the curve of its last block."
-        levels, residual, lies = [p], None, None
+        levels, residual, current = [p], None, None
         for i, stage in enumerate(self.stages):
             p, residual = stage.shrink(p, residual)
+            position = self.position[min(i, len(self.position) - 1)]
             for block, order in zip(stage.blocks, stage.orders):
-                if order != lies:
-                    rows, lies = self.reorder(p, order), order
+                if order != current:
+                    rows, current = self.reorder(p, order), order
                     p = PointBatch(p.xyz[rows], p.feat[rows], p.batch, p.size)
                     residual = None if residual is None else residual[rows]
-                p = p.with_feat(p.feat + self.position[min(i, len(self.position) - 1)](p.xyz))
-                p, residual = scan_rows(
-                    block, p, residual, stage.prompt_proj(self.rows_of_prompt(order))
-                )
+                p = p.with_feat(p.feat + position(p.xyz))
+                prompt = stage.prompt_proj(self.rows_of_prompt(order))
+                p, residual = scan_rows(block, p, residual, prompt)
             levels.append(p)
         return levels
 
@@ -393,14 +381,13 @@ class PCM(Backbone):
         return coarse
 
     def released_weight(self, name: str) -> Source:
-        "Where the released checkpoints keep a weight of ours; PCM's norm is the head of the released predictor's encoder."
-        name, mixer, own = name.partition(".mixer.")
-        for ours, theirs in RENAME:
-            name = ours.sub(theirs, name)
+        "Where the released checkpoints keep a weight of ours; our norm is the head of the released encoder."
+        outer, mixer, inner = name.partition(".mixer.")
+        key, change = released_mamba_weight(inner)
+        outer, _ = super().released_weight(outer)
         if len(self.position) == 1:
-            name = name.replace("pos_proj.0.", "pos_proj.")  # stages that share one layer
-        key, change = released_mamba_weight(own) if mixer else ("", None)
-        return name + mixer + key, change
+            outer = outer.replace("pos_proj.0.", "pos_proj.")  # stages that use one layer
+        return outer + mixer + key, change
 
     @classmethod
     def from_released(
@@ -408,87 +395,36 @@ class PCM(Backbone):
         kwargs: dict[
             str, Any
         ],  # encoder_args, decoder_args and cls_args under their released names
-        order_prompt_ranges: dict[str, list[int]]
-        | None = None,  # rows of each order's prompts; None: as with PYTHONHASHSEED=0
+        order_prompt_ranges: dict[str, list[int]] | None = None,  # rows of each order's prompts
     ) -> PCM:
-        "A model of the shape that released code would build, with its orders."
-        kwargs = dict(kwargs)
-        ranges = kwargs.pop("order_prompt_ranges", order_prompt_ranges)
-        if missing := [k for k in ("encoder_args", "decoder_args", "cls_args") if k not in kwargs]:
+        "A model of the shape that released code would build; orders without ranges are those of PYTHONHASHSEED=0."
+        ranges = kwargs.get("order_prompt_ranges", order_prompt_ranges)
+        missing = [k for k in ("encoder_args", "decoder_args", "cls_args") if k not in kwargs]
+        if missing:
             raise ValueError(
-                f"PCM.from_released: expected {missing[0]!r} among the arguments, found {', '.join(kwargs)}"
+                f"PCM.from_released: expected {missing[0]!r} among the arguments, "
+                f"found {', '.join(kwargs)}"
             )
-        enc, dec, head = kwargs["encoder_args"], kwargs["decoder_args"], kwargs["cls_args"]
-        fixed = dict(
-            groups=1,
-            res_expansion=1,
-            activation="relu",
-            bias=False,
-            use_xyz=True,
-            normalize="anchor",
-            rms_norm=True,
-            mamba_pos=True,
-            use_order_prompt=True,
-            pos_type="share",
-            pos_proj_type="linear",
-            combine_pos=False,
-            block_residual=True,
-            use_windows=False,
-        )
-        for name, value in fixed.items():
-            if enc.get(name, value) != value:
-                raise ValueError(
-                    f"PCM.from_released: encoder_args.{name}: expected {value!r}, the released one, got {enc[name]!r}"
-                )
-        for args, name in ((enc, "pos_blocks"), (dec, "mamba_blocks")):
+        encoder, decoder, head = kwargs["encoder_args"], kwargs["decoder_args"], kwargs["cls_args"]
+        for args, name in ((encoder, "pos_blocks"), (decoder, "mamba_blocks")):
             if any(args.get(name, [0])):
                 raise ValueError(
-                    f"PCM.from_released: {name}: expected only zeros, as released, got {list(args[name])}"
+                    f"PCM.from_released: {name}: expected only zeros, as released, "
+                    f"got {list(args[name])}"
                 )
-        names = dict(
-            in_channels="in_channels",
-            embed_dim="embed_dim",
-            dim_expansion="dim_expansion",
-            pre_blocks="pre_blocks",
-            mamba_blocks="mamba_blocks",
-            k_neighbors="k_neighbors",
-            reducers="reducers",
-            drop_path_rate="drop_path_rate",
-            grid_size="grid_size",
-            prompt_num_per_order="prompts_per_order",
-            mamba_layers_orders="orders",
-        )
-        unused = {
-            "NAME",
-            "residual_in_fp32",
-            "fused_add_norm",
-            "bimamba_type",
-            "pos_blocks",
-            "k_strides",
-            "windows_size",
-            "cls_pooling",
-        }
-        if unknown := sorted(set(enc) - set(names) - set(fixed) - unused):
-            raise ValueError(
-                f"PCM.from_released: unknown argument encoder_args.{unknown[0]}, expected {', '.join(names)}"
-            )
-        given = {names[k]: v for k, v in enc.items() if k in names}
-        orders = (
-            tuple(given["orders"])
-            if not isinstance(given["orders"], str)
-            else (given["orders"],) * sum(given["mamba_blocks"])
-        )
-        by_row = (
-            sorted(set(orders), key=lambda o: ranges[o][0])
-            if ranges
-            else [o for o in HASH_SEED_0 if o in orders]
-        )
+        given = cls.released_arguments(encoder)
+        orders = given["orders"]
+        if isinstance(orders, str):
+            orders = (orders,) * sum(given["mamba_blocks"])
+        table = [order for order in HASH_SEED_0 if order in orders]
+        if ranges:
+            table.sort(key=lambda order: ranges[order][0])
         stages = len(given["dim_expansion"])
         return cls(
-            **given | dict(orders=orders),
-            prompt_order=tuple(by_row),
-            decoder_channels=tuple(dec["decoder_channel_list"][-stages:]),
-            decoder_blocks=tuple(dec["decoder_blocks"]),
+            **given | dict(orders=tuple(orders)),
+            prompt_order=tuple(table),
+            decoder_channels=tuple(decoder["decoder_channel_list"][-stages:]),
+            decoder_blocks=tuple(decoder["decoder_blocks"]),
             out_channels=head["num_classes"],
             dropout=head.get("dropout", 0.5),
             released_orders=True,

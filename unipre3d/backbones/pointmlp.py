@@ -8,72 +8,67 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .backbone import Backbone, Source
-from .transformer import GroupMax
+from .layers import GroupMax, farthest_fraction, gather_rows, shared_mlp
 from ..core import PointBatch, offsets, to_padded
-from ..geometry.pointops import farthest_point_sample, knn, squared_distance
+from ..geometry.pointops import knn, squared_distance
 
 # %% auto #0
-__all__ = ['anchor_points', 'nearest', 'lift', 'cloud_deviation', 'layer', 'Residual', 'Stage', 'Rise', 'PointMLP']
+__all__ = ['anchor_points', 'knn_columns', 'interpolate_columns', 'cloud_deviation', 'Residual', 'residuals', 'Stage', 'Rise',
+           'PointMLP']
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #426d5bff
 def anchor_points(
-    columns: Tensor,  # [n d] positions, and further columns that take part in distances
-    batch: Tensor,  # [n] sorted cloud index
+    columns: Float[Tensor, "n d"],  # positions, and further columns that take part in distances
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
-    reduce: int,  # keep one point in so many, of every cloud, and at least one of a cloud that has any
+    reduce: int,  # keep one point in this many of each cloud, and at least one
     three_in_memory: bool = False,  # read rows of d > 3 numbers as if they had 3, as released kernels do
-) -> Tensor:  # [m] rows of the anchors, cloud after cloud
-    "Farthest points, as many in each cloud as its share."
-    place = (
-        columns.reshape(-1)[: 3 * len(columns)].view(-1, 3) if three_in_memory else columns[:, :3]
-    )
-    want = (torch.bincount(batch, minlength=size) // reduce).clamp_min(1)
-    index = farthest_point_sample(place, batch, size, k=int(want.max()))
-    cloud = batch[index]
-    rank = torch.arange(len(index), device=index.device) - offsets(cloud, size)[cloud]
-    return index[rank < want[cloud]]
+) -> Int[Tensor, "m"]:  # rows of the anchors, cloud after cloud
+    "Farthest points, the same fraction of each cloud."
+    place = columns[:, :3]
+    if three_in_memory:
+        place = columns.reshape(-1)[: 3 * len(columns)].view(-1, 3)
+    return farthest_fraction(place, batch, size, reduce)
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #df5ba850
 @torch.no_grad()
-def nearest(
-    query: Tensor,  # [m d] packed places to ask about
-    query_batch: Tensor,  # [m] sorted cloud of each query
-    columns: Tensor,  # [n d] packed points
-    batch: Tensor,  # [n] sorted cloud index
+def knn_columns(
+    query: Float[Tensor, "m d"],  # packed queries
+    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
+    columns: Float[Tensor, "n d"],  # packed points
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     k: int,  # neighbours for each query
-) -> Tensor:  # [m k] rows, nearest first; a cloud of fewer than k points repeats the nearest
+) -> Int[Tensor, "m k"]:  # rows, nearest first; a cloud of fewer than k points repeats the nearest
     "The k nearest points of the query's own cloud, all columns counted."
     if columns.shape[1] == 3:
         return knn(query, query_batch, columns, batch, size, k)
-    (asked, real), (table, mask) = (
-        to_padded(query, query_batch, size),
-        to_padded(columns, batch, size),
-    )
-    d2 = squared_distance(asked[..., :3], table[..., :3])
+    queries, real = to_padded(query, query_batch, size)
+    table, mask = to_padded(columns, batch, size)
+    d2 = squared_distance(queries[..., :3], table[..., :3])
     for more in range(3, columns.shape[1]):
-        d2 += (asked[..., :, None, more] - table[..., None, :, more]).square()
-    near, index = d2.masked_fill_(~mask[:, None], torch.inf).topk(
-        min(k, table.shape[1]), largest=False
-    )
+        d2 += (queries[..., :, None, more] - table[..., None, :, more]).square()
+    d2 = d2.masked_fill_(~mask[:, None], torch.inf)
+    near, index = d2.topk(min(k, table.shape[1]), largest=False)
     index = torch.where(near.isinf(), index[..., :1], index)
     index = torch.cat([index, index[..., :1].expand(*index.shape[:2], k - index.shape[-1])], -1)
     return (index + offsets(batch, size)[:-1, None, None])[real]
 
 
-def lift(
-    query: Tensor,  # [m d] packed places that want a value
-    query_batch: Tensor,  # [m] sorted cloud of each query
-    columns: Tensor,  # [n d] packed points whose values are known
-    feat: Tensor,  # [n c] the values
-    batch: Tensor,  # [n] sorted cloud index
+def interpolate_columns(
+    query: Float[Tensor, "m d"],  # packed queries
+    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
+    columns: Float[Tensor, "n d"],  # packed points with features
+    feat: Float[Tensor, "n c"],  # the features
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
-) -> Tensor:  # [m c]
-    "Mean of the three nearest known values, weighted by one over the squared distance in all columns."
-    index = nearest(query, query_batch, columns, batch, size, k=3)
+) -> Float[Tensor, "m c"]:
+    "Mean of the three nearest features, weighted by one over the squared distance in all columns."
+    index = knn_columns(query, query_batch, columns, batch, size, k=3)
     weight = 1 / ((query[:, None] - columns[index]).square().sum(-1) + 1e-8)
     known = torch.bincount(batch, minlength=size)[query_batch]
     weight = weight * (torch.arange(3, device=feat.device) < known[:, None])
@@ -81,41 +76,48 @@ def lift(
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #2ad2cdfc
 def cloud_deviation(
-    groups: Tensor,  # [m k c] differences of neighbours to their anchors
-    batch: Tensor,  # [m] sorted cloud of each anchor
+    groups: Float[Tensor, "m k c"],  # differences of neighbours to their anchors
+    batch: Int[Tensor, "m"],  # sorted cloud of each anchor
     size: int,  # number of clouds B
-) -> Tensor:  # [B] at least 1e-12, so that the gradient of a cloud of equal points is finite
+) -> Float[Tensor, "b"]:  # at least 1e-12, so that a cloud of equal points has a finite gradient
     "The standard deviation of all numbers that belong to a cloud (unbiased)."
-    var, mean = torch.var_mean(
-        groups.flatten(1).to(torch.promote_types(groups.dtype, torch.float)), 1, correction=0
-    )
-    per_cloud = lambda v: v.new_zeros(size).index_add(0, batch, v)
-    rows, n = torch.bincount(batch, minlength=size).clamp_min(1), groups[0].numel()
+    exact = torch.promote_types(groups.dtype, torch.float)
+    var, mean = torch.var_mean(groups.flatten(1).to(exact), 1, correction=0)
+
+    def per_cloud(v):
+        return v.new_zeros(size).index_add(0, batch, v)
+
+    rows = torch.bincount(batch, minlength=size).clamp_min(1)
+    numbers = groups[0].numel()
     between = (mean - (per_cloud(mean) / rows)[batch]).square()
-    return (per_cloud(var + between) * n / (rows * n - 1).clamp_min(1)).clamp_min(1e-24).sqrt()
+    variance = per_cloud(var + between) * numbers / (rows * numbers - 1).clamp_min(1)
+    return variance.clamp_min(1e-24).sqrt()
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #accba948
-def layer(
-    in_width: int,  # columns in
-    width: int,  # columns out
-) -> nn.Sequential:
-    "Linear map, batch normalisation, ReLU, on rows."
-    return nn.Sequential(
-        nn.Linear(in_width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)
-    )
-
-
 class Residual(nn.Module):
     "Rows [r width] to rows [r width]: ReLU(x + two maps of x)."
 
-    def __init__(self, width: int, expansion: float):
+    def __init__(
+        self,
+        width: int,  # columns in and out
+        expansion: float,  # inner width over width
+    ):
         super().__init__()
         inner = int(width * expansion)
-        self.first = layer(width, inner)
-        self.second = nn.Sequential(nn.Linear(inner, width, bias=False), nn.BatchNorm1d(width))
+        self.first = shared_mlp(width, inner)
+        self.second = shared_mlp(inner, width)[:-1]  # without its ReLU
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
         return F.relu(self.second(self.first(x)) + x, inplace=True)
+
+
+def residuals(
+    width: int,  # columns in and out
+    expansion: float,  # inner width over width
+    blocks: int,  # how many
+) -> nn.Sequential:
+    "Residual layers, one after another."
+    return nn.Sequential(*[Residual(width, expansion) for _ in range(blocks)])
 
 
 class Stage(nn.Module):
@@ -132,27 +134,28 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.neighbours = neighbours
-        self.alpha, self.beta = (
-            nn.Parameter(torch.ones(in_width)),
-            nn.Parameter(torch.zeros(in_width)),
-        )
-        self.transfer = layer(2 * in_width, width)
-        self.pre = nn.Sequential(*[Residual(width, residual_expansion) for _ in range(pre_blocks)])
-        self.post = nn.Sequential(
-            *[Residual(width, residual_expansion) for _ in range(post_blocks)]
-        )
+        self.alpha, self.beta = (nn.Parameter(f(in_width)) for f in (torch.ones, torch.zeros))
+        self.transfer = shared_mlp(2 * in_width, width)
+        self.pre = residuals(width, residual_expansion, pre_blocks)
+        self.post = residuals(width, residual_expansion, post_blocks)
 
     def forward(
-        self, columns: Tensor, x: Tensor, batch: Tensor, size: int, anchor: Tensor
-    ) -> Tensor:
-        "Columns [n d], features [n c], anchors as rows [m] -> features of the anchors [m width]."
-        near = nearest(columns[anchor], batch[anchor], columns, batch, size, self.neighbours)
-        groups = x.index_select(0, near.flatten()).view(*near.shape, -1) - x[anchor][:, None]
-        sigma = cloud_deviation(groups, batch[anchor], size)[:, None]
+        self,
+        columns: Float[Tensor, "n d"],  # all that counts in distances
+        x: Float[Tensor, "n c"],  # features
+        batch: Int[Tensor, "n"],  # sorted cloud index
+        size: int,  # number of clouds B
+        anchor: Int[Tensor, "m"],  # rows of the anchors
+    ) -> Float[Tensor, "m width"]:
+        "Features of the anchors."
+        owner = batch[anchor]
+        near = knn_columns(columns[anchor], owner, columns, batch, size, self.neighbours)
+        groups = gather_rows(x, near) - x[anchor][:, None]
+        sigma = cloud_deviation(groups, owner, size)[:, None]
         scale = self.alpha * (sigma > 1e-6) / (sigma + 1e-5)
         join, norm, relu = self.transfer
         from_neighbour, from_anchor = join.weight.chunk(2, 1)
-        h = F.linear(groups * scale[batch[anchor]][:, None], from_neighbour)
+        h = F.linear(groups * scale[owner][:, None], from_neighbour)
         h = h + F.linear(x[anchor], from_anchor, from_neighbour @ self.beta)[:, None]
         h = self.pre(relu(norm(h.flatten(0, 1))))
         return self.post(GroupMax.apply(h.view(*near.shape, -1)))
@@ -161,23 +164,58 @@ class Stage(nn.Module):
 class Rise(nn.Module):
     "From anchors back to the points of the level above: interpolate, join, residual layers."
 
-    def __init__(self, in_width: int, width: int, blocks: int, residual_expansion: float = 1.0):
+    def __init__(
+        self,
+        in_width: int,  # features known there and propagated ones together
+        width: int,  # features of the result
+        blocks: int,  # residual layers
+        residual_expansion: float = 1.0,  # inner width of a residual layer over its width
+    ):
         super().__init__()
-        self.fuse = layer(in_width, width)
-        self.blocks = nn.Sequential(*[Residual(width, residual_expansion) for _ in range(blocks)])
+        self.fuse = shared_mlp(in_width, width)
+        self.blocks = residuals(width, residual_expansion, blocks)
 
-    def forward(self, known: Tensor, lifted: Tensor) -> Tensor:
-        "What the points knew [n a] and what came from below [n b] -> [n width]."
-        return self.blocks(self.fuse(torch.cat([known, lifted], 1)))
+    def forward(
+        self, known: Float[Tensor, "n a"], propagated: Float[Tensor, "n b"]
+    ) -> Float[Tensor, "n width"]:
+        "What the points knew and what came from below, as one."
+        return self.blocks(self.fuse(torch.cat([known, propagated], 1)))
 
 
 class PointMLP(Backbone):
     "PointMLP with a decoder, as released with UniPre3D; returns one row for every point."
 
+    released_names = (
+        (r"^embed\.", "embedding.net."),
+        (r"^down\.(\d+)\.(alpha|beta)", r"local_grouper_list.\1.affine_\2"),
+        (r"^down\.(\d+)\.transfer", r"pre_blocks_list.\1.transfer.net"),
+        (r"^down\.(\d+)\.pre", r"pre_blocks_list.\1.operation"),
+        (r"^down\.(\d+)\.post", r"pos_blocks_list.\1.operation"),
+        (r"^up\.(\d+)\.fuse", r"decode_list.\1.fuse.net"),
+        (r"^up\.(\d+)\.blocks", r"decode_list.\1.extraction.operation"),
+        (r"\.first\.", ".net1."),
+        (r"\.second\.", ".net2."),
+    )
+    released_keywords = dict(
+        in_channels="in_channels",
+        embed_dim="embed_width",
+        dim_expansion="expansion",
+        k_neighbors="neighbours",
+        reducers="reduce",
+        pre_blocks="pre_blocks",
+        pos_blocks="post_blocks",
+        de_dims="decoder_widths",
+        de_blocks="decoder_blocks",
+        res_expansion="residual_expansion",
+    )
+    released_fixed = dict(
+        groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor"
+    )
+
     def __init__(
         self,
         *,
-        in_channels: int = 3,  # columns of feat that are read: 3 = coordinates, more = also feat[:, 3:in_channels]; all count in distances
+        in_channels: int = 3,  # columns of feat that are read, and count in distances; first the coordinates
         embed_width: int = 64,  # features of a point after the stem
         expansion: tuple[int, ...] = (
             2,
@@ -194,53 +232,32 @@ class PointMLP(Backbone):
             256,
             128,
             128,
-        ),  # features on the way up; the last is `width`
+        ),  # on the way up; the last is `width`
         decoder_blocks: tuple[int, ...] = (2, 2, 2, 2),  # residual layers on the way up
         residual_expansion: float = 1.0,  # inner width of a residual layer over its width
-        three_in_memory: bool = False,  # anchors as released kernels choose them when in_channels > 3 (see `anchor_points`)
+        three_in_memory: bool = False,  # anchors as released kernels choose them (see `anchor_points`)
     ):
         super().__init__(locals())
-        if in_channels < 3:
-            raise ValueError(
-                f"PointMLP.in_channels: expected at least 3 (the coordinates), got {in_channels}"
-            )
-        depth = len(expansion)
-        for name in (
+        lists = (
             "reduce",
             "neighbours",
             "pre_blocks",
             "post_blocks",
             "decoder_widths",
             "decoder_blocks",
-        ):
-            if len(self.config[name]) != depth:
-                raise ValueError(
-                    f"PointMLP.{name}: expected {depth} numbers, one for each of expansion, got {len(self.config[name])}"
-                )
-        self.in_channels, self.embed_width, self.reduce, self.three_in_memory = (
-            in_channels,
-            embed_width,
-            self.config["reduce"],
-            three_in_memory,
         )
-        self.stem_width, self.body_width, self.width = (
-            embed_width + in_channels - 3,
-            decoder_widths[-1],
-            decoder_widths[-1],
-        )
-        self.embed = layer(in_channels, embed_width)
+        self.need_lengths(len(expansion), "one for each of expansion", *lists)
+        self.stem_width = embed_width + in_channels - 3
+        self.body_width = self.width = decoder_widths[-1]
+        self.embed = shared_mlp(in_channels, embed_width)
         widths = [embed_width]
         for factor in expansion:
             widths.append(widths[-1] * factor)
-        self.down = nn.ModuleList(
-            Stage(*args, residual_expansion)
-            for args in zip(widths, widths[1:], neighbours, pre_blocks, post_blocks)
-        )
-        below = [widths[-1], *decoder_widths]
-        self.up = nn.ModuleList(
-            Rise(b + known, w, blocks, residual_expansion)
-            for b, known, w, blocks in zip(below, widths[-2::-1], decoder_widths, decoder_blocks)
-        )
+        stages = zip(widths, widths[1:], neighbours, pre_blocks, post_blocks)
+        self.down = nn.ModuleList(Stage(*sizes, residual_expansion) for sizes in stages)
+        joined = [a + b for a, b in zip([widths[-1], *decoder_widths], widths[-2::-1])]
+        rises = zip(joined, decoder_widths, decoder_blocks)
+        self.up = nn.ModuleList(Rise(*sizes, residual_expansion) for sizes in rises)
         self.norm = nn.Identity()
 
     def stem(self, points: PointBatch) -> PointBatch:
@@ -255,65 +272,30 @@ class PointMLP(Backbone):
         "Down to few anchors and back up to every point of `stem`."
         if not len(p):
             return p.with_feat(p.feat.new_zeros(0, self.width))
-        columns, batch, x = (
-            torch.cat([p.xyz, p.feat[:, self.embed_width :]], 1),
-            p.batch,
-            p.feat[:, : self.embed_width],
-        )
-        levels = [(columns, x, batch)]
+        batch = p.batch
+        x, more = p.feat.tensor_split([self.embed_width], 1)
+        columns = torch.cat([p.xyz, more], 1)
+        levels = []
         for stage, reduce in zip(self.down, self.reduce):
+            levels.append((columns, x, batch))
             anchor = anchor_points(columns, batch, p.size, reduce, self.three_in_memory)
             self.need_rows(len(anchor), "body")
             x = stage(columns, x, batch, p.size, anchor)
             columns, batch = columns[anchor], batch[anchor]
-            levels.append((columns, x, batch))
-        levels.pop()
         for rise in self.up:
             above, known, owner = levels.pop()
-            x = rise(known, lift(above, owner, columns, x, batch, p.size))
+            propagated = interpolate_columns(above, owner, columns, x, batch, p.size)
+            x = rise(known, propagated)
             columns, batch = above, owner
         return p.with_feat(x)
-
-    def released_weight(self, name: str) -> Source:
-        "Where the released checkpoints keep a weight of ours."
-        part, *rest = name.split(".")
-        if part == "embed":
-            return ".".join(["embedding.net", *rest]), None
-        number, what, *rest = rest
-        if what in ("alpha", "beta"):
-            return f"local_grouper_list.{number}.affine_{what}", None
-        at = {
-            "transfer": f"pre_blocks_list.{number}.transfer.net",
-            "pre": f"pre_blocks_list.{number}.operation",
-            "post": f"pos_blocks_list.{number}.operation",
-            "fuse": f"decode_list.{number}.fuse.net",
-            "blocks": f"decode_list.{number}.extraction.operation",
-        }[what]
-        return ".".join([at, *({"first": "net1", "second": "net2"}.get(r, r) for r in rest)]), None
 
     @classmethod
     def from_released(
         cls,
         kwargs: dict[
             str, Any
-        ],  # constructor arguments under their released names (embed_dim, k_neighbors, reducers, de_dims, ...)
+        ],  # under their released names (embed_dim, k_neighbors, reducers, ...)
     ) -> PointMLP:
         "A model that computes what released code would; what is not named is as in the released pre-training model."
-        names = dict(
-            embed_dim="embed_width",
-            dim_expansion="expansion",
-            k_neighbors="neighbours",
-            reducers="reduce",
-            pos_blocks="post_blocks",
-            de_dims="decoder_widths",
-            de_blocks="decoder_blocks",
-            res_expansion="residual_expansion",
-            in_channels="in_channels",
-            pre_blocks="pre_blocks",
-        )
-        given = dict(in_channels=4) | cls.released_arguments(
-            kwargs,
-            names,
-            fixed=dict(groups=1, activation="relu", bias=False, use_xyz=False, normalize="anchor"),
-        )
+        given = dict(in_channels=4) | cls.released_arguments(kwargs)
         return cls(**given, three_in_memory=given["in_channels"] > 3)

@@ -6,37 +6,28 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .transformer import GroupMax
+from .layers import GroupMax, gather_rows, shared_mlp
 from ..core import PointBatch, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, interpolate
 
 # %% auto #0
-__all__ = ['shared_layers', 'SetAbstraction', 'FeaturePropagation', 'PointNet2']
+__all__ = ['SetAbstraction', 'FeaturePropagation', 'PointNet2']
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #40570d00
-def shared_layers(
-    in_width: int,  # columns in
-    widths: tuple[int, ...],  # columns after each layer
-) -> nn.Sequential:
-    "Linear map, batch normalisation, ReLU, as often as there are widths, on rows."
-    return nn.Sequential(
-        *[
-            m
-            for a, b in zip((in_width, *widths), widths)
-            for m in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
-        ]
-    )
-
-
 class SetAbstraction(nn.Module):
     "Summaries of balls around centres (`radius`, `k`), or of whole clouds."
 
-    def __init__(self, in_width: int, widths: tuple[int, ...]):
+    def __init__(
+        self,
+        in_width: int,  # features of a point of the level below
+        widths: tuple[int, ...],  # columns after each layer
+    ):
         super().__init__()
-        self.layers = shared_layers(3 + in_width, widths)
+        self.layers = shared_mlp(3 + in_width, *widths)
 
     def forward(
         self,
@@ -45,42 +36,45 @@ class SetAbstraction(nn.Module):
         radius: float,  # radius of the balls, object units
         k: int,  # points that a ball holds at most; the first ones in the order of the cloud
     ) -> PointBatch:  # the centres, feat [m widths[-1]]
-        "One row for each centre."
+        "One row for each centre (PointNet++ section 3.2)."
         centre = farthest_point_sample(p.xyz, p.batch, p.size, centres)
         near = ball_query(p.xyz[centre], p.batch[centre], p.xyz, p.batch, p.size, radius, k)
-        gather = lambda x: x.index_select(0, near.flatten()).view(*near.shape, -1)
-        groups = torch.cat([gather(p.xyz) - p.xyz[centre][:, None], gather(p.feat)], -1)
+        offset = gather_rows(p.xyz, near) - p.xyz[centre][:, None]
+        groups = torch.cat([offset, gather_rows(p.feat, near)], -1)
         x = self.layers(groups.flatten(0, 1)).view(*near.shape, -1)
         return PointBatch(p.xyz[centre], GroupMax.apply(x), p.batch[centre], p.size)
 
-    def summarise(self, p: PointBatch) -> Tensor:
-        "One row for each cloud, [B widths[-1]]; zeros for an empty one."
+    def summarise(self, p: PointBatch) -> Float[Tensor, "b c"]:
+        "One row for each cloud; zeros for an empty one."
         x = self.layers(torch.cat([p.xyz, p.feat], 1))
-        return GroupMax.apply(
-            to_padded(x, p.batch, p.size)[0]
-        )  # after ReLU nothing is below the zeros of the padding
+        padded, _ = to_padded(x, p.batch, p.size)  # after ReLU nothing is below the padding's zeros
+        return GroupMax.apply(padded)
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #f0d76429
 class FeaturePropagation(nn.Module):
-    "Summaries of a coarse level, handed to the points of a fine one."
+    "Summaries of a coarse level, propagated to the points of a fine one."
 
-    def __init__(self, in_width: int, widths: tuple[int, ...]):
+    def __init__(
+        self,
+        in_width: int,  # features of a fine point and of a coarse one together
+        widths: tuple[int, ...],  # columns after each layer
+    ):
         super().__init__()
-        self.layers = shared_layers(in_width, widths)
+        self.layers = shared_mlp(in_width, *widths)
 
     def forward(
         self,
         fine: PointBatch,  # points that want features; theirs are kept beside
-        coarse: PointBatch | Tensor,  # points that have them, or one row for each cloud [B c]
+        coarse: PointBatch | Float[Tensor, "b c"],  # points that have them, or a row for each cloud
     ) -> PointBatch:  # fine, feat [n widths[-1]]
-        "One row for each point of `fine`."
+        "One row for each point of `fine` (PointNet++ equation 2)."
         if isinstance(coarse, PointBatch):
-            lifted = interpolate(
+            propagated = interpolate(
                 fine.xyz, fine.batch, coarse.xyz, coarse.feat, coarse.batch, coarse.size
             )
         else:
-            lifted = coarse[fine.batch]
-        return fine.with_feat(self.layers(torch.cat([fine.feat, lifted], 1)))
+            propagated = coarse[fine.batch]
+        return fine.with_feat(self.layers(torch.cat([fine.feat, propagated], 1)))
 
 # %% ../../nbs/backbones/41_pointnet2.ipynb #686bac7d
 class PointNet2(Backbone):
@@ -93,44 +87,23 @@ class PointNet2(Backbone):
         centres: tuple[int, ...] = (512, 128),  # centres of each level, for each cloud
         radii: tuple[float, ...] = (0.13, 0.26),  # radius of the balls of each level, object units
         neighbours: tuple[int, ...] = (32, 64),  # points in a ball
-        widths: tuple[tuple[int, ...], ...] = (
-            (64, 64, 128),
-            (128, 128, 256),
-            (256, 512, 1024),
-        ),  # layers of each level; the last level is the whole cloud
-        decoder_widths: tuple[tuple[int, ...], ...] = (
-            (256, 256),
-            (256, 128),
-            (128, 128, 128),
-        ),  # layers on the way up; the very last is `width`
+        # layers of each level; the last level is the whole cloud
+        widths: tuple[tuple[int, ...], ...] = ((64, 64, 128), (128, 128, 256), (256, 512, 1024)),
+        # layers on the way up; the very last is `width`
+        decoder_widths: tuple[tuple[int, ...], ...] = ((256, 256), (256, 128), (128, 128, 128)),
     ):
         super().__init__(locals())
-        if in_channels < 3:
-            raise ValueError(
-                f"PointNet2.in_channels: expected at least 3 (the coordinates), got {in_channels}"
-            )
-        for name, want in dict(
-            radii=len(centres),
-            neighbours=len(centres),
-            widths=len(centres) + 1,
-            decoder_widths=len(centres) + 1,
-        ).items():
-            if len(self.config[name]) != want:
-                raise ValueError(
-                    f"PointNet2.{name}: expected {want} entries for the {len(centres)} levels of centres, got {len(self.config[name])}"
-                )
-        self.in_channels, self.levels = in_channels, list(zip(centres, radii, neighbours))
-        self.stem_width, self.body_width, self.width = (
-            in_channels,
-            decoder_widths[-1][-1],
-            decoder_widths[-1][-1],
-        )
+        levels = len(centres)
+        self.need_lengths(levels, "one for each of centres", "radii", "neighbours")
+        self.need_lengths(levels + 1, "one more than centres", "widths", "decoder_widths")
+        self.levels = list(zip(centres, radii, neighbours))
+        self.stem_width, self.body_width = in_channels, decoder_widths[-1][-1]
+        self.width = self.body_width
         known = [in_channels, *(w[-1] for w in widths)]
         self.down = nn.ModuleList(SetAbstraction(a, w) for a, w in zip(known, widths))
         below = [known[-1], *(w[-1] for w in decoder_widths)]
-        self.up = nn.ModuleList(
-            FeaturePropagation(a + b, w) for a, b, w in zip(known[-2::-1], below, decoder_widths)
-        )
+        joined = [a + b for a, b in zip(known[-2::-1], below)]
+        self.up = nn.ModuleList(FeaturePropagation(a, w) for a, w in zip(joined, decoder_widths))
         self.norm = nn.Identity()
 
     def stem(self, points: PointBatch) -> PointBatch:
@@ -143,10 +116,10 @@ class PointNet2(Backbone):
         if not len(p):
             return p.with_feat(p.feat.new_zeros(0, self.width))
         self.need_rows(len(p), "body")
-        seen = [p]
-        for abstraction, (centres, radius, k) in zip(self.down, self.levels):
-            seen.append(abstraction(seen[-1], centres, radius, k))
-        x = self.down[-1].summarise(seen[-1])
+        levels = [p]
+        for abstraction, sizes in zip(self.down, self.levels):
+            levels.append(abstraction(levels[-1], *sizes))
+        x = self.down[-1].summarise(levels[-1])
         for propagation in self.up:
-            x = propagation(seen.pop(), x)
+            x = propagation(levels.pop(), x)
         return x

@@ -4,113 +4,109 @@
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #7a49b532
 from __future__ import annotations
-import functools, importlib, importlib.util, re
+import functools, importlib, importlib.util
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .backbone import Backbone, Source
-from .transformer import drop_branch
+from .backbone import Backbone
+from .layers import drop_path, scene_norm
 from ..core import PointBatch
 from ..geometry.serialization import hilbert_code, z_code
 from ..geometry.sparse import SparseTensor, SubMConv3d, merge_voxels, point_cells
 
 # %% auto #0
 __all__ = ['CURVES', 'curve_digits', 'curve_codes', 'Patches', 'cut_patches', 'attend_rectangle', 'flash_kernel', 'attend',
-           'Level', 'finest_level', 'coarser_level', 'row_norm', 'Down', 'Up', 'PatchAttention', 'Block', 'PTv3']
+           'Level', 'finest_level', 'coarser_level', 'Down', 'Up', 'PatchAttention', 'PatchBlock', 'PTv3']
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #9dd4c0a5
 CURVES = ("z", "z-trans", "hilbert", "hilbert-trans")
 
 
 def curve_digits(
-    cell: Tensor,  # [n 3] long, each cloud counted from its own lowest cell
-    batch: Tensor,  # [n] sorted cloud index
+    cell: Int[Tensor, "n 3"],  # each cloud counted from its own lowest cell
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
-) -> Tensor:  # [B] long, 0 for a cloud within one cell
+) -> Int[Tensor, "b"]:  # 0 for a cloud within one cell
     "Binary digits of the largest coordinate of each cloud."
-    top = (
-        cell.new_zeros(size).scatter_reduce(0, batch, cell.amax(1), "amax")
-        if len(cell)
-        else cell.new_zeros(size)
-    )
+    largest = cell.amax(1) if len(cell) else batch
+    top = cell.new_zeros(size).scatter_reduce(0, batch, largest, "amax")
     return torch.frexp(top.double()).exponent.long()
 
 
 def curve_codes(
-    cell: Tensor,  # [n 3] long, each cloud counted from its own lowest cell
-    batch: Tensor,  # [n] sorted cloud index
-    digits: Tensor,  # [B] binary digits of each cloud, from `curve_digits`
+    cell: Int[Tensor, "n 3"],  # each cloud counted from its own lowest cell
+    batch: Int[Tensor, "n"],  # sorted cloud index
+    digits: Int[Tensor, "b"],  # binary digits of each cloud, from `curve_digits`
     curve: str,  # one of CURVES
-) -> Tensor:  # [n] long: cloud, then place on the curve in 3 max(digits) binary digits
-    "The place of each cell along a curve through its own cloud."
+) -> Int[Tensor, "n"]:  # cloud, then place on the curve in 3 max(digits) binary digits
+    "The place of each cell along a curve through its own cloud. Raises: ValueError where a code is too short."
     depth = int(digits.max()) if len(digits) else 0
     if 3 * depth + len(digits).bit_length() > 63:
         raise ValueError(
-            f"curve_codes.cell: {len(digits)} clouds of up to 2^{depth} cells along an axis do not fit in a code; use a larger voxel_size"
+            f"curve_codes.cell: {len(digits)} clouds of up to 2^{depth} cells along an axis "
+            "do not fit in a code; use a larger voxel_size"
         )
     if curve.endswith("-trans"):
         cell = cell[:, [1, 0, 2]]
     if curve.startswith("z"):
         return batch << 3 * depth | z_code(cell, depth)
-    back = (torch.arange(3, device=cell.device) + (depth - digits)[batch, None]) % 3
-    return batch << 3 * depth | hilbert_code(cell.gather(1, back), depth)
+    axes = torch.arange(3, device=cell.device) + (depth - digits)[batch, None]
+    return batch << 3 * depth | hilbert_code(cell.gather(1, axes % 3), depth)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #543592bd
 @dataclass(frozen=True, eq=False)
 class Patches:
     "Which rows attend to one another."
 
-    rows: Tensor  # [s] the row that each place of each patch reads; s >= n, since some are borrowed
-    back: Tensor  # [n] the place at which each row has its result
-    lengths: Tensor  # [p] places in each patch
+    rows: Int[
+        Tensor, "s"
+    ]  # the row that each place of each patch reads; s >= n, since some are borrowed
+    back: Int[Tensor, "n"]  # the place at which each row has its result
+    lengths: Int[Tensor, "p"]  # places in each patch
     longest: int  # the largest of them
-    mask: Tensor | None  # [p longest] bool, true where a place is in use; None if all are
+    mask: Bool[Tensor, "p longest"] | None  # true where a place is in use; None if all are
 
 
 def cut_patches(
-    order: Tensor,  # [n] rows along the curve, cloud after cloud
-    counts: Tensor,  # [B] rows of each cloud
+    order: Int[Tensor, "n"],  # rows along the curve, cloud after cloud
+    counts: Int[Tensor, "b"],  # rows of each cloud
     patch: int,  # places in a patch
 ) -> Patches:
     "Cut the row of each cloud; the last patch borrows the end of the one before."
-    clouds, short = torch.arange(len(counts), device=order.device), counts <= patch
+    device, short = order.device, counts <= patch
     cuts = torch.where(short, counts.clamp(max=1), (counts + patch - 1) // patch)
     places = torch.where(short, counts, cuts * patch)
-    ahead = (
-        places.cumsum(0) - places - counts.cumsum(0) + counts
-    )  # places before this cloud that hold a borrowed row
-    owner = clouds.repeat_interleave(places)
+    ends = counts.cumsum(0)
+    ahead = places.cumsum(0) - places - ends + counts  # borrowed rows in the clouds before
+    owner = torch.arange(len(counts), device=device).repeat_interleave(places)
     rank = (
-        torch.arange(len(owner), device=order.device) - ahead[owner]
-    )  # in `order`, if nothing were borrowed
-    rank = torch.where(rank < counts.cumsum(0)[owner], rank, rank - patch)
+        torch.arange(len(owner), device=device) - ahead[owner]
+    )  # in `order`, if none were borrowed
+    rank = torch.where(rank < ends[owner], rank, rank - patch)
     back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device) + ahead.repeat_interleave(counts)
+    back[order] = torch.arange(len(order), device=device) + ahead.repeat_interleave(counts)
     lengths = torch.where(short, counts, patch).repeat_interleave(cuts)
     longest = int(lengths.max()) if len(lengths) else 0
-    mask = torch.arange(longest, device=order.device) < lengths[:, None]
+    mask = torch.arange(longest, device=device) < lengths[:, None]
     return Patches(order[rank], back, lengths, longest, None if mask.all() else mask)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #b28546fe
 def attend_rectangle(
-    qkv: Tensor,  # [s 3 heads d] queries, keys and values at the places of the patches
+    qkv: Float[Tensor, "s 3 heads d"],  # queries, keys and values at the places of the patches
     patches: Patches,
-) -> Tensor:  # [s heads d]
+) -> Float[Tensor, "s heads d"]:
     "Softmax attention within each patch, by torch."
     shape = (len(patches.lengths), patches.longest, *qkv.shape[1:])
-    x = (
-        qkv.view(shape)
-        if patches.mask is None
-        else qkv.new_zeros(shape).index_put((patches.mask,), qkv)
-    )
+    used = patches.mask
+    x = qkv.view(shape) if used is None else qkv.new_zeros(shape).index_put((used,), qkv)
     q, k, v = x.permute(2, 0, 3, 1, 4)
-    seen = None if patches.mask is None else patches.mask[:, None, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
-    return y.flatten(0, 1) if patches.mask is None else y[patches.mask]
+    mask = None if used is None else used[:, None, None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return y.flatten(0, 1) if used is None else y[used]
 
 
 @functools.cache
@@ -122,14 +118,15 @@ def flash_kernel():
 
 
 def attend(
-    qkv: Tensor,  # [s 3 heads d] queries, keys and values at the places of the patches
+    qkv: Float[Tensor, "s 3 heads d"],  # queries, keys and values at the places of the patches
     patches: Patches,
-) -> Tensor:  # [s heads d]
-    "Softmax attention within each patch: flash-attention on CUDA in half precision where it is installed, else `attend_rectangle`."
+) -> Float[Tensor, "s heads d"]:
+    "Softmax attention within each patch: flash-attention where it can run, else `attend_rectangle`."
     packed = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and flash_kernel()
     if not packed:
         return attend_rectangle(qkv, patches)
-    return packed(qkv.contiguous(), F.pad(patches.lengths.cumsum(0), (1, 0)).int(), patches.longest)
+    starts = F.pad(patches.lengths.cumsum(0), (1, 0)).int()
+    return packed(qkv.contiguous(), starts, patches.longest)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #f271c746
 @dataclass(frozen=True, eq=False)
@@ -137,16 +134,20 @@ class Level:
     "The cells of one resolution, and what is known about them."
 
     cells: SparseTensor  # without features; caches its rulebooks
-    codes: tuple[Tensor, ...]  # [n] long for each curve, clouds in front
+    codes: tuple[Int[Tensor, "n"], ...]  # for each curve, clouds in front
     depth: int  # binary digits of a coordinate in the codes
-    inverse: Tensor | None = None  # [rows of the finer level]: their rows here
+    inverse: Int[Tensor, "finer"] | None = None  # for each row of the finer level, its row here
     cut: dict = field(default_factory=dict, repr=False)  # patches by curve and length
 
     def __len__(self):
         return len(self.cells)
 
-    def patches(self, curve: int, patch: int) -> Patches:
-        "The patches along a curve, by its place in `codes`."
+    def patches(
+        self,
+        curve: int,  # place in `codes`
+        patch: int,  # places in a patch
+    ) -> Patches:
+        "The patches along a curve, cut once."
         if (curve, patch) not in self.cut:
             counts = torch.bincount(self.cells.index[:, 0], minlength=self.cells.size)
             self.cut[curve, patch] = cut_patches(self.codes[curve].argsort(), counts, patch)
@@ -166,7 +167,8 @@ def finest_level(
     batch, cell = cells.index[:, 0], cells.index[:, 1:]
     digits = curve_digits(cell, batch, cells.size)
     codes = tuple(curve_codes(cell, batch, digits, curve) for curve in curves)
-    return Level(cells.with_feat(cells.feat[:, :0]), codes, int(digits.max()) if len(digits) else 0)
+    depth = int(digits.max()) if len(digits) else 0
+    return Level(cells.with_feat(cells.feat[:, :0]), codes, depth)
 
 
 def coarser_level(
@@ -175,24 +177,17 @@ def coarser_level(
 ) -> Level:  # its rows are sorted along the first curve of `level`
     "The level of larger cells; `inverse` of the result says where each row went."
     bits = min(stride.bit_length() - 1, level.depth)
-    codes, inverse = (level.codes[0] >> 3 * bits).unique(return_inverse=True)
-    member = torch.empty_like(codes)
-    member[inverse] = torch.arange(
-        len(inverse), device=codes.device
-    )  # any member will do: all agree in the digits that stay
-    index = level.cells.index[member] >> torch.tensor([0, bits, bits, bits], device=codes.device)
+    first, inverse = (level.codes[0] >> 3 * bits).unique(return_inverse=True)
+    # a member of each cell; any will do, since all agree in the digits that stay
+    member = torch.empty_like(first)
+    member[inverse] = torch.arange(len(inverse), device=first.device)
+    index = level.cells.index[member] >> torch.tensor([0, bits, bits, bits], device=first.device)
     shape = tuple((s - 1 >> bits) + 1 for s in level.cells.shape)
     cells = SparseTensor(level.cells.feat.new_zeros(len(index), 0), index, shape, level.cells.size)
-    return Level(
-        cells, tuple(c[member] >> 3 * bits for c in level.codes), level.depth - bits, inverse
-    )
+    codes = tuple(code[member] >> 3 * bits for code in level.codes)
+    return Level(cells, codes, level.depth - bits, inverse)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #f92bf83c
-def row_norm(width: int) -> nn.BatchNorm1d:
-    "The batch normalisation of this model: rare updates and a large epsilon."
-    return nn.BatchNorm1d(width, eps=1e-3, momentum=0.01)
-
-
 class Down(nn.Module):
     "Rows to the next coarser level: a layer, and the maximum over the members of each cell."
 
@@ -202,17 +197,16 @@ class Down(nn.Module):
         c_out: int,  # channels of the coarser one
     ):
         super().__init__()
-        self.proj, self.norm = nn.Linear(c_in, c_out), row_norm(c_out)
+        self.proj, self.norm = nn.Linear(c_in, c_out), scene_norm(c_out)
 
     def forward(
         self,
-        x: Tensor,  # [n c_in]
+        x: Float[Tensor, "n c_in"],
         coarse: Level,  # whose `inverse` says where each row goes
-    ) -> Tensor:  # [rows of `coarse`, c_out]
+    ) -> Float[Tensor, "m c_out"]:  # one row for each of `coarse`
         x = self.proj(x)
-        top = x.new_empty(len(coarse), x.shape[1]).scatter_reduce(
-            0, coarse.inverse[:, None].expand_as(x), x, "amax", include_self=False
-        )
+        cell, top = coarse.inverse[:, None].expand_as(x), x.new_empty(len(coarse), x.shape[1])
+        top = top.scatter_reduce(0, cell, x, "amax", include_self=False)
         return F.gelu(self.norm(top))
 
 
@@ -223,19 +217,20 @@ class Up(nn.Module):
         self,
         c_in: int,  # channels of the coarser level
         c_skip: int,  # channels that the encoder had here
-        c_out: int,
+        c_out: int,  # channels of the result
     ):
         super().__init__()
         self.proj, self.proj_skip = (
-            nn.Sequential(nn.Linear(c, c_out), row_norm(c_out), nn.GELU()) for c in (c_in, c_skip)
+            nn.Sequential(nn.Linear(c, c_out), scene_norm(c_out), nn.GELU()) for c in (c_in, c_skip)
         )
 
     def forward(
         self,
-        x: Tensor,  # [rows of `coarse`, c_in]
+        x: Float[Tensor, "m c_in"],  # one row for each of `coarse`
         coarse: Level,
-        skip: Tensor,  # [n c_skip]
-    ) -> tuple[Tensor, Tensor]:  # the sum [n c_out], and the part of it that was here before
+        skip: Float[Tensor, "n c_skip"],
+    ) -> tuple[Float[Tensor, "n c_out"], Float[Tensor, "n c_out"]]:
+        "The sum, and the part of it that was here before."
         skip = self.proj_skip(skip)
         return skip + self.proj(x)[coarse.inverse], skip
 
@@ -245,24 +240,24 @@ class PatchAttention(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        width: int,  # columns in and out
         heads: int,  # must divide width
     ):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, patches: Patches) -> Tensor:
+    def forward(self, x: Float[Tensor, "n c"], patches: Patches) -> Float[Tensor, "n c"]:
         qkv = self.qkv(x)[patches.rows].unflatten(1, (3, self.heads, -1))
         return self.proj(attend(qkv, patches).flatten(1)[patches.back])
 
 
-class Block(nn.Module):
+class PatchBlock(nn.Module):
     "Where am I, attention within patches along one curve, MLP; on packed rows [n width]."
 
     def __init__(
         self,
-        width: int,
+        width: int,  # columns in and out
         heads: int,  # must divide width
         *,
         curve: int,  # which of the level's curves to walk
@@ -271,62 +266,69 @@ class Block(nn.Module):
         drop_path: float = 0.0,  # probability with which a row goes without a branch, in training
     ):
         super().__init__()
-        self.curve, self.patch, self.drop_path, hidden = (
-            curve,
-            patch,
-            drop_path,
-            int(mlp_ratio * width),
-        )
-        self.cpe = nn.ModuleList(
-            [SubMConv3d(width, width, 3, bias=True), nn.Linear(width, width), nn.LayerNorm(width)]
-        )
-        self.norm1, self.attn, self.norm2 = (
-            nn.LayerNorm(width),
-            PatchAttention(width, heads),
-            nn.LayerNorm(width),
-        )
+        self.curve, self.patch, self.drop_path = curve, patch, drop_path
+        hidden = int(mlp_ratio * width)
+        conv = SubMConv3d(width, width, 3, bias=True)
+        self.cpe = nn.ModuleList([conv, nn.Linear(width, width), nn.LayerNorm(width)])
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = PatchAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(
         self,
-        x: Tensor,  # [n width]
+        x: Float[Tensor, "n c"],
         level: Level,
-        seen: Tensor | None = None,  # [n width] what the convolution sees, if not x
-    ) -> Tensor:
+        seen: Float[Tensor, "n c"] | None = None,  # what the convolution reads, if not x
+    ) -> Float[Tensor, "n c"]:
         conv, linear, norm = self.cpe
         x = x + norm(linear(conv(level.cells.with_feat(x if seen is None else seen)).feat))
-        drop = lambda branch: drop_branch(branch, self.drop_path, self.training)
-        x = x + drop(self.attn(self.norm1(x), level.patches(self.curve, self.patch)))
-        return x + drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        mixed = self.attn(self.norm1(x), level.patches(self.curve, self.patch))
+        x = x + drop_path(mixed, self.drop_path, self.training)
+        y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + drop_path(y, self.drop_path, self.training)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #121a57c8
-def _each(name: str, value: Any, count: int) -> tuple:
-    "A tuple of this length, from one value for all or from one for each."
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
-    if len(values) != count:
-        raise ValueError(
-            f"PTv3.{name}: expected {count} values (one for each stage), got {len(values)}"
-        )
-    return values
-
-
 class PTv3(Backbone):
     "Point Transformer V3 (Wu et al., 2024) as released with UniPre3D; returns one row for each occupied voxel."
 
     columns = "any"
+    released_names = (
+        (r"^conv_norm\.", "embedding.stem.norm."),
+        (r"^conv\.", "embedding.stem.conv."),
+        (r"^down\.(\d+)\.", lambda found: f"enc.enc{int(found[1]) + 1}.down."),
+        (r"\.down\.norm\.", ".down.norm.0."),
+        (r"^up\.(\d+)\.", r"dec.dec\1.up."),
+        (r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\1\2.block\3."),
+        (r"\.(norm[12])\.", r".\1.0."),
+        (r"\.(fc[12])\.", r".mlp.0.\1."),
+    )
+    released_fixed = dict(
+        qkv_bias=True,
+        qk_scale=None,
+        attn_drop=0.0,
+        proj_drop=0.0,
+        pre_norm=True,
+        enable_rpe=False,
+        cls_mode=False,
+        pdnorm_bn=False,
+        pdnorm_ln=False,
+    )
+    released_unused = (
+        "enable_flash upcast_attention upcast_softmax "
+        "pdnorm_decouple pdnorm_adaptive pdnorm_affine pdnorm_conditions cfg"
+    )
+    released_defaults = dict(order=("z", "z-trans"), enc_patch_size=48, dec_patch_size=48)
 
     def __init__(
         self,
         *,
         in_channels: int = 6,  # columns of feat that are read
         voxel_size: float = 0.02,  # edge of a voxel, metres or object units
-        order: tuple[str, ...] = CURVES,  # curves that the blocks of a stage walk in turn
-        stride: tuple[int, ...] = (
-            2,
-            2,
-            2,
-            2,
-        ),  # how much larger cells get between stages; powers of two
+        order: tuple[
+            str, ...
+        ] = CURVES,  # curves that the blocks of a stage walk, one after another
+        stride: tuple[int, ...] = (2, 2, 2, 2),  # growth of the cells between stages; powers of two
         enc_depths: tuple[int, ...] = (2, 2, 2, 6, 2),  # blocks of each encoder stage, finest first
         enc_channels: tuple[int, ...] = (32, 64, 128, 256, 512),
         enc_num_head: tuple[int, ...] = (2, 4, 8, 16, 32),
@@ -340,86 +342,64 @@ class PTv3(Backbone):
         shuffle_orders: bool = True,  # in training, curves in random order at every level
     ):
         super().__init__(locals())
+        if not voxel_size > 0:
+            raise ValueError(f"PTv3.voxel_size: expected a length above 0, got {voxel_size}")
+        self.order = (order,) if isinstance(order, str) else tuple(order)
+        if not order or set(self.order) - set(CURVES):
+            raise ValueError(f"PTv3.order: expected some of {', '.join(CURVES)}, got {order}")
         stages = len(enc_depths)
-        encoder = [
-            _each(k, self.config[k], stages)
-            for k in ("enc_channels", "enc_num_head", "enc_depths", "enc_patch_size")
-        ]
-        decoder = [
-            _each(k, self.config[k], stages - 1)
-            for k in ("dec_channels", "dec_num_head", "dec_depths", "dec_patch_size")
-        ]
-        self._check(encoder, decoder)
-        self.in_channels, self.voxel_size, self.order, self.shuffle_orders = (
-            in_channels,
-            voxel_size,
-            tuple(order),
-            shuffle_orders,
-        )
-        self.stride, widths, coming = (
-            _each("stride", stride, stages - 1),
-            encoder[0],
-            (*decoder[0], encoder[0][-1]),
-        )
-        self.stem_width, self.body_width, self.width = widths[0], coming[0], coming[0]
-        self.conv, self.conv_norm = SubMConv3d(in_channels, widths[0], 5), row_norm(widths[0])
-        self.down = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
-        self.enc = self._stages(*encoder, mlp_ratio, drop_path)
-        self.up = nn.ModuleList(
-            Up(below, skip, here) for below, skip, here in zip(coming[1:], widths, coming)
-        )
-        self.dec = self._stages(*decoder, mlp_ratio, drop_path, backwards=True)
-        self.norm = nn.Identity()
-
-    def _check(self, encoder: list[tuple], decoder: list[tuple]) -> None:
-        c = self.config
-        if not c["voxel_size"] > 0:
-            raise ValueError(f"PTv3.voxel_size: expected a length above 0, got {c['voxel_size']}")
-        if not c["order"] or set(c["order"]) - set(CURVES):
-            raise ValueError(f"PTv3.order: expected some of {', '.join(CURVES)}, got {c['order']}")
-        for s in _each("stride", c["stride"], len(encoder[0]) - 1):
+        self.stride = self._each("stride", stages - 1)
+        for s in self.stride:
             if s < 1 or s & s - 1:
                 raise ValueError(f"PTv3.stride: expected powers of two, got {s}")
-        for name, (widths, heads, _, patches) in (("enc", encoder), ("dec", decoder)):
-            if min(patches) < 1:
-                raise ValueError(f"PTv3.{name}_patch_size: expected at least 1, got {patches}")
-            for width, head in zip(widths, heads):
-                if width % head:
-                    raise ValueError(
-                        f"PTv3.{name}_num_head: expected divisors of {name}_channels = {widths}, got {heads}"
-                    )
+        widths = self._each("enc_channels", stages)
+        coming = (*self._each("dec_channels", stages - 1), widths[-1])
+        self.stem_width, self.body_width, self.width = widths[0], coming[0], coming[0]
+        self.conv = SubMConv3d(in_channels, widths[0], 5)
+        self.conv_norm = scene_norm(widths[0])
+        self.down = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
+        self.enc = self._blocks("enc", stages)
+        self.up = nn.ModuleList(Up(*sizes) for sizes in zip(coming[1:], widths, coming))
+        self.dec = self._blocks("dec", stages - 1)
+        self.norm = nn.Identity()
 
-    def _stages(
-        self,
-        widths: tuple,
-        heads: tuple,
-        depths: tuple,
-        patches: tuple,
-        mlp_ratio: float,
-        drop_path: float,
-        backwards: bool = False,
-    ) -> nn.ModuleList:
-        "The blocks of each stage; stochastic depth rises to the bottom of the U (`backwards`: and falls again)."
-        rates, stages = torch.linspace(0, drop_path, sum(depths)).tolist(), nn.ModuleList()
-        for width, head, depth, patch in zip(widths, heads, depths, patches):
-            mine, rates = rates[:depth][:: -1 if backwards else 1], rates[depth:]
-            stages.append(
-                nn.ModuleList(
-                    Block(
-                        width,
-                        head,
-                        curve=i % len(self.order),
-                        patch=patch,
-                        mlp_ratio=mlp_ratio,
-                        drop_path=rate,
-                    )
-                    for i, rate in enumerate(mine)
-                )
+    def _each(self, name: str, count: int) -> tuple:
+        "A tuple of this length from an argument, which has one value for all stages or one for each."
+        value = self.config[name]
+        values = value if isinstance(value, tuple) else (value,) * count
+        if len(values) != count:
+            raise ValueError(
+                f"PTv3.{name}: expected {count} values (one for each stage), got {len(values)}"
             )
+        return values
+
+    def _blocks(
+        self,
+        part: str,  # "enc" or "dec"
+        count: int,  # stages
+    ) -> nn.ModuleList:
+        "The blocks of each stage; stochastic depth rises to the bottom of the U, from both sides."
+        names = ("channels", "num_head", "depths", "patch_size")
+        widths, heads, depths, patches = (self._each(f"{part}_{name}", count) for name in names)
+        if min(patches, default=1) < 1:
+            raise ValueError(f"PTv3.{part}_patch_size: expected at least 1, got {patches}")
+        if any(width % head for width, head in zip(widths, heads)):
+            raise ValueError(
+                f"PTv3.{part}_num_head: expected divisors of {part}_channels = {widths}, got {heads}"
+            )
+        rates = torch.linspace(0, self.drop_path, sum(depths)).split(list(depths))
+        stages = nn.ModuleList()
+        for width, head, patch, mine in zip(widths, heads, patches, rates):
+            mine = mine.flip(0) if part == "dec" else mine
+            stage = nn.ModuleList()
+            for i, rate in enumerate(mine.tolist()):
+                how = dict(curve=i % len(self.order), patch=patch, mlp_ratio=self.mlp_ratio)
+                stage.append(PatchBlock(width, head, **how, drop_path=rate))
+            stages.append(stage)
         return stages
 
     def stem(self, points: PointBatch) -> PointBatch:
-        "One row for each occupied voxel, in the order of their first points: mean of the features, then a sparse convolution over 5 x 5 x 5 cells."
+        "One row for each occupied voxel, in the order of first points: mean features, then a convolution over 5^3 cells."
         self.need_columns(points)
         p, _ = merge_voxels(points.with_feat(points.feat[:, : self.in_channels]), self.voxel_size)
         self.need_rows(len(p), "stem")
@@ -429,18 +409,16 @@ class PTv3(Backbone):
 
     def levels(self, p: PointBatch) -> list[Level]:
         "All resolutions, finest first."
-        mix = (
-            (lambda level: level.shuffled())
-            if self.training and self.shuffle_orders
-            else (lambda level: level)
-        )
-        levels = [mix(finest_level(point_cells(p, self.voxel_size), self.order))]
+        shuffle = self.training and self.shuffle_orders
+        level = finest_level(point_cells(p, self.voxel_size), self.order)
+        levels = [level.shuffled() if shuffle else level]
         for stride in self.stride:
-            levels.append(mix(coarser_level(levels[-1], stride)))
+            level = coarser_level(levels[-1], stride)
+            levels.append(level.shuffled() if shuffle else level)
         return levels
 
     def body(self, p: PointBatch) -> PointBatch:
-        "The U: rows [n stem_width], at most one a voxel, to rows [n width] in the same order. Cells are worked out anew, so fusion may have added some."
+        "The U: rows, at most one a voxel, to rows in the same order. Cells are worked out anew: fusion may add some."
         if not len(p):
             return p.with_feat(p.feat.new_zeros(0, self.body_width))
         x, skips, levels = p.feat, [], self.levels(p)
@@ -456,77 +434,3 @@ class PTv3(Backbone):
             for block in self.dec[i]:
                 x, seen = block(x, levels[i], seen), None
         return p.with_feat(x)
-
-    def released_weight(self, name: str) -> Source:
-        "Where the released checkpoints keep a weight of ours."
-        stage = lambda m: f"enc.enc{int(m[1]) + 1}.down."
-        for ours, theirs in (
-            (r"^conv_norm\.", "embedding.stem.norm."),
-            (r"^conv\.", "embedding.stem.conv."),
-            (r"^down\.(\d+)\.", stage),
-            (r"\.down\.norm\.", ".down.norm.0."),
-            (r"^up\.(\d+)\.", r"dec.dec\1.up."),
-            (r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\1\2.block\3."),
-            (r"\.(norm[12])\.", r".\1.0."),
-            (r"\.(fc[12])\.", r".mlp.0.\1."),
-        ):
-            name = re.sub(ours, theirs, name)
-        return name, None
-
-    @classmethod
-    def from_released(
-        cls,
-        kwargs: dict[str, Any],  # constructor arguments as released code names them
-    ) -> PTv3:
-        "A model of the shape that released code would build. What is not named has the released constructor's default; what changes no value is accepted."
-        names = (
-            "in_channels",
-            "order",
-            "stride",
-            "enc_depths",
-            "enc_channels",
-            "enc_num_head",
-            "enc_patch_size",
-            "dec_depths",
-            "dec_channels",
-            "dec_num_head",
-            "dec_patch_size",
-            "mlp_ratio",
-            "drop_path",
-            "shuffle_orders",
-            "voxel_size",
-        )
-        fixed = dict(
-            qkv_bias=True,
-            qk_scale=None,
-            attn_drop=0.0,
-            proj_drop=0.0,
-            pre_norm=True,
-            enable_rpe=False,
-            cls_mode=False,
-            pdnorm_bn=False,
-            pdnorm_ln=False,
-        )
-        unused = frozenset(
-            (
-                "enable_flash",
-                "upcast_attention",
-                "upcast_softmax",
-                "pdnorm_decouple",
-                "pdnorm_adaptive",
-                "pdnorm_affine",
-                "pdnorm_conditions",
-                "cfg",
-            )
-        )
-        given = dict(
-            order=("z", "z-trans"), enc_patch_size=48, dec_patch_size=48
-        ) | cls.released_arguments(kwargs, {n: n for n in names}, fixed, unused)
-        return cls(
-            **given
-            | dict(
-                order=_each("order", given["order"], 1)
-                if isinstance(given["order"], str)
-                else given["order"]
-            )
-        )

@@ -4,13 +4,14 @@
 
 # %% ../../nbs/backbones/46_sparseunet.ipynb #1d1db7bf
 from __future__ import annotations
-import re
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .backbone import Backbone, Source
+from .layers import scene_norm
 from ..core import PointBatch
 from unipre3d.geometry.sparse import (
     SparseConv3d,
@@ -26,7 +27,7 @@ __all__ = ['ConvNorm', 'ResidualBlock', 'unscramble', 'SparseUNet']
 
 # %% ../../nbs/backbones/46_sparseunet.ipynb #2855c5f6
 class ConvNorm(nn.Module):
-    "A sparse convolution, batch normalisation and, if asked, ReLU."
+    "A sparse convolution, batch normalisation and, unless it is left out, ReLU."
 
     def __init__(
         self,
@@ -34,11 +35,8 @@ class ConvNorm(nn.Module):
         relu: bool = True,
     ):
         super().__init__()
-        self.conv, self.norm, self.relu = (
-            conv,
-            nn.BatchNorm1d(conv.out_channels, eps=1e-3, momentum=0.01),
-            relu,
-        )
+        self.conv, self.relu = conv, relu
+        self.norm = scene_norm(conv.out_channels)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         y = self.conv(x)
@@ -46,7 +44,8 @@ class ConvNorm(nn.Module):
             return y
         if self.training and len(y) == 1:
             raise ValueError(
-                "SparseUNet: expected at least 2 cells at every level while training (batch normalisation), got 1; use more or larger clouds, or call eval()"
+                "SparseUNet: expected at least 2 cells at every level while training "
+                "(batch normalisation), got 1; use more or larger clouds, or call eval()"
             )
         feat = self.norm(y.feat)
         return y.with_feat(F.relu(feat) if self.relu else feat)
@@ -63,20 +62,18 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first = ConvNorm(SubMConv3d(in_channels, out_channels))
         self.second = ConvNorm(SubMConv3d(out_channels, out_channels), relu=False)
-        self.proj = (
-            None
-            if in_channels == out_channels
-            else ConvNorm(SubMConv3d(in_channels, out_channels, 1), relu=False)
-        )
+        self.proj = None
+        if in_channels != out_channels:
+            self.proj = ConvNorm(SubMConv3d(in_channels, out_channels, 1), relu=False)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        y, shortcut = self.second(self.first(x)), x if self.proj is None else self.proj(x)
+        y, shortcut = self.second(self.first(x)), self.proj(x) if self.proj else x
         return y.with_feat(F.relu(y.feat + shortcut.feat))
 
 # %% ../../nbs/backbones/46_sparseunet.ipynb #8979036d
 def unscramble(
-    weight: Tensor,  # [out 1 1 1 in] of a released convolution of kernel size one
-) -> Tensor:  # [out in] of the linear layer that it computes
+    weight: Float[Tensor, "out 1 1 1 in"],  # of a released convolution of kernel size one
+) -> Float[Tensor, "out in"]:  # of the linear layer that it computes
     "What spconv 2 makes of a kernel of size one: the memory of [out in], read as [in out]."
     return weight.reshape(weight.shape[-1], weight.shape[0]).T.contiguous()
 
@@ -85,55 +82,53 @@ class SparseUNet(Backbone):
     "The sparse residual U-Net of the released scene models (MinkUNet34 in its layers); one row for each voxel."
 
     columns = "any"
+    released_names = (
+        (r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\2.block\3."),
+        (r"\.first\.conv\.", ".conv1."),
+        (r"\.first\.norm\.", ".bn1."),
+        (r"\.second\.conv\.", ".conv2."),
+        (r"\.second\.norm\.", ".bn2."),
+        (r"\.conv\.", ".0."),
+        (r"\.norm\.", ".1."),
+    )
+    released_keywords = dict(
+        in_channels="in_channels",
+        num_classes="out_channels",
+        base_channels="base_channels",
+        channels="channels",
+        layers="layers",
+    )
+    released_fixed = dict(cls_mode=False)
+    released_unused = "cfg"
 
     def __init__(
         self,
         *,
         in_channels: int = 6,  # columns of the points' features that are read
         base_channels: int = 32,  # width of the stem
-        channels: tuple[int, ...] = (
-            32,
-            64,
-            128,
-            256,
-            256,
-            128,
-            96,
-            96,
-        ),  # width of each level, down and then up
-        layers: tuple[int, ...] = (
-            2,
-            3,
-            4,
-            6,
-            2,
-            2,
-            2,
-            2,
-        ),  # residual blocks of each level, down and then up
+        # width of each level, down and then up
+        channels: tuple[int, ...] = (32, 64, 128, 256, 256, 128, 96, 96),
+        layers: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2),  # residual blocks of each level
         out_channels: int | None = None,  # of a last linear layer; None leaves it out
         voxel_size: float = 0.02,  # edge of a voxel, in the unit of xyz (metres)
     ):
         super().__init__(locals())
         if len(channels) != len(layers) or len(channels) % 2 or not channels:
             raise ValueError(
-                f"SparseUNet.channels: expected as many as layers, an even number, got {len(channels)} channels and {len(layers)} layers"
+                "SparseUNet.channels: expected as many as layers, an even number, "
+                f"got {len(channels)} channels and {len(layers)} layers"
             )
         if not voxel_size > 0:
             raise ValueError(f"SparseUNet.voxel_size: expected a length above 0, got {voxel_size}")
-        self.in_channels, self.stem_width, self.voxel_size, half = (
-            in_channels,
-            base_channels,
-            voxel_size,
-            len(channels) // 2,
-        )
-        self.width = self.body_width = out_channels or channels[-1]
+        half = len(channels) // 2
+        down, up = channels[:half], channels[: half - 1 : -1]  # level 0 is the finest
         before = [
             base_channels,
-            *channels[:half],
+            *down,
         ]  # width of what a level down gets, and of what is kept for the way up
-        down, up = channels[:half], channels[: half - 1 : -1]  # level 0 is the finest
-        below = [*up[1:], channels[half - 1]]  # width of what comes up to a level
+        below = [*up[1:], down[-1]]  # width of what comes up to a level
+        self.stem_width = base_channels
+        self.body_width = self.width = out_channels or channels[-1]
         self.conv_input = ConvNorm(SubMConv3d(in_channels, base_channels, 5))
         self.down = nn.ModuleList(ConvNorm(SparseConv3d(a, b)) for a, b in zip(before, down))
         self.enc = nn.ModuleList(
@@ -152,9 +147,8 @@ class SparseUNet(Backbone):
     def stem(self, points: PointBatch) -> PointBatch:
         "One row for each occupied voxel, in the order of first points, with the features of the first convolution."
         self.need_columns(points)
-        voxels, _ = merge_voxels(
-            points.with_feat(points.feat[:, : self.in_channels]), self.voxel_size
-        )
+        points = points.with_feat(points.feat[:, : self.in_channels])
+        voxels, _ = merge_voxels(points, self.voxel_size)
         return voxels.with_feat(self.conv_input(point_cells(voxels, self.voxel_size)).feat)
 
     def body(self, p: PointBatch) -> PointBatch:
@@ -163,36 +157,12 @@ class SparseUNet(Backbone):
         for down, enc in zip(self.down, self.enc):
             kept.append(x)
             x = enc(down(x))
-        for up, dec, skip in reversed(list(zip(self.up, self.dec, kept))):
+        for up, dec in reversed(list(zip(self.up, self.dec))):
             x = up(x)
-            x = dec(x.with_feat(torch.cat([x.feat, skip.feat], 1)))
+            x = dec(x.with_feat(torch.cat([x.feat, kept.pop().feat], 1)))
         return p.with_feat(self.final(x).feat)
 
     def released_weight(self, name: str) -> Source:
         "Where the released checkpoints keep a weight of ours; kernels of size one are unscrambled."
-        key = re.sub(r"^(enc|dec)\.(\d+)\.(\d+)\.", r"\1.\2.block\3.", name)
-        for ours, theirs in (
-            (".first.conv.", ".conv1."),
-            (".first.norm.", ".bn1."),
-            (".second.conv.", ".conv2."),
-            (".second.norm.", ".bn2."),
-            (".conv.", ".0."),
-            (".norm.", ".1."),
-        ):
-            key = key.replace(ours, theirs)
+        key, _ = super().released_weight(name)
         return key, unscramble if name.endswith(("proj.conv.weight", "final.weight")) else None
-
-    @classmethod
-    def from_released(
-        cls,
-        kwargs: dict,  # constructor arguments as released: in_channels, num_classes, base_channels, channels, layers
-    ) -> SparseUNet:
-        "A model of the shape that released code would build."
-        names = {k: k for k in ("in_channels", "base_channels", "channels", "layers")} | {
-            "num_classes": "out_channels"
-        }
-        return cls(
-            **cls.released_arguments(
-                kwargs, names, fixed={"cls_mode": False}, unused=frozenset({"cfg"})
-            )
-        )

@@ -4,143 +4,110 @@
 
 # %% ../../nbs/backbones/40_transformer.ipynb #58279ef4
 from __future__ import annotations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .backbone import Backbone, Source
+from .backbone import Backbone
+from .layers import GroupEncoder, drop_path, prepend
 from ..core import PointBatch, from_padded, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, knn
 
 # %% auto #0
-__all__ = ['group_points', 'GroupMax', 'GroupEncoder', 'drop_branch', 'Block', 'StandardTransformer']
+__all__ = ['group_points', 'Block', 'StandardTransformer']
 
 # %% ../../nbs/backbones/40_transformer.ipynb #bbcce2a2
 def group_points(
-    points: PointBatch,  # feat may carry columns beyond the coordinates
+    points: PointBatch,  # feat may hold columns beyond the coordinates
     num_groups: int,  # centres for each cloud; a smaller cloud gets one for each of its points
     group_size: int,  # points in each group
     radius: float
-    | None,  # radius of the ball around a centre, object units; None takes the nearest points
+    | None,  # of the ball around a centre, object units; None takes the nearest points
     in_channels: int = 3,  # 3 = coordinates only; more = also columns 3 .. in_channels of feat
 ) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # groups [m k c], row of each centre [m], rows of its neighbours [m k]
+    Float[Tensor, "m k c"], Int[Tensor, "m"], Int[Tensor, "m k"]
+]:  # groups, row of each centre, rows of its neighbours
     "Cut clouds into overlapping groups, each relative to its centre."
     centre = farthest_point_sample(points.xyz, points.batch, points.size, num_groups)
     place = (points.xyz[centre], points.batch[centre], points.xyz, points.batch, points.size)
-    near = (
-        knn(*place, k=group_size)
-        if radius is None
-        else ball_query(*place, radius=radius, k=group_size)
-    )
+    if radius is None:
+        near = knn(*place, k=group_size)
+    else:
+        near = ball_query(*place, radius=radius, k=group_size)
     groups = points.xyz[near] - points.xyz[centre][:, None]
     if in_channels > 3:
         groups = torch.cat([groups, points.feat[near][..., 3:in_channels]], -1)
     return groups, centre, near
 
-# %% ../../nbs/backbones/40_transformer.ipynb #b6927d96
-class GroupMax(torch.autograd.Function):
-    "The maximum over each group, [m k c] to [m c]; ties share the gradient equally."
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        top = x.amax(1)
-        ctx.save_for_backward(x, top)
-        return top
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        x, top = ctx.saved_tensors
-        hit = torch.eq(x, top[:, None], out=torch.empty_like(x))
-        return hit.mul_((grad / hit.sum(1))[:, None])
-
-
-class GroupEncoder(nn.Module):
-    "A small PointNet: groups [m k c] to tokens [m out_channels]."
-
-    def __init__(
-        self,
-        in_channels: int,  # columns of a grouped point
-        out_channels: int,  # width of the token
-        widths: tuple[
-            int, int, int
-        ],  # of the first layer, of the group's summary, of the third layer
-    ):
-        super().__init__()
-        a, b, c = widths
-        self.first = nn.Sequential(
-            nn.Linear(in_channels, a), nn.BatchNorm1d(a), nn.ReLU(), nn.Linear(a, b)
-        )
-        self.second = nn.Sequential(
-            nn.Linear(2 * b, c), nn.BatchNorm1d(c), nn.ReLU(), nn.Linear(c, out_channels)
-        )
-
-    def forward(self, groups: Tensor) -> Tensor:
-        m, k, _ = groups.shape
-        local = self.first(groups.flatten(0, 1)).view(m, k, -1)
-        join, *rest = self.second
-        from_summary, from_point = join.weight.chunk(2, 1)
-        x = (
-            F.linear(local, from_point)
-            + F.linear(GroupMax.apply(local), from_summary, join.bias)[:, None]
-        )
-        x = x.flatten(0, 1)
-        for layer in rest:
-            x = layer(x)
-        return GroupMax.apply(x.view(m, k, -1))
-
 # %% ../../nbs/backbones/40_transformer.ipynb #3af6f9c5
-def drop_branch(
-    x: Tensor,  # [B ...] the output of a residual branch
-    rate: float,  # probability of dropping it, 0 .. 1
-    training: bool,  # False returns x unchanged
-) -> Tensor:
-    "Zero the branch for some clouds and scale the others, so that the mean stays (stochastic depth)."
-    if not training or rate == 0:
-        return x
-    keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
-
-
 class Block(nn.Module):
     "Pre-norm self-attention and MLP on tokens [B t width]."
 
-    def __init__(self, width: int, num_heads: int, drop_path: float = 0.0):
+    def __init__(
+        self,
+        width: int,  # channels of a token
+        num_heads: int,  # must divide width
+        drop_path: float = 0.0,  # stochastic depth of both branches, 0 .. 1
+    ):
         super().__init__()
         self.num_heads, self.drop_path = num_heads, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        x: Float[Tensor, "b t c"],
+        mask: Bool[Tensor, "b t"] | None,  # tokens that exist; None if all do
+    ) -> Float[Tensor, "b t c"]:
+        "Softmax attention between the tokens of each cloud."
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask[:, None, None]
-        )
+        seen = None if mask is None else mask[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + drop_branch(self.attend(self.norm1(x), mask), self.drop_path, self.training)
-        return x + drop_branch(
-            self.fc2(F.gelu(self.fc1(self.norm2(x)))), self.drop_path, self.training
-        )
+    def forward(
+        self, x: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b t c"]:
+        x = x + drop_path(self.attend(self.norm1(x), mask), self.drop_path, self.training)
+        y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + drop_path(y, self.drop_path, self.training)
 
 # %% ../../nbs/backbones/40_transformer.ipynb #4d26d5a2
 class StandardTransformer(Backbone):
-    "The plain point Transformer of Point-BERT and Point-MAE, as released with UniPre3D; returns one row for each group centre."
+    "The plain Transformer of Point-BERT and Point-MAE, as released with UniPre3D; returns one row for each group centre."
+
+    released_names = (
+        (r"^encoder\.first\.", "encoder.first_conv."),
+        (r"^encoder\.second\.", "encoder.second_conv."),
+        (r"^reduce\.", "reduce_dim."),
+        (r"^position\.", "pos_embed."),
+        (r"^blocks\.", "blocks.blocks."),
+        (r"\.(qkv|proj)\.", r".attn.\1."),
+        (r"\.(fc1|fc2)\.", r".mlp.\1."),
+    )
+    released_keywords = dict(
+        num_groups="num_groups",
+        group_size="group_size",
+        radius="radius",
+        encoder_dims="encoder_dims",
+        trans_dim="width",
+        depth="depth",
+        num_heads="num_heads",
+        drop_path_rate="drop_path_rate",
+    )
+    released_unused = "in_channels"  # the released model reads coordinates only, whatever it says
+    released_defaults = dict(num_groups=256, encoder_dims=256, depth=12)
 
     def __init__(
         self,
         *,
-        in_channels: int = 3,  # columns of the input that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
+        in_channels: int = 3,  # columns that are read: 3 = coordinates; more = also feat[:, 3:in_channels]
         num_groups: int = 128,  # centres (tokens) for each cloud
         group_size: int = 32,  # points in each group
-        radius: float
-        | None = 0.1,  # radius of a group, object units; None groups the nearest points
+        radius: float | None = 0.1,  # of a group, object units; None groups the nearest points
         encoder_widths: tuple[int, int, int] = (128, 256, 512),  # layers of the group encoder
         encoder_dims: int = 384,  # width of a token as it leaves the group encoder
         width: int = 384,  # width of the blocks and of the output
@@ -149,31 +116,19 @@ class StandardTransformer(Backbone):
         drop_path_rate: float = 0.1,  # stochastic depth of the last block; the first has none
     ):
         super().__init__(locals())
-        if in_channels < 3:
-            raise ValueError(
-                f"StandardTransformer.in_channels: expected at least 3 (the coordinates), got {in_channels}"
-            )
         if width % num_heads:
             raise ValueError(
-                f"StandardTransformer.num_heads: expected a divisor of width = {width}, got {num_heads}"
+                "StandardTransformer.num_heads: expected a divisor of "
+                f"width = {width}, got {num_heads}"
             )
-        self.in_channels, self.num_groups, self.group_size, self.radius = (
-            in_channels,
-            num_groups,
-            group_size,
-            radius,
-        )
-        self.stem_width = self.body_width = self.width = width
+        self.stem_width = self.body_width = width
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_widths)
         self.reduce = nn.Linear(encoder_dims, width)
         self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
-        self.cls_token, self.cls_pos = (
-            nn.Parameter(torch.zeros(width)),
-            nn.Parameter(0.02 * torch.randn(width)),
-        )
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, drop_path_rate * i / max(1, depth - 1)) for i in range(depth)
-        )
+        self.cls_token = nn.Parameter(torch.zeros(width))
+        self.cls_pos = nn.Parameter(0.02 * torch.randn(width))
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, num_heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width)
 
     def stem(self, points: PointBatch) -> PointBatch:
@@ -183,19 +138,16 @@ class StandardTransformer(Backbone):
         groups, centre, _ = group_points(
             points, self.num_groups, self.group_size, self.radius, self.in_channels
         )
-        token = (
-            self.reduce(self.encoder(groups))
-            if len(centre)
-            else points.xyz.new_zeros(0, self.width)
-        )
+        token = groups.new_zeros(0, self.width)
+        if len(centre):
+            token = self.reduce(self.encoder(groups))
         return PointBatch(points.xyz[centre], token, points.batch[centre], points.size)
 
-    def summarise(self, p: PointBatch) -> tuple[PointBatch, Tensor]:
-        "Run all blocks; also return the CLS token of each cloud, [B width]."
+    def summarise(self, p: PointBatch) -> tuple[PointBatch, Float[Tensor, "b c"]]:
+        "Run all blocks; also return the CLS token of each cloud."
         x, mask = to_padded(p.feat, p.batch, p.size)
         pos, _ = to_padded(self.position(p.xyz), p.batch, p.size)
-        first = lambda row, rest: torch.cat([row.expand(p.size, 1, -1), rest], 1)
-        x, pos = first(self.cls_token, x), first(self.cls_pos, pos)
+        x, pos = prepend(self.cls_token[None], x), prepend(self.cls_pos[None], pos)
         seen = None if mask.all() else F.pad(mask, (1, 0), value=True)
         for block in self.blocks:
             x = block(x + pos, seen)
@@ -204,43 +156,3 @@ class StandardTransformer(Backbone):
     def body(self, p: PointBatch) -> PointBatch:
         "Run all blocks on the tokens of `stem`; the CLS token takes part and is dropped at the end."
         return self.summarise(p)[0]
-
-    def released_weight(self, name: str) -> Source:
-        "Where the released checkpoints keep a weight of ours."
-        for ours, theirs in (
-            ("encoder.first.", "encoder.first_conv."),
-            ("encoder.second.", "encoder.second_conv."),
-            ("reduce.", "reduce_dim."),
-            ("position.", "pos_embed."),
-            ("blocks.", "blocks.blocks."),
-            (".qkv.", ".attn.qkv."),
-            (".proj.", ".attn.proj."),
-            (".fc1.", ".mlp.fc1."),
-            (".fc2.", ".mlp.fc2."),
-        ):
-            name = name.replace(ours, theirs)
-        return name, None
-
-    @classmethod
-    def from_released(
-        cls,
-        kwargs: dict[
-            str, Any
-        ],  # constructor arguments under their released names (trans_dim, encoder_dims, num_groups, ...)
-    ) -> StandardTransformer:
-        "A model of the shape that released code would build; what is not named has the released constructor's default."
-        same = (
-            "num_groups",
-            "group_size",
-            "radius",
-            "encoder_dims",
-            "depth",
-            "num_heads",
-            "drop_path_rate",
-        )
-        given = cls.released_arguments(
-            kwargs, {k: k for k in same} | {"trans_dim": "width"}, unused=frozenset({"in_channels"})
-        )
-        return cls(
-            **dict(num_groups=256, encoder_dims=256, depth=12) | given
-        )  # the released model reads coordinates only, whatever in_channels says
