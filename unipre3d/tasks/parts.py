@@ -45,7 +45,7 @@ from unipre3d.tasks.transfer import (
     run_task,
 )
 from ..geometry.pointops import interpolate, voxelize
-from ..records import code_hash, made_once
+from ..records import code_hash, cached
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'make_part_shapes',
@@ -241,7 +241,7 @@ def embedded_part_shapes(
     "Made at the first call and found again afterwards, by the arguments and the code that makes them."
     how = dict(categories=CATEGORIES, per_category=100, points=2048, seed=0) | how
     how["categories"] = sorted(how["categories"])
-    return made_once(
+    return cached(
         "parts.npz",
         [how, code_hash(*MAKERS), "whole 1"],
         lambda path: make_part_shapes(path, **how, workers=workers),
