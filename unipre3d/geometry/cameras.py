@@ -100,8 +100,8 @@ def unproject(
     columns = torch.arange(w, dtype=depth.dtype, device=depth.device) + 0.5
     v, u = torch.meshgrid(rows, columns, indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)], -1)
-    pose = cameras.cam_to_world
     with full_precision(z):
+        pose = cameras.cam_to_world
         ray = torch.einsum("vij,hwj->vhwi", torch.linalg.inv(cameras.K), pixels)
         xyz = torch.einsum("vij,vhwj->vhwi", pose[:, :3, :3], ray * z[..., None])
         xyz = xyz + pose[:, None, None, :3, 3]
