@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -61,12 +61,16 @@ def check_batch(
     falls = (batch[1:] < batch[:-1]).any()
     first, last, unsorted = torch.stack([batch[0], batch[-1], falls.long()]).tolist()
     if unsorted:
-        found = "found a row whose cloud number is lower than the one before"
-        raise ValueError(f"{owner}.batch: expected a sorted index, {found}")
+        raise ValueError(
+            f"{owner}.batch: expected a sorted index, "
+            "found a row whose cloud number is lower than the one before"
+        )
     size = last + 1 if size is None else size
     if first < 0 or last >= size:
-        expected = f"expected values in 0..{size - 1} (size = {size})"
-        raise ValueError(f"{owner}.batch: {expected}, found {first}..{last}")
+        raise ValueError(
+            f"{owner}.batch: expected values in 0..{size - 1} (size = {size}), "
+            f"found {first}..{last}"
+        )
 
 # %% ../nbs/00_core.ipynb #01675c92
 def to_device(
@@ -102,15 +106,16 @@ def cat_rows(
 class Packed:
     "What the packed types share: their constructor checks shapes and index; `trusted` and `derive` check shapes only."
 
+    _shapes: ClassVar[dict[str, str]] = {}  # field = pattern of `check_shapes`
+
     def __post_init__(self):
         self._check_shapes()
-        self._check_index()
+        if "batch" in self._shapes:
+            check_batch(type(self).__name__, self.batch, getattr(self, "size", None))
 
     def _check_shapes(self) -> None:
-        "Without waiting for the device."
-
-    def _check_index(self) -> None:
-        "May wait for the device."
+        given = {name: (getattr(self, name), pattern) for name, pattern in self._shapes.items()}
+        check_shapes(type(self).__name__, **given)
 
     @classmethod
     def trusted(
@@ -143,13 +148,7 @@ class PointBatch(Packed):
     feat: Float[Tensor, "n c"]  # any features, one row a point
     batch: Int[Tensor, "n"]  # long, sorted: the cloud of each point
     size: int  # number of clouds B
-
-    def _check_shapes(self):
-        given = dict(xyz=(self.xyz, "n 3"), feat=(self.feat, "n c"), batch=(self.batch, "n"))
-        check_shapes("PointBatch", **given)
-
-    def _check_index(self):
-        check_batch("PointBatch", self.batch, self.size)
+    _shapes = dict(xyz="n 3", feat="n c", batch="n")
 
     def __len__(self):
         return len(self.xyz)
@@ -176,17 +175,15 @@ class PointBatch(Packed):
 
         Raises: ValueError of one line, without a cloud or with features that do not belong to its points.
         """
-        counts = [len(xyz) for xyz in clouds_xyz]
-        rows = [len(feat) for feat in clouds_feat]
+        counts, rows = list(map(len, clouds_xyz)), list(map(len, clouds_feat))
         if not counts or counts != rows:
             raise ValueError(
                 "PointBatch.pack: expected a cloud or more with one row of features a point, "
                 f"got clouds of {counts} points and {rows} rows of features"
             )
         xyz = cat_rows(clouds_xyz)
-        counts = torch.tensor(counts, device=xyz.device)
-        cloud = torch.arange(len(counts), device=xyz.device)
-        batch = cloud.repeat_interleave(counts, output_size=len(xyz))
+        cloud, count = torch.tensor([range(len(counts)), counts], device=xyz.device)
+        batch = cloud.repeat_interleave(count, output_size=len(xyz))
         return cls.trusted(xyz=xyz, feat=cat_rows(clouds_feat), batch=batch, size=len(counts))
 
 # %% ../nbs/00_core.ipynb #c174c84f
@@ -233,9 +230,11 @@ def cat_points(
         raise ValueError(f"cat_points: expected parts with one number of clouds, got sizes {sizes}")
     batch = torch.cat([part.batch for part in parts])
     order = batch.argsort(stable=True)
-    xyz = torch.cat([part.xyz for part in parts])[order]
-    feat = torch.cat([part.feat for part in parts])[order]
-    return parts[0].derive(xyz=xyz, feat=feat, batch=batch[order])
+    return parts[0].derive(
+        xyz=torch.cat([part.xyz for part in parts])[order],
+        feat=torch.cat([part.feat for part in parts])[order],
+        batch=batch[order],
+    )
 
 # %% ../nbs/00_core.ipynb #4d456a53
 @dataclass(frozen=True, eq=False)
@@ -246,13 +245,7 @@ class CameraBatch(Packed):
     K: Float[Tensor, "v 3 3"]  # intrinsics in pixels; the top-left pixel's centre is (0.5, 0.5)
     hw: tuple[int, int]  # image height and width in pixels
     batch: Int[Tensor, "v"]  # long, sorted: the cloud that each view shows
-
-    def _check_shapes(self):
-        given = dict(K=(self.K, "v 3 3"), batch=(self.batch, "v"))
-        check_shapes("CameraBatch", world_to_cam=(self.world_to_cam, "v 4 4"), **given)
-
-    def _check_index(self):
-        check_batch("CameraBatch", self.batch)
+    _shapes = dict(world_to_cam="v 4 4", K="v 3 3", batch="v")
 
     def __len__(self):
         return len(self.K)
@@ -276,13 +269,8 @@ class CameraBatch(Packed):
         index: Int[Tensor, "_"] | Bool[Tensor, "v"],  # sorted numbers of views, or a mask
     ) -> CameraBatch:
         "The cameras at `index`; numbers are checked to keep the batch sorted, a mask always does."
-        kind = CameraBatch.trusted if index.dtype == torch.bool else CameraBatch
-        return kind(
-            world_to_cam=self.world_to_cam[index],
-            K=self.K[index],
-            hw=self.hw,
-            batch=self.batch[index],
-        )
+        part = {name: getattr(self, name)[index] for name in self._shapes}
+        return self.derive(**part) if index.dtype == torch.bool else replace(self, **part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,8 +284,12 @@ class ViewBatch(Packed):
 
     def _check_shapes(self):
         v, (h, w) = len(self.camera), self.camera.hw
-        given = {name: (getattr(self, name), f"{v} {h} {w}") for name in ("depth", "mask")}
-        check_shapes("ViewBatch", rgb=(self.rgb, f"{v} 3 {h} {w}"), **given)
+        check_shapes(
+            "ViewBatch",
+            rgb=(self.rgb, f"{v} 3 {h} {w}"),
+            depth=(self.depth, f"{v} {h} {w}"),
+            mask=(self.mask, f"{v} {h} {w}"),
+        )
 
     def __len__(self):
         return len(self.rgb)
@@ -307,9 +299,12 @@ class ViewBatch(Packed):
         index: Int[Tensor, "_"] | Bool[Tensor, "v"],  # sorted numbers of views, or a mask
     ) -> ViewBatch:
         "The views at `index`."
-        depth = None if self.depth is None else self.depth[index]
-        mask = None if self.mask is None else self.mask[index]
-        return ViewBatch(self.camera.select(index), self.rgb[index], depth, mask)
+        return ViewBatch(
+            camera=self.camera.select(index),
+            rgb=self.rgb[index],
+            depth=None if self.depth is None else self.depth[index],
+            mask=None if self.mask is None else self.mask[index],
+        )
 
 # %% ../nbs/00_core.ipynb #54f228dd
 @dataclass(frozen=True, eq=False)
@@ -323,23 +318,15 @@ class GaussianBatch(Packed):
     sh: Float[Tensor, "n k 3"]  # spherical harmonics, k = (degree + 1)^2, per colour channel
     batch: Int[Tensor, "n"]  # long, sorted: the cloud of each Gaussian
     size: int  # number of clouds B
+    _shapes = dict(mean="n 3", scale="n 3", quat="n 4", opacity="n", sh="n k 3", batch="n")
 
     def _check_shapes(self):
-        given = dict(
-            mean=(self.mean, "n 3"),
-            scale=(self.scale, "n 3"),
-            quat=(self.quat, "n 4"),
-            opacity=(self.opacity, "n"),
-            sh=(self.sh, "n k 3"),
-            batch=(self.batch, "n"),
-        )
-        k = check_shapes("GaussianBatch", **given)["k"]
-        if k not in (1, 4, 9, 16):
-            expected = "expected 1, 4, 9 or 16 coefficients (degree 0 to 3)"
-            raise ValueError(f"GaussianBatch.sh: {expected}, got {k}")
-
-    def _check_index(self):
-        check_batch("GaussianBatch", self.batch, self.size)
+        super()._check_shapes()
+        if self.sh.shape[1] not in (1, 4, 9, 16):
+            raise ValueError(
+                "GaussianBatch.sh: expected 1, 4, 9 or 16 coefficients (degree 0 to 3), "
+                f"got {self.sh.shape[1]}"
+            )
 
     def __len__(self):
         return len(self.mean)
@@ -379,8 +366,10 @@ def cat_views(
         if lacking == len(parts):
             return None
         if lacking:
-            found = f"{lacking} of {len(parts)} parts have none"
-            raise ValueError(f"cat_views: expected {name} in all views or in none, {found}")
+            raise ValueError(
+                f"cat_views: expected {name} in all views or in none, "
+                f"{lacking} of {len(parts)} parts have none"
+            )
         return torch.cat(parts)
 
     camera = CameraBatch(
@@ -428,7 +417,6 @@ def data_dir() -> Path:
     for folder in places:
         if folder.is_dir():
             return folder
-    expected = " or ".join(map(str, places))
     raise FileNotFoundError(
-        f"embedded data: expected a folder at {expected}; reinstall the package"
+        f"embedded data: expected a folder at {places[0]} or {places[1]}; reinstall the package"
     )

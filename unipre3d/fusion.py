@@ -55,9 +55,9 @@ def visible_pixels(
     cameras: CameraBatch,  # v cameras
     hw: tuple[int, int],  # height and width of the pixel grid, which spans the whole image
 ) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:  # point and flat pixel of each visible pair
-    """Pairs of a point and the pixel that shows it: inside the image, in front, and nearest of its pixel (ties keep all).
+    """Pairs of a point and the pixel that shows it (paper section 3).
 
-    A flat pixel is view h w + row w + column.
+    In the image, in front, and nearest of its pixel (ties keep all). Flat pixel: view h w + row w + column.
     """
     (H, W), (h, w) = cameras.hw, hw
     view, point = view_point_pairs(points.batch, points.size, cameras.batch)
@@ -169,7 +169,7 @@ class FeatureFusion(NoFusion):
         maps: Float[Tensor, "v c h w"],  # image features of the reference views
         ref: ViewBatch,  # v reference views
     ) -> Float[Tensor, "n width"]:
-        "The image half: read at visible points, normalised, projected to `width`; zeros where no view sees the point."
+        "The image half: read at visible points, normalised, projected; zeros where no view sees the point."
         h, w = check_maps("FeatureFusion", maps, ref.camera)
         point, pixel = visible_pixels(points, ref.camera, (h, w))
         view = pixel // (h * w)
@@ -232,7 +232,7 @@ def join_voxels(
     image: PointBatch,  # any points, features of the same width
     voxel_size: float,  # edge of a voxel, world units
 ) -> PointBatch:  # in each cloud the rows of `points`, then new voxels by their first image point
-    "The union on one grid: image points are averaged in each voxel, and added to the row that is there or made a new one."
+    "The union on one grid: the mean of a voxel's image points is added to its row, or is a new row."
     batch = torch.cat([points.batch, image.batch])
     own = torch.arange(len(batch), device=batch.device) < len(points)
     own = own[batch.argsort(stable=True)]  # in the order of `cat_points`

@@ -27,8 +27,7 @@ def weighted_mse(
     """
     images = dict(pred=(pred, "v 3 h w"), target=(target, "v 3 h w"))
     check_shapes("weighted_mse", **images, mask=(mask, "v h w"))
-    total = foreground + background
-    if min(foreground, background) < 0 or total <= 0:
+    if min(foreground, background) < 0 or foreground + background <= 0:
         raise ValueError(
             "weighted_mse: expected weights >= 0 that are not both zero, "
             f"got foreground={foreground}, background={background}"
@@ -36,7 +35,7 @@ def weighted_mse(
     error = (pred - target).square().mean(1)
     if mask is None:
         return error.mean()
-    scale = 2 / total
+    scale = 2 / (foreground + background)
     weight = torch.where(mask.bool(), scale * foreground, scale * background)
     return (weight * error).mean()
 
@@ -77,8 +76,8 @@ def best_constant_colour(
     "The multiple of the overall mean colour that has the highest mean PSNR as an image."
     colour = mean.mean(0)
     level = torch.linspace(0, 2, steps, device=mean.device)
-    linear = 2 * level * (mean @ colour)[:, None] / 3
-    mse = energy[:, None] - linear + level.square() * colour.square().mean()
+    cross = 2 * level * (mean @ colour)[:, None] / 3
+    mse = energy[:, None] - cross + level.square() * colour.square().mean()
     scores = (-10 * mse.clamp(min=1e-10).log10()).mean(0)
     best = int(scores.argmax())
     return level[best] * colour, float(scores[best])

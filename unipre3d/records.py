@@ -4,14 +4,7 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib
-import importlib.util
-import json
-import math
-import os
-import platform
-import subprocess
-import sys
+import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -42,11 +35,10 @@ def code_version() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
         changed = "+" if git("status", "--porcelain", "unipre3d") else ""
+        return f"{version}+{git('rev-parse', '--short=12', 'HEAD')}{changed}"
     except (OSError, subprocess.CalledProcessError):
         return version
-    return f"{version}+{commit}{changed}"
 
 
 def hardware() -> dict[str, Any]:
@@ -54,9 +46,8 @@ def hardware() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = info.read_text().splitlines()
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = next(iter(models), cpu)
+        found = re.search(r"^model name\s*:\s*(.*?)\s*$", info.read_text(), re.MULTILINE)
+        cpu = found[1] if found else cpu
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -143,8 +134,8 @@ def cached(
     return path
 
 # %% ../nbs/01_records.ipynb #70ae8754
-_SHARED = "recipe values code seed steps data processes hardware".split()
-_SHARED += "train_seconds wall_seconds cpu_seconds peak_memory_mb resumed metrics history".split()
+_SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds
+    cpu_seconds peak_memory_mb resumed metrics history""".split()
 PRETRAIN = (*_SHARED, "backend")
 FINETUNE = (*_SHARED, "task", "start", "chosen", "classes", "details")
 AUTOENCODER = ("data", "settings", "sha256", "loss", "val", "seconds", "hardware")

@@ -27,8 +27,9 @@ def intrinsics_from_fov(
     """
     for name, angle in (("fov", fov), ("fov_y", fov_y)):
         if angle is not None and not 0 < angle < 180:
-            expected = f"expected {name} in degrees between 0 and 180"
-            raise ValueError(f"intrinsics_from_fov: {expected}, got {angle}")
+            raise ValueError(
+                f"intrinsics_from_fov: expected {name} in degrees between 0 and 180, got {angle}"
+            )
     h, w = hw
     fx = w / 2 / math.tan(math.radians(fov) / 2)
     fy = fx if fov_y is None else h / 2 / math.tan(math.radians(fov_y) / 2)
@@ -45,11 +46,11 @@ def look_at(
     Raises: ValueError of one line, where a camera stands on its target.
     """
     check_shapes("look_at", eye=(eye, "v 3"))
-    at = torch.as_tensor(at, dtype=eye.dtype, device=eye.device)
-    up = torch.as_tensor(up, dtype=eye.dtype, device=eye.device)
+    at, up = (torch.as_tensor(x, dtype=eye.dtype, device=eye.device) for x in (at, up))
     if bool(((at - eye).norm(dim=1) == 0).any()):
-        found = "found a camera that stands on its target"
-        raise ValueError(f"look_at: expected eye and at to differ, {found}")
+        raise ValueError(
+            "look_at: expected eye and at to differ, found a camera that stands on its target"
+        )
     z = normalize(at - eye, dim=1)
     right = torch.linalg.cross(z, up.expand_as(z))
     axes = torch.eye(3, dtype=eye.dtype, device=eye.device)
@@ -96,9 +97,8 @@ def unproject(
     check_shapes("unproject", depth=(depth, f"{len(cameras)} {h} {w}"))
     valid = torch.isfinite(depth) & (depth > 0)
     z = torch.where(valid, depth, torch.zeros_like(depth))
-    rows = torch.arange(h, dtype=depth.dtype, device=depth.device) + 0.5
-    columns = torch.arange(w, dtype=depth.dtype, device=depth.device) + 0.5
-    v, u = torch.meshgrid(rows, columns, indexing="ij")
+    centres = [torch.arange(n, dtype=depth.dtype, device=depth.device) + 0.5 for n in (h, w)]
+    v, u = torch.meshgrid(*centres, indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)], -1)
     with full_precision(z):
         pose = cameras.cam_to_world

@@ -23,11 +23,10 @@ def _check_count(name: str, value: int) -> None:
 
 
 def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
-    "Farthest points of padded clouds [B n 3], as places [B k]; a place repeats once a cloud has no points left."
+    "Farthest points of padded clouds [B n 3], as places [B k]; one repeats where no points are left."
     x, y, z = (axis.contiguous() for axis in xyz.unbind(-1))
     gap = torch.where(mask, torch.inf, -1.0).to(xyz.dtype)
-    d2 = torch.empty_like(gap)
-    step = torch.empty_like(gap)
+    d2, step = torch.empty_like(gap), torch.empty_like(gap)
     newest = torch.zeros(len(gap), 1, dtype=torch.long, device=gap.device)
     chosen = [newest]
     for _ in range(k - 1):
@@ -77,8 +76,8 @@ def squared_distance(
 
 def _widen(index: Tensor, k: int) -> Tensor:
     "Repeat the first column until there are k."
-    lacking = k - index.shape[-1]
-    return torch.cat([index, index[..., :1].expand(*index.shape[:-1], lacking)], -1)
+    first = index[..., :1].expand(*index.shape[:-1], k - index.shape[-1])
+    return torch.cat([index, first], -1)
 
 
 def _search(
@@ -90,14 +89,15 @@ def _search(
     pick: Callable[[Tensor], Tensor],
     chunk: int = 2**20,
 ) -> Tensor:
-    "Pack up the places that `pick` chooses from each table [b m n] of squared distances (infinite where there is no point)."
+    "Packed places that `pick` chooses from tables [b m n] of squared distances, infinite for no point."
     points, mask = to_padded(xyz, batch, size)
     queries, wanted = to_padded(query, query_batch, size)
     empty = wanted.any(1) & ~mask.any(1)
     if empty.any():
-        expected = "expected points in every cloud that has a query"
-        cloud = int(empty.nonzero()[0])
-        raise ValueError(f"neighbour search: {expected}, cloud {cloud} is empty")
+        raise ValueError(
+            "neighbour search: expected points in every cloud that has a query, "
+            f"cloud {int(empty.nonzero()[0])} is empty"
+        )
     ragged = not mask.all()
     rows = max(1, chunk // max(1, size * points.shape[1]))
     found = []
@@ -143,7 +143,7 @@ def ball_query(
     radius: float,  # radius of the ball; the surface itself is outside (d^2 < radius^2)
     k: int,  # neighbours for each centre
 ) -> Int[Tensor, "m k"]:  # packed row numbers in rising order, then the first one repeated
-    """The first k points, in the order of the cloud, that lie inside a ball around each centre; the nearest if none does.
+    """The first k points of the cloud inside a ball around each centre; the nearest if there is none.
 
     Raises: ValueError of one line for k below 1 or a centre in a cloud without points.
     """

@@ -75,8 +75,7 @@ def snake_code(
 ) -> Int[Tensor, "n"]:  # long; each cell of a cloud's box has its own number
     "The place of a cell along a walk that reverses at every wall, within the box of its own cloud."
     row = batch[:, None].expand(-1, 3)
-    highest = grid.new_zeros(size, 3).scatter_reduce(0, row, grid, "amax")
-    extent = highest[batch] + 1
+    extent = grid.new_zeros(size, 3).scatter_reduce(0, row, grid, "amax")[batch] + 1
     first, *others = ["xyz".index(axis) for axis in axes]
     code, length = grid[:, first], extent[:, first]
     for axis in others:
@@ -91,7 +90,10 @@ def sweep_code(
     batch: Int[Tensor, "n"],  # cloud index
     axes: str = "xyz",  # the axis to sweep first; the other two give the direction
 ) -> Int[Tensor, "n"]:  # long; ties within a slice
-    "The 'snake' of the released Point Cloud Mamba: the first axis only, its direction from the largest cells of the batch."
+    """The 'snake' of the released Point Cloud Mamba: the first axis only.
+
+    Its direction comes from the largest cells of the batch.
+    """
     if not len(grid):
         return batch
     first, *others = ["xyz".index(axis) for axis in axes]
@@ -125,9 +127,10 @@ def serialize(
     curve = order.removesuffix("-trans")
     if curve in ("z", "hilbert"):
         if len(grid) and int(grid.max()) >= 1 << depth:
-            expected = f"{depth} digits hold cells below {1 << depth}"
-            found = f"found {int(grid.max())}; use a larger cell or depth"
-            raise ValueError(f"serialize.depth: {expected}, {found}")
+            raise ValueError(
+                f"serialize.depth: {depth} digits hold cells below {1 << depth}, "
+                f"found {int(grid.max())}; use a larger cell or depth"
+            )
         cells = grid if curve == order else grid[:, [1, 0, 2]]
         code = z_code(cells, depth) if curve == "z" else hilbert_code(cells, depth)
     else:

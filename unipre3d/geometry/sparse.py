@@ -42,8 +42,10 @@ def _triple(owner: str, name: str, value: int | Triple, low: int) -> Triple:
     "Three whole numbers from one or three, checked."
     three = (value,) * 3 if isinstance(value, Integral) else tuple(value)
     if len(three) != 3 or any(not isinstance(v, Integral) or v < low for v in three):
-        expected = f"expected a whole number or three of them, each at least {low}"
-        raise ValueError(f"{owner}.{name}: {expected}, got {value!r}")
+        raise ValueError(
+            f"{owner}.{name}: expected a whole number or three of them, each at least {low}, "
+            f"got {value!r}"
+        )
     return tuple(int(v) for v in three)
 
 
@@ -135,9 +137,7 @@ def neighbour_table(
     kernel: Triple,  # odd widths of the window
 ) -> Int[Tensor, "k n"]:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 for none
     "Which cells lie in the window around each cell."
-    n = len(number)
-    volume = math.prod(kernel)
-    lines = kernel[0] * kernel[1]
+    n, volume, lines = len(number), math.prod(kernel), kernel[0] * kernel[1]
     # the last column takes what was not found
     table = torch.full((volume, n + 1), -1, dtype=torch.int32, device=number.device)
     here = torch.arange(n, dtype=torch.int32, device=number.device)
@@ -152,8 +152,7 @@ def neighbour_table(
             hit = ends[place] == want
             table[offset, :n] = torch.where(hit, place, -1)
             table[volume - 1 - offset].scatter_(0, torch.where(hit, place, n), here)
-            place = place + hit
-            want = want + 1
+            place, want = place + hit, want + 1
     return table[:, :n]
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e4a235f8
@@ -198,8 +197,7 @@ class Rulebook:
         many = hit.sum(1, dtype=torch.int32)
         start = many.cumsum(1, dtype=torch.int32) - many
         counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1).tolist()
-        blocks = []
-        done = 0
+        blocks, done = [], 0
         for i, count in enumerate(counts):
             pairs = slice(done, done + sum(count))
             rows = dst_rows[i * side : (i + 1) * side]
@@ -255,8 +253,7 @@ class _SparseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feat: Tensor, weight: Tensor, rules: Rules) -> Tensor:
         ctx.save_for_backward(feat, weight)
-        ctx.rules = rules
-        book = rules.forth
+        ctx.rules, book = rules, rules.forth
         out = feat.new_empty(book.rows, weight.shape[2])
         gathered, products = _buffers(feat, book, *weight.shape[1:])
         for block in book.blocks:
@@ -398,7 +395,7 @@ def _use_spconv(owner: str, backend: str, x: SparseTensor) -> bool:
 
 
 def _run_spconv(x: SparseTensor, kind: str, layer: nn.Module, known: dict, key: str, **options):
-    "One spconv layer with the weights of ours; `known` holds what earlier layers worked out, by key. Returns spconv's tensor."
+    "spconv's tensor from its layer with our weights; `known` holds what earlier layers worked out."
     import spconv.pytorch as spconv
 
     width, kernel = (layer.in_channels, layer.out_channels), list(layer.kernel_size)
@@ -429,8 +426,9 @@ class _SparseLayer(nn.Module):
         super().__init__()
         owner = type(self).__name__
         if backend not in ("auto", "torch", "spconv"):
-            expected = "expected 'auto', 'torch' or 'spconv'"
-            raise ValueError(f"{owner}.backend: {expected}, got {backend!r}")
+            raise ValueError(
+                f"{owner}.backend: expected 'auto', 'torch' or 'spconv', got {backend!r}"
+            )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size = _triple(owner, "kernel_size", kernel_size, 1)
         self.backend = backend
@@ -443,13 +441,15 @@ class _SparseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         "Widths, kernel and bias, as torch prints a layer."
-        width, bias = f"{self.in_channels}, {self.out_channels}", self.bias is not None
-        return f"{width}, kernel_size={self.kernel_size}, bias={bias}"
+        width = f"{self.in_channels}, {self.out_channels}"
+        return f"{width}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
 
     def _check(self, x: SparseTensor) -> None:
         if x.feat.shape[1] != self.in_channels:
-            expected = f"expected features with {self.in_channels} channels (in_channels)"
-            raise ValueError(f"{type(self).__name__}: {expected}, got {x.feat.shape[1]}")
+            raise ValueError(
+                f"{type(self).__name__}: expected features with {self.in_channels} channels "
+                f"(in_channels), got {x.feat.shape[1]}"
+            )
 
     def _add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -476,8 +476,7 @@ class SubMConv3d(_SparseLayer):
         if self.kernel_size == (1, 1, 1):
             y = F.linear(x.feat, self.weight[:, 0, 0, 0])
         elif _use_spconv("SubMConv3d", self.backend, x) and len(x):
-            known = x._cache.setdefault("spconv", {})
-            key = f"subm {self.kernel_size}"
+            known, key = x._cache.setdefault("spconv", {}), f"subm {self.kernel_size}"
             out = _run_spconv(x, "SubMConv3d", self, known, key)
             known[key] = out.indice_dict[key]
             y = out.features
@@ -511,8 +510,11 @@ class SparseConv3d(_SparseLayer):
     def forward(self, x: SparseTensor) -> SparseTensor:
         "Coarser cells, `[m out_channels]`."
         self._check(x)
-        one = self.kernel_size == (1, 1, 1)
-        if not one and _use_spconv("SparseConv3d", self.backend, x) and len(x):
+        if (
+            self.kernel_size != (1, 1, 1)
+            and _use_spconv("SparseConv3d", self.backend, x)
+            and len(x)
+        ):
             walk = dict(stride=list(self.stride), padding=list(self.padding))
             out = _run_spconv(x, "SparseConv3d", self, {}, "down", **walk)
             fine = x.with_feat(x.feat.new_zeros(len(x), 0))
@@ -547,8 +549,10 @@ class SparseInverseConv3d(_SparseLayer):
             )
         fine, kernel, rules = x._origin
         if kernel != self.kernel_size:
-            expected = f"expected that of the SparseConv3d that is undone, {kernel}"
-            raise ValueError(f"SparseInverseConv3d.kernel_size: {expected}, got {self.kernel_size}")
+            raise ValueError(
+                "SparseInverseConv3d.kernel_size: expected that of the SparseConv3d that is undone, "
+                f"{kernel}, got {self.kernel_size}"
+            )
         if isinstance(rules, Rules):
             y = sparse_conv(x.feat, self.weight, rules.reversed())
         else:
