@@ -24,7 +24,7 @@ from unipre3d.worlds.rooms import (
     spoil_depth,
 )
 from unipre3d.data.scannet import ScanNetFrames
-from unipre3d.records import cache_dir, made_once
+from unipre3d.records import cache_dir, cached
 
 FRAMES = 6
 
@@ -345,6 +345,6 @@ def test_wrong_arguments_are_named():
 
 def test_the_cache_has_a_name_for_each_version(root, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIPRE3D_CACHE", str(tmp_path))
-    made = made_once("rooms-3-0", rooms_version(), lambda place: shutil.copytree(root, place))
+    made = cached("rooms-3-0", rooms_version(), lambda place: shutil.copytree(root, place))
     assert cache_dir() == made.parent == tmp_path and embedded_rooms(rooms=3) == made
     assert set(asdict(RoomsOptions())) == {"rooms", "seed", "out", "frames", "workers"}

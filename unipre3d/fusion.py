@@ -31,10 +31,10 @@ def view_point_pairs(
 ) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:  # view and point of each pair, view after view
     "Every view paired with each point of the cloud that it shows."
     start = offsets(batch, size)
-    count = (start[1:] - start[:-1])[views]
+    count = start.diff()[views]
     view = torch.arange(len(views), device=views.device).repeat_interleave(count)
-    first = start[:-1][views] - (count.cumsum(0) - count)
-    return view, torch.arange(len(view), device=view.device) + first[view]
+    shift = start[:-1][views] - (count.cumsum(0) - count)  # from pair to point, for each view
+    return view, torch.arange(len(view), device=view.device) + shift[view]
 
 # %% ../nbs/51_fusion.ipynb #9a9701b2
 def check_maps(
@@ -42,7 +42,10 @@ def check_maps(
     maps: Float[Tensor, "v c h w"],  # a feature map for each camera
     cameras: CameraBatch,
 ) -> tuple[int, int]:  # height and width of the maps
-    "Raise a one-line ValueError unless there is one map for each camera."
+    """The size of the maps.
+
+    Raises: ValueError of one line, unless there is one map for each camera.
+    """
     check_shapes(owner, maps=(maps, f"{len(cameras)} c h w"))
     return tuple(maps.shape[2:])
 
@@ -51,27 +54,26 @@ def visible_pixels(
     points: PointBatch,
     cameras: CameraBatch,  # v cameras
     hw: tuple[int, int],  # height and width of the pixel grid, which spans the whole image
-) -> tuple[
-    Int[Tensor, "m"], Int[Tensor, "m"]
-]:  # point, and flat pixel (view h w + row w + column), of each visible pair
-    "Pairs of a point and the pixel that shows it: inside the image, in front, and nearest of its pixel (ties keep all)."
+) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:  # point and flat pixel of each visible pair
+    """Pairs of a point and the pixel that shows it (paper section 3).
+
+    In the image, in front, and nearest of its pixel (ties keep all). Flat pixel: view h w + row w + column.
+    """
     (H, W), (h, w) = cameras.hw, hw
     view, point = view_point_pairs(points.batch, points.size, cameras.batch)
-    pose, K = cameras.world_to_cam, cameras.K
+    pose, K = cameras.world_to_cam[view], cameras.K[view]
     with full_precision(points.xyz):
-        xyz = (pose[view, :3, :3] @ points.xyz[point, :, None])[..., 0] + pose[view, :3, 3]
+        xyz = (pose[:, :3, :3] @ points.xyz[point, :, None])[..., 0] + pose[:, :3, 3]
         depth = xyz[:, 2]
         front = depth > 0
-        uv = (K[view, :2] @ xyz[:, :, None])[..., 0] / torch.where(
-            front, depth, torch.ones_like(depth)
-        )[:, None]
+        safe = torch.where(front, depth, torch.ones_like(depth))
+        uv = (K[:, :2] @ xyz[:, :, None])[..., 0] / safe[:, None]
     column, row = (uv[:, 0] * (w / W)).floor(), (uv[:, 1] * (h / H)).floor()
     inside = front & (column >= 0) & (column < w) & (row >= 0) & (row < h)
     point, depth = point[inside], depth[inside]
     pixel = view[inside] * (h * w) + row[inside].long() * w + column[inside].long()
-    nearest = depth.new_full((len(cameras) * h * w,), torch.inf).scatter_reduce(
-        0, pixel, depth.detach(), "amin"
-    )
+    buffer = depth.new_full((len(cameras) * h * w,), torch.inf)
+    nearest = buffer.scatter_reduce(0, pixel, depth.detach(), "amin")
     seen = depth == nearest[pixel]
     return point[seen], pixel[seen]
 
@@ -83,39 +85,44 @@ def mean_over_views(
 ) -> tuple[Float[Tensor, "n c"], Bool[Tensor, "n"]]:  # mean (zeros where unseen), seen
     "One row for each point: the mean of its pairs."
     count = torch.bincount(point, minlength=n)
-    return value.new_zeros(n, value.shape[1]).index_add(0, point, value) / count.clamp(min=1)[
-        :, None
-    ], count > 0
+    total = value.new_zeros(n, value.shape[1]).index_add(0, point, value)
+    return total / count.clamp(min=1)[:, None], count > 0
 
 
 def gather_visible(
     points: PointBatch,  # n points
-    maps: Float[
-        Tensor, "v c h w"
-    ],  # a feature map for each camera; spans the whole image, any resolution
+    maps: Float[Tensor, "v c h w"],  # one for each camera, over the whole image; any resolution
     cameras: CameraBatch,  # v cameras
 ) -> tuple[Float[Tensor, "n c"], Bool[Tensor, "n"]]:  # feature (zeros where unseen), seen
-    "Image features at the points that are visible; the mean over the views that see a point (section 3, feature fusion)."
+    """Image features at the points that are visible; the mean over the views that see a point (paper section 3).
+
+    Raises: ValueError of one line, unless there is one map for each camera.
+    """
     h, w = check_maps("gather_visible", maps, cameras)
     point, pixel = visible_pixels(points, cameras, (h, w))
-    return mean_over_views(
-        maps.flatten(2)[pixel // (h * w), :, pixel % (h * w)], point, len(points)
-    )
+    value = maps.flatten(2)[pixel // (h * w), :, pixel % (h * w)]
+    return mean_over_views(value, point, len(points))
 
 # %% ../nbs/51_fusion.ipynb #1782aeac
 class NoFusion(nn.Module):
     "No image features: `early` and `late` return the points as they are. Other fusions override one of them."
 
     def early(
-        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+        self,
+        points: PointBatch,  # after the backbone's stem
+        maps: Float[Tensor, "v c h w"],  # image features of the reference views
+        ref: ViewBatch,  # v reference views
     ) -> PointBatch:
-        "After the backbone's stem."
+        "Between the backbone's stem and body."
         return points
 
     def late(
-        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+        self,
+        points: PointBatch,  # after the backbone's body
+        maps: Float[Tensor, "v c h w"],  # image features of the reference views
+        ref: ViewBatch,  # v reference views
     ) -> PointBatch:
-        "After the backbone's body, before its norm."
+        "Between the backbone's body and norm."
         return points
 
 # %% ../nbs/51_fusion.ipynb #2da335ba
@@ -127,7 +134,7 @@ def norm_groups(
 
 # %% ../nbs/51_fusion.ipynb #f606651c
 class FeatureFusion(NoFusion):
-    "Object-level fusion: `MLP(cat(F_3D, F_2D))` on the backbone's last features (section 3)."
+    "Object-level fusion: `MLP(cat(F_3D, F_2D))` on the backbone's last features (paper section 3)."
 
     def __init__(
         self,
@@ -140,93 +147,95 @@ class FeatureFusion(NoFusion):
         self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU())
 
     def normalise(
-        self, value: Float[Tensor, "m c"], view: Int[Tensor, "m"], maps: Float[Tensor, "v c h w"]
+        self,
+        value: Float[Tensor, "m c"],  # read from the maps
+        view: Int[Tensor, "m"],  # the map of each
+        maps: Float[Tensor, "v c h w"],
     ) -> Float[Tensor, "m c"]:
         "What `image_norm(maps)` holds at the pixels that `value` was read from."
-        groups = self.image_norm.num_groups
-        grouped = maps.unflatten(1, (groups, -1)).flatten(2)
+        norm = self.image_norm
+        grouped = maps.unflatten(1, (norm.num_groups, -1)).flatten(2)
         mean = grouped.mean(2)
-        var = (
-            grouped.square().mean(2) - mean.square()
-        )  # several times faster here than torch.var_mean
-        value = (value.unflatten(1, (groups, -1)) - mean[view, :, None]) * (
-            var.clamp(min=0) + self.image_norm.eps
-        ).rsqrt()[view, :, None]
-        return value.flatten(1) * self.image_norm.weight + self.image_norm.bias
+        # several times faster here than torch.var_mean
+        var = grouped.square().mean(2) - mean.square()
+        scale = (var.clamp(min=0) + norm.eps).rsqrt()
+        value = value.unflatten(1, (norm.num_groups, -1))
+        value = (value - mean[view, :, None]) * scale[view, :, None]
+        return value.flatten(1) * norm.weight + norm.bias
 
     def gather(
-        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+        self,
+        points: PointBatch,
+        maps: Float[Tensor, "v c h w"],  # image features of the reference views
+        ref: ViewBatch,  # v reference views
     ) -> Float[Tensor, "n width"]:
-        "The image half: read at visible points, normalised, projected to `width`; zeros where no view sees the point."
+        "The image half: read at visible points, normalised, projected; zeros where no view sees the point."
         h, w = check_maps("FeatureFusion", maps, ref.camera)
         point, pixel = visible_pixels(points, ref.camera, (h, w))
         view = pixel // (h * w)
-        feat, seen = mean_over_views(
-            self.normalise(maps.flatten(2)[view, :, pixel % (h * w)], view, maps),
-            point,
-            len(points),
-        )
+        value = self.normalise(maps.flatten(2)[view, :, pixel % (h * w)], view, maps)
+        feat, seen = mean_over_views(value, point, len(points))
         return self.image_proj(feat) * seen[:, None]
 
     def late(
-        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+        self,
+        points: PointBatch,  # after the backbone's body
+        maps: Float[Tensor, "v c h w"],  # image features of the reference views
+        ref: ViewBatch,  # v reference views
     ) -> PointBatch:
         "Join the 2-D features to the 3-D ones."
-        return points.with_feat(
-            self.mlp(torch.cat([points.feat, self.gather(points, maps, ref)], 1))
-        )
+        both = torch.cat([points.feat, self.gather(points, maps, ref)], 1)
+        return points.with_feat(self.mlp(both))
 
 # %% ../nbs/51_fusion.ipynb #d27e5dad
 def cloud_boxes(
     points: PointBatch,
-) -> tuple[
-    Float[Tensor, "B 3"], Float[Tensor, "B 3"]
-]:  # lowest and highest corner; an empty cloud has an empty box (inf, -inf)
-    "The axis-parallel box of each cloud."
-    row, empty = (
-        points.batch[:, None].expand(-1, 3),
-        points.xyz.new_full((points.size, 3), torch.inf),
-    )
-    return empty.scatter_reduce(0, row, points.xyz, "amin"), (-empty).scatter_reduce(
-        0, row, points.xyz, "amax"
-    )
+) -> tuple[Float[Tensor, "B 3"], Float[Tensor, "B 3"]]:  # lowest and highest corner
+    "The axis-parallel box of each cloud; an empty cloud has an empty box (inf, -inf)."
+    row = points.batch[:, None].expand(-1, 3)
+    empty = points.xyz.new_full((points.size, 3), torch.inf)
+    low = empty.scatter_reduce(0, row, points.xyz, "amin")
+    return low, (-empty).scatter_reduce(0, row, points.xyz, "amax")
 
 
 def back_project(
     points: PointBatch,  # the clouds, whose boxes count
-    maps: Float[
-        Tensor, "v c h w"
-    ],  # a feature map for each view; spans the whole image, any resolution
+    maps: Float[Tensor, "v c h w"],  # one for each view, over the whole image; any resolution
     ref: ViewBatch,  # v views with depth
 ) -> PointBatch:  # feat [m c]
-    "Every pixel with depth inside the box of its cloud as a point that carries the image's feature there (section 3, point fusion)."
+    """Every pixel with depth inside the box of its cloud as a point with the image's feature there (paper section 3).
+
+    Raises: ValueError of one line, where the views have no depth or maps do not belong to them.
+    """
     if ref.depth is None:
         raise ValueError(
-            "back_project: expected reference views with depth, got none; use FeatureFusion, or a reader that has depth"
+            "back_project: expected reference views with depth, got none; "
+            "use FeatureFusion, or a reader that has depth"
         )
-    (h, w), (H, W) = check_maps("back_project", maps, ref.camera), ref.camera.hw
-    xyz, valid = unproject(ref.depth, ref.camera)
-    low, high = (corner[ref.camera.batch][:, None, None] for corner in cloud_boxes(points))
-    view, row, column = (valid & (xyz >= low).all(-1) & (xyz <= high).all(-1)).nonzero(
-        as_tuple=True
+    camera = ref.camera
+    (h, w), (H, W) = check_maps("back_project", maps, camera), camera.hw
+    xyz, valid = unproject(ref.depth, camera)
+    low, high = (corner[camera.batch][:, None, None] for corner in cloud_boxes(points))
+    inside = valid & (xyz >= low).all(-1) & (xyz <= high).all(-1)
+    view, row, column = inside.nonzero(as_tuple=True)
+    map_row = ((2 * row + 1) * h).div(2 * H, rounding_mode="floor")
+    map_column = ((2 * column + 1) * w).div(2 * W, rounding_mode="floor")
+    return points.derive(
+        xyz=xyz[view, row, column],
+        feat=maps[view, :, map_row, map_column],
+        batch=camera.batch[view],
     )
-    feat = maps[
-        view,
-        :,
-        ((2 * row + 1) * h).div(2 * H, rounding_mode="floor"),
-        ((2 * column + 1) * w).div(2 * W, rounding_mode="floor"),
-    ]
-    return PointBatch(xyz[view, row, column], feat, ref.camera.batch[view], points.size)
 
 # %% ../nbs/51_fusion.ipynb #798af9fd
 def join_voxels(
     points: PointBatch,  # one row a voxel, from the backbone's stem
     image: PointBatch,  # any points, features of the same width
     voxel_size: float,  # edge of a voxel, world units
-) -> PointBatch:  # of each cloud the rows of `points` in their order, then its new voxels in the order of their first image point
-    "The union on one grid: image points are averaged in each voxel, and added to the row that is there or made a new one."
+) -> PointBatch:  # in each cloud the rows of `points`, then new voxels by their first image point
+    "The union on one grid: the mean of a voxel's image points is added to its row, or is a new row."
     batch = torch.cat([points.batch, image.batch])
-    own = (torch.arange(len(batch), device=batch.device) < len(points))[batch.argsort(stable=True)]
+    own = torch.arange(len(batch), device=batch.device) < len(points)
+    own = own[batch.argsort(stable=True)]  # in the order of `cat_points`
     voxels, inverse = merge_voxels(cat_points(points, image), voxel_size)
     kind = torch.promote_types(points.feat.dtype, image.feat.dtype)  # they differ under autocast
     feat, _ = mean_over_views(image.feat.to(kind), inverse[~own], len(voxels))
@@ -234,7 +243,7 @@ def join_voxels(
 
 # %% ../nbs/51_fusion.ipynb #b301b449
 class PointFusion(NoFusion):
-    "Scene-level fusion: reference pixels with depth join the cloud after the backbone's stem (section 3)."
+    "Scene-level fusion: reference pixels with depth join the cloud after the backbone's stem (paper section 3)."
 
     def __init__(
         self,
@@ -249,16 +258,21 @@ class PointFusion(NoFusion):
         self.conv = SubMConv3d(width, width, 3, bias=True)
         self.norm = nn.BatchNorm1d(width)
 
-    def mix(self, voxels: PointBatch) -> PointBatch:
+    def mix(
+        self,
+        voxels: PointBatch,  # one row a voxel
+    ) -> PointBatch:
         "Convolution, normalisation and ReLU on the union."
         x = self.conv(point_cells(voxels, self.voxel_size))
         return voxels.with_feat(self.norm(x.feat).relu())
 
     def early(
-        self, points: PointBatch, maps: Float[Tensor, "v c h w"], ref: ViewBatch
+        self,
+        points: PointBatch,  # after the backbone's stem: one row a voxel
+        maps: Float[Tensor, "v c h w"],  # image features of the reference views
+        ref: ViewBatch,  # v reference views with depth
     ) -> PointBatch:
         "Join the reference pixels to the voxels."
         image = back_project(points, self.image_norm(maps), ref)
-        return self.mix(
-            join_voxels(points, image.with_feat(self.image_proj(image.feat)), self.voxel_size)
-        )
+        image = image.with_feat(self.image_proj(image.feat))
+        return self.mix(join_voxels(points, image, self.voxel_size))

@@ -21,19 +21,23 @@ def weighted_mse(
     foreground: float = 4.0,  # weight on the mask, >= 0
     background: float = 1.0,  # weight elsewhere, >= 0
 ) -> Float[Tensor, ""]:
-    "Mean over pixels and channels of `w (pred - target)^2`; the weights are scaled so that equal ones give plain MSE (section 3)."
-    check_shapes(
-        "weighted_mse", pred=(pred, "v 3 h w"), target=(target, "v 3 h w"), mask=(mask, "v h w")
-    )
+    """Mean over pixels and channels of `w (pred - target)^2`; equal weights give plain MSE (paper section 3).
+
+    Raises: ValueError of one line for shapes that differ, a negative weight or two weights of zero.
+    """
+    images = dict(pred=(pred, "v 3 h w"), target=(target, "v 3 h w"))
+    check_shapes("weighted_mse", **images, mask=(mask, "v h w"))
     if min(foreground, background) < 0 or foreground + background <= 0:
         raise ValueError(
-            f"weighted_mse: expected weights >= 0 that are not both zero, got foreground={foreground}, background={background}"
+            "weighted_mse: expected weights >= 0 that are not both zero, "
+            f"got foreground={foreground}, background={background}"
         )
     error = (pred - target).square().mean(1)
     if mask is None:
         return error.mean()
     scale = 2 / (foreground + background)
-    return (torch.where(mask.bool(), scale * foreground, scale * background) * error).mean()
+    weight = torch.where(mask.bool(), scale * foreground, scale * background)
+    return (weight * error).mean()
 
 # %% ../nbs/53_losses.ipynb #40be0476
 def psnr(
@@ -41,13 +45,18 @@ def psnr(
     target: Float[Tensor, "v 3 h w"],  # true colour, 0..1
     mask: Bool[Tensor, "v h w"] | None = None,  # score only these pixels
 ) -> Float[Tensor, "v"]:  # dB; NaN for an image whose mask is empty
-    "Peak signal-to-noise ratio of each image, capped at 100 dB."
-    check_shapes("psnr", pred=(pred, "v 3 h w"), target=(target, "v 3 h w"), mask=(mask, "v h w"))
+    """Peak signal-to-noise ratio of each image, capped at 100 dB.
+
+    Raises: ValueError of one line, where shapes differ.
+    """
+    images = dict(pred=(pred, "v 3 h w"), target=(target, "v 3 h w"))
+    check_shapes("psnr", **images, mask=(mask, "v h w"))
     error = (pred - target).square().mean(1).flatten(1)
     if mask is None:
         mse = error.mean(1)
     else:
-        mse = (error * mask.flatten(1)).sum(1) / mask.flatten(1).sum(1)
+        mask = mask.flatten(1)
+        mse = (error * mask).sum(1) / mask.sum(1)
     return -10 * mse.clamp(min=1e-10).log10()
 
 
@@ -67,11 +76,8 @@ def best_constant_colour(
     "The multiple of the overall mean colour that has the highest mean PSNR as an image."
     colour = mean.mean(0)
     level = torch.linspace(0, 2, steps, device=mean.device)
-    mse = (
-        energy[:, None]
-        - 2 * level * (mean @ colour)[:, None] / 3
-        + level.square() * colour.square().mean()
-    )
+    cross = 2 * level * (mean @ colour)[:, None] / 3
+    mse = energy[:, None] - cross + level.square() * colour.square().mean()
     scores = (-10 * mse.clamp(min=1e-10).log10()).mean(0)
     best = int(scores.argmax())
     return level[best] * colour, float(scores[best])

@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib, importlib.util, json, math, os, platform, subprocess, sys
+import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -18,20 +18,25 @@ import unipre3d
 from .core import data_dir
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'FINETUNE', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'cache_dir',
-           'made_once', 'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
+__all__ = ['PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash',
+           'data_hash', 'cache_dir', 'cached', 'write_json', 'read_config', 'check_record', 'read_record',
+           'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
     "The package's version and, in a checkout, the commit (with + where files were changed)."
-    version, root = metadata.version("unipre3d"), Path(unipre3d.__file__).resolve().parent.parent
+    version = metadata.version("unipre3d")
+    root = Path(unipre3d.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return version
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
-    ).stdout.strip()
+
+    def git(*args):
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return f"{version}+{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', 'unipre3d') else ''}"
+        changed = "+" if git("status", "--porcelain", "unipre3d") else ""
+        return f"{version}+{git('rev-parse', '--short=12', 'HEAD')}{changed}"
     except (OSError, subprocess.CalledProcessError):
         return version
 
@@ -39,15 +44,10 @@ def code_version() -> str:
 def hardware() -> dict[str, Any]:
     "Processor, cores, GPU and the versions that matter."
     cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = next(
-            (
-                line.split(":")[1].strip()
-                for line in open("/proc/cpuinfo")
-                if line.startswith("model name")
-            ),
-            cpu,
-        )
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.*?)\s*$", info.read_text(), re.MULTILINE)
+        cpu = found[1] if found else cpu
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -64,15 +64,14 @@ def peak_memory_mb() -> float | None:  # None where the system does not say
         import resource
     except ImportError:
         return None  # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def code_hash(
     *modules: str,  # names, such as "unipre3d.core"
 ) -> str:  # 16 hexadecimal digits
-    "Changes with the code of some modules; lines that begin with # do not count. What is made on first use is kept under such a name."
+    "A name for some modules' code, for what is cached; lines that begin with # do not count."
     digest = hashlib.sha256()
     for name in modules:
         lines = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8").splitlines()
@@ -84,18 +83,18 @@ def data_hash(
     path: str | Path,  # a file, or a folder
     pattern: str = "**/*",  # which files of a folder count
 ) -> str:  # 64 hexadecimal digits
-    "sha256 of a file's bytes, or of the sorted names and sizes of a folder's files."
+    """sha256 of a file's bytes, or of the sorted names and sizes of a folder's files.
+
+    Raises: FileNotFoundError, where there is nothing at that path.
+    """
     path = Path(path)
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a file or a folder to hash, there is none")
-    found = sorted(
-        (p.relative_to(path).as_posix(), p.stat().st_size)
-        for p in path.glob(pattern)
-        if p.is_file()
-    )
+    files = [file for file in path.glob(pattern) if file.is_file()]
+    found = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in files)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 # %% ../nbs/01_records.ipynb #93730242
@@ -103,19 +102,22 @@ def cache_dir() -> Path:
     "Where made data is kept: UNIPRE3D_CACHE, or `unipre3d` in the user's cache folder."
     if given := os.environ.get("UNIPRE3D_CACHE"):
         return Path(given)
+    home = Path.home()
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "unipre3d"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "unipre3d"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipre3d"
+        base = os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
+    return Path(base) / "unipre3d"
 
 
-def made_once(
+def cached(
     name: str,  # such as "scans.npz"; the hash goes before the suffix
-    values: Any,  # what decides what is made, as plain values: arguments, hashes of code and of files
+    values: Any,  # what decides the result, as plain values: arguments, hashes of code and of files
     make: Callable[
         [Path], Any
-    ],  # writes a file or a folder at a path, where it finds what it left if it was interrupted
+    ],  # writes a file or a folder; finds there what an interrupted one left
     cache: str | Path | None = None,  # folder; None means `cache_dir()`
 ) -> Path:  # the file or folder
     "What was made before from the same values, else what `make` makes now."
@@ -126,61 +128,23 @@ def made_once(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # a second process waits for the first
         if not path.exists():
-            make(part := Path(f"{path}.part"))
+            part = Path(f"{path}.part")
+            make(part)
             os.replace(part, path)
     return path
 
 # %% ../nbs/01_records.ipynb #70ae8754
-PRETRAIN = (
-    "recipe",
-    "values",
-    "code",
-    "seed",
-    "steps",
-    "data",
-    "backend",
-    "processes",
-    "hardware",
-    "train_seconds",
-    "wall_seconds",
-    "cpu_seconds",
-    "peak_memory_mb",
-    "resumed",
-    "metrics",
-    "history",
-)
-FINETUNE = (
-    "recipe",
-    "task",
-    "values",
-    "code",
-    "seed",
-    "start",
-    "steps",
-    "chosen",
-    "data",
-    "classes",
-    "processes",
-    "hardware",
-    "train_seconds",
-    "wall_seconds",
-    "cpu_seconds",
-    "peak_memory_mb",
-    "resumed",
-    "metrics",
-    "details",
-    "history",
-)
-FIELDS = {
-    "pretrain": PRETRAIN,
-    "finetune": FINETUNE,
-    "autoencoder": ("data", "settings", "sha256", "loss", "val", "seconds", "hardware"),
-}
+_SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds
+    cpu_seconds peak_memory_mb resumed metrics history""".split()
+PRETRAIN = (*_SHARED, "backend")
+FINETUNE = (*_SHARED, "task", "start", "chosen", "classes", "details")
+AUTOENCODER = ("data", "settings", "sha256", "loss", "val", "seconds", "hardware")
+FIELDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "autoencoder": AUTOENCODER}
 
 
 def write_json(
-    path: str | Path,
-    value: dict,
+    path: str | Path,  # file to write
+    value: dict,  # plain values, finite
 ) -> None:
     "Write plain values, readable and at once."
     partial = Path(path).with_suffix(".partial")
@@ -190,10 +154,11 @@ def write_json(
 
 def read_config(
     folder: str | Path,  # a run folder
-) -> (
-    dict
-):  # the name of the recipe and its values; of a fine-tuning also task, start and class_names
-    "What a run said of itself when it began."
+) -> dict:  # the recipe's name and values; of a fine-tuning also task, start and class_names
+    """What a run said of itself when it began.
+
+    Raises: FileNotFoundError, where the folder is not a run.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
@@ -201,33 +166,33 @@ def read_config(
 
 
 def check_record(
-    record: dict,
+    record: dict,  # as read from its file
     name: str = "record",  # what messages call it
 ) -> None:
-    "Raise a one-line ValueError unless the record is of a known kind and complete, with finite metrics."
-    if record.get("kind") not in FIELDS:
-        raise ValueError(
-            f"{name}: expected a kind, one of {', '.join(FIELDS)}; found {record.get('kind')!r}"
-        )
-    if lack := [f for f in FIELDS[record["kind"]] if f not in record]:
-        raise ValueError(
-            f"{name}: expected {lack[0]!r} in a record of kind {record['kind']}, there is none"
-        )
-    bad = [
-        k
-        for k, v in record.get("metrics", {}).items()
-        if isinstance(v, float) and not math.isfinite(v)
-    ]
-    if bad:
-        raise ValueError(
-            f"{name}: expected finite metrics, found {bad[0]} = {record['metrics'][bad[0]]}"
-        )
+    """Compare a record with what its kind must hold.
+
+    Raises: ValueError of one line for an unknown kind, a missing field or a metric that is not finite.
+    """
+    kind = record.get("kind")
+    if kind not in FIELDS:
+        raise ValueError(f"{name}: expected a kind, one of {', '.join(FIELDS)}; found {kind!r}")
+    for field in FIELDS[kind]:
+        if field not in record:
+            raise ValueError(
+                f"{name}: expected {field!r} in a record of kind {kind}, there is none"
+            )
+    for metric, value in record.get("metrics", {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected finite metrics, found {metric} = {value}")
 
 # %% ../nbs/01_records.ipynb #ffcd5539
 def read_record(
     name: str | Path,  # a file, or the name of a committed record without .json
 ) -> dict:
-    "A checked record."
+    """A checked record.
+
+    Raises: FileNotFoundError where there is none, ValueError where it is incomplete.
+    """
     path = Path(name) if Path(name).suffix == ".json" else data_dir() / "records" / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a record, there is no such file")
@@ -238,20 +203,19 @@ def read_record(
 
 def read_records(
     folder: str | Path | None = None,  # default: the committed records
-    kind: str = "pretrain",
+    kind: str = "pretrain",  # a key of FIELDS
 ) -> pd.DataFrame:  # indexed by file name; columns such as recipe, seed, values.lr, metrics.psnr
-    "All records of one kind as one table; files of benchmarks are left alone."
+    """All records of one kind as one table; files of benchmarks are left alone.
+
+    Raises: ValueError, where any record is incomplete.
+    """
     folder = data_dir() / "records" if folder is None else Path(folder)
-    found = {
-        p.stem: json.loads(p.read_text())
-        for p in sorted(folder.glob("*.json"))
-        if not p.stem.startswith("benchmark_")
-    }
-    for name, record in found.items():
-        check_record(record, f"{name}.json")
-    rows = {
-        name: {k: v for k, v in r.items() if k != "history"}
-        for name, r in found.items()
-        if r["kind"] == kind
-    }
+    rows = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.stem.startswith("benchmark_"):
+            continue
+        record = read_record(path)
+        if record["kind"] == kind:
+            record.pop("history", None)
+            rows[path.stem] = record
     return pd.json_normalize(list(rows.values()), max_level=1).set_axis(list(rows))

@@ -11,6 +11,7 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..core import CameraBatch, check_shapes, full_precision
 
@@ -20,7 +21,10 @@ def intrinsics_from_fov(
     hw: tuple[int, int],  # image height and width in pixels
     fov_y: float | None = None,  # vertical field of view in degrees; None means square pixels
 ) -> Float[Tensor, "3 3"]:
-    "Pinhole intrinsics `K` with the principal point in the middle of the image."
+    """Pinhole intrinsics `K` with the principal point in the middle of the image.
+
+    Raises: ValueError of one line, where an angle is not a field of view.
+    """
     for name, angle in (("fov", fov), ("fov_y", fov_y)):
         if angle is not None and not 0 < angle < 180:
             raise ValueError(
@@ -34,31 +38,28 @@ def intrinsics_from_fov(
 # %% ../../nbs/geometry/10_cameras.ipynb #8b0c509d
 def look_at(
     eye: Float[Tensor, "v 3"],  # camera positions in the world
-    at: Float[Tensor, "#v 3"] = (
-        0.0,
-        0.0,
-        0.0,
-    ),  # the point to look at, one for all ([3]) or one each ([v 3])
+    at: Float[Tensor, "#v 3"] = (0.0, 0.0, 0.0),  # the point in the middle: one ([3]) or one each
     up: Float[Tensor, "3"] = (0.0, 0.0, 1.0),  # direction that should point up in the image
 ) -> Float[Tensor, "v 4 4"]:
-    "Poses `world_to_cam` that look from `eye` to `at`; looking along `up` picks some roll, not an error."
+    """Poses `world_to_cam` that look from `eye` to `at`; looking along `up` picks some roll, not an error.
+
+    Raises: ValueError of one line, where a camera stands on its target.
+    """
     check_shapes("look_at", eye=(eye, "v 3"))
     at, up = (torch.as_tensor(x, dtype=eye.dtype, device=eye.device) for x in (at, up))
     if bool(((at - eye).norm(dim=1) == 0).any()):
         raise ValueError(
             "look_at: expected eye and at to differ, found a camera that stands on its target"
         )
-    z = torch.nn.functional.normalize(at - eye, dim=1)
+    z = normalize(at - eye, dim=1)
     right = torch.linalg.cross(z, up.expand_as(z))
-    spare = torch.linalg.cross(
-        z, torch.eye(3, dtype=eye.dtype, device=eye.device)[z.abs().argmin(1)]
-    )
-    x = torch.nn.functional.normalize(
-        torch.where(right.norm(dim=1, keepdim=True) > 1e-6, right, spare), dim=1
-    )
+    axes = torch.eye(3, dtype=eye.dtype, device=eye.device)
+    spare = torch.linalg.cross(z, axes[z.abs().argmin(1)])
+    x = normalize(torch.where(right.norm(dim=1, keepdim=True) > 1e-6, right, spare), dim=1)
     R = torch.stack([x, torch.linalg.cross(z, x), z], dim=1)
     pose = torch.eye(4, dtype=eye.dtype, device=eye.device).repeat(len(eye), 1, 1)
-    pose[:, :3, :3], pose[:, :3, 3] = R, -(R @ eye[:, :, None])[:, :, 0]
+    pose[:, :3, :3] = R
+    pose[:, :3, 3] = -(R @ eye[:, :, None])[:, :, 0]
     return pose
 
 # %% ../../nbs/geometry/10_cameras.ipynb #78ac1f2b
@@ -69,7 +70,10 @@ def project(
 ) -> tuple[
     Float[Tensor, "v n 2"], Float[Tensor, "v n"], Bool[Tensor, "v n"]
 ]:  # uv in pixels, depth along z, inside
-    "Every point in every camera; `inside` = own cloud, in front, within the image. Behind the camera `uv` is defined but meaningless."
+    """Every point in every camera. Behind the camera `uv` is defined but meaningless.
+
+    `inside`: in a camera of the point's own cloud, in front of it, within the image.
+    """
     check_shapes("project", xyz=(xyz, "n 3"), batch=(batch, "n"))
     R, t = cameras.world_to_cam[:, :3, :3], cameras.world_to_cam[:, :3, 3]
     with full_precision(xyz):
@@ -77,34 +81,28 @@ def project(
         depth = camera_xyz[..., 2]
         safe = torch.where(depth.abs() < 1e-12, torch.full_like(depth, 1e-12), depth)
         uv = torch.einsum("vij,vnj->vni", cameras.K[:, :2], camera_xyz) / safe[..., None]
-    (h, w), (u, v) = cameras.hw, uv.unbind(-1)
-    inside = (
-        (cameras.batch[:, None] == batch) & (depth > 0) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
-    )
+    h, w = cameras.hw
+    u, v = uv.unbind(-1)
+    own = cameras.batch[:, None] == batch
+    inside = own & (depth > 0) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
     return uv, depth, inside
 
 # %% ../../nbs/geometry/10_cameras.ipynb #c3c37dff
 def unproject(
     depth: Float[Tensor, "v h w"],  # metres along z; 0, negative or non-finite = missing
     cameras: CameraBatch,  # v cameras of the same image size
-) -> tuple[
-    Float[Tensor, "v h w 3"], Bool[Tensor, "v h w"]
-]:  # world points at pixel centres (zeros where missing), valid
-    "Every pixel with depth as a point in the world: the inverse of `project`."
-    (h, w), kw = cameras.hw, dict(dtype=depth.dtype, device=depth.device)
+) -> tuple[Float[Tensor, "v h w 3"], Bool[Tensor, "v h w"]]:  # world points, valid
+    "Every pixel with depth as a point at its centre (zeros where missing): the inverse of `project`."
+    h, w = cameras.hw
     check_shapes("unproject", depth=(depth, f"{len(cameras)} {h} {w}"))
     valid = torch.isfinite(depth) & (depth > 0)
     z = torch.where(valid, depth, torch.zeros_like(depth))
-    v, u = torch.meshgrid(torch.arange(h, **kw) + 0.5, torch.arange(w, **kw) + 0.5, indexing="ij")
+    centres = [torch.arange(n, dtype=depth.dtype, device=depth.device) + 0.5 for n in (h, w)]
+    v, u = torch.meshgrid(*centres, indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)], -1)
     with full_precision(z):
-        ray = torch.einsum(
-            "vij,hwj->vhwi",
-            torch.linalg.inv(cameras.K),
-            torch.stack([u, v, torch.ones_like(u)], -1),
-        )
         pose = cameras.cam_to_world
-        xyz = (
-            torch.einsum("vij,vhwj->vhwi", pose[:, :3, :3], ray * z[..., None])
-            + pose[:, None, None, :3, 3]
-        )
+        ray = torch.einsum("vij,hwj->vhwi", torch.linalg.inv(cameras.K), pixels)
+        xyz = torch.einsum("vij,vhwj->vhwi", pose[:, :3, :3], ray * z[..., None])
+        xyz = xyz + pose[:, None, None, :3, 3]
     return xyz * valid[..., None], valid

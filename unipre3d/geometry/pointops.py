@@ -4,9 +4,11 @@
 
 # %% ../../nbs/geometry/11_pointops.ipynb #35a9e120
 from __future__ import annotations
-from typing import Callable
+import math
+from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import offsets, to_padded
@@ -21,16 +23,16 @@ def _check_count(name: str, value: int) -> None:
 
 
 def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
-    "Farthest points of padded clouds [B n 3], as places [B k]; a place repeats once a cloud has no points left."
-    x, y, z = (c.contiguous() for c in xyz.unbind(-1))
+    "Farthest points of padded clouds [B n 3], as places [B k]; one repeats where no points are left."
+    x, y, z = (axis.contiguous() for axis in xyz.unbind(-1))
     gap = torch.where(mask, torch.inf, -1.0).to(xyz.dtype)
     d2, step = torch.empty_like(gap), torch.empty_like(gap)
     newest = torch.zeros(len(gap), 1, dtype=torch.long, device=gap.device)
     chosen = [newest]
     for _ in range(k - 1):
         torch.sub(x, x.gather(1, newest), out=d2).square_()
-        for c in (y, z):
-            torch.sub(c, c.gather(1, newest), out=step)
+        for axis in (y, z):
+            torch.sub(axis, axis.gather(1, newest), out=step)
             d2.addcmul_(step, step)
         torch.minimum(gap, d2, out=gap).scatter_(1, newest, -1.0)
         newest = gap.argmax(1, keepdim=True)
@@ -40,12 +42,17 @@ def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def farthest_point_sample(
-    xyz: Tensor,  # [n 3] packed points, any length unit
-    batch: Tensor,  # [n] sorted cloud index
+    xyz: Float[Tensor, "n 3"],  # packed points, any length unit
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     k: int,  # centres for each cloud
-) -> Tensor:  # [m] packed row numbers, cloud after cloud, min(k, points of the cloud) for each; `batch[index]` says whose
-    "Well spread points of every cloud, in the order in which they are taken; each cloud starts with its first point."
+) -> Int[
+    Tensor, "m"
+]:  # packed row numbers, cloud after cloud, min(k, points of the cloud) for each
+    """Well spread points of every cloud, in the order in which they are taken, from its first point on.
+
+    `batch[index]` says which cloud each belongs to. Raises: ValueError of one line for k below 1.
+    """
     _check_count("farthest_point_sample.k", k)
     padded, mask = to_padded(xyz, batch, size)
     k = min(k, padded.shape[1])
@@ -56,9 +63,9 @@ def farthest_point_sample(
 
 # %% ../../nbs/geometry/11_pointops.ipynb #56eefe5d
 def squared_distance(
-    a: Tensor,  # [... m 3]
-    b: Tensor,  # [... n 3]
-) -> Tensor:  # [... m n]
+    a: Float[Tensor, "*b m 3"],
+    b: Float[Tensor, "*b n 3"],
+) -> Float[Tensor, "*b m n"]:
     "All squared distances, as sums of squared differences (exact zeros for equal points)."
     d2 = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
     for axis in (1, 2):
@@ -69,7 +76,8 @@ def squared_distance(
 
 def _widen(index: Tensor, k: int) -> Tensor:
     "Repeat the first column until there are k."
-    return torch.cat([index, index[..., :1].expand(*index.shape[:-1], k - index.shape[-1])], -1)
+    first = index[..., :1].expand(*index.shape[:-1], k - index.shape[-1])
+    return torch.cat([index, first], -1)
 
 
 def _search(
@@ -78,119 +86,128 @@ def _search(
     xyz: Tensor,
     batch: Tensor,
     size: int,
-    pick: Callable,
+    pick: Callable[[Tensor], Tensor],
     chunk: int = 2**20,
 ) -> Tensor:
-    "Pack up the places that `pick` chooses from each table [b m n] of squared distances (infinite where there is no point)."
+    "Packed places that `pick` chooses from tables [b m n] of squared distances, infinite for no point."
     points, mask = to_padded(xyz, batch, size)
-    queries, asked = to_padded(query, query_batch, size)
-    if (lost := asked.any(1) & ~mask.any(1)).any():
+    queries, wanted = to_padded(query, query_batch, size)
+    empty = wanted.any(1) & ~mask.any(1)
+    if empty.any():
         raise ValueError(
-            f"neighbour search: expected points in every cloud that is asked about, cloud {int(lost.nonzero()[0])} is empty"
+            "neighbour search: expected points in every cloud that has a query, "
+            f"cloud {int(empty.nonzero()[0])} is empty"
         )
-    ragged, n = not mask.all(), points.shape[1]
-    rows = max(1, chunk // max(1, size * n))
+    ragged = not mask.all()
+    rows = max(1, chunk // max(1, size * points.shape[1]))
     found = []
     for part in queries.split(rows, 1):
         d2 = squared_distance(part, points)
-        found.append(pick(d2.masked_fill_(~mask[:, None], torch.inf) if ragged else d2))
-    return (torch.cat(found, 1) + offsets(batch, size)[:-1, None, None])[asked]
+        if ragged:
+            d2.masked_fill_(~mask[:, None], torch.inf)
+        found.append(pick(d2))
+    return (torch.cat(found, 1) + offsets(batch, size)[:-1, None, None])[wanted]
 
 # %% ../../nbs/geometry/11_pointops.ipynb #f5cd0c1e
 @torch.no_grad()
 def knn(
-    query: Tensor,  # [m 3] packed places to ask about
-    query_batch: Tensor,  # [m] sorted cloud of each query
-    xyz: Tensor,  # [n 3] packed points, same unit
-    batch: Tensor,  # [n] sorted cloud index
+    query: Float[Tensor, "m 3"],  # packed places
+    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
+    xyz: Float[Tensor, "n 3"],  # packed points, same unit
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     k: int,  # neighbours for each query
-) -> (
-    Tensor
-):  # [m k] packed row numbers, nearest first; a cloud of fewer than k points repeats the nearest
-    "The k nearest points of the query's own cloud."
+) -> Int[Tensor, "m k"]:  # packed row numbers, nearest first
+    """The k nearest points of the query's own cloud; a cloud of fewer points repeats the nearest.
+
+    Raises: ValueError of one line for k below 1 or a query in a cloud without points.
+    """
     _check_count("knn.k", k)
 
     def pick(d2):
         near, index = d2.topk(min(k, d2.shape[-1]), largest=False)
         return _widen(torch.where(near.isinf(), index[..., :1], index), k)
 
-    return (
-        _search(query, query_batch, xyz, batch, size, pick) if len(query) else batch.new_zeros(0, k)
-    )
+    if not len(query):
+        return batch.new_zeros(0, k)
+    return _search(query, query_batch, xyz, batch, size, pick)
 
 
 @torch.no_grad()
 def ball_query(
-    query: Tensor,  # [m 3] packed centres
-    query_batch: Tensor,  # [m] sorted cloud of each centre
-    xyz: Tensor,  # [n 3] packed points, same unit
-    batch: Tensor,  # [n] sorted cloud index
+    query: Float[Tensor, "m 3"],  # packed centres
+    query_batch: Int[Tensor, "m"],  # sorted cloud of each centre
+    xyz: Float[Tensor, "n 3"],  # packed points, same unit
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     radius: float,  # radius of the ball; the surface itself is outside (d^2 < radius^2)
     k: int,  # neighbours for each centre
-) -> Tensor:  # [m k] packed row numbers in rising order, then the first one repeated; the nearest point if the ball is empty
-    "The first k points, in the order of the cloud, that lie inside a ball around each centre."
+) -> Int[Tensor, "m k"]:  # packed row numbers in rising order, then the first one repeated
+    """The first k points of the cloud inside a ball around each centre; the nearest if there is none.
+
+    Raises: ValueError of one line for k below 1 or a centre in a cloud without points.
+    """
     _check_count("ball_query.k", k)
 
     def pick(d2):
         n = d2.shape[-1]
-        place = torch.where(
-            d2 < radius**2, torch.arange(n, device=d2.device, dtype=torch.float), float(n)
-        )
+        place = torch.arange(n, device=d2.device, dtype=torch.float)
+        place = torch.where(d2 < radius**2, place, float(n))
         place = place.topk(min(k, n), largest=False).values.long()
         first = place[..., :1]
         if (first == n).any():
             first = torch.where(first == n, d2.argmin(-1, keepdim=True), first)
         return _widen(torch.where(place == n, first, place), k)
 
-    return (
-        _search(query, query_batch, xyz, batch, size, pick) if len(query) else batch.new_zeros(0, k)
-    )
+    if not len(query):
+        return batch.new_zeros(0, k)
+    return _search(query, query_batch, xyz, batch, size, pick)
 
 # %% ../../nbs/geometry/11_pointops.ipynb #f6b9bb5e
 def three_nn(
-    query: Tensor,  # [m 3] packed places to ask about
-    query_batch: Tensor,  # [m] sorted cloud of each query
-    xyz: Tensor,  # [n 3] packed points, same unit
-    batch: Tensor,  # [n] sorted cloud index
+    query: Float[Tensor, "m 3"],  # packed places
+    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
+    xyz: Float[Tensor, "n 3"],  # packed points, same unit
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
-) -> tuple[
-    Tensor, Tensor
-]:  # index [m 3], squared distance [m 3] in squared units, both nearest first
+) -> tuple[Int[Tensor, "m 3"], Float[Tensor, "m 3"]]:  # index, squared distance; nearest first
     "The three nearest points and how far they are."
     index = knn(query, query_batch, xyz, batch, size, k=3)
     return index, (query[:, None] - xyz[index]).square().sum(-1)
 
 
 def interpolate(
-    query: Tensor,  # [m 3] packed places that want a value
-    query_batch: Tensor,  # [m] sorted cloud of each query
-    xyz: Tensor,  # [n 3] packed points whose values are known
-    feat: Tensor,  # [n c] the values
-    batch: Tensor,  # [n] sorted cloud index
+    query: Float[Tensor, "m 3"],  # packed places that want a value
+    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
+    xyz: Float[Tensor, "n 3"],  # packed points whose values are known
+    feat: Float[Tensor, "n c"],  # the values
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     k: int = 3,  # points to average
     power: float = 2,  # exponent p of the distance
-    eps: float = 1e-8,  # added to the distance to that power, so that a known point keeps (almost) its own value
-) -> Tensor:  # [m c]
-    "Inverse-distance weighted mean of the k nearest known values."
+    eps: float = 1e-8,  # added to distance^p, so that a known point keeps (almost) its own value
+) -> Float[Tensor, "m c"]:
+    "Inverse-distance weighted mean of the k nearest known values (PointNet++, equation 2)."
     index = knn(query, query_batch, xyz, batch, size, k)
-    d2 = (query[:, None] - xyz[index]).square().sum(-1)
-    weight = 1 / ((d2 if power == 2 else d2.clamp_min(1e-24) ** (power / 2)) + eps)
+    distance = (query[:, None] - xyz[index]).square().sum(-1)
+    if power != 2:
+        distance = distance.clamp_min(1e-24) ** (power / 2)
+    weight = 1 / (distance + eps)
     known = torch.bincount(batch, minlength=size)[query_batch]
     weight = weight * (torch.arange(k, device=xyz.device) < known[:, None])
-    return ((weight / weight.sum(1, keepdim=True))[..., None] * feat[index]).sum(1)
+    weight = weight / weight.sum(1, keepdim=True)
+    return (weight[..., None] * feat[index]).sum(1)
 
 # %% ../../nbs/geometry/11_pointops.ipynb #ecf87898
 def voxelize(
-    xyz: Tensor,  # [n 3] packed points
-    batch: Tensor,  # [n] sorted cloud index
+    xyz: Float[Tensor, "n 3"],  # packed points
+    batch: Int[Tensor, "n"],  # sorted cloud index
     voxel_size: float,  # edge of a voxel, same unit as xyz
-) -> tuple[
-    Tensor, Tensor
-]:  # cell [v 4] long (cloud, i, j, k), sorted, each once; inverse [n]: the voxel of each point
-    "The voxels that hold points."
+) -> tuple[Int[Tensor, "v 4"], Int[Tensor, "n"]]:  # cells, and the voxel of each point
+    """The voxels that hold points: (cloud, i, j, k), long, sorted, each once.
+
+    Raises: ValueError of one line for an edge that is not positive, or too short to number the cells.
+    """
     if not voxel_size > 0:
         raise ValueError(f"voxelize.voxel_size: expected a length above 0, got {voxel_size}")
     cell = torch.cat([batch[:, None], (xyz.detach() / voxel_size).floor().long()], 1)
@@ -198,26 +215,28 @@ def voxelize(
         return cell, batch
     low = cell.amin(0)
     extent = (cell.amax(0) - low + 1).tolist()
-    if extent[0] * extent[1] * extent[2] * extent[3] >= 2**63:
+    if math.prod(extent) >= 2**63:
+        cut = " x ".join(map(str, extent[1:]))
         raise ValueError(
-            f"voxelize.voxel_size: {voxel_size} cuts the cloud into {extent[1]} x {extent[2]} x {extent[3]} cells, too many to number; use a larger voxel"
+            f"voxelize.voxel_size: {voxel_size} cuts the cloud into {cut} cells, "
+            "too many to number; use a larger voxel"
         )
     number = cell[:, 0] - low[0]
     for axis in (1, 2, 3):
         number = number * extent[axis] + cell[:, axis] - low[axis]
     number, inverse = number.unique(return_inverse=True)
-    rest = []
+    columns = []
     for axis in (3, 2, 1):
-        rest.append(number % extent[axis])
+        columns.append(number % extent[axis])
         number = number // extent[axis]
-    return torch.stack([number, *reversed(rest)], 1) + low, inverse
+    return torch.stack([number, *reversed(columns)], 1) + low, inverse
 
 
 def voxel_mean(
-    x: Tensor,  # [n c] one row a point
-    inverse: Tensor,  # [n] the voxel of each point, from `voxelize`
+    x: Float[Tensor, "n c"],  # one row a point
+    inverse: Int[Tensor, "n"],  # the voxel of each point, from `voxelize`
     count: int,  # number of voxels v
-) -> Tensor:  # [v c]
+) -> Float[Tensor, "v c"]:
     "The mean of the points in each voxel."
     total = x.new_zeros(count, x.shape[1]).index_add(0, inverse, x)
     return total / torch.bincount(inverse, minlength=count)[:, None]

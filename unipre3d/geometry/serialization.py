@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # %% auto #0
@@ -13,93 +14,95 @@ __all__ = ['ORDERS', 'grid_coordinates', 'z_code', 'hilbert_code', 'snake_code',
 
 # %% ../../nbs/geometry/12_serialization.ipynb #249ef219
 def grid_coordinates(
-    xyz: Tensor,  # [n 3] packed points, any length unit
-    batch: Tensor,  # [n] sorted cloud index
+    xyz: Float[Tensor, "n 3"],  # packed points, any length unit
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     cell: float,  # edge of a grid cell, same unit
-) -> Tensor:  # [n 3] long, each cloud's lowest cell is (0, 0, 0)
-    "The cell of each point, counted from the lowest occupied cell of its own cloud along each axis."
+) -> Int[Tensor, "n 3"]:  # long, each cloud's lowest cell is (0, 0, 0)
+    """The cell of each point, counted from the lowest occupied cell of its own cloud along each axis.
+
+    Raises: ValueError of one line, where the cell has no length.
+    """
     if not cell > 0:
         raise ValueError(f"grid_coordinates.cell: expected a length above 0, got {cell}")
     grid = (xyz.detach() / cell).floor().long()
-    low = grid.new_zeros(size, 3).scatter_reduce(
-        0, batch[:, None].expand(-1, 3), grid, "amin", include_self=False
-    )
+    row = batch[:, None].expand(-1, 3)
+    low = grid.new_zeros(size, 3).scatter_reduce(0, row, grid, "amin", include_self=False)
     return grid - low[batch]
 
 # %% ../../nbs/geometry/12_serialization.ipynb #8004e1d1
 def z_code(
-    grid: Tensor,  # [n 3] long, 0 .. 2^depth - 1
+    grid: Int[Tensor, "n 3"],  # long, 0 .. 2^depth - 1
     depth: int,  # binary digits of a coordinate, at most 21
-) -> Tensor:  # [n] long, 0 .. 8^depth - 1
+) -> Int[Tensor, "n"]:  # long, 0 .. 8^depth - 1
     "The place of a cell along the z-order (Morton) curve; x is the most significant axis."
     code = torch.zeros_like(grid[:, 0])
     for bit in range(depth):
         for axis in range(3):
-            code |= ((grid[:, axis] >> bit) & 1) << (3 * bit + 2 - axis)
+            digit = (grid[:, axis] >> bit) & 1
+            code |= digit << (3 * bit + 2 - axis)
     return code
 
 # %% ../../nbs/geometry/12_serialization.ipynb #81b610a2
 def hilbert_code(
-    grid: Tensor,  # [n 3] long, 0 .. 2^depth - 1
+    grid: Int[Tensor, "n 3"],  # long, 0 .. 2^depth - 1
     depth: int,  # binary digits of a coordinate, at most 21
-) -> Tensor:  # [n] long, 0 .. 8^depth - 1
+) -> Int[Tensor, "n"]:  # long, 0 .. 8^depth - 1
     "The place of a cell along a Hilbert curve (Skilling, Programming the Hilbert curve, 2004)."
     axes = list(grid.unbind(1))
     for bit in range(depth - 1, -1, -1):
         finer = (1 << bit) - 1
         for i in range(3):
             on = (axes[i] >> bit & 1).bool()
-            swap = torch.where(
-                on, 0, (axes[0] ^ axes[i]) & finer
-            )  # digit 0: exchange the finer digits of axis i and axis 0
-            axes[0] = axes[0] ^ torch.where(
-                on, finer, swap
-            )  # digit 1: mirror the finer digits of axis 0
+            # digit 0: exchange the finer digits of axis i and axis 0; digit 1: mirror those of axis 0
+            swap = torch.where(on, 0, (axes[0] ^ axes[i]) & finer)
+            axes[0] = axes[0] ^ torch.where(on, finer, swap)
             if i:
                 axes[i] = axes[i] ^ swap
-    gray = z_code(torch.stack(axes, 1), depth)
+    code = z_code(torch.stack(axes, 1), depth)
     shift = 1
     while shift < 3 * depth:
-        gray, shift = gray ^ (gray >> shift), 2 * shift
-    return gray
+        code = code ^ (code >> shift)
+        shift = 2 * shift
+    return code
 
 # %% ../../nbs/geometry/12_serialization.ipynb #6b7fdc10
 def snake_code(
-    grid: Tensor,  # [n 3] long, from 0
-    batch: Tensor,  # [n] sorted cloud index
+    grid: Int[Tensor, "n 3"],  # long, from 0
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     axes: str = "xyz",  # fastest axis first
-) -> Tensor:  # [n] long; each cell of a cloud's box has its own number
-    "The place of a cell along a walk that turns at every wall, within the box of its own cloud."
-    extent = (
-        1
-        + grid.new_zeros(size, 3).scatter_reduce(0, batch[:, None].expand(-1, 3), grid, "amax")[
-            batch
-        ]
-    )
-    first, *others = ["xyz".index(a) for a in axes]
+) -> Int[Tensor, "n"]:  # long; each cell of a cloud's box has its own number
+    "The place of a cell along a walk that reverses at every wall, within the box of its own cloud."
+    row = batch[:, None].expand(-1, 3)
+    extent = grid.new_zeros(size, 3).scatter_reduce(0, row, grid, "amax")[batch] + 1
+    first, *others = ["xyz".index(axis) for axis in axes]
     code, length = grid[:, first], extent[:, first]
     for axis in others:
-        turned = torch.where(grid[:, axis] % 2 == 1, length - 1 - code, code)
-        code, length = grid[:, axis] * length + turned, length * extent[:, axis]
+        back = grid[:, axis] % 2 == 1
+        code = grid[:, axis] * length + torch.where(back, length - 1 - code, code)
+        length = length * extent[:, axis]
     return code
 
 # %% ../../nbs/geometry/12_serialization.ipynb #4dade891
 def sweep_code(
-    grid: Tensor,  # [n 3] long, from 0
-    batch: Tensor,  # [n] cloud index
+    grid: Int[Tensor, "n 3"],  # long, from 0
+    batch: Int[Tensor, "n"],  # cloud index
     axes: str = "xyz",  # the axis to sweep first; the other two give the direction
-) -> Tensor:  # [n] long; ties within a slice
-    "The 'snake' of the released Point Cloud Mamba: the first axis only, its direction from the largest cells of the batch."
-    first, *others = ["xyz".index(a) for a in axes]
+) -> Int[Tensor, "n"]:  # long; ties within a slice
+    """The 'snake' of the released Point Cloud Mamba: the first axis only.
+
+    Its direction comes from the largest cells of the batch.
+    """
     if not len(grid):
         return batch
+    first, *others = ["xyz".index(axis) for axis in axes]
     largest = grid.amax(0)
     code, length = grid[:, first], largest[first]
     for axis in others:
         odd = largest[axis] % 2
-        code, length = (largest[axis] + odd) * length + (1 - 2 * odd) * code, length * largest[axis]
+        code = (largest[axis] + odd) * length + (1 - 2 * odd) * code
+        length = length * largest[axis]
     return batch * length + code
 
 # %% ../../nbs/geometry/12_serialization.ipynb #923e3e45
@@ -107,26 +110,29 @@ ORDERS = ("z", "z-trans", "hilbert", "hilbert-trans", "xyz", "xzy", "yxz", "yzx"
 
 
 def serialize(
-    grid: Tensor,  # [n 3] long, from 0 in each cloud: `grid_coordinates`
-    batch: Tensor,  # [n] sorted cloud index
+    grid: Int[Tensor, "n 3"],  # long, from 0 in each cloud: `grid_coordinates`
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     order: str,  # one of ORDERS
     *,
-    depth: int = 16,  # binary digits of a coordinate on the z and Hilbert curves; Hilbert's depends on it
-    released: bool = False,  # True: the six axis orders as released Point Cloud Mamba has them (`sweep_code`)
-) -> Tensor:  # [n] rows in their new order; clouds stay where they are
-    "Sort the points of each cloud along a curve."
+    depth: int = 16,  # binary digits of a coordinate for z and Hilbert; Hilbert's curve depends on it
+    released: bool = False,  # True: axis orders as in released Point Cloud Mamba (`sweep_code`)
+) -> Int[Tensor, "n"]:  # rows in their new order; clouds stay where they are
+    """Sort the points of each cloud along a curve.
+
+    Raises: ValueError of one line for an unknown order, or cells beyond the digits of the curve.
+    """
     if order not in ORDERS:
         raise ValueError(f"serialize.order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    turned = grid[:, [1, 0, 2]] if order.endswith("-trans") else grid
-    if len(grid) and order in ORDERS[:4] and int(grid.max()) >= 1 << depth:
-        raise ValueError(
-            f"serialize.depth: {depth} digits hold cells below {1 << depth}, found {int(grid.max())}; use a larger cell or depth"
-        )
-    if order.startswith("z-") or order == "z":
-        code = z_code(turned, depth)
-    elif order.startswith("hilbert"):
-        code = hilbert_code(turned, depth)
+    curve = order.removesuffix("-trans")
+    if curve in ("z", "hilbert"):
+        if len(grid) and int(grid.max()) >= 1 << depth:
+            raise ValueError(
+                f"serialize.depth: {depth} digits hold cells below {1 << depth}, "
+                f"found {int(grid.max())}; use a larger cell or depth"
+            )
+        cells = grid if curve == order else grid[:, [1, 0, 2]]
+        code = z_code(cells, depth) if curve == "z" else hilbert_code(cells, depth)
     else:
         code = sweep_code(grid, batch, order) if released else snake_code(grid, batch, size, order)
     inner = code.argsort(stable=True)

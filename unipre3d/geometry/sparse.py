@@ -5,13 +5,15 @@
 # %% ../../nbs/geometry/13_sparse.ipynb #3843231e
 from __future__ import annotations
 import importlib.util
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core import PointBatch, check_shapes, full_precision
@@ -19,34 +21,66 @@ from .pointops import voxel_mean, voxelize
 from .serialization import grid_coordinates
 
 # %% auto #0
-__all__ = ['cell_numbers', 'SparseTensor', 'neighbour_table', 'Block', 'Rulebook', 'Rules', 'sparse_conv', 'submanifold_rules',
-           'Origin', 'strided_rules', 'SubMConv3d', 'SparseConv3d', 'SparseInverseConv3d', 'merge_voxels',
-           'point_cells']
+__all__ = ['Triple', 'cell_numbers', 'SparseTensor', 'neighbour_table', 'RowBlock', 'Rulebook', 'Rules', 'sparse_conv',
+           'submanifold_rules', 'Origin', 'strided_rules', 'SubMConv3d', 'SparseConv3d', 'SparseInverseConv3d',
+           'merge_voxels', 'point_cells']
 
 # %% ../../nbs/geometry/13_sparse.ipynb #5285fd24
+Triple = tuple[int, int, int]
+
+
 def cell_numbers(
-    index: Tensor,  # [n 4] long (batch, i, j, k), inside the block
-    shape: tuple[int, int, int],  # cells of the block along each axis (I, J, K)
-) -> Tensor:  # [n] long
+    index: Int[Tensor, "n 4"],  # long (batch, i, j, k), inside the block
+    shape: Triple,  # cells of the block along each axis (I, J, K)
+) -> Int[Tensor, "n"]:  # long
     "The row-major number of each cell; numbers order cells by batch, then i, j, k."
     b, i, j, k = index.unbind(1)
     return ((b * shape[0] + i) * shape[1] + j) * shape[2] + k
+
+
+def _triple(owner: str, name: str, value: int | Triple, low: int) -> Triple:
+    "Three whole numbers from one or three, checked."
+    three = (value,) * 3 if isinstance(value, Integral) else tuple(value)
+    if len(three) != 3 or any(not isinstance(v, Integral) or v < low for v in three):
+        raise ValueError(
+            f"{owner}.{name}: expected a whole number or three of them, each at least {low}, "
+            f"got {value!r}"
+        )
+    return tuple(int(v) for v in three)
+
+
+def _odd(owner: str, name: str, value: int | Triple) -> Triple:
+    "The same, with a centre."
+    three = _triple(owner, name, value, 1)
+    if any(width % 2 == 0 for width in three):
+        raise ValueError(f"{owner}.{name}: expected odd widths, which have a centre, got {three}")
+    return three
+
+
+def _sorted_cells(index: Tensor, shape: Triple, size: int) -> tuple[Tensor, int | None]:
+    "Rows in the order of their cells' numbers, and the first row whose cell came before, or None."
+    if size * math.prod(shape) >= 2**62:
+        raise ValueError(
+            f"SparseTensor.shape: {size} blocks of {shape} have too many cells to number; "
+            "use a larger voxel"
+        )
+    number, order = cell_numbers(index, shape).sort()
+    same = number[1:] == number[:-1]
+    return order, int(order[same.nonzero()[0]]) if same.any() else None
 
 
 @dataclass(frozen=True, eq=False)
 class SparseTensor:
     "Features on some cells of a block; all other cells are zero."
 
-    feat: Tensor  # [n c] one row a cell
-    index: Tensor  # [n 4] long (batch, i, j, k), each cell at most once, in any order
-    shape: tuple[int, int, int]  # cells of the block along each axis (I, J, K)
+    feat: Float[Tensor, "n c"]  # one row a cell
+    index: Int[Tensor, "n 4"]  # long (batch, i, j, k), each cell at most once, in any order
+    shape: Triple  # cells of the block along each axis (I, J, K)
     size: int  # number of clouds B
-    _cache: dict | None = field(
-        default=None, repr=False
-    )  # what was worked out about these cells; shared by with_feat
-    _origin: tuple | None = field(
-        default=None, repr=False
-    )  # for a strided result: where it came from
+    # what was worked out about these cells, shared by with_feat; given only for cells that are checked
+    _cache: dict | None = field(default=None, repr=False)
+    # for a strided result: where it came from
+    _origin: Origin | None = field(default=None, repr=False)
 
     def __post_init__(self):
         check_shapes("SparseTensor", feat=(self.feat, "n c"), index=(self.index, "n 4"))
@@ -59,77 +93,59 @@ class SparseTensor:
             raise ValueError(
                 f"SparseTensor.index: expected dtype torch.int64, got {self.index.dtype}"
             )
-        limit = (self.size, *self.shape)
-        if limit[0] * limit[1] * limit[2] * limit[3] >= 2**62:
+        if len(self.index):
+            lows, highs = torch.stack(self.index.aminmax(dim=0)).tolist()
+            ends = self.size, *self.shape
+            for name, low, high, end in zip(("batch", "i", "j", "k"), lows, highs, ends):
+                if low < 0 or high >= end:
+                    raise ValueError(
+                        f"SparseTensor.index: expected {name} in 0..{end - 1}, "
+                        f"found {low}..{high}; check shape and size"
+                    )
+        order, double = _sorted_cells(self.index, self.shape, self.size)
+        if double is not None:
+            cell = tuple(self.index[double].tolist())
             raise ValueError(
-                f"SparseTensor.shape: {limit[0]} blocks of {self.shape} have too many cells to number; use a larger voxel"
-            )
-        if not len(self.index):
-            return self.index[:, 0]
-        for name, low, high, end in zip(
-            ("batch", "i", "j", "k"),
-            self.index.amin(0).tolist(),
-            self.index.amax(0).tolist(),
-            limit,
-        ):
-            if low < 0 or high >= end:
-                raise ValueError(
-                    f"SparseTensor.index: expected {name} in 0..{end - 1}, found {low}..{high}; check shape and size"
-                )
-        number, order = cell_numbers(self.index, self.shape).sort()
-        if (same := number[1:] == number[:-1]).any():
-            row = order[int(same.nonzero()[0])]
-            raise ValueError(
-                f"SparseTensor.index: expected each cell once, found {tuple(self.index[row].tolist())} more than once; merge rows first (merge_voxels)"
+                f"SparseTensor.index: expected each cell once, found {cell} more than once; "
+                "merge rows first (merge_voxels)"
             )
         return order
 
     def __len__(self):
         return len(self.feat)
 
-    def with_feat(self, feat: Tensor) -> SparseTensor:
-        "The same cells with other features, `[n c]`; shares everything known about the cells."
+    def with_feat(
+        self,
+        feat: Float[Tensor, "n c"],  # one row a cell
+    ) -> SparseTensor:
+        "The same cells with other features; shares everything known about the cells."
         return replace(self, feat=feat)
 
-    def dense(self) -> Tensor:
-        "The whole block, `[B c I J K]`, zero where there is no cell."
+    def dense(self) -> Float[Tensor, "B c I J K"]:
+        "The whole block, zero where there is no cell."
         block = self.feat.new_zeros(self.size, *self.shape, self.feat.shape[1])
         return block.index_put(tuple(self.index.unbind(1)), self.feat).permute(0, 4, 1, 2, 3)
 
-    def to(self, device) -> SparseTensor:
+    def to(self, device: str | torch.device) -> SparseTensor:
         "The same cells on `device`; what was worked out is left behind."
         return SparseTensor(self.feat.to(device), self.index.to(device), self.shape, self.size)
 
-
-def _triple(
-    owner: str, name: str, value: int | tuple[int, int, int], low: int
-) -> tuple[int, int, int]:
-    "Three whole numbers from one or three, checked."
-    three = (value,) * 3 if isinstance(value, Integral) else tuple(value)
-    if len(three) != 3 or any(not isinstance(v, Integral) or v < low for v in three):
-        raise ValueError(
-            f"{owner}.{name}: expected a whole number or three of them, each at least {low}, got {value!r}"
-        )
-    return tuple(int(v) for v in three)
-
 # %% ../../nbs/geometry/13_sparse.ipynb #3eac46d8
 def neighbour_table(
-    number: Tensor,  # [n] long, rising: cell numbers in a block that has the window's margin around it
-    shape: tuple[int, int, int],  # of that block, margin included
-    kernel: tuple[int, int, int],  # odd widths of the window
-) -> Tensor:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 where there is none
+    number: Int[Tensor, "n"],  # long, rising: cells in a block with the window's margin around it
+    shape: Triple,  # of that block, margin included
+    kernel: Triple,  # odd widths of the window
+) -> Int[Tensor, "k n"]:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 for none
     "Which cells lie in the window around each cell."
-    n, volume, lines = len(number), kernel[0] * kernel[1] * kernel[2], kernel[0] * kernel[1]
-    table = torch.full(
-        (volume, n + 1), -1, dtype=torch.int32, device=number.device
-    )  # the last column takes what was not found
-    here, ends = (
-        torch.arange(n, dtype=torch.int32, device=number.device),
-        F.pad(number, (0, 1), value=-1),
-    )
+    n, volume, lines = len(number), math.prod(kernel), kernel[0] * kernel[1]
+    # the last column takes what was not found
+    table = torch.full((volume, n + 1), -1, dtype=torch.int32, device=number.device)
+    here = torch.arange(n, dtype=torch.int32, device=number.device)
+    ends = F.pad(number, (0, 1), value=-1)
     table[volume // 2, :n] = here
     for line in range(lines // 2 + 1):
-        a, b = line // kernel[1] - kernel[0] // 2, line % kernel[1] - kernel[1] // 2
+        a = line // kernel[1] - kernel[0] // 2
+        b = line % kernel[1] - kernel[1] // 2
         want = number + ((a * shape[1] + b) * shape[2] - kernel[2] // 2)
         place = torch.searchsorted(number, want)
         for offset in range(line * kernel[2], min((line + 1) * kernel[2], volume // 2)):
@@ -140,63 +156,57 @@ def neighbour_table(
     return table[:, :n]
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e4a235f8
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     "A piece of the work: some output rows, and all pairs that end in them."
 
     pairs: slice  # in src and dst of the rulebook
     counts: list[int]  # pairs of each offset, in this order
-    rows: Tensor  # [r] output rows
-    order: Tensor  # pairs of the block in the order of the output rows
-    start: Tensor  # [r] where in `order` each output row begins
+    rows: Int[Tensor, "r"]  # output rows
+    order: Int[Tensor, "p"]  # pairs of the block in the order of the output rows
+    start: Int[Tensor, "r"]  # where in `order` each output row begins
 
 
 @dataclass(frozen=True, eq=False)
 class Rulebook:
     "Who contributes to whom, through which offset."
 
-    src: Tensor  # [p] int32 input row of each pair
-    dst: Tensor  # [p] int32 output row of each pair
-    blocks: list[Block]  # together they hold each output row once
+    src: Int[Tensor, "p"]  # int32 input row of each pair
+    dst: Int[Tensor, "p"]  # int32 output row of each pair
+    blocks: list[RowBlock]  # together they hold each output row once
     rows: int  # output rows m
 
     @classmethod
     def from_table(
         cls,
-        table: Tensor,  # [offsets, m] int32 places in `src_rows`, -1 where there is nothing
-        src_rows: Tensor,  # [n] input row at each place
-        dst_rows: Tensor,  # [m] output row of each column; columns that stand together are worked on together
+        table: Int[Tensor, "k m"],  # int32 places in `src_rows`, a row for each offset, -1 for none
+        src_rows: Int[Tensor, "n"],  # input row at each place
+        dst_rows: Int[Tensor, "m"],  # output row of each column; neighbours are worked on together
     ) -> Rulebook:
         "Cut a table into blocks."
-        (volume, m), most = table.shape, 2048 if table.device.type == "cpu" else 2**17
-        side = -(-m // max(1, -(-m // most)))  # blocks of one size
+        volume, m = table.shape
         if not m:
             return cls(src_rows[:0].int(), dst_rows[:0].int(), [], 0)
-        table = (
-            F.pad(table, (0, -m % side), value=-1)
-            .view(volume, -1, side)
-            .transpose(0, 1)
-            .contiguous()
-        )
-        hit, rows = table >= 0, F.pad(dst_rows.int(), (0, -m % side))
+        most = 2048 if table.device.type == "cpu" else 2**17
+        side = -(-m // -(-m // most))  # blocks of one size
+        table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side)
+        table = table.transpose(0, 1).contiguous()
+        hit = table >= 0
         pair = hit.view(-1).nonzero()[:, 0]
         place = hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit)
         order = place.mT.flatten().index_select(0, hit.mT.flatten().nonzero()[:, 0]) - 1
-        counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1).tolist()
         many = hit.sum(1, dtype=torch.int32)
-        start, blocks, done = many.cumsum(1, dtype=torch.int32) - many, [], 0
+        start = many.cumsum(1, dtype=torch.int32) - many
+        counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1).tolist()
+        blocks, done = [], 0
         for i, count in enumerate(counts):
-            pairs, r = slice(done, done + sum(count)), min(side, m - i * side)
-            blocks.append(Block(pairs, count, dst_rows[i * side :][:r], order[pairs], start[i, :r]))
+            pairs = slice(done, done + sum(count))
+            rows = dst_rows[i * side : (i + 1) * side]
+            blocks.append(RowBlock(pairs, count, rows, order[pairs], start[i, : len(rows)]))
             done = pairs.stop
         src = src_rows.int().index_select(0, table.view(-1).index_select(0, pair))
-        return cls(
-            src,
-            rows.index_select(
-                0, pair % side + pair.div(volume * side, rounding_mode="floor") * side
-            ),
-            blocks,
-            m,
-        )
+        column = pair % side + pair.div(volume * side, rounding_mode="floor") * side
+        dst = F.pad(dst_rows.int(), (0, -m % side)).index_select(0, column)
+        return cls(src, dst, blocks, m)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e2567c01
 @dataclass(frozen=True, eq=False)
@@ -212,21 +222,14 @@ class Rules:
         "The book of the same pairs with input and output exchanged."
         if self.mirror:
             return self.forth
-        offset = torch.cat(
-            [
-                torch.arange(len(b.counts)).repeat_interleave(torch.tensor(b.counts))
-                for b in self.forth.blocks
-            ]
-            or [torch.zeros(0, dtype=torch.long)]
-        )
-        volume, device = (
-            len(self.forth.blocks[0].counts) if self.forth.blocks else 1,
-            self.forth.src.device,
-        )
+        blocks, device = self.forth.blocks, self.forth.src.device
+        volume = len(blocks[0].counts) if blocks else 1
+        counts = torch.tensor([n for block in blocks for n in block.counts], dtype=torch.long)
+        offset = torch.arange(volume).repeat(len(blocks)).repeat_interleave(counts)
         table = torch.full((volume, self.inputs), -1, dtype=torch.int32, device=device)
         table[offset.to(device), self.forth.src.long()] = self.forth.dst
-        rows = torch.arange(self.inputs, device=device)
-        return Rulebook.from_table(table, torch.arange(self.forth.rows, device=device), rows)
+        places = torch.arange(self.forth.rows, device=device)
+        return Rulebook.from_table(table, places, torch.arange(self.inputs, device=device))
 
     def reversed(self) -> Rules:
         "The rules of a strided convolution, from its outputs to its inputs."
@@ -237,11 +240,11 @@ class Rules:
 
 def _buffers(like: Tensor, book: Rulebook, *widths: int) -> list[Tensor]:
     "Room for the rows of the largest block."
-    most = max((b.pairs.stop - b.pairs.start for b in book.blocks), default=0)
-    return [like.new_empty(most, w) for w in widths]
+    most = max((block.pairs.stop - block.pairs.start for block in book.blocks), default=0)
+    return [like.new_empty(most, width) for width in widths]
 
 
-def _add_up(products: Tensor, block: Block, out: Tensor) -> None:
+def _add_up(products: Tensor, block: RowBlock, out: Tensor) -> None:
     "Sum the products of each output row of the block into its place."
     out.index_copy_(0, block.rows, F.embedding_bag(block.order, products, block.start, mode="sum"))
 
@@ -253,215 +256,199 @@ class _SparseConv(torch.autograd.Function):
         ctx.rules, book = rules, rules.forth
         out = feat.new_empty(book.rows, weight.shape[2])
         gathered, products = _buffers(feat, book, *weight.shape[1:])
-        for b in book.blocks:
-            x, y = (t[: b.pairs.stop - b.pairs.start] for t in (gathered, products))
-            torch.index_select(feat, 0, book.src[b.pairs], out=x)
-            for w, rows, result in zip(weight, x.split(b.counts), y.split(b.counts)):
+        for block in book.blocks:
+            pairs = book.src[block.pairs]
+            x, y = gathered[: len(pairs)], products[: len(pairs)]
+            torch.index_select(feat, 0, pairs, out=x)
+            for w, rows, result in zip(weight, x.split(block.counts), y.split(block.counts)):
                 if len(rows):
                     torch.mm(rows, w, out=result)
-            _add_up(y, b, out)
+            _add_up(y, block, out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (feat, weight), book, (want_feat, want_weight, _) = (
-            ctx.saved_tensors,
-            ctx.rules.back,
-            ctx.needs_input_grad,
-        )
-        of_feat, of_weight = (
-            torch.empty_like(feat) if want_feat else None,
-            weight.new_zeros(weight.shape) if want_weight else None,
-        )
-        step = -1 if ctx.rules.mirror else 1
-        offsets, turned = range(len(weight))[::step], weight.mT
-        gathered, inputs, products = _buffers(
-            feat, book, weight.shape[2], weight.shape[1], weight.shape[1]
-        )
-        for b in book.blocks:
-            g, x, y = (t[: b.pairs.stop - b.pairs.start] for t in (gathered, inputs, products))
-            torch.index_select(grad, 0, book.src[b.pairs], out=g)
+        feat, weight = ctx.saved_tensors
+        want_feat, want_weight, _ = ctx.needs_input_grad
+        book = ctx.rules.back
+        of_feat = torch.empty_like(feat) if want_feat else None
+        of_weight = torch.zeros_like(weight) if want_weight else None
+        offsets = range(len(weight))[:: -1 if ctx.rules.mirror else 1]
+        transposed = weight.mT
+        c_in, c_out = weight.shape[1:]
+        gathered, inputs, products = _buffers(feat, book, c_out, c_in, c_in)
+        for block in book.blocks:
+            pairs = book.src[block.pairs]
+            g, x, y = (buffer[: len(pairs)] for buffer in (gathered, inputs, products))
+            torch.index_select(grad, 0, pairs, out=g)
             if want_weight:
-                torch.index_select(feat, 0, book.dst[b.pairs], out=x)
-            for k, rows, seen, result in zip(
-                offsets, g.split(b.counts), x.split(b.counts), y.split(b.counts)
-            ):
-                if not len(rows):
-                    continue
-                if want_feat:
-                    torch.mm(rows, turned[k], out=result)
-                if want_weight:
+                torch.index_select(feat, 0, book.dst[block.pairs], out=x)
+            pieces = (buffer.split(block.counts) for buffer in (g, x, y))
+            for k, rows, seen, result in zip(offsets, *pieces):
+                if len(rows) and want_feat:
+                    torch.mm(rows, transposed[k], out=result)
+                if len(rows) and want_weight:
                     of_weight[k].addmm_(seen.T, rows)
             if want_feat:
-                _add_up(y, b, of_feat)
+                _add_up(y, block, of_feat)
         return of_feat, of_weight, None
 
 
 def sparse_conv(
-    feat: Tensor,  # [n c] input rows
-    weight: Tensor,  # [out k0 k1 k2 in], spconv's layout; kernel axes in the order of the index
+    feat: Float[Tensor, "n c"],  # input rows
+    weight: Float[Tensor, "out k0 k1 k2 c"],  # spconv's layout; kernel axes as in the index
     rules: Rules,  # of this resolution and kernel
-) -> Tensor:  # [m out]
+) -> Float[Tensor, "m out"]:
     "Convolve along the pairs of a rulebook; differentiable once in features and weights."
-    return _SparseConv.apply(
-        feat.contiguous(), weight.to(feat.dtype).flatten(1, 3).permute(1, 2, 0).contiguous(), rules
-    )
+    matrices = weight.to(feat.dtype).flatten(1, 3).permute(1, 2, 0).contiguous()
+    return _SparseConv.apply(feat.contiguous(), matrices, rules)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #96c15d7c
 def submanifold_rules(
     x: SparseTensor,
-    kernel: int | tuple[int, int, int],  # odd widths
+    kernel: int | Triple,  # odd widths
 ) -> Rules:
     "The rules of a centred window on the cells of `x`, from its cache where they are known."
-    kernel = _triple("submanifold_rules", "kernel", kernel, 1)
-    if any(k % 2 == 0 for k in kernel):
-        raise ValueError(
-            f"submanifold_rules.kernel: expected odd widths, which have a centre, got {kernel}"
-        )
+    kernel = _odd("submanifold_rules", "kernel", kernel)
     if kernel not in x._cache:
-        order, margin = x._cache["order"], [k // 2 for k in kernel]
-        shape = tuple(s + 2 * m for s, m in zip(x.shape, margin))
+        order = x._cache["order"]
+        margin = [width // 2 for width in kernel]
+        shape = tuple(side + 2 * air for side, air in zip(x.shape, margin))
         number = cell_numbers(x.index[order] + x.index.new_tensor([0, *margin]), shape)
-        x._cache[kernel] = Rules(
-            Rulebook.from_table(neighbour_table(number, shape, kernel), order, order),
-            len(x),
-            mirror=True,
-        )
+        book = Rulebook.from_table(neighbour_table(number, shape, kernel), order, order)
+        x._cache[kernel] = Rules(book, len(x), mirror=True)
     return x._cache[kernel]
 
 
 class Origin(NamedTuple):
     "Where a strided tensor came from."
 
-    index: Tensor  # cells of the finer tensor, in its order
-    shape: tuple[int, int, int]
-    size: int
-    cache: dict  # what is known about the finer cells
-    origin: Origin | None  # where the finer tensor came from
-    kernel: tuple[int, int, int]  # of the convolution in between
-    rules: object  # fine to coarse: Rules, or spconv's own record of them
+    fine: SparseTensor  # the finer cells, in their order, without features
+    kernel: Triple  # of the convolution in between
+    rules: Any  # fine to coarse: Rules, or spconv's own record of them
 
 
 def _coarse(
-    x: SparseTensor, kernel: tuple, stride: tuple, padding: tuple
-) -> tuple[Tensor, tuple, Tensor, Tensor, Tensor]:
+    x: SparseTensor, kernel: Triple, stride: Triple, padding: Triple
+) -> tuple[Tensor, Triple, Tensor, Tensor, Tensor]:
     "Output cells and block, and for every pair its offset, input row and output row."
-    shape = tuple((s + 2 * p - k) // t + 1 for s, p, k, t in zip(x.shape, padding, kernel, stride))
+    sides = zip(x.shape, kernel, stride, padding)
+    shape = tuple((side + 2 * p - k) // step + 1 for side, k, step, p in sides)
     if min(shape) < 1:
         raise ValueError(
-            f"SparseConv3d.kernel_size: {kernel} is wider than the block {x.shape} with padding {padding}"
+            f"SparseConv3d.kernel_size: {kernel} is wider than the block {x.shape} "
+            f"with padding {padding}"
         )
     taps = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).to(x.index.device)
-    step, pad, end = (x.index.new_tensor(t) for t in (stride, padding, shape))
+    step, pad, end = (x.index.new_tensor(three) for three in (stride, padding, shape))
     at = x.index[:, 1:] + pad - taps[:, None]  # [taps n 3]
     to = at.div(step, rounding_mode="floor")
-    tap, src = ((to * step == at) & (to >= 0) & (to < end)).all(2).nonzero().unbind(1)
-    number, dst = cell_numbers(torch.cat([x.index[src, :1], to[tap, src]], 1), shape).unique(
-        return_inverse=True
-    )
+    reached = (to * step == at) & (to >= 0) & (to < end)
+    tap, src = reached.all(2).nonzero().unbind(1)
+    cell = torch.cat([x.index[src, :1], to[tap, src]], 1)
+    number, dst = cell_numbers(cell, shape).unique(return_inverse=True)
     index = x.index.new_empty(len(number), 4)
-    index[dst] = torch.cat([x.index[src, :1], to[tap, src]], 1)
+    index[dst] = cell
     return index, shape, tap, src, dst
 
 
 def strided_rules(
     x: SparseTensor,
-    kernel: int | tuple[int, int, int],  # cells that one output cell sees
-    stride: int | tuple[int, int, int],  # fine cells from one coarse cell to the next
-    padding: int | tuple[int, int, int] = 0,  # of air around the block
-) -> tuple[
-    SparseTensor, Rules
-]:  # the coarse cells without features [m 0], and the rules from fine to coarse
-    "Coarser cells and how to get there, from the cache of `x` where they are known."
-    three = (
-        _triple("strided_rules", "kernel", kernel, 1),
-        _triple("strided_rules", "stride", stride, 1),
-        _triple("strided_rules", "padding", padding, 0),
-    )
-    if three not in x._cache:
-        index, shape, tap, src, dst = _coarse(x, *three)
-        table = torch.full(
-            (three[0][0] * three[0][1] * three[0][2], len(index)),
-            -1,
-            dtype=torch.int32,
-            device=index.device,
-        )
+    kernel: int | Triple,  # cells that one output cell sees
+    stride: int | Triple,  # fine cells from one coarse cell to the next
+    padding: int | Triple = 0,  # of air around the block
+) -> tuple[SparseTensor, Rules]:  # coarse cells without features, rules from fine to coarse
+    """Coarser cells and how to get there, from the cache of `x` where they are known.
+
+    Raises: ValueError of one line for a kernel that does not fit into the block.
+    """
+    kernel = _triple("strided_rules", "kernel", kernel, 1)
+    stride = _triple("strided_rules", "stride", stride, 1)
+    padding = _triple("strided_rules", "padding", padding, 0)
+    key = kernel, stride, padding
+    if key not in x._cache:
+        index, shape, tap, src, dst = _coarse(x, kernel, stride, padding)
+        m, device = len(index), index.device
+        table = torch.full((math.prod(kernel), m), -1, dtype=torch.int32, device=device)
         table[tap, dst] = src.int()
-        rows = torch.arange(max(len(x), len(index)), device=index.device)
-        rules = Rules(Rulebook.from_table(table, rows[: len(x)], rows[: len(index)]), len(x))
-        x._cache[three] = index, shape, {"order": rows[: len(index)]}, rules
-    index, shape, cache, rules = x._cache[three]
-    origin = Origin(x.index, x.shape, x.size, x._cache, x._origin, three[0], rules)
+        fine, coarse = torch.arange(len(x), device=device), torch.arange(m, device=device)
+        rules = Rules(Rulebook.from_table(table, fine, coarse), len(x))
+        x._cache[key] = index, shape, {"order": coarse}, rules
+    index, shape, cache, rules = x._cache[key]
+    origin = Origin(x.with_feat(x.feat.new_zeros(len(x), 0)), kernel, rules)
     return SparseTensor(x.feat.new_zeros(len(index), 0), index, shape, x.size, cache, origin), rules
 
 # %% ../../nbs/geometry/13_sparse.ipynb #f3187420
 def _use_spconv(owner: str, backend: str, x: SparseTensor) -> bool:
     "Whether a layer should call spconv for this tensor."
-    if backend == "torch" or (
-        backend == "auto" and x.feat.dtype not in (torch.float32, torch.float16)
-    ):
+    theirs = x.feat.dtype in (torch.float32, torch.float16)
+    if backend == "torch" or (backend == "auto" and not theirs):
         return False
     here = x.feat.device.type == "cuda" and importlib.util.find_spec("spconv") is not None
     if backend == "spconv" and not here:
         raise ValueError(
-            f"{owner}.backend: 'spconv' needs a CUDA tensor and the spconv package, found a tensor on {x.feat.device}; use backend='auto' or 'torch'"
+            f"{owner}.backend: 'spconv' needs a CUDA tensor and the spconv package, "
+            f"found a tensor on {x.feat.device}; use backend='auto' or 'torch'"
         )
     return here
 
 
 def _run_spconv(x: SparseTensor, kind: str, layer: nn.Module, known: dict, key: str, **options):
-    "One spconv layer with the weights of ours; `known` holds what earlier layers worked out, by key. Returns spconv's tensor."
+    "spconv's tensor from its layer with our weights; `known` holds what earlier layers worked out."
     import spconv.pytorch as spconv
 
+    width, kernel = (layer.in_channels, layer.out_channels), list(layer.kernel_size)
     with torch.device("meta"):  # their own weights are never used: do not make them
-        theirs = getattr(spconv, kind)(
-            layer.in_channels,
-            layer.out_channels,
-            list(layer.kernel_size),
-            bias=False,
-            indice_key=key,
-            **options,
-        )
+        theirs = getattr(spconv, kind)(*width, kernel, bias=False, indice_key=key, **options)
     del theirs.weight
     theirs.weight = layer.weight.to(x.feat.dtype)
     theirs.train()  # in evaluation mode spconv cuts the graph, and its rulebook has no way back
-    with full_precision(
-        x.feat
-    ):  # under autocast, even to bfloat16, spconv would compute in float16
-        return theirs(
-            spconv.SparseConvTensor(
-                x.feat, x.index.int(), list(x.shape), x.size, indice_dict=dict(known)
-            )
-        )
+    # under autocast, even to bfloat16, spconv would compute in float16
+    with full_precision(x.feat):
+        cells, block = x.index.int(), list(x.shape)
+        given = spconv.SparseConvTensor(x.feat, cells, block, x.size, indice_dict=dict(known))
+        return theirs(given)
 
 
 class _SparseLayer(nn.Module):
-    "What the three layers share: weights, bias, checks."
+    "What the three layers have in common: weights, bias, checks."
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size, bias: bool, backend: str):
+    def __init__(
+        self,
+        in_channels: int,  # width of the features that come in
+        out_channels: int,  # and of those that go out
+        kernel_size: int | Triple,
+        *,
+        bias: bool = False,
+        backend: str = "auto",  # auto | torch | spconv
+    ):
         super().__init__()
+        owner = type(self).__name__
         if backend not in ("auto", "torch", "spconv"):
             raise ValueError(
-                f"{type(self).__name__}.backend: expected 'auto', 'torch' or 'spconv', got {backend!r}"
+                f"{owner}.backend: expected 'auto', 'torch' or 'spconv', got {backend!r}"
             )
-        self.in_channels, self.out_channels, self.backend = in_channels, out_channels, backend
-        self.kernel_size = k = _triple(type(self).__name__, "kernel_size", kernel_size, 1)
-        bound = (in_channels * k[0] * k[1] * k[2]) ** -0.5
-        self.weight = nn.Parameter(
-            torch.empty(out_channels, *k, in_channels).uniform_(-bound, bound)
-        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size = _triple(owner, "kernel_size", kernel_size, 1)
+        self.backend = backend
+        bound = (in_channels * math.prod(self.kernel_size)) ** -0.5
+        weight = torch.empty(out_channels, *self.kernel_size, in_channels)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
         self.bias = (
             nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
         )
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
+        "Widths, kernel and bias, as torch prints a layer."
+        width = f"{self.in_channels}, {self.out_channels}"
+        return f"{width}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
 
     def _check(self, x: SparseTensor) -> None:
         if x.feat.shape[1] != self.in_channels:
             raise ValueError(
-                f"{type(self).__name__}: expected features with {self.in_channels} channels (in_channels), got {x.feat.shape[1]}"
+                f"{type(self).__name__}: expected features with {self.in_channels} channels "
+                f"(in_channels), got {x.feat.shape[1]}"
             )
 
     def _add_bias(self, y: Tensor) -> Tensor:
@@ -475,25 +462,24 @@ class SubMConv3d(_SparseLayer):
         self,
         in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out
-        kernel_size: int | tuple[int, int, int] = 3,  # odd
+        kernel_size: int | Triple = 3,  # odd
         *,
         bias: bool = False,
         backend: str = "auto",  # auto | torch | spconv
     ):
-        super().__init__(in_channels, out_channels, kernel_size, bias, backend)
-        if any(k % 2 == 0 for k in self.kernel_size):
-            raise ValueError(
-                f"SubMConv3d.kernel_size: expected odd widths, which have a centre, got {self.kernel_size}"
-            )
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, backend=backend)
+        _odd("SubMConv3d", "kernel_size", self.kernel_size)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        "The same cells, `[n out_channels]`."
         self._check(x)
         if self.kernel_size == (1, 1, 1):
             y = F.linear(x.feat, self.weight[:, 0, 0, 0])
         elif _use_spconv("SubMConv3d", self.backend, x) and len(x):
             known, key = x._cache.setdefault("spconv", {}), f"subm {self.kernel_size}"
             out = _run_spconv(x, "SubMConv3d", self, known, key)
-            known[key], y = out.indice_dict[key], out.features
+            known[key] = out.indice_dict[key]
+            y = out.features
         else:
             y = sparse_conv(x.feat, self.weight, submanifold_rules(x, self.kernel_size))
         return x.with_feat(self._add_bias(y))
@@ -506,41 +492,33 @@ class SparseConv3d(_SparseLayer):
         self,
         in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out
-        kernel_size: int | tuple[int, int, int] = 2,  # cells that one output cell sees
+        kernel_size: int | Triple = 2,  # cells that one output cell sees
         *,
-        stride: int | tuple[int, int, int] = 2,  # fine cells from one coarse cell to the next
-        padding: int | tuple[int, int, int] = 0,  # of air around the block
+        stride: int | Triple = 2,  # fine cells from one coarse cell to the next
+        padding: int | Triple = 0,  # of air around the block
         bias: bool = False,
         backend: str = "auto",  # auto | torch | spconv
     ):
-        super().__init__(in_channels, out_channels, kernel_size, bias, backend)
-        self.stride, self.padding = (
-            _triple("SparseConv3d", "stride", stride, 1),
-            _triple("SparseConv3d", "padding", padding, 0),
-        )
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, backend=backend)
+        self.stride = _triple("SparseConv3d", "stride", stride, 1)
+        self.padding = _triple("SparseConv3d", "padding", padding, 0)
 
     def extra_repr(self) -> str:
+        "That of all layers, stride and padding."
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        "Coarser cells, `[m out_channels]`."
         self._check(x)
         if (
             self.kernel_size != (1, 1, 1)
             and _use_spconv("SparseConv3d", self.backend, x)
             and len(x)
         ):
-            out = _run_spconv(
-                x,
-                "SparseConv3d",
-                self,
-                {},
-                "down",
-                stride=list(self.stride),
-                padding=list(self.padding),
-            )
-            origin = Origin(
-                x.index, x.shape, x.size, x._cache, x._origin, self.kernel_size, out.indice_dict
-            )
+            walk = dict(stride=list(self.stride), padding=list(self.padding))
+            out = _run_spconv(x, "SparseConv3d", self, {}, "down", **walk)
+            fine = x.with_feat(x.feat.new_zeros(len(x), 0))
+            origin = Origin(fine, self.kernel_size, out.indice_dict)
             y = SparseTensor(out.features, out.indices.long(), tuple(out.spatial_shape), x.size)
             return replace(y, feat=self._add_bias(y.feat), _origin=origin)
         coarse, rules = strided_rules(x, self.kernel_size, self.stride, self.padding)
@@ -554,72 +532,71 @@ class SparseInverseConv3d(_SparseLayer):
         self,
         in_channels: int,  # width of the features that come in
         out_channels: int,  # and of those that go out
-        kernel_size: int | tuple[int, int, int] = 2,  # that of the strided convolution
+        kernel_size: int | Triple = 2,  # that of the strided convolution
         *,
         bias: bool = False,
         backend: str = "auto",  # auto | torch | spconv
     ):
-        super().__init__(in_channels, out_channels, kernel_size, bias, backend)
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, backend=backend)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        "The finer cells, `[n out_channels]`."
         self._check(x)
-        if (o := x._origin) is None:
+        if x._origin is None:
             raise ValueError(
-                "SparseInverseConv3d: expected a tensor that a SparseConv3d made (and layers on the same cells), got one without an origin"
+                "SparseInverseConv3d: expected a tensor that a SparseConv3d made "
+                "(and layers on the same cells), got one without an origin"
             )
-        if o.kernel != self.kernel_size:
+        fine, kernel, rules = x._origin
+        if kernel != self.kernel_size:
             raise ValueError(
-                f"SparseInverseConv3d.kernel_size: expected that of the SparseConv3d that is undone, {o.kernel}, got {self.kernel_size}"
+                "SparseInverseConv3d.kernel_size: expected that of the SparseConv3d that is undone, "
+                f"{kernel}, got {self.kernel_size}"
             )
-        if isinstance(o.rules, Rules):
-            y = sparse_conv(x.feat, self.weight, o.rules.reversed())
+        if isinstance(rules, Rules):
+            y = sparse_conv(x.feat, self.weight, rules.reversed())
         else:
-            y = _run_spconv(x, "SparseInverseConv3d", self, o.rules, "down").features
-        return SparseTensor(self._add_bias(y), o.index, o.shape, o.size, o.cache, o.origin)
+            y = _run_spconv(x, "SparseInverseConv3d", self, rules, "down").features
+        return fine.with_feat(self._add_bias(y))
 
 # %% ../../nbs/geometry/13_sparse.ipynb #25beaccf
 def merge_voxels(
     points: PointBatch,
     voxel_size: float,  # edge of a voxel, same unit as xyz
-) -> tuple[
-    PointBatch, Tensor
-]:  # one point a voxel, in the order of first points; inverse [n]: the row that each point went to
-    "Average the points of each voxel; differentiable in the features."
+) -> tuple[PointBatch, Int[Tensor, "n"]]:  # one point a voxel; the row that each point went to
+    "Average the points of each voxel, in the order of first points; differentiable in the features."
     cell, voxel = voxelize(points.xyz, points.batch, voxel_size)
     here = torch.arange(len(points), device=voxel.device)
-    first, order = (
-        here.new_full((len(cell),), len(points)).scatter_reduce(0, voxel, here, "amin").sort()
-    )
+    first = here.new_full((len(cell),), len(points)).scatter_reduce(0, voxel, here, "amin")
+    first, order = first.sort()
     inverse = order.argsort()[voxel]
-    xyz, feat = (
-        voxel_mean(points.xyz, inverse, len(cell)),
-        voxel_mean(points.feat, inverse, len(cell)),
-    )
+    xyz = voxel_mean(points.xyz, inverse, len(cell))
     moved = (xyz / voxel_size).floor().long() != cell[order, 1:]
-    return PointBatch(
-        torch.where(moved, points.xyz[first], xyz), feat, points.batch[first], points.size
-    ), inverse
+    merged = points.derive(
+        xyz=torch.where(moved, points.xyz[first], xyz),
+        feat=voxel_mean(points.feat, inverse, len(cell)),
+        batch=points.batch[first],
+    )
+    return merged, inverse
 
 
 def point_cells(
     points: PointBatch,  # one row a voxel
     voxel_size: float,  # edge of a voxel, same unit as xyz
-    multiple: int = 16,  # the block's sides are multiples of this, so that strides lose nothing at its end
+    multiple: int = 16,  # of which the block's sides are multiples, so that strides lose nothing
 ) -> SparseTensor:  # row i is point i
-    "The points as cells, counted from the lowest cell of each cloud."
+    """The points as cells, counted from the lowest cell of each cloud.
+
+    Raises: ValueError of one line, where two points lie in one voxel.
+    """
     grid = grid_coordinates(points.xyz, points.batch, points.size, voxel_size)
-    shape = (
-        tuple((n // multiple + 1) * multiple for n in grid.amax(0).tolist())
-        if len(grid)
-        else (multiple,) * 3
-    )
-    try:
-        return SparseTensor(
-            points.feat, torch.cat([points.batch[:, None], grid], 1), shape, points.size
-        )
-    except ValueError as error:
-        if "more than once" not in str(error):
-            raise
+    highest = grid.amax(0).tolist() if len(grid) else (0, 0, 0)
+    shape = tuple((cell // multiple + 1) * multiple for cell in highest)
+    index = torch.cat([points.batch[:, None], grid], 1)
+    order, double = _sorted_cells(index, shape, points.size)
+    if double is not None:
         raise ValueError(
-            f"point_cells.points: expected one point a voxel of {voxel_size}, found two in one; merge them first (merge_voxels)"
-        ) from None
+            f"point_cells.points: expected one point a voxel of {voxel_size}, "
+            "found two in one; merge them first (merge_voxels)"
+        )
+    return SparseTensor(points.feat, index, shape, points.size, {"order": order})

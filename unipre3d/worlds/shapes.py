@@ -26,7 +26,7 @@ from unipre3d.worlds.furniture import (
     pack_cloud,
     shade,
 )
-from ..records import code_hash, made_once
+from ..records import code_hash, cached
 
 # %% auto #0
 __all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring',
@@ -3348,7 +3348,7 @@ def embedded_shapes(
         points=points,
         seed=seed,
     )
-    return made_once(
+    return cached(
         "shapes.zip",
         [how, code_hash(*MAKERS)],
         lambda path: make_shapes(path, **how, workers=workers),
