@@ -4,16 +4,25 @@
 
 # %% ../nbs/90_cli.ipynb #58dcda6d
 from __future__ import annotations
-import contextlib, importlib.util, io, os, sys
-from dataclasses import asdict, dataclass, fields, make_dataclass
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
-__all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'parse_after', 'RunOptions', 'newest_run', 'parse_recipe',
-           'refuse_changes', 'run_folder', 'pretrain_command', 'StartOptions', 'finetune_command', 'reproduce_command',
-           'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
-           'prepare_command', 'data_command', 'doctor_command', 'usage', 'main']
+__all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options', 'backbone_keywords',
+           'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'RunOptions', 'newest_run',
+           'parse_recipe', 'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command',
+           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
+           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'data_command', 'doctor_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -22,8 +31,12 @@ def one_line(
     "The sentence of a boxed message: from the first line with a colon to the next rule, as one line."
     lines = [line.strip("│| ") for line in boxed.splitlines()]
     start = next((i for i, line in enumerate(lines) if ": " in line), 0)
-    end = next((i for i in range(start, len(lines)) if not lines[i].strip("─-╰╯ ")), len(lines))
-    return " ".join(lines[start:end]) or boxed.strip()
+    sentence = []
+    for line in lines[start:]:
+        if not line.strip("─-╰╯ "):
+            break
+        sentence.append(line)
+    return " ".join(sentence) or boxed.strip()
 
 
 def parse(
@@ -60,15 +73,141 @@ def parse_after(
         parse(shape, ["--help"], prog)
     raise ValueError(f"{prog.rsplit(' ', 1)[0].removeprefix('unipre3d ')}: expected {example}")
 
+# %% ../nbs/90_cli.ipynb #fcb45035
+def option_paths(
+    values: Any,  # an instance of nested dataclasses
+    prefix: str = "",
+) -> list[str]:
+    "The options of nested dataclasses, such as run.batch-size."
+    found = []
+    for value in fields(values):
+        path = prefix + value.name.replace("_", "-")
+        inner = getattr(values, value.name)
+        if is_dataclass(inner):
+            found += option_paths(inner, path + ".")
+        elif isinstance(inner, dict):
+            found += [f"{path}.{key}" for key in inner]
+        else:
+            found.append(path)
+    return found
+
+
+def full_options(
+    args: Sequence[str],  # as they were typed
+    paths: Sequence[str],  # of all options
+) -> list[str]:
+    """The same arguments with each option's name in full.
+
+    Raises: ValueError where a last name could mean two options.
+    """
+    found = []
+    for arg in args:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or not name:
+            found.append(arg)
+            continue
+        name = name.replace("_", "-")
+        name = "data.source" if name == "data" and "data.source" in paths else name
+        head, dot, last = name.rpartition(".")
+        off = last.startswith("no-")
+        wanted = head + dot + last.removeprefix("no-") if off else name
+        matches = [path for path in paths if path == wanted or path.endswith("." + wanted)]
+        if wanted in matches:
+            matches = [wanted]
+        if len(matches) > 1:
+            raise ValueError(f"--{name}: could mean {' or '.join('--' + path for path in matches)}")
+        if matches:
+            group, dot, last = matches[0].rpartition(".")
+            name = f"{group}{dot}{'no-' if off else ''}{last}"
+        found.append(f"--{name}{equals}{value}")
+    return found
+
+
+def backbone_keywords(
+    name: str,  # of a backbone
+) -> dict[str, tuple[Any, Any]]:  # keyword -> type, default
+    "What a backbone's constructor takes; in_channels follows from the features."
+    from unipre3d.runs.run import backbone_class
+
+    build = backbone_class(name).__init__
+    types = get_type_hints(build)
+    found = {}
+    for keyword, parameter in inspect.signature(build).parameters.items():
+        if parameter.default is not inspect.Parameter.empty and keyword != "in_channels":
+            found[keyword] = types.get(keyword, Any), parameter.default
+    return found
+
+
+def recipe_shape(
+    recipe: Any,  # a `Recipe`
+) -> Any:  # the same values as an instance whose backbone options are all there, with their types
+    "What tyro reads a recipe's options from."
+    if not hasattr(recipe.model, "backbone"):
+        return recipe
+    keywords = backbone_keywords(recipe.model.backbone)
+    unknown = set(recipe.model.backbone_options) - set(keywords)
+    if unknown:
+        raise ValueError(
+            f"backbone_options: {recipe.model.backbone} does not take {', '.join(sorted(unknown))}"
+        )
+    typed = [(name, kind, field(default=default)) for name, (kind, default) in keywords.items()]
+    options = make_dataclass("BackboneOptions", typed, frozen=True)
+    typed = [("backbone_options", options, field(default=options()))]
+    model = make_dataclass("Model", typed, bases=(type(recipe.model),), frozen=True)
+    typed = [("model", model, field(default=model()))]
+    shape = make_dataclass("Recipe", typed, bases=(type(recipe),), frozen=True)
+    values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model)}
+    values["backbone_options"] = options(**recipe.model.backbone_options)
+    groups = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return shape(**groups | {"model": model(**values)})
+
+
+def recipe_of_shape(
+    shape: Any,  # as `recipe_shape` made it, with other values
+    recipe: Any,  # the recipe that it was made of
+) -> Any:
+    "The recipe; of the backbone's options those that are not the constructor's defaults, or that the recipe names."
+    groups = {f.name: getattr(shape, f.name) for f in fields(recipe)}
+    if hasattr(recipe.model, "backbone"):
+        values = {f.name: getattr(shape.model, f.name) for f in fields(recipe.model)}
+        chosen = {}
+        for name, (_, default) in backbone_keywords(recipe.model.backbone).items():
+            value = getattr(shape.model.backbone_options, name)
+            if value != default or name in recipe.model.backbone_options:
+                chosen[name] = value
+        groups["model"] = type(recipe.model)(**values | {"backbone_options": chosen})
+    return type(recipe)(**groups)
+
+
+def with_all_terms(recipe: Any) -> Any:
+    "The recipe with every term of the objective, at weight zero where it has none, so that each is an option."
+    if not hasattr(recipe.objective, "terms"):
+        return recipe
+    from unipre3d.objective import TERMS
+
+    terms = dict.fromkeys(TERMS, 0.0) | recipe.objective.terms
+    return replace(recipe, objective=replace(recipe.objective, terms=terms))
+
+
+def with_own_terms(recipe: Any) -> Any:
+    "The inverse of `with_all_terms`."
+    if not hasattr(recipe.objective, "terms"):
+        return recipe
+    terms = {name: weight for name, weight in recipe.objective.terms.items() if weight}
+    return replace(recipe, objective=replace(recipe.objective, terms=terms))
+
 # %% ../nbs/90_cli.ipynb #99397b95
 default_recipe = "object-transformer-mini"
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    "Where a run goes."
+    "Where a run goes, and where it starts."
 
     out: str | None = None  # run folder; default runs/RECIPE, or runs/RECIPE-2 if that is taken
+    init: str = (
+        "none"  # first weights of the backbone: "none", a run folder or a released checkpoint
+    )
     resume: bool = (
         False  # go on with the interrupted run in --out (default: the newest of this recipe)
     )
@@ -81,160 +220,171 @@ def newest_run(
     name: str,  # a recipe's name
     root: str | Path = "runs",
 ) -> Path:
-    "The newest run folder of a recipe that can go on."
+    """The newest run folder of a recipe that can go on.
+
+    Raises: FileNotFoundError where there is none.
+    """
     from unipre3d.records import read_config
 
-    found = [
-        p.parent
-        for p in Path(root).glob(f"{name}*/resume.safetensors")
-        if not (p.parent / "record.json").exists() and read_config(p.parent)["name"] == name
-    ]
+    found = []
+    for state in Path(root).glob(f"{name}*/resume.safetensors"):
+        finished = (state.parent / "record.json").exists()
+        if not finished and read_config(state.parent)["name"] == name:
+            found.append(state)
     if not found:
         raise FileNotFoundError(
             f"--resume: expected an interrupted run of {name} in {root}/, found none; name it with --out FOLDER"
         )
-    return max(found, key=lambda p: (p / "resume.safetensors").stat().st_mtime)
+    return max(found, key=lambda state: state.stat().st_mtime).parent
 
 
 def parse_recipe(
     command: str,  # "pretrain" or "finetune"
     name: str,  # the recipe's name
-    recipe,  # a dataclass, its values the defaults
+    recipe: Any,  # a `Recipe`, its values the defaults
     args: list[str],  # what follows the name
-    options: type = RunOptions,  # a dataclass of what is not the recipe's
-) -> tuple[Any, Any]:  # the recipe with changes, the options
-    "Read changes to a recipe's values, and the options beside them."
-    Both = make_dataclass(command.title(), [], bases=(type(recipe), options), frozen=True)
-    Both.__doc__ = f"{command.title()} {name}: {recipe.about}."
-    both = parse(
-        Both,
-        args,
-        f"unipre3d {command} {name}",
-        default=Both(**{f.name: getattr(recipe, f.name) for f in fields(recipe)}),
-    )
-    pick = lambda kind: kind(**{f.name: getattr(both, f.name) for f in fields(kind)})
-    return pick(type(recipe)), pick(options)
+) -> tuple[Any, RunOptions]:  # the recipe with changes, the options
+    """Read changes to a recipe's values, and the options beside them.
+
+    Raises: ValueError for an option or a value that does not exist.
+    """
+    import tyro
+
+    plain = full_options(args, [*option_paths(recipe), *option_paths(RunOptions())])
+    if "--model.backbone" in plain[:-1]:  # another backbone has other options
+        backbone = plain[plain.index("--model.backbone") + 1]
+        if backbone != recipe.model.backbone:
+            model = replace(recipe.model, backbone=backbone, backbone_options={})
+            recipe = replace(recipe, model=model)
+    recipe = with_all_terms(recipe)
+    shape = recipe_shape(recipe)
+    whole = [
+        ("recipe", Annotated[type(shape), tyro.conf.arg(name="")], field(default=shape)),
+        ("options", Annotated[RunOptions, tyro.conf.arg(name="")], field(default=RunOptions())),
+    ]
+    Command = make_dataclass(command.title(), whole, frozen=True)
+    Command.__doc__ = f"{command.title()} {name}: {recipe.about}."
+    paths = [*option_paths(shape), *option_paths(RunOptions())]
+    both = parse(Command, full_options(args, paths), f"unipre3d {command} {name}")
+    return with_own_terms(recipe_of_shape(both.recipe, recipe)), both.options
 
 
-def refuse_changes(
-    given: dict[str, Any],  # values of the recipe and options, as they were asked for
-    usual: dict[str, Any],  # as they are if nobody asks
-) -> None:
-    "A run goes on with its own values; a ValueError names an option that would be ignored."
-    if changed := [k for k, v in given.items() if v != usual[k]]:
-        raise ValueError(
-            f"--resume: the run goes on with the values it began with; expected no --{changed[0].replace('_', '-')} beside it"
-        )
+def resumable(
+    folder: Path,
+) -> Path:
+    """The folder of a run that can go on.
 
-
-def run_folder(
-    name: str,  # the recipe's name
-    options: RunOptions,
-) -> Path:  # the interrupted run to go on with, or an empty folder
-    "Where a run reads and writes."
-    from unipre3d.recipes import free_folder
-
-    if options.resume:
-        folder = Path(options.out) if options.out else newest_run(name)
-        if (folder / "record.json").exists():
-            raise ValueError(f"--resume: the run in {folder} is finished; see its record.json")
-        if not (folder / "resume.safetensors").is_file():
-            raise FileNotFoundError(
-                f"--resume: expected an interrupted run in {folder}, found no resume.safetensors; start one without --resume"
-            )
-        return folder
-    folder = Path(options.out) if options.out else free_folder(Path("runs") / name)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
+    Raises: ValueError for a finished run, FileNotFoundError for none.
+    """
+    if (folder / "record.json").exists():
+        raise ValueError(f"--resume: the run in {folder} is finished; see its record.json")
+    if not (folder / "resume.safetensors").is_file():
+        raise FileNotFoundError(
+            f"--resume: expected an interrupted run in {folder}, found no resume.safetensors; start one without --resume"
         )
     return folder
 
 
-def pretrain_command(args: list[str]) -> int:
-    "unipre3d pretrain [RECIPE] [--key value ...]: pre-train and write a run folder."
-    from unipre3d.recipes import find_recipe, pretrain, read_recipe
+def refuse_changes(
+    recipe: Any,  # as it was typed
+    usual: Any,  # as it is without options
+    options: RunOptions,
+) -> None:
+    """A run goes on with its own values.
 
-    name, rest = (
-        (args[0], args[1:]) if args and not args[0].startswith("-") else (default_recipe, args)
-    )
-    recipe, options = parse_recipe("pretrain", name, find_recipe(name), rest)
+    Raises: ValueError that names an option which would be ignored.
+    """
+    from unipre3d.runs.recipe import to_values
+
+    given = to_values(recipe) | {"init": options.init}
+    known = to_values(usual) | {"init": "none"}
+    for name, value in given.items():
+        if value != known[name]:
+            raise ValueError(
+                "--resume: the run goes on with the values it began with; "
+                f"expected no --{name.replace('_', '-')} beside it"
+            )
+
+
+def train_command(
+    command: str,  # "pretrain" or "finetune"
+    known: dict[str, Any],  # its recipes by name
+    args: list[str],
+) -> int:
+    "Run a recipe of the command and show what came out."
+    from unipre3d.recipes import find_recipe, read_recipe
+    from unipre3d.runs.run import run_recipe
+
+    name, *rest = args
+    usual = find_recipe(name, known)
+    recipe, options = parse_recipe(command, name, usual, rest)
+    folder = options.out
     if options.resume:
-        refuse_changes(asdict(recipe), asdict(find_recipe(name)))
-    folder = run_folder(name, options)
-    if options.resume:
-        name, recipe = read_recipe(folder)
-    record = pretrain(name, recipe, folder, resume=options.resume, device=options.device)
-    if record is None:
+        refuse_changes(recipe, usual, options)
+        folder = resumable(Path(options.out) if options.out else newest_run(name))
+        name, recipe, _ = read_recipe(folder)
+    how = dict(init=options.init, resume=options.resume, device=options.device)
+    done = run_recipe(name, recipe, folder, **how)
+    if done.ended == "interrupted":
         return 130
-    if not record:
-        return 0  # one of several processes, and not the first
-    m = record["metrics"]
-    foreground = f"foreground {m['psnr_foreground']:.2f} dB, " if "psnr_foreground" in m else ""
-    print(
-        f"held-out PSNR {m['psnr']:.2f} dB ({foreground}SSIM {m['ssim']:.3f}) on {m['clouds']} clouds, {m['images']} images; "
-        f"the best constant colour has {m['constant_colour_psnr']:.2f} dB, the mean image {m['mean_image_psnr']:.2f} dB"
-    )
-    print(
-        f"pictures: {folder / 'views.png'}   record: {folder / 'record.json'}\nnext: unipre3d render {folder}"
-    )
+    if done.record is not None:
+        print(describe_result(done.record["metrics"]))
+        pictures = ", ".join(str(path) for path in sorted(done.folder.glob("*.png")))
+        print(f"record: {done.folder / 'record.json'}   pictures: {pictures or 'none'}")
+        if "psnr" in done.record["metrics"]:
+            print(f"next: unipre3d render {done.folder}")
     return 0
 
-# %% ../nbs/90_cli.ipynb #079a689e
-@dataclass(frozen=True)
-class StartOptions(RunOptions):
-    "Where a fine-tuning goes, and where it starts."
 
-    init: str = (
-        "none"  # first weights of the backbone: "none", a run folder, or a released checkpoint
+def describe_result(
+    metrics: dict[str, float],  # of a record
+) -> str:
+    "The scores of a run in one line."
+    if "psnr" not in metrics:
+        parts = []
+        for name, value in metrics.items():
+            parts.append(f"{name} {value:.1%}" if name != "chamfer" else f"{name} {value:.4f}")
+        return "test: " + ", ".join(parts)
+    m = metrics
+    foreground = f"foreground {m['psnr_foreground']:.2f} dB, " if "psnr_foreground" in m else ""
+    return (
+        f"held-out PSNR {m['psnr']:.2f} dB ({foreground}SSIM {m['ssim']:.3f}) on {m['clouds']} clouds, "
+        f"{m['images']} images; the best constant colour has {m['constant_colour_psnr']:.2f} dB, "
+        f"the mean image {m['mean_image_psnr']:.2f} dB"
     )
+
+
+def pretrain_command(args: list[str]) -> int:
+    "unipre3d pretrain [RECIPE] [--key value ...]: pre-train and write a run folder."
+    from unipre3d.recipes import recipes
+
+    named = bool(args) and not args[0].startswith("-")
+    return train_command("pretrain", recipes, args if named else [default_recipe, *args])
 
 
 def finetune_command(args: list[str]) -> int:
     "unipre3d finetune RECIPE --init CHECKPOINT [--key value ...]: fine-tune on a task and write a run folder."
-    from unipre3d.tasks.finetuning import finetune_recipes, finetune_run, read_finetune
-    from unipre3d.recipes import find_recipe
+    from unipre3d.recipes import finetune_recipes
 
     if args[:1] in (["-h"], ["--help"]):
-        print(
-            "usage: unipre3d finetune RECIPE [--init CHECKPOINT] [--key value ...]\n\nrecipes (unipre3d finetune RECIPE --help lists the options of one):"
-        )
+        print("usage: unipre3d finetune RECIPE [--init CHECKPOINT] [--key value ...]")
+        print("\nrecipes (unipre3d finetune RECIPE --help lists the options of one):")
         for name, recipe in finetune_recipes.items():
             print(f"  {name:26} {recipe.about}")
         return 0
     if not args or args[0].startswith("-"):
         raise ValueError(
-            f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini"
+            f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; "
+            "as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini"
         )
-    name = args[0]
-    recipe, options = parse_recipe(
-        "finetune", name, find_recipe(name, finetune_recipes), args[1:], StartOptions
-    )
-    if options.resume:
-        refuse_changes(
-            asdict(recipe) | {"init": options.init},
-            asdict(find_recipe(name, finetune_recipes)) | {"init": "none"},
-        )
-    folder = run_folder(name, options)
-    if options.resume:
-        name, recipe, _ = read_finetune(folder)
-    record = finetune_run(
-        name, recipe, folder, init=options.init, resume=options.resume, device=options.device
-    )
-    if record is None:
-        return 130
-    if not record:
-        return 0
-    pictures = ", ".join(str(p) for p in sorted(folder.glob("*.png")))
-    print(f"record: {folder / 'record.json'}   pictures: {pictures or 'none'}")
-    return 0
+    return train_command("finetune", finetune_recipes, args)
 
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
     "unipre3d reproduce mini | full [--list] [--only CLAIM]: run the study behind the tables; goes on where it was stopped."
-    from unipre3d.reproduce import plan as study
+    from unipre3d.reproduce import plan
 
-    return study.reproduce_command(args, parse)
+    return plan.reproduce_command(args, parse)
 
 # %% ../nbs/90_cli.ipynb #40950520
 @dataclass(frozen=True)
@@ -250,17 +400,21 @@ class RenderOptions:
 
 
 def write_film(
-    frames,  # list of uint8 images [h w 3]
+    frames: list,  # uint8 images [h w 3]
     path: str | Path,  # ends in .gif or .mp4
     fps: int = 20,  # frames a second
 ) -> Path:
-    "Write images as an animation; MP4 goes through matplotlib and needs ffmpeg."
+    """Write images as an animation; MP4 goes through matplotlib and needs ffmpeg.
+
+    Raises: ValueError for MP4 without ffmpeg.
+    """
     from PIL import Image
 
     path = Path(path)
     if path.suffix == ".gif":
-        images = [Image.fromarray(f) for f in frames]
-        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+        images = [Image.fromarray(frame) for frame in frames]
+        how = dict(save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+        images[0].save(path, **how)
         return path
     from matplotlib.animation import FFMpegWriter
     from matplotlib.figure import Figure
@@ -269,10 +423,12 @@ def write_film(
         raise ValueError(
             "--video: mp4 needs the program ffmpeg, which was not found; install it or use gif"
         )
-    figure = Figure(figsize=(frames[0].shape[1] / 100, frames[0].shape[0] / 100), dpi=100)
+    h, w = frames[0].shape[:2]
+    figure = Figure(figsize=(w / 100, h / 100), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
-    shown, writer = axis.imshow(frames[0]), FFMpegWriter(fps=fps)
+    shown = axis.imshow(frames[0])
+    writer = FFMpegWriter(fps=fps)
     with writer.saving(figure, str(path), 100):
         for frame in frames:
             shown.set_data(frame)
@@ -282,59 +438,47 @@ def write_film(
 
 def render_command(args: list[str]) -> int:
     "unipre3d render CHECKPOINT [--key value ...]: film and PLY of a held-out object or scene."
-    checkpoint, options = parse_after(
-        RenderOptions,
-        args,
-        "unipre3d render CHECKPOINT",
-        "a checkpoint, as in: unipre3d render runs/object-transformer-mini",
-    )
+    example = "a checkpoint, as in: unipre3d render runs/object-transformer-mini"
+    checkpoint, options = parse_after(RenderOptions, args, "unipre3d render CHECKPOINT", example)
     if options.video not in ("gif", "mp4"):
         raise ValueError(f'--video: expected "gif" or "mp4", got "{options.video}"')
-    for key in ("frames", "size"):
-        if getattr(options, key) < 1:
-            raise ValueError(f"--{key}: expected at least 1, got {getattr(options, key)}")
+    for name in ("frames", "size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     import torch
     from tqdm.auto import tqdm
-    from unipre3d.gaussians import save_ply
-    from unipre3d.pretrain import predict
-    from unipre3d.recipes import build_data, load_run
-    from unipre3d.render import render
 
-    recipe, model, image_net = load_run(checkpoint)
-    samples = build_data(recipe, options.split)
+    from unipre3d.gaussians import save_ply
+    from unipre3d.recipes import load_predictor
+    from unipre3d.render import render
+    from unipre3d.tasks.pretrain import build_views, predict
+
+    recipe, model, image_net = load_predictor(checkpoint)
+    samples = build_views(recipe, options.split)
     if not 0 <= options.index < len(samples):
         raise ValueError(
             f"--index: expected 0..{len(samples) - 1} in the {options.split} split, got {options.index}"
         )
     sample = samples[options.index]
+    background = torch.tensor(recipe.objective.background)
+    cameras = samples.tour(options.index, options.frames, options.size)
+    beside = sample.ref.rgb[:1]
+    beside = torch.nn.functional.interpolate(beside, size=cameras.hw, mode="nearest")[0]
+    frames = []
     with torch.no_grad():
         gaussians = predict(sample.points, sample.ref, image_net, model)
-        cameras = samples.tour(options.index, options.frames, options.size)
-        frames = [
-            render(
-                gaussians, cameras.select(torch.tensor([i])), torch.tensor(recipe.background)
-            ).rgb[0]
-            for i in tqdm(range(options.frames), desc="film")
-        ]
-    beside = torch.nn.functional.interpolate(sample.ref.rgb[:1], size=cameras.hw, mode="nearest")[0]
-    images = [
-        (torch.cat([beside, f], 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-        for f in frames
-    ]
-    folder = (
-        Path(options.out)
-        if options.out
-        else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
-    )
+        for i in tqdm(range(options.frames), desc="film"):
+            rgb = render(gaussians, cameras.select(torch.tensor([i])), background).rgb[0]
+            frame = (torch.cat([beside, rgb], 2).clamp(0, 1) * 255).byte()
+            frames.append(frame.permute(1, 2, 0).numpy())
+    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    folder = Path(options.out) if options.out else run
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{options.split}-{options.index}"
-    film, ply = (
-        write_film(images, folder / f"film-{stem}.{options.video}"),
-        save_ply(gaussians, folder / f"gaussians-{stem}.ply"),
-    )
-    print(
-        f"{samples.name(options.index)}: {len(gaussians):,} Gaussians\nfilm: {film}   (left: the reference view that the model saw)\nGaussians: {ply}"
-    )
+    film = write_film(frames, folder / f"film-{stem}.{options.video}")
+    ply = save_ply(gaussians, folder / f"gaussians-{stem}.ply")
+    print(f"{samples.name(options.index)}: {len(gaussians):,} Gaussians")
+    print(f"film: {film}   (left: the reference view that the model had)\nGaussians: {ply}")
     return 0
 
 # %% ../nbs/90_cli.ipynb #76c03423
@@ -344,10 +488,12 @@ class FurnitureOptions:
 
     out: str = "furniture"  # folder to write
     deb: str | None = (
-        None  # the package file of the libraries; default: fetched with apt where there is one
+        None  # package file of the libraries; default: fetched with apt where there is one
     )
     workers: int = 2  # processes
-    unpack: bool = False  # only write the embedded objects as a folder of PNG views, camera files and NPY clouds
+    unpack: bool = (
+        False  # only write the embedded objects as PNG views, camera files and NPY clouds
+    )
 
 
 @dataclass(frozen=True)
@@ -361,7 +507,10 @@ class AutoencoderOptions:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    "Draw the meshes of a folder: a data set for pre-training, for --data of any object recipe. The class of a mesh is the folder it lies in."
+    """Draw the meshes of a folder: a data set for pre-training, for --data of any object recipe.
+
+    The class of a mesh is the folder it lies in.
+    """
 
     out: str = "meshes.zip"  # file to write
     up: str = "y"  # upward axis of the files: "x", "y" or "z"
@@ -369,7 +518,7 @@ class PrepareOptions:
         0.8,
         0.1,
         0.1,
-    )  # shares of train, val and test in each class
+    )  # fractions of train, val, test in each class
     views: int = 24  # pictures of each mesh
     size: int = 128  # pixels along an edge
     points: int = 4096  # of each cloud
@@ -378,25 +527,20 @@ class PrepareOptions:
 
 def prepare_command(args: list[str]) -> int:
     "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
-    folder, options = parse_after(
-        PrepareOptions,
-        args,
-        "unipre3d data prepare FOLDER",
-        "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip",
-    )
+    example = "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip"
+    folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", example)
     from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
     files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
-    print(
-        f"wrote {path}: {len(files)} meshes\nnext: unipre3d pretrain {default_recipe} --data {path}"
-    )
+    print(f"wrote {path}: {len(files)} meshes")
+    print(f"next: unipre3d pretrain {default_recipe} --data {path}")
     return 0
 
 
 def data_command(args: list[str]) -> int:
     "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
-    from unipre3d.worlds.rooms import RoomsOptions, make_rooms
+    from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
     kinds = {
         "prepare": PrepareOptions,
@@ -404,49 +548,61 @@ def data_command(args: list[str]) -> int:
         "furniture": FurnitureOptions,
         "autoencoder": AutoencoderOptions,
     }
-    if not args or args[0] not in kinds:
-        if args and args[0] in ("-h", "--help"):
-            print(f"usage: unipre3d data {' | '.join(kinds)} [--help]")
-            return 0
-        raise ValueError(
-            f"data: expected one of {', '.join(kinds)}, got {args[0] if args else 'nothing'}"
-        )
-    if args[0] == "prepare":
+    kind = args[0] if args else "nothing"
+    if kind in ("-h", "--help"):
+        print(f"usage: unipre3d data {' | '.join(kinds)} [--help]")
+        return 0
+    if kind not in kinds:
+        raise ValueError(f"data: expected one of {', '.join(kinds)}, got {kind}")
+    if kind == "prepare":
         return prepare_command(args[1:])
-    options = parse(kinds[args[0]], args[1:], f"unipre3d data {args[0]}")
-    if args[0] == "rooms":
+    options = parse(kinds[kind], args[1:], f"unipre3d data {kind}")
+    if kind == "rooms":
         path = make_rooms(**asdict(options))
-    elif args[0] == "furniture":
-        from unipre3d.worlds.furniture import build_furniture
-        from unipre3d.data.shapenet import ShapeNetViews, export_objects
-
-        path = (
-            export_objects(ShapeNetViews(), options.out)
-            if options.unpack
-            else build_furniture(options.deb, options.out, workers=options.workers)
-        )
-    else:
+    elif kind == "autoencoder":
         from unipre3d.tasks.autoencoder import train_mini
 
         path = train_mini(options.out, steps=options.steps, seed=options.seed)
+    elif options.unpack:
+        from unipre3d.data.shapenet import ShapeNetViews, export_objects
+
+        path = export_objects(ShapeNetViews(), options.out)
+    else:
+        from unipre3d.worlds.furniture import build_furniture
+
+        path = build_furniture(options.deb, options.out, workers=options.workers)
     print(f"wrote {path}")
     return 0
 
 
 def doctor_command(args: list[str]) -> int:
     "unipre3d doctor: which backends, data and weights are here."
+    import shutil
+
     import torch
+
     from unipre3d.core import data_dir
     from unipre3d.recipes import recipes
     from unipre3d.records import code_version, hardware
 
     parse(make_dataclass("Doctor", []), args, "unipre3d doctor")
-    machine, have = hardware(), lambda module: importlib.util.find_spec(module) is not None
+
+    def have(module):
+        return importlib.util.find_spec(module) is not None
+
+    def size(path):
+        return (
+            f"{path} ({path.stat().st_size / 2**20:.1f} MB)"
+            if path.is_file()
+            else f"MISSING: {path}"
+        )
+
+    machine = hardware()
     folder = data_dir()
-    size = lambda path: (
-        f"{path} ({path.stat().st_size / 2**20:.1f} MB)" if path.is_file() else f"MISSING: {path}"
-    )
-    cuda = torch.cuda.is_available()
+    gsplat = "not installed (pip install -e '.[gpu]')"
+    if have("gsplat"):
+        gsplat = "ready" if torch.cuda.is_available() else "installed, but no GPU"
+    weights = folder / "autoencoder-mini" / "diffusion_pytorch_model.safetensors"
     lines = {
         "unipre3d": code_version(),
         "python": machine["python"],
@@ -454,16 +610,10 @@ def doctor_command(args: list[str]) -> int:
         "processor": f"{machine['cpu']}, {machine['cores']} cores",
         "GPU": machine["gpu"] or "none (the CPU renderer is used)",
         "renderer, CPU": "ready" if have("numba") else "MISSING: numba",
-        "renderer, CUDA": ("ready" if cuda else "installed, but no GPU")
-        if have("gsplat")
-        else "not installed (pip install -e '.[gpu]')",
+        "renderer, CUDA": gsplat,
         "objects": size(folder / "furniture.zip"),
-        "small autoencoder": size(
-            folder / "autoencoder-mini" / "diffusion_pytorch_model.safetensors"
-        ),
-        "ffmpeg (MP4)": "ready"
-        if any((Path(p) / "ffmpeg").exists() for p in os.environ.get("PATH", "").split(os.pathsep))
-        else "not found (GIF is used)",
+        "small autoencoder": size(weights),
+        "ffmpeg (MP4)": "ready" if shutil.which("ffmpeg") else "not found (GIF is used)",
         "recipes": ", ".join(recipes),
     }
     for name, value in lines.items():
@@ -483,19 +633,17 @@ commands = {
 
 def usage() -> str:
     "What a newcomer reads first."
-    from unipre3d.tasks.finetuning import finetune_recipes
-    from unipre3d.recipes import recipes
+    from unipre3d.recipes import finetune_recipes, recipes
 
     lines = ["UniPre3D: pre-train point cloud backbones by rendering Gaussians.", "", "commands:"]
-    lines += [
-        f"  {f.__doc__.split(':')[0]:52} {f.__doc__.split(':', 1)[1].strip().rstrip('.')}"
-        for f in commands.values()
-    ]
+    for command in commands.values():
+        form, _, text = command.__doc__.partition(":")
+        lines.append(f"  {form:52} {text.strip().rstrip('.')}")
     for title, known in (("to pre-train:", recipes), ("to fine-tune:", finetune_recipes)):
-        lines += ["", title] + [f"  {name:26} {recipe.about}" for name, recipe in known.items()]
-    return "\n".join(
-        lines + ["", "start with:  unipre3d pretrain      (then: unipre3d COMMAND --help)"]
-    )
+        lines += ["", title]
+        lines += [f"  {name:26} {recipe.about}" for name, recipe in known.items()]
+    lines += ["", "start with:  unipre3d pretrain      (then: unipre3d COMMAND --help)"]
+    return "\n".join(lines)
 
 
 def main(
@@ -507,6 +655,9 @@ def main(
         if not args or args[0] in ("-h", "--help"):
             print(usage())
             return 0
+        if args[0] == "--version":
+            print(f"unipre3d {metadata.version('unipre3d')}")
+            return 0
         if args[0] not in commands:
             raise ValueError(f'expected a command, one of {", ".join(commands)}; got "{args[0]}"')
         return commands[args[0]](args[1:])
@@ -515,3 +666,7 @@ def main(
         return 2
     except KeyboardInterrupt:
         return 130
+
+# %% ../nbs/90_cli.ipynb #17dead3c
+if __name__ == "__main__" and globals().get("__spec__") is not None:
+    sys.exit(main())

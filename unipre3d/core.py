@@ -6,70 +6,85 @@
 from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'PointBatch', 'offsets', 'to_padded', 'from_padded',
-           'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample', 'cat_views', 'collate', 'data_dir']
+__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'cat_rows', 'Packed', 'PointBatch', 'offsets',
+           'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample', 'cat_views',
+           'collate', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #6081e8ee
 def check_shapes(
     owner: str,  # name that starts the message
     **tensors: tuple[Tensor | None, str],  # field = (tensor, pattern); a tensor of None is skipped
 ) -> dict[str, int]:  # the size that each letter was bound to
-    "Raise a one-line ValueError unless every tensor fits its pattern; a letter means one size within the call."
+    """Compare every tensor with its pattern; a letter means one size within the call.
+
+    Raises: ValueError of one line, where a tensor does not fit.
+    """
     bound: dict[str, int] = {}
     for name, (tensor, pattern) in tensors.items():
         if tensor is None:
             continue
-        want, got = pattern.split(), tuple(tensor.shape)
+        want, got = pattern.split(), list(tensor.shape)
         fits = len(want) == len(got)
         for axis, size in zip(want, got):
-            fits = fits and size == (int(axis) if axis.isdigit() else bound.setdefault(axis, size))
+            if fits:
+                fits = size == (int(axis) if axis.isdigit() else bound.setdefault(axis, size))
         if not fits:
-            known = ", ".join(f"{a} = {bound[a]}" for a in want if a in bound)
-            raise ValueError(
-                f"{owner}.{name}: expected shape [{pattern}]{f' with {known}' if known else ''}, got {list(got)}"
-            )
+            known = ", ".join(f"{axis} = {bound[axis]}" for axis in want if axis in bound)
+            note = f" with {known}" if known else ""
+            raise ValueError(f"{owner}.{name}: expected shape [{pattern}]{note}, got {got}")
     return bound
 
 # %% ../nbs/00_core.ipynb #6356fbd5
 def check_batch(
     owner: str,  # name that starts the message
-    batch: Tensor,  # [n] cloud of each row
-    size: int,  # number of clouds B
+    batch: Int[Tensor, "n"],  # cloud of each row
+    size: int | None = None,  # number of clouds B; None: as many as the index names
 ) -> None:
-    "Raise a one-line ValueError unless `batch` is a sorted long index into `0 .. size - 1`."
+    """Compare a batch index with its rules: long, sorted, within `0 .. size - 1`.
+
+    Raises: ValueError of one line, where it breaks one.
+    """
     if batch.dtype != torch.long:
         raise ValueError(f"{owner}.batch: expected dtype torch.int64, got {batch.dtype}")
     if not len(batch):
         return
-    if bool((batch[1:] < batch[:-1]).any()):
+    falls = (batch[1:] < batch[:-1]).any()
+    first, last, unsorted = torch.stack([batch[0], batch[-1], falls.long()]).tolist()
+    if unsorted:
         raise ValueError(
-            f"{owner}.batch: expected a sorted index, found a row whose cloud number is lower than the one before"
+            f"{owner}.batch: expected a sorted index, "
+            "found a row whose cloud number is lower than the one before"
         )
-    if int(batch[0]) < 0 or int(batch[-1]) >= size:
+    size = last + 1 if size is None else size
+    if first < 0 or last >= size:
         raise ValueError(
-            f"{owner}.batch: expected values in 0..{size - 1} (size = {size}), found {int(batch[0])}..{int(batch[-1])}"
+            f"{owner}.batch: expected values in 0..{size - 1} (size = {size}), "
+            f"found {first}..{last}"
         )
 
 # %% ../nbs/00_core.ipynb #01675c92
 def to_device(
-    x,  # a tensor, or any (nested) dataclass of this package
-    device,  # where to put it
-):
+    x: Any,  # a tensor, or any (nested) dataclass of this package
+    device: str | torch.device,  # where to put it
+) -> Any:
     "The same object with every tensor in it on `device`; plain values stay."
     if isinstance(x, Tensor):
-        return x.to(
-            device, non_blocking=torch.device(device).type != "cpu"
-        )  # towards the processor it would return before the values are there
+        # towards the processor a copy that does not wait would return before the values are there
+        return x.to(device, non_blocking=torch.device(device).type != "cpu")
     if not is_dataclass(x):
         return x
-    return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+    moved = {f.name: to_device(getattr(x, f.name), device) for f in fields(x)}
+    return x.derive(**moved) if isinstance(x, Packed) else replace(x, **moved)
 
 
 def full_precision(
@@ -79,87 +94,126 @@ def full_precision(
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _join(parts):
-    "Arrays or tensors as one tensor."
-    if isinstance(parts[0], np.ndarray):
-        return torch.from_numpy(np.concatenate(parts))
-    return torch.cat(list(parts))
+def cat_rows(
+    parts: Sequence[Shaped[Tensor, "_ *c"]] | Sequence[np.ndarray],  # all tensors, or all arrays
+) -> Shaped[Tensor, "n *c"]:
+    "Rows behind one another, as a tensor."
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return torch.from_numpy(np.concatenate(parts))
+
+
+class Packed:
+    "What the packed types share: their constructor checks shapes and index; `trusted` and `derive` check shapes only."
+
+    _shapes: ClassVar[dict[str, str]] = {}  # field = pattern of `check_shapes`
+
+    def __post_init__(self):
+        self._check_shapes()
+        if "batch" in self._shapes:
+            check_batch(type(self).__name__, self.batch, getattr(self, "size", None))
+
+    def _check_shapes(self) -> None:
+        given = {name: (getattr(self, name), pattern) for name, pattern in self._shapes.items()}
+        check_shapes(type(self).__name__, **given)
+
+    @classmethod
+    def trusted(
+        cls,
+        **values: Any,  # every field without a default
+    ) -> Self:
+        "An object whose batch index comes from a checked one."
+        made = object.__new__(cls)
+        made.__dict__.update(values)
+        made._check_shapes()
+        return made
+
+    def derive(
+        self,
+        **changes: Any,  # new values of some fields
+    ) -> Self:
+        "The same object with some fields changed."
+        return self.trusted(**vars(self) | changes)
+
+    def to(self, device: str | torch.device) -> Self:
+        "The same object on `device`."
+        return to_device(self, device)
 
 
 @dataclass(frozen=True, eq=False)
-class PointBatch:
+class PointBatch(Packed):
     "Point clouds packed along one axis; a cloud may be empty."
 
-    xyz: Tensor  # [n 3] world coordinates: object units (radius <= 0.65) or metres; z up
-    feat: Tensor  # [n c] any features, one row a point
-    batch: Tensor  # [n] long, sorted: the cloud of each point
+    xyz: Float[Tensor, "n 3"]  # world: object units (radius <= 0.65) or metres; z up
+    feat: Float[Tensor, "n c"]  # any features, one row a point
+    batch: Int[Tensor, "n"]  # long, sorted: the cloud of each point
     size: int  # number of clouds B
-
-    def __post_init__(self):
-        check_shapes(
-            "PointBatch", xyz=(self.xyz, "n 3"), feat=(self.feat, "n c"), batch=(self.batch, "n")
-        )
-        check_batch("PointBatch", self.batch, self.size)
+    _shapes = dict(xyz="n 3", feat="n c", batch="n")
 
     def __len__(self):
         return len(self.xyz)
 
+    @property
+    def counts(self) -> Int[Tensor, "B"]:
+        "Points in each cloud."
+        return torch.bincount(self.batch, minlength=self.size)
+
+    def with_feat(
+        self,
+        feat: Float[Tensor, "n c"],  # one row a point
+    ) -> PointBatch:
+        "The same points with other features."
+        return self.derive(feat=feat)
+
     @classmethod
     def pack(
         cls,
-        xyz: Sequence[np.ndarray | Tensor],  # [n_b 3] of each cloud
-        feat: Sequence[np.ndarray | Tensor],  # [n_b c] of each cloud
+        clouds_xyz: Sequence[Float[Tensor, "_ 3"]] | Sequence[np.ndarray],  # one [n_b 3] a cloud
+        clouds_feat: Sequence[Float[Tensor, "_ c"]] | Sequence[np.ndarray],  # one [n_b c] a cloud
     ) -> PointBatch:
-        "Several clouds behind one another."
-        counts = torch.tensor([len(cloud) for cloud in xyz])
-        owner = torch.arange(len(xyz)).repeat_interleave(counts)
-        return cls(_join(xyz), _join(feat), owner, len(xyz))
+        """One batch of clouds that come one by one.
 
-    @property
-    def counts(self) -> Tensor:
-        "Points in each cloud, `[B]`."
-        return torch.bincount(self.batch, minlength=self.size)
-
-    def with_feat(self, feat: Tensor) -> PointBatch:
-        "The same points with other features, `[n c]`."
-        return replace(self, feat=feat)
-
-    def to(self, device) -> PointBatch:
-        "The same points on `device`."
-        return to_device(self, device)
+        Raises: ValueError of one line, without a cloud or with features that do not belong to its points.
+        """
+        counts, rows = list(map(len, clouds_xyz)), list(map(len, clouds_feat))
+        if not counts or counts != rows:
+            raise ValueError(
+                "PointBatch.pack: expected a cloud or more with one row of features a point, "
+                f"got clouds of {counts} points and {rows} rows of features"
+            )
+        xyz = cat_rows(clouds_xyz)
+        cloud, count = torch.tensor([range(len(counts)), counts], device=xyz.device)
+        batch = cloud.repeat_interleave(count, output_size=len(xyz))
+        return cls.trusted(xyz=xyz, feat=cat_rows(clouds_feat), batch=batch, size=len(counts))
 
 # %% ../nbs/00_core.ipynb #c174c84f
 def offsets(
-    batch: Tensor,  # [n] sorted cloud index
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
-) -> Tensor:  # [B + 1] cloud b owns rows offsets[b] .. offsets[b + 1]
+) -> Int[Tensor, "B1"]:  # [B + 1] cloud b owns rows offsets[b] .. offsets[b + 1]
     "Where each cloud starts in the packed axis."
     return torch.cat([batch.new_zeros(1), torch.bincount(batch, minlength=size).cumsum(0)])
 
 
 def to_padded(
-    x: Tensor,  # [n c] packed rows
-    batch: Tensor,  # [n] sorted cloud index
+    x: Shaped[Tensor, "n *c"],  # packed rows
+    batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
-) -> tuple[
-    Tensor, Tensor
-]:  # padded [B m c] with zeros, mask [B m] true where a row is real; m = longest cloud
-    "One rectangle from packed rows."
+) -> tuple[Shaped[Tensor, "B m *c"], Bool[Tensor, "B m"]]:  # padded with zeros, true where real
+    "One rectangle from packed rows, as wide as the longest cloud."
     start = offsets(batch, size)
-    m = int((start[1:] - start[:-1]).max()) if size else 0
+    longest = int(start.diff().max()) if size else 0
     place = torch.arange(len(x), device=x.device) - start[batch]
-    padded, mask = (
-        x.new_zeros(size, m, *x.shape[1:]),
-        torch.zeros(size, m, dtype=torch.bool, device=x.device),
-    )
+    mask = torch.zeros(size, longest, dtype=torch.bool, device=x.device)
     mask[batch, place] = True
+    padded = x.new_zeros(size, longest, *x.shape[1:])
     return padded.index_put((batch, place), x), mask
 
 
 def from_padded(
-    padded: Tensor,  # [B m c]
-    mask: Tensor,  # [B m] true where a row is real
-) -> Tensor:  # [n c] packed rows, cloud after cloud
+    padded: Shaped[Tensor, "B m *c"],
+    mask: Bool[Tensor, "B m"],  # true where a row is real
+) -> Shaped[Tensor, "n *c"]:  # packed rows, cloud after cloud
     "The inverse of `to_padded`."
     return padded[mask]
 
@@ -167,76 +221,68 @@ def from_padded(
 def cat_points(
     *parts: PointBatch,  # batches with the same number of clouds and the same feature width
 ) -> PointBatch:
-    "Cloud b of the result holds the points of cloud b of every part, in the order of the parts."
-    if len({p.size for p in parts}) != 1:
-        raise ValueError(
-            f"cat_points: expected parts with one number of clouds, got sizes {[p.size for p in parts]}"
-        )
-    batch = torch.cat([p.batch for p in parts])
+    """Cloud b of the result holds the points of cloud b of every part, in the order of the parts.
+
+    Raises: ValueError of one line, where the parts differ in their number of clouds.
+    """
+    sizes = [part.size for part in parts]
+    if len(set(sizes)) != 1:
+        raise ValueError(f"cat_points: expected parts with one number of clouds, got sizes {sizes}")
+    batch = torch.cat([part.batch for part in parts])
     order = batch.argsort(stable=True)
-    return PointBatch(
-        torch.cat([p.xyz for p in parts])[order],
-        torch.cat([p.feat for p in parts])[order],
-        batch[order],
-        parts[0].size,
+    return parts[0].derive(
+        xyz=torch.cat([part.xyz for part in parts])[order],
+        feat=torch.cat([part.feat for part in parts])[order],
+        batch=batch[order],
     )
 
 # %% ../nbs/00_core.ipynb #4d456a53
 @dataclass(frozen=True, eq=False)
-class CameraBatch:
+class CameraBatch(Packed):
     "Pinhole cameras, several clouds at once; all images of a batch have one size."
 
-    world_to_cam: (
-        Tensor  # [v 4 4] rigid, OpenCV axes (x right, y down, z forward), x_cam = R x_world + t
-    )
-    K: Tensor  # [v 3 3] intrinsics in pixels; the centre of the top-left pixel is (0.5, 0.5)
+    world_to_cam: Float[Tensor, "v 4 4"]  # rigid, OpenCV axes, x_cam = R x_world + t
+    K: Float[Tensor, "v 3 3"]  # intrinsics in pixels; the top-left pixel's centre is (0.5, 0.5)
     hw: tuple[int, int]  # image height and width in pixels
-    batch: Tensor  # [v] long, sorted: the cloud that each view shows
-
-    def __post_init__(self):
-        check_shapes(
-            "CameraBatch",
-            world_to_cam=(self.world_to_cam, "v 4 4"),
-            K=(self.K, "v 3 3"),
-            batch=(self.batch, "v"),
-        )
-        check_batch("CameraBatch", self.batch, int(self.batch[-1]) + 1 if len(self.batch) else 0)
+    batch: Int[Tensor, "v"]  # long, sorted: the cloud that each view shows
+    _shapes = dict(world_to_cam="v 4 4", K="v 3 3", batch="v")
 
     def __len__(self):
         return len(self.K)
 
     @property
-    def cam_to_world(self) -> Tensor:
-        "The inverse pose, `[v 4 4]`, written out for a rigid matrix."
+    def cam_to_world(self) -> Float[Tensor, "v 4 4"]:
+        "The inverse pose, written out for a rigid matrix."
         R, t = self.world_to_cam[:, :3, :3], self.world_to_cam[:, :3, 3]
         pose = torch.eye(4, dtype=R.dtype, device=R.device).repeat(len(R), 1, 1)
-        pose[:, :3, :3], pose[:, :3, 3] = R.mT, -(R.mT @ t[:, :, None])[:, :, 0]
+        pose[:, :3, :3] = R.mT
+        pose[:, :3, 3] = -(R.mT @ t[:, :, None])[:, :, 0]
         return pose
 
     @property
-    def center(self) -> Tensor:
-        "Camera positions in the world, `[v 3]`."
+    def center(self) -> Float[Tensor, "v 3"]:
+        "Camera positions in the world."
         return self.cam_to_world[:, :3, 3]
 
-    def select(self, index: Tensor) -> CameraBatch:
-        "The cameras at `index` (a sorted long index or a boolean mask)."
-        return CameraBatch(self.world_to_cam[index], self.K[index], self.hw, self.batch[index])
-
-    def to(self, device) -> CameraBatch:
-        "The same cameras on `device`."
-        return to_device(self, device)
+    def select(
+        self,
+        index: Int[Tensor, "_"] | Bool[Tensor, "v"],  # sorted numbers of views, or a mask
+    ) -> CameraBatch:
+        "The cameras at `index`; numbers are checked to keep the batch sorted, a mask always does."
+        part = {name: getattr(self, name)[index] for name in self._shapes}
+        return self.derive(**part) if index.dtype == torch.bool else replace(self, **part)
 
 
 @dataclass(frozen=True, eq=False)
-class ViewBatch:
+class ViewBatch(Packed):
     "Images with their cameras."
 
     camera: CameraBatch
-    rgb: Tensor  # [v 3 h w] colour in 0..1
-    depth: Tensor | None = None  # [v h w] metres along z, 0 = missing
-    mask: Tensor | None = None  # [v h w] bool, true on the foreground
+    rgb: Float[Tensor, "v 3 h w"]  # colour in 0..1
+    depth: Float[Tensor, "v h w"] | None = None  # metres along z, 0 = missing
+    mask: Bool[Tensor, "v h w"] | None = None  # true on the foreground
 
-    def __post_init__(self):
+    def _check_shapes(self):
         v, (h, w) = len(self.camera), self.camera.hw
         check_shapes(
             "ViewBatch",
@@ -248,132 +294,129 @@ class ViewBatch:
     def __len__(self):
         return len(self.rgb)
 
-    def select(self, index: Tensor) -> ViewBatch:
-        "The views at `index` (a sorted long index or a boolean mask)."
-        pick = lambda t: None if t is None else t[index]
+    def select(
+        self,
+        index: Int[Tensor, "_"] | Bool[Tensor, "v"],  # sorted numbers of views, or a mask
+    ) -> ViewBatch:
+        "The views at `index`."
         return ViewBatch(
-            self.camera.select(index), self.rgb[index], pick(self.depth), pick(self.mask)
+            camera=self.camera.select(index),
+            rgb=self.rgb[index],
+            depth=None if self.depth is None else self.depth[index],
+            mask=None if self.mask is None else self.mask[index],
         )
-
-    def to(self, device) -> ViewBatch:
-        "The same views on `device`."
-        return to_device(self, device)
 
 # %% ../nbs/00_core.ipynb #54f228dd
 @dataclass(frozen=True, eq=False)
-class GaussianBatch:
+class GaussianBatch(Packed):
     "Anisotropic 3-D Gaussians with colour, packed like points."
 
-    mean: Tensor  # [n 3] centre in world coordinates
-    scale: Tensor  # [n 3] standard deviation along each axis, world units, > 0
-    quat: Tensor  # [n 4] rotation as wxyz; the renderer normalises it
-    opacity: Tensor  # [n] in 0..1
-    sh: Tensor  # [n k 3] spherical harmonics, k = (degree + 1)^2, per colour channel
-    batch: Tensor  # [n] long, sorted: the cloud of each Gaussian
+    mean: Float[Tensor, "n 3"]  # centre in world coordinates
+    scale: Float[Tensor, "n 3"]  # standard deviation along each axis, world units, > 0
+    quat: Float[Tensor, "n 4"]  # rotation as wxyz; the renderer normalises it
+    opacity: Float[Tensor, "n"]  # in 0..1
+    sh: Float[Tensor, "n k 3"]  # spherical harmonics, k = (degree + 1)^2, per colour channel
+    batch: Int[Tensor, "n"]  # long, sorted: the cloud of each Gaussian
     size: int  # number of clouds B
+    _shapes = dict(mean="n 3", scale="n 3", quat="n 4", opacity="n", sh="n k 3", batch="n")
 
-    def __post_init__(self):
-        k = check_shapes(
-            "GaussianBatch",
-            mean=(self.mean, "n 3"),
-            scale=(self.scale, "n 3"),
-            quat=(self.quat, "n 4"),
-            opacity=(self.opacity, "n"),
-            sh=(self.sh, "n k 3"),
-            batch=(self.batch, "n"),
-        )["k"]
-        if k not in (1, 4, 9, 16):
+    def _check_shapes(self):
+        super()._check_shapes()
+        if self.sh.shape[1] not in (1, 4, 9, 16):
             raise ValueError(
-                f"GaussianBatch.sh: expected 1, 4, 9 or 16 coefficients (degree 0 to 3), got {k}"
+                "GaussianBatch.sh: expected 1, 4, 9 or 16 coefficients (degree 0 to 3), "
+                f"got {self.sh.shape[1]}"
             )
-        check_batch("GaussianBatch", self.batch, self.size)
 
     def __len__(self):
         return len(self.mean)
 
     @property
-    def counts(self) -> Tensor:
-        "Gaussians in each cloud, `[B]`."
+    def counts(self) -> Int[Tensor, "B"]:
+        "Gaussians in each cloud."
         return torch.bincount(self.batch, minlength=self.size)
-
-    def to(self, device) -> GaussianBatch:
-        "The same Gaussians on `device`."
-        return to_device(self, device)
 
 # %% ../nbs/00_core.ipynb #896b04e1
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Sample(Packed):
     "What one pre-training step reads: clouds, views to see, views to render."
 
     points: PointBatch
     ref: ViewBatch  # views that the image branch sees
     target: ViewBatch  # views to render; disjoint from `ref`
-    label: Tensor | None = None  # [B] long class of each cloud
-
-    def to(self, device) -> Sample:
-        "The same sample on `device`."
-        return to_device(self, device)
+    label: Int[Tensor, "B"] | None = None  # long, class of each cloud
 
 
 def cat_views(
     views: list[ViewBatch],  # image sizes must agree
     shift: list[int],  # what to add to each part's batch index
 ) -> ViewBatch:
-    "Views behind one another; each part's clouds are renumbered by its shift."
-    if len({v.camera.hw for v in views}) != 1:
-        raise ValueError(
-            f"cat_views: expected images of one size, got {sorted({v.camera.hw for v in views})}"
-        )
+    """Views behind one another; each part's clouds are renumbered by its shift.
+
+    Raises: ValueError of one line, where sizes of images differ, or only some parts have depth or masks.
+    """
+    cameras = [part.camera for part in views]
+    sizes = {camera.hw for camera in cameras}
+    if len(sizes) != 1:
+        raise ValueError(f"cat_views: expected images of one size, got {sorted(sizes)}")
 
     def join(name):
-        xs = [getattr(v, name) for v in views]
-        if all(x is None for x in xs):
+        parts = [getattr(part, name) for part in views]
+        lacking = sum(part is None for part in parts)
+        if lacking == len(parts):
             return None
-        if any(x is None for x in xs):
+        if lacking:
             raise ValueError(
-                f"cat_views: expected {name} in all views or in none, {sum(x is None for x in xs)} of {len(xs)} parts have none"
+                f"cat_views: expected {name} in all views or in none, "
+                f"{lacking} of {len(parts)} parts have none"
             )
-        return torch.cat(xs)
+        return torch.cat(parts)
 
     camera = CameraBatch(
-        torch.cat([v.camera.world_to_cam for v in views]),
-        torch.cat([v.camera.K for v in views]),
-        views[0].camera.hw,
-        torch.cat([v.camera.batch + s for v, s in zip(views, shift)]),
+        world_to_cam=torch.cat([camera.world_to_cam for camera in cameras]),
+        K=torch.cat([camera.K for camera in cameras]),
+        hw=cameras[0].hw,
+        batch=torch.cat([camera.batch + by for camera, by in zip(cameras, shift)]),
     )
-    return ViewBatch(camera, *map(join, ("rgb", "depth", "mask")))
+    return ViewBatch(camera, join("rgb"), join("depth"), join("mask"))
 
 
 def collate(
     samples: list[Sample],  # one or more samples, each of one or more clouds
 ) -> Sample:
-    "One packed sample from many."
-    points = [s.points for s in samples]
-    start = torch.tensor([0] + [p.size for p in points]).cumsum(0).tolist()
-    packed = PointBatch(
-        torch.cat([p.xyz for p in points]),
-        torch.cat([p.feat for p in points]),
-        torch.cat([p.batch + s for p, s in zip(points, start)]),
-        start[-1],
+    """One packed sample from many.
+
+    Raises: ValueError of one line, where only some samples have labels, depth or masks.
+    """
+    parts = [sample.points for sample in samples]
+    *shift, size = accumulate((part.size for part in parts), initial=0)
+    points = PointBatch.trusted(
+        xyz=torch.cat([part.xyz for part in parts]),
+        feat=torch.cat([part.feat for part in parts]),
+        batch=torch.cat([part.batch + by for part, by in zip(parts, shift)]),
+        size=size,
     )
-    labels = [s.label for s in samples]
-    if any(l is None for l in labels) and not all(l is None for l in labels):
+    labels = [sample.label.reshape(-1) for sample in samples if sample.label is not None]
+    if labels and len(labels) < len(samples):
         raise ValueError("collate: expected labels in all samples or in none")
-    label = None if labels[0] is None else torch.cat([l.reshape(-1) for l in labels])
     return Sample(
-        packed,
-        cat_views([s.ref for s in samples], start),
-        cat_views([s.target for s in samples], start),
-        label,
+        points,
+        ref=cat_views([sample.ref for sample in samples], shift),
+        target=cat_views([sample.target for sample in samples], shift),
+        label=torch.cat(labels) if labels else None,
     )
 
 # %% ../nbs/00_core.ipynb #1f437284
 def data_dir() -> Path:
-    "The folder of embedded data: `_data` inside an installed wheel, `data/` of a checkout."
+    """The folder of embedded data: `_data` inside an installed wheel, `data/` of a checkout.
+
+    Raises: FileNotFoundError, where there is neither.
+    """
     package = Path(__file__).resolve().parent
-    for folder in (package / "_data", package.parent / "data"):
+    places = (package / "_data", package.parent / "data")
+    for folder in places:
         if folder.is_dir():
             return folder
     raise FileNotFoundError(
-        f"embedded data: expected a folder at {package / '_data'} or {package.parent / 'data'}; reinstall the package"
+        f"embedded data: expected a folder at {places[0]} or {places[1]}; reinstall the package"
     )

@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 
 from ..core import CameraBatch, PointBatch, Sample, ViewBatch
 from .augment import Augment, Cloud, PosedViews, augment, augment_views, move_cameras
-from .shapenet import Cache
+from .readers import Cache, Reader, Views
+from .scannet import ScanNetFrames
 from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
 
 # %% auto #0
 __all__ = ['FEATURES', 'STORED', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples',
-           'Labelled', 'CloudSamples', 'pack_views', 'ViewSamples']
+           'Labelled', 'CloudSamples', 'pack_views', 'has_views', 'ViewSamples']
 
 # %% ../../nbs/data/26_samples.ipynb #ac60612d
 def choose_views(
@@ -188,7 +189,7 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        source: Any,  # a reader: `len`, `name(i)`, `label(i)`, `rows(i)`
+        source: Reader,
         *,
         n_points: int | None,  # of a cloud; None keeps all, a smaller cloud stays whole
         farthest: int,  # draw from so many farthest points, always the same; 0: from all
@@ -305,7 +306,7 @@ class CloudSamples(Samples):
 
     def __init__(
         self,
-        source: Any,  # a reader
+        source: Reader,
         *,
         n_points: int | None = 1024,  # random ones; None keeps all, a smaller cloud stays whole
         features: Sequence[str] = ("xyz",),  # any of `FEATURES`
@@ -378,12 +379,23 @@ def pack_views(
     return ViewBatch(camera, rgb, join("depth"), join("mask"))
 
 
+def has_views(
+    reader: Views,
+    i: int,  # which cloud
+    count: int,  # views wanted
+) -> bool:
+    "Whether a cloud has so many usable views; ScanNet's reader checks no more files than that."
+    if isinstance(reader, ScanNetFrames):
+        return reader.has_frames(i, count)
+    return len(reader.frames(i)) >= count
+
+
 class ViewSamples(Samples):
     "Clouds with views; a batch is a `Sample`."
 
     def __init__(
         self,
-        source: Any,  # a reader of clouds with views
+        source: Views,
         *,
         n_points: int | None = 1024,  # None keeps all; a smaller cloud stays whole
         n_ref: int = 1,  # views that the model sees
@@ -418,7 +430,7 @@ class ViewSamples(Samples):
         count, usable = len(self.source), []
         short = []
         for i in range(count):
-            (usable if self.source.has_frames(i, needed) else short).append(i)
+            (usable if has_views(self.source, i, needed) else short).append(i)
         names = ", ".join(self.name(i) for i in short[:5]) + " ..." * (len(short) > 5)
         wanted = f"at least {needed} usable views (some to see, some to render)"
         if not usable:

@@ -23,7 +23,6 @@ from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..worlds.shapes import KINDS, embedded_shapes
 from unipre3d.tasks.classification import (
-    Furniture,
     build_samples,
     class_probabilities,
     read_splits,
@@ -43,9 +42,9 @@ from ..records import read_config, read_record, write_json
 __all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'MASKED', 'QUIET', 'OBJECTS', 'LARGE', 'ROOMS',
            'POINTMLP', 'PCM', 'MAMBA3D', 'SPARSEUNET', 'PTV3', 'MASKED_RATES', 'CONDITIONS', 'FEW', 'of',
            'MEASUREMENTS', 'SOURCES', 'BACKBONES', 'CLASSIFIED', 'FULL', 'CHILD', 'ONE_THREAD', 'Comparison', 'chamfer',
-           'MaskedModel', 'ShapeClouds', 'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row',
-           'tune_rows', 'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain',
-           'row_of', 'read_row', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row',
+           'MaskedModel', 'MaskedRecipe', 'masked_task', 'Condition', 'Measurement', 'Row', 'pre_row', 'tune_rows',
+           'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'plan_full', 'plan', 'select', 'plain', 'row_of',
+           'read_row', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'with_answers', 'goes_on', 'run_row',
            'pending', 'run_file', 'visible_gpus', 'start_row', 'said_last', 'reproduce', 'StudyOptions', 'why_not',
            'plan_table', 'reproduce_command']
 
@@ -289,15 +288,6 @@ class MaskedModel(nn.Module):
         return found, true / true.norm(dim=-1).mean().clamp(min=1e-6)
 
 # %% ../../nbs/79_study.ipynb #eb91a4b5
-class ShapeClouds(Furniture):
-    "Clouds of generated shapes, with the reader's interface of classification."
-
-    def __init__(self, *, split: str, classes: Sequence[str], per_class: tuple[int, int, int]):
-        path = embedded_shapes(categories=list(classes) or None, per_category=per_class)
-        self.views = ShapeNetViews(path, split=split, cache_bytes=2**28)
-        self.classes = self.views.classes
-
-
 @dataclass(frozen=True)
 class MaskedRecipe(FinetuneRecipe):
     "Masked reconstruction of generated shapes, or of the furniture, as plain values."
@@ -316,11 +306,10 @@ def masked_task(
     "The last step's weights are kept; the score is the chamfer distance on held-out shapes with fixed masks."
 
     def read(split):
-        return (
-            Furniture(split=split, classes=recipe.classes)
-            if recipe.data == "furniture"
-            else ShapeClouds(split=split, classes=recipe.classes, per_class=recipe.per_class)
-        )
+        root, kinds = None, list(recipe.classes) or None
+        if recipe.data != "furniture":
+            root = embedded_shapes(categories=kinds, per_category=recipe.per_class)
+        return ShapeNetViews(root, split=split, classes=kinds, cache_bytes=2**28)
 
     train, val = read("train"), read("val")
     sampler = lambda reader, how: CloudSamples(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment, Cloud  # Augment, like Any: inherited fields name it
-from ..data.labelled import LabelSet, scannet_labels
+from ..data.scannet import LabelSet, scannet_labels
 from .metrics import InstanceScore, Instances
 from unipre3d.tasks.semantic import (
     ROOM_MINI,

@@ -4,12 +4,11 @@
 
 # %% ../../nbs/tasks/73_parts.ipynb #eb45eca4
 from __future__ import annotations
-import hashlib, zlib
+
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,78 +17,24 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
+from ..data.augment import Augment, Cloud
 from ..data.labelled import PART_COUNTS, SHAPENETPART, ShapeNetPart
-from ..worlds.furniture import Tracer, normalise
-from ..data.augment import Augment
+from ..data.readers import Concat, Reader, Subset, class_labels, take_shots
 from ..data.samples import CloudSamples, Labelled
-from ..worlds.scans import Scans, write_scans
 from ..data.shapenet import ShapeNetViews
-from ..worlds.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
-from unipre3d.tasks.classification import (
-    Furniture,
-    Selection,
-    labels_of,
-    pool,
-    take_shots,
-)
+from ..runs.fit import Task, gathered, own_part, processes
+from ..runs.recipe import Data, Model, Recipe, change
+from ..runs.run import SMALL_BACKBONES, build_backbone
+from .heads import LabelObjective, accuracy, label_loss, own_batches, pool, propagate
 from .metrics import PartScore, own_parts
-from unipre3d.tasks.transfer import (
-    FinetuneRecipe,
-    Task,
-    build_backbone,
-    label_loss,
-    load_task,
-    run_task,
-)
-from ..geometry.pointops import interpolate, voxelize
-from ..records import code_hash, made_once
+from ..worlds.scans import CATEGORIES, Scans, embedded_part_shapes
+from ..worlds.shapes import PARTS
 
 # %% auto #0
-__all__ = ['CATEGORIES', 'COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'make_part_shapes',
-           'embedded_part_shapes', 'number_parts', 'PartClouds', 'with_names', 'LabelledParts', 'PartSamples',
-           'predict_parts', 'PartTable', 'evaluate_parts', 'Majority', 'draw_parts', 'save_parts', 'spread',
-           'PartRecipe', 'part_names', 'read_parts', 'Both', 'split_parts', 'part_samples', 'build_parts', 'part_loss',
-           'part_task']
-
-# %% ../../nbs/tasks/73_parts.ipynb #cea8f57b
-def voxel_rows(
-    features: PointBatch,  # one row a voxel
-    points: PointBatch,
-    voxel_size: float,  # edge of a voxel, same unit as xyz
-) -> Int[Tensor, "n"]:
-    "The row of the voxel that each point is in; -1 where it has none."
-    cell, inverse = voxelize(
-        torch.cat([features.xyz, points.xyz]), torch.cat([features.batch, points.batch]), voxel_size
-    )
-    row = inverse.new_full((len(cell),), -1)
-    row[inverse[: len(features)]] = torch.arange(len(features), device=row.device)
-    return row[inverse[len(features) :]]
-
-
-def to_points(
-    features: PointBatch,  # what a backbone returned
-    points: PointBatch,  # places in the same clouds, same unit
-    *,
-    voxel_size: float | None = None,  # of a backbone that returns voxels
-) -> Float[Tensor, "n c"]:
-    "A feature for each point: its own, its voxel's, or the mean of the three nearest by inverse squared distance."
-    if len(features) == len(points) and torch.equal(features.xyz, points.xyz):
-        return features.feat
-    near = lambda q: interpolate(
-        q.xyz, q.batch, features.xyz, features.feat, features.batch, features.size
-    )
-    if voxel_size is None:
-        return near(points)
-    row = voxel_rows(features, points, voxel_size)
-    out, lone = features.feat[row], row < 0
-    if bool(lone.any()):
-        out = out.masked_scatter(
-            lone[:, None],
-            near(
-                PointBatch(points.xyz[lone], points.xyz[lone], points.batch[lone], points.size)
-            ).to(out.dtype),
-        )
-    return out
+__all__ = ['COLORS', 'MINI', 'part_recipes', 'PartModel', 'number_parts', 'PartClouds', 'with_names', 'LabelledParts',
+           'PartSamples', 'predict_parts', 'PartTable', 'evaluate_parts', 'Majority', 'spread', 'draw_parts',
+           'save_parts', 'PartData', 'PartHead', 'part_names', 'read_parts', 'split_parts', 'part_samples',
+           'PartRecipe']
 
 # %% ../../nbs/tasks/73_parts.ipynb #e31e7f13
 class PartModel(nn.Module):
@@ -107,208 +52,116 @@ class PartModel(nn.Module):
         super().__init__()
         width = hidden or parts
         self.backbone = backbone
-        self.near, self.place = nn.Linear(backbone.width, width), nn.Linear(3, width, bias=False)
-        self.cloud, self.kind = (
-            nn.Linear(2 * backbone.width, width, bias=False),
-            nn.Embedding(categories, width),
-        )
-        norm = lambda: [nn.BatchNorm1d(hidden), nn.ReLU()]
-        self.head = (
-            nn.Sequential(
-                *norm(),
+        self.near = nn.Linear(backbone.width, width)
+        self.place = nn.Linear(3, width, bias=False)
+        self.cloud = nn.Linear(2 * backbone.width, width, bias=False)
+        self.kind = nn.Embedding(categories, width)
+        self.head = nn.Identity()
+        if hidden:
+            self.head = nn.Sequential(
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(),
                 nn.Dropout(dropout),
                 nn.Linear(hidden, hidden),
-                *norm(),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(),
                 nn.Linear(hidden, parts),
             )
-            if hidden
-            else nn.Identity()
-        )
 
     def first(
-        self, p: PointBatch, category: Int[Tensor, "b"], ask: PointBatch
+        self,
+        p: PointBatch,  # what the backbone returned
+        category: Int[Tensor, "b"],
+        places: PointBatch,
     ) -> Float[Tensor, "n h"]:
-        "The first layer, at the places of `ask`."
-        near = to_points(
-            p.with_feat(self.near(p.feat)),
-            ask,
-            voxel_size=getattr(self.backbone, "voxel_size", None),
-        )
-        return near + self.place(ask.xyz) + (self.cloud(pool(p)) + self.kind(category))[ask.batch]
+        "The first layer at each place."
+        voxel_size = getattr(self.backbone, "voxel_size", None)
+        near = propagate(p.with_feat(self.near(p.feat)), places, voxel_size=voxel_size)
+        whole = self.cloud(pool(p)) + self.kind(category)
+        return near + self.place(places.xyz) + whole[places.batch]
 
     def forward(
         self,
         points: PointBatch,  # what the backbone reads
         category: Int[Tensor, "b"],  # of each cloud
-        ask: PointBatch
-        | None = None,  # places that want an answer, in the same clouds; None means the points
+        places: PointBatch | None = None,  # in the same clouds; None means the points
     ) -> Float[Tensor, "n p"]:
         "Logits of all parts at each place."
-        return self.head(
-            self.first(self.backbone(points), category, points if ask is None else ask)
-        )
-
-# %% ../../nbs/tasks/73_parts.ipynb #c3119ce1
-CATEGORIES = (
-    "bag",
-    "bed",
-    "bench",
-    "bottle",
-    "car",
-    "chair",
-    "clock",
-    "cup",
-    "desk",
-    "lamp",
-    "plant",
-    "shelf",
-    "sofa",
-    "stool",
-    "table",
-    "toilet",
-)
-
-
-def _cloud_job(job):
-    "The clouds of a few shapes."
-    items, points = job
-    mesh = lambda t: normalise(make_mesh(t["class"], t["number"], t["seed"]))[0]
-    return [visible_cloud(Tracer(mesh(t)), points, zlib.crc32(t["id"].encode())) for t in items]
-
-
-def make_part_shapes(
-    out: str | Path,  # an .npz
-    *,
-    split: str,  # "train", "val" or "test": a range of numbers
-    categories: Sequence[str] = CATEGORIES,
-    per_category: int = 100,
-    points: int = 2048,
-    seed: int = 0,
-    workers: int = 2,  # processes; 1 works in this one
-) -> Path:
-    "Whole clouds of generated shapes with their parts, in one file for `Scans`."
-    items = shape_items(
-        list(categories),
-        tuple(per_category if s == split else 0 for s in ("train", "val", "test")),
-        seed,
-    )
-    if not items:
-        raise ValueError(
-            f'make_part_shapes: expected a split of "train", "val" or "test" and at least one shape, got {split!r} and {per_category}'
-        )
-    jobs, names = (
-        [(items[k : k + 16], points) for k in range(0, len(items), 16)],
-        sorted(categories),
-    )
-    if workers == 1:
-        clouds = [c for job in jobs for c in _cloud_job(job)]
-    else:
-        with ProcessPoolExecutor(min(workers, len(jobs))) as pool_:
-            clouds = [c for made in pool_.map(_cloud_job, jobs) for c in made]
-    scans = [
-        dict(
-            xyz=c["xyz"].astype(np.float32),
-            part=c["part"].astype(np.uint8),
-            mask=np.ones(points, bool),
-        )
-        for c in clouds
-    ]
-    return write_scans(
-        out,
-        scans,
-        [t["id"] for t in items],
-        [names.index(t["class"]) for t in items],
-        source="shapes",
-        split=split,
-        classes=names,
-        parts={k: PARTS[k] for k in names},
-        variant="whole",
-        copies=1,
-        points=points,
-        seed=seed,
-    )
-
-
-def embedded_part_shapes(
-    *,
-    cache: str | Path | None = None,  # folder; None means `cache_dir()`
-    workers: int = 2,  # processes
-    **how,  # as `make_part_shapes` takes them
-) -> Path:  # a file for `Scans`
-    "Made at the first call and found again afterwards, by the arguments and the code that makes them."
-    how = dict(categories=CATEGORIES, per_category=100, points=2048, seed=0) | how
-    how["categories"] = sorted(how["categories"])
-    return made_once(
-        "parts.npz",
-        [how, code_hash(*MAKERS), "whole 1"],
-        lambda path: make_part_shapes(path, **how, workers=workers),
-        cache,
-    )
+        places = points if places is None else places
+        return self.head(self.first(self.backbone(points), category, places))
 
 # %% ../../nbs/tasks/73_parts.ipynb #ed3bf894
 def number_parts(
     names: dict[str, list[str]],  # category -> names of its parts
 ) -> dict[str, list[int]]:  # category -> their numbers
     "Parts numbered through all categories, as ShapeNetPart's are."
-    ends = np.cumsum([0, *map(len, names.values())]).tolist()
-    return {k: list(range(a, b)) for k, a, b in zip(names, ends, ends[1:])}
+    found = {}
+    first = 0
+    for category, own in names.items():
+        found[category] = list(range(first, first + len(own)))
+        first += len(own)
+    return found
 
 
 class PartClouds:
-    "Clouds of any reader with parts numbered through all categories; -1 = no name."
+    "A reader with parts numbered through all categories; -1 = no name."
 
     def __init__(
         self,
-        reader,  # rows have `part`: 0 = no name, then the category's parts
-        names: dict[
-            str, list[str]
-        ],  # category -> names of its parts; the reader's classes are among them
+        reader: Reader,  # rows have `part`: 0 = no name, then the category's parts
+        names: dict[str, list[str]],  # category -> names of its parts
         *,
         numbered: bool = False,  # whether the reader numbers through all categories, from 0, already
     ):
-        if lost := sorted(set(reader.classes) - set(names)):
+        unknown = sorted(set(reader.classes) - set(names))
+        if unknown:
+            known = ", ".join(names)
             raise ValueError(
-                f"PartClouds: expected objects of {', '.join(names)}; the reader has {lost[0]}"
+                f"PartClouds: expected objects of {known}; the reader has {unknown[0]}"
             )
-        self.reader, self.classes, self.parts, self.numbered = (
-            reader,
-            list(names),
-            number_parts(names),
-            numbered,
-        )
+        self.reader = reader
+        self.classes = list(names)
+        self.parts = number_parts(names)
+        self.numbered = numbered
 
     def __len__(self):
         return len(self.reader)
 
     def name(self, i: int) -> str:
+        "As the reader's."
         return self.reader.name(i)
 
     def label(self, i: int) -> int:
+        "Number of the category."
         return self.classes.index(self.reader.classes[self.reader.label(i)])
 
-    def rows(self, i: int) -> dict[str, np.ndarray]:
+    def rows(self, i: int) -> Cloud:
+        "The columns of the reader; `part` is numbered through all categories."
         rows = self.reader.rows(i)
-        own, part = self.parts[self.classes[self.label(i)]], rows["part"].astype(np.int64)
-        if self.numbered:
-            return rows | dict(part=part)
-        return rows | dict(part=np.where(part > 0, own[0] + part - 1, -1))
+        part = rows["part"].astype(np.int64)
+        if not self.numbered:
+            first = self.parts[self.classes[self.label(i)]][0]
+            part = np.where(part > 0, first + part - 1, -1)
+        return rows | dict(part=part)
 
     def fingerprint(self) -> str:
+        "As the reader's."
         return self.reader.fingerprint()
 
 
 def with_names(
     reader: PartClouds,
-    share: float = 0.95,  # of an object's points that have a name
-    least: int = 2,  # parts that it has
+    fraction: float = 0.95,  # of an object's points that have a name
+    parts: int = 2,  # that it has at least
 ) -> list[int]:  # indices
     "The objects whose parts have names, nearly all over, and that have more than one."
-    part = (reader.rows(i)["part"] for i in range(len(reader)))
-    return [
-        i
-        for i, p in enumerate(part)
-        if (p >= 0).mean() >= share and len(np.unique(p[p >= 0])) >= least
-    ]
+    found = []
+    for i in range(len(reader)):
+        part = reader.rows(i)["part"]
+        named = part >= 0
+        if named.mean() >= fraction and len(np.unique(part[named])) >= parts:
+            found.append(i)
+    return found
 
 # %% ../../nbs/tasks/73_parts.ipynb #60f0a833
 @dataclass(frozen=True, eq=False)
@@ -319,110 +172,110 @@ class LabelledParts(Labelled):
 
 
 class PartSamples(CloudSamples):
-    "Clouds with parts; a batch is a `LabelledParts`. Labels go with their points through every change."
+    "Clouds with parts; a batch is a `LabelledParts`."
 
-    def __init__(self, reader, **options):
-        super().__init__(reader, labels=("part",), **options)
+    def __init__(self, reader: Reader, **how):
+        super().__init__(reader, labels=("part",), **how)
 
-    def join(self, indices: Sequence[int], clouds: Sequence[dict]) -> LabelledParts:
+    def join(self, indices: Sequence[int], clouds: Sequence[Cloud]) -> LabelledParts:
         "Clouds as a batch."
-        b = super().join(indices, clouds)
-        return LabelledParts(b.points, b.label, self.classes(indices))
+        batch = super().join(indices, clouds)
+        return LabelledParts(batch.points, batch.label, self.classes(indices))
 
-    def questions(self, indices: Sequence[int]) -> LabelledParts:
-        "All points of several clouds, to be asked about."
-        clouds = [self.whole(i) for i in indices]
-        xyz = [cloud["xyz"] for cloud in clouds]
-        points, label = PointBatch.pack(xyz, xyz), self.column(clouds, "part")
-        return LabelledParts(points, label, self.classes(indices))
+    def queries(self, indices: Sequence[int]) -> LabelledParts:
+        "All points of several clouds."
+        return self.join(indices, [self.whole(i) for i in indices])
 
 # %% ../../nbs/tasks/73_parts.ipynb #fb11ecbc
 @torch.no_grad()
 def predict_parts(
     model: nn.Module,  # points, category, places -> logits
-    samples: PartSamples,  # without changes
+    samples: PartSamples,  # not augmented
     parts: list[list[int]],  # the part numbers of each category
     *,
     batch_size: int = 16,
     device: str | torch.device = "cpu",
-) -> Iterator[
-    tuple[Int[Tensor, "n"], LabelledParts]
-]:  # batch by batch: a part for every point of the clouds, and the clouds
-    "What the model says of all points, in the order of the samples."
+) -> Iterator[tuple[Int[Tensor, "n"], LabelledParts]]:
+    """A part for every point, and the clouds: the batches of this process, in order.
+
+    Raises: ValueError for samples that vary.
+    """
     if samples.augment != Augment():
-        raise ValueError(f"predict_parts: expected samples without changes, got {samples.augment}")
-    model.eval()
-    for start in range(0, len(samples), batch_size):
-        rows = range(start, min(start + batch_size, len(samples)))
-        read, asked = samples.batch([(i, 0) for i in rows]), samples.questions(rows)
-        logits = (
-            model(read.points.to(device), read.category.to(device), asked.points.to(device))
-            .float()
-            .cpu()
+        raise ValueError(
+            f"predict_parts: expected samples without augmentation, got {samples.augment}"
         )
-        yield own_parts(logits, asked.category[asked.points.batch], parts), asked
+    model.eval()
+    rank, world = processes()
+    for start in range(rank * batch_size, len(samples), world * batch_size):
+        rows = range(start, min(start + batch_size, len(samples)))
+        read = samples.batch([(i, 0) for i in rows])
+        query = samples.queries(rows)
+        category = read.category.to(device)
+        logits = model(read.points.to(device), category, query.points.to(device)).float().cpu()
+        yield own_parts(logits, query.category[query.points.batch], parts), query
 
 
 class PartTable:
     "IoU of every part, over the shapes that have it."
 
     def __init__(self, parts: int):
-        self.sum, self.shapes = (
-            torch.zeros(parts, dtype=torch.float64),
-            torch.zeros(parts, dtype=torch.long),
-        )
+        self.sum = torch.zeros(parts, dtype=torch.float64)
+        self.shapes = torch.zeros(parts, dtype=torch.long)
 
     def update(
-        self, pred: Int[Tensor, "n"], truth: Int[Tensor, "n"], batch: Int[Tensor, "n"], size: int
+        self,
+        pred: Int[Tensor, "n"],
+        truth: Int[Tensor, "n"],  # negative: does not count
+        batch: Int[Tensor, "n"],  # the shape of each point
+        size: int,  # shapes
     ) -> PartTable:
-        "Add a batch of shapes; points with a negative label do not count."
-        keep, width = truth >= 0, len(self.sum)
-        pred, truth, batch = pred[keep], truth[keep], batch[keep]
-        count = lambda rows, labels: (
-            torch.bincount(rows * width + labels, minlength=size * width).view(size, width).double()
-        )
-        hit, there = count(batch[pred == truth], truth[pred == truth]), count(batch, truth)
-        self.sum += (
-            (hit / (there + count(batch, pred) - hit).clamp(min=1)).where(there > 0, 0).sum(0)
-        )
+        "Add a batch of shapes."
+        known = truth >= 0
+        width = len(self.sum)
+        pred, truth, batch = pred[known], truth[known], batch[known]
+        right = pred == truth
+
+        def count(rows, labels):
+            found = torch.bincount(rows * width + labels, minlength=size * width)
+            return found.view(size, width).double()
+
+        hit = count(batch[right], truth[right])
+        there = count(batch, truth)
+        union = (there + count(batch, pred) - hit).clamp(min=1)
+        self.sum += (hit / union).where(there > 0, 0).sum(0)
         self.shapes += (there > 0).sum(0)
         return self
 
     def compute(self, names: list[str]) -> dict[str, dict[str, Any]]:
         "Name -> shapes that have the part, mean IoU over them; parts that no shape has are left out."
-        return {
-            name: {"shapes": n, "iou": s / n}
-            for name, n, s in zip(names, self.shapes.tolist(), self.sum.tolist())
-            if n
-        }
+        found = {}
+        for name, shapes, total in zip(names, self.shapes.tolist(), self.sum.tolist()):
+            if shapes:
+                found[name] = {"shapes": shapes, "iou": total / shapes}
+        return found
 
 
 def evaluate_parts(
     model: nn.Module,  # points, category, places -> logits
-    samples: PartSamples,  # without changes
+    samples: PartSamples,  # not augmented
     parts: dict[str, list[int]],  # category -> its part numbers
     **how,  # as in `predict_parts`
 ) -> dict[str, Any]:
     "`miou_c`, `miou_i`, `acc`; `category` -> mean IoU; `table`, a `PartTable`."
-    score, table, right, n = (
-        PartScore(parts, ignore=-1),
-        PartTable(max(map(max, parts.values())) + 1),
-        0,
-        0,
-    )
-    for pred, asked in predict_parts(model, samples, list(parts.values()), **how):
-        batch, truth = asked.points.batch, asked.label
-        score.update(pred, truth, batch, asked.category)
-        table.update(pred, truth, batch, asked.points.size)
-        right, n = right + int((pred == truth).sum()), n + int((truth >= 0).sum())
+    own = []
+    for pred, query in predict_parts(model, samples, list(parts.values()), **how):
+        own.append((pred, query.label, query.points.batch, query.category))
+    score = PartScore(parts, ignore=-1)
+    table = PartTable(max(map(max, parts.values())) + 1)
+    right = total = 0
+    for pred, truth, batch, category in gathered(own):
+        score.update(pred, truth, batch, category)
+        table.update(pred, truth, batch, len(category))
+        right += int((pred == truth).sum())
+        total += int((truth >= 0).sum())
     found = score.compute()
-    return {
-        "miou_c": found["miou_c"],
-        "miou_i": found["miou_i"],
-        "acc": right / max(n, 1),
-        "category": found["category"],
-        "table": table,
-    }
+    scores = {name: found[name] for name in ("miou_c", "miou_i", "category")}
+    return scores | {"acc": right / max(total, 1), "table": table}
 
 # %% ../../nbs/tasks/73_parts.ipynb #f2ab5ed1
 class Majority(nn.Module):
@@ -430,48 +283,32 @@ class Majority(nn.Module):
 
     def __init__(
         self,
-        reader,  # of training clouds: `rows` with `part`, -1 = no name
+        reader: Reader,  # of training clouds: `rows` with `part`, -1 = no name
         parts: int,
-        most: int = 400,  # clouds that are counted, spread over the reader
+        clouds: int = 400,  # that are counted at most, spread over the reader
     ):
         super().__init__()
         self.count = torch.zeros(len(reader.classes), parts)
-        for i in np.unique(
-            np.linspace(0, len(reader) - 1, min(most, len(reader))).round().astype(int)
-        ):
-            part = reader.rows(int(i))["part"]
-            self.count[reader.label(int(i))] += torch.from_numpy(
-                np.bincount(part[part >= 0], minlength=parts)
-            )
+        for i in spread(len(reader), clouds):
+            part = reader.rows(i)["part"]
+            own = np.bincount(part[part >= 0], minlength=parts)
+            self.count[reader.label(i)] += torch.from_numpy(own)
 
     def forward(
-        self, points: PointBatch, category: Int[Tensor, "b"], ask: PointBatch
+        self, points: PointBatch, category: Int[Tensor, "b"], places: PointBatch
     ) -> Float[Tensor, "n p"]:
         "The counts, as logits."
-        return self.count.to(category.device)[category][ask.batch]
+        return self.count.to(category.device)[category][places.batch]
+
+
+def spread(
+    n: int,  # things there are
+    some: int,  # of them, at most
+) -> list[int]:  # sorted
+    "Some of n things, evenly spread."
+    return np.unique(np.linspace(0, n - 1, min(some, n)).round().astype(int)).tolist()
 
 # %% ../../nbs/tasks/73_parts.ipynb #76401e61
-def draw_parts(
-    ax,  # a matplotlib axis, drawn into
-    xyz: Float[Tensor, "n 3"],  # z up
-    part: Int[Tensor, "n"],  # number within its category; negative = grey
-    azimuth: float = 35.0,
-    elevation: float = 22.0,  # degrees: where the eye is, from the front and up
-) -> None:
-    "A cloud seen from a little above, near points over far ones."
-    a, e = np.radians([azimuth, elevation])
-    x, y, z = np.asarray(xyz, dtype=np.float64).T
-    right, back = x * np.cos(a) + y * np.sin(a), y * np.cos(a) - x * np.sin(a)
-    order = np.argsort(-back * np.cos(e) + z * np.sin(e))
-    part = np.asarray(part)
-    color = np.where((part < 0)[:, None], (0.8, 0.8, 0.8), np.array(COLORS)[part % len(COLORS)])
-    ax.scatter(
-        right[order], (z * np.cos(e) + back * np.sin(e))[order], c=color[order], s=1.6, linewidths=0
-    )
-    ax.set(xlim=(-0.66, 0.66), ylim=(-0.66, 0.66), aspect="equal")
-    ax.axis("off")
-
-
 COLORS = (
     (0.12, 0.47, 0.71),
     (1.0, 0.5, 0.05),
@@ -486,6 +323,28 @@ COLORS = (
 )
 
 
+def draw_parts(
+    ax,  # a matplotlib axis, drawn into
+    xyz: Float[Tensor, "n 3"],  # z up
+    part: Int[Tensor, "n"],  # number within its category; negative = grey
+    azimuth: float = 35.0,  # degrees from the front
+    elevation: float = 22.0,  # degrees above the horizon
+) -> None:
+    "A cloud from a little above, near points over far ones."
+    a, e = np.radians([azimuth, elevation])
+    x, y, z = np.asarray(xyz, dtype=np.float64).T
+    right = x * np.cos(a) + y * np.sin(a)
+    back = y * np.cos(a) - x * np.sin(a)
+    up = z * np.cos(e) + back * np.sin(e)
+    order = np.argsort(-back * np.cos(e) + z * np.sin(e))
+    part = np.asarray(part)
+    color = np.array(COLORS)[part % len(COLORS)]
+    color[part < 0] = 0.8
+    ax.scatter(right[order], up[order], c=color[order], s=1.6, linewidths=0)
+    ax.set(xlim=(-0.66, 0.66), ylim=(-0.66, 0.66), aspect="equal")
+    ax.axis("off")
+
+
 def save_parts(
     model: nn.Module,
     samples: PartSamples,  # the clouds to show
@@ -493,131 +352,252 @@ def save_parts(
     path: str | Path,  # PNG to write
     **how,  # as in `predict_parts`
 ) -> Path:
-    "Write `parts.png`: for each cloud its true parts, and beside them what the model says."
+    "Write `parts.png`: for each cloud its true parts, and beside them the predicted ones."
     from matplotlib.figure import Figure  # no global state, no display
 
     across = min(4, len(samples))
     down = -(-len(samples) // across)
     figure = Figure(figsize=(2.7 * across, 1.5 * down), layout="constrained")
-    axes, names, at = figure.subplots(down, 2 * across, squeeze=False), list(parts), 0
+    axes = figure.subplots(down, 2 * across, squeeze=False).reshape(-1, 2)
+    names = list(parts)
     for ax in axes.flat:
         ax.axis("off")
-    for pred, asked in predict_parts(model, samples, list(parts.values()), **how):
-        for b, kind in enumerate(asked.category.tolist()):
-            mine, first = asked.points.batch == b, parts[names[kind]][0]
-            truth, right = (
-                asked.label[mine],
-                (pred == asked.label)[mine & (asked.label >= 0)].float().mean(),
-            )
-            for ax, part, title in zip(
-                axes.flat[2 * at : 2 * at + 2],
-                (truth, pred[mine]),
-                (names[kind], f"{right:.0%} right"),
-            ):
-                draw_parts(ax, asked.points.xyz[mine], torch.where(part < 0, -1, part - first))
+    place = 0
+    for pred, query in predict_parts(model, samples, list(parts.values()), **how):
+        for b, kind in enumerate(query.category.tolist()):
+            mine = query.points.batch == b
+            first = parts[names[kind]][0]
+            truth, found = query.label[mine], pred[mine]
+            right = float(accuracy(found, truth))
+            columns = ((truth, names[kind]), (found, f"{right:.0%} right"))
+            for ax, (part, title) in zip(axes[place], columns):
+                local = torch.where(part < 0, -1, part - first)
+                draw_parts(ax, query.points.xyz[mine], local)
                 ax.set_title(title, fontsize=7, pad=1)
-            at += 1
+            place += 1
     figure.savefig(path, dpi=110)
     return Path(path)
 
-
-def spread(
-    n: int,  # things there are
-    many: int,  # to take
-) -> list[int]:  # sorted
-    "Some of n things, evenly spread."
-    return np.unique(np.linspace(0, n - 1, min(many, n)).round().astype(int)).tolist()
-
 # %% ../../nbs/tasks/73_parts.ipynb #13bdeb0f
 @dataclass(frozen=True)
-class PartRecipe(FinetuneRecipe):
-    "One part segmentation as plain values."
+class PartData(Data):
+    "Clouds with parts."
 
-    layout: str = "shapes"  # of the data: "shapes" (generated) or "furniture" (embedded), "shapenetpart" (pass a folder as data)
+    layout: str = (
+        "shapes"  # "shapes" (generated), "furniture" (embedded) or "shapenetpart" (a folder)
+    )
     classes: tuple[str, ...] = ()  # categories to keep, of embedded data
-    per_class: tuple[int, int, int] = (
-        150,
-        20,
-        50,
-    )  # generated shapes of each category: train, val, test
-    stored: int = 2048  # points of a generated shape, all of which are asked about
-    validation: str = "split"  # clouds that choose the checkpoint: "split" (the data's val), or "none" (val is learnt from too, the last step is taken)
-    shots: int = 0  # objects of each category to learn from; 0 takes all
+    per_class: tuple[int, int, int] = (150, 20, 50)  # generated shapes of each: train, val, test
+    stored: int = 2048  # points of a generated shape, all of which are scored
+    validation: str = "split"  # "split" (the data's val), or "none" (val trains too, the last step)
+    shots: int = 0  # training objects of each category; 0 takes all
+
+
+@dataclass(frozen=True)
+class PartHead(Model):
+    "A backbone and a head that knows the category."
+
     hidden: int = 128  # width of the head's hidden layers; 0 makes it linear
     dropout: float = 0.3  # in the head
 
 
-MINI = dict(
-    data="shapes",
+def part_names(
+    data: PartData,
+) -> dict[str, list[str]]:  # category -> names of its parts
+    """The parts that a recipe tells apart; ShapeNetPart has no names for its own, but numbers.
+
+    Raises: ValueError for classes or a layout that do not exist.
+    """
+    if data.layout == "shapenetpart":
+        if data.classes:
+            raise ValueError(
+                f"classes: expected none (--classes without names) for {SHAPENETPART.name}, "
+                f"of which all are kept; got {', '.join(data.classes)}"
+            )
+        return {k: [str(n) for n in range(count)] for k, count in PART_COUNTS.items()}
+    if data.layout not in ("shapes", "furniture"):
+        raise ValueError(
+            f'layout: expected one of shapes, furniture, shapenetpart; got "{data.layout}"'
+        )
+    parts = PARTS if data.layout == "shapes" else ShapeNetViews().parts
+    known = {k: names[1:] for k, names in sorted(parts.items())}
+    unknown = [k for k in data.classes if k not in known]
+    if unknown or not data.classes:
+        found = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"classes: expected some of {', '.join(known)}; got {found}")
+    return {k: known[k] for k in sorted(data.classes)}
+
+
+def read_parts(
+    data: PartData,
+    split: str,  # "train", "val" or "test"
+) -> PartClouds | Subset:
+    """All objects of one split; generated shapes are made on first use and kept.
+
+    Raises: ValueError where a folder is missing, and as `part_names`.
+    """
+    names = part_names(data)
+    if data.layout == "shapenetpart":
+        if not data.source:
+            layout = SHAPENETPART
+            raise ValueError(
+                f"data: this recipe needs {layout.name}: {layout.tree}, from {layout.source}; pass --data FOLDER"
+            )
+        return PartClouds(ShapeNetPart(data.source, split=split), names, numbered=True)
+    if data.layout == "furniture":
+        reader = PartClouds(ShapeNetViews(split=split, classes=list(data.classes)), names)
+        return Subset(reader, with_names(reader))
+    count = dict(zip(("train", "val", "test"), data.per_class))[split]
+    how = dict(categories=data.classes, per_category=count, points=data.stored)
+    return PartClouds(Scans(embedded_part_shapes(split=split, **how)), names)
+
+
+def split_parts(
+    recipe: PartRecipe,
+) -> tuple[Reader, Reader | None, Reader]:  # training, validation (None: none), test
+    """The readers of a run.
+
+    Raises: ValueError for another validation, and as `read_parts`.
+    """
+    data = recipe.data
+    if data.validation not in ("split", "none"):
+        raise ValueError(f'validation: expected "split" or "none", got {data.validation!r}')
+    train, val, test = (read_parts(data, split) for split in ("train", "val", "test"))
+    if data.validation == "none":
+        train, val = Concat(train, val), None
+    if data.shots:
+        train = Subset(train, take_shots(class_labels(train), data.shots, recipe.run.seed))
+    return train, val, test
+
+
+def part_samples(
+    data: PartData,
+    reader: Reader,
+    seed: int | None = None,  # of training, which varies; None: an evaluation, which does not
+) -> PartSamples:
+    "The samples of a reader."
+    return PartSamples(
+        reader,
+        n_points=data.n_points or None,
+        features=data.features,
+        augment=Augment() if seed is None else data.augment,
+        seed=seed or 0,
+    )
+
+
+@dataclass(frozen=True)
+class PartRecipe(Recipe):
+    "One part segmentation, as plain values."
+
+    data: PartData = PartData()
+    model: PartHead = PartHead()
+    objective: LabelObjective = LabelObjective()
+
+    task: ClassVar[str] = "part segmentation"
+
+    def build_model(self, classes: int) -> PartModel:
+        """Backbone and head, with weights drawn from the seed; a probe's head is linear.
+
+        Raises: ValueError for a number of classes that is not that of the recipe's parts.
+        """
+        names = part_names(self.data)
+        count = sum(map(len, names.values()))
+        if classes != count:
+            raise ValueError(
+                f"classes: expected {count} parts, those of {', '.join(names)}; got {classes}"
+            )
+        hidden = 0 if self.optimiser.probe else self.model.hidden
+        how = dict(hidden=hidden, dropout=self.model.dropout)
+        return PartModel(build_backbone(self), len(names), classes, **how)
+
+    def build_task(self, device: str | torch.device = "cpu") -> Task:
+        "Readers, model, loss and scores of a part segmentation."
+        names = part_names(self.data)
+        parts = number_parts(names)
+        own = list(parts.values())
+        classes = [f"{category} {part}" for category, parts_ in names.items() for part in parts_]
+        train, val, final = split_parts(self)
+
+        def loss(model, batch: LabelledParts):
+            logits = model(batch.points, batch.category)
+            predicted = own_parts(logits.detach(), batch.category[batch.points.batch], own)
+            scores = {"train_acc": accuracy(predicted, batch.label)}
+            return label_loss(logits, batch.label, self.objective.smoothing), scores
+
+        def evaluate(model, reader):
+            return evaluate_parts(model, part_samples(self.data, reader), parts, device=device)
+
+        def validate(model):
+            found = evaluate(model, val)
+            return {"val_miou_c": found["miou_c"], "val_miou_i": found["miou_i"]}
+
+        def test(model, folder):
+            found = evaluate(model, final)
+            floor = evaluate(Majority(train, len(classes)), final)
+            keys = ("miou_c", "miou_i", "acc")
+            details = {"category": found["category"], "parts": found["table"].compute(classes)}
+            details["floor"] = {k: floor[k] for k in (*keys, "category")}
+            if processes() == (0, 1):  # several processes have no picture in common
+                shown = part_samples(self.data, Subset(final, spread(len(final), 8)))
+                save_parts(model, shown, parts, folder / "parts.png", device=device)
+            return {k: found[k] for k in keys}, details
+
+        data = {"name": self.data.source, "sha256": train.fingerprint()}
+        data |= {"train": len(train), "val": len(val) if val else 0, "test": len(final)}
+        return Task(
+            self.task,
+            self.build_model(len(classes)),
+            part_samples(self.data, train, self.run.seed),
+            loss,
+            test,
+            data=data,
+            classes=classes,
+            columns=("train_acc", "val_miou_c", "val_miou_i"),
+            validate=validate if val else None,
+            choose="val_miou_c" if val else "",
+        )
+
+
+MINI = change(
+    PartRecipe(),
+    source="shapes",
     classes=CATEGORIES,
     augment=Augment(scale=(0.8, 1.25), translate=0.05, jitter=0.002),
+    backbone_options=SMALL_BACKBONES["StandardTransformer"],
     batch_size=16,
     steps=800,
     warmup=40,
     lr=2e-3,
     validate_every=200,
 )
-
 part_recipes: dict[str, PartRecipe] = {
-    "part-shapes-mini": PartRecipe(
+    "part-shapes-mini": change(
+        MINI,
         about="parts of generated shapes, 16 categories, 150 objects each; a small Transformer, minutes on two CPU cores",
-        **MINI,
-        backbone_options=dict(
-            width=96,
-            depth=4,
-            num_heads=4,
-            num_groups=64,
-            group_size=16,
-            radius=None,
-            encoder_widths=(32, 64, 64),
-            encoder_dims=96,
-        ),
     ),
-    "part-shapes-pointmlp-mini": PartRecipe(
+    "part-shapes-pointmlp-mini": change(
+        MINI,
         about="the same with a small PointMLP",
-        **MINI,
         backbone="PointMLP",
-        backbone_options=dict(
-            embed_width=16,
-            expansion=(2, 2, 2, 2),
-            reduce=(8, 2, 2, 2),
-            neighbours=(8, 8, 8, 8),
-            pre_blocks=(1, 1, 1, 1),
-            post_blocks=(1, 1, 1, 1),
-            decoder_widths=(96, 64, 48, 48),
-            decoder_blocks=(1, 1, 1, 1),
-            residual_expansion=0.5,
-        ),
+        backbone_options=SMALL_BACKBONES["PointMLP"],
     ),
-    "part-furniture-mini": PartRecipe(
+    "part-furniture-mini": change(
+        MINI,
         about="parts of the embedded furniture where they have names: 5 classes of real designs, few objects",
-        **MINI
-        | dict(
-            data="furniture",
-            classes=("bed", "car", "chair", "lamp", "table"),
-            steps=400,
-            validate_every=50,
-        ),
+        source="furniture",
         layout="furniture",
-        backbone_options=dict(
-            width=96,
-            depth=4,
-            num_heads=4,
-            num_groups=64,
-            group_size=16,
-            radius=None,
-            encoder_widths=(32, 64, 64),
-            encoder_dims=96,
-        ),
+        classes=("bed", "car", "chair", "lamp", "table"),
+        steps=400,
+        validate_every=50,
     ),
-    "part-shapenetpart": PartRecipe(
+    "part-shapenetpart": change(
+        PartRecipe(),
         about="ShapeNetPart (pass --data) with the paper's PointMLP; one GPU",
         layout="shapenetpart",
         n_points=2048,
         features=("xyz", "height"),
         backbone="PointMLP",
         augment=Augment(scale=(2 / 3, 1.5), stretch=True, translate=0.13),
-        batch_size=32,
         steps=110_000,
         warmup=3000,
         lr=5e-4,
@@ -629,207 +609,3 @@ part_recipes: dict[str, PartRecipe] = {
         mixed_precision="bf16",
     ),
 }
-
-
-def part_names(
-    recipe: PartRecipe,
-) -> dict[str, list[str]]:  # category -> names of its parts
-    "The parts that a recipe tells apart; ShapeNetPart has no names for its own, but numbers."
-    if recipe.layout == "shapenetpart" and recipe.classes:
-        raise ValueError(
-            f"classes: expected none (--classes without names) for {SHAPENETPART.name}, of which all are kept; got {', '.join(recipe.classes)}"
-        )
-    if recipe.layout == "shapenetpart":
-        return {k: [str(n) for n in range(many)] for k, many in PART_COUNTS.items()}
-    if recipe.layout not in ("shapes", "furniture"):
-        raise ValueError(
-            f'layout: expected one of shapes, furniture, shapenetpart; got "{recipe.layout}"'
-        )
-    known = {
-        k: names[1:]
-        for k, names in sorted(
-            (PARTS if recipe.layout == "shapes" else ShapeNetViews().parts).items()
-        )
-    }
-    if not recipe.classes:
-        raise ValueError(f"classes: expected some of {', '.join(known)}; got none")
-    if lost := [k for k in recipe.classes if k not in known]:
-        raise ValueError(f"classes: expected some of {', '.join(known)}; got {lost[0]!r}")
-    return {k: known[k] for k in sorted(recipe.classes)}
-
-# %% ../../nbs/tasks/73_parts.ipynb #c31aa1c1
-def read_parts(
-    recipe: PartRecipe,
-    split: str,  # "train", "val", "test"
-):  # a reader of `xyz` and `part`
-    "All objects of one split. Generated shapes are made on first use and kept."
-    names = part_names(recipe)
-    if recipe.layout == "shapenetpart":
-        if not recipe.data:
-            raise ValueError(
-                f"data: this recipe needs {SHAPENETPART.name}: {SHAPENETPART.tree}, from {SHAPENETPART.source}; pass --data FOLDER"
-            )
-        return PartClouds(ShapeNetPart(recipe.data, split=split), names, numbered=True)
-    if recipe.layout == "furniture":
-        reader = PartClouds(Furniture(split=split, classes=recipe.classes), names)
-        return Selection(reader, with_names(reader))
-    many = dict(zip(("train", "val", "test"), recipe.per_class))[split]
-    return PartClouds(
-        Scans(
-            embedded_part_shapes(
-                split=split, categories=recipe.classes, per_category=many, points=recipe.stored
-            )
-        ),
-        names,
-    )
-
-
-class Both:
-    "Two readers of the same classes, one after the other."
-
-    def __init__(self, *readers):
-        self.readers, self.classes, self.places = (
-            readers,
-            readers[0].classes,
-            [(r, i) for r in readers for i in range(len(r))],
-        )
-
-    def __len__(self):
-        return len(self.places)
-
-    def name(self, i: int) -> str:
-        return self.places[i][0].name(self.places[i][1])
-
-    def label(self, i: int) -> int:
-        return self.places[i][0].label(self.places[i][1])
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        return self.places[i][0].rows(self.places[i][1])
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
-
-
-def split_parts(
-    recipe: PartRecipe,
-) -> tuple[
-    Any, Any | None, Any
-]:  # readers that train, choose (None: nobody does) and are asked at the end
-    "Who trains, who chooses, who is asked."
-    if recipe.validation not in ("split", "none"):
-        raise ValueError(f'validation: expected "split" or "none", got {recipe.validation!r}')
-    train, val, test = (read_parts(recipe, split) for split in ("train", "val", "test"))
-    if recipe.validation == "none":
-        train, val = Both(train, val), None
-    if recipe.shots:
-        train = Selection(train, take_shots(labels_of(train), recipe.shots, recipe.seed))
-    return train, val, test
-
-
-def part_samples(
-    recipe: PartRecipe,
-    reader,
-    changes: bool = False,  # whether clouds vary, as in training
-) -> PartSamples:
-    "The samples of a reader."
-    return PartSamples(
-        reader,
-        n_points=recipe.n_points or None,
-        features=recipe.features,
-        augment=recipe.augment if changes else Augment(),
-        seed=recipe.seed if changes else 0,
-    )
-
-
-def build_parts(
-    recipe: PartRecipe,
-    classes: int,  # P, all parts of the recipe's categories
-) -> PartModel:
-    "Backbone and head of a recipe, with weights drawn from its seed."
-    names = part_names(recipe)
-    if classes != (have := sum(map(len, names.values()))):
-        raise ValueError(
-            f"build_parts: expected {have} parts, those of {', '.join(names)}; got {classes}"
-        )
-    return PartModel(
-        build_backbone(recipe),
-        len(names),
-        classes,
-        hidden=0 if recipe.probe else recipe.hidden,
-        dropout=recipe.dropout,
-    )
-
-# %% ../../nbs/tasks/73_parts.ipynb #faf34b6e
-def part_loss(
-    model: nn.Module,  # points, category -> logits
-    batch: LabelledParts,
-    parts: list[list[int]],  # the part numbers of each category
-    smoothing: float = 0.0,  # of labels
-) -> tuple[Tensor, dict[str, float]]:
-    "Loss and share of right points of a training batch."
-    logits = model(batch.points, batch.category)
-    known, pred = (
-        batch.label >= 0,
-        own_parts(logits.detach(), batch.category[batch.points.batch], parts),
-    )
-    return label_loss(logits, batch.label, smoothing), {
-        "train_acc": float((pred == batch.label)[known].float().mean())
-        if bool(known.any())
-        else 0.0
-    }
-
-# %% ../../nbs/tasks/73_parts.ipynb #882d415c
-def part_task(
-    recipe: PartRecipe,
-    *,
-    device: str | torch.device = "cpu",
-) -> Task:
-    "Readers, model, loss and scores of a part segmentation."
-    names = part_names(recipe)
-    parts, classes = (
-        number_parts(names),
-        [f"{k} {part}" for k, own in names.items() for part in own],
-    )
-    train, val, test = split_parts(recipe)
-    own = list(parts.values())
-
-    def score(model, reader):
-        return evaluate_parts(model, part_samples(recipe, reader), parts, device=device)
-
-    def validate(model):
-        found = score(model, val)
-        return {"val_miou_c": found["miou_c"], "val_miou_i": found["miou_i"]}
-
-    def ask(model, folder):
-        found, floor = score(model, test), score(Majority(train, len(classes)), test)
-        save_parts(
-            model,
-            part_samples(recipe, Selection(test, spread(len(test), 8))),
-            parts,
-            folder / "parts.png",
-            device=device,
-        )
-        return {k: found[k] for k in ("miou_c", "miou_i", "acc")}, {
-            "category": found["category"],
-            "parts": found["table"].compute(classes),
-            "floor": {k: floor[k] for k in ("miou_c", "miou_i", "acc", "category")},
-        }
-
-    return Task(
-        "part segmentation",
-        classes,
-        {
-            "name": recipe.data,
-            "sha256": train.fingerprint(),
-            "train": len(train),
-            "val": len(val) if val else 0,
-            "test": len(test),
-        },
-        build_parts(recipe, len(classes)),
-        part_samples(recipe, train, changes=True),
-        lambda model, batch: part_loss(model, batch, own, recipe.smoothing),
-        ask,
-        columns=("train_acc", "val_miou_c", "val_miou_i"),
-        validate=validate if val else None,
-        choose="val_miou_c" if val else "",
-    )

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment, Cloud, about_z, augment, mirror, rotate
-from ..data.labelled import S3DIS, Layout, scannet_labels
+from ..data.labelled import S3DIS
+from ..data.readers import Layout, Subset, hold_out_places
 from ..data.samples import CloudSamples, Labelled
-from ..data.scannet import ScanNetFrames
-from .classification import Selection
+from ..data.scannet import ScanNetFrames, scannet_labels
 from .metrics import SemanticScore
 from .parts import to_points
 from unipre3d.tasks.transfer import (
@@ -37,52 +37,11 @@ from ..recipes import find_recipe
 from ..viewer import MOST_POINTS, label_palette, point_viewer
 
 # %% auto #0
-__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'ScanNetRooms', 'one_per_voxel', 'crop_rows',
-           'LabelledScenes', 'WholeScene', 'ScenePoints', 'carry', 'SemanticModel', 'lovasz_loss', 'semantic_loss',
-           'point_probabilities', 'evaluate_semantic', 'paint_room', 'save_room', 'SemanticRecipe', 'read_rooms',
-           'hold_out_rooms', 'split_rooms', 'build_scenes', 'build_semantic', 'class_details', 'save_voxels',
-           'show_voxels', 'ask_rooms', 'semantic_task']
-
-# %% ../../nbs/tasks/74_semantic.ipynb #7489fe28
-class ScanNetRooms:
-    "Rooms in ScanNet's preprocessed layout, with 20 or 200 classes. Rows: `xyz`, `color`, `normal`, `segment`, `instance`."
-
-    def __init__(
-        self,
-        root: str | Path,  # folder or zip
-        *,
-        split: str,  # "train", "val" or "test"
-        labels: int = 20,  # or 200
-        scenes: list[str] | None = None,  # which ones; None means all of the split
-        cache_bytes: int = 2**28,  # bound on what is kept, in each process
-    ):
-        self.classes, self.column = list(scannet_labels(labels).names), f"segment{labels}"
-        self.frames = ScanNetFrames(root, split=split, scenes=scenes, cache_bytes=cache_bytes)
-
-    def __len__(self):
-        return len(self.frames)
-
-    def name(self, i: int) -> str:
-        return self.frames.scene(i)
-
-    def rows(self, i: int) -> dict[str, np.ndarray]:
-        "`xyz` [n 3] float32 metres, `segment` and `instance` [n] int32 (-1 = none); `color` [n 3] uint8 and `normal` [n 3] where the files are there."
-        array, xyz = self.frames.array, self.frames.array(i, "coord")
-        found = {k: array(i, k) for k in ("color", "normal") if self.frames.has(i, k)}
-        segment, instance = (
-            array(i, self.column),
-            array(i, "instance")
-            if self.frames.has(i, "instance")
-            else np.full(len(xyz), -1, np.int32),
-        )
-        if segment.max(initial=-1) >= len(self.classes):
-            raise ValueError(
-                f"{self.frames.root}: {self.name(i)}: {self.column}.npy: expected labels below {len(self.classes)}, found {segment.max()}"
-            )
-        return dict(xyz=xyz, segment=segment.clip(min=-1), instance=instance.clip(min=-1)) | found
-
-    def fingerprint(self) -> str:
-        return self.frames.fingerprint()
+__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'one_per_voxel', 'crop_rows', 'LabelledScenes',
+           'WholeScene', 'ScenePoints', 'carry', 'SemanticModel', 'lovasz_loss', 'semantic_loss', 'point_probabilities',
+           'evaluate_semantic', 'paint_room', 'save_room', 'SemanticRecipe', 'read_rooms', 'split_rooms',
+           'build_scenes', 'build_semantic', 'class_details', 'save_voxels', 'show_voxels', 'ask_rooms',
+           'semantic_task']
 
 # %% ../../nbs/tasks/74_semantic.ipynb #598f368e
 def one_per_voxel(
@@ -138,7 +97,7 @@ class ScenePoints(CloudSamples):
 
     def __init__(
         self,
-        reader,  # ScanNetRooms, S3DIS or a selection
+        reader,  # ScanNetFrames with labels, S3DIS or a subset
         *,
         voxel_size: float = 0.02,  # metres; one point in each cell
         n_points: int | None = None,  # at most, after that; None takes the whole room
@@ -510,31 +469,7 @@ def read_rooms(
         )  # composing needs a ray tracer, reading does not
 
         root = embedded_rooms(rooms=recipe.rooms)
-    return ScanNetRooms(root, split=split, labels=recipe.labels)
-
-
-def hold_out_rooms(
-    names: list[
-        str
-    ],  # of rooms; scans of one place agree up to the underscore, as in scene0000_00 and scene0000_01; Area_1/office_1 is a place of its own
-    share: float,  # of the places, rounded, at least one
-    seed: int = 0,
-) -> tuple[list[int], list[int]]:  # rooms that train, and that choose
-    "Take a share of the places away from training."
-    places = [name if "/" in name else name.split("_")[0] for name in names]
-    known = sorted(set(places))
-    if len(known) < 2:
-        raise ValueError(
-            f"share: expected rooms of at least 2 places to hold one out, found {len(known)}; use validation none"
-        )
-    away = set(
-        np.random.default_rng((seed, 0x5EAA))
-        .permutation(known)[: max(1, round(share * len(known)))]
-        .tolist()
-    )
-    return [i for i, p in enumerate(places) if p not in away], [
-        i for i, p in enumerate(places) if p in away
-    ]
+    return ScanNetFrames(root, split=split, labels=recipe.labels)
 
 
 def split_rooms(
@@ -555,8 +490,8 @@ def split_rooms(
     if recipe.validation == "split":
         val = read_rooms(recipe, "val")
     if recipe.validation == "share":
-        kept, away = hold_out_rooms([train.name(i) for i in range(len(train))], recipe.share)
-        train, val = Selection(train, kept), Selection(train, away)
+        kept, away = hold_out_places([train.name(i) for i in range(len(train))], recipe.share)
+        train, val = Subset(train, kept), Subset(train, away)
     return train, val, read_rooms(recipe, recipe.asked)
 
 

@@ -27,7 +27,7 @@ from unipre3d.worlds.shapes import (
     make_mesh,
     shape_items,
 )
-from ..records import code_hash, data_hash, made_once
+from ..records import code_hash, data_hash, cached
 
 # %% auto #0
 __all__ = ['WALL', 'TOPS', 'VARIANTS', 'surfels', 'make_place', 'viewpoints', 'spoil', 'shoot', 'fuse', 'crop', 'draw_scan',
@@ -573,6 +573,6 @@ def embedded_scans(
         code_hash("unipre3d.worlds.scans", "unipre3d.worlds.shapes", "unipre3d.worlds.furniture"),
         depth_sigma(np.array([1.0, 2.0])).tolist(),
     )
-    return made_once(
+    return cached(
         "scans.npz", [how, code], lambda path: make_scans(path, **how, workers=workers), cache
     )
