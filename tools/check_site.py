@@ -5,9 +5,14 @@
 On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
 mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
 theme, a visible mark on what the keyboard reaches. On the whole site: search, also by keyboard alone, and the theme.
-The browser is the one Playwright installed, or the system's Chromium. Without either the walk is skipped, and says so.
+The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one line says. Two variables
+of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no
+browser is used even where there is one.
+
+    python tools/check_site.py --browser       whether a browser starts; nothing is walked
 """
 import json
+import os
 import re
 import shutil
 import sys
@@ -118,33 +123,72 @@ class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 
+class Server(ThreadingHTTPServer):
+    "A server that does not mind a browser that leaves in the middle of an answer, as it does when the next page is opened."
+
+    def handle_error(self, request, client_address):
+        if isinstance(sys.exc_info()[1], ConnectionError): return
+        super().handle_error(request, client_address)
+
+
 @contextmanager
 def served(folder):
     "The folder on a port of this machine, for as long as the block lasts."
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally: server.shutdown()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class NoBrowser(Exception):
+    "There is no browser, and one was asked for."
+
+
+def asked(name):
+    "Whether a variable of the environment is set to 1."
+    return os.environ.get(name) == "1"
+
+
+def program(play):
+    "The browser to start: Playwright's own, else the system's, else None."
+    own = play.chromium.executable_path
+    if Path(own).exists(): return own
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 @contextmanager
-def browser():
+def started():
     "A headless Chromium, or None and the reason why there is none."
+    if asked("UNIPRE3D_NO_BROWSER"):
+        yield None, "UNIPRE3D_NO_BROWSER=1 asks for no browser"
+        return
     try: from playwright.sync_api import Error, sync_playwright
     except ImportError:
         yield None, "the playwright package is not installed; pip install '.[dev]'"
         return
     with sync_playwright() as play:
-        own, system = Path(play.chromium.executable_path), next(filter(None, map(shutil.which, BROWSERS)), None)
-        if not own.exists() and not system:
+        path = program(play)
+        if path is None:
             yield None, "no Chromium was found; install one, or run: playwright install chromium"
             return
-        try: found = play.chromium.launch(executable_path=None if own.exists() else system, args=["--no-sandbox"])
+        # Playwright starts its own without being told where it is, and may choose a smaller build of it.
+        own = path == play.chromium.executable_path
+        try: found = play.chromium.launch(executable_path=None if own else path, args=["--no-sandbox"])
         except Error as error:
             yield None, f"Chromium did not start: {str(error).splitlines()[0]}"
             return
         try: yield found, None
         finally: found.close()
+
+
+@contextmanager
+def browser():
+    "A headless Chromium, or None and the reason why there is none; where one is needed that is an error."
+    with started() as (found, why):
+        if why and asked("UNIPRE3D_NEED_BROWSER"): raise NoBrowser(f"UNIPRE3D_NEED_BROWSER=1 asks for a browser, but {why}")
+        yield found, why
 
 
 class Walk:
@@ -294,11 +338,20 @@ def walk(site, names=None):
         return list(dict.fromkeys(trip.problems)), len(pages)
 
 
+def look():
+    "Say which browser starts; leave with an error if none does."
+    with started() as (found, why):
+        if why: sys.exit(f"check_site: {why}")
+        print(f"Chromium {found.version}")
+
+
 def main():
+    if "--browser" in sys.argv[1:]: return look()
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs")
     if not (site / "index.html").exists(): sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
-    problems, more = walk(site)
-    if problems is None: return print(f"check_site: pages not walked: {more}")
+    try: problems, more = walk(site)
+    except NoBrowser as error: sys.exit(f"check_site: {error}")
+    if problems is None: return print(f"check_site: the pages were not walked: {more}")
     for problem in problems: print(f"  {problem}", file=sys.stderr)
     if problems: sys.exit(f"check_site: {len(problems)} things to mend on {more} pages")
     print(f"{more} pages walked in Chromium")
