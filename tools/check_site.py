@@ -195,7 +195,7 @@ class Walk:
     "One browser window that goes from page to page and notes what goes wrong."
 
     def __init__(self, browser, base):
-        self.base, self.problems, self.pages, self.name, self.weight = base, [], {}, "", 0
+        self.base, self.problems, self.pages, self.name, self.weight, self.weights = base, [], {}, "", 0, {}
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
         self.context.route(lambda address: not address.startswith((base, "data:", "blob:")), self.outside)
         self.page = self.context.new_page()
@@ -249,6 +249,7 @@ class Walk:
         for label in {i for i in found["ids"] if found["ids"].count(i) > 1}: self.note(f"the id {label} is used twice")
         self.page.keyboard.press("Tab")
         for kind in self.page.evaluate(FOCUS): self.note(f"keyboard focus does not show on {kind}")
+        self.weights[name] = self.weight
         if self.weight > HEAVY: self.note(f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB")
         self.contrast()
         self.page.set_viewport_size(PHONE)
@@ -322,8 +323,8 @@ def functions(site, count=8):
     return known[:: max(1, len(known) // count)]
 
 
-def walk(site, names=None):
-    "What is wrong with the site, one line each; None and the reason if no browser can walk it."
+def walk(site, names=None, weights=None):
+    "What is wrong with the site, one line each; None and the reason if no browser can walk it. What each page loads is put into `weights`."
     site = Path(site)
     pages = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html")) if names is None else names
     with browser() as (found, why), served(site) as base:
@@ -335,6 +336,7 @@ def walk(site, names=None):
             for name, place in functions(site): trip.search(name, place.split("#")[0])
             trip.keyboard(functions(site)[0][0])
             trip.theme()
+        if weights is not None: weights.update(trip.weights)
         return list(dict.fromkeys(trip.problems)), len(pages)
 
 
@@ -349,9 +351,12 @@ def main():
     if "--browser" in sys.argv[1:]: return look()
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs")
     if not (site / "index.html").exists(): sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
-    try: problems, more = walk(site)
+    weights = {}
+    try: problems, more = walk(site, weights=weights)
     except NoBrowser as error: sys.exit(f"check_site: {error}")
     if problems is None: return print(f"check_site: the pages were not walked: {more}")
+    for name in sorted(weights, key=weights.get, reverse=True):
+        if .8 * HEAVY < weights[name] <= HEAVY: print(f"  note: {name} weighs {weights[name] / (1 << 20):.2f} MB, {weights[name] / HEAVY:.0%} of the limit")
     for problem in problems: print(f"  {problem}", file=sys.stderr)
     if problems: sys.exit(f"check_site: {len(problems)} things to mend on {more} pages")
     print(f"{more} pages walked in Chromium")
