@@ -5,9 +5,9 @@
 On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
 mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
 theme, a visible mark on what the keyboard reaches. On the whole site: search, also by keyboard alone, and the theme.
-The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one line says. Two variables
-of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no
-browser is used even where there is one.
+The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one
+line says. Two variables of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing
+browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser is used even where there is one.
 
     python tools/check_site.py --browser       whether a browser starts; nothing is walked
 """
@@ -124,10 +124,11 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    "A server that does not mind a browser that leaves in the middle of an answer, as it does when the next page is opened."
+    "A server that does not mind a browser that leaves in the middle of an answer, as it does for the next page."
 
     def handle_error(self, request, client_address):
-        if isinstance(sys.exc_info()[1], ConnectionError): return
+        if isinstance(sys.exc_info()[1], ConnectionError):
+            return
         super().handle_error(request, client_address)
 
 
@@ -154,7 +155,8 @@ def asked(name):
 def program(play):
     "The browser to start: Playwright's own, else the system's, else None."
     own = play.chromium.executable_path
-    if Path(own).exists(): return own
+    if Path(own).exists():
+        return own
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
@@ -187,7 +189,8 @@ def started():
 def browser():
     "A headless Chromium, or None and the reason why there is none; where one is needed that is an error."
     with started() as (found, why):
-        if why and asked("UNIPRE3D_NEED_BROWSER"): raise NoBrowser(f"UNIPRE3D_NEED_BROWSER=1 asks for a browser, but {why}")
+        if why and asked("UNIPRE3D_NEED_BROWSER"):
+            raise NoBrowser(f"UNIPRE3D_NEED_BROWSER=1 asks for a browser, but {why}")
         yield found, why
 
 
@@ -324,7 +327,10 @@ def functions(site, count=8):
 
 
 def walk(site, names=None, weights=None):
-    "What is wrong with the site, one line each; None and the reason if no browser can walk it. What each page loads is put into `weights`."
+    """What is wrong with the site, one line each; None and the reason if no browser can walk it.
+
+    A dictionary given as `weights` receives the bytes that each page loads.
+    """
     site = Path(site)
     pages = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html")) if names is None else names
     with browser() as (found, why), served(site) as base:
@@ -336,27 +342,37 @@ def walk(site, names=None, weights=None):
             for name, place in functions(site): trip.search(name, place.split("#")[0])
             trip.keyboard(functions(site)[0][0])
             trip.theme()
-        if weights is not None: weights.update(trip.weights)
+        if weights is not None:
+            weights.update(trip.weights)
         return list(dict.fromkeys(trip.problems)), len(pages)
+
+
+def near_limit(weights):
+    "The pages that weigh more than four fifths of what they may, the heaviest first, one line each."
+    for name, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
+        if .8 * HEAVY < weight <= HEAVY:
+            yield f"{name} weighs {weight / (1 << 20):.2f} MB, {weight / HEAVY:.0%} of the limit"
 
 
 def look():
     "Say which browser starts; leave with an error if none does."
     with started() as (found, why):
-        if why: sys.exit(f"check_site: {why}")
+        if why:
+            sys.exit(f"check_site: {why}")
         print(f"Chromium {found.version}")
 
 
 def main():
-    if "--browser" in sys.argv[1:]: return look()
+    if "--browser" in sys.argv[1:]:
+        return look()
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs")
     if not (site / "index.html").exists(): sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
     weights = {}
     try: problems, more = walk(site, weights=weights)
     except NoBrowser as error: sys.exit(f"check_site: {error}")
     if problems is None: return print(f"check_site: the pages were not walked: {more}")
-    for name in sorted(weights, key=weights.get, reverse=True):
-        if .8 * HEAVY < weights[name] <= HEAVY: print(f"  note: {name} weighs {weights[name] / (1 << 20):.2f} MB, {weights[name] / HEAVY:.0%} of the limit")
+    for line in near_limit(weights):
+        print(f"  note: {line}")
     for problem in problems: print(f"  {problem}", file=sys.stderr)
     if problems: sys.exit(f"check_site: {len(problems)} things to mend on {more} pages")
     print(f"{more} pages walked in Chromium")
