@@ -1,6 +1,15 @@
-"""The walk through the site, on pages with one fault of every kind. `make docs` walks the real pages (tools/check_site.py)."""
+"""The walk through the site, on pages with one fault of every kind.
 
+`make docs` walks the real pages (tools/check_site.py).
+Without a browser these tests are skipped, but not in the gate (.ci/run), which sets UNIPRE3D_NEED_BROWSER=1.
+"""
+
+import socket
+import struct
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,3 +129,87 @@ def test_search_keyboard_and_theme_are_passed(tmp_path):
         )
         == []
     )
+
+
+@contextmanager
+def no_browser():
+    yield None, "there is none"
+
+
+@pytest.fixture
+def without(monkeypatch, tmp_path):
+    "A built site on a machine without a browser; no variable says what to do about that."
+    (tmp_path / "index.html").write_text("<p>x")
+    monkeypatch.setattr(check_site, "started", no_browser)
+    monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path)])
+    monkeypatch.delenv("UNIPRE3D_NEED_BROWSER", raising=False)
+    monkeypatch.delenv("UNIPRE3D_NO_BROWSER", raising=False)
+
+
+def test_without_a_browser_the_walk_is_left_out_in_one_line(without, capsys):
+    check_site.main()
+    assert capsys.readouterr() == ("check_site: the pages were not walked: there is none\n", "")
+
+
+def test_where_a_browser_is_needed_its_absence_is_a_failure(without, monkeypatch):
+    monkeypatch.setenv("UNIPRE3D_NEED_BROWSER", "1")
+    with pytest.raises(
+        SystemExit, match="UNIPRE3D_NEED_BROWSER=1 asks for a browser, but there is none"
+    ):
+        check_site.main()
+    with pytest.raises(check_site.NoBrowser), check_site.browser():
+        pass
+    monkeypatch.setattr(sys, "argv", ["check_site.py", "--browser"])
+    with pytest.raises(SystemExit, match="check_site: there is none"):
+        check_site.main()
+
+
+def test_a_browser_can_be_declined(monkeypatch):
+    monkeypatch.setenv("UNIPRE3D_NO_BROWSER", "1")
+    monkeypatch.delenv("UNIPRE3D_NEED_BROWSER", raising=False)
+    with check_site.browser() as (found, why):
+        assert found is None
+        assert "UNIPRE3D_NO_BROWSER=1" in why
+
+
+def test_a_browser_that_leaves_early_is_no_trouble(tmp_path, capfd):
+    (tmp_path / "large.bin").write_bytes(bytes(32 << 20))
+    before = threading.active_count()
+    with check_site.served(tmp_path) as base:
+        with socket.create_connection(
+            ("127.0.0.1", int(base.rstrip("/").rsplit(":", 1)[1]))
+        ) as visitor:
+            visitor.sendall(b"GET /large.bin HTTP/1.0\r\n\r\n")
+            assert visitor.recv(100).startswith(b"HTTP/1.0 200")
+            # Closing now cuts the line instead of ending the talk.
+            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until = time.monotonic() + 30
+        while threading.active_count() > before + 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert threading.active_count() <= before + 1
+    assert capfd.readouterr().err == ""
+
+
+def test_other_errors_of_the_server_are_told(capfd):
+    server = check_site.Server(("127.0.0.1", 0), check_site.Quiet)
+    try:
+        raise ValueError("something else")
+    except ValueError:
+        server.handle_error(None, ("127.0.0.1", 1))
+    finally:
+        server.server_close()
+    assert "something else" in capfd.readouterr().err
+
+
+def test_pages_near_their_limit_are_named():
+    limit = check_site.HEAVY
+    weights = {
+        "light.html": limit // 2,
+        "near.html": int(0.9 * limit),
+        "full.html": limit,
+        "over.html": limit + 1,
+    }
+    assert list(check_site.near_limit(weights)) == [
+        "full.html weighs 3.00 MB, 100% of the limit",
+        "near.html weighs 2.70 MB, 90% of the limit",
+    ]

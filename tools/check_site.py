@@ -5,10 +5,15 @@
 On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
 mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
 theme, a visible mark on what the keyboard reaches. On the whole site: search, also by keyboard alone, and the theme.
-The browser is the one Playwright installed, or the system's Chromium. Without either the walk is skipped, and says so.
+The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one
+line says. Two variables of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing
+browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser is used even where there is one.
+
+    python tools/check_site.py --browser       whether a browser starts; nothing is walked
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -120,36 +125,65 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    "A server that does not mind a browser that leaves in the middle of an answer, as it does for the next page."
+
+    def handle_error(self, request, client_address):
+        if isinstance(sys.exc_info()[1], ConnectionError):
+            return
+        super().handle_error(request, client_address)
+
+
 @contextmanager
 def served(folder):
     "The folder on a port of this machine, for as long as the block lasts."
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/"
     finally:
         server.shutdown()
+        server.server_close()
+
+
+class NoBrowser(Exception):
+    "There is no browser, and one was asked for."
+
+
+def asked(name):
+    "Whether a variable of the environment is set to 1."
+    return os.environ.get(name) == "1"
+
+
+def program(play):
+    "The browser to start: Playwright's own, else the system's, else None."
+    own = play.chromium.executable_path
+    if Path(own).exists():
+        return own
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 @contextmanager
-def browser():
+def started():
     "A headless Chromium, or None and the reason why there is none."
+    if asked("UNIPRE3D_NO_BROWSER"):
+        yield None, "UNIPRE3D_NO_BROWSER=1 asks for no browser"
+        return
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
         yield None, "the playwright package is not installed; pip install '.[dev]'"
         return
     with sync_playwright() as play:
-        own, system = (
-            Path(play.chromium.executable_path),
-            next(filter(None, map(shutil.which, BROWSERS)), None),
-        )
-        if not own.exists() and not system:
+        path = program(play)
+        if path is None:
             yield None, "no Chromium was found; install one, or run: playwright install chromium"
             return
+        # Playwright starts its own without being told where it is, and may choose a smaller build of it.
+        own = path == play.chromium.executable_path
         try:
             found = play.chromium.launch(
-                executable_path=None if own.exists() else system, args=["--no-sandbox"]
+                executable_path=None if own else path, args=["--no-sandbox"]
             )
         except Error as error:
             yield None, f"Chromium did not start: {str(error).splitlines()[0]}"
@@ -160,11 +194,27 @@ def browser():
             found.close()
 
 
+@contextmanager
+def browser():
+    "A headless Chromium, or None and the reason why there is none; where one is needed that is an error."
+    with started() as (found, why):
+        if why and asked("UNIPRE3D_NEED_BROWSER"):
+            raise NoBrowser(f"UNIPRE3D_NEED_BROWSER=1 asks for a browser, but {why}")
+        yield found, why
+
+
 class Walk:
     "One browser window that goes from page to page and notes what goes wrong."
 
     def __init__(self, browser, base):
-        self.base, self.problems, self.pages, self.name, self.weight = base, [], {}, "", 0
+        self.base, self.problems, self.pages, self.name, self.weight, self.weights = (
+            base,
+            [],
+            {},
+            "",
+            0,
+            {},
+        )
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
         self.context.route(
             lambda address: not address.startswith((base, "data:", "blob:")), self.outside
@@ -253,6 +303,7 @@ class Walk:
         self.page.keyboard.press("Tab")
         for kind in self.page.evaluate(FOCUS):
             self.note(f"keyboard focus does not show on {kind}")
+        self.weights[name] = self.weight
         if self.weight > HEAVY:
             self.note(
                 f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB"
@@ -362,8 +413,11 @@ def functions(site, count=8):
     return known[:: max(1, len(known) // count)]
 
 
-def walk(site, names=None):
-    "What is wrong with the site, one line each; None and the reason if no browser can walk it."
+def walk(site, names=None, weights=None):
+    """What is wrong with the site, one line each; None and the reason if no browser can walk it.
+
+    A dictionary given as `weights` receives the bytes that each page loads.
+    """
     site = Path(site)
     pages = (
         sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
@@ -382,16 +436,41 @@ def walk(site, names=None):
                 trip.search(name, place.split("#")[0])
             trip.keyboard(functions(site)[0][0])
             trip.theme()
+        if weights is not None:
+            weights.update(trip.weights)
         return list(dict.fromkeys(trip.problems)), len(pages)
 
 
+def near_limit(weights):
+    "The pages that weigh more than four fifths of what they may, the heaviest first, one line each."
+    for name, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
+        if 0.8 * HEAVY < weight <= HEAVY:
+            yield f"{name} weighs {weight / (1 << 20):.2f} MB, {weight / HEAVY:.0%} of the limit"
+
+
+def look():
+    "Say which browser starts; leave with an error if none does."
+    with started() as (found, why):
+        if why:
+            sys.exit(f"check_site: {why}")
+        print(f"Chromium {found.version}")
+
+
 def main():
+    if "--browser" in sys.argv[1:]:
+        return look()
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs")
     if not (site / "index.html").exists():
         sys.exit(f"check_site: {site} has no index.html; build the site first: make docs")
-    problems, more = walk(site)
+    weights = {}
+    try:
+        problems, more = walk(site, weights=weights)
+    except NoBrowser as error:
+        sys.exit(f"check_site: {error}")
     if problems is None:
-        return print(f"check_site: pages not walked: {more}")
+        return print(f"check_site: the pages were not walked: {more}")
+    for line in near_limit(weights):
+        print(f"  note: {line}")
     for problem in problems:
         print(f"  {problem}", file=sys.stderr)
     if problems:
