@@ -59,12 +59,12 @@ def read_around(
 def read_checkpoint(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # flat, on the CPU
-    "The tensors of a file; objects beside them are left out, and nothing of it is run. Raises: FileNotFoundError, ValueError."
+    "The tensors of a file, objects left out; nothing of it is run. Raises: FileNotFoundError, ValueError."
     file, refused = Path(file), ""
     if not file.is_file():
-        found = "a folder" if file.is_dir() else "nothing"
         raise FileNotFoundError(
-            f"{file}: expected a checkpoint (.safetensors, .pth, .pt), found {found}"
+            f"{file}: expected a checkpoint (.safetensors, .pth, .pt), "
+            f"found {'a folder' if file.is_dir() else 'nothing'}"
         )
     with file.open("rb") as stream:
         safe = stream.read(9)[8:] == b"{"
@@ -73,10 +73,9 @@ def read_checkpoint(
     except pickle.UnpicklingError as problem:
         tree, refused = read_around(file), refused_object(problem)
     except Exception as problem:  # a damaged file fails in a dozen ways
-        why = (str(problem) or type(problem).__name__).splitlines()[0][:80]
         raise ValueError(
-            f"{file}: expected a checkpoint that torch.save or safetensors wrote, "
-            f"could not read it ({why})"
+            f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it "
+            f"({(str(problem) or type(problem).__name__).splitlines()[0][:80]})"
         ) from None
     tensors = dict(flat_tensors(tree)) if isinstance(tree, Mapping) else {}
     if refused and not tensors:
@@ -105,9 +104,8 @@ def count_roots(
     wanted, hits = set(wanted), Counter()
     for key in keys:
         pieces = key.split(".")
-        for i in range(len(pieces)):
-            if ".".join(pieces[i:]) in wanted:
-                hits["".join(f"{piece}." for piece in pieces[:i])] += 1
+        cuts = [i for i in range(len(pieces)) if ".".join(pieces[i:]) in wanted]
+        hits.update("".join(f"{piece}." for piece in pieces[:i]) for i in cuts)
     return hits
 
 
@@ -115,20 +113,17 @@ def best_root(
     hits: Counter[str],  # of count_roots
     state: Mapping[str, Tensor],  # the checkpoint
 ) -> str:
-    "The root with most keys; of equals, one with the word `ema`. Copies of the same tensors are one. Raises: ValueError for a tie."
-    most = max(hits.values())
-    best = [root for root, n in hits.items() if n == most]
+    "The root with most keys; of equals, one with the word `ema`, or any of equal copies. Raises: ValueError for a tie."
+    best = [root for root, n in hits.items() if n == max(hits.values())]
     if len(best) > 1:
-        averaged = [root for root in best if "ema" in re.split(r"[._]", root.lower())]
-        best = averaged or best
+        best = [root for root in best if "ema" in re.split(r"[._]", root.lower())] or best
 
     def below(root):
         return {key.removeprefix(root): t for key, t in state.items() if key.startswith(root)}
 
     first = below(best[0])
     for other in map(below, best[1:]):
-        same = first.keys() == other.keys() and all(torch.equal(first[k], other[k]) for k in first)
-        if not same:
+        if first.keys() != other.keys() or not all(torch.equal(first[k], other[k]) for k in first):
             raise ValueError(
                 f"expected one copy of the weights, found {len(best)}, "
                 f"below {', '.join(map(repr, sorted(best)[:4]))}; pass root= to choose"
@@ -200,11 +195,12 @@ class Report:
 
     def problems(self) -> list[str]:
         "What is amiss, each with its first example; empty where all is well."
-        problems = []
         kinds = {"missing in the file": self.missing, "of another shape": self.misfit}
-        for kind, tensors in kinds.items():
-            for name, key in list(tensors.items())[:1]:
-                problems.append(f"{len(tensors)} {kind}, first {name!r} ({key})")
+        problems = [
+            "{} {}, first {!r} ({})".format(len(tensors), kind, *next(iter(tensors.items())))
+            for kind, tensors in kinds.items()
+            if tensors
+        ]
         if self.unplaced:
             problems.append(
                 f"{len(self.unplaced)} in the file without a place in the model, "
@@ -213,8 +209,9 @@ class Report:
         return problems
 
     def __str__(self) -> str:
-        found = f"{self.coverage:.1%} of {self.tensors} tensors from {self.root or '.'}"
-        rows = [f"{self.model}: {found}"]
+        rows = [
+            f"{self.model}: {self.coverage:.1%} of {self.tensors} tensors from {self.root or '.'}"
+        ]
         for kind in ("missing", "misfit", "left_out", "unplaced", "left_over"):
             names = list(getattr(self, kind))
             if names:
@@ -246,6 +243,7 @@ def find_layout(
     root: str | None = None,  # what stands before the keys; None searches for it
 ) -> tuple[str, dict[str, Source]]:  # the root, and where each tensor of the module is
     "The root and the layout with most of the module's tensors. Raises: ValueError where there are none."
+    root = root.removesuffix(".") + "." if root else root
     found = []
     for layout in layouts(module):
         sources = {name: layout(name) for name in module.state_dict()}
@@ -254,11 +252,10 @@ def find_layout(
         found.append((number, hits, sources))
     number, hits, sources = max(found, key=lambda candidate: candidate[0])
     if not number:
-        below = f" below {root!r}" if root else ""
-        first = ", ".join(map(repr, list(state)[:3])) or "no tensor at all"
         raise ValueError(
-            f"expected tensors of a {type(module).__name__}{below}, "
-            f"found none among {len(state)} keys (first: {first})"
+            f"expected tensors of a {type(module).__name__}{f' below {root!r}' if root else ''}, "
+            f"found none among {len(state)} keys "
+            f"(first: {', '.join(map(repr, list(state)[:3])) or 'no tensor at all'})"
         )
     return best_root(hits, state) if root is None else root, sources
 
@@ -272,25 +269,27 @@ def compare_released(
 ) -> tuple[Report, dict[str, Tensor]]:  # the report, the weights in our layout; nothing is loaded
     "What a checkpoint holds of a module. Raises: ValueError where it holds nothing, or no plain numbers."
     if not isinstance(source, (str, Path, Mapping)):
-        kind = type(source).__name__
-        raise ValueError(f"expected a file or a dictionary of tensors, got a {kind}")
+        raise ValueError(
+            f"expected a file or a dictionary of tensors, got a {type(source).__name__}"
+        )
     state = dict(flat_tensors(source)) if isinstance(source, Mapping) else read_checkpoint(source)
     leave_out = (leave_out,) if isinstance(leave_out, str) else tuple(leave_out)
-    root = root.removesuffix(".") + "." if root else root
     root, sources = find_layout(module, state, root)
     own = module.state_dict()
     out = tuple(name for name in own if begins(name, leave_out))
     match = match_released({k: own[k] for k in own if k not in out}, sources.get, state, root)
     for name, w in match.weights.items():
         if w.is_meta or w.layout != torch.strided:
-            found = "a tensor without values (meta)" if w.is_meta else w.layout
-            raise ValueError(f"{match.used[name]!r}: expected plain numbers, found {found}")
+            raise ValueError(
+                f"{match.used[name]!r}: expected plain numbers, "
+                f"found {'a tensor without values (meta)' if w.is_meta else w.layout}"
+            )
     missing = {k: v for k, v in match.missing.items() if not k.endswith("num_batches_tracked")}
     spent = {*match.used.values(), *(root + sources[name][0] for name in out)}
     rest = [key for key in state if key not in spent]
     kin = {family(key.removeprefix(root)) for key in match.used.values()}
-    unplaced = {key: key.removeprefix(root) for key in rest if key.startswith(root)}
-    unplaced = {key: short for key, short in unplaced.items() if family(short) in kin}
+    inside = {key: key.removeprefix(root) for key in rest if key.startswith(root)}
+    unplaced = {key: short for key, short in inside.items() if family(short) in kin}
     for part in leave_out:
         if not any(begins(name, [part]) for name in (*out, *unplaced.values())):
             raise ValueError(
@@ -323,9 +322,8 @@ def load_released(
     try:
         report, weights = compare_released(module, source, leave_out=leave_out, root=root)
     except ValueError as problem:
-        text = str(problem)
-        text = text if text.startswith(name) else f"load_released: {name}: {text}"
-        raise ValueError(text) from None
+        where = "" if str(problem).startswith(name) else f"load_released: {name}: "
+        raise ValueError(f"{where}{problem}") from None
     problems = report.problems()
     if problems:
         raise ValueError(
