@@ -374,7 +374,9 @@ def read_clouds(
 ):  # a reader
     "All objects of one split."
     known = {
-        "furniture": lambda: ShapeNetViews(split=split, classes=recipe.classes or None, cache_bytes=2**28),
+        "furniture": lambda: ShapeNetViews(
+            split=split, classes=recipe.classes or None, cache_bytes=2**28
+        ),
         "scans": lambda: read_scans(recipe, split),
         "scanobjectnn": lambda: ScanObjectNN(recipe.data, split=split, variant=recipe.variant),
         "modelnet40": lambda: ModelNet40(recipe.data, split=split),
