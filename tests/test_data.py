@@ -257,6 +257,26 @@ def test_export_as_released_reads_back_aligned(embedded, tmp_path):
     )
 
 
+@pytest.mark.parametrize("convention", ["released", None])
+def test_cameras_move_with_the_radius(embedded, tmp_path, convention):
+    "An object of another size falls on the same pixels, because its cameras come as much nearer."
+    i = embedded.items.index(("chair", "cc0-plasticChair"))
+    export_objects(embedded, tmp_path, convention=convention or "unipre3d", indices=[i])
+    plain = ShapeNetViews(tmp_path, convention=convention)
+    one = torch.zeros(4096, dtype=torch.long)
+    want = project(cloud(plain, 0).xyz, one, read_views(plain, 0).camera)
+    for radius in (0.65, 0.3):
+        fitted = ShapeNetViews(tmp_path, convention=convention, radius=radius)
+        xyz, camera = cloud(fitted, 0).xyz, read_views(fitted, 0).camera
+        assert abs(float(xyz.norm(dim=1).max()) - radius) < 1e-6 and xyz.mean(0).abs().max() < 1e-6
+        got = project(xyz, one, camera)
+        torch.testing.assert_close(got[0], want[0], atol=2e-3, rtol=0)
+        ratio = got[1] / want[1]
+        torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio), atol=1e-4, rtol=1e-4)
+        assert torch.equal(read_views(fitted, 0).rgb, read_views(plain, 0).rgb)
+    assert "radius" not in plain.convention and plain.radius is None  # today's behaviour by default
+
+
 def write_released(root, parity):
     "Three views in the released layout, from the parity images and cameras."
     easy = root / "03001627" / "m" / "easy"

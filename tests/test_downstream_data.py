@@ -6,15 +6,15 @@ import pickle
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from unipre3d.data import labelled as downstream
-from unipre3d.data.readers import class_labels
+from unipre3d.data.readers import class_labels, fit_radius
 from unipre3d.data.labelled import (
     S3DIS,
     ModelNet40,
     ScanObjectNN,
     ShapeNetPart,
-    fit_radius,
     shapenet_parts,
     write_modelnet40,
     write_s3dis,
@@ -24,6 +24,7 @@ from unipre3d.data.labelled import (
     z_up_to_y_up,
 )
 from unipre3d.data.scannet import SCANNET, scannet_labels
+from unipre3d.data.shapenet import ShapeNetViews
 
 RNG = np.random.default_rng(0)
 unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -64,7 +65,36 @@ def test_fit_radius_is_the_unit_sphere_of_the_field(radius):
         np.allclose(fit_radius(xyz, radius), want, atol=1e-6)
         and fit_radius(xyz, radius).dtype == np.float32
     )
-    assert np.array_equal(fit_radius(xyz, None), xyz.astype(np.float32))
+    assert np.allclose(fit_radius(xyz, None), centred, atol=1e-6)  # the size stays
+
+
+def test_objects_have_one_scale_in_all_readers(tmp_path):
+    "The same radius gives the same cloud whatever file it comes from; None keeps the file's size about the mean."
+    xyz = RNG.normal(2, 3, size=(60, 3))
+    table = np.concatenate([xyz, unit(RNG.normal(size=(60, 3)))], 1)
+    write_scanobjectnn(tmp_path / "scan", xyz[None], [4], split="train")
+    write_modelnet40(
+        tmp_path / "model", [("chair", table)], ["chair"], split="train", form="ply_hdf5"
+    )
+    part = ("03001627", "one", np.concatenate([table, np.full((60, 1), 12)], 1))
+    write_shapenetpart(tmp_path / "part", dict(train=[part]), dict(Chair="03001627"))
+    folder = tmp_path / "views" / "03001627" / "one"
+    (folder / "pts").mkdir(parents=True)
+    (folder / "easy").mkdir()
+    # the released axes: its reader takes columns (2, 0, 1), negates the first and the last, and half a turn puts z up
+    x, y, z = xyz.T
+    np.save(folder / "pts" / "03001627-one.npy", np.stack([-y, z, -x], 1).astype(np.float32))
+    Image.new("RGB", (8, 8)).save(folder / "easy" / "00.png")
+    (folder / "easy" / "00.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 -2 0 0 0 1")
+    for radius in (0.65, 1.0, None):
+        readers = (
+            ScanObjectNN(tmp_path / "scan", split="train", radius=radius),
+            ModelNet40(tmp_path / "model", split="train", radius=radius),
+            ShapeNetPart(tmp_path / "part", split="train", radius=radius),
+            ShapeNetViews(tmp_path / "views", convention="released", views=1, radius=radius),
+        )
+        for reader in readers:
+            assert np.allclose(reader.rows(0)["xyz"], fit_radius(xyz, radius), atol=1e-5), reader
 
 
 # ---- ScanObjectNN
@@ -107,7 +137,8 @@ def test_scanobjectnn(scans, variant, split):
         assert set(rows) == {"xyz"} and np.array_equal(read.mask(i), mask[i] != -1)
     assert np.allclose(
         ScanObjectNN(root, split=split, variant=variant, radius=None).rows(0)["xyz"],
-        y_up_to_z_up(data[0]),
+        y_up_to_z_up(data[0] - data[0].mean(0)),
+        atol=1e-5,
     )
     assert len({read.name(i) for i in range(3)}) == 3 and ("nobg" in str(read.h5.path)) == (
         variant == "OBJ_ONLY"
@@ -134,7 +165,7 @@ def test_h5_arrays_are_read_once_and_stay_behind(scans, tmp_path):
     light = pickle.dumps(read)
     assert not read.h5._held
     for i in (2, 0, 1):
-        assert np.array_equal(read.rows(i)["xyz"], y_up_to_z_up(data[i]))
+        assert np.array_equal(read.rows(i)["xyz"], fit_radius(y_up_to_z_up(data[i]), None))
     assert set(read.h5._held) == {"data"} and np.array_equal(
         read.h5._held["data"], data
     )  # the mask waits until it is asked for

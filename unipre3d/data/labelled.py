@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from unipre3d.data.readers import (
+    RADIUS,
     Cache,
     Cloud,
     FileReader,
@@ -21,19 +22,16 @@ from unipre3d.data.readers import (
     Store,
     check_columns,
     check_whole,
+    fit_radius,
     found_at,
 )
 
 # %% auto #0
-__all__ = ['RADIUS', 'SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'PART_COUNTS', 'S3DIS_LAYOUT', 'y_up_to_z_up', 'z_up_to_y_up',
-           'fit_radius', 'read_text', 'H5', 'ObjectReader', 'check_option', 'ScanObjectNN', 'write_scanobjectnn',
-           'ModelNet40', 'write_modelnet40', 'shapenet_parts', 'ShapeNetPart', 'write_shapenetpart', 'S3DIS',
-           'write_s3dis']
+__all__ = ['SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'PART_COUNTS', 'S3DIS_LAYOUT', 'y_up_to_z_up', 'z_up_to_y_up',
+           'read_text', 'H5', 'ObjectReader', 'check_option', 'ScanObjectNN', 'write_scanobjectnn', 'ModelNet40',
+           'write_modelnet40', 'shapenet_parts', 'ShapeNetPart', 'write_shapenetpart', 'S3DIS', 'write_s3dis']
 
 # %% ../../nbs/data/24_labelled.ipynb #e250fa5c
-RADIUS = 0.65  # of objects in this package
-
-
 def y_up_to_z_up(
     xyz: Float[np.ndarray, "n 3"],  # y up; points or normals
 ) -> Float[np.ndarray, "n 3"]:  # z up
@@ -46,22 +44,6 @@ def z_up_to_y_up(
 ) -> Float[np.ndarray, "n 3"]:  # y up
     "The inverse of `y_up_to_z_up`."
     return np.stack([xyz[:, 0], xyz[:, 2], -xyz[:, 1]], 1)
-
-
-def fit_radius(
-    xyz: Float[np.ndarray, "n 3"],
-    radius: float | None = RADIUS,  # of the farthest point; None changes nothing
-) -> Float[np.ndarray, "n 3"]:  # float32
-    """The mean at the origin, the farthest point at `radius`.
-
-    Raises: ValueError where all points are one."""
-    if radius is None:
-        return xyz.astype(np.float32)
-    centred = xyz.astype(np.float64) - xyz.mean(0, dtype=np.float64)
-    far = np.sqrt((centred**2).sum(1).max())
-    if far == 0:
-        raise ValueError("expected points in more than one place, found all in one")
-    return (centred * (radius / far)).astype(np.float32)
 
 # %% ../../nbs/data/24_labelled.ipynb #b75981e2
 def read_text(
@@ -236,7 +218,8 @@ class ScanObjectNN(ObjectReader):
         *,
         split: str,  # "train" or "test"
         variant: str = "PB_T50_RS",  # or OBJ_BG, OBJ_ONLY, PB_T25, PB_T25_R, PB_T50_R
-        radius: float | None = RADIUS,  # 1. as the field, None as in the file
+        radius: float
+        | None = RADIUS,  # of the farthest point: 1. as the field, None the size in the file
         cache_bytes: int = 0,  # bound on rotated clouds that are kept, in each process, beside the file's array
     ):
         super().__init__(root, cache_bytes)
@@ -309,7 +292,8 @@ class ModelNet40(ObjectReader):
         | Path,  # modelnet40_normal_resampled or modelnet40_ply_hdf5_2048, or the folder of one of them
         *,
         split: str,  # "train" or "test"
-        radius: float | None = RADIUS,  # 1. as the field, None as in the file
+        radius: float
+        | None = RADIUS,  # of the farthest point: 1. as the field, None the size in the file
         cache_bytes: int = 2
         ** 30,  # bound on what is kept of text, in each process; the h5 form holds its arrays
     ):
@@ -460,7 +444,8 @@ class ShapeNetPart(ObjectReader):
         | Path,  # shapenetcore_partanno_segmentation_benchmark_v0_normal, or the folder that holds it
         *,
         split: str,  # "train", "val", "test" or "trainval"
-        radius: float | None = RADIUS,  # 1. as the field, None as in the file
+        radius: float
+        | None = RADIUS,  # of the farthest point: 1. as the field, None the size in the file
         cache_bytes: int = 2**30,  # bound on what is kept, in each process; text is slow to read
     ):
         super().__init__(root, cache_bytes)

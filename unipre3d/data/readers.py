@@ -19,9 +19,9 @@ from ..core import CameraBatch, ViewBatch
 from ..records import data_hash
 
 # %% auto #0
-__all__ = ['Cloud', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
-           'hold_out_places', 'take_shots', 'Store', 'Cache', 'Layout', 'found_at', 'check_columns', 'check_whole',
-           'FileReader', 'RoomReader']
+__all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
+           'hold_out_places', 'take_shots', 'object_scale', 'fit_radius', 'Store', 'Cache', 'Layout', 'found_at',
+           'check_columns', 'check_whole', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -272,6 +272,34 @@ def take_shots(
     rng = np.random.default_rng((seed, 0x5407))
     own = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     return np.sort(np.concatenate([rows[:shots] for rows in own]))
+
+# %% ../../nbs/data/19_readers.ipynb #r19size
+RADIUS = 0.65  # of objects in this package
+
+
+def object_scale(
+    xyz: Float[np.ndarray, "n 3"],
+    radius: float | None = RADIUS,  # of the farthest point; None keeps the size
+) -> tuple[Float[np.ndarray, "3"], float]:  # what is subtracted, then multiplied
+    """The mean and the factor that give an object this radius, float64.
+
+    Raises: ValueError where all points are one."""
+    center = xyz.mean(0, dtype=np.float64)
+    if radius is None:
+        return center, 1.0
+    far = np.sqrt(((xyz.astype(np.float64) - center) ** 2).sum(1).max())
+    if far == 0:
+        raise ValueError("expected points in more than one place, found all in one")
+    return center, radius / far
+
+
+def fit_radius(
+    xyz: Float[np.ndarray, "n 3"],
+    radius: float | None = RADIUS,  # of the farthest point; None keeps the size
+) -> Float[np.ndarray, "n 3"]:  # float32
+    "The mean at the origin, the farthest point at `radius`."
+    center, scale = object_scale(xyz, radius)
+    return ((xyz.astype(np.float64) - center) * scale).astype(np.float32)
 
 # %% ../../nbs/data/19_readers.ipynb #r19store
 class Store:

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from .readers import Cache, Cloud, Store, View
+from .readers import Cache, Cloud, Store, View, fit_radius, object_scale
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
 from ..worlds.furniture import FOV, orbit_poses, unpack_cloud
@@ -244,6 +244,8 @@ class ShapeNetViews:
         resample: str = "bicubic",  # or "box"
         fov: float = FOV,  # degrees; only for released files, others say their own
         z_up: bool = True,  # rotate the released world, whose z is down; False keeps its numbers
+        radius: float
+        | None = None,  # of the farthest point, cameras move along; None: size and place of the files
         views: int | None = None,  # of an object; None: by `convention.json`, 24 for released files
         cache_bytes: int = 0,  # bound on what is kept decoded, in each process
     ):
@@ -253,6 +255,7 @@ class ShapeNetViews:
         self.size = size
         self.resample = resample
         self.z_up = z_up
+        self.radius = radius
         self.cache = Cache(cache_bytes)
         self.facts = Cache(
             2**29
@@ -418,7 +421,14 @@ class ShapeNetViews:
 
     def rows(self, i: int) -> Cloud:
         "`xyz` [n 3]; unless the files hold points alone `normal` [n 3], `color` [n 3] in 0..1, `part` [n] int32."
-        table = self.cache.get(("cloud", i), lambda: self._read_cloud(i))
+
+        def read():
+            table = self._read_cloud(i)
+            if self.radius is not None:
+                table[:, :3] = fit_radius(table[:, :3], self.radius)
+            return table
+
+        table = self.cache.get(("cloud", i), read)
         cloud = dict(xyz=table[:, :3])
         if table.shape[1] > 3:
             part = table[:, 9].astype(np.int32)
@@ -436,7 +446,15 @@ class ShapeNetViews:
 
     def world_to_cam(self, i: int) -> Float[np.ndarray, "v 4 4"]:
         "float64, OpenCV axes, of all views."
-        return self.facts.get(("world_to_cam", i), lambda: np.linalg.inv(self.cam_to_world(i)))
+
+        def read():
+            poses = self.cam_to_world(i)
+            if self.radius is not None:
+                center, scale = object_scale(self._read_cloud(i)[:, :3], self.radius)
+                poses[:, :3, 3] = (poses[:, :3, 3] - center) * scale
+            return np.linalg.inv(poses)
+
+        return self.facts.get(("world_to_cam", i), read)
 
     def K(self, i: int) -> Float[np.ndarray, "3 3"]:
         "float64, pixels."
