@@ -396,7 +396,7 @@ def prepare_command(args: list[str]) -> int:
 
 def data_command(args: list[str]) -> int:
     "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
-    from unipre3d.worlds.rooms import RoomsOptions, make_rooms
+    from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
     kinds = {
         "prepare": PrepareOptions,

@@ -507,7 +507,7 @@ def scene_samples(
     "Scenes with RGB-D frames; embedded rooms are composed on first use."
     train, root = split == "train", recipe.data
     if root == "rooms":
-        from unipre3d.worlds.rooms import (
+        from unipre3d.worlds.rooms.disk import (
             embedded_rooms,
         )  # composing needs a ray tracer, reading does not
 

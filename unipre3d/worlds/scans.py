@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..core import data_dir
 from ..data.labelled import ScanObjectNN, fit_radius
 from .furniture import Material, Mesh, Tracer, read_csv
-from .rooms import depth_sigma
+from .rooms.film import depth_sigma
 from ..data.shapenet import ShapeNetViews
 from .shapes import KINDS, PARTS, Builder, block, cushion, drum, make_mesh, shape_items
 from ..records import code_hash, data_hash, made_once
