@@ -10,19 +10,17 @@ import pytest
 from PIL import Image
 
 from unipre3d.core import data_dir
-from unipre3d.worlds.rooms import (
-    HEIGHT,
-    KINDS,
+from unipre3d.worlds.rooms.build import HEIGHT
+from unipre3d.worlds.rooms.disk import (
     RoomsOptions,
-    choose_look,
-    compose_room,
-    depth_sigma,
     embedded_rooms,
     make_rooms,
     plan_rooms,
     rooms_version,
-    spoil_depth,
 )
+from unipre3d.worlds.rooms.film import depth_sigma, noisy_depth
+from unipre3d.worlds.rooms.furnish import ROOM_KINDS, compose_room
+from unipre3d.worlds.rooms.light import choose_appearance
 from unipre3d.data.scannet import ScanNetFrames
 from unipre3d.records import cache_dir, cached
 
@@ -40,7 +38,7 @@ def composed():
     "Rooms of every type, splits in turn, not filmed."
     return [
         compose_room(100 + k, split=("train", "val", "test")[k % 3], kind=kind)
-        for k, kind in enumerate([*KINDS, *KINDS][:8])
+        for k, kind in enumerate([*ROOM_KINDS, *ROOM_KINDS][:8])
     ]
 
 
@@ -180,7 +178,7 @@ def test_labels_name_known_classes(root):
 
 
 def test_every_model_has_names_that_exist():
-    from unipre3d.worlds.rooms import label_ids, room_models
+    from unipre3d.worlds.rooms.models import label_ids, room_models
 
     ids = label_ids()
     for m in room_models().values():
@@ -262,14 +260,14 @@ def test_the_embedded_rooms_are_full_and_share_their_classes():
 
 def test_slanted_planes_keep_their_depth():
     "With the same random numbers, a slanted plane has the very holes of a flat one; a step of half a metre is holed at its edge and nowhere else."
-    look, (h, w) = choose_look(compose_room(0, pieces=0)), (240, 320)
+    appearance, (h, w) = choose_appearance(compose_room(0, pieces=0)), (240, 320)
     column = np.tile(np.arange(w), (h, 1))
 
     def holes(depth):
         view = dict(
             depth=depth.astype(np.float32), slant=np.full((h, w), 0.4), glass=np.zeros((h, w), bool)
         )
-        return spoil_depth(view, look, np.random.default_rng(0)) == 0
+        return noisy_depth(view, appearance, np.random.default_rng(0)) == 0
 
     flat, step = holes(np.full((h, w), 1.5)), holes(np.where(column < w // 2, 1.0, 1.5))
     np.testing.assert_array_equal(
@@ -302,7 +300,8 @@ def test_the_plan_grows_without_changing(composed):
     assert [sum(p["split"] == s for p in plan) for s in ("train", "val", "test")] == [40, 8, 12]
     assert plan_rooms(7) == plan[:7] and plan_rooms(7, seed=1) != plan[:7]
     assert all(
-        {p["type"] for p in plan if p["split"] == s} == set(KINDS) for s in ("train", "val", "test")
+        {p["type"] for p in plan if p["split"] == s} == set(ROOM_KINDS)
+        for s in ("train", "val", "test")
     )
     assert len({p["seed"] for p in plan}) == 60
 

@@ -30,19 +30,26 @@ FIRST = [
     "labels",
     "backbone",  # pages without a number, in this order
     "20_furniture",
-    "21_rooms",
+    "31_rooms_models",
+    "32_rooms_build",
+    "33_rooms_furnish",
+    "34_rooms_light",
+    "35_rooms_film",
+    "36_rooms_cloud",
+    "37_rooms_disk",
     "27_shapes",
     "28_scans",
 ]  # and pages that stand before the others of their part
 
 
 def part_of(path):
-    "The part of a notebook; the landing page stands before all others, every backbone is a backbone, all in data is data, and tutorials have no numbers."
+    """The part of a notebook; the landing page stands before all others, every backbone is a backbone, all in data and worlds is data,
+    and tutorials have no numbers."""
     if path.parent.name == "tutorials":
         return "tutorials"
     if path.parent.name == "backbones":
         return 4
-    if path.parent.name == "data":
+    if path.parent.name in ("data", "worlds"):
         return 2
     found = re.match(r"(\d)\d", path.name)
     return int(found[1]) if found else 0
