@@ -205,6 +205,22 @@ def test_released_numbers_where_no_voxel_is_doubled():
     )
 
 
+@pytest.mark.parametrize("mean, deviation", [(0.0, 1.0), (1e3, 1e-2), (-300.0, 0.5)])
+def test_the_variance_of_a_map_does_not_cancel(mean, deviation):
+    g = torch.Generator().manual_seed(0)
+    maps = (torch.randn(2, 16, 24, 32, generator=g, dtype=torch.float64) * deviation + mean).float()
+    fusion = FeatureFusion(8, 16)
+    view = torch.tensor([0, 0, 1, 1])
+    value = maps[view, :, torch.tensor([0, 5, 9, 23]), torch.tensor([0, 31, 7, 16])]
+    exact = maps.double().unflatten(1, (4, 4)).flatten(2)
+    middle, var = exact.mean(2)[view, :, None], exact.var(2, correction=0)[view, :, None]
+    expected = (value.double().unflatten(1, (4, 4)) - middle) / (var + 1e-6).sqrt()
+    found = fusion.normalise(value, view, maps)
+    # a mean of 1000 is known to 3e-5, which is 3e-3 of a deviation of 0.01
+    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=1e-3, atol=2e-2)
+    assert 0.5 < float(found.detach().std()) < 1.5
+
+
 def test_scenes_and_objects_share_the_interface():
     points, ref, maps = cloud_and_views(6)
     assert NoFusion().early(points, maps, ref) is points
