@@ -5,7 +5,7 @@ import torch
 
 from parity_cases import RECORDED, check_features, close, recorded
 from unipre3d import backbones
-from unipre3d.backbones.backbone import Backbone
+from unipre3d.backbones.backbone import Backbone, decay_names
 from unipre3d.core import PointBatch
 from unipre3d.released import load_released
 
@@ -258,6 +258,19 @@ def test_save_and_load(name, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         getattr(backbones, name).from_pretrained(tmp_path)
+
+
+@every
+def test_weight_decay_shrinks_matrices_only(name):
+    model = small(name)
+    parameters, decayed = dict(model.named_parameters()), decay_names(model)
+    assert decayed and decayed <= parameters.keys()
+    assert all(parameters[k].ndim >= 2 and k.endswith("weight") for k in decayed)
+    kept = parameters.keys() - decayed
+    tokens = {"A_log", "D", "alpha", "beta", "prompt", "cls_token", "cls_pos"}
+    for k in kept:  # vectors of norms and biases, and numbers that are no matrix of a layer
+        last = k.rsplit(".", 1)[-1]
+        assert last in tokens or (parameters[k].ndim == 1 and last.endswith(("weight", "bias"))), k
 
 
 @every

@@ -399,7 +399,7 @@ class PTv3(Backbone):
         return stages
 
     def stem(self, points: PointBatch) -> PointBatch:
-        "One row for each occupied voxel, in the order of first points: mean features, then a convolution over 5^3 cells."
+        "One row for each occupied voxel, in the order of first points: mean, then a convolution over 5^3 cells."
         self.need_columns(points)
         p, _ = merge_voxels(points.with_feat(points.feat[:, : self.in_channels]), self.voxel_size)
         self.need_rows(len(p), "stem")

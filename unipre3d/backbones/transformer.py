@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/backbones/40_transformer.ipynb #4d26d5a2
 class StandardTransformer(Backbone):
-    "The plain Transformer of Point-BERT and Point-MAE, as released with UniPre3D; returns one row for each group centre."
+    "The plain Transformer of Point-BERT and Point-MAE, as released with UniPre3D; one row for each group centre."
 
     released_names = (
         (r"^encoder\.first\.", "encoder.first_conv."),
