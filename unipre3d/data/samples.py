@@ -420,7 +420,9 @@ class ViewSamples(Samples):
 
     def _with_views(self, needed):
         count = len(self.source)
-        usable = [i for i in range(count) if self.source.has_frames(i, needed)]
+        frames = self.source.frames  # a reader that can tell without reading all of them does
+        enough = getattr(self.source, "has_frames", lambda i, least: len(frames(i)) >= least)
+        usable = [i for i in range(count) if enough(i, needed)]
         short = sorted(set(range(count)) - set(usable))
         names = ", ".join(self.name(i) for i in short[:5]) + " ..." * (len(short) > 5)
         wanted = f"at least {needed} usable views (some to see, some to render)"
