@@ -133,7 +133,7 @@ def test_a_cloud_of_one_point_trains_beside_a_room(root, tmp_path, fusion):
         segment20=np.zeros(1),
         instance=np.zeros(1),
     )
-    data = samples(tmp_path / "rooms", features=("normal", "color_signed"), rotate=90.0)
+    data = samples(tmp_path / "rooms", features=("normal", "color_signed"), augment=Augment("up"))
     alone = data[0]
     assert alone.points.xyz.tolist() == [[0, 0, 0]] and alone.points.feat.shape == (1, 6)
     net = model(fusion)
@@ -220,5 +220,5 @@ def test_a_room_without_usable_frames_is_left_out_and_said(root, tmp_path):
             Image.fromarray(np.zeros((24, 32), np.uint16)).save(p)
     with pytest.warns(UserWarning) as said:
         data = samples(tmp_path / "rooms")
-    assert any("left out 1 of 2 scenes" in str(w.message) for w in said) and len(data) == 1
+    assert any("left out 1 of 2 clouds" in str(w.message) for w in said) and len(data) == 1
     assert data.source.skipped == {"depth is empty": 7}

@@ -82,11 +82,9 @@ def drop_points(
     fraction: float,  # of the points, at most; drawn for each cloud
 ) -> Cloud:
     "Drop some points with their labels; at least one stays."
-    n = len(cloud["xyz"])
-    order = rng.permutation(n)
-    kept = max(1, round(n * (1 - rng.uniform(0, fraction))))
-    keep = np.sort(order[:kept])
-    return {k: v[keep] for k, v in cloud.items()}
+    order = rng.permutation(len(cloud["xyz"]))
+    kept = max(1, round(len(order) * (1 - rng.uniform(0, fraction))))
+    return {k: v[np.sort(order[:kept])] for k, v in cloud.items()}
 
 
 def recolor(
@@ -123,11 +121,6 @@ class PosedViews:
     world_to_cam: Float[np.ndarray, "v 4 4"]
     K: Float[np.ndarray, "v 3 3"]
 
-    def part(self, start: int, stop: int) -> PosedViews:
-        "Some views that follow one another."
-        arrays = {k: v if v is None else v[start:stop] for k, v in vars(self).items()}
-        return PosedViews(**arrays)
-
 
 def move_views(
     views: PosedViews,
@@ -136,11 +129,10 @@ def move_views(
     shift: Float[np.ndarray, "3"] = np.zeros(3),  # of the world, after rotation and scale
 ) -> PosedViews:
     "Cameras and depth in a world that moved; the images stay."
-    depth = views.depth
-    if scale != 1 and depth is not None:
-        depth = depth * np.float32(scale)
-    pose = move_cameras(views.world_to_cam, A, scale, shift)
-    return replace(views, world_to_cam=pose, depth=depth)
+    depth = None if views.depth is None else views.depth * np.float32(scale)
+    return replace(
+        views, world_to_cam=move_cameras(views.world_to_cam, A, scale, shift), depth=depth
+    )
 
 
 def mirror_views(
@@ -163,10 +155,8 @@ def recolor_views(
 ) -> PosedViews:  # rgb float32 in 0..1
     "Images with other colours; what is background stays as it is."
     rgb = views.rgb / np.float32(255)
-    changed = recolor(rgb, gain, shift)
-    if views.mask is not None:
-        changed = np.where(views.mask[..., None], changed, rgb)
-    return replace(views, rgb=changed)
+    mask = True if views.mask is None else views.mask[..., None]
+    return replace(views, rgb=np.where(mask, recolor(rgb, gain, shift), rgb))
 
 # %% ../../nbs/data/17_augment.ipynb #31f620ae
 @dataclass(frozen=True)
@@ -183,26 +173,29 @@ class Augment:
     color: float = 0.0  # largest change of contrast and brightness
 
     def __post_init__(self):
-        low, high = self.scale
         if self.rotate not in ("none", "up", "all"):
             raise ValueError(f'augment.rotate: expected "none", "up" or "all", got {self.rotate!r}')
-        if not 0 < low <= high:
-            wanted = "two factors, 0 < smallest <= largest"
-            raise ValueError(f"augment.scale: expected {wanted}, got {(low, high)}")
-        if self.stretch and low == high == 1:
-            wanted = "augment.scale to say by how much"
-            raise ValueError(f"augment.stretch: expected {wanted}, got (1.0, 1.0)")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(
+                f"augment.scale: expected two factors, 0 < smallest <= largest, got {self.scale}"
+            )
+        if self.stretch and tuple(self.scale) == (1.0, 1.0):
+            raise ValueError(
+                f"augment.stretch: expected augment.scale to say by how much, got {self.scale}"
+            )
         for name in ("drop", "color"):
             if not 0 <= getattr(self, name) < 1:
-                wanted = "a fraction, at least 0 and below 1"
-                raise ValueError(f"augment.{name}: expected {wanted}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"augment.{name}: expected a fraction, at least 0 and below 1, got {getattr(self, name)}"
+                )
 
     def check_views(self) -> None:
         "Refuse what a camera cannot follow. Raises: ValueError for `stretch` and `jitter`."
-        for name in ("stretch", "jitter"):
-            if getattr(self, name):
-                wanted = "none for clouds with views, whose points keep their pixels"
-                raise ValueError(f"augment.{name}: expected {wanted}, got {getattr(self, name)}")
+        if self.stretch or self.jitter:
+            raise ValueError(
+                f"augment.{'stretch' if self.stretch else 'jitter'}: expected none for clouds "
+                "with views, whose points keep their pixels"
+            )
 
 
 def augment(
@@ -226,20 +219,16 @@ def augment_views(
         cloud = drop_points(cloud, rng, how.drop)
     if how.rotate != "none":
         R = random_rotation(rng, how.rotate)
-        if views:
-            R = R.astype(views.world_to_cam.dtype)
-            views = move_views(views, R)
-        cloud = rotate(cloud, R)
+        R = R.astype(views.world_to_cam.dtype) if views else R
+        cloud, views = rotate(cloud, R), views and move_views(views, R)
     if how.stretch:
         cloud = rescale(cloud, rng.uniform(low, high, 3))
     elif (low, high) != (1, 1):
         factor = math.exp(rng.uniform(math.log(low), math.log(high)))
-        cloud = rescale(cloud, factor)
-        views = views and move_views(views, scale=factor)
+        cloud, views = rescale(cloud, factor), views and move_views(views, scale=factor)
     if how.translate:
         distance = rng.uniform(-how.translate, how.translate, 3)
-        cloud = translate(cloud, distance)
-        views = views and move_views(views, shift=distance)
+        cloud, views = translate(cloud, distance), views and move_views(views, shift=distance)
     if how.jitter:
         cloud = translate(cloud, how.jitter * rng.normal(size=cloud["xyz"].shape).clip(-3, 3))
     if how.color and ("color" in cloud or views):
@@ -249,6 +238,5 @@ def augment_views(
             cloud = cloud | dict(color=recolor(cloud["color"], gain, shift))
         views = views and recolor_views(views, gain, shift)
     if how.mirror and rng.random() < 0.5:
-        cloud = mirror(cloud)
-        views = views and mirror_views(views)
+        cloud, views = mirror(cloud), views and mirror_views(views)
     return cloud, views
