@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import CameraBatch, ViewBatch, data_dir
-from ..worlds.furniture import FOV, orbit_poses, unpack_cloud
+from .objects import FOV, orbit_poses, unpack_cloud
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
 

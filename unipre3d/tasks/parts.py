@@ -4,9 +4,8 @@
 
 # %% ../../nbs/tasks/73_parts.ipynb #eb45eca4
 from __future__ import annotations
-import hashlib, zlib
+import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.labelled import PART_COUNTS, SHAPENETPART, ShapeNetPart
-from ..worlds.furniture import Tracer, normalise
 from ..data.loaders import point_features
-from ..worlds.scans import Scans, write_scans
+from ..worlds.scans import CATEGORIES, Scans, embedded_part_shapes
 from ..data.shapenet import ShapeNetViews
-from ..worlds.shapes import MAKERS, PARTS, make_mesh, shape_items, visible_cloud
+from ..worlds.shapes import PARTS
 from unipre3d.tasks.classification import (
     ClassificationSamples,
     Furniture,
@@ -48,11 +46,10 @@ from ..geometry.pointops import interpolate, voxelize
 from ..records import code_hash, made_once
 
 # %% auto #0
-__all__ = ['CATEGORIES', 'COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'make_part_shapes',
-           'embedded_part_shapes', 'number_parts', 'PartClouds', 'with_names', 'LabelledParts', 'PartSamples',
-           'predict_parts', 'PartTable', 'evaluate_parts', 'Majority', 'draw_parts', 'save_parts', 'spread',
-           'PartRecipe', 'part_names', 'read_parts', 'Both', 'split_parts', 'part_samples', 'build_parts', 'part_loss',
-           'part_task']
+__all__ = ['COLORS', 'MINI', 'part_recipes', 'voxel_rows', 'to_points', 'PartModel', 'number_parts', 'PartClouds', 'with_names',
+           'LabelledParts', 'PartSamples', 'predict_parts', 'PartTable', 'evaluate_parts', 'Majority', 'draw_parts',
+           'save_parts', 'spread', 'PartRecipe', 'part_names', 'read_parts', 'Both', 'split_parts', 'part_samples',
+           'build_parts', 'part_loss', 'part_task']
 
 # %% ../../nbs/tasks/73_parts.ipynb #cea8f57b
 def voxel_rows(
@@ -150,103 +147,6 @@ class PartModel(nn.Module):
         return self.head(
             self.first(self.backbone(points), category, points if ask is None else ask)
         )
-
-# %% ../../nbs/tasks/73_parts.ipynb #c3119ce1
-CATEGORIES = (
-    "bag",
-    "bed",
-    "bench",
-    "bottle",
-    "car",
-    "chair",
-    "clock",
-    "cup",
-    "desk",
-    "lamp",
-    "plant",
-    "shelf",
-    "sofa",
-    "stool",
-    "table",
-    "toilet",
-)
-
-
-def _cloud_job(job):
-    "The clouds of a few shapes."
-    items, points = job
-    mesh = lambda t: normalise(make_mesh(t["class"], t["number"], t["seed"]))[0]
-    return [visible_cloud(Tracer(mesh(t)), points, zlib.crc32(t["id"].encode())) for t in items]
-
-
-def make_part_shapes(
-    out: str | Path,  # an .npz
-    *,
-    split: str,  # "train", "val" or "test": a range of numbers
-    categories: Sequence[str] = CATEGORIES,
-    per_category: int = 100,
-    points: int = 2048,
-    seed: int = 0,
-    workers: int = 2,  # processes; 1 works in this one
-) -> Path:
-    "Whole clouds of generated shapes with their parts, in one file for `Scans`."
-    items = shape_items(
-        list(categories),
-        tuple(per_category if s == split else 0 for s in ("train", "val", "test")),
-        seed,
-    )
-    if not items:
-        raise ValueError(
-            f'make_part_shapes: expected a split of "train", "val" or "test" and at least one shape, got {split!r} and {per_category}'
-        )
-    jobs, names = (
-        [(items[k : k + 16], points) for k in range(0, len(items), 16)],
-        sorted(categories),
-    )
-    if workers == 1:
-        clouds = [c for job in jobs for c in _cloud_job(job)]
-    else:
-        with ProcessPoolExecutor(min(workers, len(jobs))) as pool_:
-            clouds = [c for made in pool_.map(_cloud_job, jobs) for c in made]
-    scans = [
-        dict(
-            xyz=c["xyz"].astype(np.float32),
-            part=c["part"].astype(np.uint8),
-            mask=np.ones(points, bool),
-        )
-        for c in clouds
-    ]
-    return write_scans(
-        out,
-        scans,
-        [t["id"] for t in items],
-        [names.index(t["class"]) for t in items],
-        source="shapes",
-        split=split,
-        classes=names,
-        parts={k: PARTS[k] for k in names},
-        variant="whole",
-        copies=1,
-        points=points,
-        seed=seed,
-    )
-
-
-def embedded_part_shapes(
-    *,
-    cache: str | Path | None = None,  # folder; None means `cache_dir()`
-    workers: int = 2,  # processes
-    **how,  # as `make_part_shapes` takes them
-) -> Path:  # a file for `Scans`
-    "Made at the first call and found again afterwards, by the arguments and the code that makes them."
-    how = dict(categories=CATEGORIES, per_category=100, points=2048, seed=0) | how
-    how["categories"] = sorted(how["categories"])
-    return made_once(
-        "parts.npz",
-        [how, code_hash(*MAKERS), "whole 1"],
-        lambda path: make_part_shapes(path, **how, workers=workers),
-        cache,
-    )
 
 # %% ../../nbs/tasks/73_parts.ipynb #ed3bf894
 def number_parts(

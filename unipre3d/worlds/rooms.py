@@ -18,18 +18,9 @@ from tqdm.auto import tqdm
 
 from ..core import data_dir
 from ..records import cache_dir, code_hash, data_hash, made_once
-from unipre3d.worlds.furniture import (
-    Mesh,
-    csv_text,
-    find_deb,
-    fit_textures,
-    read_catalogue,
-    read_csv,
-    read_model,
-    smooth_normals,
-    surface,
-    unpack_deb,
-)
+from ..data.objects import csv_text, read_csv
+from .furniture import find_deb, read_catalogue, read_model, unpack_deb
+from .mesh import Mesh, fit_textures, smooth_normals, surface
 
 # %% auto #0
 __all__ = ['STEP', 'BOX_FACES', 'HEIGHT', 'FLOOR', 'WALL', 'CEILING', 'GLASS', 'KINDS', 'HW', 'FOCAL', 'K', 'VOXEL', 'FAR',

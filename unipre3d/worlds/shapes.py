@@ -4,29 +4,33 @@
 
 # %% ../../nbs/worlds/27_shapes.ipynb #e5adced1
 from __future__ import annotations
-import contextlib, csv, hashlib, io, json, math, os, shutil, zipfile, zlib
-from concurrent.futures import ProcessPoolExecutor
+import contextlib, hashlib, json, math, os, shutil, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
-from unipre3d.worlds.furniture import (
-    CONVENTION,
-    FOV,
-    RADIUS,
+from unipre3d.data.objects import (
+    add_member,
+    add_tables,
+    convention,
+    image_bytes,
+    map_jobs,
+    object_files,
+    orbit_poses,
+    pack_cloud,
+    spiral_views,
+)
+from ..records import code_hash, made_once
+from unipre3d.worlds.mesh import (
     Material,
     Mesh,
     Tracer,
-    csv_text,
     normalise,
-    orbit,
-    orbit_poses,
-    pack_cloud,
-    shade,
+    render_views,
+    true_size,
+    visible_cloud,
 )
-from ..records import code_hash, made_once
 
 # %% auto #0
 __all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring',
@@ -34,7 +38,7 @@ __all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS', 'patch', 'block', 'cus
            'chair', 'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box',
            'bed', 'puff', 'pillow', 'bag', 'bin', 'display', 'door', 'leaf', 'basin', 'tap', 'sink', 'toilet',
            'bathtub', 'lamp', 'plant', 'bottle', 'vase', 'cup', 'bowl', 'car', 'clock', 'ladder', 'make_mesh',
-           'render_views', 'visible_cloud', 'shape_items', 'make_object', 'make_shapes', 'embedded_shapes']
+           'shape_items', 'make_object', 'make_shapes', 'embedded_shapes']
 
 # %% ../../nbs/worlds/27_shapes.ipynb #98b47fa7
 def _steps(grid, axis, smooth):
@@ -3050,126 +3054,13 @@ def make_mesh(
     KINDS[category](b)
     return b.mesh(PARTS[category])
 
-# %% ../../nbs/worlds/27_shapes.ipynb #edbbd999
-def render_views(
-    tracer: Tracer,  # a normalised mesh of plain colours
-    poses: np.ndarray,  # [v 4 4] camera to world
-    fov: float = FOV,  # degrees
-    size: int = 64,  # pixels along an edge
-    samples: int = 2,  # rays along a pixel's edge
-) -> np.ndarray:  # [v size size 4] uint8: colour over black, and coverage
-    "All views of a shape at once: the same pictures as `furniture.render_view`."
-    n = size * samples
-    x = (((np.arange(n) + 0.5) / n * 2 - 1) * math.tan(math.radians(fov) / 2)).astype(np.float32)
-    d = np.stack([*np.meshgrid(x, x), np.ones((n, n), np.float32)], -1).reshape(-1, 3)
-    d /= np.sqrt((d * d).sum(1, keepdims=True))
-    poses = np.asarray(poses, dtype=np.float32)
-    eye = np.einsum("vji,vj->vi", poses[:, :3, :3], poses[:, :3, 3])  # in the camera's axes
-    near = np.flatnonzero(
-        ((eye**2).sum(1)[:, None] - (eye @ d.T) ** 2 < (RADIUS * 1.001) ** 2).any(0)
-    )  # passes the sphere that holds the shape
-    way = (d[near] @ poses[:, :3, :3].transpose(0, 2, 1)).reshape(-1, 3)
-    face, bary, _ = tracer.hit(np.repeat(poses[:, :3, 3], len(near), 0), way)
-    met = np.flatnonzero(face >= 0)
-    view, ray = met // len(near), near[met % len(near)]
-    pixel = (view * size + ray // n // samples) * size + ray % n // samples
-    rgb, total = (
-        _lit(tracer.mesh, face[met], bary[met].astype(np.float32), way[met]),
-        len(poses) * size * size,
-    )
-    sums = np.stack([np.bincount(pixel, weights, total) for weights in (*rgb.T, None)], 1)
-    return np.round(sums * (255 / samples**2)).astype(np.uint8).reshape(len(poses), size, size, 4)
-
-
-def _lit(mesh, face, bary, way):
-    "Shaded colour [n 3] where rays meet faces."
-    table = np.array([m.color for m in mesh.materials], dtype=np.float32)
-    a, b, c = mesh.normal[face].transpose(1, 0, 2)
-    normal = a + bary[:, :1] * (b - a) + bary[:, 1:] * (c - a)
-    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-12)
-    normal = np.where((normal * way).sum(1, keepdims=True) > 0, -normal, normal)
-    return shade(table[mesh.material[face]], normal)
-
-# %% ../../nbs/worlds/27_shapes.ipynb #e236b66c
-def visible_cloud(
-    tracer: Tracer,  # a normalised mesh of plain colours
-    n: int = 2048,  # points
-    seed: int = 0,
-    eyes: int = 26,  # places around the shape from which it is looked at
-) -> dict[
-    str, np.ndarray
-]:  # xyz [n 3], normal [n 3] outwards, color [n 3] uint8 lit as in the views, part [n]
-    "Even surface points that can be seen from outside; `furniture.surface_cloud` with all eyes in few batches."
-    rng, mesh = np.random.default_rng(seed), tracer.mesh
-    flat = np.cross(
-        mesh.corners[:, 1] - mesh.corners[:, 0], mesh.corners[:, 2] - mesh.corners[:, 0]
-    )
-    area = np.sqrt((flat * flat).sum(1))
-    z, a = 1 - 2 * (np.arange(eyes) + 0.5) / eyes, np.arange(eyes) * math.pi * (3 - 5**0.5)
-    eye = 1.75 * np.stack([np.sqrt(1 - z * z) * np.cos(a), np.sqrt(1 - z * z) * np.sin(a), z], 1)
-    found, total = [], 0
-    for _ in range(20):
-        m = 2 * n
-        face = np.minimum(
-            np.searchsorted(np.cumsum(area) / area.sum(), rng.random(m)), len(area) - 1
-        )
-        bary = rng.random((m, 2))
-        bary = np.where(bary.sum(1, keepdims=True) > 1, 1 - bary, bary)
-        corner = mesh.corners[face]
-        xyz = (
-            corner[:, 0]
-            + bary[:, :1] * (corner[:, 1] - corner[:, 0])
-            + bary[:, 1:] * (corner[:, 2] - corner[:, 0])
-        )
-        seen = _first_sight(tracer, xyz, flat[face] / np.maximum(area[face, None], 1e-20), eye, rng)
-        ok = np.flatnonzero(seen.any(1))
-        a, b, c = mesh.normal[face[ok]].transpose(1, 0, 2)
-        normal = a + bary[ok, :1] * (b - a) + bary[ok, 1:] * (c - a)
-        found.append(
-            (
-                xyz[ok],
-                np.where((normal * seen[ok]).sum(1, keepdims=True) < 0, -normal, normal),
-                face[ok],
-            )
-        )
-        total += len(ok)
-        if total >= n:
-            break
-    if total < n:
-        raise ValueError(
-            f"visible_cloud: expected {n} points that can be seen from outside, found {total} after {20 * m} samples"
-        )
-    xyz, normal, face = (np.concatenate(v)[:n] for v in zip(*found))
-    normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
-    color = np.array([m.color for m in mesh.materials])[mesh.material[face]]
-    return dict(
-        xyz=xyz,
-        normal=normal,
-        color=np.round(255 * shade(color, normal)).astype(np.uint8),
-        part=mesh.part[face],
-    )
-
-
-def _first_sight(tracer, xyz, flat, eye, rng):
-    "For each point the direction [n 3] towards an eye that sees it, zeros where none of four batches of six random eyes does."
-    seen = np.zeros_like(xyz)
-    for _ in range(4):
-        todo = np.flatnonzero(~seen.any(1))
-        way = eye[rng.integers(len(eye), size=(len(todo), 6))] - xyz[todo, None]
-        far = np.sqrt((way * way).sum(-1))
-        facing = np.abs((way * flat[todo, None]).sum(-1)) / far
-        best = facing.argmax(1)  # of six, the eye that looks at it most squarely
-        best = np.where(rng.random(len(todo)) < 0.5, best, rng.integers(6, size=len(todo)))
-        take = np.arange(len(todo)), best
-        test = facing[take] > 0.1
-        todo, way, far = todo[test], way[take][test] / far[take][test, None], far[take][test]
-        hit, _, gap = tracer.hit(xyz[todo] + way * far[:, None], -way)
-        free = (hit >= 0) & (gap > far - 2e-3)
-        seen[todo[free]] = way[free]
-    return seen
-
 # %% ../../nbs/worlds/27_shapes.ipynb #b9549660
 SPLITS = dict(train=0, val=10**6, test=2 * 10**6)  # where the numbers of each split begin
+MAKERS = (
+    "unipre3d.data.objects",
+    "unipre3d.worlds.mesh",
+    "unipre3d.worlds.shapes",
+)  # modules that draw, render and write the shapes
 
 
 def shape_items(
@@ -3177,29 +3068,21 @@ def shape_items(
     per_category: tuple[int, int, int] = (100, 15, 35),  # shapes in train, val and test
     seed: int = 0,
 ) -> list[dict]:  # id, class, split, family, seed, number
-    "What a data set holds, before anything is made."
+    "What a data set holds, before anything is made. Raises: ValueError for unknown categories or bad counts."
     categories = list(KINDS) if categories is None else categories
-    if unknown := set(categories) - set(KINDS):
-        raise ValueError(
-            f"categories: expected some of {', '.join(KINDS)}, got {sorted(unknown)[0]!r}"
-        )
+    if unknown := sorted(set(categories) - set(KINDS)):
+        raise ValueError(f"categories: expected some of {', '.join(KINDS)}, got {unknown[0]!r}")
     if len(per_category) != 3 or min(per_category) < 0 or max(per_category) > 10**6:
-        raise ValueError(
-            f"per_category: expected three counts (train, val, test) of at most a million, got {per_category}"
-        )
-    return [
-        dict(
-            id=f"{kind}-{seed}-{first + k}",
-            **{"class": kind},
-            split=split,
-            family=f"{kind}-{seed}-{first + k}",
-            seed=seed,
-            number=first + k,
-        )
-        for kind in sorted(categories)
-        for (split, first), many in zip(SPLITS.items(), per_category)
-        for k in range(many)
-    ]
+        wanted = "three counts (train, val, test) of at most a million"
+        raise ValueError(f"per_category: expected {wanted}, got {per_category}")
+    items = []
+    for kind in sorted(categories):
+        for (split, first), many in zip(SPLITS.items(), per_category):
+            for number in range(first, first + many):
+                id = f"{kind}-{seed}-{number}"
+                place = dict(split=split, family=id, seed=seed, number=number)
+                items.append({"id": id, "class": kind} | place)
+    return items
 
 
 def make_object(
@@ -3209,62 +3092,32 @@ def make_object(
     points: int = 2048,
 ) -> tuple[dict[str, bytes], dict]:  # member name -> bytes, and the object's row of `objects.csv`
     "The files of one shape, and its true size."
-    mesh = make_mesh(item["class"], item["number"], item["seed"])
-    extent = np.ptp(mesh.corners.reshape(-1, 3), axis=0)
-    mesh, _, unit = normalise(mesh)
-    tracer, where = Tracer(mesh), orbit(item["id"], views)
-    root, files = f"{item['class']}/{item['id']}", {}
-    for k, rgba in enumerate(render_views(tracer, orbit_poses(where), size=size)):
-        files[f"{root}/easy/{k:02d}.png"] = _png(rgba)
-    files[f"{root}/easy/rendering_metadata.txt"] = "".join(
-        " ".join(f"{v:.10g}" for v in row) + "\n" for row in where.tolist()
-    ).encode()
-    cloud = visible_cloud(tracer, points, seed=zlib.crc32(item["id"].encode()))
-    with io.BytesIO() as f:
-        np.save(f, pack_cloud(**cloud))
-        files[f"{root}/pts/{item['class']}-{item['id']}.npy"] = f.getvalue()
-    return files, dict(
-        item,
-        unit=round(unit, 6),
-        **{k: round(float(v), 4) for k, v in zip(("width", "depth", "height"), extent)},
-    )
-
-
-def _png(rgba):
-    with io.BytesIO() as f:
-        Image.fromarray(rgba).save(f, "PNG", compress_level=1)
-        return f.getvalue()
+    kind, id = item["class"], item["id"]
+    mesh = make_mesh(kind, item["number"], item["seed"])
+    small, _, length = normalise(mesh)
+    tracer = Tracer(small)
+    where = spiral_views(id, views)
+    rendered = render_views(tracer, orbit_poses(where), size=size)
+    images = [image_bytes(rgba, compress_level=1) for rgba in rendered]
+    cloud = pack_cloud(**visible_cloud(tracer, points, seed=zlib.crc32(id.encode())))
+    return object_files(kind, id, images, ".png", where, cloud), item | true_size(mesh, length)
 
 
 def _shard_job(job):
     "Make some objects and write them as one archive, at once or not at all."
     path, items, views, size, points = job
     part = path.with_suffix(f".{os.getpid()}.part")
+    rows = []
     with zipfile.ZipFile(part, "w") as z:
-        rows = []
         for item in items:
             files, row = make_object(item, views, size, points)
             rows.append(row)
             for name, data in files.items():
-                _write(
-                    z,
-                    name,
-                    data,
-                    zipfile.ZIP_DEFLATED if name.endswith(".npy") else zipfile.ZIP_STORED,
-                )
-        _write(z, "rows.json", json.dumps(rows).encode())
+                kind = zipfile.ZIP_DEFLATED if name.endswith(".npy") else zipfile.ZIP_STORED
+                add_member(z, name, data, kind, 1)
+        add_member(z, "rows.json", json.dumps(rows))
     part.replace(path)
     return len(items)
-
-
-def _write(z, name, data, kind=zipfile.ZIP_STORED):
-    z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, kind, 1)
-
-
-MAKERS = (
-    "unipre3d.worlds.shapes",
-    "unipre3d.worlds.furniture",
-)  # modules that draw and render the shapes
 
 
 def make_shapes(
@@ -3279,52 +3132,41 @@ def make_shapes(
     workers: int = 2,  # processes; 1 works in this one
     shard: int = 32,  # shapes in one piece of work
 ) -> Path:  # the archive; the same arguments give the same bytes
-    "A data set of generated shapes in the layout of `ShapeNetViews`; run it again to go on after an interruption."
-    out, items = Path(out), shape_items(categories, per_category, seed)
+    """A data set of generated shapes in the layout of `ShapeNetViews`; run it again to go on after an interruption.
+    Raises: ValueError where it would be empty."""
+    out = Path(out)
+    items = shape_items(categories, per_category, seed)
     if not items:
-        raise ValueError(
-            f"make_shapes: expected at least one shape, got categories {categories} and per_category {per_category}"
-        )
-    key = hashlib.sha256(
-        json.dumps([items, views, size, points, shard, code_hash(*MAKERS)]).encode()
-    ).hexdigest()[:12]
+        got = f"categories {categories} and per_category {per_category}"
+        raise ValueError(f"make_shapes: expected at least one shape, got {got}")
+    values = json.dumps([items, views, size, points, shard, code_hash(*MAKERS)])
+    key = hashlib.sha256(values.encode()).hexdigest()[:12]
     folder = out.with_name(out.name + ".parts") / key
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (folder / f"{k:06d}.zip", items[k : k + shard], views, size, points)
-        for k in range(0, len(items), shard)
-    ]
+    jobs = []
+    for k in range(0, len(items), shard):
+        jobs.append((folder / f"{k:06d}.zip", items[k : k + shard], views, size, points))
+    todo = [job for job in jobs if not job[0].is_file()]
     with tqdm(total=len(items), desc="shapes", unit="shape") as bar:
-        todo = [j for j in jobs if not j[0].is_file()]
-        bar.update(len(items) - sum(len(j[1]) for j in todo))
-        if workers == 1 or not todo:
-            for job in todo:
-                bar.update(_shard_job(job))
-        else:
-            with ProcessPoolExecutor(min(workers, len(todo))) as pool:
-                for done in pool.map(_shard_job, todo):
-                    bar.update(done)
-    _join(out, [j[0] for j in jobs], dict(CONVENTION, suffix=".png", views=views, size=size))
+        bar.update(len(items) - sum(len(job[1]) for job in todo))
+        for done in map_jobs(_shard_job, todo, workers):
+            bar.update(done)
+    _join(out, [job[0] for job in jobs], convention(".png", views, size))
     shutil.rmtree(folder.parent, ignore_errors=True)
     return out
 
 
-def _join(out, shards, convention):
+def _join(out, shards, facts):
     "One archive of many; the clouds keep their compression level, views are stored."
-    part, rows = out.with_suffix(f".{os.getpid()}.part"), []
+    part = out.with_suffix(f".{os.getpid()}.part")
+    rows = []
     with zipfile.ZipFile(part, "w") as z:
         for path in shards:
             with zipfile.ZipFile(path) as one:
                 rows += json.loads(one.read("rows.json"))
-                for info in one.infolist():
-                    if info.filename != "rows.json":
-                        _write(z, info.filename, one.read(info), info.compress_type)
-        for name, text in (
-            ("convention.json", json.dumps(convention)),
-            ("objects.csv", csv_text(rows)),
-            ("parts.json", json.dumps({k: PARTS[k] for k in sorted({r["class"] for r in rows})})),
-        ):
-            _write(z, name, text.encode())
+                for info in one.infolist()[:-1]:  # the last is rows.json
+                    add_member(z, info.filename, one.read(info), info.compress_type, 1)
+        add_tables(z, facts, rows, {k: PARTS[k] for k in sorted({r["class"] for r in rows})})
     part.replace(out)
 
 # %% ../../nbs/worlds/27_shapes.ipynb #f32849f1
@@ -3339,7 +3181,7 @@ def embedded_shapes(
     workers: int = 2,  # processes
     cache: str | Path | None = None,  # folder; None means `cache_dir()`
 ) -> Path:  # a zip for `ShapeNetViews`
-    "The generated shapes, made at the first call and found again afterwards."
+    "The generated shapes, made at the first call and cached."
     how = dict(
         categories=sorted(KINDS if categories is None else categories),
         per_category=list(per_category),
@@ -3348,9 +3190,5 @@ def embedded_shapes(
         points=points,
         seed=seed,
     )
-    return made_once(
-        "shapes.zip",
-        [how, code_hash(*MAKERS)],
-        lambda path: make_shapes(path, **how, workers=workers),
-        cache,
-    )
+    make = lambda path: make_shapes(path, **how, workers=workers)
+    return made_once("shapes.zip", [how, code_hash(*MAKERS)], make, cache)
