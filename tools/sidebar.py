@@ -29,6 +29,9 @@ FIRST = [
     "meshes",
     "labels",
     "backbone",  # pages without a number, in this order
+    "17_objects",
+    "18_mesh",
+    "19_sensor",
     "20_furniture",
     "21_rooms",
     "27_shapes",
@@ -37,11 +40,13 @@ FIRST = [
 
 
 def part_of(path):
-    "The part of a notebook; the landing page stands before all others, every backbone is a backbone, and tutorials have no numbers."
+    "The part of a notebook; the landing page stands before all others, every backbone is a backbone, data and worlds are one part, tutorials have no numbers."
     if path.parent.name == "tutorials":
         return "tutorials"
     if path.parent.name == "backbones":
         return 4
+    if path.parent.name in ("data", "worlds"):
+        return 2
     found = re.match(r"(\d)\d", path.name)
     return int(found[1]) if found else 0
 

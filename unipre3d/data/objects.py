@@ -105,8 +105,9 @@ def unpack_cloud(
 ) -> dict[str, np.ndarray]:  # xyz [n 3] float32, normal [n 3] float32, color [n 3] uint8, part [n]
     "The cloud again; every coordinate is the middle of its cell. Raises: ValueError for another array."
     if packed.ndim != 2 or packed.shape[0] != 11 or packed.dtype != np.uint8:
-        found = f"{packed.dtype} {list(packed.shape)}"
-        raise ValueError(f"packed cloud: expected uint8 [11 n], found {found}")
+        raise ValueError(
+            f"packed cloud: expected uint8 [11 n], found {packed.dtype} {list(packed.shape)}"
+        )
     code = np.cumsum((packed[:5].astype(np.uint64) << CODE_BYTES).sum(0))
     cell = np.stack([_gather_bits(code >> np.uint64(s)) for s in (2, 1, 0)], 1)
     xy = packed[8:10].T.astype(np.float64) / STEPS - 1

@@ -112,8 +112,10 @@ def find_deb(
         raise FileNotFoundError(f"{deb}: expected the file {FILE}, found nothing there")
     digest = hashlib.sha256(deb.read_bytes()).hexdigest()
     if digest != SHA256:
-        found = f"found {digest[:12]}…; get that version"
-        raise ValueError(f"{deb}: expected sha256 {SHA256[:12]}… ({PACKAGE} 1.8-1), {found}")
+        raise ValueError(
+            f"{deb}: expected sha256 {SHA256[:12]}… ({PACKAGE} 1.8-1), "
+            f"found {digest[:12]}…; get that version"
+        )
     return deb
 
 
@@ -508,8 +510,9 @@ def object_table(
     "Which objects the data set holds, and everything that is said about each. Raises: ValueError for an unknown id."
     by_id = {e.id: e for e in entries}
     if unknown := [c["id"] for c in choices if c["id"] not in by_id]:
-        found = f"expected ids of the catalogue, found {unknown[0]}"
-        raise ValueError(f"furniture_classes.csv: {found}")
+        raise ValueError(
+            f"furniture_classes.csv: expected ids of the catalogue, found {unknown[0]}"
+        )
     kept = [c for c in choices if not c["dropped"]]
     families = {c["id"]: c["family"] for c in kept}
     sides = split_families({c["id"]: c["class"] for c in kept}, families)

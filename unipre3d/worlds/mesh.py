@@ -149,8 +149,9 @@ def read_mesh(
     try:
         import trimesh
     except ImportError:
-        message = "trimesh: needed to read meshes, found nothing; pip install trimesh"
-        raise ImportError(message) from None
+        raise ImportError(
+            "trimesh: needed to read meshes, found nothing; pip install trimesh"
+        ) from None
     if up not in TO_Z_UP:
         raise ValueError(f"up: expected 'x', 'y' or 'z', got {up!r}")
     if not Path(path).is_file():
@@ -158,8 +159,10 @@ def read_mesh(
     try:
         scene = trimesh.load_scene(path, process=False)
     except Exception as problem:
-        why = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
-        raise ValueError(f"{path}: expected a mesh that trimesh can read, got {why}") from problem
+        raise ValueError(
+            f"{path}: expected a mesh that trimesh can read, got "
+            f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+        ) from problem
     meshes = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
     if not meshes:
         hint = "found none; a point cloud needs a surface first"
@@ -308,8 +311,9 @@ class Tracer:
         try:
             from embreex import rtcore_scene, mesh_construction
         except ImportError:
-            hint = "found nothing; pip install 'unipre3d[prepare]'"
-            raise ImportError(f"embreex: needed to render meshes, {hint}") from None
+            raise ImportError(
+                f"embreex: needed to render meshes, found nothing; pip install 'unipre3d[prepare]'"
+            ) from None
         self.mesh = mesh
         self.scene = rtcore_scene.EmbreeScene()
         corners = np.ascontiguousarray(mesh.corners, dtype=np.float32)
@@ -462,8 +466,10 @@ def _collect(draw: Callable, n: int, rounds: int, samples: int) -> list[np.ndarr
         total = sum(len(f[0]) for f in found)
         if total >= n:
             return [np.concatenate(v)[:n] for v in zip(*found)]
-    tried = f"found {total} after {rounds * samples} samples"
-    raise ValueError(f"cloud: expected {n} points that can be seen from outside, {tried}")
+    raise ValueError(
+        f"cloud: expected {n} points that can be seen from outside, "
+        f"found {total} after {rounds * samples} samples"
+    )
 
 
 def _first_in_order(tracer, xyz, flat, solid, eyes):

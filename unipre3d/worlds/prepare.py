@@ -95,8 +95,9 @@ def prepare_meshes(
     keys = [(f.resolve().parent.name, f.stem) for f in files]
     if twice := [k for k in keys if keys.count(k) > 1]:
         name, many = "/".join(twice[0]), keys.count(twice[0])
-        found = f"expected one {name}, found {many}; rename all but one"
-        raise ValueError(f"prepare_meshes: files: {found}")
+        raise ValueError(
+            f"prepare_meshes: files: expected one {name}, found {many}; rename all but one"
+        )
     splits = split_objects(keys, split, seed, "prepare_meshes: split")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(f".{os.getpid()}.part")

@@ -206,9 +206,9 @@ def draw_scan(
         if mask[keep].sum() >= ENOUGH:
             break
     else:
-        found = "found fewer in 8 attempts; is the mesh empty?"
         raise ValueError(
-            f"draw_scan: expected {ENOUGH} points of the {kind} (seed {seed}), {found}"
+            f"draw_scan: expected {ENOUGH} points of the {kind} (seed {seed}), "
+            "found fewer in 8 attempts; is the mesh empty?"
         )
     again = rng.permutation(keep)
     if len(keep) < points:
@@ -352,15 +352,18 @@ class Scans:
     ):
         self.path = Path(path)
         if not self.path.is_file():
-            hint = "found nothing there; make it with make_scans"
-            raise FileNotFoundError(f"{path}: expected a file of scans, {hint}")
+            raise FileNotFoundError(
+                f"{path}: expected a file of scans, found nothing there; make it with make_scans"
+            )
         try:
             with np.load(path, allow_pickle=False) as z:
                 self.arrays = {k: z[k] for k in ("xyz", "mask", "part", "label", "name")}
                 self.about = json.loads(str(z["about"]))
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as problem:
-            found = f"found a file that does not load ({str(problem).splitlines()[0]})"
-            raise ValueError(f"{path}: expected scans as make_scans writes them, {found}") from None
+            raise ValueError(
+                f"{path}: expected scans as make_scans writes them, "
+                f"found a file that does not load ({str(problem).splitlines()[0]})"
+            ) from None
         have = self.arrays["xyz"].shape[1]
         if points is not None and not 0 < points <= have:
             raise ValueError(f"points: expected 1..{have}, the points of {path}, got {points}")
