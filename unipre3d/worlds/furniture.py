@@ -531,7 +531,8 @@ def object_table(
 CREDITS_HEAD = """# Credits of the furniture
 
 The {n} objects in `furniture.zip` come from the furniture libraries of Sweet Home 3D (Debian package `{package}` 1.8-1,
-<https://www.sweethome3d.com>). **The models were changed:** each was scaled, centred, rendered as 24 images and sampled as a point
+<https://www.sweethome3d.com>). **The models were changed:** each was scaled, centred, \
+rendered as 24 images and sampled as a point
 cloud; the meshes themselves are included only as simplified, recoloured copies, from which rooms are composed. \
 This table is written by `unipre3d data furniture` from the catalogues of the libraries.
 """
@@ -584,8 +585,8 @@ def build_furniture(
     workers: int = 2,  # processes
     ids: list[str] | None = None,  # only these objects; None means all that the table keeps
 ) -> Path:  # the archive
-    """The embedded data set from its source: check, unpack, render, pack, and write `furniture.zip`, `furniture.csv` and
-    `CREDITS.md`. Raises: FileNotFoundError or ValueError where the source is missing or another."""
+    """The embedded data set from its source: check, unpack, render, pack.
+    Writes `furniture.zip`, `furniture.csv` and `CREDITS.md`. Raises: FileNotFoundError or ValueError where the source is missing or another."""
     tables = data_dir()
     out, work = Path(out or tables), Path(work)
     libraries = unpack_deb(find_deb(deb, work), work / "libraries")

@@ -473,7 +473,7 @@ def _collect(draw: Callable, n: int, rounds: int, samples: int) -> list[np.ndarr
 
 
 def _first_in_order(tracer, xyz, flat, solid, eyes):
-    "For each solid point the direction [n 3] to the first eye, in their order, that sees it; zeros where none does."
+    "For each solid point the direction [n 3] to the first eye that sees it; zeros where none does."
     seen = np.zeros((len(xyz), 3))
     for eye in eyes:
         test = np.flatnonzero(solid & ~seen.any(1))
@@ -496,7 +496,7 @@ def surface_cloud(
     seed: int = 0,
     eyes: np.ndarray | None = None,  # [v 3] places to see from; None means 60 all around
 ) -> dict[str, np.ndarray]:  # xyz [n 3], normal [n 3], color [n 3] uint8, part [n]
-    "Points spread evenly over what can be seen, normals outwards, lit as in the views. Raises: ValueError if too few are seen."
+    "Points evenly over what can be seen, normals outwards, lit as in the views. Raises: ValueError if few are seen."
     rng, mesh = np.random.default_rng(seed), tracer.mesh
     eyes = eyes_around(60) if eyes is None else eyes
     across = face_vectors(mesh.corners)
@@ -519,7 +519,7 @@ def surface_cloud(
 
 # %% ../../nbs/worlds/18_mesh.ipynb #6a47a767
 def _first_of_few(tracer, xyz, flat, eyes, rng):
-    "For each point the direction [n 3] to an eye that sees it; zeros where none of four batches of six random eyes does."
+    "For each point the direction [n 3] to an eye that sees it, of four times six random ones; zeros where none does."
     seen = np.zeros_like(xyz)
     for _ in range(4):
         todo = np.flatnonzero(~seen.any(1))

@@ -191,7 +191,7 @@ def draw_scan(
     points: int = 2048,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:  # xyz [points 3] float32, mask [points] bool, part [points] uint8
-    """One sample, a pure function of its arguments: where the points are, which are the object's, and their parts (0 = none).
+    """One sample, a pure function of its arguments: points, which of them are the object's, and their parts (0 = none).
     Raises: ValueError for a mesh of which nothing is seen."""
     rng = np.random.default_rng(seed)
     for _ in range(8):  # a viewpoint that sees nothing is drawn again
@@ -342,7 +342,8 @@ def make_scans(
 
 
 class Scans:
-    """Scans with labels, masks and parts, in memory. Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`).
+    """Scans with labels, masks and parts, in memory.
+    Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`).
     Raises: FileNotFoundError or ValueError for a file that does not load, or that has too few points."""
 
     def __init__(

@@ -946,7 +946,7 @@ def rack(
 
 
 def shelf(b: Builder) -> None:
-    "Boards one above another: book cases, racks on posts, ladders, cubes and boards for the wall; some are full of books."
+    "Boards one above another: book cases, racks on posts, ladders, cubes, boards for the wall; some full of books."
     x, y, z = b.sizes(width=(0.4, 1.6), depth=(0.2, 0.45), height=(0.7, 2.1))
     color = b.tone("wood", "wood", "paint", "metal")
     kind = b.pick("case", "case", "posts", "cubes", "wall", "slant")
