@@ -415,7 +415,7 @@ def supports(
     b: Builder,
     x: float,
     y: float,
-    h: float,  # what they carry: its size, and the height of its underside
+    h: float,  # what stands on them: width, depth, and the height of its underside
     color: tuple,
     *kinds: str,  # to pick from; the names are in the branches below
     t: float = 0.04,  # thickness
