@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from unipre3d.core import CameraBatch, collate, data_dir
 from unipre3d.data import shapenet
+from unipre3d.data import objects
 from unipre3d.worlds import furniture, prepare
 from unipre3d.data.augment import Augment, about_z, move_cameras
 from unipre3d.data.loading import StepSampler, eval_loader, make_loader
@@ -43,7 +44,7 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def rows():
-    return furniture.read_csv(data_dir() / "furniture.csv")
+    return objects.read_csv(data_dir() / "furniture.csv")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_every_object_is_credited(rows):
 
 
 def test_dropped_objects_have_a_reason_and_are_absent(rows):
-    choices = furniture.read_csv(data_dir() / "furniture_classes.csv")
+    choices = objects.read_csv(data_dir() / "furniture_classes.csv")
     assert {c["id"] for c in choices if not c["dropped"]} == {r["id"] for r in rows}
     assert len({c["id"] for c in choices}) == len(choices) == 820
 
@@ -144,7 +145,7 @@ def test_cameras_are_exact(embedded):
         share.append(hit)
         torch.testing.assert_close(
             views.camera.center.norm(dim=1),
-            torch.full((24,), furniture.DISTANCE),
+            torch.full((24,), objects.DISTANCE),
             atol=1e-5,
             rtol=0,
         )
@@ -162,7 +163,7 @@ def test_background_is_black(embedded):
 def test_clouds(embedded):
     for i in range(0, len(embedded), 41):
         c = cloud(embedded, i)
-        assert c.xyz.shape == (4096, 3) and c.xyz.norm(dim=1).max() <= furniture.RADIUS + 1e-3
+        assert c.xyz.shape == (4096, 3) and c.xyz.norm(dim=1).max() <= objects.RADIUS + 1e-3
         assert (c.normal.norm(dim=1) - 1).abs().max() < 1e-5
         assert c.color.min() >= 0 and c.color.max() <= 1
         assert int(c.part.max()) < len(embedded.parts.get(embedded.items[i][0], ["unlabelled"]))
@@ -190,16 +191,16 @@ def test_packing_is_exact():
     rng = np.random.default_rng(0)
     normal = rng.normal(size=(500, 3))
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-    once = furniture.unpack_cloud(
-        furniture.pack_cloud(
+    once = objects.unpack_cloud(
+        objects.pack_cloud(
             rng.uniform(-0.65, 0.65, (500, 3)),
             normal,
             rng.integers(0, 256, (500, 3)).astype(np.uint8),
             rng.integers(0, 9, 500),
         )
     )
-    again = furniture.unpack_cloud(
-        furniture.pack_cloud(*(once[k] for k in ("xyz", "normal", "color", "part")))
+    again = objects.unpack_cloud(
+        objects.pack_cloud(*(once[k] for k in ("xyz", "normal", "color", "part")))
     )
     for k in once:
         np.testing.assert_array_equal(once[k], again[k])
@@ -470,8 +471,8 @@ def test_no_split_is_empty(counts, shares):
 
 def test_a_tenth_of_ten_small_classes(tmp_path, monkeypatch):
     "40 meshes in ten classes: a tenth of each class rounds to nothing, a tenth of all does not."
-    monkeypatch.setattr(prepare, "read_own_mesh", lambda path, up: path)
-    monkeypatch.setattr(prepare, "prepare_own", lambda mesh, name, folder, **_: ({}, {}))
+    monkeypatch.setattr(prepare, "read_mesh", lambda path, up: path)
+    monkeypatch.setattr(prepare, "prepare_own", lambda mesh, name, kind, **_: ({}, {}))
     files = [tmp_path / f"class{k % 10}" / f"{k}.obj" for k in range(40)]
     with zipfile.ZipFile(prepare.prepare_meshes(files, tmp_path / "mine.zip")) as z:
         rows = list(csv.DictReader(z.read("objects.csv").decode().splitlines()))

@@ -6,38 +6,27 @@ import numpy as np
 import pytest
 
 from unipre3d.data.labelled import ScanObjectNN, write_scanobjectnn
-from unipre3d.worlds.furniture import Material, Mesh
+from unipre3d.worlds.mesh import plain_mesh
 from unipre3d.worlds.scans import (
     VARIANTS,
     Scans,
     crop,
     draw_scan,
     embedded_scans,
-    fuse,
     list_things,
     make_place,
     make_scans,
-    shoot,
-    spoil,
     surfels,
     thing_mesh,
     viewpoints,
 )
 from unipre3d.data.shapenet import ShapeNetViews
+from unipre3d.worlds.sensor import depth_images, merge_views, sensor_depth
 from unipre3d.worlds.shapes import block, make_mesh
 
 
 def plain(piece):
-    n = piece.shape[1]
-    return Mesh(
-        piece[0],
-        np.zeros((n, 3, 2), np.float32),
-        piece[1].astype(np.float32),
-        np.zeros(n, np.int64),
-        np.ones(n, np.int64),
-        [Material()],
-        ["unlabelled", "body"],
-    )
+    return plain_mesh(piece[0], piece[1], np.ones(piece.shape[1], np.int64), ["unlabelled", "body"])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +46,7 @@ def test_exact_depth_lies_on_the_near_sides():
     cube = plain(block(1, 1, 1, (0, 0, 0)))
     pose = np.eye(4)
     pose[:3, :4] = np.array([[1.0, 0, 0, 0], [0, 0, 1, -4], [0, -1, 0, 0.5]])  # looks along +y
-    depth, slant, face, rays = shoot(cube, pose[None], 0.3, 40)
+    depth, slant, face, rays = depth_images(cube, pose[None], 0.3, 40)
     xyz = pose[:3, 3] + rays[depth > 0] * depth[depth > 0][:, None]
     assert (
         len(xyz) > 300
@@ -72,11 +61,13 @@ def test_noise_grows_with_distance_and_slanted_surfaces_get_lost():
 
     def error(z):
         d = np.full((2, 64, 64), float(z))
-        out = spoil(d, np.ones_like(d), rng)
+        out = sensor_depth(d, np.ones_like(d), rng)
         return np.std((out - d)[out > 0])
 
     assert 4 < error(4) / error(1) < 16 and error(1) < 0.01
-    lost = lambda slant: (spoil(np.ones((1, 64, 64)), np.full((1, 64, 64), slant), rng) == 0).mean()
+    lost = lambda slant: (
+        sensor_depth(np.ones((1, 64, 64)), np.full((1, 64, 64), slant), rng) == 0
+    ).mean()
     assert lost(0.02) > 0.8 and lost(1.0) < 0.2
 
 
@@ -87,7 +78,7 @@ def test_fused_points_are_thinned():
         [*np.meshgrid(np.linspace(-0.2, 0.2, 50), np.linspace(-0.2, 0.2, 50)), np.ones((50, 50))],
         -1,
     )[None]
-    xyz, pixel = fuse(np.ones((1, 50, 50)), rays, pose, 0.05, rng)
+    xyz, pixel = merge_views(np.ones((1, 50, 50)), rays, pose, 0.05, rng)
     assert (
         len(xyz) < 150
         and len(np.unique(np.floor(xyz / 0.05), axis=0)) <= len(xyz)

@@ -7,8 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from unipre3d.worlds.furniture import RADIUS, Tracer, normalise, orbit, orbit_poses, render_view
+from unipre3d.data.objects import RADIUS, orbit_poses, spiral_views
 from unipre3d.data.shapenet import ShapeNetViews
+from unipre3d.worlds.mesh import Tracer, normalise, render_view, render_views, visible_cloud
 from unipre3d.worlds.shapes import (
     KINDS,
     PARTS,
@@ -21,11 +22,9 @@ from unipre3d.worlds.shapes import (
     loft,
     make_mesh,
     make_shapes,
-    render_views,
     ring,
     shape_items,
     tube,
-    visible_cloud,
 )
 from unipre3d.records import cache_dir
 
@@ -138,7 +137,7 @@ def test_sizes_of_pieces():
 
 def test_views_equal_the_plain_renderer(drawn):
     tracer = Tracer(normalise(drawn["desk"][0])[0])
-    poses = orbit_poses(orbit("a desk", 3))
+    poses = orbit_poses(spiral_views("a desk", 3))
     fast, plain = (
         render_views(tracer, poses, size=32),
         np.stack([render_view(tracer, p, size=32) for p in poses]),

@@ -29,6 +29,9 @@ FIRST = [
     "meshes",
     "labels",
     "backbone",  # pages without a number, in this order
+    "17_objects",
+    "18_mesh",
+    "19_sensor",
     "20_furniture",
     "31_rooms_models",
     "32_rooms_build",

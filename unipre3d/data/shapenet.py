@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core import data_dir
+from .objects import FOV, orbit_poses, unpack_cloud
 from .readers import Cache, Cloud, Store, View, fit_radius, object_scale
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
-from ..worlds.furniture import FOV, orbit_poses, unpack_cloud
 
 # %% auto #0
 __all__ = ['HALF_TURN', 'SPLITS', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',

@@ -4,49 +4,55 @@
 
 # %% ../../nbs/worlds/20_furniture.ipynb #2bcccb2a
 from __future__ import annotations
-import csv, hashlib, io, json, math, os, posixpath, re, shutil, subprocess, tarfile, zipfile
+import hashlib, io, os, posixpath, re, shutil, subprocess, tarfile, zipfile
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ..core import data_dir
+from unipre3d.data.objects import (
+    add_member,
+    add_tables,
+    convention,
+    csv_text,
+    image_bytes,
+    map_jobs,
+    object_files,
+    orbit_poses,
+    pack_cloud,
+    read_csv,
+    spiral_views,
+)
+from unipre3d.worlds.mesh import (
+    SIZE,
+    Material,
+    Mesh,
+    Tracer,
+    face_vectors,
+    fit_textures,
+    normalise,
+    render_view,
+    smooth_normals,
+    surface_cloud,
+    unit,
+)
 
 # %% auto #0
-__all__ = ['PACKAGE', 'SHA256', 'LIBRARIES', 'RADIUS', 'DISTANCE', 'FOV', 'SIZE', 'GLASS', 'VIEWS', 'POINTS', 'BITS', 'STEPS',
-           'CONVENTION', 'LICENCES', 'read_csv', 'csv_text', 'ar_members', 'find_deb', 'unpack_deb', 'Entry',
-           'read_catalogue', 'Mesh', 'Material', 'parse_mtl', 'parse_obj', 'smooth_normals', 'read_model', 'normalise',
-           'orbit', 'orbit_poses', 'fit_textures', 'look_up_texture', 'surface', 'shade', 'Tracer', 'camera_rays',
-           'render_view', 'surface_cloud', 'prepare_mesh', 'prepare_object', 'prepare_all', 'pack_cloud',
-           'unpack_cloud', 'part_table', 'label_parts', 'round_colors', 'pack_object', 'near_duplicates',
-           'split_families', 'object_table', 'credits', 'write_archive', 'build_furniture']
-
-# %% ../../nbs/worlds/20_furniture.ipynb #0a7f54d8
-def read_csv(
-    path: str | Path,  # a table with a header line
-) -> list[dict[str, str]]:
-    "The rows of a small table."
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
-
-
-def csv_text(
-    rows: list[dict],  # all with the same keys
-) -> str:
-    "A table as text, header first."
-    with io.StringIO() as f:
-        out = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-        out.writeheader()
-        out.writerows(rows)
-        return f.getvalue()
+__all__ = ['PACKAGE', 'FILE', 'SHA256', 'LIBRARIES', 'HEADER', 'WIDTHS', 'FILE_UP', 'VIEWS', 'POINTS', 'LICENCES', 'SIDES',
+           'CREDITS_HEAD', 'CREDITS_LIBRARY', 'ar_members', 'find_deb', 'unpack_deb', 'Entry', 'read_catalogue',
+           'parse_mtl', 'parse_obj', 'read_model', 'prepare_mesh', 'prepare_object', 'prepare_all', 'part_table',
+           'label_parts', 'round_colors', 'pack_object', 'near_duplicates', 'split_families', 'object_table', 'credits',
+           'write_archive', 'build_furniture']
 
 # %% ../../nbs/worlds/20_furniture.ipynb #66cee4be
 PACKAGE = "sweethome3d-furniture"
-SHA256 = "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668"  # of sweethome3d-furniture_1.8-1_all.deb
+FILE = f"{PACKAGE}_1.8-1_all.deb"
+SHA256 = "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668"  # of `FILE`
 LIBRARIES = {
     "BlendSwap-CC-0": "cc0",
     "BlendSwap-CC-BY": "ccby",
@@ -54,64 +60,63 @@ LIBRARIES = {
     "Reallusion": "reallusion",
     "Scopia": "scopia",
 }
+HEADER = 60  # bytes before each member of an `ar` archive
 
 
 def ar_members(
     archive: bytes,  # a whole `ar` archive, the container of a .deb
 ) -> dict[str, bytes]:  # member name -> its bytes
-    "The members of an `ar` archive: a magic line, then 60-byte headers, each before its even-padded data."
+    "The members of an `ar` archive: a magic line, then headers, each before its even-padded data. Raises: ValueError."
     if archive[:8] != b"!<arch>\n":
-        raise ValueError(
-            f"ar archive: expected the magic '!<arch>', found {archive[:8]!r}; give the .deb file"
-        )
-    found, at = {}, 8
-    while at + 60 <= len(archive):
-        name, size = (
-            archive[at : at + 16].decode().strip().rstrip("/"),
-            int(archive[at + 48 : at + 58]),
-        )
-        if at + 60 + size > len(archive):
-            raise ValueError(
-                f"ar archive: expected {size} bytes of {name}, found {len(archive) - at - 60}; the file is cut"
-            )
-        found[name] = archive[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
-    return found
+        found = f"{archive[:8]!r}; give the .deb file"
+        raise ValueError(f"ar archive: expected the magic '!<arch>', found {found}")
+    members = {}
+    at = 8
+    while at + HEADER <= len(archive):
+        name = archive[at : at + 16].decode().strip().rstrip("/")
+        size = int(archive[at + 48 : at + 58])
+        at += HEADER
+        if at + size > len(archive):
+            found = f"{len(archive) - at}; the file is cut"
+            raise ValueError(f"ar archive: expected {size} bytes of {name}, found {found}")
+        members[name] = archive[at : at + size]
+        at += size + size % 2
+    return members
 
 # %% ../../nbs/worlds/20_furniture.ipynb #7c9e109d
+def _download_deb(folder):
+    "Let apt-get put the source package into a folder, unless it is there."
+    if not shutil.which("apt-get"):
+        hint = f"download {FILE} from Debian and pass its path as deb"
+        raise FileNotFoundError(f"{PACKAGE}: no .deb given and no apt-get here; {hint}")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sorted(folder.glob(f"{PACKAGE}_1.8-1_*.deb"))
+    if found:
+        return found[0]
+    command = ["apt-get", "download", PACKAGE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        hint = "pass the path of the .deb as deb"
+        raise FileNotFoundError(f"{PACKAGE}: apt-get download failed ({why}); {hint}")
+    return sorted(folder.glob(f"{PACKAGE}_*.deb"))[0]
+
+
 def find_deb(
     deb: str | Path | None = None,  # path of the .deb; None downloads it with apt-get into `folder`
     folder: str | Path = ".",  # where a download goes
 ) -> Path:  # the file, its sha256 checked
-    "The source package of the furniture, given or downloaded; one line says how to get it by hand."
-    if deb is None:
-        if not shutil.which("apt-get"):
-            raise FileNotFoundError(
-                f"{PACKAGE}: no .deb given and no apt-get here; download {PACKAGE}_1.8-1_all.deb from Debian and pass its path as deb"
-            )
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if not list(Path(folder).glob(f"{PACKAGE}_1.8-1_*.deb")):
-            done = subprocess.run(
-                ["apt-get", "download", PACKAGE], cwd=folder, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise FileNotFoundError(
-                    f"{PACKAGE}: apt-get download failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]}); pass the path of the .deb as deb"
-                )
-        deb = (
-            sorted(Path(folder).glob(f"{PACKAGE}_1.8-1_*.deb"))
-            + sorted(Path(folder).glob(f"{PACKAGE}_*.deb"))
-        )[0]
-    if not Path(deb).is_file():
-        raise FileNotFoundError(
-            f"{deb}: expected the file {PACKAGE}_1.8-1_all.deb, found nothing there"
-        )
-    digest = hashlib.sha256(Path(deb).read_bytes()).hexdigest()
+    "The source package of the furniture. Raises: FileNotFoundError or ValueError, which say how to get it by hand."
+    deb = _download_deb(Path(folder)) if deb is None else Path(deb)
+    if not deb.is_file():
+        raise FileNotFoundError(f"{deb}: expected the file {FILE}, found nothing there")
+    digest = hashlib.sha256(deb.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(
-            f"{deb}: expected sha256 {SHA256[:12]}… ({PACKAGE} 1.8-1), found {digest[:12]}…; get that version"
+            f"{deb}: expected sha256 {SHA256[:12]}… ({PACKAGE} 1.8-1), "
+            f"found {digest[:12]}…; get that version"
         )
-    return Path(deb)
+    return deb
 
 
 def unpack_deb(
@@ -124,16 +129,15 @@ def unpack_deb(
     if all(p.is_file() for p in paths.values()):
         return paths
     folder.mkdir(parents=True, exist_ok=True)
-    data = next(
-        v for k, v in ar_members(Path(deb).read_bytes()).items() if k.startswith("data.tar")
-    )
+    members = ar_members(Path(deb).read_bytes())
+    data = next(members[name] for name in members if name.startswith("data.tar"))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
-            if (
-                name := posixpath.basename(member.name).removesuffix(".sh3f")
-            ) in paths and member.isfile():
-                paths[name].with_suffix(".part").write_bytes(tar.extractfile(member).read())
-                paths[name].with_suffix(".part").replace(paths[name])
+            name = posixpath.basename(member.name).removesuffix(".sh3f")
+            if name in paths and member.isfile():
+                part = paths[name].with_suffix(".part")
+                part.write_bytes(tar.extractfile(member).read())
+                part.replace(paths[name])
     return paths
 
 # %% ../../nbs/worlds/20_furniture.ipynb #4f803771
@@ -152,6 +156,11 @@ class Entry:
     rotation: tuple[float, ...]  # 3 x 3 row-major, applied to the vertices as they are in the file
 
 
+def _unescape(text):
+    r"Text of a properties file, where \u00e9 is one letter."
+    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
+
+
 def read_catalogue(
     text: str,  # PluginFurnitureCatalog.properties: lines `key#number=value`
     library: str,  # one of `LIBRARIES`
@@ -159,13 +168,13 @@ def read_catalogue(
     "The objects of one library, in catalogue order."
     rows = defaultdict(dict)
     for key, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", text, re.M):
-        rows[int(number)][key] = re.sub(
-            r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), value.strip()
-        )
-    eye = "1 0 0 0 1 0 0 0 1"
-    return [
-        Entry(
-            id=f"{LIBRARIES[library]}-{row['id'].split('#')[1]}".replace("_", "-"),
+        rows[int(number)][key] = _unescape(value.strip())
+    entries = []
+    for _, row in sorted(rows.items()):
+        own = row["id"].split("#")[1]
+        rotation = row.get("modelRotation", "1 0 0 0 1 0 0 0 1").split()
+        entry = Entry(
+            id=f"{LIBRARIES[library]}-{own}".replace("_", "-"),
             name=row["name"],
             tags=row.get("tags", ""),
             category=row["category"],
@@ -173,32 +182,19 @@ def read_catalogue(
             library=library,
             model=row["model"].lstrip("/"),
             size=tuple(round(float(row[k]) / 100, 5) for k in ("width", "depth", "height")),
-            rotation=tuple(map(float, row.get("modelRotation", eye).split())),
+            rotation=tuple(map(float, rotation)),
         )
-        for _, row in sorted(rows.items())
-    ]
+        entries.append(entry)
+    return entries
 
 # %% ../../nbs/worlds/20_furniture.ipynb #e0f246ab
-@dataclass(frozen=True)
-class Mesh:
-    "Triangles with what colours them; everything is per corner, so that nothing has to be shared."
-
-    corners: np.ndarray  # [f 3 3] float64, positions
-    uv: np.ndarray  # [f 3 2] float32, texture coordinates, v up
-    normal: np.ndarray  # [f 3 3] float32, unit, smooth where the surface is
-    material: np.ndarray  # [f] index into `materials`
-    part: np.ndarray  # [f] index into `parts`
-    materials: list  # of `Material`
-    parts: list[str]  # "object|group|material" of the file
-
-
-@dataclass(frozen=True)
-class Material:
-    "What a triangle looks like without light."
-
-    color: tuple[float, float, float] = (0.7, 0.7, 0.7)
-    opacity: float = 1.0
-    texture: np.ndarray | None = None  # [h w 4] uint8, replaces `color`; row 0 is the top
+def _with_cutout(image, cut):
+    "A texture whose opacity is lowered by a second image, its alpha or else its grey value."
+    alpha = Image.fromarray(cut[..., 3])
+    if cut[..., 3].min() == 255:
+        alpha = Image.fromarray(cut).convert("L")
+    gray = np.asarray(alpha.resize(image.shape[1::-1]))
+    return np.dstack([image[..., :3], np.minimum(image[..., 3], gray)])
 
 
 def parse_mtl(
@@ -215,458 +211,114 @@ def parse_mtl(
             now[key.lower()] = value.strip()
     found = {}
     for name, m in raw.items():
-        kd, ks = (
-            np.array([float(x) for x in m.get(k, d).split()[:3]])
-            for k, d in (("kd", ".7 .7 .7"), ("ks", "0 0 0"))
-        )
-        image = next((t for k in ("map_kd",) if k in m and (t := texture(m[k])) is not None), None)
-        if image is not None and "map_d" in m and (cut := texture(m["map_d"])) is not None:
-            gray = (
-                Image.fromarray(cut).convert("L").resize(image.shape[1::-1])
-                if cut[..., 3].min() == 255
-                else Image.fromarray(cut[..., 3]).resize(image.shape[1::-1])
-            )
-            image = np.dstack([image[..., :3], np.minimum(image[..., 3], np.asarray(gray))])
-        found[name] = Material(
-            tuple(np.maximum(kd, 0.35 * ks).clip(0, 1).tolist()), float(m.get("d", 1)), image
-        )
+        diffuse = np.array(m.get("kd", ".7 .7 .7").split()[:3], dtype=float)
+        shine = np.array(m.get("ks", "0 0 0").split()[:3], dtype=float)
+        color = np.maximum(diffuse, 0.35 * shine).clip(0, 1)
+        image = texture(m["map_kd"]) if "map_kd" in m else None
+        cut = texture(m["map_d"]) if image is not None and "map_d" in m else None
+        if cut is not None:
+            image = _with_cutout(image, cut)
+        found[name] = Material(tuple(color.tolist()), float(m.get("d", 1)), image)
     return found
 
 # %% ../../nbs/worlds/20_furniture.ipynb #82a1e2c1
+WIDTHS = dict(v=3, vt=2, vn=3)  # numbers of each kind of line in an OBJ file
+
+
+def _table(lines, width):
+    "Lines of numbers as an array; row 0 is zeros, for corners that point nowhere, and missing numbers are 0."
+    rows = [[0.0] * width]
+    for line in lines:
+        rows.append([float(x) for x in (line.split() + ["0", "0"])[:width]])
+    return np.array(rows)
+
+
 def parse_obj(
     text: str,  # an OBJ file
 ) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray, list[str]
-]:  # corners [f 3 3], uv [f 3 2], normals [f 3 3] (zeros where none), part name index [f], names
-    "Triangles of an OBJ file; polygons become fans. Each face remembers `object|group|material`."
-    table = {"v": [], "vt": [], "vn": []}
-    faces, names, part = [], {}, []
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]
+]:  # corners, uv, normals, part, names
+    """Triangles of an OBJ file, polygons as fans: corners [f 3 3], uv [f 3 2], normals [f 3 3] (zeros where none),
+    and the number [f] of each face's `object|group|material` in the list of names."""
+    lines = {key: [] for key in WIDTHS}
     where = {"o": "", "g": "", "usemtl": ""}
+    faces, names, part = [], {}, []
     for line in text.replace("\\\n", " ").splitlines():
         key, _, rest = line.partition(" ")
-        if key in table:
-            table[key].append(rest)
+        if key in lines:
+            lines[key].append(rest)
         elif key in where:
             where[key] = rest.strip()
         elif key == "f":
             ring = rest.split()
             number = names.setdefault("|".join(where.values()), len(names))
-            for b, c in zip(ring[1:], ring[2:]):
-                faces.append((ring[0], b, c))
-                part.append(number)
-    arrays = {
-        k: np.array(
-            [[float(x) for x in (row.split() + ["0", "0"])[:w]] for row in rows]
-            or np.zeros((0, w)),
-            dtype=float,
-        )
-        for (k, rows), w in zip(table.items(), (3, 2, 3))
-    }
+            faces += [(ring[0], b, c) for b, c in zip(ring[1:], ring[2:])]
+            part += [number] * max(0, len(ring) - 2)
     index = np.zeros((len(faces), 3, 3), dtype=np.int64)
     for f, face in enumerate(faces):
         for c, corner in enumerate(face):
             for k, number in enumerate(corner.split("/")):
-                if number:
-                    index[f, c, k] = int(number)
-
-    def look_up(k, name):
-        at, pool = index[..., k], np.vstack([np.zeros((1, arrays[name].shape[1])), arrays[name]])
-        return pool[np.where(at < 0, at + len(pool), at)]
-
-    return (
-        look_up(0, "v"),
-        look_up(1, "vt"),
-        look_up(2, "vn"),
-        np.array(part, dtype=np.int64),
-        list(names),
-    )
-
-# %% ../../nbs/worlds/20_furniture.ipynb #040f5f1a
-def smooth_normals(
-    corners: np.ndarray,  # [f 3 3] positions
-    crease: float = 40.0,  # degrees; faces that meet at a sharper angle keep an edge
-) -> np.ndarray:  # [f 3 3] unit normals
-    "Each corner's normal: the area-weighted mean of the faces around its vertex that bend by less than `crease`."
-    area = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    unit = area / np.maximum(np.linalg.norm(area, axis=1, keepdims=True), 1e-20)
-    span = np.ptp(corners.reshape(-1, 3), axis=0).max() or 1.0
-    _, vertex = np.unique(
-        np.round(corners.reshape(-1, 3) / span * 1e6).astype(np.int64), axis=0, return_inverse=True
-    )
-    vertex = vertex.reshape(-1)
-    order = np.argsort(vertex, kind="stable")
-    start = np.searchsorted(vertex[order], np.arange(vertex.max() + 2))
-    count = np.diff(start)[vertex]  # faces around each corner
-    out = np.repeat(unit, 3, axis=0) * 1e-9
-    for block in np.array_split(
-        np.flatnonzero(count <= 256), max(1, int(count[count <= 256].sum() // 2_000_000))
-    ):
-        n = count[block]
-        mine = np.repeat(block, n)
-        theirs = (
-            order[
-                np.repeat(start[vertex[block]], n)
-                + np.arange(n.sum())
-                - np.repeat(np.cumsum(n) - n, n)
-            ]
-            // 3
-        )
-        smooth = (unit[mine // 3] * unit[theirs]).sum(1) > math.cos(math.radians(crease))
-        for axis in range(3):
-            out[:, axis] += np.bincount(
-                mine[smooth], area[theirs[smooth], axis], minlength=len(out)
-            )
-    out[count > 256] = np.repeat(unit, 3, axis=0)[count > 256]
-    return (out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-30)).reshape(-1, 3, 3)
+                index[f, c, k] = int(number or 0)
+    found = []
+    for k, (key, width) in enumerate(WIDTHS.items()):
+        table = _table(lines[key], width)
+        at = index[..., k]
+        found.append(table[np.where(at < 0, at + len(table), at)])
+    return *found, np.array(part, dtype=np.int64), list(names)
 
 # %% ../../nbs/worlds/20_furniture.ipynb #e4e20d45
+FILE_UP = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # y up -> z up
+
+
+def _box(corners):
+    "Lowest and highest corner [3]."
+    points = corners.reshape(-1, 3)
+    return points.min(0), points.max(0)
+
+
 def read_model(
     library: zipfile.ZipFile,  # a .sh3f library
     entry: Entry,  # which object
-) -> (
-    Mesh
-):  # metres, z up, front towards -y, standing on z = 0, at the size that the catalogue states
-    "One object of a library."
-    names, folder = library.namelist(), posixpath.dirname(entry.model)
-    inside = {posixpath.basename(n).lower(): n for n in names if n.startswith(folder + "/")}
+) -> Mesh:  # metres, z up, front towards -y, standing on z = 0
+    "One object of a library, at the size that the catalogue states."
+    folder = posixpath.dirname(entry.model) + "/"
+    names = [n for n in library.namelist() if n.startswith(folder)]
+    inside = {posixpath.basename(n).lower(): n for n in names}
 
     def texture(name):
         found = inside.get(re.split(r"[\\/]", name.strip())[-1].lower())
-        return (
-            None
-            if found is None
-            else np.asarray(Image.open(io.BytesIO(library.read(found))).convert("RGBA"))
-        )
+        if found is not None:
+            return np.asarray(Image.open(io.BytesIO(library.read(found))).convert("RGBA"))
 
     text = library.read(entry.model).decode("latin1")
     mtl = next((n for n in inside.values() if n.endswith(".mtl")), None)
     table = parse_mtl(library.read(mtl).decode("latin1"), texture) if mtl else {}
     corners, uv, normal, part, parts = parse_obj(text)
-    size = np.linalg.norm(
-        np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1
-    )
+    size = np.linalg.norm(face_vectors(corners), axis=1)
     keep = size > 1e-12 * max(np.ptp(corners.reshape(-1, 3), axis=0).max(), 1e-9) ** 2
-    corners, uv, normal, part = corners[keep], uv[keep], normal[keep], part[keep]
-    turn = np.array(entry.rotation).reshape(3, 3)
-    corners, normal = corners @ turn.T, normal @ turn.T
-    low, high = corners.reshape(-1, 3).min(0), corners.reshape(-1, 3).max(0)
-    want = np.array([entry.size[0], entry.size[2], entry.size[1]])
-    scale = np.where(
-        high - low > 1e-6 * (high - low).max(), want / np.maximum(high - low, 1e-12), 1.0
-    )
+    upright = np.array(entry.rotation).reshape(3, 3)
+    corners = corners[keep] @ upright.T
+    normal = normal[keep] @ upright.T
+    low, high = _box(corners)
+    width, depth, height = entry.size
+    stretch = np.array([width, height, depth]) / np.maximum(high - low, 1e-12)
+    scale = np.where(high - low > 1e-6 * (high - low).max(), stretch, 1.0)
     corners = (corners - (low + high) / 2 * [1, 0, 1] - low * [0, 1, 0]) * scale
     flat = np.linalg.norm(normal, axis=-1) < 1e-6
-    normal = np.where(flat[..., None], smooth_normals(corners), normal / scale)
-    up = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # y up -> z up
-    used = [p.split("|")[2] for p in parts]
-    materials = [table.get(u, Material()) for u in used]
-    normal = normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12)
+    normal = unit(np.where(flat[..., None], smooth_normals(corners), normal / scale))
     return Mesh(
-        corners @ up.T,
-        uv.astype(np.float32),
-        (normal @ up.T).astype(np.float32),
-        part,
-        part,
-        materials,
-        parts,
+        corners=corners @ FILE_UP.T,
+        uv=uv[keep].astype(np.float32),
+        normal=(normal @ FILE_UP.T).astype(np.float32),
+        part=part[keep],
+        material=part[keep],  # each name ends in its material
+        materials=[table.get(p.split("|")[2], Material()) for p in parts],
+        parts=parts,
     )
-
-# %% ../../nbs/worlds/20_furniture.ipynb #43dc8ffd
-RADIUS, DISTANCE, FOV, SIZE = 0.65, 1.75, 49.134342641202636, 128
-
-
-def normalise(
-    mesh: Mesh,  # any unit
-    radius: float = RADIUS,  # largest distance from the origin afterwards
-) -> tuple[
-    Mesh, np.ndarray, float
-]:  # mesh, the centre and the length in the old unit that became 1
-    "Centre the box of the mesh on the origin and shrink it until its farthest corner is at `radius`."
-    points = mesh.corners.reshape(-1, 3)
-    centre = (points.min(0) + points.max(0)) / 2
-    unit = float(np.linalg.norm(points - centre, axis=1).max() / radius)
-    return replace(mesh, corners=(mesh.corners - centre) / unit), centre, unit
-
-# %% ../../nbs/worlds/20_furniture.ipynb #bc6bef73
-def orbit(
-    seed: str,  # views are a pure function of it; the object's id
-    n: int = 24,  # views
-    elevation: tuple[float, float] = (-10.0, 60.0),  # lowest and highest, degrees above the horizon
-) -> np.ndarray:  # [n 5] azimuth, elevation, roll (0) in degrees, distance, fov in degrees
-    "Camera directions: a golden-angle spiral in azimuth, equal areas in elevation, shuffled so that any few of them spread."
-    rng = np.random.default_rng(
-        int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little")
-    )
-    low, high = np.sin(np.radians(elevation))
-    up = np.degrees(np.arcsin(low + (high - low) * (np.arange(n) + rng.random(n)) / n))
-    around = (rng.random() * 360 + np.arange(n) * 180 * (3 - 5**0.5) + rng.uniform(-8, 8, n)) % 360
-    order = rng.permutation(n)
-    return np.stack(
-        [around.round(3), up.round(3), np.zeros(n), np.full(n, DISTANCE), np.full(n, FOV)], 1
-    )[order]
-
-
-def orbit_poses(
-    views: np.ndarray,  # [n 5] as `orbit` gives them
-) -> np.ndarray:  # [n 4 4] float64 camera to world, OpenCV axes, looking at the origin
-    "The camera of each row, upright: roll must be 0. Azimuth 0 stands on +x, 90 on +y."
-    a, e = np.radians(views[:, 0]), np.radians(views[:, 1])
-    eye = views[:, 3:4] * np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)], 1)
-    right = np.stack([-np.sin(a), np.cos(a), np.zeros_like(a)], 1)
-    forward = -eye / views[:, 3:4]
-    pose = np.tile(np.eye(4), (len(views), 1, 1))
-    pose[:, :3, 0], pose[:, :3, 1], pose[:, :3, 2], pose[:, :3, 3] = (
-        right,
-        np.cross(forward, right),
-        forward,
-        eye,
-    )
-    return pose
-
-# %% ../../nbs/worlds/20_furniture.ipynb #3c7a7e54
-def fit_textures(
-    mesh: Mesh,  # normalised
-    spacing: float = 0.005,  # length in the mesh's unit that one texel should cover at least
-) -> Mesh:
-    "Shrink each texture to the detail that the views can show, which is what a mipmap does."
-    uv, xyz = mesh.uv[:, 1:] - mesh.uv[:, :1], mesh.corners[:, 1:] - mesh.corners[:, :1]
-    uv_area = np.abs(uv[:, 0, 0] * uv[:, 1, 1] - uv[:, 0, 1] * uv[:, 1, 0])
-    area = np.linalg.norm(np.cross(xyz[:, 0], xyz[:, 1]), axis=1)
-
-    def fit(k, m):
-        mine = mesh.material == k
-        if m.texture is None or not mine.any():
-            return m
-        h, w = m.texture.shape[:2]
-        texels = math.sqrt(max(uv_area[mine].sum(), 1e-12) * h * w / max(area[mine].sum(), 1e-12))
-        shrink = min(1.0, 1 / (spacing * texels))
-        small = (max(1, round(w * shrink)), max(1, round(h * shrink)))
-        return (
-            m
-            if small == (w, h)
-            else replace(m, texture=np.asarray(Image.fromarray(m.texture).resize(small, Image.BOX)))
-        )
-
-    return replace(mesh, materials=[fit(k, m) for k, m in enumerate(mesh.materials)])
-
-
-def look_up_texture(
-    texture: np.ndarray,  # [h w 4] uint8
-    uv: np.ndarray,  # [n 2] texture coordinates, repeated outside 0..1; v = 0 is the bottom row
-) -> np.ndarray:  # [n 4] float in 0..1
-    "Bilinear texture values."
-    h, w = texture.shape[:2]
-    x, y = uv[:, 0] * w - 0.5, (1 - uv[:, 1]) * h - 0.5
-    x0, y0 = np.floor(x), np.floor(y)
-    fx, fy = (x - x0)[:, None], (y - y0)[:, None]
-    x0, y0 = x0.astype(np.int64) % w, y0.astype(np.int64) % h
-    x1, y1 = (x0 + 1) % w, (y0 + 1) % h
-    top = texture[y0, x0] * (1 - fx) + texture[y0, x1] * fx
-    return (top * (1 - fy) + (texture[y1, x0] * (1 - fx) + texture[y1, x1] * fx) * fy) / 255
-
-# %% ../../nbs/worlds/20_furniture.ipynb #24fa7453
-GLASS = (
-    0.55  # what is clearer than this is drawn this solid: glass should be seen, and hit by points
-)
-
-
-def surface(
-    mesh: Mesh,  # any frame
-    face: np.ndarray,  # [n] triangle numbers
-    bary: np.ndarray,  # [n 2] weights of corners 1 and 2
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # colour without light [n 3], opacity [n], unit normal [n 3]
-    "What the mesh is made of at points on it."
-    w = np.concatenate([1 - bary.sum(1, keepdims=True), bary], 1)[..., None]
-    uv, normal = (mesh.uv[face] * w).sum(1), (mesh.normal[face] * w).sum(1)
-    normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
-    color, opacity, which = np.zeros((len(face), 3)), np.ones(len(face)), mesh.material[face]
-    for k in np.unique(which):
-        mine, m = which == k, mesh.materials[k]
-        color[mine] = m.color
-        if m.texture is not None:
-            rgba = look_up_texture(m.texture, uv[mine])
-            color[mine], opacity[mine] = rgba[:, :3], rgba[:, 3]
-        else:
-            opacity[mine] = max(GLASS, m.opacity)
-    return color, opacity, normal
-
-
-def shade(
-    color: np.ndarray,  # [n 3] colour without light
-    normal: np.ndarray,  # [n 3] unit, towards the viewer
-) -> np.ndarray:  # [n 3] in 0..1
-    "Light that stays in the world: much ambient, more from above, a soft key light from the front left and a fill light."
-    key, fill = (np.array(v) / np.linalg.norm(v) for v in ((-0.45, -0.6, 0.65), (0.7, 0.5, 0.1)))
-    light = (
-        0.55
-        + 0.14 * normal[:, 2]
-        + 0.42 * np.clip(normal @ key, 0, 1)
-        + 0.14 * np.clip(normal @ fill, 0, 1)
-    )
-    return np.clip((0.07 + 0.93 * color) * light[:, None], 0, 1)
-
-# %% ../../nbs/worlds/20_furniture.ipynb #5837b0ea
-class Tracer:
-    "Rays against one mesh; Embree does the work."
-
-    def __init__(self, mesh: Mesh):
-        try:
-            from embreex import rtcore_scene, mesh_construction
-        except ImportError:
-            raise ImportError(
-                "embreex: needed to render meshes, found nothing; pip install 'unipre3d[prepare]'"
-            ) from None
-        self.mesh, self.scene = mesh, rtcore_scene.EmbreeScene()
-        self._triangles = mesh_construction.TriangleMesh(
-            self.scene, np.ascontiguousarray(mesh.corners, dtype=np.float32)
-        )
-
-    def hit(
-        self, origin: np.ndarray, direction: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "First triangle [n] (-1 = none), barycentric weights [n 2] and distance [n] along unit directions."
-        found = self.scene.run(
-            np.ascontiguousarray(origin, dtype=np.float32),
-            np.ascontiguousarray(direction, dtype=np.float32),
-            query="INTERSECT",
-            output=1,
-        )
-        return (
-            found["primID"].astype(np.int64),
-            np.stack([found["u"], found["v"]], 1).astype(np.float64),
-            found["tfar"].astype(np.float64),
-        )
-
-    def color(
-        self, origin: np.ndarray, direction: np.ndarray, layers: int = 6
-    ) -> tuple[np.ndarray, np.ndarray]:
-        "Colour over black [n 3] and coverage [n]; a ray goes on behind what is not opaque, through at most `layers` surfaces."
-        rgb, clear = np.zeros((len(origin), 3)), np.ones(len(origin))
-        alive = np.arange(len(origin))
-        for _ in range(layers):
-            face, bary, far = self.hit(origin[alive], direction[alive])
-            met = face >= 0
-            alive, face, bary, far = alive[met], face[met], bary[met], far[met]
-            if not len(alive):
-                break
-            color, opacity, normal = surface(self.mesh, face, bary)
-            towards = np.where(
-                (normal * direction[alive]).sum(1, keepdims=True) > 0, -normal, normal
-            )
-            rgb[alive] += (clear[alive] * opacity)[:, None] * shade(color, towards)
-            clear[alive] *= 1 - opacity
-            origin = origin.copy()
-            origin[alive] += direction[alive] * (far + 2e-4)[:, None]
-            alive = alive[clear[alive] > 0.02]
-        return rgb, 1 - clear
-
-# %% ../../nbs/worlds/20_furniture.ipynb #f8d70858
-def camera_rays(
-    pose: np.ndarray,  # [4 4] camera to world
-    fov: float,  # degrees
-    size: int,  # pixels along an edge
-    samples: int,  # rays along a pixel's edge
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # origins and unit directions [(size * samples)^2 3], row by row
-    "Rays through an even grid of points in each pixel."
-    n = size * samples
-    x = ((np.arange(n) + 0.5) / n * 2 - 1) * math.tan(math.radians(fov) / 2)
-    d = np.stack([*np.meshgrid(x, x), np.ones((n, n))], -1).reshape(-1, 3) @ pose[:3, :3].T
-    return np.broadcast_to(pose[:3, 3], d.shape), d / np.linalg.norm(d, axis=1, keepdims=True)
-
-
-def render_view(
-    tracer: Tracer,  # a normalised mesh
-    pose: np.ndarray,  # [4 4] camera to world
-    fov: float = FOV,  # degrees
-    size: int = SIZE,  # pixels along an edge
-    samples: int = 2,  # rays along a pixel's edge
-) -> np.ndarray:  # [size size 4] uint8: colour over black, and coverage
-    "One image. The colour is already on black, so a reader that drops alpha gets the right picture."
-    o, d = camera_rays(pose, fov, size, samples)
-    near = (
-        np.linalg.norm(np.cross(o, d), axis=1) < RADIUS * 1.001
-    )  # passes the sphere that holds the object
-    out = np.zeros((len(d), 4))
-    rgb, alpha = tracer.color(o[near], d[near])
-    out[near] = np.concatenate([rgb, alpha[:, None]], 1)
-    out = out.reshape(size, samples, size, samples, 4).mean((1, 3))
-    return np.round(out * 255).astype(np.uint8)
-
-# %% ../../nbs/worlds/20_furniture.ipynb #c8cba853
-def surface_cloud(
-    tracer: Tracer,  # a normalised mesh
-    n: int,  # points
-    seed: int = 0,
-    eyes: np.ndarray
-    | None = None,  # [v 3] where one may look from; None means 60 places all around
-) -> dict[
-    str, np.ndarray
-]:  # xyz [n 3], normal [n 3] outwards, color [n 3] uint8 lit as in the views, part [n]
-    "Points spread evenly over what can be seen from outside: area-weighted samples, each kept if some eye has it in free sight."
-    rng, mesh = np.random.default_rng(seed), tracer.mesh
-    area = np.linalg.norm(
-        np.cross(mesh.corners[:, 1] - mesh.corners[:, 0], mesh.corners[:, 2] - mesh.corners[:, 0]),
-        axis=1,
-    )
-    if eyes is None:
-        z, a = 1 - 2 * (np.arange(60) + 0.5) / 60, np.arange(60) * math.pi * (3 - 5**0.5)
-        eyes = DISTANCE * np.stack(
-            [np.sqrt(1 - z * z) * np.cos(a), np.sqrt(1 - z * z) * np.sin(a), z], 1
-        )
-    found, total = [], 0
-    for _ in range(40):
-        face = rng.choice(len(area), 4 * n, p=area / area.sum())
-        bary = rng.random((4 * n, 2))
-        bary = np.where(bary.sum(1, keepdims=True) > 1, 1 - bary, bary)
-        xyz = (
-            mesh.corners[face]
-            * np.concatenate([1 - bary.sum(1, keepdims=True), bary], 1)[..., None]
-        ).sum(1)
-        color, opacity, normal = surface(mesh, face, bary)
-        flat = np.cross(
-            mesh.corners[face, 1] - mesh.corners[face, 0],
-            mesh.corners[face, 2] - mesh.corners[face, 0],
-        )
-        flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-20)
-        seen = np.zeros((len(xyz), 3))  # sum of directions towards the eyes that see the point
-        for eye in eyes[rng.permutation(len(eyes))]:
-            test = np.flatnonzero((opacity > 0.5) & ~seen.any(1))
-            way = eye - xyz[test]
-            far = np.linalg.norm(way, axis=1, keepdims=True)
-            facing = np.abs((way / far * flat[test]).sum(1)) > 0.15
-            test, way, far = test[facing], way[facing] / far[facing], far[facing]
-            if not len(test):
-                continue
-            hit, _, gap = tracer.hit(eye - 0 * way, -way)
-            free = (hit >= 0) & (gap > far[:, 0] - 2e-3)
-            seen[test[free]] = way[free]
-        good = seen.any(1)
-        outward = np.where((normal * seen).sum(1, keepdims=True) < 0, -normal, normal)[good]
-        found.append(
-            (
-                xyz[good],
-                outward,
-                np.round(255 * shade(color[good], outward)).astype(np.uint8),
-                mesh.part[face[good]],
-            )
-        )
-        total += int(good.sum())
-        if total >= n:
-            break
-    if total < n:
-        raise ValueError(
-            f"surface_cloud: expected {n} points that can be seen from outside, found {total} after {40 * 4 * n} samples"
-        )
-    return {
-        k: np.concatenate(v)[:n] for k, v in zip(("xyz", "normal", "color", "part"), zip(*found))
-    }
 
 # %% ../../nbs/worlds/20_furniture.ipynb #5079f102
-VIEWS, POINTS = 24, 4096
+VIEWS = 24  # of each object
+POINTS = 4096
 
 
 def prepare_mesh(
@@ -674,18 +326,16 @@ def prepare_mesh(
     seed: str,  # decides the views and the samples; the object's id
     views: int = VIEWS,
     points: int = POINTS,
-) -> dict[
-    str, np.ndarray
-]:  # rgba [v 128 128 4], views [v 5], xyz, normal, color, part [n ...], parts, unit (metres a unit)
-    "Everything that the data set keeps of one object."
-    mesh, _, unit = normalise(mesh)
-    mesh = fit_textures(mesh)
-    tracer, where = Tracer(mesh), orbit(seed, views)
+) -> dict[str, np.ndarray]:  # rgba [v 128 128 4], views [v 5], the cloud [n ...], parts, unit
+    "Everything that the data set keeps of one object; `unit` is the length in metres that became 1."
+    mesh, _, length = normalise(mesh)
+    tracer = Tracer(fit_textures(mesh))
+    where = spiral_views(seed, views)
     rgba = np.stack([render_view(tracer, pose) for pose in orbit_poses(where)])
-    cloud = surface_cloud(
-        tracer, points, seed=int(hashlib.sha256(seed.encode()).hexdigest()[:8], 16)
-    )
-    return dict(rgba=rgba, views=where, unit=np.float64(unit), parts=np.array(mesh.parts), **cloud)
+    number = int(hashlib.sha256(seed.encode()).hexdigest()[:8], 16)
+    cloud = surface_cloud(tracer, points, seed=number)
+    facts = dict(unit=np.float64(length), parts=np.array(mesh.parts))
+    return dict(rgba=rgba, views=where, **facts, **cloud)
 
 
 def prepare_object(
@@ -722,94 +372,8 @@ def prepare_all(
     "Prepare many objects in several processes, with a progress bar."
     Path(folder).mkdir(parents=True, exist_ok=True)
     jobs = [(libraries[e.library], e, folder) for e in entries]
-    with ProcessPoolExecutor(workers) as pool:
-        lines = list(
-            tqdm(
-                pool.map(_prepare_job, jobs, chunksize=1),
-                total=len(jobs),
-                desc="render",
-                unit="object",
-            )
-        )
-    return [line for line in lines if line]
-
-# %% ../../nbs/worlds/20_furniture.ipynb #2a75c414
-BITS, STEPS = 12, 32  # of a coordinate; of each half axis of an octahedral normal
-
-
-def _spread(x):
-    out = np.zeros(len(x), dtype=np.uint64)
-    for bit in range(BITS):
-        out |= (x.astype(np.uint64) >> np.uint64(bit) & np.uint64(1)) << np.uint64(3 * bit)
-    return out
-
-
-def _gather(code):
-    x = code & np.uint64(0x1249249249249249)
-    for shift, mask in (
-        (2, 0x10C30C30C30C30C3),
-        (4, 0x100F00F00F00F00F),
-        (8, 0x1F0000FF0000FF),
-        (16, 0x1F00000000FFFF),
-    ):
-        x = (x ^ x >> np.uint64(shift)) & np.uint64(mask)
-    return x
-
-
-def pack_cloud(
-    xyz: np.ndarray,  # [n 3] inside the cube of half edge 0.65
-    normal: np.ndarray,  # [n 3] unit
-    color: np.ndarray,  # [n 3] uint8
-    part: np.ndarray,  # [n] part number, 0 = no label
-) -> np.ndarray:  # [11 n] uint8, a row for each byte of a point
-    "A cloud in 11 bytes a point, in Morton order so that it compresses: 36-bit cell as differences, colour, octahedral normal, part."
-    cell = np.clip(np.floor((xyz + RADIUS) / (2 * RADIUS) * 2**BITS), 0, 2**BITS - 1).astype(
-        np.int64
-    )
-    code = (
-        _spread(cell[:, 0]) << np.uint64(2)
-        | _spread(cell[:, 1]) << np.uint64(1)
-        | _spread(cell[:, 2])
-    )
-    order = np.argsort(code, kind="stable")
-    step = np.diff(code[order], prepend=np.uint64(0))
-    flat = normal / np.maximum(np.abs(normal).sum(1, keepdims=True), 1e-12)
-    fold = np.where(
-        flat[:, 2:] < 0,
-        (1 - np.abs(flat[:, 1::-1])) * np.where(flat[:, :2] < 0, -1, 1),
-        flat[:, :2],
-    )
-    rows = [(step >> np.uint64(8 * k) & np.uint64(255)).astype(np.uint8) for k in range(5)]
-    rows += [
-        *color[order].T,
-        *np.round((fold[order] + 1) * STEPS).astype(np.uint8).T,
-        part[order].astype(np.uint8),
-    ]
-    return np.stack(rows)
-
-
-def unpack_cloud(
-    packed: np.ndarray,  # [11 n] uint8 as `pack_cloud` writes it
-) -> dict[
-    str, np.ndarray
-]:  # xyz [n 3] float32, normal [n 3] float32, color [n 3] uint8, part [n] int64
-    "The cloud again; every coordinate is the middle of its cell, so packing it once more changes nothing."
-    if packed.ndim != 2 or packed.shape[0] != 11 or packed.dtype != np.uint8:
-        raise ValueError(
-            f"packed cloud: expected uint8 [11 n], found {packed.dtype} {list(packed.shape)}"
-        )
-    code = np.cumsum(sum(packed[k].astype(np.uint64) << np.uint64(8 * k) for k in range(5)))
-    cell = np.stack([_gather(code >> np.uint64(s)) for s in (2, 1, 0)], 1)
-    xy = packed[8:10].T.astype(np.float64) / STEPS - 1
-    z = 1 - np.abs(xy).sum(1, keepdims=True)
-    xy = np.where(z < 0, (1 - np.abs(xy[:, ::-1])) * np.where(xy < 0, -1, 1), xy)
-    normal = np.concatenate([xy, z], 1)
-    return dict(
-        xyz=((cell + 0.5) / 2**BITS * 2 * RADIUS - RADIUS).astype(np.float32),
-        normal=(normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
-        color=packed[5:8].T.copy(),
-        part=packed[10].astype(np.int64),
-    )
+    lines = map_jobs(_prepare_job, jobs, workers)
+    return [line for line in tqdm(lines, "render", len(jobs), unit="object") if line]
 
 # %% ../../nbs/worlds/20_furniture.ipynb #0a55a0f1
 def part_table(
@@ -830,35 +394,17 @@ def label_parts(
     rows: list[dict],  # `furniture_parts.csv`; the first pattern that is found wins
 ) -> np.ndarray:  # [len(names)] part numbers, 0 = none fits
     "Part numbers from what the artist called the pieces."
-    mine, table = (
-        [r for r in rows if r["class"] == kind],
-        part_table(rows).get(kind, ["unlabelled"]),
-    )
+    mine = [r for r in rows if r["class"] == kind]
+    table = part_table(mine).get(kind)
 
     def number(name):
-        return next(
-            (
-                table.index(r["part"])
-                for r in mine
-                if re.search(r["pattern"], f"{id}|{name}".lower())
-            ),
-            0,
-        )
+        text = f"{id}|{name}".lower()
+        fitting = (table.index(r["part"]) for r in mine if re.search(r["pattern"], text))
+        return next(fitting, 0)
 
     return np.array([number(n) for n in names], dtype=np.int64)
 
 # %% ../../nbs/worlds/20_furniture.ipynb #a7c39d50
-CONVENTION = dict(
-    format="unipre3d objects 1",
-    world="z up, front towards -y, radius 0.65",
-    images="on black",
-    cameras="orbit",
-    points="packed",
-    suffix=".webp",
-    views=VIEWS,
-    size=SIZE,
-    fov=FOV,
-)
 LICENCES = {
     "BlendSwap-CC-0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/"),
     "BlendSwap-CC-BY": ("CC BY 3.0", "https://creativecommons.org/licenses/by/3.0/"),
@@ -866,18 +412,6 @@ LICENCES = {
     "Reallusion": ("CC BY 3.0 US", "https://creativecommons.org/licenses/by/3.0/us/"),
     "Scopia": ("CC BY 3.0", "https://creativecommons.org/licenses/by/3.0/"),
 }
-
-
-def _npy(array):
-    with io.BytesIO() as f:
-        np.save(f, array)
-        return f.getvalue()
-
-
-def _webp(rgba):
-    with io.BytesIO() as f:
-        Image.fromarray(rgba).save(f, "WEBP", lossless=True, quality=75, method=4)
-        return f.getvalue()
 
 
 def round_colors(
@@ -896,18 +430,12 @@ def pack_object(
 ) -> dict[str, bytes]:  # member name -> bytes, all below `<class>/<id>/`
     "The files of one object in the archive: lossless WebP views, their directions, the packed cloud."
     with np.load(Path(folder) / f"{id}.npz") as z:
-        made = {k: z[k] for k in z.files}
+        made = dict(z)
     part = label_parts(made["parts"].tolist(), id, kind, rows)[made["part"]]
-    root = f"{kind}/{id}"
+    cloud = pack_cloud(made["xyz"], made["normal"], round_colors(made["color"]), part)
     views = np.concatenate([round_colors(made["rgba"][..., :3]), made["rgba"][..., 3:]], -1)
-    files = {f"{root}/easy/{k:02d}.webp": _webp(view) for k, view in enumerate(views)}
-    files[f"{root}/easy/rendering_metadata.txt"] = "".join(
-        " ".join(f"{v:.10g}" for v in row) + "\n" for row in made["views"].tolist()
-    ).encode()
-    files[f"{root}/pts/{kind}-{id}.npy"] = _npy(
-        pack_cloud(made["xyz"], made["normal"], round_colors(made["color"]), part)
-    )
-    return files
+    images = [image_bytes(view, "WEBP", lossless=True, quality=75, method=4) for view in views]
+    return object_files(kind, id, images, ".webp", made["views"], cloud)
 
 
 def _pack_job(job):
@@ -917,118 +445,115 @@ def _pack_job(job):
 def near_duplicates(
     clouds: dict[
         str, tuple[np.ndarray, np.ndarray]
-    ],  # id -> xyz [n 3] of a normalised object and colour [n 3] in 0..1
-    distance: float = 0.0245,  # mean distance between the clouds; that of two samples of one surface is about .02 for 1,024 points
+    ],  # id -> xyz [n 3] normalised, colour [n 3] 0..1
+    distance: float = 0.0245,  # mean distance between the clouds
     color: float = 0.10,  # mean absolute difference of the colours of nearest points
 ) -> dict[str, str]:  # id of a duplicate -> id of the earlier object that it repeats
-    "Objects that look the same as one before them: nearest-point distance both ways, and colour."
-    from scipy.spatial import cKDTree
+    "Objects that resemble one before them: nearest-point distance both ways, and colour."
+    kept, found = {}, {}
 
-    trees, found = {}, {}
+    def same(one, other):
+        (tree, xyz, rgb), (their_tree, their_xyz, their_rgb) = one, other
+        if np.abs(np.ptp(xyz, axis=0) - np.ptp(their_xyz, axis=0)).max() > 0.15:
+            return False
+        gap, at = their_tree.query(xyz)
+        if gap.mean() > 2 * distance:
+            return False
+        both = (gap.mean() + tree.query(their_xyz)[0].mean()) / 2
+        return both < distance and np.abs(their_rgb[at] - rgb).mean() < color
+
     for name, (xyz, rgb) in clouds.items():
-        for other, (tree, theirs, their_rgb) in trees.items():
-            if np.abs(np.ptp(xyz, axis=0) - np.ptp(theirs, axis=0)).max() > 0.15:
-                continue
-            gap, at = tree.query(xyz)
-            if gap.mean() > 2 * distance:
-                continue
-            back = cKDTree(xyz).query(theirs)[0].mean()
-            if (gap.mean() + back) / 2 < distance and np.abs(their_rgb[at] - rgb).mean() < color:
-                found[name] = other
-                break
+        one = cKDTree(xyz), xyz, rgb
+        twin = next((other for other in kept if same(one, kept[other])), None)
+        if twin is None:
+            kept[name] = one
         else:
-            trees[name] = (cKDTree(xyz), xyz, rgb)
+            found[name] = twin
     return found
 
 # %% ../../nbs/worlds/20_furniture.ipynb #ff43871f
+SIDES = ("train", "val", "test")
+
+
 def split_families(
     classes: dict[str, str],  # object -> class
     families: dict[str, str],  # object -> design family
-    share: tuple[float, float, float] = (0.75, 0.10, 0.15),  # of objects in train, val, test
+    fractions: tuple[float, float, float] = (0.75, 0.10, 0.15),  # of objects in train, val, test
     seed: int = 0,
 ) -> dict[str, str]:  # object -> "train", "val" or "test"
-    "A split that keeps every family on one side and each class near the shares: big families first, each to where most is missing."
+    "A split that keeps every family on one side: big families first, each to where most is missing."
     members = defaultdict(list)
     for name, family in families.items():
         members[family].append(name)
-    rng, total, have = (
-        np.random.default_rng(seed),
-        Counter(classes.values()),
-        defaultdict(lambda: np.zeros(3)),
-    )
-    order = [sorted(members)[i] for i in rng.permutation(len(members))]
-    out = {}
+    total = Counter(classes.values())
+    have = defaultdict(lambda: np.zeros(3))  # class -> objects on each side
+    names = sorted(members)
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    sides = {}
     for family in sorted(order, key=lambda f: -len(members[f])):
-        kinds = Counter(classes[m] for m in members[family])
-        missing = sum(
-            n * (np.array(share) * total[c] - have[c]) / max(total[c], 1) for c, n in kinds.items()
-        )
-        side = int(np.argmax(missing)) if len(members[family]) < 4 else 0
-        for m in members[family]:
-            out[m] = ("train", "val", "test")[side]
-        for c, n in kinds.items():
-            have[c][side] += n
-    return out
+        mine = members[family]
+        kinds = Counter(classes[m] for m in mine)
+        missing = 0
+        for kind, n in kinds.items():
+            missing = missing + n * (np.array(fractions) * total[kind] - have[kind]) / total[kind]
+        side = int(np.argmax(missing)) if len(mine) < 4 else 0
+        sides |= dict.fromkeys(mine, SIDES[side])
+        for kind, n in kinds.items():
+            have[kind][side] += n
+    return sides
 
 # %% ../../nbs/worlds/20_furniture.ipynb #f7824c59
 def object_table(
     entries: list[Entry],
     choices: list[dict],  # `furniture_classes.csv`: id, class, family, dropped (a reason, or empty)
-) -> list[dict]:  # the rows of `furniture.csv`: what is kept, with its split and its origin
-    "Which objects the data set holds, and everything that is said about each."
+) -> list[dict]:  # the rows of `furniture.csv`, with split and origin
+    "Which objects the data set holds, and everything that is said about each. Raises: ValueError for an unknown id."
     by_id = {e.id: e for e in entries}
     if unknown := [c["id"] for c in choices if c["id"] not in by_id]:
         raise ValueError(
             f"furniture_classes.csv: expected ids of the catalogue, found {unknown[0]}"
         )
     kept = [c for c in choices if not c["dropped"]]
-    side = split_families({c["id"]: c["class"] for c in kept}, {c["id"]: c["family"] for c in kept})
-
-    def row(c):
+    families = {c["id"]: c["family"] for c in kept}
+    sides = split_families({c["id"]: c["class"] for c in kept}, families)
+    rows = []
+    for c in sorted(kept, key=lambda c: (c["class"], c["id"])):
         e = by_id[c["id"]]
-        size = dict(zip(("width", "depth", "height"), e.size))
-        return dict(
-            id=e.id,
-            name=e.name,
-            **{"class": c["class"]},
-            family=c["family"],
-            split=side[e.id],
-            library=e.library,
-            creator=e.creator,
-            licence=LICENCES[e.library][0],
-            category=e.category,
-            **size,
+        row = dict(id=e.id, name=e.name, **{"class": c["class"]}, family=c["family"])
+        row |= dict(
+            split=sides[e.id], library=e.library, creator=e.creator, licence=LICENCES[e.library][0]
         )
+        row |= dict(category=e.category, width=e.size[0], depth=e.size[1], height=e.size[2])
+        rows.append(row)
+    return rows
 
-    return sorted(map(row, kept), key=lambda r: (r["class"], r["id"]))
+
+CREDITS_HEAD = """# Credits of the furniture
+
+The {n} objects in `furniture.zip` come from the furniture libraries of Sweet Home 3D (Debian package `{package}` 1.8-1,
+<https://www.sweethome3d.com>). **The models were changed:** each was scaled, centred, \
+rendered as 24 images and sampled as a point
+cloud; the meshes themselves are included only as simplified, recoloured copies, from which rooms are composed. \
+This table is written by `unipre3d data furniture` from the catalogues of the libraries.
+"""
+CREDITS_LIBRARY = """## {library}
+
+Licence: [{licence}]({link}).
+
+| id | name | creator |
+|---|---|---|"""
 
 
 def credits(
     rows: list[dict],  # of `furniture.csv`
 ) -> str:  # markdown
     "Who made the models, under which licence, and what was done to them."
-    lines = [
-        "# Credits of the furniture",
-        "",
-        f"The {len(rows)} objects in `furniture.zip` come from the furniture libraries of Sweet Home 3D (Debian package `{PACKAGE}` 1.8-1,",
-        "<https://www.sweethome3d.com>). **The models were changed:** each was scaled, centred, rendered as 24 images and sampled as a point",
-        "cloud; the meshes themselves are included only as simplified, recoloured copies, from which rooms are composed. This table is written by `unipre3d data furniture` from the catalogues of the libraries.",
-        "",
-    ]
-    for library in LIBRARIES:
+    lines = [CREDITS_HEAD.format(n=len(rows), package=PACKAGE)]
+    for library, (licence, link) in LICENCES.items():
         mine = [r for r in rows if r["library"] == library]
-        if not mine:
-            continue
-        licence, link = LICENCES[library]
-        lines += [
-            f"## {library}",
-            "",
-            f"Licence: [{licence}]({link}).",
-            "",
-            "| id | name | creator |",
-            "|---|---|---|",
-        ]
-        lines += [f"| {r['id']} | {r['name']} | {r['creator']} |" for r in mine] + [""]
+        if mine:
+            lines.append(CREDITS_LIBRARY.format(library=library, licence=licence, link=link))
+            lines += [f"| {r['id']} | {r['name']} | {r['creator']} |" for r in mine] + [""]
     return "\n".join(lines)
 
 # %% ../../nbs/worlds/20_furniture.ipynb #bc795858
@@ -1040,62 +565,44 @@ def write_archive(
     workers: int = 2,  # processes
 ) -> Path:
     "The archive; the same input gives the same bytes."
-
-    def add(z, name, data, kind):
-        z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, kind, 9)
-
     part = Path(out).with_suffix(".part")
-    with ProcessPoolExecutor(workers) as pool, zipfile.ZipFile(part, "w") as z:
-        add(z, "convention.json", json.dumps(CONVENTION), zipfile.ZIP_STORED)
-        add(z, "objects.csv", csv_text(rows), zipfile.ZIP_DEFLATED)
-        add(z, "parts.json", json.dumps(part_table(parts)), zipfile.ZIP_STORED)
-        jobs = [(folder, r["id"], r["class"], parts) for r in rows]
-        for files in tqdm(
-            pool.map(_pack_job, jobs, chunksize=1), total=len(jobs), desc="pack", unit="object"
-        ):
+    jobs = [(folder, r["id"], r["class"], parts) for r in rows]
+    packed = map_jobs(_pack_job, jobs, workers)
+    with zipfile.ZipFile(part, "w") as z:
+        facts = convention(".webp", VIEWS, SIZE)
+        add_tables(z, facts, rows, part_table(parts), zipfile.ZIP_DEFLATED)
+        for files in tqdm(packed, "pack", len(jobs), unit="object"):
             for name, data in files.items():
-                add(
-                    z,
-                    name,
-                    data,
-                    zipfile.ZIP_STORED if name.endswith(".webp") else zipfile.ZIP_DEFLATED,
-                )
+                kind = zipfile.ZIP_STORED if name.endswith(".webp") else zipfile.ZIP_DEFLATED
+                add_member(z, name, data, kind)
     return part.replace(out)
 
 
 def build_furniture(
     deb: str | Path | None = None,  # the source package; None downloads it with apt-get
-    out: str
-    | Path
-    | None = None,  # folder that gets furniture.zip, furniture.csv and CREDITS.md; None means the embedded data folder
-    work: str
-    | Path = "runs/furniture",  # libraries and prepared objects; an interrupted build goes on from here
+    out: str | Path | None = None,  # folder of the results; None means the embedded data folder
+    work: str | Path = "runs/furniture",  # libraries and prepared objects, kept for the next run
     workers: int = 2,  # processes
     ids: list[str] | None = None,  # only these objects; None means all that the table keeps
 ) -> Path:  # the archive
-    "The embedded data set from its source: check, unpack, render, pack, and write the tables."
-    tables, out, work = data_dir(), Path(out or data_dir()), Path(work)
+    """The embedded data set from its source: check, unpack, render, pack.
+    Writes `furniture.zip`, `furniture.csv` and `CREDITS.md`. Raises: FileNotFoundError or ValueError where the source is missing or another."""
+    tables = data_dir()
+    out, work = Path(out or tables), Path(work)
     libraries = unpack_deb(find_deb(deb, work), work / "libraries")
     entries = []
     for name, path in libraries.items():
         with zipfile.ZipFile(path) as z:
-            entries += read_catalogue(
-                z.read("PluginFurnitureCatalog.properties").decode("latin1"), name
-            )
+            text = z.read("PluginFurnitureCatalog.properties").decode("latin1")
+        entries += read_catalogue(text, name)
     rows = object_table(entries, read_csv(tables / "furniture_classes.csv"))
     rows = [r for r in rows if ids is None or r["id"] in ids]
     chosen = {r["id"] for r in rows}
-    if problems := prepare_all(
-        libraries, [e for e in entries if e.id in chosen], work / "prepared", workers
-    ):
+    mine = [e for e in entries if e.id in chosen]
+    if problems := prepare_all(libraries, mine, work / "prepared", workers):
         raise ValueError(problems[0])
     out.mkdir(parents=True, exist_ok=True)
     (out / "furniture.csv").write_text(csv_text(rows), encoding="utf-8")
     (out / "CREDITS.md").write_text(credits(rows), encoding="utf-8")
-    return write_archive(
-        work / "prepared",
-        rows,
-        read_csv(tables / "furniture_parts.csv"),
-        out / "furniture.zip",
-        workers,
-    )
+    parts = read_csv(tables / "furniture_parts.csv")
+    return write_archive(work / "prepared", rows, parts, out / "furniture.zip", workers)

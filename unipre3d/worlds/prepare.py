@@ -4,169 +4,67 @@
 
 # %% ../../nbs/worlds/25_prepare.ipynb #b083cc6d
 from __future__ import annotations
-import io, json, os, zipfile, zlib
+import os, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from unipre3d.worlds.furniture import (
-    CONVENTION,
-    Material,
-    Mesh,
-    Tracer,
-    csv_text,
-    normalise,
-    orbit,
+from unipre3d.data.objects import (
+    add_member,
+    add_tables,
+    convention,
+    image_bytes,
+    object_files,
     orbit_poses,
     pack_cloud,
-    render_view,
-    smooth_normals,
-    surface_cloud,
+    spiral_views,
 )
 from ..data.shapenet import split_objects
+from unipre3d.worlds.mesh import (
+    Mesh,
+    Tracer,
+    normalise,
+    read_mesh,
+    render_view,
+    surface_cloud,
+    true_size,
+)
 
 # %% auto #0
-__all__ = ['TO_Z_UP', 'MESHES', 'face_materials', 'read_own_mesh', 'prepare_own', 'find_meshes', 'prepare_meshes']
-
-# %% ../../nbs/worlds/25_prepare.ipynb #bdae12af
-TO_Z_UP = dict(
-    z=np.eye(3),
-    y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
-    x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
-)  # rows of a rotation
-
-
-def face_materials(
-    mesh,  # trimesh.Trimesh
-) -> tuple[
-    np.ndarray, np.ndarray, list[Material]
-]:  # uv [f 3 2], material of each face [f], the materials
-    "What colours a mesh: its texture, its material, or the colours of faces and vertices, rounded to 32 steps a channel."
-    uv, visual = np.zeros((len(mesh.faces), 3, 2), np.float32), mesh.visual
-    if visual.kind == "texture":
-        material = getattr(visual, "material", None)
-        image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
-        if image is not None and visual.uv is not None:
-            return (
-                np.asarray(visual.uv, np.float32)[mesh.faces],
-                np.zeros(len(mesh.faces), int),
-                [Material(texture=np.asarray(image.convert("RGBA")))],
-            )
-        color = (
-            np.asarray(material.main_color if material is not None else [178, 178, 178, 255])[:3]
-            / 255
-        )
-        return uv, np.zeros(len(mesh.faces), int), [Material(color=tuple(color.tolist()))]
-    if visual.kind is None:
-        return uv, np.zeros(len(mesh.faces), int), [Material()]
-    rounded = np.asarray(visual.face_colors)[:, :3] >> 3
-    colors, which = np.unique(rounded, axis=0, return_inverse=True)
-    return uv, which.reshape(-1), [Material(color=tuple((c / 31).tolist())) for c in colors]
-
-
-def read_own_mesh(
-    path: str | Path,  # anything trimesh reads
-    up: str = "y",  # the file's upward axis: "x", "y" (usual for OBJ and GLB) or "z"
-) -> Mesh:  # in the file's unit, z up
-    "A mesh file as triangles with materials."
-    try:
-        import trimesh
-    except ImportError:
-        raise ImportError(
-            "trimesh: needed to read meshes, found nothing; pip install trimesh"
-        ) from None
-    if up not in TO_Z_UP:
-        raise ValueError(f"up: expected 'x', 'y' or 'z', got {up!r}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected a mesh file, found none")
-    try:
-        scene = trimesh.load_scene(path, process=False)
-    except Exception as problem:
-        raise ValueError(
-            f"{path}: expected a mesh that trimesh can read, got {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-        ) from problem
-    meshes = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
-    if not meshes:
-        raise ValueError(
-            f"{path}: expected triangles, found none; a point cloud needs a surface first"
-        )
-    corners = (
-        np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes]) @ TO_Z_UP[up].T
-    )
-    if not np.isfinite(corners).all():
-        raise ValueError(
-            f"{path}: expected finite vertices, found {int((~np.isfinite(corners)).sum())} numbers that are not"
-        )
-    if not np.ptp(corners.reshape(-1, 3), axis=0).any():
-        raise ValueError(
-            f"{path}: expected a mesh with some extent, found all corners in one place"
-        )
-    uv, material, materials = zip(*map(face_materials, meshes))
-    first = np.cumsum([0, *map(len, materials)])
-    return Mesh(
-        corners=corners,
-        uv=np.concatenate(uv),
-        normal=smooth_normals(corners).astype(np.float32),
-        material=np.concatenate([m + f for m, f in zip(material, first)]),
-        part=np.zeros(len(corners), int),
-        materials=sum(materials, []),
-        parts=["object"],
-    )
+__all__ = ['MESHES', 'prepare_own', 'find_meshes', 'prepare_meshes']
 
 # %% ../../nbs/worlds/25_prepare.ipynb #947bf2af
 def prepare_own(
     mesh: Mesh,  # any unit, z up
     name: str,  # of the object; decides its views and samples
-    folder: str,  # "<class>/<id>" inside the data set
+    kind: str,  # its class
     *,
     views: int = 24,
     size: int = 128,  # pixels along an edge
     points: int = 4096,
-) -> tuple[
-    dict[str, bytes], dict
-]:  # member name -> bytes, and width, depth, height and unit for `objects.csv`
+) -> tuple[dict[str, bytes], dict]:  # member name -> bytes, and size and unit for `objects.csv`
     "Draw the views of a mesh and sample what can be seen of it."
-    extent = np.ptp(mesh.corners.reshape(-1, 3), axis=0)
-    mesh, _, unit = normalise(mesh)
-    tracer, where, files = Tracer(mesh), orbit(name, views), {}
-    for k, pose in enumerate(orbit_poses(where)):
-        with io.BytesIO() as f:
-            Image.fromarray(render_view(tracer, pose, size=size)).save(f, "PNG")
-            files[f"{folder}/easy/{k:02d}.png"] = f.getvalue()
-    files[f"{folder}/easy/rendering_metadata.txt"] = "".join(
-        " ".join(f"{v:.10g}" for v in row) + "\n" for row in where.tolist()
-    ).encode()
+    small, _, length = normalise(mesh)
+    tracer = Tracer(small)
+    where = spiral_views(name, views)
+    images = [image_bytes(render_view(tracer, p, size=size)) for p in orbit_poses(where)]
     cloud = surface_cloud(tracer, points, seed=zlib.crc32(name.encode()))
-    with io.BytesIO() as f:
-        np.save(f, pack_cloud(**cloud))
-        files[f"{folder}/pts/{folder.replace('/', '-')}.npy"] = f.getvalue()
-    return files, dict(
-        unit=round(unit, 6),
-        **{k: round(float(v), 4) for k, v in zip(("width", "depth", "height"), extent)},
-    )
+    files = object_files(kind, name, images, ".png", where, pack_cloud(**cloud))
+    return files, true_size(mesh, length)
 
 # %% ../../nbs/worlds/25_prepare.ipynb #8f316394
-MESHES = (
-    ".obj",
-    ".ply",
-    ".stl",
-    ".glb",
-    ".gltf",
-    ".off",
-)  # endings that are read without further packages
+MESHES = (".obj", ".ply", ".stl", ".glb", ".gltf", ".off")  # read without further packages
 
 
 def find_meshes(
     folder: str | Path,  # with mesh files, or with a folder of them for each class
 ) -> list[Path]:  # sorted
-    "Every mesh file in a folder and the folders below it."
+    "Every mesh file in a folder and the folders below it. Raises: FileNotFoundError or ValueError where there is none."
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: expected a folder of meshes, found {'a file' if folder.exists() else 'nothing'}"
-        )
+        found = "a file" if folder.exists() else "nothing"
+        raise FileNotFoundError(f"{folder}: expected a folder of meshes, found {found}")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MESHES and p.is_file())
     if not found:
         raise ValueError(f"{folder}: expected files that end in {', '.join(MESHES)}, found none")
@@ -178,70 +76,43 @@ def prepare_meshes(
     out: str | Path,  # the data set, a zip
     *,
     up: str = "y",  # upward axis of the files: "x", "y" or "z"
-    split: tuple[float, float, float] = (
-        0.8,
-        0.1,
-        0.1,
-    ),  # shares of train, val and test in each class
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1),  # train, val and test of each class
     views: int = 24,
     size: int = 128,  # pixels along an edge
     points: int = 4096,  # of each cloud
     seed: int = 0,  # of the splits
 ) -> Path:  # for `ShapeNetViews`, and for `--data` on the command line
-    "Mesh files to a data set for pre-training; written at once or not at all."
-    files, out, rows = [Path(f) for f in files], Path(out), []
+    """Mesh files to a data set for pre-training; written at once or not at all.
+    Raises: ValueError for names that repeat, fractions that do not add up to 1, or a file that is no mesh."""
+    files, out = [Path(f) for f in files], Path(out)
     if not files:
         raise ValueError("prepare_meshes: files: expected at least one mesh, got none")
     if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
-        raise ValueError(
-            f"prepare_meshes: split: expected three shares that add up to 1, got {split}"
-        )
+        wanted = "expected three fractions that add up to 1"
+        raise ValueError(f"prepare_meshes: split: {wanted}, got {split}")
     if out.suffix != ".zip":
         raise ValueError(f"prepare_meshes: out: expected a name that ends in .zip, got {out}")
     keys = [(f.resolve().parent.name, f.stem) for f in files]
     if twice := [k for k in keys if keys.count(k) > 1]:
+        name, many = "/".join(twice[0]), keys.count(twice[0])
         raise ValueError(
-            f"prepare_meshes: files: expected one {'/'.join(twice[0])}, found {keys.count(twice[0])}; rename all but one"
+            f"prepare_meshes: files: expected one {name}, found {many}; rename all but one"
         )
     splits = split_objects(keys, split, seed, "prepare_meshes: split")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(f".{os.getpid()}.part")
+    order = sorted(zip(keys, files))
+    rows = []
     try:
         with zipfile.ZipFile(part, "w") as z:
-            for path, (kind, name) in tqdm(
-                sorted(zip(files, keys), key=lambda x: x[1]),
-                desc="meshes",
-                unit="mesh",
-                disable=None,
-            ):
-                made, facts = prepare_own(
-                    read_own_mesh(path, up),
-                    name,
-                    f"{kind}/{name}",
-                    views=views,
-                    size=size,
-                    points=points,
-                )
+            for (kind, name), path in tqdm(order, "meshes", unit="mesh", disable=None):
+                mesh = read_mesh(path, up)
+                made, facts = prepare_own(mesh, name, kind, views=views, size=size, points=points)
                 for member, data in made.items():
-                    z.writestr(zipfile.ZipInfo(member, (1980, 1, 1, 0, 0, 0)), data)
-                rows.append(
-                    {
-                        "id": name,
-                        "class": kind,
-                        "split": splits[kind, name],
-                        "family": name,
-                        **facts,
-                    }
-                )
-            for member, text in (
-                (
-                    "convention.json",
-                    json.dumps(dict(CONVENTION, suffix=".png", views=views, size=size)),
-                ),
-                ("objects.csv", csv_text(rows)),
-                ("parts.json", "{}"),
-            ):
-                z.writestr(zipfile.ZipInfo(member, (1980, 1, 1, 0, 0, 0)), text)
+                    add_member(z, member, data)
+                row = {"id": name, "class": kind, "split": splits[kind, name], "family": name}
+                rows.append(row | facts)
+            add_tables(z, convention(".png", views, size), rows, {})
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)

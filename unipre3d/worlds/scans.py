@@ -5,7 +5,7 @@
 # %% ../../nbs/worlds/28_scans.ipynb #1f548aa5
 from __future__ import annotations
 import json, math, os, zipfile, zlib
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,16 @@ from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from ..data.labelled import ScanObjectNN, fit_radius
-from .furniture import Material, Mesh, Tracer, read_csv
-from .rooms import depth_sigma
+from ..data.labelled import ScanObjectNN
+from ..data.objects import map_jobs, read_csv
+from ..data.readers import fit_radius
 from ..data.shapenet import ShapeNetViews
+from ..records import code_hash, data_hash, cached
+from .mesh import Mesh, Tracer, normalise, plain_mesh, visible_cloud
+from .sensor import depth_images, merge_views, sensor_depth
 from unipre3d.worlds.shapes import (
     KINDS,
+    MAKERS,
     PARTS,
     Builder,
     block,
@@ -27,11 +31,11 @@ from unipre3d.worlds.shapes import (
     make_mesh,
     shape_items,
 )
-from ..records import code_hash, data_hash, cached
 
 # %% auto #0
-__all__ = ['WALL', 'TOPS', 'VARIANTS', 'surfels', 'make_place', 'viewpoints', 'spoil', 'shoot', 'fuse', 'crop', 'draw_scan',
-           'list_things', 'thing_mesh', 'write_scans', 'make_scans', 'Scans', 'embedded_scans']
+__all__ = ['WALL', 'TOPS', 'VARIANTS', 'ENOUGH', 'SPLIT_NAMES', 'CATEGORIES', 'surfels', 'make_place', 'viewpoints', 'crop',
+           'draw_scan', 'list_things', 'thing_mesh', 'write_scans', 'make_scans', 'Scans', 'embedded_scans',
+           'make_part_shapes', 'embedded_part_shapes']
 
 # %% ../../nbs/worlds/28_scans.ipynb #490f6f00
 def surfels(
@@ -42,22 +46,16 @@ def surfels(
     cover: float = 0.75,  # half edge of a square over the distance to the fourth neighbour
 ) -> Mesh:
     "A cloud as squares that overlap a little."
-    half = cover * np.minimum(d := cKDTree(xyz).query(xyz, 5)[0][:, 4], 2 * np.median(d))[:, None]
-    side = np.cross(normal, np.where(np.abs(normal[:, 2:]) < 0.9, [[0, 0, 1.0]], [[1.0, 0, 0]]))
+    gap = cKDTree(xyz).query(xyz, 5)[0][:, 4]
+    half = cover * np.minimum(gap, 2 * np.median(gap))[:, None]
+    helper = np.where(np.abs(normal[:, 2:]) < 0.9, [[0, 0, 1.0]], [[1.0, 0, 0]])
+    side = np.cross(normal, helper)
     side *= half / np.linalg.norm(side, axis=1, keepdims=True)
     up = np.cross(normal, side)
     square = np.stack([xyz - side - up, xyz + side - up, xyz + side + up, xyz - side + up], 1)
     corners = square[:, [[0, 1, 2], [0, 2, 3]]].reshape(-1, 3, 3).astype(np.float64)
-    n = len(corners)
-    return Mesh(
-        corners,
-        np.zeros((n, 3, 2), np.float32),
-        np.repeat(normal, 6, 0).reshape(n, 3, 3).astype(np.float32),
-        np.zeros(n, np.int64),
-        np.repeat(part, 2),
-        [Material()],
-        parts,
-    )
+    normals = np.repeat(normal, 6, 0).reshape(-1, 3, 3)
+    return plain_mesh(corners, normals, np.repeat(part, 2), parts)
 
 # %% ../../nbs/worlds/28_scans.ipynb #dd9a1889
 WALL = dict(
@@ -72,200 +70,100 @@ WALL = dict(
     display=0.5,
     clock=0.8,
 )  # how often a wall is behind; others .35
-TOPS = ("table", "desk", "cabinet", "box", "bed", "bench", "shelf")  # kinds that carry things
+TOPS = ("table", "desk", "cabinet", "box", "bed", "bench", "shelf")  # kinds with things on them
 
 
 def make_place(
     thing: Mesh,  # metres, z up, front towards -y
     kind: str,  # its class
     rng: np.random.Generator,
-) -> tuple[
-    Mesh, np.ndarray, np.ndarray
-]:  # everything, its first triangles being those of the object; the middle [3] and the half edges [3] of the object's box
-    "An object with floor, wall and neighbours."
+) -> tuple[Mesh, np.ndarray, np.ndarray]:  # everything; middle [3] and half edges [3] of its box
+    "An object with floor, wall and neighbours; its triangles come first."
     points = thing.corners.reshape(-1, 3)
     low, high = points.min(0), points.max(0)
     size = float(np.linalg.norm(high - low))
     lift = 0.0 if low[2] > 0.2 else -low[2]  # what hangs on a wall keeps its height
     shift = np.array([-(low[0] + high[0]) / 2, -(low[1] + high[1]) / 2, lift])
-    half, middle = (high - low) / 2, (low + high) / 2 + shift
+    half = (high - low) / 2
+    middle = (low + high) / 2 + shift
     b = Builder(rng)
-    add = lambda piece: b.add("other", (0.5, 0.5, 0.5), piece)
     wide = 2.5 * size + 0.5
-    if size < 0.6 and b.maybe(0.8):
-        add(
-            block(
-                half[0] * b.u(3, 8),
-                half[1] * b.u(3, 8),
-                0.03,
-                (b.u(-0.5, 0.5) * half[0], b.u(-0.5, 0.5) * half[1], -0.03),
-            )
-        )  # on a table
+    if size < 0.6 and b.maybe(0.8):  # on a table
+        x, y = half[0] * b.u(3, 8), half[1] * b.u(3, 8)
+        pieces = [block(x, y, 0.03, (b.u(-0.5, 0.5) * half[0], b.u(-0.5, 0.5) * half[1], -0.03))]
     else:
-        add(block(wide, wide, 0.02, (0, 0, -0.02)))
+        pieces = [block(wide, wide, 0.02, (0, 0, -0.02))]
     if b.maybe(WALL.get(kind, 0.35)):
-        add(
-            block(
-                wide, 0.02, wide, (0, half[1] + 0.01 + b.u(0, 0.06) * size * (kind != "door"), -0.1)
-            )
-        )
-    for _ in range(b.pick(0, 1, 1, 2, 3)):
-        _neighbour(b, half, size, add)
+        gap = b.u(0, 0.06) * size * (kind != "door")
+        pieces.append(block(wide, 0.02, wide, (0, half[1] + 0.01 + gap, -0.1)))
+    pieces += [_neighbour(b, half, size) for _ in range(b.pick(0, 1, 1, 2, 3))]
     if kind in TOPS and b.maybe(0.5):
-        for _ in range(b.n(1, 3)):
-            s = b.u(0.06, 0.25) * size / 2
-            add(
-                _thing(
-                    b, s, (b.u(-0.7, 0.7) * half[0], b.u(-0.7, 0.7) * half[1], middle[2] + half[2])
-                )
-            )
-    rest = np.concatenate([p[0] for p in b.pieces])
-    corners = np.concatenate([thing.corners + shift, rest])
-    n = len(corners)
+        pieces += [_on_top(b, half, size, middle[2] + half[2]) for _ in range(b.n(1, 3))]
+    rest = np.concatenate([corners for corners, _ in pieces])
     part = np.concatenate([thing.part, np.zeros(len(rest), np.int64)])
-    return (
-        Mesh(
-            corners,
-            np.zeros((n, 3, 2), np.float32),
-            np.zeros((n, 3, 3), np.float32),
-            np.zeros(n, np.int64),
-            part,
-            [Material()],
-            thing.parts,
-        ),
-        middle,
-        half,
-    )
+    everything = np.concatenate([thing.corners + shift, rest])
+    return plain_mesh(everything, part=part, parts=thing.parts), middle, half
 
 
-def _thing(b, s, at):
+def _clutter(b, s, at):
     "A block, cushion or cylinder of about half size s."
     x, y, z = (s * b.u(0.4, 2.0) for _ in range(3))
     return b.pick(block(x, y, z, at), cushion(x, y, z, at, s * 0.3), drum(min(x, y) / 2, z, at))
 
 
-def _neighbour(b, half, size, add):
+def _on_top(b, half, size, z):
+    "Something on an object whose top is at height z."
+    s = b.u(0.06, 0.25) * size / 2
+    return _clutter(b, s, (b.u(-0.7, 0.7) * half[0], b.u(-0.7, 0.7) * half[1], z))
+
+
+def _neighbour(b, half, size):
     "Something beside the object, rarely in front of it."
-    angle, s = b.u(-60, 240), b.u(0.15, 0.6) * size / 2
-    c, d = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    reach = 1 / max(
-        abs(c) / (half[0] + s), abs(d) / (half[1] + s)
-    )  # along this direction, out of the object's box
-    add(_thing(b, s, (c * (reach + b.u(0, 0.3) * s), d * (reach + b.u(0, 0.3) * s), 0)))
+    angle = math.radians(b.u(-60, 240))
+    s = b.u(0.15, 0.6) * size / 2
+    c, d = math.cos(angle), math.sin(angle)
+    reach = 1 / max(abs(c) / (half[0] + s), abs(d) / (half[1] + s))  # out of the object's box
+    return _clutter(b, s, (c * (reach + b.u(0, 0.3) * s), d * (reach + b.u(0, 0.3) * s), 0))
 
 # %% ../../nbs/worlds/28_scans.ipynb #3adfdd70
 def viewpoints(
     middle: np.ndarray,  # [3] of the object's box
     half: np.ndarray,  # [3] half edges
     rng: np.random.Generator,
-) -> tuple[
-    np.ndarray, float
-]:  # poses [1..3 4 4], camera to world, OpenCV axes; tangent of half the field of view
-    "One to three cameras that look at the object from near."
+) -> tuple[np.ndarray, float]:  # poses [1..3 4 4]; tangent of half the field of view
+    "One to three cameras near the object that point at it: camera to world, OpenCV axes."
     r = float(np.linalg.norm(half))
-    first, far = rng.uniform(-75, 75), max(0.45, r * rng.uniform(1.9, 3.0) + 0.2)
+    first = rng.uniform(-75, 75)
+    far = max(0.45, r * rng.uniform(1.9, 3.0) + 0.2)
     poses = []
     for k in range(rng.choice([1, 2, 2, 3, 3])):
-        a, e = (
-            np.radians(-90 + first + (rng.uniform(-50, 50) if k else 0)),
-            np.radians(rng.uniform(6, 48)),
-        )
-        eye = middle + far * np.array(
-            [math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)]
-        )
+        a = np.radians(-90 + first + (rng.uniform(-50, 50) if k else 0))
+        e = np.radians(rng.uniform(6, 48))
+        away = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
+        eye = middle + far * away
         forward = middle + rng.normal(0, 0.08 * r, 3) - eye
         forward /= np.linalg.norm(forward)
         right = np.cross(forward, [0, 0, 1.0])
         right /= np.linalg.norm(right)
         pose = np.eye(4)
-        pose[:3, :4] = np.stack([right, np.cross(forward, right), forward, eye], 1)
+        pose[:3] = np.stack([right, np.cross(forward, right), forward, eye], 1)
         poses.append(pose)
     return np.stack(poses), 1.25 * math.tan(math.asin(min(0.9, r / far)))
 
-
-def spoil(
-    depth: np.ndarray,  # [v h w] metres, 0 = nothing
-    slant: np.ndarray,  # [v h w] cosine between ray and surface
-    rng: np.random.Generator,
-) -> np.ndarray:  # [v h w], 0 = missing
-    "Noise and holes."
-    v, h, w = depth.shape
-    coarse = rng.standard_normal((v, h // 4 + 1, w // 4 + 1)).repeat(4, 1).repeat(4, 2)[:, :h, :w]
-    noisy = depth + depth_sigma(depth) * (0.8 * rng.standard_normal(depth.shape) + 0.6 * coarse)
-    jump = np.zeros_like(depth)
-    jump[:, 1:] += np.abs(np.diff(depth, axis=1))
-    jump[:, :, 1:] += np.abs(np.diff(depth, axis=2))
-    chance = 0.6 * (jump > 0.03 + 0.05 * depth) + np.clip((0.2 - slant) / 0.2, 0, 1) + 0.03
-    blob = rng.random((v, h // 12 + 1, w // 12 + 1)).repeat(12, 1).repeat(12, 2)[
-        :, :h, :w
-    ] < rng.uniform(0, 0.12)
-    return np.where((depth == 0) | blob | (rng.random(depth.shape) < chance), 0, noisy)
-
-
-def shoot(
-    place: Mesh,  # metres
-    poses: np.ndarray,  # [v 4 4] camera to world
-    tangent: float,  # of half the field of view
-    size: int = 80,  # pixels along an edge
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray, np.ndarray
-]:  # depth along z [v h w], 0 = nothing; slant [v h w]; triangle [v h w]; rays of depth 1 [v h w 3] in the world
-    "Exact depth images."
-    x = ((np.arange(size) + 0.5) / size * 2 - 1) * tangent
-    d = np.stack([*np.meshgrid(x, x), np.ones((size, size))], -1).reshape(-1, 3) @ poses[
-        :, :3, :3
-    ].transpose(0, 2, 1)
-    d, length = d.reshape(-1, 3), np.sqrt((d * d).sum(-1)).reshape(-1)
-    face, _, far = Tracer(place).hit(
-        np.repeat(poses[:, :3, 3], size * size, 0), d / length[:, None]
-    )
-    c = place.corners[np.maximum(face, 0)]
-    normal = np.cross(c[:, 1] - c[:, 0], c[:, 2] - c[:, 0])
-    slant = np.abs((normal * d).sum(1)) / np.maximum(
-        np.sqrt((normal * normal).sum(1)) * length, 1e-12
-    )
-    grid = lambda a: a.reshape(len(poses), size, size, *a.shape[1:])
-    return grid(np.where(face >= 0, far / length, 0)), grid(slant), grid(face), grid(d)
-
-
-def fuse(
-    depth: np.ndarray,  # [v h w], 0 = missing
-    rays: np.ndarray,  # [v h w 3]
-    poses: np.ndarray,  # [v 4 4]
-    cell: float,  # metres; one point stays in each cube of this edge
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:  # xyz [n 3] and the pixel of each [n], counted over all views
-    "Back-project all views, each with its own small pose error, and thin what is dense."
-    at = np.flatnonzero(depth)
-    view = at // depth[0].size
-    drift = (
-        rng.normal(0, 1, (len(poses), 3))
-        * 0.003
-        * depth.sum()
-        / max(np.count_nonzero(depth), 1)
-        * (np.arange(len(poses)) > 0)[:, None]
-    )
-    xyz = poses[view, :3, 3] + drift[view] + rays.reshape(-1, 3)[at] * depth.reshape(-1, 1)[at]
-    order = rng.permutation(len(xyz))
-    cells = np.floor(xyz[order] / cell).astype(np.int64)
-    cells -= cells.min(0, initial=0)
-    _, keep = np.unique((cells[:, 0] << 42) + (cells[:, 1] << 21) + cells[:, 2], return_index=True)
-    keep = order[np.sort(keep)]
-    return xyz[keep], at[keep]
-
 # %% ../../nbs/worlds/28_scans.ipynb #ab86c6f4
 VARIANTS = ("OBJ_ONLY", "OBJ_BG", "PB_T50_RS")
+ENOUGH = 48  # points of the object that a scan must hold
 
 
 def crop(
     xyz: np.ndarray,  # [n 3] metres
     mask: np.ndarray,  # [n] bool, points of the object
-    middle: np.ndarray,
-    half: np.ndarray,  # [3] box of the object
+    middle: np.ndarray,  # [3] of the object's box
+    half: np.ndarray,  # [3] its half edges
     variant: str,  # of `VARIANTS`
     rng: np.random.Generator,
 ) -> np.ndarray:  # indices of the points that stay
-    "What the box of a variant holds."
+    "What the box of a variant holds. Raises: ValueError for another variant."
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     if variant == "OBJ_ONLY":
@@ -274,20 +172,12 @@ def crop(
     if variant == "OBJ_BG":
         return np.flatnonzero((np.abs(xyz - middle) < edge).all(1))
     for reach in (1.0, 1.0, 1.0, 0.6, 0.3, 0.0):  # half edges = half of the size
-        a, scale, shift = (
-            rng.uniform(0, 2 * np.pi),
-            rng.uniform(0.75, 1.25, 3),
-            rng.uniform(-reach, reach, 3) * half,
-        )
-        local = xyz - middle - shift
-        local = np.stack(
-            [
-                math.cos(a) * local[:, 0] + math.sin(a) * local[:, 1],
-                math.cos(a) * local[:, 1] - math.sin(a) * local[:, 0],
-                local[:, 2],
-            ],
-            1,
-        )
+        a = rng.uniform(0, 2 * np.pi)
+        scale = rng.uniform(0.75, 1.25, 3)
+        shift = rng.uniform(-reach, reach, 3) * half
+        x, y, z = (xyz - middle - shift).T
+        c, s = math.cos(a), math.sin(a)
+        local = np.stack([c * x + s * y, c * y - s * x, z], 1)
         inside = (np.abs(local) < edge * scale).all(1)
         if inside[mask].sum() > 0.4 * mask.sum():
             break
@@ -301,89 +191,82 @@ def draw_scan(
     variant: str = "PB_T50_RS",  # of `VARIANTS`
     points: int = 2048,
     seed: int = 0,
-) -> dict[
-    str, np.ndarray
-]:  # xyz [points 3] float32, mask [points] bool (true = object), part [points] uint8 (0 = none)
-    "One sample: a pure function of its arguments."
+) -> dict[str, np.ndarray]:  # xyz [points 3] float32, mask [points] bool, part [points] uint8
+    """One sample, a pure function of its arguments: points, which of them are the object's, and their parts (0 = none).
+    Raises: ValueError for a mesh of which nothing is seen."""
     rng = np.random.default_rng(seed)
     for _ in range(8):  # a viewpoint that sees nothing is drawn again
         place, middle, half = make_place(thing, kind, rng)
         poses, tangent = viewpoints(middle, half, rng)
-        depth, slant, face, rays = shoot(place, poses, tangent)
-        xyz, pixel = fuse(spoil(depth, slant, rng), rays, poses, np.linalg.norm(half) / 45, rng)
+        depth, slant, face, rays = depth_images(place, poses, tangent)
+        noisy = sensor_depth(depth, slant, rng)
+        xyz, pixel = merge_views(noisy, rays, poses, np.linalg.norm(half) / 45, rng)
         face = face.reshape(-1)[pixel]
-        keep = crop(xyz, face < len(thing.corners), middle, half, variant, rng)
-        if (face[keep] < len(thing.corners)).sum() >= 48:
+        mask = face < len(thing.corners)
+        keep = crop(xyz, mask, middle, half, variant, rng)
+        if mask[keep].sum() >= ENOUGH:
             break
     else:
         raise ValueError(
-            f"draw_scan: expected 48 points of the {kind} (seed {seed}), found fewer in 8 attempts; is the mesh empty?"
+            f"draw_scan: expected {ENOUGH} points of the {kind} (seed {seed}), "
+            "found fewer in 8 attempts; is the mesh empty?"
         )
-    keep = (
-        rng.permutation(keep)
-        if len(keep) >= points
-        else np.concatenate([rng.permutation(keep), rng.choice(keep, points - len(keep))])
-    )
-    keep = keep[:points]
+    again = rng.permutation(keep)
+    if len(keep) < points:
+        again = np.concatenate([again, rng.choice(keep, points - len(keep))])
+    keep = again[:points]
     a = rng.uniform(0, 2 * np.pi)
-    turned = xyz[keep] @ np.array(
-        [[math.cos(a), math.sin(a), 0], [-math.sin(a), math.cos(a), 0], [0, 0, 1]]
-    )
+    c, s = math.cos(a), math.sin(a)
+    rotated = xyz[keep] @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
     return dict(
-        xyz=fit_radius(turned).astype(np.float32),
-        mask=face[keep] < len(thing.corners),
+        xyz=fit_radius(rotated).astype(np.float32),
+        mask=mask[keep],
         part=place.part[face[keep]].astype(np.uint8),
     )
 
 # %% ../../nbs/worlds/28_scans.ipynb #7f7027ef
+SPLIT_NAMES = ("train", "val", "test")
+
+
 def list_things(
     source: str,  # "shapes" or "furniture"
-    split: str,  # "train", "val" or "test": a range of numbers for shapes, whole design families for furniture
+    split: str,  # "train", "val" or "test": numbers of shapes, design families of furniture
     classes: list[str],
     per_class: int = 100,  # shapes of each class; furniture gives all it has
     seed: int = 0,  # of the shapes
 ) -> list[dict]:  # id, class, and what is needed to make it
-    "The objects of a split."
+    "The objects of a split. Raises: ValueError for an unknown source, split or class."
     if source not in ("shapes", "furniture"):
         raise ValueError(f"source: expected 'shapes' or 'furniture', got {source!r}")
-    if split not in ("train", "val", "test"):
+    if split not in SPLIT_NAMES:
         raise ValueError(f"split: expected 'train', 'val' or 'test', got {split!r}")
-    known = (
-        KINDS
-        if source == "shapes"
-        else {r["class"] for r in read_csv(data_dir() / "furniture.csv")}
-        | set(ScanObjectNN.classes)
-    )
-    if unknown := sorted(set(classes) - set(known)):
-        raise ValueError(
-            f"classes: expected some of {', '.join(sorted(known))} ({source}), got {unknown[0]!r}"
-        )
+    rows = read_csv(data_dir() / "furniture.csv")
+    known = set(KINDS)
     if source == "furniture":
-        return [
-            r
-            for r in read_csv(data_dir() / "furniture.csv")
-            if r["class"] in classes and r["split"] == split
-        ]
-    many = tuple(per_class if s == split else 0 for s in ("train", "val", "test"))
+        known = {r["class"] for r in rows} | set(ScanObjectNN.classes)
+    if unknown := sorted(set(classes) - known):
+        names = ", ".join(KINDS if source == "shapes" else sorted(known))
+        raise ValueError(f"classes: expected some of {names} ({source}), got {unknown[0]!r}")
+    if source == "furniture":
+        return [r for r in rows if r["class"] in classes and r["split"] == split]
+    many = tuple(per_class if s == split else 0 for s in SPLIT_NAMES)
     return shape_items(list(classes), many, seed)
 
 
 def thing_mesh(
     thing: dict,  # of `list_things`
-    furniture: ShapeNetViews
-    | None = None,  # all of it; None means that the thing is a generated shape
+    furniture: ShapeNetViews | None = None,  # all of it; None means a generated shape
 ) -> Mesh:  # metres, z up, front towards -y
     "The object itself, at its size."
     if furniture is None:
         return make_mesh(thing["class"], thing["number"], thing["seed"])
-    c = furniture.rows(furniture.items.index((thing["class"], thing["id"])))
+    cloud = furniture.rows(furniture.items.index((thing["class"], thing["id"])))
+    xyz = cloud["xyz"]
     size = np.array([float(thing[k]) for k in ("width", "depth", "height")])
-    unit = np.linalg.norm(size) / np.linalg.norm(np.ptp(c["xyz"], axis=0))
+    length = np.linalg.norm(size) / np.linalg.norm(np.ptp(xyz, axis=0))
+    parts = furniture.parts.get(thing["class"], ["unlabelled"])
     return surfels(
-        unit * c["xyz"].astype(np.float64),
-        c["normal"],
-        c["part"].astype(np.int64),
-        furniture.parts.get(thing["class"], ["unlabelled"]),
+        length * xyz.astype(np.float64), cloud["normal"], cloud["part"].astype(np.int64), parts
     )
 
 
@@ -391,18 +274,14 @@ def _scan_job(job):
     "The scans of a few things."
     things, source, how = job
     furniture = ShapeNetViews() if source == "furniture" else None
-    seed = lambda t, k: zlib.crc32(f"{t['id']}|{how['variant']}|{k}|{how['seed']}".encode())
-    draw = lambda t: [
-        draw_scan(
-            thing_mesh(t, furniture),
-            t["class"],
-            variant=how["variant"],
-            points=how["points"],
-            seed=seed(t, k),
-        )
-        for k in range(how["copies"])
-    ]
-    return [scan for t in things for scan in draw(t)]
+    scans = []
+    for thing in things:
+        mesh = thing_mesh(thing, furniture)
+        for k in range(how["copies"]):
+            seed = zlib.crc32(f"{thing['id']}|{how['variant']}|{k}|{how['seed']}".encode())
+            options = dict(variant=how["variant"], points=how["points"], seed=seed)
+            scans.append(draw_scan(mesh, thing["class"], **options))
+    return scans
 
 
 def write_scans(
@@ -410,19 +289,14 @@ def write_scans(
     scans: list[dict[str, np.ndarray]],  # xyz, mask and part of each
     names: list[str],  # of each
     labels: list[int],  # class of each, in `classes`
-    **about,  # plain values for `Scans.about`: source, split, classes, parts, variant, copies, points, seed
+    **about,  # plain values for `Scans.about`: source, split, classes, parts, variant, copies, ...
 ) -> Path:
     "Scans in one file, which appears at once and whole."
     part = Path(out).with_suffix(f".{os.getpid()}.part")
     arrays = {k: np.stack([s[k] for s in scans]) for k in scans[0]}
+    facts = json.dumps({"format": "unipre3d scans 1"} | about)
     with open(part, "wb") as f:
-        np.savez(
-            f,
-            about=np.array(json.dumps({"format": "unipre3d scans 1"} | about)),
-            label=np.array(labels),
-            name=np.array(names),
-            **arrays,
-        )
+        np.savez(f, about=np.array(facts), label=np.array(labels), name=np.array(names), **arrays)
     return part.replace(out)
 
 
@@ -431,7 +305,7 @@ def make_scans(
     *,
     source: str = "shapes",  # or "furniture"
     split: str = "train",  # or "val", "test"
-    classes: list[str] | None = None,  # None means ScanObjectNN's fifteen; others stand after these
+    classes: list[str] | None = None,  # None means ScanObjectNN's fifteen; others follow these
     per_class: int = 100,  # generated shapes of each class
     variant: str = "PB_T50_RS",  # of `VARIANTS`
     copies: int = 1,  # scans of each object, each from its own place and viewpoints
@@ -439,42 +313,29 @@ def make_scans(
     seed: int = 0,
     workers: int = 2,  # processes; 1 works in this one
 ) -> Path:
-    "Draw the scans of a split into one file."
+    "Draw the scans of a split into one file. Raises: ValueError where a split holds no such object."
     wanted = list(ScanObjectNN.classes if classes is None else classes)
-    names = [
-        k
-        for k in (*ScanObjectNN.classes, *sorted(set(wanted) - set(ScanObjectNN.classes)))
-        if k in wanted
-    ]
-    things, how = (
-        list_things(source, split, wanted, per_class, seed),
-        dict(variant=variant, copies=copies, points=points, seed=seed),
-    )
+    others = sorted(set(wanted) - set(ScanObjectNN.classes))
+    names = [k for k in (*ScanObjectNN.classes, *others) if k in wanted]
+    things = list_things(source, split, wanted, per_class, seed)
     if not things:
-        raise ValueError(
-            f"make_scans: expected objects of {', '.join(wanted)} in {source}, split {split}; found none"
-        )
-    jobs, scans = [(things[k : k + 16], source, how) for k in range(0, len(things), 16)], []
+        found = f"{', '.join(wanted)} in {source}, split {split}; found none"
+        raise ValueError(f"make_scans: expected objects of {found}")
+    how = dict(variant=variant, copies=copies, points=points, seed=seed)
+    jobs = [(things[k : k + 16], source, how) for k in range(0, len(things), 16)]
+    scans = []
     with tqdm(total=len(things) * copies, desc=f"scans, {split}", unit="scan") as bar:
-
-        def take(found):
-            scans.extend(found)
+        for found in map_jobs(_scan_job, jobs, workers):
+            scans += found
             bar.update(len(found))
-
-        if workers == 1:
-            [take(_scan_job(j)) for j in jobs]
-        else:
-            with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
-                [take(found) for found in pool.map(_scan_job, jobs)]
-    parts = (
-        {k: PARTS[k] for k in wanted if k in PARTS} if source == "shapes" else ShapeNetViews().parts
-    )
-    label = [names.index(t["class"]) for t in things for _ in range(copies)]
+    parts = {k: PARTS[k] for k in wanted if k in PARTS}
+    if source == "furniture":
+        parts = ShapeNetViews().parts
     return write_scans(
         out,
         scans,
         [f"{t['id']}#{k}" for t in things for k in range(copies)],
-        label,
+        [names.index(t["class"]) for t in things for _ in range(copies)],
         source=source,
         split=split,
         classes=names,
@@ -484,13 +345,14 @@ def make_scans(
 
 
 class Scans:
-    "Scans with labels, masks and parts, in memory. Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`)."
+    """Scans with labels, masks and parts, in memory.
+    Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`).
+    Raises: FileNotFoundError or ValueError for a file that does not load, or that has too few points."""
 
     def __init__(
         self,
         path: str | Path,  # as `write_scans` wrote it
-        points: int
-        | None = None,  # the first so many of each scan, which are a random choice; None keeps all
+        points: int | None = None,  # the first so many of each, a random choice; None keeps all
     ):
         self.path = Path(path)
         if not self.path.is_file():
@@ -499,29 +361,26 @@ class Scans:
             )
         try:
             with np.load(path, allow_pickle=False) as z:
-                self.arrays, self.about = (
-                    {k: z[k] for k in ("xyz", "mask", "part", "label", "name")},
-                    json.loads(str(z["about"])),
-                )
+                self.arrays = {k: z[k] for k in ("xyz", "mask", "part", "label", "name")}
+                self.about = json.loads(str(z["about"]))
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as problem:
             raise ValueError(
-                f"{path}: expected scans as make_scans writes them, found a file that does not load ({str(problem).splitlines()[0]})"
+                f"{path}: expected scans as make_scans writes them, "
+                f"found a file that does not load ({str(problem).splitlines()[0]})"
             ) from None
         have = self.arrays["xyz"].shape[1]
         if points is not None and not 0 < points <= have:
             raise ValueError(f"points: expected 1..{have}, the points of {path}, got {points}")
-        self.points, self.classes, self.parts = (
-            points or have,
-            self.about["classes"],
-            self.about["parts"],
-        )
+        self.points = points or have
+        self.classes = self.about["classes"]
+        self.parts = self.about["parts"]
         self.items = list(zip(self.arrays["name"].tolist(), self.arrays["label"].tolist()))
 
     def __len__(self):
         return len(self.items)
 
     def name(self, i: int) -> str:
-        "What a scan is called: the object and the number of the scan."
+        "The object and the number of the scan."
         return self.items[i][0]
 
     def label(self, i: int) -> int:
@@ -535,10 +394,8 @@ class Scans:
 
     def rows(self, i: int) -> dict[str, np.ndarray]:
         "xyz [n 3] float32, z up, within 0.65; mask [n] and part [n] int32."
-        take = lambda k: self.arrays[k][i, : self.points]
-        return dict(
-            xyz=take("xyz"), mask=take("mask").astype(np.int32), part=take("part").astype(np.int32)
-        )
+        found = {k: self.arrays[k][i, : self.points] for k in ("xyz", "mask", "part")}
+        return found | {k: found[k].astype(np.int32) for k in ("mask", "part")}
 
     def fingerprint(self) -> str:
         "Hash of the file."
@@ -558,7 +415,7 @@ def embedded_scans(
     workers: int = 2,  # processes
     cache: str | Path | None = None,  # folder; None means `cache_dir()`
 ) -> Path:  # a file for `Scans`
-    "Scans, made at the first call and found again afterwards, by their arguments and the code that makes them."
+    "Scans, made at the first call and cached by their arguments and the code that makes them."
     how = dict(
         source=source,
         split=split,
@@ -569,10 +426,85 @@ def embedded_scans(
         points=points,
         seed=seed,
     )
-    code = (
-        code_hash("unipre3d.worlds.scans", "unipre3d.worlds.shapes", "unipre3d.worlds.furniture"),
-        depth_sigma(np.array([1.0, 2.0])).tolist(),
+    code = code_hash(*MAKERS, "unipre3d.worlds.sensor", "unipre3d.worlds.scans")
+    make = lambda path: make_scans(path, **how, workers=workers)
+    return cached("scans.npz", [how, code], make, cache)
+
+# %% ../../nbs/worlds/28_scans.ipynb #c3119ce1
+CATEGORIES = (
+    "bag",
+    "bed",
+    "bench",
+    "bottle",
+    "car",
+    "chair",
+    "clock",
+    "cup",
+    "desk",
+    "lamp",
+    "plant",
+    "shelf",
+    "sofa",
+    "stool",
+    "table",
+    "toilet",
+)  # whose parts are segmented
+
+
+def _cloud_job(job):
+    "The whole clouds of a few shapes."
+    items, points = job
+    clouds = []
+    for item in items:
+        mesh, *_ = normalise(make_mesh(item["class"], item["number"], item["seed"]))
+        cloud = visible_cloud(Tracer(mesh), points, zlib.crc32(item["id"].encode()))
+        xyz, part = cloud["xyz"].astype(np.float32), cloud["part"].astype(np.uint8)
+        clouds.append(dict(xyz=xyz, part=part, mask=np.ones(points, bool)))
+    return clouds
+
+
+def make_part_shapes(
+    out: str | Path,  # an .npz
+    *,
+    split: str,  # "train", "val" or "test": a range of numbers
+    categories: Sequence[str] = CATEGORIES,
+    per_category: int = 100,
+    points: int = 2048,
+    seed: int = 0,
+    workers: int = 2,  # processes; 1 works in this one
+) -> Path:
+    "Whole clouds of generated shapes with their parts, in one file for `Scans`. Raises: ValueError for an empty set."
+    many = tuple(per_category if s == split else 0 for s in SPLIT_NAMES)
+    items = shape_items(list(categories), many, seed)
+    if not items:
+        wanted = 'expected a split of "train", "val" or "test" and at least one shape'
+        raise ValueError(f"make_part_shapes: {wanted}, got {split!r} and {per_category}")
+    jobs = [(items[k : k + 16], points) for k in range(0, len(items), 16)]
+    names = sorted(categories)
+    return write_scans(
+        out,
+        sum(map_jobs(_cloud_job, jobs, workers), []),
+        [t["id"] for t in items],
+        [names.index(t["class"]) for t in items],
+        source="shapes",
+        split=split,
+        classes=names,
+        parts={k: PARTS[k] for k in names},
+        variant="whole",
+        copies=1,
+        points=points,
+        seed=seed,
     )
-    return cached(
-        "scans.npz", [how, code], lambda path: make_scans(path, **how, workers=workers), cache
-    )
+
+
+def embedded_part_shapes(
+    *,
+    cache: str | Path | None = None,  # folder; None means `cache_dir()`
+    workers: int = 2,  # processes
+    **how,  # as `make_part_shapes` takes them
+) -> Path:  # a file for `Scans`
+    "Whole clouds, made at the first call and cached by the arguments and the code that makes them."
+    how = dict(categories=CATEGORIES, per_category=100, points=2048, seed=0) | how
+    how["categories"] = sorted(how["categories"])
+    make = lambda path: make_part_shapes(path, **how, workers=workers)
+    return cached("parts.npz", [how, code_hash(*MAKERS), "whole 1"], make, cache)

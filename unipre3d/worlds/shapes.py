@@ -4,37 +4,47 @@
 
 # %% ../../nbs/worlds/27_shapes.ipynb #e5adced1
 from __future__ import annotations
-import contextlib, csv, hashlib, io, json, math, os, shutil, zipfile, zlib
-from concurrent.futures import ProcessPoolExecutor
+import contextlib, hashlib, json, math, os, shutil, zipfile, zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
-from unipre3d.worlds.furniture import (
-    CONVENTION,
-    FOV,
-    RADIUS,
+from unipre3d.data.objects import (
+    add_member,
+    add_tables,
+    convention,
+    image_bytes,
+    map_jobs,
+    object_files,
+    orbit_poses,
+    pack_cloud,
+    spiral_views,
+)
+from ..records import code_hash, cached
+from unipre3d.worlds.mesh import (
     Material,
     Mesh,
     Tracer,
-    csv_text,
+    face_vectors,
     normalise,
-    orbit,
-    orbit_poses,
-    pack_cloud,
-    shade,
+    render_views,
+    true_size,
+    unit,
+    visible_cloud,
 )
-from ..records import code_hash, cached
 
 # %% auto #0
-__all__ = ['TONES', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS', 'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring',
-           'loft', 'prism', 'sheet', 'move', 'place', 'rotation', 'Builder', 'supports', 'handle', 'fronts', 'goods',
-           'chair', 'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box',
-           'bed', 'puff', 'pillow', 'bag', 'bin', 'display', 'door', 'leaf', 'basin', 'tap', 'sink', 'toilet',
-           'bathtub', 'lamp', 'plant', 'bottle', 'vase', 'cup', 'bowl', 'car', 'clock', 'ladder', 'make_mesh',
-           'render_views', 'visible_cloud', 'shape_items', 'make_object', 'make_shapes', 'embedded_shapes']
+__all__ = ['TRIANGLES', 'TONES', 'SIDES', 'CORNERS', 'BASES', 'DESK_BODIES', 'CARS', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS',
+           'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring', 'level', 'loft', 'straight', 'prism',
+           'sheet', 'move', 'transform', 'rotation', 'Builder', 'supports', 'handle', 'fronts', 'goods', 'chair',
+           'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box',
+           'open_carton', 'crate', 'bed', 'puff', 'pillow', 'bag', 'suitcase', 'rucksack_straps', 'arch', 'bin',
+           'wire_bin', 'display', 'laptop', 'display_stand', 'door', 'leaf', 'door_handle', 'basin', 'tap', 'sink',
+           'kitchen_sink', 'toilet', 'tank', 'bathtub', 'lamp', 'lamp_stand', 'desk_lamp', 'ball', 'plant', 'foliage',
+           'bottle', 'vase', 'cup', 'bowl', 'car', 'clock', 'long_case', 'ladder', 'make_mesh', 'shape_items',
+           'make_object', 'make_shapes', 'embedded_shapes']
 
 # %% ../../nbs/worlds/27_shapes.ipynb #98b47fa7
 def _steps(grid, axis, smooth):
@@ -49,59 +59,45 @@ def _steps(grid, axis, smooth):
     return np.stack([at[:-1], at[1:]])
 
 
+TRIANGLES = [[0, 1, 2], [0, 2, 3]]  # of a cell with four corners
+
+
 def patch(
     grid: np.ndarray,  # [m n 3] points; a last row or column equal to the first closes a ring
     smooth: tuple[bool, bool] = (True, True),  # whether normals vary along rows and along columns
 ) -> np.ndarray:  # [2 f 3 3] corners and unit normals
     "The surface through a grid of points; cells without area are left out."
-    du, dv = _steps(grid, 0, smooth[0]), np.moveaxis(_steps(grid, 1, smooth[1]), 1, 2)
+    du = _steps(grid, 0, smooth[0])
+    dv = np.moveaxis(_steps(grid, 1, smooth[1]), 1, 2)
     four = [(0, 0), (1, 0), (1, 1), (0, 1)]
     m, n = grid.shape[0] - 1, grid.shape[1] - 1
     xyz = np.stack([grid[a : a + m, b : b + n] for a, b in four])
-    u, v = (
-        np.stack([du[a][:, b : b + n] for a, b in four]),
-        np.stack([dv[b][a : a + m] for a, b in four]),
-    )
-    normal = np.stack(
-        [
-            u[..., 1] * v[..., 2] - u[..., 2] * v[..., 1],
-            u[..., 2] * v[..., 0] - u[..., 0] * v[..., 2],
-            u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0],
-        ],
-        -1,
-    )
-    both = (
-        np.stack([xyz, normal])[:, [[0, 1, 2], [0, 2, 3]]]
-        .transpose(0, 3, 4, 1, 2, 5)
-        .reshape(2, -1, 3, 3)
-    )
-    return _unit(both)
+    ux, uy, uz = np.moveaxis(np.stack([du[a][:, b : b + n] for a, b in four]), -1, 0)
+    vx, vy, vz = np.moveaxis(np.stack([dv[b][a : a + m] for a, b in four]), -1, 0)
+    normal = np.stack([uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx], -1)
+    both = np.stack([xyz, normal])[:, TRIANGLES].transpose(0, 3, 4, 1, 2, 5)
+    return _unit(both.reshape(2, -1, 3, 3))
 
 
 def _unit(both):
     "Normals of length 1; a corner without one takes its face's, a face without area goes."
-    c = both[0]
-    face = np.cross(c[:, 1] - c[:, 0], c[:, 2] - c[:, 0])
+    face = face_vectors(both[0])
     area = np.sqrt((face * face).sum(-1))
     keep = area > 1e-12
-    both, face = both[:, keep], (face[keep] / area[keep, None])[:, None]
-    length = np.sqrt((both[1] ** 2).sum(-1, keepdims=True))
-    both[1] = np.where(length > 1e-9, both[1] / np.maximum(length, 1e-9), face)
-    return both
+    corners, normal = both[:, keep]
+    flat = (face[keep] / area[keep, None])[:, None]
+    length = np.sqrt((normal**2).sum(-1, keepdims=True))
+    return np.stack([corners, np.where(length > 1e-9, normal / np.maximum(length, 1e-9), flat)])
 
 # %% ../../nbs/worlds/27_shapes.ipynb #604990ab
-_CORNER = np.array(
+_CORNERS = np.array(
     [[x, y, z] for z in (0, 1) for y in (-0.5, 0.5) for x in (-0.5, 0.5)], dtype=float
 )
-_SIDES = np.array(
+_FACES = np.array(
     [(0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5)]
 )
-_BLOCK = _CORNER[_SIDES[:, [[0, 1, 2], [0, 2, 3]]].reshape(12, 3)]
-_BLOCK_NORMAL = np.repeat(
-    np.array([(0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0), (-1, 0, 0), (1, 0, 0)], dtype=float),
-    6,
-    0,
-).reshape(12, 3, 3)
+_BLOCK = _CORNERS[_FACES[:, TRIANGLES].reshape(12, 3)]
+_BLOCK_NORMAL = unit(face_vectors(_BLOCK))[:, None].repeat(3, 1)
 
 
 def block(
@@ -120,32 +116,21 @@ def cushion(
     z: float,  # edge lengths
     at: tuple[float, float, float] = (0.0, 0.0, 0.0),  # the middle of its bottom
     r: float = 0.03,  # radius of its edges; at most half of the shortest edge
-    n: int = 2,  # steps of each quarter of a turn
+    n: int = 2,  # steps of each quarter of a circle
 ) -> np.ndarray:
     "A box with round edges."
     r = min(r, 0.499 * min(x, y, z))
     quarter = np.linspace(0, np.pi / 2, n + 1)
     around = np.concatenate([quarter + k * np.pi / 2 for k in range(4)] + [[0.0]])
     up = np.concatenate([quarter - np.pi / 2, quarter])
-    sphere = np.stack(
-        [
-            np.outer(np.cos(up), np.cos(around)),
-            np.outer(np.cos(up), np.sin(around)),
-            np.outer(np.sin(up), 1 + 0 * around),
-        ],
-        -1,
-    )
-    corner = np.stack(
-        np.broadcast_arrays(*[np.repeat(s, n + 1) for s in ([1, -1, -1, 1], [1, 1, -1, -1])]), -1
-    )
-    shift = np.concatenate(
-        [
-            np.broadcast_to(np.append(corner, corner[:1], 0), (len(up), len(around), 2)),
-            np.broadcast_to(np.repeat([-1, 1], n + 1)[:, None, None], (len(up), len(around), 1)),
-        ],
-        -1,
-    )
-    grid = sphere * r + shift * (np.array([x, y, z]) / 2 - r)
+    flat = np.stack([np.cos(around), np.sin(around)], -1)
+    sphere = np.cos(up)[:, None, None] * flat
+    sphere = np.append(sphere, np.sin(up)[:, None, None].repeat(len(around), 1), 2)
+    octant = [1, -1, -1, 1, 1], [1, 1, -1, -1, 1]  # signs of x and y around the circle, closed
+    sign_x, sign_y = np.repeat(octant, [n + 1] * 4 + [1], axis=1)
+    sign_z = np.repeat([-1, 1], n + 1)[:, None]
+    sign = np.stack(np.broadcast_arrays(sign_x, sign_y, sign_z), -1)
+    grid = sphere * r + sign * (np.array([x, y, z]) / 2 - r)
     return move(_with_caps(patch(grid), grid), (at[0], at[1], at[2] + z / 2))
 
 
@@ -163,14 +148,11 @@ def lathe(
     profile: list,  # (radius, height) pairs from one end to the other
     n: int = 20,  # corners of the circle
     smooth: bool = False,  # along the profile too
-    squash: float = 1.0,  # y radius over x radius
 ) -> np.ndarray:
-    "A profile turned about the z axis."
+    "A profile revolved about the z axis."
     r, z = np.array(profile, dtype=float).T
     a = np.linspace(0, 2 * np.pi, n + 1)
-    grid = np.stack(
-        [np.outer(r, np.cos(a)), squash * np.outer(r, np.sin(a)), np.outer(z, 1 + 0 * a)], -1
-    )
+    grid = np.stack([np.outer(r, np.cos(a)), np.outer(r, np.sin(a)), np.outer(z, 1 + 0 * a)], -1)
     grid[:, -1] = grid[:, 0]
     return patch(grid, (smooth, True))
 
@@ -183,8 +165,7 @@ def drum(
     n: int = 16,
 ) -> np.ndarray:
     "A closed cylinder or cone."
-    top = r if top is None else top
-    return move(lathe([(0, 0), (r, 0), (top, z), (0, z)], n), at)
+    return move(lathe([(0, 0), (r, 0), (r if top is None else top, z), (0, z)], n), at)
 
 
 def tube(
@@ -194,15 +175,12 @@ def tube(
 ) -> np.ndarray:
     "A round bar along a flat path, open at its ends unless the radius ends in 0."
     p = np.asarray(path, dtype=float)
-    t = np.concatenate([p[1:2] - p[:1], p[2:] - p[:-2], p[-1:] - p[-2:-1]])
-    t /= np.maximum(np.linalg.norm(t, axis=1, keepdims=True), 1e-12)
+    t = unit(np.concatenate([p[1:2] - p[:1], p[2:] - p[:-2], p[-1:] - p[-2:-1]]))
     flat = np.linalg.svd(p - p.mean(0))[2][2]  # normal of the plane that the path lies in
-    one = np.cross(t, flat)
-    one /= np.maximum(np.linalg.norm(one, axis=1, keepdims=True), 1e-12)
+    one = unit(np.cross(t, flat))
     a = np.linspace(0, 2 * np.pi, n + 1)[:, None]
-    grid = p[:, None] + np.broadcast_to(r, len(p))[:, None, None] * (
-        np.cos(a) * one[:, None] + np.sin(a) * np.cross(t, one)[:, None]
-    )
+    circle = np.cos(a) * one[:, None] + np.sin(a) * np.cross(t, one)[:, None]
+    grid = p[:, None] + np.broadcast_to(r, len(p))[:, None, None] * circle
     grid[:, -1] = grid[:, 0]
     return _with_caps(patch(grid), grid)
 
@@ -214,15 +192,8 @@ def curve(
     "A polyline with its corners cut off again and again, which rounds them (Chaikin)."
     p = np.asarray(points, dtype=float)
     for _ in range(times):
-        p = np.concatenate(
-            [
-                p[:1],
-                np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(
-                    -1, p.shape[1]
-                ),
-                p[-1:],
-            ]
-        )
+        cut = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1)
+        p = np.concatenate([p[:1], cut.reshape(-1, p.shape[1]), p[-1:]])
     return p
 
 
@@ -241,16 +212,34 @@ def ring(
     return out
 
 
+def level(
+    outline: np.ndarray,  # [n 2]
+    z: float,  # height
+    shift: tuple[float, float] = (0.0, 0.0),  # along x and y
+) -> np.ndarray:  # [n 3]
+    "An outline at a height."
+    return np.append(outline, np.zeros((len(outline), 1)), 1) + (*shift, z)
+
+
 def loft(
     rings: list,  # (outline [n 2], height) or (outline [n 2], height, (dx, dy)), bottom to top
     caps: bool = True,  # close both ends
     smooth: bool = False,  # along the height
 ) -> np.ndarray:
     "A skin over level outlines."
-    shift = lambda s: np.append(s[2] if len(s) > 2 else (0.0, 0.0), s[1])
-    grid = np.stack([np.append(s[0], np.zeros((len(s[0]), 1)), 1) + shift(s) for s in rings])
+    grid = np.stack([level(*one) for one in rings])
     side = patch(grid, (smooth, True))
     return _with_caps(side, grid) if caps else side
+
+
+def straight(
+    outline: np.ndarray,  # [n 2]
+    low: float,
+    high: float,  # heights of its ends
+    caps: bool = True,  # close both ends
+) -> np.ndarray:
+    "A skin over one outline."
+    return loft([(outline, low), (outline, high)], caps)
 
 
 def prism(
@@ -260,19 +249,14 @@ def prism(
 ) -> np.ndarray:
     "A side view moved across the width."
     o = np.asarray(outline, dtype=float)
+    middle = o.mean(0)
     o = np.append(o, o[:1], 0)
-    small = (o - o[:-1].mean(0)) * (1 - bevel) + o[:-1].mean(0)
-    at = lambda side, where: np.insert(side, 0, where, axis=1)
-    grid = np.stack(
-        [
-            at(small, -x / 2),
-            at(o, -x / 2 + bevel * x / 3),
-            at(o, x / 2 - bevel * x / 3),
-            at(small, x / 2),
-        ]
-        if bevel
-        else [at(o, -x / 2), at(o, x / 2)]
-    )
+    sides = [(o, -x / 2), (o, x / 2)]
+    if bevel:
+        small = (o - middle) * (1 - bevel) + middle
+        inset = bevel * x / 3
+        sides = [(small, -x / 2), (o, -x / 2 + inset), (o, x / 2 - inset), (small, x / 2)]
+    grid = np.stack([np.insert(side, 0, where, axis=1) for side, where in sides])
     return _with_caps(patch(grid, (False, False)), grid)
 
 
@@ -281,47 +265,47 @@ def sheet(
     thickness: float,  # along the normal
 ) -> np.ndarray:
     "A bent board: the grid, its copy and the rim between them."
-    du, dv = np.gradient(grid, axis=0), np.gradient(grid, axis=1)
-    normal = np.cross(du, dv)
-    back = grid + thickness * normal / np.maximum(
-        np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12
-    )
-    rim = lambda g: np.concatenate([g[0], g[1:, -1], g[-1, -2::-1], g[-2::-1, 0]])
-    return np.concatenate(
-        [patch(grid), patch(back), patch(np.stack([rim(grid), rim(back)]), (False, False))], 1
-    )
+    normal = np.cross(np.gradient(grid, axis=0), np.gradient(grid, axis=1))
+    length = np.linalg.norm(normal, axis=-1, keepdims=True)
+    back = grid + thickness * normal / np.maximum(length, 1e-12)
+    rims = []
+    for g in (grid, back):
+        rims.append(np.concatenate([g[0], g[1:, -1], g[-1, -2::-1], g[-2::-1, 0]]))
+    return np.concatenate([patch(grid), patch(back), patch(np.stack(rims), (False, False))], 1)
 
 
 def move(
     piece: np.ndarray,  # [2 f 3 3]
     at: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    turn: float = 0.0,  # degrees about z, counterclockwise from above; applied last
+    yaw: float = 0.0,  # degrees about z, counterclockwise from above; applied last
     lean: float = 0.0,  # degrees that its top goes back, towards +y
     roll: float = 0.0,  # degrees that its top goes right, towards +x; applied first
 ) -> np.ndarray:
-    "A piece turned and moved."
-    return place(piece, rotation(turn, lean, roll), at)
+    "A piece rotated and moved."
+    return transform(piece, rotation(yaw, lean, roll), at)
 
 
-def place(piece, R, at):
+def transform(
+    piece: np.ndarray,  # [2 f 3 3]
+    R: np.ndarray,  # [3 3]
+    at: np.ndarray | tuple[float, float, float],
+) -> np.ndarray:
+    "A piece rotated by a matrix and moved."
     return np.stack([piece[0] @ R.T + at, piece[1] @ R.T])
 
 
 def rotation(
-    turn: float = 0.0,
+    yaw: float = 0.0,
     lean: float = 0.0,
     roll: float = 0.0,  # degrees, as in `move`
 ) -> np.ndarray:  # [3 3]
-    "First roll, then lean, then turn."
-    (ct, cl, cr), (st, sl, sr) = (
-        np.cos(np.radians([turn, lean, roll])),
-        np.sin(np.radians([turn, lean, roll])),
-    )
-    return (
-        np.array([[ct, -st, 0], [st, ct, 0], [0, 0, 1]])
-        @ np.array([[1, 0, 0], [0, cl, sl], [0, -sl, cl]])
-        @ np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
-    )
+    "First roll, then lean, then yaw."
+    angles = np.radians([yaw, lean, roll])
+    (cy, cl, cr), (sy, sl, sr) = np.cos(angles), np.sin(angles)
+    about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, cl, sl], [0, -sl, cl]])
+    about_y = np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
+    return about_z @ about_x @ about_y
 
 # %% ../../nbs/worlds/27_shapes.ipynb #dfcc58a6
 TONES = dict(
@@ -352,11 +336,18 @@ class Builder:
     "Collects labelled, coloured triangles of one shape; metres, z up, front towards -y."
 
     def __init__(self, rng: np.random.Generator):
-        self.rng, self.pieces, self.labels, self.R, self.t = rng, [], [], np.eye(3), np.zeros(3)
+        self.rng = rng
+        self.pieces = []
+        self.labels = []  # part and colour of each piece
+        self.R, self.t = np.eye(3), np.zeros(3)
 
     def u(self, low: float, high: float) -> float:
         "A uniform number."
         return float(self.rng.uniform(low, high))
+
+    def sizes(self, **ranges: tuple[float, float]) -> list[float]:
+        "A uniform number for each named range, in their order."
+        return [self.u(*limits) for limits in ranges.values()]
 
     def n(self, low: int, high: int) -> int:
         "A whole number, both ends included."
@@ -373,159 +364,137 @@ class Builder:
     def tone(self, *kinds: str) -> tuple[float, float, float]:
         "A colour of one of these materials."
         code = self.pick(*TONES[self.pick(*kinds)])
-        base = np.array([int(code[k : k + 2], 16) for k in (0, 2, 4)]) / 255
-        return tuple(
-            np.clip(base * self.u(0.88, 1.08) + self.rng.normal(0, 0.02, 3), 0.02, 0.98)
-            .round(3)
-            .tolist()
-        )
+        base = np.array(list(bytes.fromhex(code))) / 255
+        color = base * self.u(0.88, 1.08) + self.rng.normal(0, 0.02, 3)
+        return tuple(np.clip(color, 0.02, 0.98).round(3).tolist())
 
-    def add(self, part: str, color: tuple, piece: np.ndarray) -> None:
-        "Triangles of one part in one colour."
-        self.pieces.append(place(piece, self.R, self.t))
-        self.labels.append((part, color))
+    def tones(self, *kinds: str) -> list[tuple[float, float, float]]:
+        "A colour for each list of materials, such as `wood metal`."
+        return [self.tone(*names.split()) for names in kinds]
+
+    def add(self, part: str, color: tuple, *pieces: np.ndarray) -> None:
+        "Pieces of one part in one colour."
+        for piece in pieces:
+            self.pieces.append(transform(piece, self.R, self.t))
+            self.labels.append((part, color))
+
+    def add_all(self, *entries: tuple) -> None:
+        "Entries of `add`: part, colour and pieces of each."
+        for entry in entries:
+            self.add(*entry)
 
     @contextlib.contextmanager
-    def within(self, at=(0.0, 0.0, 0.0), turn: float = 0.0, lean: float = 0.0, roll: float = 0.0):
-        "What is added inside is turned and moved."
+    def within(self, at=(0.0, 0.0, 0.0), yaw: float = 0.0, lean: float = 0.0, roll: float = 0.0):
+        "What is added inside is rotated and moved."
         R, t = self.R, self.t
-        self.R, self.t = R @ rotation(turn, lean, roll), R @ np.array(at, dtype=float) + t
+        self.R, self.t = R @ rotation(yaw, lean, roll), R @ np.array(at, dtype=float) + t
         yield self
         self.R, self.t = R, t
 
     def mesh(self, parts: list[str]) -> Mesh:
         "Everything that was added; `part` counts in `parts`."
-        colors = sorted({c for _, c in self.labels})
-        count = [p.shape[1] for p in self.pieces]
+        colors = sorted({color for _, color in self.labels})
+        count = [piece.shape[1] for piece in self.pieces]
         corners, normal = np.concatenate(self.pieces, 1)
         return Mesh(
-            corners,
-            np.zeros((len(corners), 3, 2), np.float32),
-            normal.astype(np.float32),
-            np.repeat([colors.index(c) for _, c in self.labels], count),
-            np.repeat([parts.index(p) for p, _ in self.labels], count),
-            [Material(c) for c in colors],
-            list(parts),
+            corners=corners,
+            uv=np.zeros((len(corners), 3, 2), np.float32),
+            normal=normal.astype(np.float32),
+            material=np.repeat([colors.index(color) for _, color in self.labels], count),
+            part=np.repeat([parts.index(part) for part, _ in self.labels], count),
+            materials=[Material(color) for color in colors],
+            parts=list(parts),
         )
 
 # %% ../../nbs/worlds/27_shapes.ipynb #1639ee20
+SIDES = (-1, 1)  # left and right, or front and back
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
 def supports(
     b: Builder,
     x: float,
     y: float,
-    h: float,  # what they carry: its size, and the height of its underside
+    h: float,  # what stands on them: width, depth, and the height of its underside
     color: tuple,
-    *kinds: str,  # to pick from: square, round, splayed, hairpin, sled, panels, trestle, pedestal, star, cantilever
+    *kinds: str,  # to pick from; the names are in the branches below
     t: float = 0.04,  # thickness
 ) -> None:
-    "Legs or another base, from the floor to height h; all of it is labelled leg."
-    kind, t = b.pick(*kinds), min(t, x / 4, y / 4)
-    corners = [(sx * (x / 2 - t), sy * (y / 2 - t)) for sx in (-1, 1) for sy in (-1, 1)]
-    leg = lambda piece: b.add("leg", color, piece)
+    "Legs or another base, from the floor to height h; all of it is labelled leg. Raises: ValueError for another kind."
+    kind = b.pick(*kinds)
+    t = min(t, x / 4, y / 4)
+    right, back = x / 2 - t, y / 2 - t
+    feet = [(s * right, e * back) for s, e in CORNERS]
+    leg = partial(b.add, "leg", color)
     if kind in ("square", "round"):
         thin = b.u(0.5, 1)
-        for cx, cy in corners:
-            leg(
-                block(t, t, h, (cx, cy, 0))
-                if kind == "square" and thin > 0.75
-                else drum(t / 2 * thin, h, (cx, cy, 0), t / 2, 4 if kind == "square" else 10)
-            )
+        post = drum(t / 2 * thin, h, top=t / 2, n=4 if kind == "square" else 10)
+        if kind == "square" and thin > 0.75:
+            post = block(t, t, h)
+        leg(*(move(post, (*foot, 0)) for foot in feet))
         if b.maybe(0.3) and h > 0.2:
             z = b.u(0.15, 0.6) * h
-            for sx in (-1, 1):
-                leg(block(t * 0.6, y - 2 * t, t * 0.6, (sx * (x / 2 - t), 0, z)))
+            leg(*(block(t * 0.6, y - 2 * t, t * 0.6, (s * right, 0, z)) for s in SIDES))
             if b.maybe(0.5):
                 leg(block(x - 2 * t, t * 0.6, t * 0.6, (0, 0, z)))
     elif kind == "splayed":
         out, top = b.u(0.02, 0.12) * h + 0.01, b.u(0.55, 0.95)
-        for cx, cy in corners:
-            leg(
-                tube(
-                    [(cx * top, cy * top, h), (cx + np.sign(cx) * out, cy + np.sign(cy) * out, 0)],
-                    np.array([t / 2, t / 3]),
-                )
-            )
+        for fx, fy in feet:
+            foot = fx + np.sign(fx) * out, fy + np.sign(fy) * out, 0
+            leg(tube([(fx * top, fy * top, h), foot], np.array([t / 2, t / 3])))
     elif kind == "hairpin":
-        for cx, cy in corners:
-            for dx, dy in ((t, 0), (0, t)):
-                leg(
-                    tube(
-                        [(cx - dx * np.sign(cx) * 2, cy - dy * np.sign(cy) * 2, h), (cx, cy, 0)],
-                        t / 6,
-                        6,
-                    )
-                )
+        for (fx, fy), (s, e) in zip(feet, CORNERS):
+            for top in ((fx - 2 * t * s, fy, h), (fx, fy - 2 * t * e, h)):
+                leg(tube([top, (fx, fy, 0)], t / 6, 6))
     elif kind == "sled":
-        for sx in (-1, 1):
-            leg(
-                tube(
-                    curve(
-                        [
-                            (sx * (x / 2 - t), -y / 2 + t, h),
-                            (sx * (x / 2 - t), -y / 2 + t, t / 3),
-                            (sx * (x / 2 - t), y / 2 - t, t / 3),
-                            (sx * (x / 2 - t), y / 2 - t, h),
-                        ],
-                        1,
-                    ),
-                    t / 3,
-                )
-            )
+        side = [(-back, h), (-back, t / 3), (back, t / 3), (back, h)]
+        leg(*(tube(curve([(s * right, *at) for at in side], 1), t / 3) for s in SIDES))
     elif kind == "panels":
-        for sx in (-1, 1):
-            leg(block(t, y * b.u(0.8, 1), h, (sx * (x / 2 - t * b.u(0.5, 2)), 0, 0)))
+        for s in SIDES:
+            leg(block(t, y * b.u(0.8, 1), h, (s * (x / 2 - t * b.u(0.5, 2)), 0, 0)))
         if b.maybe(0.5):
             leg(block(x - 2 * t, t * 0.7, h * b.u(0.3, 0.8), (0, y * b.u(0, 0.4), h * 0.2)))
     elif kind == "trestle":
         at = x * b.u(0.3, 0.45)
-        for sx in (-1, 1):
-            for sy in (-1, 1):
-                leg(tube([(sx * at, sy * y * 0.08, h), (sx * at, sy * y * 0.42, 0)], t / 2, 4))
-            leg(block(t, y * 0.5, t, (sx * at, 0, h * 0.35)))
+        for s in SIDES:
+            ends = [((s * at, e * y * 0.08, h), (s * at, e * y * 0.42, 0)) for e in SIDES]
+            leg(*(tube(end, t / 2, 4) for end in ends), block(t, y * 0.5, t, (s * at, 0, h * 0.35)))
         leg(block(2 * at, t, t * 0.8, (0, 0, h * 0.35)))
     elif kind == "pedestal":
         r = min(x, y) * b.u(0.25, 0.42)
         leg(drum(t * b.u(0.5, 1.2), h, n=12))
-        leg(
-            drum(r, 0.025, top=r * b.u(0.5, 1), n=20)
-            if b.maybe(0.6)
-            else np.concatenate([block(2 * r, t, 0.03), block(t, 2 * r, 0.03)], 1)
-        )
+        if b.maybe(0.6):
+            leg(drum(r, 0.025, top=r * b.u(0.5, 1), n=20))
+        else:
+            leg(block(2 * r, t, 0.03), block(t, 2 * r, 0.03))
     elif kind == "star":
         r, spokes, low = min(x, y) * b.u(0.5, 0.62), b.pick(4, 5, 5, 6), b.u(0.05, 0.09)
         leg(drum(t * 0.6, h - low, (0, 0, low), n=10))
         for k in range(spokes):
-            c, s = math.cos(2 * math.pi * k / spokes), math.sin(2 * math.pi * k / spokes)
-            leg(tube([(0, 0, low + 0.05), (r * c, r * s, low)], np.array([t / 2, t / 3]), 6))
-            leg(drum(low / 2, 0.03, (r * c, r * s, 0), n=8))
-            leg(drum(0.012, low, (r * c, r * s, 0), n=6))
+            angle = 2 * math.pi * k / spokes
+            end = r * math.cos(angle), r * math.sin(angle)
+            leg(
+                tube([(0, 0, low + 0.05), (*end, low)], np.array([t / 2, t / 3]), 6),
+                drum(low / 2, 0.03, (*end, 0), n=8),
+                drum(0.012, low, (*end, 0), n=6),
+            )
     elif kind == "cantilever":
         e = x / 2 - t / 2
-        for sx in (-1, 1):
-            leg(
-                tube(
-                    curve(
-                        [
-                            (sx * e, y / 2, h),
-                            (sx * e, -y / 2, h),
-                            (sx * e, -y / 2, t / 3),
-                            (sx * e, y / 2, t / 3),
-                        ],
-                        2,
-                    ),
-                    t / 3,
-                )
-            )
-        leg(tube([(-e, y / 2, t / 3), (e, y / 2, t / 3)], t / 3))
-    else:
-        raise ValueError(
-            f"supports: expected one of square, round, splayed, hairpin, sled, panels, trestle, pedestal, star, cantilever, got {kind!r}"
+        side = [(y / 2, h), (-y / 2, h), (-y / 2, t / 3), (y / 2, t / 3)]
+        leg(
+            *(tube(curve([(s * e, *at) for at in side], 2), t / 3) for s in SIDES),
+            tube([(-e, y / 2, t / 3), (e, y / 2, t / 3)], t / 3),
         )
+    else:
+        wanted = (
+            "square, round, splayed, hairpin, sled, panels, trestle, pedestal, star, cantilever"
+        )
+        raise ValueError(f"supports: expected one of {wanted}, got {kind!r}")
 
 
 def handle(
     b: Builder,
-    at: tuple[float, float, float],  # on a front that looks to -y
+    at: tuple[float, float, float],  # on a front that faces -y
     color: tuple,
     kind: str,  # bar, knob, bow or none
     length: float = 0.12,
@@ -534,29 +503,18 @@ def handle(
     "Something to pull at."
     if kind == "none":
         return
+    half = length / 2
+    if kind == "knob":
+        piece = move(drum(0.012, 0.03, top=0.017, n=8), lean=-90)
+    elif kind == "bar":
+        piece = block(0.014, 0.02, length, (0, -0.018, -half))
+    else:
+        end = length / 2.4
+        piece = tube(
+            curve([(0, 0, -half), (0, -0.04, -end), (0, -0.04, end), (0, 0, half)], 1), 0.007, 6
+        )
     with b.within(at, roll=0 if upright else 90):
-        if kind == "knob":
-            b.add("handle", color, move(drum(0.012, 0.03, top=0.017, n=8), lean=-90))
-        elif kind == "bar":
-            b.add("handle", color, block(0.014, 0.02, length, (0, -0.018, -length / 2)))
-        else:
-            b.add(
-                "handle",
-                color,
-                tube(
-                    curve(
-                        [
-                            (0, 0, -length / 2),
-                            (0, -0.04, -length / 2.4),
-                            (0, -0.04, length / 2.4),
-                            (0, 0, length / 2),
-                        ],
-                        1,
-                    ),
-                    0.007,
-                    6,
-                ),
-            )
+        b.add("handle", color, piece)
 
 
 def fronts(
@@ -566,10 +524,10 @@ def fronts(
     at: tuple[float, float, float],  # the middle of its bottom edge
     color: tuple,
     metal: tuple,
-    kind: str | None = None,  # drawers, doors, or None: any of them, with an open bay now and then
+    kind: str | None = None,  # drawers, doors, or None: any of them, now and then an open bay
     pull: str = "bar",  # kind of `handle`
 ) -> None:
-    "Doors and drawers that fill a front which looks to -y."
+    "Doors and drawers that fill a front which faces -y."
     kind = kind or b.pick("drawers", "doors", "doors", "mixed")
     if kind == "mixed":
         low = z * b.u(0.3, 0.7)
@@ -586,43 +544,23 @@ def fronts(
                 pull,
             )
         return
-    many = max(1, round(z / b.u(0.14, 0.3))) if kind == "drawers" else 1
+    drawers = kind == "drawers"
+    many = max(1, round(z / b.u(0.14, 0.3))) if drawers else 1
     wide = max(1, round(x / b.u(0.35, 0.65)))
     cell_x, cell_z, gap = x / wide, z / many, 0.008
     panel = b.maybe(0.3) and min(cell_x, cell_z) > 0.2
+    add = partial(b.add, "drawer" if drawers else "door", color)
     for i in range(wide):
         for j in range(many):
             cx, cz = at[0] - x / 2 + (i + 0.5) * cell_x, at[2] + j * cell_z
-            b.add(
-                "drawer" if kind == "drawers" else "door",
-                color,
-                block(cell_x - gap, 0.018, cell_z - gap, (cx, at[1] - 0.009, cz + gap / 2)),
-            )
+            add(block(cell_x - gap, 0.018, cell_z - gap, (cx, at[1] - 0.009, cz + gap / 2)))
             if panel:
-                b.add(
-                    "drawer" if kind == "drawers" else "door",
-                    color,
-                    block(
-                        cell_x * 0.7, 0.01, cell_z * 0.75, (cx, at[1] - 0.022, cz + cell_z * 0.125)
-                    ),
-                )
-            if kind == "drawers":
-                handle(
-                    b, (cx, at[1] - 0.018, cz + cell_z / 2), metal, pull, min(0.15, cell_x * 0.5)
-                )
-            else:
-                handle(
-                    b,
-                    (
-                        cx + (cell_x / 2 - 0.04) * (1 if i % 2 == 0 else -1),
-                        at[1] - 0.018,
-                        cz + cell_z * 0.5,
-                    ),
-                    metal,
-                    pull,
-                    min(0.2, cell_z * 0.4),
-                    upright=True,
-                )
+                place = cx, at[1] - 0.022, cz + cell_z * 0.125
+                add(block(cell_x * 0.7, 0.01, cell_z * 0.75, place))
+            edge = 0 if drawers else (-1) ** i * (cell_x / 2 - 0.04)
+            length = min(0.15, cell_x * 0.5) if drawers else min(0.2, cell_z * 0.4)
+            place = cx + edge, at[1] - 0.018, cz + cell_z / 2
+            handle(b, place, metal, pull, length, upright=not drawers)
 
 
 def goods(
@@ -639,59 +577,47 @@ def goods(
         if not b.maybe(p):
             where += b.u(0.05, 0.3)
             continue
-        if b.maybe(0.75):
+        book = b.maybe(0.75)
+        if book:
             w, h = b.u(0.015, 0.05), min(z * 0.92, b.u(0.16, 0.3))
-            b.add(
-                "content",
-                b.tone("fabric", "paint", "plastic"),
-                block(
-                    w,
-                    min(y * 0.9, b.u(0.12, 0.2)),
-                    h,
-                    (at[0] + where + w / 2, at[1] + y * 0.45, at[2]),
-                ),
-            )
-            where += w + 0.002
+            color, deep = b.tone("fabric", "paint", "plastic"), min(y * 0.9, b.u(0.12, 0.2))
         else:
             w = min(b.u(0.1, 0.25), x / 2 - where)
-            b.add(
-                "content",
-                b.tone("card", "plastic", "wood"),
-                block(
-                    w, y * 0.8, z * b.u(0.3, 0.8), (at[0] + where + w / 2, at[1] + y * 0.5, at[2])
-                ),
-            )
-            where += w + 0.02
+            color, deep, h = b.tone("card", "plastic", "wood"), y * 0.8, z * b.u(0.3, 0.8)
+        b.add(
+            "content",
+            color,
+            block(w, deep, h, (at[0] + where + w / 2, at[1] + y * (0.45 if book else 0.5), at[2])),
+        )
+        where += w + (0.002 if book else 0.02)
 
 # %% ../../nbs/worlds/27_shapes.ipynb #c5d6a381
+BASES = dict(
+    chair="square square round splayed hairpin sled pedestal star star cantilever panels",
+    stool="square round splayed hairpin pedestal star panels sled",
+    bench="square panels trestle sled round splayed",
+    sofa="square round splayed sled",
+    table="square square round splayed hairpin sled panels trestle pedestal pedestal",
+    desk="square square panels sled trestle splayed",
+    cabinet="square round splayed hairpin sled",
+    bed="square round panels",
+    counter="square panels sled",
+    basin="square round",
+)  # which supports are picked from, the frequent ones twice
+BASES = {kind: names.split() for kind, names in BASES.items()}
+
+
 def chair(b: Builder) -> None:
     "Seat and back on one of eight bases; a third have arms."
-    x, y, h, up, t = (
-        b.u(0.38, 0.6),
-        b.u(0.38, 0.56),
-        b.u(0.38, 0.5),
-        b.u(0.26, 0.68),
-        b.u(0.02, 0.1),
+    x, y, h, up, t = b.sizes(
+        width=(0.38, 0.6),
+        depth=(0.38, 0.56),
+        seat=(0.38, 0.5),
+        back=(0.26, 0.68),
+        thickness=(0.02, 0.1),
     )
-    frame, cloth = b.tone("wood", "metal", "plastic"), b.tone("fabric", "wood", "plastic")
-    supports(
-        b,
-        x,
-        y,
-        h,
-        frame,
-        "square",
-        "square",
-        "round",
-        "splayed",
-        "hairpin",
-        "sled",
-        "pedestal",
-        "star",
-        "star",
-        "cantilever",
-        "panels",
-    )
+    frame, cloth = b.tones("wood metal plastic", "fabric wood plastic")
+    supports(b, x, y, h, frame, *BASES["chair"])
     b.add(
         "seat",
         cloth,
@@ -703,22 +629,23 @@ def chair(b: Builder) -> None:
         chair_back(b, x, up, t, frame, cloth)
     if b.maybe(0.35):
         rise, soft = b.u(0.16, 0.26), b.maybe(0.3)
-        for s in (-1, 1):
+        for s in SIDES:
             if soft:
                 b.add(
                     "arm",
                     cloth,
                     cushion(0.07, y * 0.9, rise + t, (s * (x / 2 + 0.03), 0, h - 0.02), 0.03),
                 )
-            else:
-                b.add(
-                    "arm", frame, block(0.045, y * 0.8, 0.03, (s * x / 2, y * 0.05, h + t + rise))
-                )
-                b.add("arm", frame, block(0.03, 0.03, rise + t, (s * x / 2, -y * 0.3, h + 0.005)))
-                if b.maybe(0.5):
-                    b.add(
-                        "arm", frame, block(0.03, 0.03, rise + t, (s * x / 2, y * 0.35, h + 0.005))
-                    )
+                continue
+            post = block(0.03, 0.03, rise + t)
+            b.add(
+                "arm",
+                frame,
+                block(0.045, y * 0.8, 0.03, (s * x / 2, y * 0.05, h + t + rise)),
+                move(post, (s * x / 2, -y * 0.3, h + 0.005)),
+            )
+            if b.maybe(0.5):
+                b.add("arm", frame, move(post, (s * x / 2, y * 0.35, h + 0.005)))
 
 
 def chair_back(
@@ -730,10 +657,8 @@ def chair_back(
     cloth: tuple,  # colours
 ) -> None:
     "A back in the plane y = 0: board, cushion, slats, rungs or a bent shell; everything is labelled back."
-    kind, add = (
-        b.pick("board", "cushion", "slats", "rungs", "shell", "panel"),
-        lambda color, piece: b.add("back", color, piece),
-    )
+    kind = b.pick("board", "cushion", "slats", "rungs", "shell", "panel")
+    add = partial(b.add, "back")
     if kind == "cushion":
         add(cloth, cushion(x * b.u(0.8, 1), max(t, 0.05), up, r=0.04))
     elif kind == "board":
@@ -741,256 +666,144 @@ def chair_back(
     elif kind == "panel":
         low = up * b.u(0.3, 0.55)
         add(cloth, cushion(x * b.u(0.75, 1), 0.04, up - low, (0, 0, low), 0.02))
-        for s in [-1, 1] if b.maybe(0.7) else [0]:
+        for s in SIDES if b.maybe(0.7) else [0]:
             add(frame, block(0.03, 0.025, low + 0.05, (s * x * 0.35, 0.025, 0)))
     elif kind == "shell":
         u, v = np.meshgrid(np.linspace(-1, 1, 9), np.linspace(0, 1, 5), indexing="ij")
-        bow = b.u(0.05, 0.25)
-        add(
-            cloth,
-            sheet(
-                np.stack(
-                    [
-                        u * x / 2 * (1 - 0.15 * v**2),
-                        -bow * u**2,
-                        v * up * (1 - 0.25 * u**2 * b.u(0, 1)),
-                    ],
-                    -1,
-                ),
-                0.015,
-            ),
-        )
+        bow = -b.u(0.05, 0.25) * u**2
+        rise = v * up * (1 - 0.25 * u**2 * b.u(0, 1))
+        add(cloth, sheet(np.stack([u * x / 2 * (1 - 0.15 * v**2), bow, rise], -1), 0.015))
     else:
-        for s in (-1, 1):
-            add(frame, block(0.03, 0.03, up, (s * (x / 2 - 0.02), 0, 0)))
+        add(frame, *(block(0.03, 0.03, up, (s * (x / 2 - 0.02), 0, 0)) for s in SIDES))
         add(frame, block(x, 0.03, b.u(0.03, 0.09), (0, 0, up - 0.04)))
         many = b.n(2, 5)
         for k in range(many):
             if kind == "slats":
-                add(
-                    frame,
-                    block(
-                        0.025, 0.015, up, ((k + 1) / (many + 1) * (x - 0.06) - x / 2 + 0.03, 0, 0)
-                    ),
-                )
+                place = (k + 1) / (many + 1) * (x - 0.06) - x / 2 + 0.03, 0, 0
+                add(frame, block(0.025, 0.015, up, place))
             else:
-                add(
-                    frame,
-                    block(x - 0.05, 0.015, up / many * 0.5, (0, 0, up * (k + 0.4) / (many + 0.2))),
-                )
+                place = 0, 0, up * (k + 0.4) / (many + 0.2)
+                add(frame, block(x - 0.05, 0.015, up / many * 0.5, place))
 
 
 def stool(b: Builder) -> None:
     "A seat without a back; one in eight has a low one."
-    h, r, t = b.u(0.38, 0.8), b.u(0.28, 0.42), b.u(0.02, 0.09)
-    frame, cloth = b.tone("wood", "metal", "plastic"), b.tone("fabric", "wood", "plastic")
+    h, r, t = b.sizes(height=(0.38, 0.8), width=(0.28, 0.42), thickness=(0.02, 0.09))
+    frame, cloth = b.tones("wood metal plastic", "fabric wood plastic")
     y = r * b.u(0.7, 1)
-    supports(
-        b,
-        r * 0.95,
-        y * 0.95,
-        h,
-        frame,
-        "square",
-        "round",
-        "splayed",
-        "hairpin",
-        "pedestal",
-        "star",
-        "panels",
-        "sled",
-    )
+    supports(b, r * 0.95, y * 0.95, h, frame, *BASES["stool"])
     if b.maybe(0.5):
-        b.add(
-            "seat",
-            cloth,
-            loft(
-                [
-                    (ring(r, r), h),
-                    (ring(r * 1.04, r * 1.04), h + t / 2),
-                    (ring(r * 0.96, r * 0.96), h + t),
-                ],
-                smooth=True,
-            ),
-        )
+        low, middle, high = (ring(r * f, r * f) for f in (1, 1.04, 0.96))
+        b.add("seat", cloth, loft([(low, h), (middle, h + t / 2), (high, h + t)], smooth=True))
     else:
         b.add("seat", cloth, cushion(r, y, t, (0, 0, h), b.u(0.005, t / 2)))
     if h > 0.5 and b.maybe(0.6):
-        b.add(
-            "rung",
-            frame,
-            tube(np.append(ring(r * 0.9, y * 0.9, 3, 16), np.full((17, 1), h * 0.35), 1), 0.01, 6),
-        )
+        b.add("rung", frame, tube(level(ring(r * 0.9, y * 0.9, 3, 16), h * 0.35), 0.01, 6))
     if b.maybe(0.12):
         b.add("back", cloth, block(r * 0.9, 0.02, b.u(0.06, 0.15), (0, y / 2, h + t)))
 
 
 def bench(b: Builder) -> None:
     "A long seat, of boards or padded, half of them with a back."
-    x, y, h, t = b.u(0.9, 1.8), b.u(0.32, 0.5), b.u(0.4, 0.5), b.u(0.03, 0.08)
-    frame, top = b.tone("wood", "metal"), b.tone("wood", "fabric", "paint")
-    supports(
-        b,
-        x * b.u(0.8, 1),
-        y,
-        h,
-        frame,
-        "square",
-        "panels",
-        "trestle",
-        "sled",
-        "round",
-        "splayed",
-        t=0.06,
+    x, y, h, t = b.sizes(
+        width=(0.9, 1.8), depth=(0.32, 0.5), seat=(0.4, 0.5), thickness=(0.03, 0.08)
     )
+    frame, top = b.tones("wood metal", "wood fabric paint")
+    supports(b, x * b.u(0.8, 1), y, h, frame, *BASES["bench"], t=0.06)
     boards = b.n(2, 5) if b.maybe(0.5) else 1
-    for k in range(boards):
-        b.add(
-            "seat",
-            top,
-            block(
-                x,
-                y / boards - (0.012 if boards > 1 else 0),
-                t if boards > 1 else t + 0.02,
-                (0, ((k + 0.5) / boards - 0.5) * y, h),
-            ),
-        )
+    deep, thick = (y / boards - 0.012, t) if boards > 1 else (y, t + 0.02)
+    b.add(
+        "seat",
+        top,
+        *(block(x, deep, thick, (0, ((k + 0.5) / boards - 0.5) * y, h)) for k in range(boards)),
+    )
     if b.maybe(0.5):
         up, rows = b.u(0.3, 0.5), b.n(1, 4)
         with b.within((0, y / 2 - 0.02, h), lean=b.u(4, 15)):
-            for k in range(rows):
-                b.add("back", top, block(x, 0.025, up / rows * 0.7, (0, 0, 0.08 + up * k / rows)))
-            for s in (-1, 1):
-                b.add("back", frame, block(0.05, 0.03, up + 0.06, (s * x * 0.42, 0.02, 0)))
+            b.add(
+                "back",
+                top,
+                *(
+                    block(x, 0.025, up / rows * 0.7, (0, 0, 0.08 + up * k / rows))
+                    for k in range(rows)
+                ),
+            )
+            b.add(
+                "back",
+                frame,
+                *(block(0.05, 0.03, up + 0.06, (s * x * 0.42, 0.02, 0)) for s in SIDES),
+            )
         if b.maybe(0.5):
-            for s in (-1, 1):
-                b.add("arm", frame, block(0.05, y, 0.04, (s * (x / 2 - 0.04), 0, h + 0.22)))
-                b.add("arm", frame, block(0.05, 0.05, 0.24, (s * (x / 2 - 0.04), -y / 2 + 0.04, h)))
+            for s in SIDES:
+                at = s * (x / 2 - 0.04)
+                b.add(
+                    "arm",
+                    frame,
+                    block(0.05, y, 0.04, (at, 0, h + 0.22)),
+                    block(0.05, 0.05, 0.24, (at, -y / 2 + 0.04, h)),
+                )
 
 
 def sofa(b: Builder) -> None:
     "One to four cushioned seats between arms; some have a chaise or none of the arms."
-    seats, y, low, t = b.pick(1, 2, 2, 3, 3, 4), b.u(0.75, 1.0), b.u(0.06, 0.2), b.u(0.12, 0.2)
-    x, cloth, wood = seats * b.u(0.55, 0.75), b.tone("fabric"), b.tone("wood", "metal")
-    other, arm, soft = (
-        cloth if b.maybe(0.7) else b.tone("fabric"),
-        b.pick("block", "round", "slim", "none"),
-        b.u(0.02, 0.07),
-    )
+    seats = b.pick(1, 2, 2, 3, 3, 4)
+    y, low, t = b.sizes(depth=(0.75, 1.0), legs=(0.06, 0.2), cushion=(0.12, 0.2))
+    x = seats * b.u(0.55, 0.75)
+    cloth, wood = b.tones("fabric", "wood metal")
+    other = cloth if b.maybe(0.7) else b.tone("fabric")
+    arm = b.pick("block", "round", "slim", "none")
+    soft = b.u(0.02, 0.07)
     wide = dict(block=b.u(0.14, 0.26), round=b.u(0.16, 0.24), slim=0.07, none=0)[arm]
-    supports(b, x + 1.6 * wide, y * 0.9, low, wood, "square", "round", "splayed", "sled", t=0.06)
-    base, back = b.u(0.14, 0.24), b.u(0.35, 0.55)
+    supports(b, x + 1.6 * wide, y * 0.9, low, wood, *BASES["sofa"], t=0.06)
+    base, back = b.sizes(base=(0.14, 0.24), back=(0.35, 0.55))
     b.add("base", cloth, cushion(x + wide, y, base, (0, 0, low), 0.02))
     deep = y - b.u(0.16, 0.24)
-    for k in range(seats):
-        b.add(
-            "seat",
-            other,
-            cushion(
-                x / seats - 0.01,
-                deep,
-                t,
-                ((k + 0.5) / seats * x - x / 2, (deep - y) / 2 - 0.01, low + base),
-                soft,
-            ),
-        )
+    middles = [(k + 0.5) / seats * x - x / 2 for k in range(seats)]
+    for at in middles:
+        place = at, (deep - y) / 2 - 0.01, low + base
+        b.add("seat", other, cushion(x / seats - 0.01, deep, t, place, soft))
     if b.maybe(0.2):
-        b.add(
-            "seat",
-            other,
-            cushion(
-                x / seats,
-                0.7,
-                base + t,
-                ((seats - 1) / seats * x / 2 * b.pick(-1, 1), -y / 2 - 0.3, low),
-                soft,
-            ),
-        )
+        place = (seats - 1) / seats * x / 2 * b.pick(*SIDES), -y / 2 - 0.3, low
+        b.add("seat", other, cushion(x / seats, 0.7, base + t, place, soft))
     with b.within((0, y / 2 - 0.1, low + base * 0.6), lean=b.u(2, 12)):
         b.add("back", cloth, cushion(x + wide, 0.16, back + base * 0.4, r=0.05))
         if b.maybe(0.7):
-            for k in range(seats):
-                b.add(
-                    "cushion",
-                    other,
-                    cushion(
-                        x / seats - 0.02,
-                        0.14,
-                        back * 0.8,
-                        ((k + 0.5) / seats * x - x / 2, -0.12, base * 0.4 + t),
-                        0.065,
-                    ),
-                )
+            for at in middles:
+                place = at, -0.12, base * 0.4 + t
+                b.add("cushion", other, cushion(x / seats - 0.02, 0.14, back * 0.8, place, 0.065))
     rise = base + t + b.u(0.05, 0.22)
-    for s in (-1, 1) if arm != "none" else ():
+    for s in SIDES if arm != "none" else ():
+        at = s * (x + wide) / 2
         if arm == "round":
-            b.add("arm", cloth, block(wide * 0.8, y, rise - wide / 2, (s * (x + wide) / 2, 0, low)))
-            b.add(
-                "arm",
-                cloth,
-                move(
-                    drum(wide / 2, y), (s * (x + wide) / 2, y / 2, low + rise - wide / 2), lean=-90
-                ),
-            )
+            roll = move(drum(wide / 2, y), (at, y / 2, low + rise - wide / 2), lean=-90)
+            b.add("arm", cloth, block(wide * 0.8, y, rise - wide / 2, (at, 0, low)), roll)
         else:
-            b.add(
-                "arm",
-                cloth,
-                cushion(wide, y, rise, (s * (x + wide) / 2, 0, low), min(0.05, wide / 3)),
-            )
-    for k in range(b.pick(0, 0, 1, 2)):
-        with b.within(
-            (b.u(-0.4, 0.4) * x, y / 2 - 0.34, low + base + t), turn=b.u(-25, 25), lean=25
-        ):
+            b.add("arm", cloth, cushion(wide, y, rise, (at, 0, low), min(0.05, wide / 3)))
+    for _ in range(b.pick(0, 0, 1, 2)):
+        place = b.u(-0.4, 0.4) * x, y / 2 - 0.34, low + base + t
+        with b.within(place, yaw=b.u(-25, 25), lean=25):
             b.add("cushion", b.tone("fabric"), cushion(0.4, 0.12, 0.38, r=0.06, n=3))
 
 # %% ../../nbs/worlds/27_shapes.ipynb #7ae33d87
 def table(b: Builder) -> None:
     "A top on one of nine bases: coffee, dining, bar, console and side tables."
     x, y, h = b.pick(
-        (b.u(0.8, 1.3), b.u(0.45, 0.8), b.u(0.32, 0.5)),
-        (b.u(0.9, 2.2), b.u(0.7, 1.05), b.u(0.68, 0.78)),
-        (b.u(0.45, 0.7), b.u(0.4, 0.7), b.u(0.45, 1.1)),
-        (b.u(0.9, 1.5), b.u(0.3, 0.45), b.u(0.7, 0.9)),
+        b.sizes(width=(0.8, 1.3), depth=(0.45, 0.8), height=(0.32, 0.5)),
+        b.sizes(width=(0.9, 2.2), depth=(0.7, 1.05), height=(0.68, 0.78)),
+        b.sizes(width=(0.45, 0.7), depth=(0.4, 0.7), height=(0.45, 1.1)),
+        b.sizes(width=(0.9, 1.5), depth=(0.3, 0.45), height=(0.7, 0.9)),
     )
-    t, wood, frame = (
-        b.u(0.015, 0.06),
-        b.tone("wood", "paint", "glass", "plastic"),
-        b.tone("wood", "metal", "paint"),
-    )
+    t = b.u(0.015, 0.06)
+    wood, frame = b.tones("wood paint glass plastic", "wood metal paint")
     shape = b.pick("rectangle", "rectangle", "rectangle", "round", "soft")
-    if shape == "round":
-        y = y if b.maybe(0.3) else x
-    supports(
-        b,
-        x * b.u(0.75, 0.97),
-        y * b.u(0.75, 0.97),
-        h,
-        frame,
-        "square",
-        "square",
-        "round",
-        "splayed",
-        "hairpin",
-        "sled",
-        "panels",
-        "trestle",
-        "pedestal",
-        "pedestal",
-        t=b.u(0.03, 0.09),
-    )
-    b.add(
-        "top",
-        wood,
-        block(x, y, t, (0, 0, h))
-        if shape == "rectangle"
-        else loft(
-            [
-                (ring(x, y, 2 if shape == "round" else 5, 32), h),
-                (ring(x, y, 2 if shape == "round" else 5, 32), h + t),
-            ]
-        ),
-    )
+    if shape == "round" and not b.maybe(0.3):
+        y = x
+    under = b.sizes(x=(0.75, 0.97), y=(0.75, 0.97), thickness=(0.03, 0.09))
+    supports(b, x * under[0], y * under[1], h, frame, *BASES["table"], t=under[2])
+    if shape == "rectangle":
+        b.add("top", wood, block(x, y, t, (0, 0, h)))
+    else:
+        b.add("top", wood, straight(ring(x, y, 2 if shape == "round" else 5, 32), h, h + t))
     if shape == "rectangle" and b.maybe(0.3):
         b.add("frame", frame, block(x * 0.9, y * 0.9, 0.07, (0, 0, h - 0.07)))
     if b.maybe(0.2):
@@ -999,44 +812,25 @@ def table(b: Builder) -> None:
         fronts(b, x * 0.5, 0.1, (0, -y * 0.46, h - 0.1), wood, frame, "drawers", "knob")
 
 
+DESK_BODIES = dict(left=[-1], right=[1], both=[-1, 1], plain=[], legs=[])  # sides with drawers
+
+
 def desk(b: Builder) -> None:
     "A work table: drawers beside the knees, a board before them, a hutch above, or an L of two tops."
-    x, y, h, t = b.u(1.0, 1.8), b.u(0.5, 0.8), b.u(0.68, 0.78), b.u(0.018, 0.045)
-    wood, frame, pull = (
-        b.tone("wood", "paint", "plastic"),
-        b.tone("wood", "metal", "paint"),
-        b.pick("bar", "knob", "bow"),
+    x, y, h, t = b.sizes(
+        width=(1.0, 1.8), depth=(0.5, 0.8), height=(0.68, 0.78), thickness=(0.018, 0.045)
     )
+    wood, frame = b.tones("wood paint plastic", "wood metal paint")
+    pull = b.pick("bar", "knob", "bow")
     b.add("top", wood, block(x, y, t, (0, 0, h)))
     style = b.pick("left", "right", "both", "plain", "legs", "legs")
-    supports(
-        b,
-        x * 0.96,
-        y * 0.92,
-        h,
-        frame,
-        "square",
-        "square",
-        "panels",
-        "sled",
-        "trestle",
-        "splayed",
-        t=b.u(0.03, 0.06),
-    )
-    for s in dict(left=[-1], right=[1], both=[-1, 1], plain=[], legs=[])[style]:
+    supports(b, x * 0.96, y * 0.92, h, frame, *BASES["desk"], t=b.u(0.03, 0.06))
+    for s in DESK_BODIES[style]:
         w, low = b.u(0.3, 0.42), b.pick(0.0, 0.1, 0.3)
         at = s * (x / 2 - w / 2 - 0.03)
         b.add("body", wood, block(w, y * 0.9, h - low, (at, 0, low)))
-        fronts(
-            b,
-            w,
-            h - low,
-            (at, -y * 0.45, low),
-            wood,
-            frame,
-            b.pick("drawers", "drawers", "mixed"),
-            pull,
-        )
+        kind = b.pick("drawers", "drawers", "mixed")
+        fronts(b, w, h - low, (at, -y * 0.45, low), wood, frame, kind, pull)
     if style in ("plain", "legs") and b.maybe(0.6):
         z = b.u(0.08, 0.13)
         b.add("body", wood, block(x * 0.85, y * 0.8, z, (0, 0, h - z)))
@@ -1044,19 +838,21 @@ def desk(b: Builder) -> None:
     if b.maybe(0.5) and style != "plain":
         b.add("panel", wood, block(x * 0.9, 0.018, h * b.u(0.4, 0.9), (0, y * 0.42, h * 0.1)))
     if b.maybe(0.2):
-        s, w = b.pick(-1, 1), b.u(0.45, 0.6)
+        s, w = b.pick(*SIDES), b.u(0.45, 0.6)
         b.add("top", wood, block(w, 0.7, t, (s * (x - w) / 2, -y / 2 - 0.35, h)))
-        for e in (0.03, w - 0.03):
-            b.add("leg", frame, block(0.05, 0.05, h, (s * (x / 2 - e), -y / 2 - 0.66, 0)))
+        b.add(
+            "leg",
+            frame,
+            *(block(0.05, 0.05, h, (s * (x / 2 - e), -y / 2 - 0.66, 0)) for e in (0.03, w - 0.03)),
+        )
     if b.maybe(0.28):
         hutch(b, x, y, h + t, wood)
     if b.maybe(0.2):
-        b.add(
-            "screen",
-            b.tone("dark"),
-            block(0.5, 0.03, 0.3, (b.u(-0.2, 0.2) * x, y * 0.1, h + t + 0.1)),
+        dark, at = b.tone("dark"), b.u(-0.2, 0.2) * x
+        b.add_all(
+            ("screen", dark, block(0.5, 0.03, 0.3, (at, y * 0.1, h + t + 0.1))),
+            ("screen", b.tone("dark"), block(0.05, 0.04, 0.12, (0, y * 0.15, h + t))),
         )
-        b.add("screen", b.tone("dark"), block(0.05, 0.04, 0.12, (0, y * 0.15, h + t)))
 
 
 def hutch(
@@ -1067,12 +863,17 @@ def hutch(
     wood: tuple,
 ) -> None:
     "A low rack at the back of a desk."
-    up, deep, bays = b.u(0.25, 0.5), b.u(0.18, 0.28), b.n(2, 4)
-    b.add("shelf", wood, block(x, deep, 0.02, (0, (y - deep) / 2, z + up)))
-    for k in range(bays + 1):
-        b.add(
-            "shelf", wood, block(0.02, deep, up, ((k / bays - 0.5) * (x - 0.02), (y - deep) / 2, z))
-        )
+    up, deep = b.sizes(height=(0.25, 0.5), depth=(0.18, 0.28))
+    bays = b.n(2, 4)
+    b.add(
+        "shelf",
+        wood,
+        block(x, deep, 0.02, (0, (y - deep) / 2, z + up)),
+        *(
+            block(0.02, deep, up, ((k / bays - 0.5) * (x - 0.02), (y - deep) / 2, z))
+            for k in range(bays + 1)
+        ),
+    )
     if b.maybe(0.5):
         goods(b, x * 0.9, deep, up, (0, y / 2 - deep, z), 0.4)
 
@@ -1080,22 +881,17 @@ def hutch(
 def cabinet(b: Builder) -> None:
     "A body behind doors and drawers, on legs, a plinth or the floor; sideboards, wardrobes, night stands, wall units."
     x, y, z = b.pick(
-        (b.u(0.35, 0.6), b.u(0.3, 0.5), b.u(0.4, 0.75)),
-        (b.u(0.8, 1.8), b.u(0.35, 0.5), b.u(0.45, 0.95)),
-        (b.u(0.6, 1.8), b.u(0.45, 0.65), b.u(1.4, 2.2)),
-        (b.u(0.5, 1.0), b.u(0.3, 0.45), b.u(0.7, 1.3)),
+        b.sizes(width=(0.35, 0.6), depth=(0.3, 0.5), height=(0.4, 0.75)),
+        b.sizes(width=(0.8, 1.8), depth=(0.35, 0.5), height=(0.45, 0.95)),
+        b.sizes(width=(0.6, 1.8), depth=(0.45, 0.65), height=(1.4, 2.2)),
+        b.sizes(width=(0.5, 1.0), depth=(0.3, 0.45), height=(0.7, 1.3)),
     )
-    color, metal, pull = (
-        b.tone("wood", "wood", "paint"),
-        b.tone("metal", "dark", "wood"),
-        b.pick("bar", "knob", "bow", "bar", "none"),
-    )
-    low, front = (
-        b.pick(0.0, 0.0, b.u(0.04, 0.08), b.u(0.1, 0.22)),
-        color if b.maybe(0.65) else b.tone("wood", "paint"),
-    )
+    color, metal = b.tones("wood wood paint", "metal dark wood")
+    pull = b.pick("bar", "knob", "bow", "bar", "none")
+    low = b.pick(0.0, 0.0, b.u(0.04, 0.08), b.u(0.1, 0.22))
+    front = color if b.maybe(0.65) else b.tone("wood", "paint")
     if low > 0.09:
-        supports(b, x * 0.95, y * 0.92, low, metal, "square", "round", "splayed", "hairpin", "sled")
+        supports(b, x * 0.95, y * 0.92, low, metal, *BASES["cabinet"])
     elif low:
         b.add("base", metal, block(x * 0.94, y * 0.9, low, (0, 0.01, 0)))
     if b.maybe(0.22) and z > 0.5:  # an open bay at the top
@@ -1125,15 +921,18 @@ def rack(
     t: float = 0.02,  # thickness of a board
 ) -> None:
     "Open bays."
-    for s in (-1, 1):
-        b.add(part, color, block(t, y, z, (at[0] + s * (x - t) / 2, at[1], at[2])))
+    ax, ay, az = at
+    b.add(part, color, *(block(t, y, z, (ax + s * (x - t) / 2, ay, az)) for s in SIDES))
     if back:
-        b.add(part, color, block(x, 0.008, z, (at[0], at[1] + y / 2 - 0.004, at[2])))
-    for k in range(1, columns):
-        b.add(part, color, block(t, y, z, (at[0] + (k / columns - 0.5) * x, at[1], at[2])))
-    for k in range(rows + 1):
-        b.add("shelf", color, block(x, y, t, (at[0], at[1], at[2] + k / rows * (z - t))))
-    for k in range(rows):
+        b.add(part, color, block(x, 0.008, z, (ax, ay + y / 2 - 0.004, az)))
+    b.add(
+        part,
+        color,
+        *(block(t, y, z, (ax + (k / columns - 0.5) * x, ay, az)) for k in range(1, columns)),
+    )
+    heights = [az + k / rows * (z - t) for k in range(rows + 1)]
+    b.add("shelf", color, *(block(x, y, t, (ax, ay, height)) for height in heights))
+    for height in heights[:-1]:
         for c in range(columns):
             if p and b.maybe(0.8):
                 goods(
@@ -1141,70 +940,53 @@ def rack(
                     x / columns - 2 * t,
                     y,
                     z / rows - t,
-                    (
-                        at[0] + ((c + 0.5) / columns - 0.5) * x,
-                        at[1] - y / 2,
-                        at[2] + k / rows * (z - t) + t,
-                    ),
+                    (ax + ((c + 0.5) / columns - 0.5) * x, ay - y / 2, height + t),
                     p,
                 )
 
 
 def shelf(b: Builder) -> None:
-    "Boards one above another: book cases, racks on posts, ladders, cubes and boards for the wall; some are full of books."
-    x, y, z, color = (
-        b.u(0.4, 1.6),
-        b.u(0.2, 0.45),
-        b.u(0.7, 2.1),
-        b.tone("wood", "wood", "paint", "metal"),
-    )
-    kind, full = (
-        b.pick("case", "case", "posts", "cubes", "wall", "slant"),
-        b.pick(0.0, 0.0, 0.3, 0.6, 0.9),
-    )
+    "Boards one above another: book cases, racks on posts, ladders, cubes, boards for the wall; some full of books."
+    x, y, z = b.sizes(width=(0.4, 1.6), depth=(0.2, 0.45), height=(0.7, 2.1))
+    color = b.tone("wood", "wood", "paint", "metal")
+    kind = b.pick("case", "case", "posts", "cubes", "wall", "slant")
+    full = b.pick(0.0, 0.0, 0.3, 0.6, 0.9)
     if kind == "case":
-        rack(b, x, y, z, (0, 0, 0), color, b.n(2, 6), b.pick(1, 1, 2), full, "frame", b.maybe(0.6))
+        rows, columns = b.n(2, 6), b.pick(1, 1, 2)
+        rack(b, x, y, z, (0, 0, 0), color, rows, columns, full, "frame", b.maybe(0.6))
     elif kind == "cubes":
         cell, rows, columns = b.u(0.3, 0.42), b.n(1, 5), b.n(2, 4)
-        rack(
-            b,
-            cell * columns,
-            y,
-            cell * rows,
-            (0, 0, 0),
-            color,
-            rows,
-            columns,
-            full,
-            "frame",
-            b.maybe(0.3),
-            b.u(0.015, 0.04),
-        )
+        size = cell * columns, y, cell * rows
+        back, t = b.maybe(0.3), b.u(0.015, 0.04)
+        rack(b, *size, (0, 0, 0), color, rows, columns, full, "frame", back, t)
     elif kind == "wall":
         for k in range(b.n(1, 3)):
-            b.add("shelf", color, block(x, y * 0.7, b.u(0.02, 0.05), (b.u(-0.1, 0.1), 0, k * 0.35)))
-            goods(b, x, y * 0.6, 0.3, (0, -y * 0.3, k * 0.35 + 0.05), full)
-            for s in (-1, 1):
-                b.add(
-                    "frame", color, block(0.02, y * 0.6, 0.1, (s * x * 0.35, 0.02, k * 0.35 - 0.1))
-                )
+            t, at, low = b.u(0.02, 0.05), b.u(-0.1, 0.1), k * 0.35
+            b.add("shelf", color, block(x, y * 0.7, t, (at, 0, low)))
+            goods(b, x, y * 0.6, 0.3, (0, -y * 0.3, low + 0.05), full)
+            b.add(
+                "frame",
+                color,
+                *(block(0.02, y * 0.6, 0.1, (s * x * 0.35, 0.02, low - 0.1)) for s in SIDES),
+            )
     else:
         rows, slant = b.n(3, 6), y * b.u(0.3, 0.7) if kind == "slant" else 0
         r = b.u(0.012, 0.03)
-        for sx in (-1, 1):
-            for sy in (-1, 1):
-                b.add(
-                    "frame",
-                    color,
-                    tube(
-                        [
-                            (sx * x / 2, sy * y / 2 - (slant if sy < 0 else 0), 0),
-                            (sx * x / 2, sy * y / 2, z),
-                        ],
-                        r,
-                        4,
-                    ),
+        b.add(
+            "frame",
+            color,
+            *(
+                tube(
+                    [
+                        (s * x / 2, e * y / 2 - (slant if e < 0 else 0), 0),
+                        (s * x / 2, e * y / 2, z),
+                    ],
+                    r,
+                    4,
                 )
+                for s, e in CORNERS
+            ),
+        )
         board = color if b.maybe(0.5) else b.tone("wood", "metal")
         for k in range(rows):
             f = (k + 0.3) / rows
@@ -1215,163 +997,165 @@ def shelf(b: Builder) -> None:
 
 def box(b: Builder) -> None:
     "Cartons closed, open or taped, crates, chests with a lid, gift boxes."
-    x, y, z = b.u(0.15, 0.7), b.u(0.15, 0.5), b.u(0.08, 0.5)
-    kind, card, t = (
-        b.pick("carton", "open", "open", "crate", "chest", "lid"),
-        b.tone("card", "card", "paint"),
-        0.008,
-    )
-    walls = lambda color, z, t: [
-        b.add("body", color, piece)
-        for piece in (
-            block(x, y, t),
-            block(x, t, z, (0, -y / 2 + t / 2, 0)),
-            block(x, t, z, (0, y / 2 - t / 2, 0)),
-            block(t, y, z, (-x / 2 + t / 2, 0, 0)),
-            block(t, y, z, (x / 2 - t / 2, 0, 0)),
-        )
-    ]
+    x, y, z = b.sizes(width=(0.15, 0.7), depth=(0.15, 0.5), height=(0.08, 0.5))
+    kind = b.pick("carton", "open", "open", "crate", "chest", "lid")
+    card = b.tone("card", "card", "paint")
     if kind == "carton":
         b.add("body", card, block(x, y, z))
         if b.maybe(0.6):
-            b.add(
-                "tape", b.tone("card", "glass"), block(x + 0.002, b.u(0.04, 0.08), 0.003, (0, 0, z))
+            tape, wide = b.tone("card", "glass"), b.u(0.04, 0.08)
+            b.add_all(
+                ("tape", tape, block(x + 0.002, wide, 0.003, (0, 0, z))),
+                ("tape", b.tone("card"), block(0.003, 0.05, z * 0.3, (x / 2, 0, z * 0.7))),
             )
-            b.add("tape", b.tone("card"), block(0.003, 0.05, z * 0.3, (x / 2, 0, z * 0.7)))
     elif kind == "open":
-        walls(card, z, t)
-        for s in (-1, 1):
-            if b.maybe(0.85):
-                with b.within((0, s * y / 2, z), turn=0, lean=s * b.u(10, 140)):
-                    b.add("lid", card, block(x, t, y / 2 * b.u(0.7, 1)))
-            if b.maybe(0.85):
-                with b.within((s * x / 2, 0, z), roll=s * b.u(10, 140)):
-                    b.add("lid", card, block(t, y, min(x, y) / 2))
-        if b.maybe(0.3):
-            b.add(
-                "content",
-                b.tone("paint", "fabric"),
-                cushion(x * 0.9, y * 0.9, z * 0.6, (0, 0, t), 0.04),
-            )
+        open_carton(b, x, y, z, card)
     elif kind == "crate":
-        wood, rows = b.tone("wood", "plastic"), b.n(2, 4)
-        b.add("body", wood, block(x, y, 0.012))
-        for k in range(rows):
-            h, at = z / rows * b.u(0.6, 0.9), z * k / rows + 0.01
-            for s in (-1, 1):
-                b.add("body", wood, block(x, 0.012, h, (0, s * y / 2, at)))
-                b.add("body", wood, block(0.012, y, h, (s * x / 2, 0, at)))
-        for sx in (-1, 1):
-            for sy in (-1, 1):
-                b.add(
-                    "body",
-                    wood,
-                    block(0.03, 0.03, z, (sx * (x / 2 - 0.02), sy * (y / 2 - 0.02), 0)),
-                )
+        crate(b, x, y, z)
     else:
         color = b.tone("wood", "plastic", "paint")
         b.add("body", color, block(x, y, z) if kind == "lid" else cushion(x, y, z, r=0.015))
-        lid, h = (
-            color if b.maybe(0.5) else b.tone("wood", "plastic", "paint"),
-            b.u(0.03, 0.35) * z + 0.01,
-        )
-        vault = [
-            (-y / 2, 0),
-            (y / 2, 0),
-            (y / 2, h * 0.6),
-            (y / 4, h),
-            (-y / 4, h),
-            (-y / 2, h * 0.6),
-        ]
-        b.add(
-            "lid",
-            lid,
-            block(x + 0.02, y + 0.02, h, (0, 0, z - h * 0.6))
-            if kind == "lid"
-            else move(prism(vault, x + 0.01), (0, 0, z)),
-        )
-        if kind == "lid" and b.maybe(0.3):
+        lid = color if b.maybe(0.5) else b.tone("wood", "plastic", "paint")
+        h = b.u(0.03, 0.35) * z + 0.01
+        if kind == "lid":
+            b.add("lid", lid, block(x + 0.02, y + 0.02, h, (0, 0, z - h * 0.6)))
+            if b.maybe(0.3):
+                b.add(
+                    "tape",
+                    b.tone("plastic", "fabric"),
+                    block(x + 0.03, 0.04, h * 1.05, (0, 0, z - h * 0.6)),
+                )
+        else:
+            wall, edge = h * 0.6, y / 2
             b.add(
-                "tape",
-                b.tone("plastic", "fabric"),
-                block(x + 0.03, 0.04, h * 1.05, (0, 0, z - h * 0.6)),
+                "lid",
+                lid,
+                move(
+                    prism(
+                        [
+                            (-edge, 0),
+                            *[(edge, 0), (edge, wall), (y / 4, h), (-y / 4, h), (-edge, wall)],
+                        ],
+                        x + 0.01,
+                    ),
+                    (0, 0, z),
+                ),
             )
-        if kind == "chest":
-            handle(b, (0, -y / 2, z * 0.8), b.tone("metal"), b.pick("bow", "knob", "none"), 0.06)
+            metal, pull = b.tone("metal"), b.pick("bow", "knob", "none")
+            handle(b, (0, -y / 2, z * 0.8), metal, pull, 0.06)
+
+
+def open_carton(
+    b: Builder,
+    x: float,
+    y: float,
+    z: float,  # size
+    card: tuple,
+    t: float = 0.008,  # thickness
+) -> None:
+    "Five walls, and up to four flaps."
+    b.add(
+        "body",
+        card,
+        block(x, y, t),
+        *(block(x, t, z, (0, s * (y / 2 - t / 2), 0)) for s in SIDES),
+        *(block(t, y, z, (s * (x / 2 - t / 2), 0, 0)) for s in SIDES),
+    )
+    for s in SIDES:
+        if b.maybe(0.85):
+            with b.within((0, s * y / 2, z), lean=s * b.u(10, 140)):
+                b.add("lid", card, block(x, t, y / 2 * b.u(0.7, 1)))
+        if b.maybe(0.85):
+            with b.within((s * x / 2, 0, z), roll=s * b.u(10, 140)):
+                b.add("lid", card, block(t, y, min(x, y) / 2))
+    if b.maybe(0.3):
+        b.add(
+            "content",
+            b.tone("paint", "fabric"),
+            cushion(x * 0.9, y * 0.9, z * 0.6, (0, 0, t), 0.04),
+        )
+
+
+def crate(
+    b: Builder,
+    x: float,
+    y: float,
+    z: float,  # size
+) -> None:
+    "Rows of boards between four posts."
+    add = partial(b.add, "body", b.tone("wood", "plastic"))
+    rows = b.n(2, 4)
+    add(block(x, y, 0.012))
+    for k in range(rows):
+        h, at = z / rows * b.u(0.6, 0.9), z * k / rows + 0.01
+        for s in SIDES:
+            add(block(x, 0.012, h, (0, s * y / 2, at)), block(0.012, y, h, (s * x / 2, 0, at)))
+    for s, e in CORNERS:
+        add(block(0.03, 0.03, z, (s * (x / 2 - 0.02), e * (y / 2 - 0.02), 0)))
 
 # %% ../../nbs/worlds/27_shapes.ipynb #7afc030e
 def bed(b: Builder) -> None:
     "A mattress in a frame or on a box, headboards of four kinds, pillows, a blanket; one in ten is a bunk."
-    x, y, low, t = (
-        b.pick(b.u(0.8, 1.0), b.u(1.2, 1.9)),
-        b.u(1.85, 2.15),
-        b.u(0.1, 0.32),
-        b.u(0.14, 0.28),
-    )
-    frame, linen, bunk = b.tone("wood", "metal", "fabric"), b.tone("paint", "fabric"), b.maybe(0.1)
-    style, head = b.pick("legs", "box", "rails"), b.pick("board", "bars", "soft", "none")
-    for level in [low, low + b.u(0.8, 1.0)] if bunk else [low]:
+    x = b.pick(b.u(0.8, 1.0), b.u(1.2, 1.9))
+    y, low, t = b.sizes(length=(1.85, 2.15), frame=(0.1, 0.32), mattress=(0.14, 0.28))
+    frame, linen = b.tones("wood metal fabric", "paint fabric")
+    bunk = b.maybe(0.1)
+    style = b.pick("legs", "box", "rails")
+    head = b.pick("board", "bars", "soft", "none")
+    for height in [low, low + b.u(0.8, 1.0)] if bunk else [low]:
         b.add(
             "frame",
             frame,
-            block(x + 0.05, y + 0.05, 0.1 if style != "box" else 0.06, (0, 0, level - 0.05)),
+            block(x + 0.05, y + 0.05, 0.06 if style == "box" else 0.1, (0, 0, height - 0.05)),
         )
-        b.add("mattress", b.tone("paint"), cushion(x, y, t, (0, 0, level + 0.03), 0.05))
+        b.add("mattress", b.tone("paint"), cushion(x, y, t, (0, 0, height + 0.03), 0.05))
         if b.maybe(0.75):
-            b.add(
-                "blanket",
-                linen,
-                cushion(
-                    x + 0.04,
-                    y * b.u(0.4, 0.8),
-                    t * 0.7,
-                    (0, -y * 0.12, level + 0.03 + t * 0.38),
-                    0.04,
-                ),
-            )
-        for s in [-1, 1] if x > 1.15 else [0]:
+            place = 0, -y * 0.12, height + 0.03 + t * 0.38
+            b.add("blanket", linen, cushion(x + 0.04, y * b.u(0.4, 0.8), t * 0.7, place, 0.04))
+        for s in SIDES if x > 1.15 else [0]:
             if b.maybe(0.85):
-                with b.within(
-                    (s * x * 0.24, y / 2 - 0.28, level + t + 0.04),
-                    lean=b.u(-4, 25),
-                    turn=b.u(-6, 6),
-                ):
-                    b.add(
-                        "pillow",
-                        b.tone("paint", "fabric"),
-                        puff(b.u(0.45, 0.65), b.u(0.32, 0.42), b.u(0.1, 0.16)),
-                    )
+                place = s * x * 0.24, y / 2 - 0.28, height + t + 0.04
+                with b.within(place, lean=b.u(-4, 25), yaw=b.u(-6, 6)):
+                    color = b.tone("paint", "fabric")
+                    size = b.sizes(width=(0.45, 0.65), depth=(0.32, 0.42), height=(0.1, 0.16))
+                    b.add("pillow", color, puff(*size))
     if style == "box":
         b.add("base", frame, block(x, y, low, (0, 0, 0)))
     else:
-        supports(b, x, y, low, frame, "square", "round", "panels", t=0.07)
+        supports(b, x, y, low, frame, *BASES["bed"], t=0.07)
     top = low + t + b.u(0.2, 0.75)
-    for end, z in ((1, top), (-1, b.pick(0, low + t * 0.5, low + t + 0.2))):
-        at = end * (y / 2 + 0.05)
+    foot = b.pick(0, low + t * 0.5, low + t + 0.2)
+    for part, end, z in (("headboard", 1, top), ("footboard", -1, foot)):
         if not z or (head == "none" and not bunk):
             continue
-        part = "headboard" if end == 1 else "footboard"
+        at = end * (y / 2 + 0.05)
         if head == "soft":
             b.add(part, linen, cushion(x + 0.1, 0.1, z, (0, at, 0), 0.04))
         elif head == "board":
             b.add(part, frame, block(x + 0.06, 0.04, z - low * 0.5, (0, at, low * 0.5)))
         else:
-            for k in range(n := b.n(4, 9)):
-                b.add(part, frame, drum(0.012, z - low, (((k + 0.5) / n - 0.5) * x, at, low), n=6))
-            b.add(part, frame, block(x + 0.06, 0.035, 0.05, (0, at, z)))
-        for s in (-1, 1):
+            n = b.n(4, 9)
             b.add(
-                "frame",
+                part,
                 frame,
-                block(0.05, 0.05, z if not bunk else low + 1.6, (s * (x / 2 + 0.03), at, 0)),
+                *(
+                    drum(0.012, z - low, (((k + 0.5) / n - 0.5) * x, at, low), n=6)
+                    for k in range(n)
+                ),
+                block(x + 0.06, 0.035, 0.05, (0, at, z)),
             )
+        tall = low + 1.6 if bunk else z
+        b.add(
+            "frame", frame, *(block(0.05, 0.05, tall, (s * (x / 2 + 0.03), at, 0)) for s in SIDES)
+        )
     if bunk:
-        for k in range(5):
-            b.add(
-                "ladder", frame, block(0.4, 0.03, 0.03, (x * 0.25, -y / 2 - 0.09, 0.25 + 0.3 * k))
-            )
-        for s in (-1, 1):
-            b.add("ladder", frame, block(0.035, 0.035, 1.6, (x * 0.25 + s * 0.2, -y / 2 - 0.09, 0)))
+        at = -y / 2 - 0.09
+        b.add(
+            "ladder",
+            frame,
+            *(block(0.4, 0.03, 0.03, (x * 0.25, at, 0.25 + 0.3 * k)) for k in range(5)),
+            *(block(0.035, 0.035, 1.6, (x * 0.25 + s * 0.2, at, 0)) for s in SIDES),
+        )
 
 
 def puff(
@@ -1385,42 +1169,25 @@ def puff(
     u = np.linspace(-1, 1, 13)
     p, q = np.meshgrid(u, u, indexing="ij")
     full = np.clip((1 - np.abs(p) ** power) * (1 - np.abs(q) ** power), 0, 1) ** 0.5
-    side = lambda s: np.stack(
-        [
-            x / 2 * p * (1 - pinch * 0.25 * (1 - q**2) * np.abs(p)),
-            y / 2 * q * (1 - pinch * 0.25 * (1 - p**2) * np.abs(q)),
-            z / 2 * (1 + s * full),
-        ],
-        -1,
-    )
-    return np.concatenate([patch(side(1)), patch(side(-1))], 1)
+    right = x / 2 * p * (1 - pinch * 0.25 * (1 - q**2) * np.abs(p))
+    back = y / 2 * q * (1 - pinch * 0.25 * (1 - p**2) * np.abs(q))
+    grids = [np.stack([right, back, z / 2 * (1 + s * full)], -1) for s in (1, -1)]
+    return np.concatenate([patch(grid) for grid in grids], 1)
 
 
 def pillow(b: Builder) -> None:
     "Square, long, round or a bolster; lying, leaning or two of them."
-    color, kind = (
-        b.tone("fabric", "paint"),
-        b.pick("square", "long", "long", "round", "bolster", "two"),
-    )
-    x, y, z = b.u(0.38, 0.55), b.u(0.36, 0.5), b.u(0.09, 0.22)
+    color = b.tone("fabric", "paint")
+    kind = b.pick("square", "long", "long", "round", "bolster", "two")
+    x, y, z = b.sizes(width=(0.38, 0.55), depth=(0.36, 0.5), height=(0.09, 0.22))
     if kind == "long":
         x = b.u(0.6, 0.9)
-    with b.within(lean=b.pick(0.0, 0.0, 0.0, b.u(50, 78)), turn=b.u(-20, 20)):
+    with b.within(lean=b.pick(0.0, 0.0, 0.0, b.u(50, 78)), yaw=b.u(-20, 20)):
         if kind == "bolster":
             r = b.u(0.07, 0.12)
-            b.add(
-                "body",
-                color,
-                move(
-                    lathe(
-                        [(0, 0), (r * 0.8, 0), (r, 0.03), (r, x - 0.03), (r * 0.8, x), (0, x)],
-                        smooth=False,
-                    ),
-                    (-x / 2, 0, r),
-                    roll=90,
-                ),
-            )
-            for s in (-1, 1):
+            profile = [(r * 0.8, 0), (r, 0.03), (r, x - 0.03), (r * 0.8, x)]
+            b.add("body", color, move(lathe([(0, 0), *profile, (0, x)]), (-x / 2, 0, r), roll=90))
+            for s in SIDES:
                 b.add(
                     "seam",
                     b.tone("fabric"),
@@ -1428,324 +1195,194 @@ def pillow(b: Builder) -> None:
                 )
         elif kind == "round":
             r, f = x / 2, np.linspace(-np.pi / 2, np.pi / 2, 13)
-            b.add(
-                "body",
-                color,
-                lathe(list(zip(r * np.cos(f) ** 0.5, z / 2 * (1 + np.sin(f)))), 28, smooth=True),
+            profile = list(zip(r * np.cos(f) ** 0.5, z / 2 * (1 + np.sin(f))))
+            b.add_all(
+                ("body", color, lathe(profile, 28, smooth=True)),
+                ("seam", b.tone("fabric"), drum(0.015, 0.012, (0, 0, z * 0.98))),
             )
-            b.add("seam", b.tone("fabric"), drum(0.015, 0.012, (0, 0, z * 0.98)))
         else:
             for k in range(2 if kind == "two" else 1):
-                with b.within(
-                    (b.u(-0.05, 0.05) * k, b.u(-0.05, 0.05) * k, z * 0.8 * k), turn=b.u(-15, 15) * k
-                ):
-                    b.add(
-                        "body",
-                        color if k == 0 else b.tone("fabric", "paint"),
-                        puff(x, y, z, b.u(2.2, 5), b.u(0, 0.6)),
-                    )
+                place = b.u(-0.05, 0.05) * k, b.u(-0.05, 0.05) * k, z * 0.8 * k
+                with b.within(place, yaw=b.u(-15, 15) * k):
+                    own = color if k == 0 else b.tone("fabric", "paint")
+                    b.add("body", own, puff(x, y, z, b.u(2.2, 5), b.u(0, 0.6)))
                     if b.maybe(0.4):
                         b.add(
                             "seam",
                             b.tone("fabric"),
-                            tube(
-                                np.append(
-                                    ring(x * 0.97, y * 0.97, 9, 32), np.full((33, 1), z / 2), 1
-                                ),
-                                0.006,
-                                5,
-                            ),
+                            tube(level(ring(x * 0.97, y * 0.97, 9, 32), z / 2), 0.006, 5),
                         )
 
 
 def bag(b: Builder) -> None:
     "Handbags, totes, rucksacks, paper bags and suitcases."
-    color, metal, kind = (
-        b.tone("fabric", "wood", "dark"),
-        b.tone("metal", "wood", "dark"),
-        b.pick("hand", "tote", "rucksack", "paper", "suitcase", "rucksack"),
-    )
-    x, y, z = b.u(0.25, 0.5), b.u(0.1, 0.24), b.u(0.22, 0.5)
+    color, metal = b.tones("fabric wood dark", "metal wood dark")
+    kind = b.pick("hand", "tote", "rucksack", "paper", "suitcase", "rucksack")
+    x, y, z = b.sizes(width=(0.25, 0.5), depth=(0.1, 0.24), height=(0.22, 0.5))
     if kind == "suitcase":
-        z = b.u(0.45, 0.75)
-        y = b.u(0.18, 0.3)
-        x = z * b.u(0.55, 0.75)
-        b.add("body", color, cushion(x, y, z, (0, 0, 0.04), b.u(0.02, 0.07), 3))
-        for k in range(b.pick(0, 3, 5)):
-            b.add(
-                "body",
-                color,
-                block(0.012, y + 0.012, z * 0.85, ((k - 2) * x * 0.18, 0, 0.04 + z * 0.07)),
-            )
-        for sx in (-1, 1):
-            for sy in (-1, 1):
-                b.add(
-                    "wheel",
-                    b.tone("dark"),
-                    move(drum(0.025, 0.02), (sx * x * 0.4 - 0.01, sy * y * 0.35, 0.025), roll=90),
-                )
-        up = b.pick(0.03, 0.08, b.u(0.2, 0.45))
-        b.add(
-            "handle",
-            metal,
-            tube(
-                curve(
-                    [
-                        (-x * 0.2, y * 0.25, z),
-                        (-x * 0.2, y * 0.25, z + up),
-                        (x * 0.2, y * 0.25, z + up),
-                        (x * 0.2, y * 0.25, z),
-                    ],
-                    1,
-                ),
-                0.009,
-                6,
-            ),
-        )
+        suitcase(b, color, metal)
         return
-    top, power = (
-        dict(hand=b.u(0.5, 0.9), tote=b.u(0.9, 1.15), rucksack=b.u(0.6, 0.9), paper=1.0)[kind],
-        dict(hand=4, tote=5, rucksack=3.5, paper=14)[kind],
-    )
+    top = dict(hand=b.u(0.5, 0.9), tote=b.u(0.9, 1.15), rucksack=b.u(0.6, 0.9), paper=1.0)[kind]
+    power = dict(hand=4, tote=5, rucksack=3.5, paper=14)[kind]
     thin = 1.0 if kind == "paper" else b.u(0.25, 0.8)
     bulge = 1 if kind == "paper" else b.u(1.0, 1.15)
-    outline = [
-        (ring(x * 0.92, y * 0.92, power, 32), 0),
-        (ring(x, y, power, 32), 0.02),
-        (ring(x * bulge, y * bulge, power, 32), z * 0.4),
+    outline = lambda fx, fy: ring(x * fx, y * fy, power, 32)
+    rings = [
+        (outline(0.92, 0.92), 0),
+        (outline(1, 1), 0.02),
+        (outline(bulge, bulge), z * 0.4),
         (ring(x * (1 + top) / 2, y * (1 + thin) / 2, power, 32), z * 0.85),
     ]
     if kind == "rucksack":
-        outline += [
+        rings += [
             (ring(x * top * 0.8, y * 0.6, power, 32), z),
             (ring(x * top * 0.3, y * 0.2, power, 32), z * 1.04),
         ]
-    else:
-        outline += [(ring(x * top, y * thin, power, 32), z)]
-    b.add("body", color, loft(outline, caps=kind == "rucksack", smooth=kind != "paper"))
-    if kind != "rucksack":
-        b.add("body", color, loft([outline[0], (outline[0][0], 0.004)]))
-        b.add(
-            "body",
-            color,
-            loft(
-                [
-                    (ring(x * (1 + top) / 2 * 0.93, y * (1 + thin) / 2 * 0.93, power, 32), z * 0.8),
-                    (
-                        ring(x * (1 + top) / 2 * 0.94, y * (1 + thin) / 2 * 0.94, power, 32),
-                        z * 0.81,
-                    ),
-                ]
-            ),
+        b.add("body", color, loft(rings, smooth=True))
+        rucksack_straps(b, x, y, z, color, metal)
+        return
+    rings += [(outline(top, thin), z)]
+    b.add(
+        "body",
+        color,
+        loft(rings, caps=False, smooth=kind != "paper"),
+        straight(rings[0][0], 0, 0.004),
+    )
+    inside = [
+        (ring(x * (1 + top) / 2 * f, y * (1 + thin) / 2 * f, power, 32), z * height)
+        for f, height in ((0.93, 0.8), (0.94, 0.81))
+    ]
+    b.add("body", color, loft(inside))
+    up, apart = b.u(0.3, 0.9) * z, b.u(0.15, 0.35) * x * top
+    for s in SIDES if b.maybe(0.8) else (0,):
+        at = s * y * thin * 0.45
+        side = [(apart, z * 0.93), (apart, z + up * 0.8), (apart * 0.6, z + up)]
+        path = [(-e, at, h) for e, h in side] + [(e, at, h) for e, h in side[::-1]]
+        b.add("handle", metal, tube(curve(path, 1), b.u(0.005, 0.012), 6))
+    if kind == "hand" and b.maybe(0.6):
+        back = -y * np.array([thin * 0.4, thin * 0.56, 0.62])
+        height = z * np.array([1.01, 0.98, 0.55])
+        edges = [np.stack([e * x * top * np.ones(3) * 0.52, back, height], 1) for e in SIDES]
+        b.add_all(
+            ("pocket", color, sheet(np.stack(edges), 0.012)),
+            ("pocket", metal, block(0.03, 0.012, 0.03, (0, -y * 0.62, z * 0.56))),
         )
-    if kind == "rucksack":
-        if b.maybe(0.8):
-            b.add(
-                "pocket",
-                color if b.maybe(0.5) else b.tone("fabric"),
-                cushion(x * 0.7, y * 0.4, z * b.u(0.3, 0.5), (0, -y * 0.52, z * 0.08), 0.04),
-            )
-        for s in (-1, 1):
-            b.add(
-                "strap",
-                metal,
-                sheet(
-                    np.stack(
-                        [
-                            np.stack(
-                                [
-                                    s * x * 0.25 + e * np.array([1.0, 1, 1, 1, 1, 1]),
-                                    y * np.array([0.3, 0.55, 0.75, 0.75, 0.6, 0.45]),
-                                    z * np.array([0.98, 0.9, 0.7, 0.4, 0.2, 0.08]),
-                                ],
-                                1,
-                            )
-                            for e in (-0.025, 0.025)
-                        ]
-                    ),
-                    0.008,
-                ),
-            )
+
+
+def suitcase(
+    b: Builder,
+    color: tuple,
+    metal: tuple,
+) -> None:
+    "A shell with ribs, four wheels and a handle to pull out."
+    z, y = b.u(0.45, 0.75), b.u(0.18, 0.3)
+    x = z * b.u(0.55, 0.75)
+    b.add("body", color, cushion(x, y, z, (0, 0, 0.04), b.u(0.02, 0.07), 3))
+    for k in range(b.pick(0, 3, 5)):
+        place = (k - 2) * x * 0.18, 0, 0.04 + z * 0.07
+        b.add("body", color, block(0.012, y + 0.012, z * 0.85, place))
+    for s, e in CORNERS:
+        place = s * x * 0.4 - 0.01, e * y * 0.35, 0.025
+        b.add("wheel", b.tone("dark"), move(drum(0.025, 0.02), place, roll=90))
+    up = b.pick(0.03, 0.08, b.u(0.2, 0.45))
+    b.add("handle", metal, tube(arch(x * 0.2, y * 0.25, z, up), 0.009, 6))
+
+
+def rucksack_straps(
+    b: Builder,
+    x: float,
+    y: float,
+    z: float,  # size of the body
+    color: tuple,
+    metal: tuple,
+) -> None:
+    "A pocket in front, two straps behind and a loop to hang it up."
+    if b.maybe(0.8):
+        own, height = color if b.maybe(0.5) else b.tone("fabric"), z * b.u(0.3, 0.5)
+        b.add("pocket", own, cushion(x * 0.7, y * 0.4, height, (0, -y * 0.52, z * 0.08), 0.04))
+    back = y * np.array([0.3, 0.55, 0.75, 0.75, 0.6, 0.45])
+    height = z * np.array([0.98, 0.9, 0.7, 0.4, 0.2, 0.08])
+    for s in SIDES:
+        edges = [np.full(6, s * x * 0.25 + e) for e in (-0.025, 0.025)]
         b.add(
-            "handle",
+            "strap",
             metal,
-            tube(
-                curve(
-                    [
-                        (-0.04, y * 0.2, z),
-                        (-0.04, y * 0.2, z + 0.06),
-                        (0.04, y * 0.2, z + 0.06),
-                        (0.04, y * 0.2, z),
-                    ],
-                    1,
-                ),
-                0.008,
-                6,
-            ),
+            sheet(np.stack([np.stack([edge, back, height], 1) for edge in edges]), 0.008),
         )
-    else:
-        up, apart = b.u(0.3, 0.9) * z, b.u(0.15, 0.35) * x * top
-        for s in (-1, 1) if b.maybe(0.8) else (0,):
-            b.add(
-                "handle",
-                metal,
-                tube(
-                    curve(
-                        [
-                            (-apart, s * y * thin * 0.45, z * 0.93),
-                            (-apart, s * y * thin * 0.45, z + up * 0.8),
-                            (-apart * 0.6, s * y * thin * 0.45, z + up),
-                            (apart * 0.6, s * y * thin * 0.45, z + up),
-                            (apart, s * y * thin * 0.45, z + up * 0.8),
-                            (apart, s * y * thin * 0.45, z * 0.93),
-                        ],
-                        1,
-                    ),
-                    b.u(0.005, 0.012),
-                    6,
-                ),
-            )
-        if kind == "hand" and b.maybe(0.6):
-            b.add(
-                "pocket",
-                color,
-                sheet(
-                    np.stack(
-                        [
-                            np.stack(
-                                [
-                                    e * x * top * np.ones(3) * 0.52,
-                                    -y * np.array([thin * 0.4, thin * 0.56, 0.62]),
-                                    z * np.array([1.01, 0.98, 0.55]),
-                                ],
-                                1,
-                            )
-                            for e in (-1, 1)
-                        ]
-                    ),
-                    0.012,
-                ),
-            )
-            b.add("pocket", metal, block(0.03, 0.012, 0.03, (0, -y * 0.62, z * 0.56)))
+    b.add("handle", metal, tube(arch(0.04, y * 0.2, z, 0.06), 0.008, 6))
+
+
+def arch(
+    x: float,  # half of its width
+    y: float,
+    z: float,  # where it stands
+    up: float,  # height
+) -> np.ndarray:  # [k 3]
+    "The path of a handle over the top of something."
+    return curve([(-x, y, z), (-x, y, z + up), (x, y, z + up), (x, y, z)], 1)
 
 
 def bin(b: Builder) -> None:
     "Waste bins: open, pedal, swing lid, wheelie, wire; round or square."
-    kind, color = (
-        b.pick("open", "open", "pedal", "swing", "wheelie", "wire"),
-        b.tone("metal", "plastic", "dark"),
-    )
-    h, r, power = b.u(0.25, 0.7), b.u(0.11, 0.22), b.pick(2, 2, 8)
-    low = b.u(0.65, 1)
+    kind = b.pick("open", "open", "pedal", "swing", "wheelie", "wire")
+    color = b.tone("metal", "plastic", "dark")
+    h, r = b.sizes(height=(0.25, 0.7), radius=(0.11, 0.22))
+    power = b.pick(2, 2, 8)
+    low = b.u(0.65, 1)  # radius at the bottom over radius at the top
     if kind == "wheelie":
-        h, r, power, low = b.u(0.85, 1.1), b.u(0.24, 0.3), 12, b.u(0.7, 0.85)
-    outline = lambda f, squash=1.0: ring(2 * r * f, 2 * r * f * squash, power, 24)
+        h, r = b.sizes(height=(0.85, 1.1), radius=(0.24, 0.3))
+        power, low = 12, b.u(0.7, 0.85)
     squash = b.u(0.75, 1.2) if power > 2 else 1.0
     lid = b.tone("plastic", "metal") if b.maybe(0.5) else color
     if kind == "wire":
-        for k in range(n := b.n(4, 7)):
-            b.add(
-                "body",
-                color,
-                tube(
-                    np.append(
-                        outline(low + (1 - low) * k / (n - 1)),
-                        np.full((25, 1), h * k / (n - 1) + 0.006),
-                        1,
-                    ),
-                    0.005,
-                    5,
-                ),
-            )
-        for k in range(0, 24):
-            b.add("body", color, tube([(*outline(low)[k], 0), (*outline(1)[k], h)], 0.003, 4))
-        b.add("body", color, loft([(outline(low), 0), (outline(low), 0.006)]))
-        b.add("rim", color, tube(np.append(outline(1.0), np.full((25, 1), h), 1), 0.01, 6))
+        wire_bin(b, h, r, low, power, color)
         return
-    b.add("body", color, loft([(outline(low, squash), 0), (outline(1, squash), h)], caps=False))
-    b.add("body", color, loft([(outline(low, squash), 0), (outline(low, squash), 0.004)]))
+    outline = lambda f: ring(2 * r * f, 2 * r * f * squash, power, 24)
+    b.add(
+        "body",
+        color,
+        loft([(outline(low), 0), (outline(1), h)], caps=False),
+        straight(outline(low), 0, 0.004),
+    )
     if kind == "open":
-        b.add(
-            "body",
-            color,
-            loft([(outline(low * 0.97, squash), 0.01), (outline(0.97, squash), h)], caps=False),
-        )
-        b.add(
-            "rim",
-            lid,
-            loft(
-                [
-                    (outline(0.97, squash), h),
-                    (outline(1.06, squash), h),
-                    (outline(1.06, squash), h - b.u(0.01, 0.05)),
-                    (outline(1, squash), h - 0.04),
-                ],
-                caps=False,
-            ),
-        )
+        b.add("body", color, loft([(outline(low * 0.97), 0.01), (outline(0.97), h)], caps=False))
+        rim = [(0.97, h), (1.06, h), (1.06, h - b.u(0.01, 0.05)), (1, h - 0.04)]
+        b.add("rim", lid, loft([(outline(f), z) for f, z in rim], caps=False))
         if b.maybe(0.2):
             b.add(
                 "content",
                 b.tone("paint", "dark"),
-                loft(
-                    [(outline(0.9, squash), h * 0.7), (outline(0.5, squash), h * 0.8)], smooth=True
+                loft([(outline(0.9), h * 0.7), (outline(0.5), h * 0.8)], smooth=True),
+            )
+        if b.maybe(0.15):
+            b.add(
+                "handle",
+                b.tone("metal"),
+                tube(
+                    curve([(-r, 0, h), (-r * 0.7, 0, h + r), (r * 0.7, 0, h + r), (r, 0, h)], 2),
+                    0.006,
+                    6,
                 ),
             )
     elif kind == "pedal":
-        b.add(
-            "lid",
-            lid,
-            loft(
-                [
-                    (outline(1.03, squash), h),
-                    (outline(1.03, squash), h + 0.02),
-                    (outline(0.75, squash), h + 0.02 + r * 0.3),
-                    (outline(0.2, squash), h + 0.02 + r * 0.36),
-                ],
-                smooth=True,
-            ),
-        )
+        base = h + 0.02
+        dome = [(1.03, h), (1.03, base), (0.75, base + r * 0.3), (0.2, base + r * 0.36)]
+        b.add("lid", lid, loft([(outline(f), z) for f, z in dome], smooth=True))
         b.add(
             "pedal", b.tone("dark"), block(0.07, 0.06, 0.015, (0, -r * low * squash - 0.02, 0.01))
         )
     elif kind == "swing":
         up = r * b.u(0.6, 1.1)
-        b.add(
-            "rim",
-            lid,
-            loft(
-                [
-                    (outline(1.04, squash), h - 0.02),
-                    (outline(1.04, squash), h + 0.02),
-                    (outline(0.85, squash), h + 0.05),
-                ]
-            ),
-        )
-        b.add(
-            "lid",
-            lid,
-            move(
-                prism(
-                    [(-r * 0.8 * squash, 0), (r * 0.8 * squash, 0), (r * 0.1, up), (-r * 0.1, up)],
-                    1.5 * r,
-                ),
-                (0, 0, h + 0.03),
-            ),
-        )
+        rim = [(1.04, h - 0.02), (1.04, h + 0.02), (0.85, h + 0.05)]
+        b.add("rim", lid, loft([(outline(f), z) for f, z in rim]))
+        wide = r * 0.8 * squash
+        roof = prism([(-wide, 0), (wide, 0), (r * 0.1, up), (-r * 0.1, up)], 1.5 * r)
+        b.add("lid", lid, move(roof, (0, 0, h + 0.03)))
     else:
         with b.within((0, 0, h), lean=b.pick(0, 0, -b.u(0, 10))):
-            b.add(
-                "lid",
-                lid,
-                loft(
-                    [
-                        (outline(1.08, squash), 0),
-                        (outline(1.08, squash), 0.03),
-                        (outline(0.9, squash), 0.07),
-                    ]
-                ),
-            )
-        for s in (-1, 1):
+            cover = [(1.08, 0), (1.08, 0.03), (0.9, 0.07)]
+            b.add("lid", lid, loft([(outline(f), z) for f, z in cover]))
+        for s in SIDES:
             b.add(
                 "wheel",
                 b.tone("dark"),
@@ -1754,42 +1391,44 @@ def bin(b: Builder) -> None:
         b.add(
             "handle",
             lid,
-            tube(
-                [(-r * 0.8, r * squash * 1.15, h - 0.02), (r * 0.8, r * squash * 1.15, h - 0.02)],
-                0.018,
-                6,
-            ),
+            tube([(s * r * 0.8, r * squash * 1.15, h - 0.02) for s in SIDES], 0.018, 6),
         )
-    if kind == "open" and b.maybe(0.15):
-        b.add(
-            "handle",
-            b.tone("metal"),
-            tube(
-                curve([(-r, 0, h), (-r * 0.7, 0, h + r), (r * 0.7, 0, h + r), (r, 0, h)], 2),
-                0.006,
-                6,
-            ),
-        )
+
+
+def wire_bin(
+    b: Builder,
+    h: float,
+    r: float,  # height and radius
+    low: float,  # radius at the bottom over radius at the top
+    power: float,  # of its outline
+    color: tuple,
+) -> None:
+    "Hoops and wires round a solid bottom."
+    outline = lambda f: ring(2 * r * f, 2 * r * f, power, 24)
+    n = b.n(4, 7)
+    for k in range(n):
+        f = low + (1 - low) * k / (n - 1)
+        b.add("body", color, tube(level(outline(f), h * k / (n - 1) + 0.006), 0.005, 5))
+    b.add(
+        "body",
+        color,
+        *(
+            tube([(*foot, 0), (*top, h)], 0.003, 4)
+            for foot, top in zip(outline(low)[:-1], outline(1)[:-1])
+        ),
+        straight(outline(low), 0, 0.006),
+    )
+    b.add("rim", color, tube(level(outline(1.0), h), 0.01, 6))
 
 # %% ../../nbs/worlds/27_shapes.ipynb #bffcf232
 def display(b: Builder) -> None:
     "Monitors and televisions, flat or curved, on a foot, two feet, an arm or the wall; laptops now and then."
     x = b.u(0.4, 1.4)
-    z, t, case, dark = (
-        x * b.u(0.52, 0.75),
-        b.u(0.015, 0.05),
-        b.tone("dark", "metal", "plastic"),
-        b.tone("dark", "glass"),
-    )
+    z, t = x * b.u(0.52, 0.75), b.u(0.015, 0.05)
+    case, dark = b.tones("dark metal plastic", "dark glass")
     kind = b.pick("foot", "foot", "feet", "wall", "arm", "laptop", "tube")
     if kind == "laptop":
-        x = b.u(0.28, 0.4)
-        z = x * 0.65
-        b.add("base", case, block(x, z, 0.018))
-        b.add("base", b.tone("dark"), block(x * 0.9, z * 0.45, 0.004, (0, z * 0.15, 0.018)))
-        with b.within((0, z / 2, 0.018), lean=b.u(5, 35)):
-            b.add("frame", case, block(x, 0.012, z))
-            b.add("screen", dark, block(x * 0.94, 0.004, z * 0.9, (0, -0.007, z * 0.05)))
+        laptop(b, case, dark)
         return
     up = dict(
         foot=b.u(0.06, 0.22), feet=b.u(0.03, 0.09), wall=0, arm=b.u(0.15, 0.4), tube=b.u(0, 0.05)
@@ -1798,124 +1437,106 @@ def display(b: Builder) -> None:
     with b.within((0, 0, up), lean=b.u(-3, 8)):
         if kind == "tube":
             b.add("frame", case, block(x, 0.1, z))
-            b.add(
-                "frame",
-                case,
-                move(
-                    loft(
-                        [
-                            (ring(x * 0.95, z * 0.95, 8), 0),
-                            (ring(x * 0.5, z * 0.5, 6), x * b.u(0.35, 0.55)),
-                        ]
-                    ),
-                    (0, 0.05, z / 2),
-                    lean=90,
-                ),
-            )
-            b.add(
-                "screen",
-                dark,
-                move(
-                    loft(
-                        [(ring(x * 0.85, z * 0.85, 8), 0), (ring(x * 0.6, z * 0.6, 5), 0.02)],
-                        smooth=True,
-                    ),
-                    (0, -0.05, z / 2),
-                    lean=-90,
-                ),
-            )
+            deep = x * b.u(0.35, 0.55)
+            back = [(ring(x * 0.95, z * 0.95, 8), 0), (ring(x * 0.5, z * 0.5, 6), deep)]
+            b.add("frame", case, move(loft(back), (0, 0.05, z / 2), lean=90))
+            glass = [(ring(x * 0.85, z * 0.85, 8), 0), (ring(x * 0.6, z * 0.6, 5), 0.02)]
+            b.add("screen", dark, move(loft(glass, smooth=True), (0, -0.05, z / 2), lean=-90))
         elif b.maybe(0.2):
             u, v = np.meshgrid(np.linspace(-1, 1, 13), [0.0, 1.0], indexing="ij")
-            bow = b.u(0.08, 0.2) * x
-            grid = lambda w, y: np.stack(
-                [w * u * x / 2, y - bow * u**2, z * (0.5 + (v - 0.5) * w)], -1
+            bow = b.u(0.08, 0.2) * x * u**2
+            inner = 1 - edge
+            front = np.stack([inner * u * x / 2, -0.002 - bow, z * (0.5 + (v - 0.5) * inner)], -1)
+            b.add_all(
+                ("frame", case, sheet(np.stack([u * x / 2, -bow, z * (0.5 + (v - 0.5))], -1), -t)),
+                ("screen", dark, patch(front)),
             )
-            b.add("frame", case, sheet(grid(1, 0), -t))
-            b.add("screen", dark, patch(grid(1 - edge, -0.002)))
         else:
             b.add("frame", case, block(x, t, z))
             b.add(
                 "screen", dark, block(x - 2 * edge, 0.004, z - 2 * edge, (0, -t / 2 - 0.001, edge))
             )
             if b.maybe(0.5):
-                b.add(
-                    "frame",
-                    case,
-                    cushion(
-                        x * b.u(0.3, 0.7),
-                        0.04,
-                        z * b.u(0.3, 0.6),
-                        (0, t / 2 + 0.01, z * 0.2),
-                        0.015,
-                    ),
-                )
+                wide, tall = x * b.u(0.3, 0.7), z * b.u(0.3, 0.6)
+                b.add("frame", case, cushion(wide, 0.04, tall, (0, t / 2 + 0.01, z * 0.2), 0.015))
+    display_stand(b, kind, x, z, t, up, case)
+
+
+def laptop(
+    b: Builder,
+    case: tuple,
+    dark: tuple,
+) -> None:
+    "A flat base with keys, and a screen that leans back."
+    x = b.u(0.28, 0.4)
+    z = x * 0.65
+    b.add_all(
+        ("base", case, block(x, z, 0.018)),
+        ("base", b.tone("dark"), block(x * 0.9, z * 0.45, 0.004, (0, z * 0.15, 0.018))),
+    )
+    with b.within((0, z / 2, 0.018), lean=b.u(5, 35)):
+        b.add_all(
+            ("frame", case, block(x, 0.012, z)),
+            ("screen", dark, block(x * 0.94, 0.004, z * 0.9, (0, -0.007, z * 0.05))),
+        )
+
+
+def display_stand(
+    b: Builder,
+    kind: str,  # foot, feet, wall, arm, or tube, which has none
+    x: float,
+    z: float,
+    t: float,  # width, height and thickness of the display
+    up: float,  # height of its lower edge
+    case: tuple,
+) -> None:
+    "What a display stands on or hangs from."
+    stand = partial(b.add, "stand", case)
     if kind == "foot":
-        b.add(
-            "stand",
-            case,
-            block(b.u(0.03, 0.12), 0.025, up + z * 0.3, (0, t / 2 + 0.03, 0))
-            if b.maybe(0.7)
-            else drum(0.02, up + z * 0.3, (0, t / 2 + 0.03, 0)),
-        )
+        place = 0, t / 2 + 0.03, 0
+        if b.maybe(0.7):
+            stand(block(b.u(0.03, 0.12), 0.025, up + z * 0.3, place))
+        else:
+            stand(drum(0.02, up + z * 0.3, place))
         w, d = x * b.u(0.3, 0.6), b.u(0.14, 0.26)
-        b.add(
-            "stand",
-            case,
-            block(w, d, 0.015) if b.maybe(0.5) else loft([(ring(w, d), 0), (ring(w, d), 0.012)]),
-        )
+        stand(block(w, d, 0.015) if b.maybe(0.5) else straight(ring(w, d), 0, 0.012))
     elif kind == "feet":
-        for s in (-1, 1):
-            for e in (-1, 1):
-                b.add(
-                    "stand",
-                    case,
-                    tube([(s * x * 0.36, 0, up + 0.01), (s * x * 0.4, e * 0.13, 0.008)], 0.009, 6),
-                )
+        for s, e in CORNERS:
+            stand(tube([(s * x * 0.36, 0, up + 0.01), (s * x * 0.4, e * 0.13, 0.008)], 0.009, 6))
     elif kind == "wall":
-        b.add("stand", case, block(x * 0.3, 0.05, z * 0.4, (0, t / 2 + 0.03, z * 0.3)))
+        stand(block(x * 0.3, 0.05, z * 0.4, (0, t / 2 + 0.03, z * 0.3)))
     elif kind == "arm":
-        b.add(
-            "stand",
-            case,
-            tube(
-                [
-                    (0, t / 2, up + z / 2),
-                    (b.u(-0.1, 0.1), 0.2, up + z / 2 - 0.05),
-                    (0, 0.25, up * 0.8),
-                    (0, 0.25, 0),
-                ],
-                0.018,
-                8,
-            ),
+        elbow = b.u(-0.1, 0.1), 0.2, up + z / 2 - 0.05
+        stand(
+            tube([(0, t / 2, up + z / 2), elbow, (0, 0.25, up * 0.8), (0, 0.25, 0)], 0.018, 8),
+            block(0.1, 0.1, 0.03, (0, 0.25, 0)),
         )
-        b.add("stand", case, block(0.1, 0.1, 0.03, (0, 0.25, 0)))
 
 
 def door(b: Builder) -> None:
     "A leaf in a frame, closed or ajar; plain, panelled, glazed, of planks or in two leaves."
-    x, z, t = b.u(0.7, 1.05), b.u(1.9, 2.25), b.u(0.03, 0.05)
-    color, metal, jamb = (
-        b.tone("wood", "paint", "plastic"),
-        b.tone("metal", "dark"),
-        b.tone("wood", "paint"),
-    )
-    two, framed, glass = b.maybe(0.18), b.maybe(0.7), b.tone("glass")
-    style, ajar, lever = (
-        b.pick("plain", "panels", "panels", "glazed", "planks", "slit"),
-        b.pick(0.0, 0.0, 0.0, b.u(5, 75)),
-        b.pick("lever", "knob", "bar"),
-    )
+    x, z, t = b.sizes(width=(0.7, 1.05), height=(1.9, 2.25), thickness=(0.03, 0.05))
+    color, metal, jamb = b.tones("wood paint plastic", "metal dark", "wood paint")
+    two, framed = b.maybe(0.18), b.maybe(0.7)
+    glass = b.tone("glass")
+    style = b.pick("plain", "panels", "panels", "glazed", "planks", "slit")
+    ajar = b.pick(0.0, 0.0, 0.0, b.u(5, 75))
+    lever = b.pick("lever", "knob", "bar")
     total = 2 * x if two else x
     if framed:
-        w, deep = b.u(0.05, 0.12), b.u(0.08, 0.16)
-        for s in (-1, 1):
-            b.add("frame", jamb, block(w, deep, z + w, (s * (total + w) / 2, 0, 0)))
-        b.add("frame", jamb, block(total, deep, w, (0, 0, z)))
+        w, deep = b.sizes(width=(0.05, 0.12), depth=(0.08, 0.16))
+        b.add(
+            "frame",
+            jamb,
+            *(block(w, deep, z + w, (s * (total + w) / 2, 0, 0)) for s in SIDES),
+            block(total, deep, w, (0, 0, z)),
+        )
         if b.maybe(0.3):
             b.add("frame", jamb, block(total, deep, 0.02))
-    for s in (-1, 1) if two else (b.pick(-1, 1),):
-        with b.within((s * total / 2, -0.02, 0.005), turn=s * ajar):
-            leaf(b, s, x - 0.01, z - 0.01, t, style, (color, glass, metal), lever)
+    for s in SIDES if two else [b.pick(*SIDES)]:
+        with b.within((s * total / 2, -0.02, 0.005), yaw=s * ajar):
+            leaf(b, s, x - 0.01, z - 0.01, t, style, (color, glass))
+            door_handle(b, s, -s * (x - 0.01 - 0.07), t, metal, lever)
 
 
 def leaf(
@@ -1925,93 +1546,71 @@ def leaf(
     z: float,
     t: float,  # size
     style: str,  # plain, panels, glazed, planks or slit
-    colors: tuple,  # leaf, glass, metal
-    lever: str,  # lever, knob or bar
+    colors: tuple,  # leaf, glass
 ) -> None:
     "One leaf of a door."
-    color, glass, metal = colors
+    color, glass = colors
+    panel = partial(b.add, "panel", color)
+    middle = -s * x / 2
     if style == "glazed":
         w = b.u(0.08, 0.16)
         low = z * b.u(0.05, 0.5)
-        for e in (0, 1):
-            b.add("panel", color, block(w, t, z, (-s * (w / 2 + e * (x - w)), 0, 0)))
-        b.add("panel", color, block(x - w, t, low, (-s * x / 2, 0, 0)))
-        b.add("panel", color, block(x - w, t, w, (-s * x / 2, 0, z - w)))
-        b.add("window", glass, block(x - w, 0.01, z - low - w, (-s * x / 2, 0, low)))
+        panel(
+            *(block(w, t, z, (-s * (w / 2 + e * (x - w)), 0, 0)) for e in (0, 1)),
+            block(x - w, t, low, (middle, 0, 0)),
+            block(x - w, t, w, (middle, 0, z - w)),
+        )
+        b.add("window", glass, block(x - w, 0.01, z - low - w, (middle, 0, low)))
         for k in range(1, b.pick(1, 1, 3, 4)):
-            b.add(
-                "panel",
-                color,
-                block(x - w, t * 0.8, 0.03, (-s * x / 2, 0, low + (z - low) * k / 4)),
-            )
+            panel(block(x - w, t * 0.8, 0.03, (middle, 0, low + (z - low) * k / 4)))
     elif style == "planks":
         n = b.n(4, 7)
-        for k in range(n):
-            b.add("panel", color, block(x / n - 0.008, t, z, (-s * (k + 0.5) * x / n, 0, 0)))
-        for f in (0.12, 0.8):
-            b.add("panel", color, block(x * 0.96, t, 0.12, (-s * x / 2, t * 0.5, z * f)))
+        panel(
+            *(block(x / n - 0.008, t, z, (-s * (k + 0.5) * x / n, 0, 0)) for k in range(n)),
+            *(block(x * 0.96, t, 0.12, (middle, t * 0.5, z * f)) for f in (0.12, 0.8)),
+        )
     else:
-        b.add("panel", color, block(x, t, z, (-s * x / 2, 0, 0)))
+        panel(block(x, t, z, (middle, 0, 0)))
         rows, columns = b.n(1, 4), b.n(1, 2)
         for j in range(rows if style == "panels" else 0):
             for i in range(columns):
-                b.add(
-                    "panel",
-                    color,
+                panel(
                     block(
                         x / columns * 0.68,
                         t + 0.025,
                         z / rows * 0.78,
                         (-s * (i + 0.5) * x / columns, 0, z / rows * (j + 0.11)),
-                    ),
+                    )
                 )
         if style == "slit":
-            b.add(
-                "window",
-                glass,
-                block(
-                    x * b.u(0.12, 0.5),
-                    t + 0.01,
-                    z * b.u(0.2, 0.6),
-                    (-s * x * b.u(0.45, 0.6), 0, z * 0.35),
-                ),
-            )
-    at = -s * (x - 0.07)
-    for e in (-1, 1):
-        if lever == "knob":
-            b.add(
-                "handle",
-                metal,
-                move(
-                    lathe(
-                        [(0, 0), (0.012, 0), (0.012, 0.03), (0.03, 0.045), (0.03, 0.06), (0, 0.07)],
-                        12,
-                    ),
-                    (at, e * t / 2, 1.0),
-                    lean=90 * e,
-                ),
-            )
-        elif lever == "lever":
+            w, tall, at = b.u(0.12, 0.5), b.u(0.2, 0.6), b.u(0.45, 0.6)
+            b.add("window", glass, block(x * w, t + 0.01, z * tall, (-s * x * at, 0, z * 0.35)))
+
+
+def door_handle(
+    b: Builder,
+    s: int,  # which side the leaf hangs at
+    at: float,  # where along the leaf
+    t: float,  # thickness of the leaf
+    metal: tuple,
+    kind: str,  # lever, knob or bar
+) -> None:
+    "Handles on both faces of a leaf."
+    for e in SIDES:
+        if kind == "knob":
+            profile = [(0, 0), (0.012, 0), (0.012, 0.03), (0.03, 0.045), (0.03, 0.06), (0, 0.07)]
+            b.add("handle", metal, move(lathe(profile, 12), (at, e * t / 2, 1.0), lean=90 * e))
+        elif kind == "lever":
+            bend, end = e * (t / 2 + 0.05), e * (t / 2 + 0.055)
             b.add(
                 "handle",
                 metal,
-                tube(
-                    [
-                        (at, e * t / 2, 1.0),
-                        (at, e * (t / 2 + 0.05), 1.0),
-                        (at + s * 0.12, e * (t / 2 + 0.055), 1.0),
-                    ],
-                    0.011,
-                    6,
-                ),
+                tube([(at, e * t / 2, 1.0), (at, bend, 1.0), (at + s * 0.12, end, 1.0)], 0.011, 6),
+                block(0.04, 0.008, 0.2, (at, e * (t / 2 + 0.004), 0.9)),
             )
-            b.add("handle", metal, block(0.04, 0.008, 0.2, (at, e * (t / 2 + 0.004), 0.9)))
         else:
-            b.add(
-                "handle",
-                metal,
-                tube([(at, e * (t / 2 + 0.04), 0.7), (at, e * (t / 2 + 0.04), 1.2)], 0.014, 6),
-            )
+            y = e * (t / 2 + 0.04)
+            b.add("handle", metal, tube([(at, y, 0.7), (at, y, 1.2)], 0.014, 6))
 
 
 def basin(
@@ -2027,24 +1626,20 @@ def basin(
     foot: float = 0.6,  # size at the bottom over size at the top
 ) -> None:
     "An open bowl with an inside."
-    f = 1 - 2 * rim / min(x, y)
-    inner = lambda g: ring(x * g, y * g, power, 28)
+    inner = 1 - 2 * rim / min(x, y)
+    waist = (foot + 1) / 2
+    profile = [
+        (foot, 0),
+        (waist + 0.12, z * 0.45),
+        (1, z),
+        (inner, z),
+        ((waist + 0.1) * inner, z * 0.5),
+        (foot * 0.7, z * 0.18),
+    ]
     b.add(
         part,
         color,
-        move(
-            loft(
-                [
-                    (inner(foot), 0),
-                    (inner((foot + 1) / 2 + 0.12), z * 0.45),
-                    (inner(1), z),
-                    (inner(f), z),
-                    (inner(((foot + 1) / 2 + 0.1) * f), z * 0.5),
-                    (inner(foot * 0.7), z * 0.18),
-                ]
-            ),
-            at,
-        ),
+        move(loft([(ring(x * f, y * f, power, 28), height) for f, height in profile]), at),
     )
 
 
@@ -2056,176 +1651,117 @@ def tap(
     out: float,  # how high, and how far towards -y
 ) -> None:
     "A spout with one or two handles."
-    add = lambda piece: b.add("faucet", color, move(piece, at))
-    add(tube(curve([(0, 0, 0), (0, 0, up), (0, -out, up), (0, -out, up * 0.7)], 2), 0.012, 8))
+    pieces = [tube(curve([(0, 0, 0), (0, 0, up), (0, -out, up), (0, -out, up * 0.7)], 2), 0.012, 8)]
     if b.maybe(0.5):
-        add(tube([(0, 0, up * 0.4), (0.07, 0, up * 0.5)], 0.008, 6))
+        pieces += [tube([(0, 0, up * 0.4), (0.07, 0, up * 0.5)], 0.008, 6)]
     else:
-        [add(drum(0.015, 0.06, (s * 0.09, 0, 0), top=0.02, n=8)) for s in (-1, 1)]
+        pieces += [drum(0.015, 0.06, (s * 0.09, 0, 0), top=0.02, n=8) for s in SIDES]
+    b.add("faucet", color, *(move(piece, at) for piece in pieces))
 
 
 def sink(b: Builder) -> None:
     "Wash basins on a pedestal, the wall or a cabinet, bowls on a counter, and kitchen sinks."
-    white, metal, kind = (
-        b.tone("ceramic", "ceramic", "metal"),
-        b.tone("metal"),
-        b.pick("pedestal", "wall", "vanity", "bowl", "kitchen", "legs"),
-    )
-    x, y, z, power = b.u(0.4, 0.75), b.u(0.34, 0.52), b.u(0.12, 0.22), b.pick(2, 3, 6, 14)
-    h = b.u(0.78, 0.9)
+    white, metal = b.tones("ceramic ceramic metal", "metal")
+    kind = b.pick("pedestal", "wall", "vanity", "bowl", "kitchen", "legs")
+    x, y, z = b.sizes(width=(0.4, 0.75), depth=(0.34, 0.52), height=(0.12, 0.22))
+    power = b.pick(2, 3, 6, 14)
+    h = b.u(0.78, 0.9)  # height of the rim
     if kind == "kitchen":
-        white, x, y, two = b.tone("metal", "ceramic"), b.u(0.6, 1.2), b.u(0.45, 0.6), b.maybe(0.5)
-        for s in (-1, 1) if two else (b.pick(-1, 0),):
-            basin(
-                b,
-                x * 0.44,
-                y * 0.72,
-                z,
-                (s * x * 0.24, -y * 0.06, 0),
-                white,
-                9,
-                rim=0.012,
-                foot=0.85,
-            )
-        bowls = [-0.24, 0.24] if two else [-0.24]
-        b.add("counter", white, block(x, y * 0.14, 0.02, (0, y * 0.43, z - 0.015)))
-        b.add("counter", white, block(x, y * 0.09, 0.02, (0, -y * 0.455, z - 0.015)))
-        if not two:
-            b.add("counter", white, block(x * 0.5, y * 0.8, 0.02, (x * 0.25, -0.02 * y, z - 0.03)))
-        for k in range(0 if two else 6):
-            b.add(
-                "counter",
-                white,
-                block(x * 0.4, 0.01, 0.008, (x * 0.25, (k - 2.5) * y * 0.1, z - 0.01)),
-            )
-        for e in (-1, 0, 1):
-            b.add("counter", white, block(x * 0.04, y, 0.02, (e * x * 0.48, 0, z - 0.016)))
-        tap(b, (0, y * 0.42, z), metal, b.u(0.15, 0.35), y * 0.4)
-        if b.maybe(0.5):
-            b.add("body", c := b.tone("wood", "paint"), block(x, y, h, (0, 0, -h + 0.02)))
-            fronts(b, x, h * 0.95, (0, -y / 2, -h + 0.03), c, metal, "doors")
+        kitchen_sink(b, z, h, metal)
         return
     back = y / 2 - b.u(0.04, 0.07)
     if kind == "bowl":
-        c, wide = b.tone("wood", "paint"), x + b.u(0.1, 0.7)
-        b.add("counter", c, block(wide, y + 0.08, b.u(0.03, 0.08), (0, 0, h - 0.1)))
-        basin(
-            b,
-            x * 0.8,
-            y * 0.85,
-            z * 0.8,
-            (0, -0.02, h - 0.02),
-            white,
-            b.pick(2, 2, 4),
-            rim=0.015,
-            foot=b.u(0.4, 0.8),
-        )
+        wood, wide = b.tone("wood", "paint"), x + b.u(0.1, 0.7)
+        b.add("counter", wood, block(wide, y + 0.08, b.u(0.03, 0.08), (0, 0, h - 0.1)))
+        power, foot, place = b.pick(2, 2, 4), b.u(0.4, 0.8), (0, -0.02, h - 0.02)
+        basin(b, x * 0.8, y * 0.85, z * 0.8, place, white, power, rim=0.015, foot=foot)
         tap(b, (0, y / 2, h - 0.02), metal, z + b.u(0.03, 0.12), 0.18)
         if b.maybe(0.6):
-            supports(b, wide, y, h - 0.1, metal, "square", "panels", "sled")
+            supports(b, wide, y, h - 0.1, metal, *BASES["counter"])
         return
-    basin(b, x, y, z, (0, 0, h - z), white, power, rim=b.u(0.025, 0.06), foot=b.u(0.45, 0.8))
+    rim, foot = b.sizes(rim=(0.025, 0.06), foot=(0.45, 0.8))
+    basin(b, x, y, z, (0, 0, h - z), white, power, rim=rim, foot=foot)
     b.add("counter", white, block(x * 0.9, y * 0.2, z * 0.5, (0, y * 0.42, h - z * 0.5)))
     tap(b, (0, back, h), metal, b.u(0.08, 0.16), b.u(0.09, 0.15))
     if kind == "pedestal":
-        b.add(
-            "base",
-            white,
-            loft(
-                [
-                    (ring(0.22, 0.22, 3), 0),
-                    (ring(0.15, 0.15, 3), 0.12),
-                    (ring(0.14, 0.14), h * 0.6),
-                    (ring(0.24, 0.24), h - z * 0.9),
-                ],
-                smooth=True,
-            ),
-        )
+        profile = [(0.22, 3, 0), (0.15, 3, 0.12), (0.14, 2, h * 0.6), (0.24, 2, h - z * 0.9)]
+        rings = [(ring(size, size, power), height) for size, power, height in profile]
+        b.add("base", white, loft(rings, smooth=True))
     elif kind == "legs":
-        supports(b, x * 0.85, y * 0.85, h - z * 0.4, metal, "square", "round")
+        supports(b, x * 0.85, y * 0.85, h - z * 0.4, metal, *BASES["basin"])
     elif kind == "vanity":
-        c, deep = b.tone("wood", "paint"), b.pick(h - z * 0.8, b.u(0.3, 0.5))
-        b.add("body", c, block(x * 0.94, y * 0.86, deep, (0, 0.02, h - z * 0.8 - deep)))
-        fronts(
-            b,
-            x * 0.9,
-            deep - 0.02,
-            (0, -y * 0.41, h - z * 0.8 - deep + 0.01),
-            c,
-            metal,
-            b.pick("doors", "drawers"),
+        wood = b.tone("wood", "paint")
+        deep = b.pick(h - z * 0.8, b.u(0.3, 0.5))
+        low = h - z * 0.8 - deep
+        b.add("body", wood, block(x * 0.94, y * 0.86, deep, (0, 0.02, low)))
+        doors = b.pick("doors", "drawers")
+        fronts(b, x * 0.9, deep - 0.02, (0, -y * 0.41, low + 0.01), wood, metal, doors)
+
+
+def kitchen_sink(
+    b: Builder,
+    z: float,
+    h: float,  # depth of the bowls and height of the rim
+    metal: tuple,
+) -> None:
+    "One or two bowls in a sheet of metal, with ribs where dishes dry, half of them on a cupboard."
+    white = b.tone("metal", "ceramic")
+    x, y = b.sizes(width=(0.6, 1.2), depth=(0.45, 0.6))
+    two = b.maybe(0.5)
+    for s in SIDES if two else [b.pick(-1, 0)]:
+        basin(
+            b, x * 0.44, y * 0.72, z, (s * x * 0.24, -y * 0.06, 0), white, 9, rim=0.012, foot=0.85
         )
+    counter = partial(b.add, "counter", white)
+    counter(
+        block(x, y * 0.14, 0.02, (0, y * 0.43, z - 0.015)),
+        block(x, y * 0.09, 0.02, (0, -y * 0.455, z - 0.015)),
+    )
+    if not two:
+        counter(block(x * 0.5, y * 0.8, 0.02, (x * 0.25, -0.02 * y, z - 0.03)))
+        for k in range(6):
+            counter(block(x * 0.4, 0.01, 0.008, (x * 0.25, (k - 2.5) * y * 0.1, z - 0.01)))
+    counter(*(block(x * 0.04, y, 0.02, (e * x * 0.48, 0, z - 0.016)) for e in (-1, 0, 1)))
+    tap(b, (0, y * 0.42, z), metal, b.u(0.15, 0.35), y * 0.4)
+    if b.maybe(0.5):
+        wood = b.tone("wood", "paint")
+        b.add("body", wood, block(x, y, h, (0, 0, -h + 0.02)))
+        fronts(b, x, h * 0.95, (0, -y / 2, -h + 0.03), wood, metal, "doors")
 
 
 def toilet(b: Builder) -> None:
     "Bowl, seat and lid, with a tank behind, in the wall, or none."
-    white, seat = b.tone("ceramic"), b.tone("ceramic", "ceramic", "wood", "plastic")
-    x, y, h, power = b.u(0.34, 0.42), b.u(0.44, 0.6), b.u(0.36, 0.44), b.pick(2, 2.4, 3.5)
-    kind, opened = b.pick("tank", "tank", "wall", "tower"), b.maybe(0.35)
+    white, seat = b.tones("ceramic", "ceramic ceramic wood plastic")
+    x, y, h = b.sizes(width=(0.34, 0.42), depth=(0.44, 0.6), height=(0.36, 0.44))
+    power = b.pick(2, 2.4, 3.5)
+    kind = b.pick("tank", "tank", "wall", "tower")
+    opened = b.maybe(0.35)
     basin(b, x, y, h * 0.6, (0, 0, h * 0.4), white, power, "bowl", 0.05, b.u(0.45, 0.7))
     if kind == "wall":
         b.add("base", white, block(x * 0.6, 0.2, h * 0.45, (0, y * 0.45, h * 0.4)))
     else:
-        b.add(
-            "base",
-            white,
-            loft(
-                [
-                    (ring(x * 0.62, y * 0.8, 3), 0, (0, y * 0.1)),
-                    (ring(x * 0.5, y * 0.6, 3), h * 0.25, (0, y * 0.1)),
-                    (ring(x * 0.6, y * 0.66, 3), h * 0.5, (0, 0.02)),
-                ],
-                smooth=True,
-            ),
-        )
-    f = lambda g: ring(x * g, y * g, power, 28)
-    b.add(
-        "seat",
-        seat,
-        loft(
-            [(f(1.02), h), (f(1.02), h + 0.018), (f(0.68), h + 0.018), (f(0.68), h), (f(1.02), h)],
-            caps=False,
-        ),
-    )
+        profile = [(0.62, 0.8, 0, y * 0.1), (0.5, 0.6, 0.25, y * 0.1), (0.6, 0.66, 0.5, 0.02)]
+        rings = [(ring(x * fx, y * fy, 3), h * fz, (0, shift)) for fx, fy, fz, shift in profile]
+        b.add("base", white, loft(rings, smooth=True))
+    outline = lambda f: ring(x * f, y * f, power, 28)
+    hoop = [(1.02, h), (1.02, h + 0.018), (0.68, h + 0.018), (0.68, h), (1.02, h)]
+    b.add("seat", seat, loft([(outline(f), z) for f, z in hoop], caps=False))
     if opened:
         b.add(
             "lid",
             seat,
             move(
-                loft([(f(1.0), 0), (f(1.0), 0.018)]),
+                straight(outline(1.0), 0, 0.018),
                 (0, y / 2 + 0.02, h + y / 2 + 0.02),
                 lean=-b.u(76, 88),
             ),
         )
     elif b.maybe(0.85):
-        b.add(
-            "lid",
-            seat,
-            loft([(f(1.02), h + 0.02), (f(1.02), h + 0.034), (f(0.7), h + 0.045)], smooth=True),
-        )
+        cover = [(1.02, h + 0.02), (1.02, h + 0.034), (0.7, h + 0.045)]
+        b.add("lid", seat, loft([(outline(f), z) for f, z in cover], smooth=True))
     at = y / 2 + 0.1
     if kind != "wall":
-        tall, wide, deep = (
-            (b.u(0.32, 0.42), x * b.u(0.95, 1.2), b.u(0.15, 0.2))
-            if kind == "tank"
-            else (b.u(0.6, 0.8), x * 1.1, 0.16)
-        )
-        b.add(
-            "tank",
-            white,
-            cushion(wide, deep, tall, (0, at, h * (1 if kind == "tank" else 0.2)), 0.02),
-        )
-        top = h * (1 if kind == "tank" else 0.2) + tall
-        b.add("tank", white, block(wide + 0.02, deep + 0.02, 0.025, (0, at, top)))
-        if b.maybe(0.6):
-            b.add("button", b.tone("metal"), drum(0.025, 0.012, (0, at, top + 0.025)))
-        else:
-            b.add(
-                "button",
-                b.tone("metal"),
-                block(0.07, 0.02, 0.015, (-wide * 0.35, at - deep / 2 - 0.01, top - 0.06)),
-            )
-        b.add("base", white, block(x * 0.7, 0.2, 0.06, (0, at - 0.06, h - 0.06)))
+        tank(b, kind, x, at, h, white)
     elif b.maybe(0.6):
         b.add(
             "button", b.tone("metal", "plastic"), block(0.22, 0.015, 0.15, (0, at + 0.05, h + 0.45))
@@ -2233,65 +1769,77 @@ def toilet(b: Builder) -> None:
         b.add("base", white, block(x * 1.3, 0.02, h + 0.75, (0, at + 0.07, 0)))
 
 
+def tank(
+    b: Builder,
+    kind: str,  # tank or tower
+    x: float,  # width of the toilet
+    at: float,  # y of its middle
+    h: float,  # height of the seat
+    white: tuple,
+) -> None:
+    "A tank behind a toilet, on it or as a tower from the floor."
+    if kind == "tank":
+        tall, wide, deep = b.u(0.32, 0.42), x * b.u(0.95, 1.2), b.u(0.15, 0.2)
+    else:
+        tall, wide, deep = b.u(0.6, 0.8), x * 1.1, 0.16
+    low = h * (1 if kind == "tank" else 0.2)
+    top = low + tall
+    b.add(
+        "tank",
+        white,
+        cushion(wide, deep, tall, (0, at, low), 0.02),
+        block(wide + 0.02, deep + 0.02, 0.025, (0, at, top)),
+    )
+    if b.maybe(0.6):
+        button = drum(0.025, 0.012, (0, at, top + 0.025))
+    else:
+        button = block(0.07, 0.02, 0.015, (-wide * 0.35, at - deep / 2 - 0.01, top - 0.06))
+    b.add_all(
+        ("button", b.tone("metal"), button),
+        ("base", white, block(x * 0.7, 0.2, 0.06, (0, at - 0.06, h - 0.06))),
+    )
+
+
 def bathtub(b: Builder) -> None:
     "A long basin on feet, behind panels or by itself."
-    white, metal, x, y, z = (
-        b.tone("ceramic"),
-        b.tone("metal"),
-        b.u(1.3, 1.8),
-        b.u(0.65, 0.85),
-        b.u(0.45, 0.65),
-    )
+    white, metal = b.tones("ceramic", "metal")
+    x, y, z = b.sizes(width=(1.3, 1.8), depth=(0.65, 0.85), height=(0.45, 0.65))
     kind = b.pick("feet", "panels", "free")
-    basin(
-        b,
-        x,
-        y,
-        z,
-        (0, 0, 0.1 if kind == "feet" else 0),
-        white,
-        b.pick(2.2, 3, 5) if kind != "panels" else 10,
-        "basin",
-        b.u(0.03, 0.08),
-        b.u(0.75, 0.9),
-    )
+    low = 0.1 if kind == "feet" else 0
+    power = b.pick(2.2, 3, 5) if kind != "panels" else 10
+    rim, foot = b.sizes(rim=(0.03, 0.08), foot=(0.75, 0.9))
+    basin(b, x, y, z, (0, 0, low), white, power, "basin", rim, foot)
     if kind == "feet":
-        for sx in (-1, 1):
-            for sy in (-1, 1):
-                b.add(
-                    "leg",
-                    metal,
-                    tube(
-                        [
-                            (sx * x * 0.33, sy * y * 0.3, 0.15),
-                            (sx * x * 0.35, sy * y * 0.34, 0.07),
-                            (sx * x * 0.36, sy * y * 0.38, 0),
-                        ],
-                        np.array([0.05, 0.03, 0.045]),
-                        8,
-                    ),
-                )
-    if kind == "panels":
-        for s in (-1, 1):
-            b.add("panel", white, block(x, 0.02, z - 0.02, (0, s * y * 0.49, 0)))
-            b.add("panel", white, block(0.02, y * 0.98, z - 0.02, (s * x * 0.49, 0, 0)))
-    if b.maybe(0.8):
-        tap(
-            b,
-            (x * 0.5 * b.pick(0, 0.85), y * 0.46, z + (0.1 if kind == "feet" else 0)),
+        steps = [(0.33, 0.3, 0.15), (0.35, 0.34, 0.07), (0.36, 0.38, 0)]
+        b.add(
+            "leg",
             metal,
-            b.u(0.1, 0.2),
-            0.15,
+            *(
+                tube(
+                    [(s * x * fx, e * y * fy, height) for fx, fy, height in steps],
+                    np.array([0.05, 0.03, 0.045]),
+                    8,
+                )
+                for s, e in CORNERS
+            ),
         )
+    if kind == "panels":
+        for s in SIDES:
+            b.add(
+                "panel",
+                white,
+                block(x, 0.02, z - 0.02, (0, s * y * 0.49, 0)),
+                block(0.02, y * 0.98, z - 0.02, (s * x * 0.49, 0, 0)),
+            )
+    if b.maybe(0.8):
+        place = x * 0.5 * b.pick(0, 0.85), y * 0.46, z + low
+        tap(b, place, metal, b.u(0.1, 0.2), 0.15)
 
 # %% ../../nbs/worlds/27_shapes.ipynb #cdb6f363
 def lamp(b: Builder) -> None:
     "Table, floor, desk and hanging lamps."
-    kind, metal, cloth = (
-        b.pick("table", "floor", "desk", "hanging", "tripod"),
-        b.tone("metal", "wood", "ceramic", "dark"),
-        b.tone("paint", "fabric", "glass"),
-    )
+    kind = b.pick("table", "floor", "desk", "hanging", "tripod")
+    metal, cloth = b.tones("metal wood ceramic dark", "paint fabric glass")
     r = b.u(0.12, 0.26)
     h = dict(
         table=b.u(0.25, 0.5),
@@ -2300,291 +1848,204 @@ def lamp(b: Builder) -> None:
         desk=b.u(0.35, 0.55),
         hanging=b.u(0.4, 0.9),
     )[kind]
-    t, top = b.u(0.6, 1.5) * r, b.u(0.25, 1.0)
+    t, top = b.u(0.6, 1.5) * r, b.u(0.25, 1.0)  # height of the shade, and its upper radius over r
     if kind == "desk":
-        knee, tip = np.array([0, b.u(0.05, 0.18), h * 0.55]), np.array([0, -b.u(0.1, 0.25), h])
-        b.add("base", metal, drum(r * 0.5, 0.02))
-        b.add("pole", metal, tube([(0, 0, 0), tuple(knee)], 0.01, 6))
-        b.add("pole", metal, tube([tuple(knee), tuple(tip)], 0.01, 6))
-        with b.within(tuple(tip), lean=180 + b.u(-50, 10)):
-            b.add(
-                "shade",
-                cloth if b.maybe(0.4) else metal,
-                lathe([(0.02, -0.03), (0.03, -0.02), (r * 0.5, r * 0.7)], 20),
-            )
-            b.add("bulb", b.tone("glass"), drum(0.025, 0.07))
+        desk_lamp(b, r, h, metal, cloth)
         return
-    if kind == "hanging":
-        b.add("pole", metal, tube([(0, 0, t * 0.8), (0, 0, t + h)], 0.006, 6))
-        b.add("base", metal, drum(0.05, 0.03, (0, 0, t + h)))
-    elif kind == "tripod":
-        for k in range(3):
-            b.add(
-                "pole",
-                metal,
-                tube(
-                    [(0, 0, h), (0.32 * math.cos(2.1 * k), 0.32 * math.sin(2.1 * k), 0)], 0.012, 6
-                ),
-            )
-    elif kind == "floor" or b.maybe(0.4):
-        b.add("base", metal, drum(r * b.u(0.5, 0.9), 0.03, top=r * b.u(0.3, 0.5)))
-        b.add("pole", metal, drum(b.u(0.008, 0.02), h, n=8))
-    else:
-        b.add(
-            "base",
-            metal,
-            lathe(
-                list(
-                    zip(
-                        r * np.array([0.4, *(b.u(0.15, 0.7) for _ in range(4)), 0.1]),
-                        h * np.linspace(0, 1, 6),
-                    )
-                ),
-                smooth=True,
-            ),
-        )
-    low = h - t * 0.3 if kind != "hanging" else 0
+    low = 0 if kind == "hanging" else h - t * 0.3  # of the shade
+    lamp_stand(b, kind, r, h, t, metal)
     if b.maybe(0.15):
+        ball, angles = r * 0.7, np.linspace(0, np.pi, 11)
+        profile = [(ball * math.sin(a), low + ball * (1 - math.cos(a))) for a in angles]
+        b.add("shade", cloth, lathe(profile, smooth=True))
+    else:
+        power = b.pick(2, 2, 2, 9)
+        outline = lambda f: ring(2 * r * f, 2 * r * f, power)
+        b.add("shade", cloth, loft([(outline(1), low), (outline(top), low + t)], caps=False))
+    profile = [(0, 0.2), (0.03, 0.3), (0.03, 0.45), (0.012, 0.7)]
+    bulb = lathe([(size, low + t * f) for size, f in profile], 10, smooth=True)
+    b.add("bulb", b.tone("glass"), bulb)
+
+
+def lamp_stand(
+    b: Builder,
+    kind: str,  # table, floor, tripod or hanging
+    r: float,
+    h: float,
+    t: float,  # radius of the shade, height of the lamp, height of the shade
+    metal: tuple,
+) -> None:
+    "What holds the shade of a lamp."
+    if kind == "hanging":
+        b.add_all(
+            ("pole", metal, tube([(0, 0, t * 0.8), (0, 0, t + h)], 0.006, 6)),
+            ("base", metal, drum(0.05, 0.03, (0, 0, t + h))),
+        )
+    elif kind == "tripod":
         b.add(
-            "shade",
-            cloth,
-            lathe(
-                [
-                    (r * 0.7 * math.sin(a), low + r * 0.7 * (1 - math.cos(a)))
-                    for a in np.linspace(0, np.pi, 11)
-                ],
-                smooth=True,
+            "pole",
+            metal,
+            *(
+                tube([(0, 0, h), (0.32 * math.cos(a), 0.32 * math.sin(a), 0)], 0.012, 6)
+                for a in (0, 2.1, 4.2)
             ),
+        )
+    elif kind == "floor" or b.maybe(0.4):
+        b.add_all(
+            ("base", metal, drum(r * b.u(0.5, 0.9), 0.03, top=r * b.u(0.3, 0.5))),
+            ("pole", metal, drum(b.u(0.008, 0.02), h, n=8)),
         )
     else:
+        radii = r * np.array([0.4, *(b.u(0.15, 0.7) for _ in range(4)), 0.1])
+        b.add("base", metal, lathe(list(zip(radii, h * np.linspace(0, 1, 6))), smooth=True))
+
+
+def desk_lamp(
+    b: Builder,
+    r: float,
+    h: float,  # radius of the shade and height
+    metal: tuple,
+    cloth: tuple,
+) -> None:
+    "Two arms with a knee between them, and a shade that points down."
+    knee = 0, b.u(0.05, 0.18), h * 0.55
+    tip = 0, -b.u(0.1, 0.25), h
+    b.add_all(
+        ("base", metal, drum(r * 0.5, 0.02)),
+        ("pole", metal, tube([(0, 0, 0), knee], 0.01, 6), tube([knee, tip], 0.01, 6)),
+    )
+    with b.within(tip, lean=180 + b.u(-50, 10)):
         b.add(
             "shade",
-            cloth,
-            loft(
-                [
-                    (ring(2 * r, 2 * r, p := b.pick(2, 2, 2, 9)), low),
-                    (ring(2 * r * top, 2 * r * top, p), low + t),
-                ],
-                caps=False,
-            ),
+            cloth if b.maybe(0.4) else metal,
+            lathe([(0.02, -0.03), (0.03, -0.02), (r * 0.5, r * 0.7)], 20),
         )
-    b.add(
-        "bulb",
-        b.tone("glass"),
-        lathe(
-            [
-                (0, low + t * 0.2),
-                (0.03, low + t * 0.3),
-                (0.03, low + t * 0.45),
-                (0.012, low + t * 0.7),
-            ],
-            10,
-            smooth=True,
-        ),
-    )
+        b.add("bulb", b.tone("glass"), drum(0.025, 0.07))
+
+
+def ball(
+    r: float,
+    n: int = 12,  # corners around
+) -> np.ndarray:
+    "A sphere of eight rings."
+    angles = np.linspace(0, np.pi, 8)
+    return lathe([(r * math.sin(a), -r * math.cos(a)) for a in angles], n, smooth=True)
 
 
 def plant(b: Builder) -> None:
     "A pot with leaves on stems, fronds, a cactus or a little tree."
-    r, h, pot, green = (
-        b.u(0.08, 0.2),
-        b.u(0.1, 0.35),
-        b.tone("ceramic", "card", "paint", "wood", "dark"),
-        b.tone("leaf"),
-    )
-    low, kind = b.u(0.55, 1.0), b.pick("leaves", "leaves", "fronds", "tree", "cactus")
-    b.add(
-        "pot",
-        pot,
-        loft(
-            [(ring(2 * r * low, 2 * r * low, p := b.pick(2, 2, 10)), 0), (ring(2 * r, 2 * r, p), h)]
-        ),
-    )
-    b.add(
-        "pot",
-        pot,
-        loft([(ring(2.1 * r, 2.1 * r, p), h - 0.03), (ring(2.1 * r, 2.1 * r, p), h)], caps=False),
-    )
+    r, h = b.sizes(radius=(0.08, 0.2), height=(0.1, 0.35))
+    pot, green = b.tones("ceramic card paint wood dark", "leaf")
+    low = b.u(0.55, 1.0)
+    kind = b.pick("leaves", "leaves", "fronds", "tree", "cactus")
+    power = b.pick(2, 2, 10)
+    foot, top, rim = (ring(size, size, power) for size in (2 * r * low, 2 * r, 2.1 * r))
+    b.add("pot", pot, loft([(foot, 0), (top, h)]), straight(rim, h - 0.03, h, caps=False))
     if kind == "cactus":
         z = b.u(0.15, 0.6)
         b.add(
             "stem",
             green,
             lathe(
-                [(0, h), (r * 0.5, h), (r * 0.6, h + z * 0.6), (r * 0.4, h + z * 0.93), (0, h + z)],
+                [
+                    (0, h),
+                    *[(r * 0.5, h), (r * 0.6, h + z * 0.6), (r * 0.4, h + z * 0.93)],
+                    (0, h + z),
+                ],
                 14,
                 smooth=True,
             ),
         )
-        for s in (-1, 1) if b.maybe(0.6) else ():
-            b.add(
-                "stem",
-                green,
-                tube(
-                    curve(
-                        [
-                            (0, 0, h + z * 0.4),
-                            (s * r * 1.2, 0, h + z * 0.4),
-                            (s * r * 1.2, 0, h + z * b.u(0.6, 0.9)),
-                        ],
-                        1,
-                    ),
-                    r * 0.22,
-                    8,
-                ),
-            )
+        for s in SIDES if b.maybe(0.6) else ():
+            out, low = s * r * 1.2, h + z * 0.4
+            path = [(0, 0, low), (out, 0, low), (out, 0, h + z * b.u(0.6, 0.9))]
+            b.add("stem", green, tube(curve(path, 1), r * 0.22, 8))
     elif kind == "tree":
-        z, ball = b.u(0.3, 0.9), b.u(0.15, 0.32)
-        b.add(
-            "stem",
-            b.tone("wood"),
-            tube([(0, 0, h), (b.u(-0.05, 0.05), 0, h + z)], np.array([0.02, 0.014])),
-        )
+        z, crown = b.u(0.3, 0.9), b.u(0.15, 0.32)
+        wood, tip = b.tone("wood"), (b.u(-0.05, 0.05), 0, h + z)
+        b.add("stem", wood, tube([(0, 0, h), tip], np.array([0.02, 0.014])))
         for k in range(b.n(1, 5)):
-            at, s = (
-                b.rng.normal(0, ball * 0.4, 3) * (k > 0) + [0, 0, h + z + ball * 0.5],
-                ball * b.u(0.6, 1),
-            )
-            b.add(
-                "leaf",
-                green,
-                move(
-                    lathe(
-                        [(s * math.sin(a), -s * math.cos(a)) for a in np.linspace(0, np.pi, 8)],
-                        12,
-                        smooth=True,
-                    ),
-                    tuple(at),
-                ),
-            )
+            at = b.rng.normal(0, crown * 0.4, 3) * (k > 0) + [0, 0, h + z + crown * 0.5]
+            b.add("leaf", green, move(ball(crown * b.u(0.6, 1)), at))
     else:
-        many, long = b.n(7, 22), b.u(0.25, 0.75)
-        for k in range(many):
-            turn, tall, f = 360 * k * 0.382 + b.u(-20, 20), long * b.u(0.6, 1), np.linspace(0, 1, 7)
-            bow, wide = (
-                b.u(0.3, 1.1),
-                (b.u(0.03, 0.08) if kind == "leaves" else 0.02) * (1.5 if many < 12 else 1),
-            )
-            path = np.stack(
-                [0 * f, -tall * bow * f**1.5 * 0.8, h + tall * (f - 0.55 * bow * f**2.5)], 1
-            )
-            stalk = 0.45 if kind == "leaves" else 0.0
-            side = wide * np.sin(np.pi * np.clip((f - stalk) / (1 - stalk), 0, 1)) ** 0.8 + 0.002
-            b.add(
-                "leaf",
-                green if b.maybe(0.7) else b.tone("leaf"),
-                move(
-                    patch(
-                        np.stack(
-                            [
-                                path + side[:, None] * [1, 0, 0],
-                                path + [0, 0, -0.012],
-                                path - side[:, None] * [1, 0, 0],
-                            ]
-                        )
-                    ),
-                    turn=turn,
-                ),
-            )
-            if stalk:
-                b.add("stem", green, move(tube(path[:5], 0.005, 5), turn=turn))
+        foliage(b, kind, h, green)
+
+
+def foliage(
+    b: Builder,
+    kind: str,  # leaves, which have a stalk, or fronds
+    h: float,  # where they begin
+    green: tuple,
+) -> None:
+    "Leaves all around that bend under their weight."
+    many, long = b.n(7, 22), b.u(0.25, 0.75)
+    stalk = 0.45 if kind == "leaves" else 0.0
+    f = np.linspace(0, 1, 7)
+    for k in range(many):
+        yaw = 360 * k * 0.382 + b.u(-20, 20)
+        tall, bow = long * b.u(0.6, 1), b.u(0.3, 1.1)
+        wide = (b.u(0.03, 0.08) if kind == "leaves" else 0.02) * (1.5 if many < 12 else 1)
+        path = np.stack(
+            [0 * f, -tall * bow * f**1.5 * 0.8, h + tall * (f - 0.55 * bow * f**2.5)], 1
+        )
+        side = (wide * np.sin(np.pi * np.clip((f - stalk) / (1 - stalk), 0, 1)) ** 0.8 + 0.002)[
+            :, None
+        ] * [1, 0, 0]
+        b.add(
+            "leaf",
+            green if b.maybe(0.7) else b.tone("leaf"),
+            move(patch(np.stack([path + side, path + [0, 0, -0.012], path - side])), yaw=yaw),
+        )
+        if stalk:
+            b.add("stem", green, move(tube(path[:5], 0.005, 5), yaw=yaw))
 
 
 def bottle(b: Builder) -> None:
     "Body, shoulder, neck and cap; round or flat."
-    r, h, color = (
-        b.u(0.03, 0.06),
-        b.u(0.14, 0.34),
-        b.tone("glass", "leaf", "plastic", "ceramic", "wood"),
-    )
-    neck, f, g, p, squash = (
-        r * b.u(0.25, 0.6),
-        b.u(0.45, 0.72),
-        b.u(0.78, 0.9),
-        b.pick(2, 2, 2, 6),
-        b.pick(1.0, 1.0, 0.5),
-    )
-    o = lambda q, power=p: ring(2 * q, 2 * q * squash if q > neck else 2 * q, power)
-    b.add(
-        "body",
-        color,
-        loft(
-            [
-                (o(r * 0.9), 0),
-                (o(r), h * 0.03),
-                (o(r * b.u(0.8, 1.05)), h * f * 0.5),
-                (o(r), h * f),
-                (o(r * 0.85), h * (f + 0.35 * (g - f))),
-            ]
-        ),
-    )
-    b.add(
-        "neck",
-        color,
-        loft(
-            [
-                (o(r * 0.85), h * (f + 0.35 * (g - f))),
-                (o((r + neck) / 2.1), h * (f + 0.7 * (g - f))),
-                (o(neck, 2), h * g),
-                (o(neck, 2), h * 0.96),
-            ],
-            smooth=True,
-        ),
-    )
+    r, h = b.sizes(radius=(0.03, 0.06), height=(0.14, 0.34))
+    color = b.tone("glass", "leaf", "plastic", "ceramic", "wood")
+    neck = r * b.u(0.25, 0.6)
+    f, g = b.sizes(shoulder=(0.45, 0.72), neck=(0.78, 0.9))  # where they begin, over h
+    power, squash = b.pick(2, 2, 2, 6), b.pick(1.0, 1.0, 0.5)
+    outline = lambda q, power=power: ring(2 * q, 2 * q * squash if q > neck else 2 * q, power)
+    shoulder = outline(r * 0.85), h * (f + 0.35 * (g - f))
+    waist = outline(r * b.u(0.8, 1.05)), h * f * 0.5
+    body = [(outline(r * 0.9), 0), (outline(r), h * 0.03), waist, (outline(r), h * f), shoulder]
+    b.add("body", color, loft(body))
+    top = [
+        shoulder,
+        (outline((r + neck) / 2.1), h * (f + 0.7 * (g - f))),
+        (outline(neck, 2), h * g),
+        (outline(neck, 2), h * 0.96),
+    ]
+    b.add("neck", color, loft(top, smooth=True))
     cap = b.tone("metal", "plastic", "dark")
     if b.maybe(0.15):
         b.add("cap", cap, tube([(0, 0, h * 0.94), (0, 0, h * 1.1), (0, -r, h * 1.1)], 0.006, 6))
     else:
         b.add("cap", cap, drum(neck * 1.15, h * b.u(0.05, 0.1), (0, 0, h * 0.93)))
     if b.maybe(0.5):
-        b.add(
-            "label",
-            b.tone("paint", "plastic"),
-            loft([(o(r * 1.01), h * f * 0.25), (o(r * 1.01), h * f * 0.85)], caps=False),
-        )
+        paper = straight(outline(r * 1.01), h * f * 0.25, h * f * 0.85, caps=False)
+        b.add("label", b.tone("paint", "plastic"), paper)
 
 
 def vase(b: Builder) -> None:
     "A curved profile that is open at the top; a few hold stems."
-    h, r, color, n = (
-        b.u(0.15, 0.6),
-        b.u(0.05, 0.16),
-        b.tone("ceramic", "glass", "paint", "wood", "dark"),
-        b.n(4, 6),
-    )
+    h, r = b.sizes(height=(0.15, 0.6), radius=(0.05, 0.16))
+    color = b.tone("ceramic", "glass", "paint", "wood", "dark")
+    n = b.n(4, 6)
     f = np.array([b.u(0.35, 0.8), *(b.u(0.35, 1.0) for _ in range(n - 2)), b.u(0.25, 0.8)])
-    knots = curve(list(zip(r * f / f.max(), h * np.linspace(0, 1, n), [0.0] * n)), 2)[:, :2]
+    knots = curve(list(zip(r * f / f.max(), h * np.linspace(0, 1, n))), 2)
     wall = np.concatenate([[(0, 0)], knots, (knots * [0.92, 1])[: len(knots) // 2 : -1]])
-    b.add("body", color, lathe(wall.tolist(), 24, smooth=b.maybe(0.8)))
-    lip = b.maybe(0.4)
-    if lip:
-        b.add(
-            "rim",
-            color,
-            lathe(
-                [(knots[-1, 0], h), (knots[-1, 0] + 0.02, h + 0.012), (knots[-1, 0], h + 0.014)], 24
-            ),
-        )
-    for s in (-1, 1) if b.maybe(0.25) else ():
-        b.add(
-            "handle",
-            color,
-            tube(
-                curve(
-                    [
-                        (s * knots[len(knots) // 3, 0], 0, h * 0.35),
-                        (s * r * 1.5, 0, h * 0.5),
-                        (s * r * 1.3, 0, h * 0.85),
-                        (s * knots[-1, 0], 0, h * 0.9),
-                    ],
-                    2,
-                ),
-                0.01,
-                6,
-            ),
-        )
-    for k in range(b.n(3, 8) if b.maybe(0.2) else 0):
-        tip = (b.u(-0.12, 0.12), b.u(-0.12, 0.12), h * b.u(1.3, 1.7))
+    b.add("body", color, lathe(wall, 24, smooth=b.maybe(0.8)))
+    mouth = knots[-1, 0]
+    if b.maybe(0.4):
+        b.add("rim", color, lathe([(mouth, h), (mouth + 0.02, h + 0.012), (mouth, h + 0.014)], 24))
+    for s in SIDES if b.maybe(0.25) else ():
+        steps = [(knots[len(knots) // 3, 0], 0.35), (r * 1.5, 0.5), (r * 1.3, 0.85), (mouth, 0.9)]
+        b.add("handle", color, tube(curve([(s * out, 0, h * up) for out, up in steps], 2), 0.01, 6))
+    for _ in range(b.n(3, 8) if b.maybe(0.2) else 0):
+        tip = b.u(-0.12, 0.12), b.u(-0.12, 0.12), h * b.u(1.3, 1.7)
         b.add("stem", b.tone("leaf"), tube([(0, 0, h * 0.6), tip], 0.003, 5))
         b.add(
             "flower",
@@ -2595,351 +2056,224 @@ def vase(b: Builder) -> None:
 
 def cup(b: Builder) -> None:
     "Mugs, tea cups, glasses; handle and saucer are up to chance."
-    r, h, low, color = (
-        b.u(0.03, 0.055),
-        b.u(0.05, 0.14),
-        b.u(0.5, 1.0),
-        b.tone("ceramic", "plastic", "glass", "paint"),
-    )
-    m, t = b.u(0.85, 1.1), 0.004
+    r, h, low = b.sizes(radius=(0.03, 0.055), height=(0.05, 0.14), foot=(0.5, 1.0))
+    color = b.tone("ceramic", "plastic", "glass", "paint")
+    waist = r * (low + 1) / 2 * b.u(0.85, 1.1)
+    t = 0.004
     b.add(
         "body",
         color,
         lathe(
-            [
-                (0, 0),
-                (r * low, 0),
-                (r * (low + 1) / 2 * m, h / 2),
-                (r, h),
-                (r - t, h),
-                (r * (low + 1) / 2 * m - t, h / 2),
-                (r * low - t, 0.008),
-                (0, 0.008),
-            ],
+            [(0, 0), (r * low, 0), (waist, h / 2), (r, h)]
+            + [(r - t, h), (waist - t, h / 2), (r * low - t, 0.008), (0, 0.008)],
             24,
         ),
     )
     if b.maybe(0.75):
+        out = r + 0.035
+        steps = [(r * 0.93, 0.82), (out, 0.85), (out, 0.25), (waist * 0.96, 0.3)]
         b.add(
-            "handle",
-            color,
-            tube(
-                curve(
-                    [
-                        (r * 0.93, 0, h * 0.82),
-                        (r + 0.035, 0, h * 0.85),
-                        (r + 0.035, 0, h * 0.25),
-                        (r * (low + 1) / 2 * m * 0.96, 0, h * 0.3),
-                    ],
-                    2,
-                ),
-                b.u(0.003, 0.007),
-                6,
-            ),
+            "handle", color, tube(curve([(x, 0, h * f) for x, f in steps], 2), b.u(0.003, 0.007), 6)
         )
     if b.maybe(0.3):
         b.add(
             "saucer",
             color,
             lathe(
-                [(0, -0.004), (r, -0.004), (r * 1.7, 0.012), (r * 1.7, 0.015), (r, 0), (0, 0)], 24
+                [(0, -0.004), *[(r, -0.004), (r * 1.7, 0.012), (r * 1.7, 0.015), (r, 0)], (0, 0)],
+                24,
             ),
         )
     if b.maybe(0.3):
-        b.add(
-            "content",
-            b.tone("wood", "dark"),
-            drum(r * (low + 1) / 2 * m * 0.95, 0.002, (0, 0, h * 0.7)),
-        )
+        b.add("content", b.tone("wood", "dark"), drum(waist * 0.95, 0.002, (0, 0, h * 0.7)))
     if b.maybe(0.12):
         b.add("lid", b.tone("plastic", "dark"), drum(r * 1.04, 0.012, (0, 0, h), top=r * 0.9))
 
 
 def bowl(b: Builder) -> None:
     "Wide and open, shallow to deep, with a foot, a rim or fruit."
-    r, color = b.u(0.07, 0.18), b.tone("ceramic", "wood", "glass", "metal", "paint")
-    h, a = r * b.u(0.3, 1.0), np.linspace(0.25, 1, 7)
-    p = b.u(0.5, 1.2)
-    wall = [(r * np.sin(f * np.pi / 2) ** p, h * (1 - np.cos(f * np.pi / 2))) for f in a]
+    r = b.u(0.07, 0.18)
+    color = b.tone("ceramic", "wood", "glass", "metal", "paint")
+    h, power = r * b.u(0.3, 1.0), b.u(0.5, 1.2)
+    angles = np.linspace(0.25, 1, 7) * np.pi / 2
+    wall = [(r * np.sin(a) ** power, h * (1 - np.cos(a))) for a in angles]
+    foot, low = wall[0]
     inner = [(q * 0.95, z + 0.006) for q, z in wall[-2::-1]]
-    b.add(
-        "body", color, lathe([(0, wall[0][1]), *wall, (r * 0.95, h), *inner, (0, inner[-1][1])], 28)
-    )
+    b.add("body", color, lathe([(0, low), *wall, (r * 0.95, h), *inner, (0, inner[-1][1])], 28))
     if b.maybe(0.6):
-        b.add(
-            "base",
-            color,
-            drum(wall[0][0] * b.u(0.7, 1.1), f := b.u(0.005, 0.03), (0, 0, wall[0][1] - f)),
-        )
+        wide, tall = foot * b.u(0.7, 1.1), b.u(0.005, 0.03)
+        b.add("base", color, drum(wide, tall, (0, 0, low - tall)))
     if b.maybe(0.35):
-        b.add(
-            "rim",
-            b.tone("paint", "metal"),
-            lathe([(r * 0.97, h), (r * b.u(1.05, 1.2), h + 0.005), (r * 0.97, h + 0.008)], 28),
-        )
-    for k in range(b.n(3, 6) if b.maybe(0.25) else 0):
-        s = r * b.u(0.22, 0.35)
-        b.add(
-            "content",
-            b.tone("plastic", "leaf"),
-            move(
-                lathe(
-                    [(s * math.sin(q), -s * math.cos(q)) for q in np.linspace(0, np.pi, 8)],
-                    12,
-                    smooth=True,
-                ),
-                (b.u(-0.4, 0.4) * r, b.u(-0.4, 0.4) * r, h * 0.6),
-            ),
-        )
+        paint, wide = b.tone("paint", "metal"), r * b.u(1.05, 1.2)
+        b.add("rim", paint, lathe([(r * 0.97, h), (wide, h + 0.005), (r * 0.97, h + 0.008)], 28))
+    for _ in range(b.n(3, 6) if b.maybe(0.25) else 0):
+        fruit = ball(r * b.u(0.22, 0.35))
+        skin = b.tone("plastic", "leaf")
+        place = b.u(-0.4, 0.4) * r, b.u(-0.4, 0.4) * r, h * 0.6
+        b.add("content", skin, move(fruit, place))
+
+
+CARS = dict(
+    saloon=dict(waist=0.85, roof=0.5, front=0.28, rear=0.84, slope=0.13),
+    hatch=dict(waist=0.9, roof=0.55, front=0.28, rear=0.98, slope=0.06),
+    van=dict(waist=1.0, roof=0.85, front=0.12, rear=0.99, slope=0.02),
+    pickup=dict(waist=0.95, roof=0.6, front=0.26, rear=0.6, slope=0.02),
+    sport=dict(waist=0.72, roof=0.36, front=0.34, rear=0.85, slope=0.2),
+)  # heights in metres; where the cabin begins, ends and how far its rear slopes, over the length
 
 
 def car(b: Builder) -> None:
     "Saloons, hatchbacks, vans, pickups and trucks, nose towards -y."
-    kind, paint, dark, glass = (
-        b.pick("saloon", "saloon", "hatch", "van", "pickup", "sport"),
-        b.tone("plastic", "metal", "paint"),
-        b.tone("dark"),
-        b.tone("glass", "dark"),
-    )
-    y, x, r = b.u(3.4, 4.9), b.u(1.6, 1.95), b.u(0.28, 0.38)
-    low, waist = (
-        r * 0.7,
-        dict(saloon=0.85, hatch=0.9, van=1.0, pickup=0.95, sport=0.72)[kind] * b.u(0.92, 1.08),
-    )
-    roof = waist + dict(saloon=0.5, hatch=0.55, van=0.85, pickup=0.6, sport=0.36)[kind] * b.u(
-        0.85, 1.15
-    )
-    n, t = -y / 2, y / 2
-    b.add(
-        "body",
-        paint,
+    kind = b.pick("saloon", "saloon", "hatch", "van", "pickup", "sport")
+    form = CARS[kind]
+    paint, dark, glass = b.tones("plastic metal paint", "dark", "glass dark")
+    y, x, r = b.sizes(length=(3.4, 4.9), width=(1.6, 1.95), wheel=(0.28, 0.38))
+    low = r * 0.7
+    waist = form["waist"] * b.u(0.92, 1.08)
+    roof = waist + form["roof"] * b.u(0.85, 1.15)
+    nose, tail = -y / 2, y / 2
+    body = partial(b.add, "body", paint)
+    boot, bonnet = waist * b.u(0.85, 1), waist * b.u(0.78, 0.95)
+    back = [(nose, low), (tail, low), (tail, boot), (tail - 0.1, waist)]
+    front = [(nose + y * 0.3, waist), (nose + 0.25, bonnet), (nose, waist * 0.7)]
+    body(prism(back + front, x, 0.06))
+    a, c = form["front"], form["rear"]
+    a1, c1 = a + b.u(0.07, 0.16), c - form["slope"]
+    along = lambda f: nose + y * f
+    cabin = [(along(a), waist - 0.02), (along(c), waist - 0.02), (along(c1), roof)]
+    b.add("window", glass, prism([*cabin, (along(a1), roof)], x * 0.9, 0.05))
+    body(
         prism(
-            [
-                (n, low),
-                (t, low),
-                (t, waist * b.u(0.85, 1)),
-                (t - 0.1, waist),
-                (n + y * 0.3, waist),
-                (n + 0.25, waist * b.u(0.78, 0.95)),
-                (n, waist * 0.7),
-            ],
-            x,
-            0.06,
-        ),
-    )
-    a, c = dict(
-        saloon=(0.28, 0.84),
-        hatch=(0.28, 0.98),
-        van=(0.12, 0.99),
-        pickup=(0.26, 0.6),
-        sport=(0.34, 0.85),
-    )[kind]
-    a1, c1 = (
-        a + b.u(0.07, 0.16),
-        c - dict(saloon=0.13, hatch=0.06, van=0.02, pickup=0.02, sport=0.2)[kind],
-    )
-    cabin = [
-        (n + y * a, waist - 0.02),
-        (n + y * c, waist - 0.02),
-        (n + y * c1, roof),
-        (n + y * a1, roof),
-    ]
-    b.add("window", glass, prism(cabin, x * 0.9, 0.05))
-    b.add(
-        "body",
-        paint,
-        prism(
-            [
-                (n + y * a1 - 0.03, roof - 0.03),
-                (n + y * c1 + 0.03, roof - 0.03),
-                (n + y * c1 - 0.03, roof + 0.03),
-                (n + y * a1 + 0.05, roof + 0.03),
-            ],
+            [(along(a1) - 0.03, roof - 0.03), (along(c1) + 0.03, roof - 0.03)]
+            + [(along(c1) - 0.03, roof + 0.03), (along(a1) + 0.05, roof + 0.03)],
             x * 0.86,
-        ),
+        )
     )
     for f, g in ((a, a1), (c, c1), ((a + c) / 2, (a1 + c1) / 2)):
-        for s in (-1, 1):
-            b.add(
-                "body",
-                paint,
-                tube(
-                    [(s * x * 0.44, n + y * f, waist - 0.03), (s * x * 0.42, n + y * g, roof)],
-                    0.045,
-                    4,
-                ),
-            )
+        for s in SIDES:
+            post = [(s * x * 0.44, along(f), waist - 0.03), (s * x * 0.42, along(g), roof)]
+            body(tube(post, 0.045, 4))
     if kind == "van" and b.maybe(0.5):
-        b.add(
-            "body",
-            paint,
+        body(
             block(
-                x * 0.91, y * (c1 - 0.45), roof - waist + 0.02, (0, n + y * (c1 + 0.45) / 2, waist)
-            ),
+                x * 0.91,
+                y * (c1 - 0.45),
+                roof - waist + 0.02,
+                (0, nose + y * (c1 + 0.45) / 2, waist),
+            )
         )
     if kind == "pickup":
-        for s in (-1, 1):
-            b.add(
-                "body",
-                paint,
-                block(0.08, y * 0.37, 0.3, (s * (x / 2 - 0.06), t - y * 0.19, waist - 0.03)),
-            )
-        b.add("body", paint, block(x * 0.95, 0.07, 0.3, (0, t - 0.05, waist - 0.03)))
-    if b.maybe(0.6):
-        for s in (-1, 1):
-            b.add(
-                "body",
-                paint,
-                cushion(
-                    0.16, 0.08, 0.13, (s * (x / 2 + 0.05), n + y * (a + 0.04), waist + 0.02), 0.03
-                ),
-            )
-    if b.maybe(0.25) and kind != "pickup":
-        for s in (-1, 1):
-            b.add(
-                "body",
-                dark,
-                tube(
-                    [
-                        (s * x * 0.36, n + y * a1 + 0.2, roof + 0.07),
-                        (s * x * 0.36, n + y * c1 - 0.2, roof + 0.07),
-                    ],
-                    0.025,
-                    6,
-                ),
-            )
+        edge = x / 2 - 0.06, tail - y * 0.19, waist - 0.03
+        body(
+            *(block(0.08, y * 0.37, 0.3, (s * edge[0], *edge[1:])) for s in SIDES),
+            block(x * 0.95, 0.07, 0.3, (0, tail - 0.05, waist - 0.03)),
+        )
+    if b.maybe(0.6):  # mirrors
+        y_mirror, z_mirror = nose + y * (a + 0.04), waist + 0.02
+        for s in SIDES:
+            body(cushion(0.16, 0.08, 0.13, (s * (x / 2 + 0.05), y_mirror, z_mirror), 0.03))
+    if b.maybe(0.25) and kind != "pickup":  # rails on the roof
+        ends = along(a1) + 0.2, along(c1) - 0.2
+        b.add(
+            "body",
+            dark,
+            *(tube([(s * x * 0.36, end, roof + 0.07) for end in ends], 0.025, 6) for s in SIDES),
+        )
     if kind == "sport" or b.maybe(0.12):
-        b.add("body", paint, block(x * 0.8, 0.2, 0.04, (0, t - 0.15, waist + b.u(0.06, 0.25))))
-    if b.maybe(0.5):
-        b.add("body", dark, block(x * 0.96, 0.12, 0.22, (0, n, low + 0.02)))
-        b.add("body", dark, block(x * 0.96, 0.12, 0.22, (0, t, low + 0.02)))
-    for fy in (b.u(0.16, 0.2), b.u(0.78, 0.84)):
-        for s in (-1, 1):
-            b.add(
-                "wheel",
-                dark,
-                move(drum(r, 0.22, n=18), (s * x / 2 - 0.11 - s * 0.06, n + y * fy, r), roll=90),
-            )
-            b.add(
-                "wheel",
-                b.tone("metal"),
-                move(
-                    drum(r * 0.55, 0.24, n=10),
-                    (s * x / 2 - 0.12 - s * 0.06, n + y * fy, r),
-                    roll=90,
-                ),
-            )
-    for s in (-1, 1):
+        body(block(x * 0.8, 0.2, 0.04, (0, tail - 0.15, waist + b.u(0.06, 0.25))))
+    if b.maybe(0.5):  # bumpers
         b.add(
-            "light", b.tone("glass"), block(0.3, 0.05, 0.13, (s * x * 0.34, n - 0.01, waist * 0.58))
+            "body",
+            dark,
+            *(block(x * 0.96, 0.12, 0.22, (0, end, low + 0.02)) for end in (nose, tail)),
         )
-        b.add(
-            "light",
-            b.tone("plastic"),
-            block(0.22, 0.05, 0.13, (s * x * 0.37, t + 0.005, waist * 0.68)),
-        )
+    for f in b.sizes(front=(0.16, 0.2), rear=(0.78, 0.84)):
+        for s in SIDES:
+            tyre = s * x / 2 - 0.11 - s * 0.06, along(f), r
+            rim = s * x / 2 - 0.12 - s * 0.06, along(f), r
+            b.add("wheel", dark, move(drum(r, 0.22, n=18), tyre, roll=90))
+            b.add("wheel", b.tone("metal"), move(drum(r * 0.55, 0.24, n=10), rim, roll=90))
+    for s in SIDES:
+        front = block(0.3, 0.05, 0.13, (s * x * 0.34, nose - 0.01, waist * 0.58))
+        b.add("light", b.tone("glass"), front)
+        back = block(0.22, 0.05, 0.13, (s * x * 0.37, tail + 0.005, waist * 0.68))
+        b.add("light", b.tone("plastic"), back)
 
 
 def clock(b: Builder) -> None:
     "Wall clocks round and square, alarm clocks, long-case clocks; the hands show a drawn time."
-    kind, case, white, dark = (
-        b.pick("wall", "wall", "square", "alarm", "long"),
-        b.tone("wood", "metal", "plastic", "dark"),
-        b.tone("ceramic"),
-        b.tone("dark"),
-    )
-    r, t = (
-        (b.u(0.05, 0.09), b.u(0.03, 0.06))
-        if kind == "alarm"
-        else (b.u(0.12, 0.22), b.u(0.03, 0.07))
-    )
-    power, up = 8 if kind == "square" else 2, 0.0
-    if kind == "long":
-        x, y, up = 2.6 * r, b.u(0.2, 0.3), b.u(1.3, 1.6)
-        b.add("body", case, block(x * 1.1, y * 1.1, 0.25))
-        b.add("body", case, block(x * 0.8, y * 0.9, up - 0.45, (0, 0, 0.25)))
-        b.add("body", case, block(x, y, x * 1.1, (0, 0, up - x * 0.55)))
-        b.add(
-            "body",
-            case,
-            move(prism([(-y * 0.55, 0), (y * 0.55, 0), (0, 0.12)], x * 1.1), (0, 0, up + x * 0.55)),
-        )
-        with b.within((0, -y / 2 - 0.01, up)):
-            b.add(
-                "face",
-                white,
-                move(loft([(ring(2 * r, 2 * r), 0), (ring(2 * r, 2 * r), 0.01)]), lean=-90),
-            )
-        t = y / 2 + 0.005
+    kind = b.pick("wall", "wall", "square", "alarm", "long")
+    case, white, dark = b.tones("wood metal plastic dark", "ceramic", "dark")
+    if kind == "alarm":
+        r, t = b.sizes(radius=(0.05, 0.09), thickness=(0.03, 0.06))
     else:
-        o = lambda f: ring(2 * r * f, 2 * r * f, power, 32)
-        b.add(
-            "body",
-            case,
-            move(
-                loft([(o(1), -t / 2), (o(1), t / 2), (o(0.88), t / 2), (o(0.88), t * 0.3)]),
-                lean=-90,
-            ),
+        r, t = b.sizes(radius=(0.12, 0.22), thickness=(0.03, 0.07))
+    if kind == "long":
+        front, up = long_case(b, r, case, white)
+    else:
+        front, up = -(t * 0.42), 0.0
+        outline = lambda f: ring(2 * r * f, 2 * r * f, 8 if kind == "square" else 2, 32)
+        shell = [(1, -t / 2), (1, t / 2), (0.88, t / 2), (0.88, t * 0.3)]
+        b.add_all(
+            ("body", case, move(loft([(outline(f), z) for f, z in shell]), lean=-90)),
+            ("face", white, move(straight(outline(0.9), t * 0.3, t * 0.36), lean=-90)),
         )
-        b.add("face", white, move(loft([(o(0.9), t * 0.3), (o(0.9), t * 0.36)]), lean=-90))
-        if kind == "alarm":
-            for s in (-1, 1):
-                b.add(
-                    "leg",
-                    case,
-                    tube([(s * r * 0.6, 0, -r * 0.7), (s * r * 0.85, 0, -r * 1.2)], 0.006, 6),
-                )
-                b.add(
-                    "bell",
-                    b.tone("metal"),
-                    move(
-                        lathe([(0.0, 0.02), (r * 0.3, 0.012), (r * 0.38, 0)], 12, smooth=True),
-                        (s * r * 0.6, 0, r * 0.85),
-                        roll=s * 35,
-                    ),
-                )
+    if kind == "alarm":
+        for s in SIDES:
             b.add(
-                "handle",
+                "leg",
                 case,
-                tube(
-                    curve(
-                        [
-                            (-r * 0.5, 0, r * 0.9),
-                            (-r * 0.3, 0, r * 1.5),
-                            (r * 0.3, 0, r * 1.5),
-                            (r * 0.5, 0, r * 0.9),
-                        ],
-                        1,
-                    ),
-                    0.004,
-                    5,
-                ),
+                tube([(s * r * 0.6, 0, -r * 0.7), (s * r * 0.85, 0, -r * 1.2)], 0.006, 6),
             )
-    front = -(t + 0.016) if kind == "long" else -(t * 0.42)
+            bell = lathe([(0.0, 0.02), (r * 0.3, 0.012), (r * 0.38, 0)], 12, smooth=True)
+            bell = move(bell, (s * r * 0.6, 0, r * 0.85), roll=s * 35)
+            b.add("bell", b.tone("metal"), bell)
+        bow = [(-r * 0.5, 0.9), (-r * 0.3, 1.5), (r * 0.3, 1.5), (r * 0.5, 0.9)]
+        b.add("handle", case, tube(curve([(at, 0, r * f) for at, f in bow], 1), 0.004, 5))
     for long, wide in ((0.45, 0.05), (0.7, 0.035)):
         with b.within((0, front, up), roll=b.u(0, 360)):
             b.add("hand", dark, block(r * wide * 2, 0.004, r * long))
     for k in range(12 if b.maybe(0.7) else 4):
-        with b.within((0, front, up), roll=k * (30 if k < 12 else 90)):
+        with b.within((0, front, up), roll=k * 30):
             b.add("hand", dark, block(r * 0.04, 0.003, r * 0.1, (0, 0, r * 0.72)))
+
+
+def long_case(
+    b: Builder,
+    r: float,  # radius of the face
+    case: tuple,
+    white: tuple,
+) -> tuple[float, float]:  # y and z of the face
+    "The tall body of a grandfather clock."
+    x, y, up = 2.6 * r, b.u(0.2, 0.3), b.u(1.3, 1.6)
+    low, high = up - x * 0.55, up + x * 0.55
+    partial(b.add, "body", case)(
+        block(x * 1.1, y * 1.1, 0.25),
+        block(x * 0.8, y * 0.9, up - 0.45, (0, 0, 0.25)),
+        block(x, y, x * 1.1, (0, 0, low)),
+        move(prism([(-y * 0.55, 0), (y * 0.55, 0), (0, 0.12)], x * 1.1), (0, 0, high)),
+    )
+    with b.within((0, -y / 2 - 0.01, up)):
+        b.add("face", white, move(straight(ring(2 * r, 2 * r), 0, 0.01), lean=-90))
+    return -(y / 2 + 0.005 + 0.016), up
 
 
 def ladder(b: Builder) -> None:
     "Straight or folding, of wood or metal."
-    z, x, color, folding = (
-        b.u(0.8, 2.6),
-        b.u(0.3, 0.5),
-        b.tone("wood", "metal", "paint"),
-        b.maybe(0.6),
-    )
-    rungs, t, flare = max(2, round(z / b.u(0.24, 0.34))), b.u(0.02, 0.05), b.u(0, 0.12)
+    z, x = b.sizes(height=(0.8, 2.6), width=(0.3, 0.5))
+    color = b.tone("wood", "metal", "paint")
+    folding = b.maybe(0.6)
+    rungs = max(2, round(z / b.u(0.24, 0.34)))
+    t, flare = b.sizes(thickness=(0.02, 0.05), flare=(0, 0.12))
     out = z * math.sin(math.radians(b.u(10, 20)))
-    for s in (-1, 1):
-        b.add(
-            "rail",
-            color,
-            tube([(s * (x / 2 + flare), -out if folding else 0, 0), (s * x / 2, 0, z)], t / 2, 4),
-        )
+    b.add(
+        "rail",
+        color,
+        *(
+            tube([(s * (x / 2 + flare), -out if folding else 0, 0), (s * x / 2, 0, z)], t / 2, 4)
+            for s in SIDES
+        ),
+    )
     for k in range(1, rungs + (0 if folding else 1)):
         f = k / (rungs + 0.5)
         y, w = -out * (1 - f) if folding else 0, x + 2 * flare * (1 - f)
@@ -2951,28 +2285,19 @@ def ladder(b: Builder) -> None:
             else tube([(-w / 2, y, f * z), (w / 2, y, f * z)], 0.013, 6),
         )
     if folding:
-        for s in (-1, 1):
-            b.add(
-                "support",
-                color,
-                tube([(s * (x / 2 + flare), out, 0), (s * x / 2 * 0.95, 0, z)], t / 2.4, 4),
-            )
         b.add(
-            "rung", b.tone("dark", "wood", "metal"), block(x + 0.04, b.u(0.1, 0.3), 0.03, (0, 0, z))
+            "support",
+            color,
+            *(
+                tube([(s * (x / 2 + flare), out, 0), (s * x / 2 * 0.95, 0, z)], t / 2.4, 4)
+                for s in SIDES
+            ),
         )
+        step, deep = b.tone("dark", "wood", "metal"), b.u(0.1, 0.3)
+        b.add("rung", step, block(x + 0.04, deep, 0.03, (0, 0, z)))
         for k in range(b.n(1, 3)):
-            b.add(
-                "support",
-                color,
-                tube(
-                    [
-                        (-x / 2, out * (1 - 0.25 * (k + 1)), z * 0.25 * (k + 1)),
-                        (x / 2, out * (1 - 0.25 * (k + 1)), z * 0.25 * (k + 1)),
-                    ],
-                    0.009,
-                    5,
-                ),
-            )
+            y, height = out * (1 - 0.25 * (k + 1)), z * 0.25 * (k + 1)
+            b.add("support", color, tube([(-x / 2, y, height), (x / 2, y, height)], 0.009, 5))
 
 # %% ../../nbs/worlds/27_shapes.ipynb #fd4f6382
 KINDS = dict(
@@ -3050,126 +2375,13 @@ def make_mesh(
     KINDS[category](b)
     return b.mesh(PARTS[category])
 
-# %% ../../nbs/worlds/27_shapes.ipynb #edbbd999
-def render_views(
-    tracer: Tracer,  # a normalised mesh of plain colours
-    poses: np.ndarray,  # [v 4 4] camera to world
-    fov: float = FOV,  # degrees
-    size: int = 64,  # pixels along an edge
-    samples: int = 2,  # rays along a pixel's edge
-) -> np.ndarray:  # [v size size 4] uint8: colour over black, and coverage
-    "All views of a shape at once: the same pictures as `furniture.render_view`."
-    n = size * samples
-    x = (((np.arange(n) + 0.5) / n * 2 - 1) * math.tan(math.radians(fov) / 2)).astype(np.float32)
-    d = np.stack([*np.meshgrid(x, x), np.ones((n, n), np.float32)], -1).reshape(-1, 3)
-    d /= np.sqrt((d * d).sum(1, keepdims=True))
-    poses = np.asarray(poses, dtype=np.float32)
-    eye = np.einsum("vji,vj->vi", poses[:, :3, :3], poses[:, :3, 3])  # in the camera's axes
-    near = np.flatnonzero(
-        ((eye**2).sum(1)[:, None] - (eye @ d.T) ** 2 < (RADIUS * 1.001) ** 2).any(0)
-    )  # passes the sphere that holds the shape
-    way = (d[near] @ poses[:, :3, :3].transpose(0, 2, 1)).reshape(-1, 3)
-    face, bary, _ = tracer.hit(np.repeat(poses[:, :3, 3], len(near), 0), way)
-    met = np.flatnonzero(face >= 0)
-    view, ray = met // len(near), near[met % len(near)]
-    pixel = (view * size + ray // n // samples) * size + ray % n // samples
-    rgb, total = (
-        _lit(tracer.mesh, face[met], bary[met].astype(np.float32), way[met]),
-        len(poses) * size * size,
-    )
-    sums = np.stack([np.bincount(pixel, weights, total) for weights in (*rgb.T, None)], 1)
-    return np.round(sums * (255 / samples**2)).astype(np.uint8).reshape(len(poses), size, size, 4)
-
-
-def _lit(mesh, face, bary, way):
-    "Shaded colour [n 3] where rays meet faces."
-    table = np.array([m.color for m in mesh.materials], dtype=np.float32)
-    a, b, c = mesh.normal[face].transpose(1, 0, 2)
-    normal = a + bary[:, :1] * (b - a) + bary[:, 1:] * (c - a)
-    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-12)
-    normal = np.where((normal * way).sum(1, keepdims=True) > 0, -normal, normal)
-    return shade(table[mesh.material[face]], normal)
-
-# %% ../../nbs/worlds/27_shapes.ipynb #e236b66c
-def visible_cloud(
-    tracer: Tracer,  # a normalised mesh of plain colours
-    n: int = 2048,  # points
-    seed: int = 0,
-    eyes: int = 26,  # places around the shape from which it is looked at
-) -> dict[
-    str, np.ndarray
-]:  # xyz [n 3], normal [n 3] outwards, color [n 3] uint8 lit as in the views, part [n]
-    "Even surface points that can be seen from outside; `furniture.surface_cloud` with all eyes in few batches."
-    rng, mesh = np.random.default_rng(seed), tracer.mesh
-    flat = np.cross(
-        mesh.corners[:, 1] - mesh.corners[:, 0], mesh.corners[:, 2] - mesh.corners[:, 0]
-    )
-    area = np.sqrt((flat * flat).sum(1))
-    z, a = 1 - 2 * (np.arange(eyes) + 0.5) / eyes, np.arange(eyes) * math.pi * (3 - 5**0.5)
-    eye = 1.75 * np.stack([np.sqrt(1 - z * z) * np.cos(a), np.sqrt(1 - z * z) * np.sin(a), z], 1)
-    found, total = [], 0
-    for _ in range(20):
-        m = 2 * n
-        face = np.minimum(
-            np.searchsorted(np.cumsum(area) / area.sum(), rng.random(m)), len(area) - 1
-        )
-        bary = rng.random((m, 2))
-        bary = np.where(bary.sum(1, keepdims=True) > 1, 1 - bary, bary)
-        corner = mesh.corners[face]
-        xyz = (
-            corner[:, 0]
-            + bary[:, :1] * (corner[:, 1] - corner[:, 0])
-            + bary[:, 1:] * (corner[:, 2] - corner[:, 0])
-        )
-        seen = _first_sight(tracer, xyz, flat[face] / np.maximum(area[face, None], 1e-20), eye, rng)
-        ok = np.flatnonzero(seen.any(1))
-        a, b, c = mesh.normal[face[ok]].transpose(1, 0, 2)
-        normal = a + bary[ok, :1] * (b - a) + bary[ok, 1:] * (c - a)
-        found.append(
-            (
-                xyz[ok],
-                np.where((normal * seen[ok]).sum(1, keepdims=True) < 0, -normal, normal),
-                face[ok],
-            )
-        )
-        total += len(ok)
-        if total >= n:
-            break
-    if total < n:
-        raise ValueError(
-            f"visible_cloud: expected {n} points that can be seen from outside, found {total} after {20 * m} samples"
-        )
-    xyz, normal, face = (np.concatenate(v)[:n] for v in zip(*found))
-    normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
-    color = np.array([m.color for m in mesh.materials])[mesh.material[face]]
-    return dict(
-        xyz=xyz,
-        normal=normal,
-        color=np.round(255 * shade(color, normal)).astype(np.uint8),
-        part=mesh.part[face],
-    )
-
-
-def _first_sight(tracer, xyz, flat, eye, rng):
-    "For each point the direction [n 3] towards an eye that sees it, zeros where none of four batches of six random eyes does."
-    seen = np.zeros_like(xyz)
-    for _ in range(4):
-        todo = np.flatnonzero(~seen.any(1))
-        way = eye[rng.integers(len(eye), size=(len(todo), 6))] - xyz[todo, None]
-        far = np.sqrt((way * way).sum(-1))
-        facing = np.abs((way * flat[todo, None]).sum(-1)) / far
-        best = facing.argmax(1)  # of six, the eye that looks at it most squarely
-        best = np.where(rng.random(len(todo)) < 0.5, best, rng.integers(6, size=len(todo)))
-        take = np.arange(len(todo)), best
-        test = facing[take] > 0.1
-        todo, way, far = todo[test], way[take][test] / far[take][test, None], far[take][test]
-        hit, _, gap = tracer.hit(xyz[todo] + way * far[:, None], -way)
-        free = (hit >= 0) & (gap > far - 2e-3)
-        seen[todo[free]] = way[free]
-    return seen
-
 # %% ../../nbs/worlds/27_shapes.ipynb #b9549660
 SPLITS = dict(train=0, val=10**6, test=2 * 10**6)  # where the numbers of each split begin
+MAKERS = (
+    "unipre3d.data.objects",
+    "unipre3d.worlds.mesh",
+    "unipre3d.worlds.shapes",
+)  # modules that draw, render and write the shapes
 
 
 def shape_items(
@@ -3177,29 +2389,21 @@ def shape_items(
     per_category: tuple[int, int, int] = (100, 15, 35),  # shapes in train, val and test
     seed: int = 0,
 ) -> list[dict]:  # id, class, split, family, seed, number
-    "What a data set holds, before anything is made."
+    "What a data set holds, before anything is made. Raises: ValueError for unknown categories or bad counts."
     categories = list(KINDS) if categories is None else categories
-    if unknown := set(categories) - set(KINDS):
-        raise ValueError(
-            f"categories: expected some of {', '.join(KINDS)}, got {sorted(unknown)[0]!r}"
-        )
+    if unknown := sorted(set(categories) - set(KINDS)):
+        raise ValueError(f"categories: expected some of {', '.join(KINDS)}, got {unknown[0]!r}")
     if len(per_category) != 3 or min(per_category) < 0 or max(per_category) > 10**6:
-        raise ValueError(
-            f"per_category: expected three counts (train, val, test) of at most a million, got {per_category}"
-        )
-    return [
-        dict(
-            id=f"{kind}-{seed}-{first + k}",
-            **{"class": kind},
-            split=split,
-            family=f"{kind}-{seed}-{first + k}",
-            seed=seed,
-            number=first + k,
-        )
-        for kind in sorted(categories)
-        for (split, first), many in zip(SPLITS.items(), per_category)
-        for k in range(many)
-    ]
+        wanted = "three counts (train, val, test) of at most a million"
+        raise ValueError(f"per_category: expected {wanted}, got {per_category}")
+    items = []
+    for kind in sorted(categories):
+        for (split, first), many in zip(SPLITS.items(), per_category):
+            for number in range(first, first + many):
+                id = f"{kind}-{seed}-{number}"
+                place = dict(split=split, family=id, seed=seed, number=number)
+                items.append({"id": id, "class": kind} | place)
+    return items
 
 
 def make_object(
@@ -3209,62 +2413,32 @@ def make_object(
     points: int = 2048,
 ) -> tuple[dict[str, bytes], dict]:  # member name -> bytes, and the object's row of `objects.csv`
     "The files of one shape, and its true size."
-    mesh = make_mesh(item["class"], item["number"], item["seed"])
-    extent = np.ptp(mesh.corners.reshape(-1, 3), axis=0)
-    mesh, _, unit = normalise(mesh)
-    tracer, where = Tracer(mesh), orbit(item["id"], views)
-    root, files = f"{item['class']}/{item['id']}", {}
-    for k, rgba in enumerate(render_views(tracer, orbit_poses(where), size=size)):
-        files[f"{root}/easy/{k:02d}.png"] = _png(rgba)
-    files[f"{root}/easy/rendering_metadata.txt"] = "".join(
-        " ".join(f"{v:.10g}" for v in row) + "\n" for row in where.tolist()
-    ).encode()
-    cloud = visible_cloud(tracer, points, seed=zlib.crc32(item["id"].encode()))
-    with io.BytesIO() as f:
-        np.save(f, pack_cloud(**cloud))
-        files[f"{root}/pts/{item['class']}-{item['id']}.npy"] = f.getvalue()
-    return files, dict(
-        item,
-        unit=round(unit, 6),
-        **{k: round(float(v), 4) for k, v in zip(("width", "depth", "height"), extent)},
-    )
-
-
-def _png(rgba):
-    with io.BytesIO() as f:
-        Image.fromarray(rgba).save(f, "PNG", compress_level=1)
-        return f.getvalue()
+    kind, id = item["class"], item["id"]
+    mesh = make_mesh(kind, item["number"], item["seed"])
+    small, _, length = normalise(mesh)
+    tracer = Tracer(small)
+    where = spiral_views(id, views)
+    rendered = render_views(tracer, orbit_poses(where), size=size)
+    images = [image_bytes(rgba, compress_level=1) for rgba in rendered]
+    cloud = pack_cloud(**visible_cloud(tracer, points, seed=zlib.crc32(id.encode())))
+    return object_files(kind, id, images, ".png", where, cloud), item | true_size(mesh, length)
 
 
 def _shard_job(job):
     "Make some objects and write them as one archive, at once or not at all."
     path, items, views, size, points = job
     part = path.with_suffix(f".{os.getpid()}.part")
+    rows = []
     with zipfile.ZipFile(part, "w") as z:
-        rows = []
         for item in items:
             files, row = make_object(item, views, size, points)
             rows.append(row)
             for name, data in files.items():
-                _write(
-                    z,
-                    name,
-                    data,
-                    zipfile.ZIP_DEFLATED if name.endswith(".npy") else zipfile.ZIP_STORED,
-                )
-        _write(z, "rows.json", json.dumps(rows).encode())
+                kind = zipfile.ZIP_DEFLATED if name.endswith(".npy") else zipfile.ZIP_STORED
+                add_member(z, name, data, kind, 1)
+        add_member(z, "rows.json", json.dumps(rows))
     part.replace(path)
     return len(items)
-
-
-def _write(z, name, data, kind=zipfile.ZIP_STORED):
-    z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, kind, 1)
-
-
-MAKERS = (
-    "unipre3d.worlds.shapes",
-    "unipre3d.worlds.furniture",
-)  # modules that draw and render the shapes
 
 
 def make_shapes(
@@ -3279,52 +2453,43 @@ def make_shapes(
     workers: int = 2,  # processes; 1 works in this one
     shard: int = 32,  # shapes in one piece of work
 ) -> Path:  # the archive; the same arguments give the same bytes
-    "A data set of generated shapes in the layout of `ShapeNetViews`; run it again to go on after an interruption."
-    out, items = Path(out), shape_items(categories, per_category, seed)
+    """A data set of generated shapes in the layout of `ShapeNetViews`; run it again to go on after an interruption.
+    Raises: ValueError where it would be empty."""
+    out = Path(out)
+    items = shape_items(categories, per_category, seed)
     if not items:
         raise ValueError(
-            f"make_shapes: expected at least one shape, got categories {categories} and per_category {per_category}"
+            f"make_shapes: expected at least one shape, got "
+            f"categories {categories} and per_category {per_category}"
         )
-    key = hashlib.sha256(
-        json.dumps([items, views, size, points, shard, code_hash(*MAKERS)]).encode()
-    ).hexdigest()[:12]
+    values = json.dumps([items, views, size, points, shard, code_hash(*MAKERS)])
+    key = hashlib.sha256(values.encode()).hexdigest()[:12]
     folder = out.with_name(out.name + ".parts") / key
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (folder / f"{k:06d}.zip", items[k : k + shard], views, size, points)
-        for k in range(0, len(items), shard)
-    ]
+    jobs = []
+    for k in range(0, len(items), shard):
+        jobs.append((folder / f"{k:06d}.zip", items[k : k + shard], views, size, points))
+    todo = [job for job in jobs if not job[0].is_file()]
     with tqdm(total=len(items), desc="shapes", unit="shape") as bar:
-        todo = [j for j in jobs if not j[0].is_file()]
-        bar.update(len(items) - sum(len(j[1]) for j in todo))
-        if workers == 1 or not todo:
-            for job in todo:
-                bar.update(_shard_job(job))
-        else:
-            with ProcessPoolExecutor(min(workers, len(todo))) as pool:
-                for done in pool.map(_shard_job, todo):
-                    bar.update(done)
-    _join(out, [j[0] for j in jobs], dict(CONVENTION, suffix=".png", views=views, size=size))
+        bar.update(len(items) - sum(len(job[1]) for job in todo))
+        for done in map_jobs(_shard_job, todo, workers):
+            bar.update(done)
+    _join(out, [job[0] for job in jobs], convention(".png", views, size))
     shutil.rmtree(folder.parent, ignore_errors=True)
     return out
 
 
-def _join(out, shards, convention):
+def _join(out, shards, facts):
     "One archive of many; the clouds keep their compression level, views are stored."
-    part, rows = out.with_suffix(f".{os.getpid()}.part"), []
+    part = out.with_suffix(f".{os.getpid()}.part")
+    rows = []
     with zipfile.ZipFile(part, "w") as z:
         for path in shards:
             with zipfile.ZipFile(path) as one:
                 rows += json.loads(one.read("rows.json"))
-                for info in one.infolist():
-                    if info.filename != "rows.json":
-                        _write(z, info.filename, one.read(info), info.compress_type)
-        for name, text in (
-            ("convention.json", json.dumps(convention)),
-            ("objects.csv", csv_text(rows)),
-            ("parts.json", json.dumps({k: PARTS[k] for k in sorted({r["class"] for r in rows})})),
-        ):
-            _write(z, name, text.encode())
+                for info in one.infolist()[:-1]:  # the last is rows.json
+                    add_member(z, info.filename, one.read(info), info.compress_type, 1)
+        add_tables(z, facts, rows, {k: PARTS[k] for k in sorted({r["class"] for r in rows})})
     part.replace(out)
 
 # %% ../../nbs/worlds/27_shapes.ipynb #f32849f1
@@ -3339,7 +2504,7 @@ def embedded_shapes(
     workers: int = 2,  # processes
     cache: str | Path | None = None,  # folder; None means `cache_dir()`
 ) -> Path:  # a zip for `ShapeNetViews`
-    "The generated shapes, made at the first call and found again afterwards."
+    "The generated shapes, made at the first call and cached."
     how = dict(
         categories=sorted(KINDS if categories is None else categories),
         per_category=list(per_category),
@@ -3348,9 +2513,5 @@ def embedded_shapes(
         points=points,
         seed=seed,
     )
-    return cached(
-        "shapes.zip",
-        [how, code_hash(*MAKERS)],
-        lambda path: make_shapes(path, **how, workers=workers),
-        cache,
-    )
+    make = lambda path: make_shapes(path, **how, workers=workers)
+    return cached("shapes.zip", [how, code_hash(*MAKERS)], make, cache)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ..furniture import Mesh, Tracer, smooth_normals
+from ..mesh import Mesh, Tracer, smooth_normals
 from .build import Paint, Piece, rotation
 from .furnish import Room
 from unipre3d.worlds.rooms.light import (

@@ -15,16 +15,9 @@ from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ...core import data_dir
-from unipre3d.worlds.furniture import (
-    Mesh,
-    find_deb,
-    fit_textures,
-    read_catalogue,
-    read_csv,
-    read_model,
-    surface,
-    unpack_deb,
-)
+from ...data.objects import csv_text, read_csv
+from ..furniture import find_deb, read_catalogue, read_model, unpack_deb
+from ..mesh import Mesh, fit_textures, smooth_normals, surface
 
 # %% auto #0
 __all__ = ['INSIDE', 'STEP', 'Model', 'model_roles', 'label_ids', 'edge_cross', 'sample_mesh', 'distinct_corners', 'decimate',
