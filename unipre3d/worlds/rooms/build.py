@@ -340,8 +340,8 @@ def build_curtain(
         tone = np.tile(hsv(rng.random(), rng.uniform(0, 0.6), rng.uniform(0.4, 0.95)), (4, 1))
     colors = np.tile(tone[np.arange(n) * 4 // n], (2, 1, 1))
     name = "shower curtain" if shower else "curtain"
-    sheet = sheet_mesh(w, height, colors, wave=0.035, folds=rng.uniform(5, 9))
-    return build_piece(name, name, name, [sheet])
+    mesh = sheet_mesh(w, height, colors, wave=0.035, folds=rng.uniform(5, 9))
+    return build_piece(name, name, name, [mesh])
 
 
 def build_picture(

@@ -36,7 +36,7 @@ ORDER = "train val test train train train test train val train train test train 
 
 
 def plan_rooms(
-    rooms: int,  # at least 1
+    rooms: int,  # 1 or more
     seed: int = 0,
 ) -> list[dict]:  # room, split, seed, type: the first rooms are the same however many there are
     """Names, splits, seeds and types of the rooms of a set; each split goes through all types.
@@ -120,7 +120,7 @@ def make_rooms(
     frames: int = 24,  # of each room
     workers: int = 2,  # processes
     pieces: int | None = None,  # as for `compose_room`
-) -> Path:  # the folder, in ScanNet's layout; `rooms.csv` says what is in it
+) -> Path:  # the folder, in ScanNet's layout; `rooms.csv` lists what is in it
     """Compose and film rooms, with a progress bar. Rooms that are there already are kept, so an
     interrupted call is repeated; the same arguments give the same bytes.
 

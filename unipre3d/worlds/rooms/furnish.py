@@ -61,8 +61,8 @@ class Room:
 
     def models(self, roles: str, widest: float = 9.0) -> list[Model]:
         "Models of the room's split with one of these roles (by commas), in a random order."
-        known = room_models().values()
-        mine = [m for m in known if m.split == self.split and m.role in roles.split(", ")]
+        wanted = {(self.split, role) for role in roles.split(", ")}
+        mine = [m for m in room_models().values() if (m.split, m.role) in wanted]
         found = [m for m in mine if np.ptp(m.vertices[:, :2], axis=0).max() <= widest]
         return [found[i] for i in self.rng.permutation(len(found))]
 
@@ -88,8 +88,7 @@ class Room:
         if piece.model:
             self.used.append(piece.model)
         if clear:
-            before = piece.space_before(clear)
-            self.free.append(replace(before, z=(0.0, max(piece.z[1], 1.0))))
+            self.free.append(replace(piece.space_before(clear), z=(0.0, max(piece.z[1], 1.0))))
         return piece
 
     def try_to_add(
@@ -418,8 +417,7 @@ def add_counters(
         if inside:
             along = KITCHEN_START + UNIT * (sink + 0.5)
             room.add(room.at_wall(build_basin(style), wall, along, 0.72, gap=0.06), costs=0)
-        things = "kitchen top, bottle, food, plate, cup"
-        put_on(room, slab, things, n=2 * (b - a), spin=0.3)
+        put_on(room, slab, "kitchen top, bottle, food, plate, cup", n=2 * (b - a), spin=0.3)
 
 
 def add_kitchen(room: Room):
@@ -449,7 +447,7 @@ def add_kitchen(room: Room):
                 room.try_to_add(room.at_wall(hood, wall, along, 1.6, gap=0.02), gap=0.0, costs=0)
     add_counters(room, wall, style, count, cooker, sink)
 
-# %% ../../../nbs/worlds/33_rooms_furnish.ipynb #a2382341
+# %% ../../../nbs/worlds/33_rooms_furnish.ipynb #c894252b
 def at_walls(
     room: Room,
     roles: str,  # separated by commas
@@ -510,9 +508,13 @@ def add_washing_place(room: Room):
 
 def add_kitchen_table(room: Room):
     "A table with two to six chairs."
-    things = "plate, cup, food, bottle, plant top"
-    chairs = int(room.rng.integers(2, 7))
-    add_table(room, "dining, small table, meeting", on=things, most=7, chairs=chairs)
+    add_table(
+        room,
+        "dining, small table, meeting",
+        on="plate, cup, food, bottle, plant top",
+        most=7,
+        chairs=int(room.rng.integers(2, 7)),
+    )
 
 
 def add_work_places(room: Room):

@@ -64,8 +64,8 @@ def model_roles(
 @lru_cache(maxsize=1)
 def label_ids() -> dict[tuple[str, str], int]:  # ("20" or "200", name) -> id
     "Numbers of ScanNet's classes, from `scannet_classes.csv`."
-    table = read_csv(data_dir() / "scannet_classes.csv")
-    return {(row["set"], row["name"]): int(row["number"]) for row in table}
+    rows = read_csv(data_dir() / "scannet_classes.csv")
+    return {(row["set"], row["name"]): int(row["number"]) for row in rows}
 
 # %% ../../../nbs/worlds/31_rooms_models.ipynb #7be0ed18
 def edge_cross(
