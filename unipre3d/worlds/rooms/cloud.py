@@ -15,17 +15,15 @@ from .models import label_ids
 # %% auto #0
 __all__ = ['VOXEL', 'FAR', 'depth_normals', 'back_project', 'cell_key', 'fuse_frames', 'label_points']
 
-# %% ../../../nbs/worlds/36_rooms_cloud.ipynb #2ca11060
+# %% ../../../nbs/worlds/36_rooms_cloud.ipynb #dddb57df
 def depth_normals(
     xyz: np.ndarray,  # [h w 3] back-projected depth
     valid: np.ndarray,  # [h w] bool
     eye: np.ndarray,  # [3] where the camera stands
     reach: int = 2,  # pixels
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # unit normals towards the camera [h w 3], where there is one [h w]
+) -> tuple[np.ndarray, np.ndarray]:  # unit normals to the camera [h w 3], where there is one [h w]
     "Normals of a noisy depth image; none across a jump in depth."
-    part = soften(valid.astype(np.float32), reach)
+    part = soften(valid, reach)
     sums = [soften(np.where(valid, xyz[..., k], 0), reach) for k in range(3)]
     mean = np.stack(sums, -1) / np.maximum(part, 1e-3)[..., None]
     rows, cols = np.zeros_like(mean), np.zeros_like(mean)
@@ -49,9 +47,7 @@ def back_project(
     frame: dict[str, np.ndarray],  # as `film` yields it
     start: tuple[int, int] = (0, 0),  # first row and column
     step: int = 2,  # every second pixel of every second row: the frames overlap
-) -> dict[
-    str, np.ndarray
-]:  # xyz [n 3], color [n 3], normal [n 3] (zeros where unknown), weight [n], piece [n]
+) -> dict[str, np.ndarray]:  # xyz, color, normal (zeros where unknown) [n 3], weight, piece [n]
     "The points that a frame's depth puts into the room."
     chosen = np.s_[start[0] :: step, start[1] :: step]
     z = frame["depth"][chosen].astype(np.float32) / 1000
@@ -81,8 +77,8 @@ def fuse_frames(
     voxel: float = VOXEL,  # metres
     thin: float = 0.4,  # a voxel goes if this fraction of one before or behind it outweighs it
 ) -> dict[str, np.ndarray]:  # coord, color, normal [n 3] float32; piece [n]
-    """One point a voxel: weighted means, and the piece that most of the weight belongs to. Lonely voxels go, and so does
-    the fringe of noise before and behind a surface.
+    """One point a voxel: weighted means, and the piece that most of the weight belongs to.
+    Lonely voxels go, and so does the fringe of noise before and behind a surface.
 
     Raises: ValueError where no frame has depth."""
     points = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
@@ -93,16 +89,14 @@ def fuse_frames(
     pairs, pair = np.unique(key, return_inverse=True)  # of a voxel and a piece in it
     columns = [np.ones(len(pair)), *points["xyz"].T, *points["color"].T, *points["normal"].T]
     total = [np.bincount(pair, points["weight"] * values, len(pairs)) for values in columns]
-    total = np.stack(total, 1)
-    count = np.bincount(pair, minlength=len(pairs))
+    total, count = np.stack(total, 1), np.bincount(pair, minlength=len(pairs))
     keys, start = np.unique(pairs >> 11, return_index=True)
     owner = np.repeat(np.arange(len(keys)), np.diff(start, append=len(pairs)))
     best = np.lexsort((-total[:, 0], owner))[start]  # the pair of each voxel with the most weight
     piece = (pairs[best] & 2047) - 1
     total, count = np.add.reduceat(total, start), np.add.reduceat(count, start)
     weight = total[:, 0]
-    length = np.linalg.norm(total[:, 7:], axis=1, keepdims=True)
-    normal = total[:, 7:] / np.maximum(length, 1e-9)
+    normal = total[:, 7:] / np.maximum(np.linalg.norm(total[:, 7:], axis=1, keepdims=True), 1e-9)
     keep = (count > 1) & (np.linalg.norm(normal, axis=1) > 0.5)
     here = np.stack([keys >> 32, keys >> 16 & 65535, keys & 65535], 1)
     for step in (-2, -1, 1, 2):
@@ -123,7 +117,8 @@ def label_points(
     room: Room,
     piece: np.ndarray,  # [n] number of the piece, -1 = none
 ) -> dict[str, np.ndarray]:  # segment20, segment200, instance [n] int16, -1 = none
-    "What each point belongs to, in ScanNet's numbers. Walls, floor and ceiling are no instances; a pane belongs to its window."
+    """What each point belongs to, in ScanNet's numbers.
+    Walls, floor and ceiling are no instances; a pane belongs to its window."""
     ids = label_ids()
     still = [p.role in ("wall", "floor", "ceiling", "skirting", "block") for p in room.pieces]
     things = [not s and p.role != "pane" for p, s in zip(room.pieces, still)]

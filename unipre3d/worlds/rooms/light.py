@@ -45,10 +45,10 @@ def smooth_noise(
     rng: np.random.Generator,
     size: int = 512,
 ) -> np.ndarray:  # [size size] float32 in 0..1
-    "Noise with detail at all scales that repeats without a seam: waves with random phases, weaker where finer."
-    frequency = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.rfftfreq(size)[None] ** 2
-    waves = np.fft.rfft2(rng.normal(size=(size, size)))
-    wave = np.fft.irfft2(waves / np.maximum(frequency, 1 / size**2) ** 0.6, (size, size))
+    "Noise that repeats without a seam: waves with random phases, weaker where finer."
+    power = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.rfftfreq(size)[None] ** 2
+    waves = np.fft.rfft2(rng.normal(size=(size, size))) / np.maximum(power, 1 / size**2) ** 0.6
+    wave = np.fft.irfft2(waves, (size, size))
     return np.clip(0.5 + wave / wave.std() * 0.2, 0, 1).astype(np.float32)
 
 
@@ -60,9 +60,8 @@ ANY_WALL = ("plaster", "plaster", "stripes", "halves")
 def choose_floor(room: Room) -> Pattern:
     "A floor for a room."
     rng = room.rng
-    wood = []
-    for value in np.sort(rng.uniform(0.3, 0.9, 2)):
-        wood.append(hsv(rng.uniform(0.05, 0.11), rng.uniform(0.25, 0.6), value))
+    values = np.sort(rng.uniform(0.3, 0.9, 2))
+    wood = [hsv(rng.uniform(0.05, 0.11), rng.uniform(0.25, 0.6), value) for value in values]
     kind = str(rng.choice(FLOORS.get(room.kind, ANY_FLOOR)))
     plain = hsv(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.35, 0.9))
     if kind == "planks":
@@ -74,9 +73,8 @@ def choose_floor(room: Room) -> Pattern:
 def choose_wall(room: Room) -> Pattern:
     "Paint or tiles for the walls of a room."
     rng = room.rng
-    hue = rng.random()
-    saturation = rng.choice([rng.uniform(0, 0.12), rng.uniform(0.1, 0.4)])
-    paint = hsv(hue, saturation, rng.uniform(0.65, 0.97))
+    hue, pale, strong = rng.random(), rng.uniform(0, 0.12), rng.uniform(0.1, 0.4)
+    paint = hsv(hue, rng.choice([pale, strong]), rng.uniform(0.65, 0.97))
     tiled = room.kind == "bath" and rng.random() < 0.8
     kind = "tiles" if tiled else str(rng.choice(ANY_WALL))
     return Pattern(kind, paint, paint * rng.uniform(0.75, 0.95, 3), rng.uniform(0.1, 0.3))
@@ -88,14 +86,18 @@ def choose_appearance(room: Room) -> Appearance:
     floor, wall = choose_floor(room), choose_wall(room)
     panes = [p for p in room.pieces if p.role == "pane"]
     lamps = [p for p in room.pieces if p.role == "ceiling lamp"]
-    window = np.append(panes[0].center, 1.5) if panes else np.append(room.size / 2, 2.0)
     lamp = np.append(room.size / 2 + rng.normal(0, 0.2, 2), 2.35)  # drawn with a lamp, too
     if lamps:
         lamp = np.append(lamps[0].center, lamps[0].z[0] - 0.08)
-    noise = smooth_noise(rng)
-    ambient, bulb = rng.uniform(0.42, 0.6), rng.uniform(0.35, 0.7)
-    light = ambient, bulb, rng.uniform(0.1, 0.5) * bool(panes)
-    return Appearance(noise, floor, wall, lamp, window, light, 1 + rng.normal(0, 0.03, 3))
+    return Appearance(
+        noise=smooth_noise(rng),
+        floor=floor,
+        wall=wall,
+        lamp=lamp,
+        window=np.append(panes[0].center, 1.5) if panes else np.append(room.size / 2, 2.0),
+        light=(rng.uniform(0.42, 0.6), rng.uniform(0.35, 0.7), rng.uniform(0.1, 0.5) * bool(panes)),
+        tint=1 + rng.normal(0, 0.03, 3),
+    )
 
 
 def noise_at(
@@ -105,9 +107,8 @@ def noise_at(
     per_metre: float,  # pixels of the noise image
 ) -> np.ndarray:  # [n] 0..1
     "The noise image at positions."
-    n = appearance.noise.shape[0]
-    row, column = (x * per_metre).astype(np.int32) % n, (y * per_metre).astype(np.int32) % n
-    return appearance.noise[row, column]
+    pixel = (np.stack([x, y]) * per_metre).astype(np.int32) % len(appearance.noise)
+    return appearance.noise[tuple(pixel)]
 
 
 def edge_distance(
