@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import CameraBatch, PointBatch, Sample
-from .readers import Cloud, Subset, Views, as_views
+from .readers import Cloud, Subset, as_views
 from .scannet import ScanNetFrames, scale_intrinsics
 from .shapenet import ShapeNetViews
 from ..geometry.cameras import intrinsics_from_fov, look_at

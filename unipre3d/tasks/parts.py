@@ -4,7 +4,7 @@
 
 # %% ../../nbs/tasks/73_parts.ipynb #eb45eca4
 from __future__ import annotations
-import hashlib, zlib
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
