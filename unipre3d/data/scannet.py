@@ -388,8 +388,8 @@ def scannet_labels(
 # %% ../../nbs/data/23_scannet.ipynb #30b9f3ee
 SCANNET = Layout(
     "ScanNet",
-    "<root>/{train,val,test}/<scene>/coord.npy (perhaps color, normal, segment20, segment200, instance) with frames in <root>/2D",
-    "www.scan-net.org (by a form), then Pointcept's preprocess_scannet.py or unipre3d.data.scannet.convert_scans",
+    "<root>/{train,val,test}/<scene>/coord.npy with frames in <root>/2D",
+    "www.scan-net.org, then Pointcept's preprocess_scannet.py or our convert_scans",
 )
 FRAME_FILES = dict(
     color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)
