@@ -12,6 +12,11 @@ The chapter `52_render` teaches what is computed here; this file is about doing 
    needed from the forward pass, and there is no division by the transmittance. It leaves ten sums for each Gaussian and view.
 5. `project_backward` takes these sums back to means, quaternions, scales, opacities and harmonics.
 
+Nothing that is handed in may make these functions touch memory that is not theirs. `project` keeps a Gaussian only if all that is
+computed from it is finite and within the limits below; every comparison that decides about an index is written so that NaN is
+refused (`not x >= low`, never `x < low`); no number becomes an index before it is held between the ends of its range. With
+NUMBA_BOUNDSCHECK=1 also the vector loads and stores are checked; `tests/test_render_fuzz.py` runs all of it that way.
+
 All functions release the interpreter lock and write to memory of their own, so a caller may run them in threads: `project` over
 views, `draw*` over (view, strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads.
 All kernels live in one file because the on-disk cache does not see edits to a callee in another one.
@@ -21,7 +26,7 @@ import operator
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, float64, njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
 f32, u64 = np.float32, np.uint64
@@ -36,6 +41,14 @@ HALF_LOG2E = 0.5 / math.log(2.0)  # sigma = d' inv(cov) d / 2, in bits
 LN4 = 2.0 * math.log(2.0)
 WIDEST = 2.02 * math.log(255.0)   # squared reach in standard deviations at opacity 1, with room for rounding
 MARGIN = 1.0 + 1e-5               # extents are enlarged by this much: rounding never drops a pixel
+
+# Limits of what is drawn. They leave room for the products of the backward pass in float32, and no scene comes near them.
+LARGEST_VARIANCE = 1e30           # of an ellipse along an image axis, squared pixels
+BRIGHTEST = 1e25                  # largest colour
+FARTHEST = 1e25                   # largest depth
+SHORTEST_QUAT = 1e-12             # a quaternion shorter than this has no direction
+SAFE = 1e-6                       # a c - b^2 is a plain difference down to this share of a c
+LARGEST = float(np.finfo(np.float32).max)
 
 ZERO, TINY = f32(0.0), f32(1e-10)
 ALPHA_MAX, T_MIN = 0.999, 1e-4
@@ -56,15 +69,50 @@ part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only cal
 # ---------------------------------------------------------------------------------------------------------------- one Gaussian
 
 @part
+def length_of(quat, g):
+    "Length of the quaternion of Gaussian g; float32 is enough where its squares are neither too large nor too small for it."
+    w, x, y, z = float(quat[g, 0]), float(quat[g, 1]), float(quat[g, 2]), float(quat[g, 3])
+    length = float64(math.sqrt(w * w + x * x + y * y + z * z))
+    if length >= 1e-12 and length <= 1e18: return length
+    w, x, y, z = float64(w), float64(x), float64(y), float64(z)
+    return math.sqrt(w * w + x * x + y * y + z * z)
+
+
+@part
 def rotation(quat, g):
     "Unit quaternion of Gaussian g, the inverse of its length, and the rotation matrix, row by row."
     w, x, y, z = float(quat[g, 0]), float(quat[g, 1]), float(quat[g, 2]), float(quat[g, 3])
-    r = 1.0 / math.sqrt(w * w + x * x + y * y + z * z)
+    r = 1.0 / length_of(quat, g)
     w, x, y, z = w * r, x * r, y * r, z * r
     return (w, x, y, z, r,
             1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
             2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
             2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
+
+
+@part
+def cross(a0, a1, a2, b0, b1, b2):
+    "Vector product of a and b."
+    return a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, a0 * b1 - a1 * b0
+
+
+@part
+def normal_of(p00, p01, p02, p10, p11, p12, a00, a01, a02, a10, a11, a12, a20, a21, a22, s0, s1, s2):
+    """The vector product n of the two rows of Q = P A diag(s), without a difference of large numbers.
+
+    The covariance Q Q' has the determinant |n|^2, and a Gaussian that is a million times longer than wide keeps its width."""
+    n0, n1, n2 = cross(p00, p01, p02, p10, p11, p12)
+    return ((n0 * a00 + n1 * a10 + n2 * a20) * s1 * s2,
+            (n0 * a01 + n1 * a11 + n2 * a21) * s0 * s2,
+            (n0 * a02 + n1 * a12 + n2 * a22) * s0 * s1)
+
+
+@part
+def to_float32(value):
+    "The value, held within what float32 can say; NaN stays NaN."
+    if value > LARGEST: return LARGEST
+    if value < -LARGEST: return -LARGEST
+    return value
 
 
 @part
@@ -143,6 +191,8 @@ def sort_by_depth(depth, order):
 def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, far, eps2d, antialiased, ids, xy, rec, order):
     """Project Gaussians first..last into view v, keep those that can reach a pixel, sort them; returns how many there are.
 
+    A Gaussian of which something is not finite, or beyond the limits at the head of this file, is left out.
+
     Written for each: `ids` its index, `xy` the centre in pixels, `rec` (e, f, h, log2 opacity, red, green, blue, depth). The
     triangle (e f; 0 h) is the root of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
     alpha = opacity * 2^-(y1^2 + y2^2).
@@ -159,9 +209,9 @@ def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, 
     Y, depth, m = np.empty((16, 4)), np.empty(last - first), 0
     for g in range(first, last):
         alpha = float(opacity[g])
-        if not alpha * 255.0 >= 1.0: continue
+        if not (alpha * 255.0 >= 1.0 and alpha <= LARGEST): continue
         x, y, z = to_camera(mean, g, cam, v)
-        if not (z >= near and z <= far): continue
+        if not (z >= near and z <= far and z <= FARTHEST): continue
         rz = 1.0 / z
         mx, my = fx * x * rz + cx, fy * y * rz + cy
         tu, tv = min(max(x * rz, u0), u1), min(max(y * rz, v0), v1)
@@ -172,31 +222,43 @@ def project(v, mean, quat, scale, opacity, sh, first, last, cam, K, H, W, near, 
         off_x, off_y = max(0.5 - mx, mx - (W - 0.5), 0.0), max(0.5 - my, my - (H - 0.5), 0.0)
         if off_x * off_x > WIDEST * (jx * jx * (1 + tu * tu) * widest + eps2d): continue
         if off_y * off_y > WIDEST * (jy * jy * (1 + tv * tv) * widest + eps2d): continue
-        _, _, _, _, _, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
+        _, _, _, _, inverse_length, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
         p00, p01, p02 = jx * (r00 - tu * r20), jx * (r01 - tu * r21), jx * (r02 - tu * r22)
         p10, p11, p12 = jy * (r10 - tv * r20), jy * (r11 - tv * r21), jy * (r12 - tv * r22)
         q00, q10 = (p00 * a00 + p01 * a10 + p02 * a20) * s0, (p10 * a00 + p11 * a10 + p12 * a20) * s0
         q01, q11 = (p00 * a01 + p01 * a11 + p02 * a21) * s1, (p10 * a01 + p11 * a11 + p12 * a21) * s1
         q02, q12 = (p00 * a02 + p01 * a12 + p02 * a22) * s2, (p10 * a02 + p11 * a12 + p12 * a22) * s2
         a, b, c = q00 * q00 + q01 * q01 + q02 * q02, q00 * q10 + q01 * q11 + q02 * q12, q10 * q10 + q11 * q11 + q12 * q12
+        if not (a <= LARGEST_VARIANCE and c <= LARGEST_VARIANCE and inverse_length <= 1.0 / SHORTEST_QUAT): continue
         det0 = a * c - b * b
+        if not det0 > SAFE * a * c:
+            n0, n1, n2 = normal_of(p00, p01, p02, p10, p11, p12,
+                                   a00, a01, a02, a10, a11, a12, a20, a21, a22, s0, s1, s2)
+            det0 = n0 * n0 + n1 * n1 + n2 * n2
         a, c = a + eps2d, c + eps2d
         det = a * c - b * b
+        if not det > SAFE * a * c: det = det0 + eps2d * (a + c - eps2d)
+        if not det > 0.0: continue
         if antialiased:
-            alpha *= math.sqrt(max(det0, 0.0) / det)
+            alpha *= math.sqrt(det0 / det)
             if not alpha * 255.0 >= 1.0: continue
         lo = math.log2(alpha)
         reach = math.sqrt((lo + LOG2_255) / HALF_LOG2E) * MARGIN
         rx, ry = reach * math.sqrt(a), reach * math.sqrt(c)
-        if mx + rx < 0.5 or mx - rx > W - 0.5 or my + ry < 0.5 or my - ry > H - 0.5: continue
+        if not (mx + rx >= 0.5 and mx - rx <= W - 0.5 and my + ry >= 0.5 and my - ry <= H - 0.5): continue
         e, h = math.sqrt(HALF_LOG2E * c / det), math.sqrt(HALF_LOG2E / c)
         dx, dy, dz = float(mean[g, 0]) - ox, float(mean[g, 1]) - oy, float(mean[g, 2]) - oz
-        r = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
+        distance = math.sqrt(dx * dx + dy * dy + dz * dz)
+        if not distance > 0.0: continue
+        r = 1.0 / distance
         harmonics(Y, dx * r, dy * r, dz * r, k)
+        drawable = True
         for j in range(3):
             colour = 0.5
             for i in range(k): colour += Y[i, 0] * sh[g, i, j]
+            drawable = drawable and colour > -math.inf and colour <= BRIGHTEST
             rec[m, 4 + j] = max(colour, 0.0)
+        if not drawable: continue
         ids[m], xy[m, 0], xy[m, 1], depth[m] = g, mx, my, z
         rec[m, 0], rec[m, 1], rec[m, 2], rec[m, 3], rec[m, 7] = e, -e * b / c, h, lo, z
         m += 1
@@ -231,19 +293,34 @@ def pointer(context, builder, signature, args):
 
 
 @intrinsic
-def load8(typing, array, index):
+def read8(typing, array, index):
     "array[index : index + 8] of a contiguous float32 array."
     def code(context, builder, signature, args): return builder.load(pointer(context, builder, signature, args), align=4)
     return float8(array, index), code
 
 
 @intrinsic
-def store8(typing, array, index, value):
+def write8(typing, array, index, value):
     "array[index : index + 8] = value"
     def code(context, builder, signature, args):
         builder.store(args[2], pointer(context, builder, signature, args), align=4)
         return context.get_dummy_value()
     return types.void(array, index, value), code
+
+
+load8, store8 = read8, write8
+if config.BOUNDSCHECK:
+    @part
+    def load8(array, index):
+        "`read8` that refuses what lies outside the array."
+        if not (index >= 0 and index + 8 <= len(array)): raise IndexError("load8: outside the array")
+        return read8(array, index)
+
+    @part
+    def store8(array, index, value):
+        "`write8` that refuses what lies outside the array."
+        if not (index >= 0 and index + 8 <= len(array)): raise IndexError("store8: outside the array")
+        write8(array, index, value)
 
 
 @intrinsic
@@ -358,6 +435,7 @@ def exp2_8(a, C):
 def columns(mx, half, begin, end):
     "Tile columns first..last, within begin..end, that a Gaussian of this half width reaches."
     first, last = (mx - half - 0.5) / TILE_W, (mx + half - 0.5) / TILE_W
+    if not (first <= end and last >= begin): return begin, begin
     return max(int(math.floor(max(first, -1.0))), begin), min(int(math.floor(min(last, float(end)))) + 1, end)
 
 
@@ -391,6 +469,7 @@ def column_lists(m, xy, rec, order, begin, end, H):
             lo, hi = min(max(-tip, left), right), min(max(tip, left), right)
             lo = my + slope * lo - aspect * math.sqrt(max(wide * wide - lo * lo, 0.0))
             hi = my + slope * hi + aspect * math.sqrt(max(wide * wide - hi * hi, 0.0))
+            if not (lo <= H and hi >= 0.0): continue
             r0, r1 = max(int(math.ceil(max(lo, 0.0) - 0.5)), 0), int(math.floor(min(hi, H + 1.0) - 0.5)) + 1
             r1 = min(r1, H)
             if r0 < r1:
@@ -565,12 +644,21 @@ def draw_backward(C, xy, rec, starts, ends, entry, begin, end, rgb, alpha, depth
             sums[i, j] = total
 
 
+@part
+def root_gradient(e, f, h, y1, y2, got):
+    "One column of dL/dQ for a narrow ellipse: (y1, y2) is the root (e f; 0 h) times that column of Q."
+    k2 = LN4 * LN4
+    z1, z2 = got[3] * y1 + got[4] * y2, got[4] * y1 + got[5] * y2
+    return k2 * e * z1, k2 * (f * z1 + h * z2)
+
+
 @kernel
 def project_backward(first, last, view_first, view_last, mean, quat, scale, opacity, sh, cam, K, H, W, eps2d, antialiased,
                      base, count, ids, rec, sums, g_mean, g_quat, g_scale, g_opacity, g_sh):
     """Gradients of Gaussians first..last of one cloud from the sums of its views view_first..view_last.
 
-    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec` and `sums` [strips, rows, 10].
+    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec` and `sums` [strips, rows, 10]. The gradients come in as
+    zeros; those of a Gaussian that no view draws stay so.
     """
     k, n_views = sh.shape[1], view_last - view_first
     cursor, centre, Y, got = np.empty(n_views, np.int64), np.empty((n_views, 3)), np.empty((16, 4)), np.empty(N_SUM)
@@ -586,6 +674,11 @@ def project_backward(first, last, view_first, view_last, mean, quat, scale, opac
         for j in range(3):
             centre[o, j] = -(cam[v, 0, j] * cam[v, 0, 3] + cam[v, 1, j] * cam[v, 1, 3] + cam[v, 2, j] * cam[v, 2, 3])
     for g in range(first, last):
+        drawn = False
+        for o in range(n_views):
+            at = cursor[o]
+            if at < base[view_first + o] + count[view_first + o] and ids[at] == g: drawn = True
+        if not drawn: continue  # and something of it may not be finite
         w, x, y, z, norm, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
         s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
         m00, m01, m02, m10, m11, m12 = a00 * s0, a01 * s1, a02 * s2, a10 * s0, a11 * s1, a12 * s2
@@ -641,22 +734,50 @@ def project_backward(first, last, view_first, view_last, mean, quat, scale, opac
             q01, q11 = p00 * m01 + p01 * m11 + p02 * m21, p10 * m01 + p11 * m11 + p12 * m21
             q02, q12 = p00 * m02 + p01 * m12 + p02 * m22, p10 * m02 + p11 * m12 + p12 * m22
 
-            # 2-D covariance: G = dL/dcov (symmetric), and the centre in pixels
+            # B = dL/dQ; the covariance is Q Q' with Q = P M, M = R diag(scale); then the centre in pixels
             k2 = 0.5 * LN4 * LN4
-            G00 = k2 * e * e * got[3]
-            G01 = k2 * e * (f * got[3] + h * got[4])
-            G11 = k2 * (f * f * got[3] + 2 * f * h * got[4] + h * h * got[5])
             g_mx, g_my = LN4 * e * got[1], LN4 * (f * got[1] + h * got[2])
-            if antialiased:
-                a, b, c = q00 * q00 + q01 * q01 + q02 * q02, q00 * q10 + q01 * q11 + q02 * q12, q10 * q10 + q11 * q11 + q12 * q12
-                i0, i1 = 0.5 * got[0] / (a * c - b * b), 0.5 * got[0] / ((a + eps2d) * (c + eps2d) - b * b)
-                G00 += i0 * c - i1 * (c + eps2d)
-                G01 -= i0 * b - i1 * b
-                G11 += i0 * a - i1 * (a + eps2d)
-
-            # cov = Q Q', Q = P M, M = R diag(scale)
-            b00, b01, b02 = 2 * (G00 * q00 + G01 * q10), 2 * (G00 * q01 + G01 * q11), 2 * (G00 * q02 + G01 * q12)
-            b10, b11, b12 = 2 * (G01 * q00 + G11 * q10), 2 * (G01 * q01 + G11 * q11), 2 * (G01 * q02 + G11 * q12)
+            a, b, c = q00 * q00 + q01 * q01 + q02 * q02, q00 * q10 + q01 * q11 + q02 * q12, q10 * q10 + q11 * q11 + q12 * q12
+            det0 = a * c - b * b
+            det = (a + eps2d) * (c + eps2d) - b * b
+            if det > SAFE * (a + eps2d) * (c + eps2d):
+                # G = dL/dcov (symmetric), B = 2 G Q
+                G00 = k2 * e * e * got[3]
+                G01 = k2 * e * (f * got[3] + h * got[4])
+                G11 = k2 * (f * f * got[3] + 2 * f * h * got[4] + h * h * got[5])
+                if antialiased:
+                    if not det0 > SAFE * a * c:
+                        n0, n1, n2 = normal_of(p00, p01, p02, p10, p11, p12,
+                                               a00, a01, a02, a10, a11, a12, a20, a21, a22, s0, s1, s2)
+                        det0 = n0 * n0 + n1 * n1 + n2 * n2
+                    i0, i1 = 0.5 * got[0] / det0, 0.5 * got[0] / det
+                    G00 += i0 * c - i1 * (c + eps2d)
+                    G01 -= i0 * b - i1 * b
+                    G11 += i0 * a - i1 * (a + eps2d)
+                b00, b01, b02 = 2 * (G00 * q00 + G01 * q10), 2 * (G00 * q01 + G01 * q11), 2 * (G00 * q02 + G01 * q12)
+                b10, b11, b12 = 2 * (G01 * q00 + G11 * q10), 2 * (G01 * q01 + G11 * q11), 2 * (G01 * q02 + G11 * q12)
+            else:
+                # much longer than wide: G Q would lose what is small in it. With n = q0 x q1 there is no difference:
+                # c q0 - b q1 = q1 x n, and a q1 - b q0 = n x q0
+                n0, n1, n2 = normal_of(p00, p01, p02, p10, p11, p12,
+                                       a00, a01, a02, a10, a11, a12, a20, a21, a22, s0, s1, s2)
+                det0 = n0 * n0 + n1 * n1 + n2 * n2
+                det = det0 + eps2d * (a + c + eps2d)
+                top0, top1, top2 = cross(q10, q11, q12, n0, n1, n2)
+                low0, low1, low2 = cross(n0, n1, n2, q00, q01, q02)
+                c += eps2d
+                e, h = math.sqrt(HALF_LOG2E * c / det), math.sqrt(HALF_LOG2E / c)
+                f = -e * b / c
+                b00, b10 = root_gradient(e, f, h, e / c * (top0 + eps2d * q00), h * q10, got)
+                b01, b11 = root_gradient(e, f, h, e / c * (top1 + eps2d * q01), h * q11, got)
+                b02, b12 = root_gradient(e, f, h, e / c * (top2 + eps2d * q02), h * q12, got)
+                if antialiased:
+                    b00 += got[0] * (top0 / det0 - (top0 + eps2d * q00) / det)
+                    b01 += got[0] * (top1 / det0 - (top1 + eps2d * q01) / det)
+                    b02 += got[0] * (top2 / det0 - (top2 + eps2d * q02) / det)
+                    b10 += got[0] * (low0 / det0 - (low0 + eps2d * q10) / det)
+                    b11 += got[0] * (low1 / det0 - (low1 + eps2d * q11) / det)
+                    b12 += got[0] * (low2 / det0 - (low2 + eps2d * q12) / det)
             d00 += p00 * b00 + p10 * b10
             d01 += p00 * b01 + p10 * b11
             d02 += p00 * b02 + p10 * b12
@@ -682,18 +803,18 @@ def project_backward(first, last, view_first, view_last, mean, quat, scale, opac
             gm1 += r01 * gX + r11 * gY + r21 * gZ
             gm2 += r02 * gX + r12 * gY + r22 * gZ
 
-        g_mean[g, 0], g_mean[g, 1], g_mean[g, 2] = gm0, gm1, gm2
-        g_opacity[g] = g_log / opacity[g] if opacity[g] > ZERO else 0.0
+        g_mean[g, 0], g_mean[g, 1], g_mean[g, 2] = to_float32(gm0), to_float32(gm1), to_float32(gm2)
+        g_opacity[g] = to_float32(g_log / opacity[g])
         for i in range(k):
-            for j in range(3): g_sh[g, i, j] = acc_sh[i, j]
-        g_scale[g, 0] = d00 * a00 + d10 * a10 + d20 * a20
-        g_scale[g, 1] = d01 * a01 + d11 * a11 + d21 * a21
-        g_scale[g, 2] = d02 * a02 + d12 * a12 + d22 * a22
+            for j in range(3): g_sh[g, i, j] = to_float32(acc_sh[i, j])
+        g_scale[g, 0] = to_float32(d00 * a00 + d10 * a10 + d20 * a20)
+        g_scale[g, 1] = to_float32(d01 * a01 + d11 * a11 + d21 * a21)
+        g_scale[g, 2] = to_float32(d02 * a02 + d12 * a12 + d22 * a22)
         d00, d10, d20, d01, d11, d21, d02, d12, d22 = d00 * s0, d10 * s0, d20 * s0, d01 * s1, d11 * s1, d21 * s1, d02 * s2, d12 * s2, d22 * s2
         gw = 2 * (-z * d01 + y * d02 + z * d10 - x * d12 - y * d20 + x * d21)
         gx = 2 * (y * (d01 + d10) + z * (d02 + d20) - 2 * x * (d11 + d22) + w * (d21 - d12))
         gy = 2 * (x * (d01 + d10) + z * (d12 + d21) - 2 * y * (d00 + d22) + w * (d02 - d20))
         gz = 2 * (x * (d02 + d20) + y * (d12 + d21) - 2 * z * (d00 + d11) + w * (d10 - d01))
         along = w * gw + x * gx + y * gy + z * gz
-        g_quat[g, 0], g_quat[g, 1] = (gw - along * w) * norm, (gx - along * x) * norm
-        g_quat[g, 2], g_quat[g, 3] = (gy - along * y) * norm, (gz - along * z) * norm
+        g_quat[g, 0], g_quat[g, 1] = to_float32((gw - along * w) * norm), to_float32((gx - along * x) * norm)
+        g_quat[g, 2], g_quat[g, 3] = to_float32((gy - along * y) * norm), to_float32((gz - along * z) * norm)
