@@ -40,7 +40,10 @@ def modules(package):
     for path in sorted(Path(package).rglob("*.py")):
         if path.name in ("__init__.py", "__main__.py", "_modidx.py"):
             continue
-        yield ".".join(path.relative_to(package).with_suffix("").parts), path.read_text(encoding="utf-8")
+        yield (
+            ".".join(path.relative_to(package).with_suffix("").parts),
+            path.read_text(encoding="utf-8"),
+        )
 
 
 def without_docstrings(tree):

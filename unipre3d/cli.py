@@ -341,9 +341,11 @@ def describe_result(
 ) -> str:
     "The scores of a run in one line."
     if "psnr" not in metrics:
+        forms = {"psnr": "{:.2f} dB", "chamfer": "{:.4f}"}
         parts = []
         for name, value in metrics.items():
-            parts.append(f"{name} {value:.1%}" if name != "chamfer" else f"{name} {value:.4f}")
+            form = forms.get(name.split("_")[0], "{:.1%}")
+            parts.append(f"{name} {form.format(value)}")
         return "test: " + ", ".join(parts)
     m = metrics
     foreground = f"foreground {m['psnr_foreground']:.2f} dB, " if "psnr_foreground" in m else ""

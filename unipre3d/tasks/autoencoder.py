@@ -4,9 +4,12 @@
 
 # %% ../../nbs/tasks/67_autoencoder.ipynb #67a00004
 from __future__ import annotations
-import json, math, os, time
-from importlib.metadata import version
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,24 +18,21 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core import data_dir
 from ..data.shapenet import ShapeNetViews
 from ..image import check_images, downscale_factor, load_autoencoder, pad_to_multiple
 from ..losses import psnr
-from ..records import data_hash, hardware
+from ..runs.fit import Task, processes
+from ..runs.recipe import Recipe, change
+from ..runs.run import run_recipe
 
 # %% auto #0
-__all__ = ['MINI_STEPS', 'new_autoencoder', 'random_patches', 'autoencoder_loss', 'reconstruct', 'cosine_lr', 'save_state',
-           'load_state', 'train_autoencoder', 'save_autoencoder', 'split_images', 'shrink', 'reconstruction_scores',
-           'train_mini']
+__all__ = ['autoencoder_recipes', 'new_autoencoder', 'random_patches', 'AutoencoderObjective', 'autoencoder_loss', 'reconstruct',
+           'split_images', 'shrink', 'reconstruction_scores', 'save_autoencoder', 'ImageData', 'AutoencoderModel',
+           'Patches', 'AutoencoderRecipe', 'train_mini']
 
 # %% ../../nbs/tasks/67_autoencoder.ipynb #d272d25e
 def new_autoencoder(
-    channels: tuple[int, ...] = (
-        16,
-        16,
-        32,
-    ),  # of each resolution, finest first: that of the feature map
+    channels: tuple[int, ...] = (16, 16, 32),  # of each resolution, that of the feature map first
     *,
     latent_channels: int = 4,  # numbers per latent pixel
     layers: int = 1,  # residual blocks per resolution (the decoder has one more)
@@ -75,21 +75,27 @@ def random_patches(
     return torch.where(flip, patches.flip(-1), patches) / 127.5 - 1
 
 # %% ../../nbs/tasks/67_autoencoder.ipynb #ba16c2f2
+@dataclass(frozen=True)
+class AutoencoderObjective:
+    "Weights of the terms."
+
+    kl_weight: float = 1e-4  # lambda_KL
+    edge_weight: float = 0.1  # lambda_e
+
+
 def autoencoder_loss(
     vae: nn.Module,  # diffusers' AutoencoderKL
     x: Float[Tensor, "b 3 h w"],  # colour in -1..1
-    *,
-    kl_weight: float = 1e-4,  # lambda_KL
-    edge_weight: float = 0.1,  # lambda_e
-    generator: torch.Generator | None = None,  # source of the latent noise
-) -> tuple[Float[Tensor, ""], dict[str, float]]:  # loss to minimise, its unweighted terms
+    weights: AutoencoderObjective = AutoencoderObjective(),
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:  # loss to minimise, its unweighted terms
     "Squared error + edges + Kullback-Leibler term, each per number of the image."
     q = vae.encode(x).latent_dist
-    error = vae.decode(q.sample(generator=generator)).sample - x
+    error = vae.decode(q.sample()).sample - x
+    mse = error.square().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    mse, kl = error.square().mean(), q.kl().mean() / x[0].numel()
-    terms = {"mse": mse.item(), "edges": edges.item(), "kl": kl.item()}
-    return mse + edge_weight * edges + kl_weight * kl, terms
+    kl = q.kl().mean() / x[0].numel()
+    loss = mse + weights.edge_weight * edges + weights.kl_weight * kl
+    return loss, {"mse": mse, "edges": edges, "kl": kl}
 
 # %% ../../nbs/tasks/67_autoencoder.ipynb #586427d8
 @torch.no_grad()
@@ -106,131 +112,6 @@ def reconstruct(
     back = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in parts])
     return ((back[..., :h, :w] + 1) / 2).clamp(0, 1)
 
-# %% ../../nbs/tasks/67_autoencoder.ipynb #28df9964
-def cosine_lr(
-    step: int,  # 0 .. steps - 1
-    steps: int,  # length of the run
-    lr: float,  # the highest value
-    *,
-    warmup: int = 100,  # steps of linear rise; at most a tenth of the run
-) -> float:
-    "Linear rise, then half a cosine down to zero."
-    rise = max(1, min(warmup, steps // 10))
-    return lr * min(1, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-# %% ../../nbs/tasks/67_autoencoder.ipynb #ea04a46c
-def save_state(
-    path: Path,  # file; written beside it first, so that a crash cannot cut it
-    **state,  # plain values, tensors and state dictionaries
-) -> None:
-    "Write `state` in one piece."
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-def load_state(
-    path: Path,  # file that `save_state` wrote
-    settings: dict,  # what the run was called with
-) -> dict:  # the saved state
-    "Read a state. Raises: ValueError if it belongs to a run with other settings."
-    state = torch.load(path, weights_only=True)
-    there = state["settings"]
-    other = [
-        f"{name} = {there.get(name)} there, {value} now"
-        for name, value in settings.items()
-        if there.get(name) != value
-    ]
-    if other:
-        raise ValueError(
-            f"{path}: expected the state of this run, found one with {', '.join(other)}; "
-            "repeat the old settings or choose another folder"
-        )
-    return state
-
-# %% ../../nbs/tasks/67_autoencoder.ipynb #7b75e0ff
-def train_autoencoder(
-    images: UInt8[Tensor, "n 3 H W"],  # the training split only
-    *,
-    vae: nn.Module | None = None,  # trained in place; None makes a new small one
-    steps: int = 1600,  # optimiser steps
-    batch: int = 16,  # patches in a step
-    size: int = 64,  # side of a patch, pixels
-    lr: float = 4e-3,  # highest learning rate
-    kl_weight: float = 1e-4,  # lambda_KL
-    edge_weight: float = 0.1,  # lambda_e
-    seed: int = 0,  # of weights, patches and noise
-    out: str
-    | os.PathLike
-    | None = None,  # folder for the state; a run that stopped goes on from it
-    save_every: int = 200,  # steps between two states
-    device: str = "cpu",  # where to train
-    progress: bool = True,  # show a progress bar
-) -> tuple[nn.Module, dict]:  # in evaluation mode; {"loss" of each step, "seconds", "settings"}
-    "Train on random patches; the same call with the same `out` resumes."
-    settings = dict(
-        images=len(images),
-        steps=steps,
-        batch=batch,
-        size=size,
-        lr=lr,
-        kl_weight=kl_weight,
-        edge_weight=edge_weight,
-        seed=seed,
-    )
-    vae = (vae or new_autoencoder(seed=seed)).to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.01)
-    random, losses, seconds = torch.Generator().manual_seed(seed), [], 0.0
-    path = Path(out) / "state.pt" if out is not None else None
-    if path is not None and path.is_file():
-        state = load_state(path, settings)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        random.set_state(state["random"])
-        losses, seconds = state["losses"], state["seconds"]
-    elif path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    start, done = time.perf_counter() - seconds, len(losses)
-    shown = dict(initial=done, total=steps, desc="autoencoder", disable=not progress)
-    for step in tqdm(range(done, steps), **shown):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, lr)
-        chosen = torch.randint(len(images), (batch,), generator=random)
-        x = random_patches(images[chosen], size, generator=random).to(device)
-        loss, _ = autoencoder_loss(
-            vae, x, kl_weight=kl_weight, edge_weight=edge_weight, generator=random
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if path is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-            save_state(
-                path,
-                vae=vae.state_dict(),
-                optimizer=optimizer.state_dict(),
-                random=random.get_state(),
-                losses=losses,
-                seconds=time.perf_counter() - start,
-                settings=settings,
-            )
-    log = {"loss": losses, "seconds": time.perf_counter() - start, "settings": settings}
-    return vae.eval(), log
-
-# %% ../../nbs/tasks/67_autoencoder.ipynb #10d0884c
-def save_autoencoder(
-    vae: nn.Module,  # diffusers' AutoencoderKL; left as it is
-    folder: str | os.PathLike,  # gets config.json and diffusion_pytorch_model.safetensors
-    *,
-    dtype: torch.dtype = torch.float16,  # of the stored numbers; loading gives float32 again
-) -> Path:  # the folder
-    "Write an autoencoder in diffusers' layout, in half precision by default."
-    half = type(vae).from_config({k: v for k, v in vae.config.items() if not k.startswith("_")})
-    half.load_state_dict(vae.state_dict())
-    half = nn.Module.to(half, dtype)  # the library's own `to` warns about an empty list
-    half.save_pretrained(folder)
-    return Path(folder)
-
 # %% ../../nbs/tasks/67_autoencoder.ipynb #e7958360
 def split_images(
     data: ShapeNetViews,  # objects with views
@@ -239,8 +120,10 @@ def split_images(
     progress: bool = False,  # show a progress bar
 ) -> UInt8[Tensor, "n 4 h w"]:  # colour on black, and the mask (255 on the object)
     "All views of all objects of a split, decoded."
-    objects = tqdm(range(len(data)), desc="images", disable=not progress)
-    pixels = [data.pixels(i, k) for i in objects for k in range(views or data.n_views)]
+    pixels = []
+    for i in tqdm(range(len(data)), desc="images", disable=not progress):
+        for k in range(views or data.n_views):
+            pixels.append(data.pixels(i, k))
     return torch.from_numpy(np.stack(pixels))
 
 
@@ -271,52 +154,127 @@ def reconstruction_scores(
         scores[f"{name}psnr_foreground"] = round(psnr(pred, rgb, mask).nanmean().item(), 2)
     return scores | {"images": len(rgb)}
 
-# %% ../../nbs/tasks/67_autoencoder.ipynb #bb929175
-MINI_STEPS = 1600  # optimiser steps of the shipped weights
+# %% ../../nbs/tasks/67_autoencoder.ipynb #10d0884c
+def save_autoencoder(
+    vae: nn.Module,  # diffusers' AutoencoderKL; left as it is
+    folder: str | os.PathLike,  # gets config.json and diffusion_pytorch_model.safetensors
+    *,
+    dtype: torch.dtype = torch.float16,  # of the stored numbers; loading gives float32 again
+) -> Path:  # the folder
+    "Write an autoencoder in diffusers' layout, in half precision by default."
+    half = type(vae).from_config({k: v for k, v in vae.config.items() if not k.startswith("_")})
+    half.load_state_dict(vae.state_dict())
+    half = nn.Module.to(half, dtype)  # the library's own `to` warns about an empty list
+    half.save_pretrained(folder)
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    "Images of objects."
+
+    source: str = "furniture"  # "furniture" (embedded), or an archive or folder of objects
+    views: int = 0  # images of each object; 0 takes all
+    patch: int = 64  # side of a patch, pixels
+    workers: int = 0  # loader processes
+
+
+@dataclass(frozen=True)
+class AutoencoderModel:
+    "Sizes of the autoencoder."
+
+    channels: tuple[int, ...] = (16, 16, 32)  # of each resolution, that of the feature map first
+    latent_channels: int = 4  # numbers per latent pixel
+
+
+class Patches:
+    "Random patches of images: patch i, drawn for the n-th time, is a pure function of the seed, i and n."
+
+    def __init__(self, images: UInt8[Tensor, "n 3 H W"], size: int, seed: int):
+        self.images = images
+        self.size = size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Float[Tensor, "b 3 s s"]:
+        "The patches of several (index, draw)."
+        indices = [index for index, _ in keys]
+        first_index, first_draw = keys[0]
+        generator = torch.Generator().manual_seed(hash((self.seed, first_index, first_draw)))
+        return random_patches(self.images[indices], self.size, generator=generator)
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe(Recipe):
+    "One training of a small autoencoder, as plain values."
+
+    data: ImageData = ImageData()
+    model: AutoencoderModel = AutoencoderModel()
+    objective: AutoencoderObjective = AutoencoderObjective()
+
+    task: ClassVar[str] = "autoencoder"
+    kind: ClassVar[str] = "train"
+
+    def build_model(self, classes: int = 0) -> nn.Module:
+        "diffusers' AutoencoderKL, with weights drawn from the seed."
+        sizes = dict(latent_channels=self.model.latent_channels, seed=self.run.seed)
+        return new_autoencoder(self.model.channels, **sizes)
+
+    def build_task(self, device: str | torch.device = "cpu") -> Task:
+        "Images, model, loss and scores of an autoencoder."
+        root = None if self.data.source == "furniture" else self.data.source
+        views = self.data.views or None
+        readers = {split: ShapeNetViews(root, split=split) for split in ("train", "val")}
+        rank, _ = processes()
+        images = split_images(readers["train"], views, progress=rank == 0)
+
+        def loss(vae, patches):
+            return autoencoder_loss(vae, patches, self.objective)
+
+        def test(vae, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+            weights = folder / "weights"
+            if rank == 0:
+                save_autoencoder(vae.cpu(), weights)
+            stored = load_autoencoder(weights) if rank == 0 else vae
+            held_out = split_images(readers["val"], views)
+            details = {}
+            for size in (64, 128):
+                details[str(size)] = reconstruction_scores(stored.cpu(), *shrink(held_out, size))
+            return {f"psnr_{size}": scores["psnr"] for size, scores in details.items()}, details
+
+        counts = {split: len(reader) for split, reader in readers.items()}
+        data = {"name": self.data.source, "sha256": readers["train"].fingerprint()}
+        data |= {**counts, "test": counts["val"], "images": len(images)}
+        samples = Patches(images[:, :3], self.data.patch, self.run.seed)
+        columns = ("mse", "edges", "kl")
+        return Task(self.task, self.build_model(), samples, loss, test, data=data, columns=columns)
+
+
+autoencoder_recipes: dict[str, AutoencoderRecipe] = {
+    "autoencoder-mini": change(
+        AutoencoderRecipe(),
+        about="the small image model that ships with the package, from the embedded training views",
+        lr=4e-3,
+        warmup=99,
+        weight_decay=0.01,
+        clip=1.0,
+        steps=1600,
+        batch_size=16,
+        save_every=200,
+    )
+}
 
 
 def train_mini(
-    out: str
-    | os.PathLike = "autoencoder-mini",  # folder for the weights, record.json and the state
+    out: str | os.PathLike = "autoencoder-mini",  # run folder; its `weights` are the autoencoder
     *,
-    steps: int | None = None,  # optimiser steps; None means those of the shipped weights
+    steps: int | None = None,  # optimiser steps; None means those of the recipe
     seed: int = 0,  # of weights, patches and noise
-    root: str
-    | os.PathLike
-    | None = None,  # archive or folder of objects; None: the embedded furniture
-    views: int | None = None,  # images of each object; None takes all
-    device: str = "cpu",  # where to train
-    progress: bool = True,  # show progress bars
-) -> Path:  # the folder, ready for `KLImageEncoder.from_pretrained`
-    "Train the small autoencoder on the training split, score it on the validation split; the same call resumes."
-    out, root = Path(out), data_dir() / "furniture.zip" if root is None else Path(root)
-    images = split_images(ShapeNetViews(root, split="train"), views, progress=progress)
-    how = dict(steps=steps or MINI_STEPS, seed=seed, out=out, device=device, progress=progress)
-    vae, log = train_autoencoder(images[:, :3], **how)
-    save_autoencoder(vae.cpu(), out)
-    held_out = split_images(ShapeNetViews(root, split="val"), views)
-    stored, weights = load_autoencoder(out), out / "diffusion_pytorch_model.safetensors"
-    curve = np.array_split(log["loss"], min(60, len(log["loss"])))
-    record = {
-        "kind": "autoencoder",
-        "what": "small autoencoder, trained on the training split only",
-        "data": {
-            "file": root.name,
-            "sha256": data_hash(root),
-            "split": "train",
-            "images": len(images),
-        },
-        "settings": log["settings"],
-        "parameters": sum(p.numel() for p in stored.parameters()),
-        "bytes": weights.stat().st_size,
-        "sha256": data_hash(weights),
-        "loss": [round(float(np.mean(part)), 5) for part in curve],
-        "val": {
-            str(size): reconstruction_scores(stored, *shrink(held_out, size)) for size in (64, 128)
-        },
-        "seconds": round(log["seconds"]),
-        "hardware": hardware(),
-        "versions": {p: version(p) for p in ("torch", "diffusers", "unipre3d")},
-    }
-    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    return out
+) -> Path:  # the folder of the weights, ready for `KLImageEncoder.from_pretrained`
+    "Train the small autoencoder again; the same call goes on where it was stopped."
+    recipe = autoencoder_recipes["autoencoder-mini"]
+    recipe = change(recipe, steps=steps or recipe.run.steps, seed=seed)
+    resume = (Path(out) / "resume.safetensors").is_file()
+    return run_recipe("autoencoder-mini", recipe, out, resume=resume).folder / "weights"

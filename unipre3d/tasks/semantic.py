@@ -464,7 +464,7 @@ def read_rooms(
         )
     root = recipe.data
     if root == "rooms":
-        from unipre3d.worlds.rooms import (
+        from unipre3d.worlds.rooms.disk import (
             embedded_rooms,
         )  # composing needs a ray tracer, reading does not
 

@@ -13,9 +13,10 @@ from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from ..data.labelled import ScanObjectNN, fit_radius
+from ..data.labelled import ScanObjectNN
+from ..data.readers import fit_radius
 from .furniture import Material, Mesh, Tracer, read_csv
-from .rooms import depth_sigma
+from .rooms.film import depth_sigma
 from ..data.shapenet import ShapeNetViews
 from unipre3d.worlds.shapes import (
     KINDS,

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ...core import data_dir
-from ...records import cache_dir, code_hash, data_hash, made_once
+from ...records import cache_dir, code_hash, data_hash, cached
 from ..furniture import csv_text
 from .cloud import back_project, fuse_frames, label_points
 from .film import K, film
@@ -187,4 +187,4 @@ def embedded_rooms(
         print(f"composing {rooms} rooms once, for {cache_dir()}", flush=True)
         make_rooms(folder, rooms=rooms, seed=seed, workers=workers)
 
-    return made_once(f"rooms-{rooms}-{seed}", rooms_version(), make)
+    return cached(f"rooms-{rooms}-{seed}", rooms_version(), make)
