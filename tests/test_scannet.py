@@ -383,7 +383,10 @@ def test_no_intrinsics_is_an_error_unless_asked_for(rooms):
     np.testing.assert_allclose(frames(rooms).K(0), standard_intrinsics(HW), rtol=1e-5)
     (rooms / "2D" / "intrinsics.txt").unlink()
     np.testing.assert_allclose(frames(rooms, intrinsics="standard").K(0), standard_intrinsics(HW))
-    refuses(lambda: frames(rooms, intrinsics="guess"), "intrinsics: expected 'files' or 'standard'")
+    refuses(
+        lambda: frames(rooms, intrinsics="guess"),
+        "intrinsics: expected one of files, standard, got 'guess'",
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/24_labelled.ipynb #161a1e64
 from __future__ import annotations
 import json, os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -21,6 +21,7 @@ from unipre3d.data.readers import (
     RoomReader,
     Store,
     check_columns,
+    check_option,
     check_whole,
     fit_radius,
     found_at,
@@ -28,8 +29,8 @@ from unipre3d.data.readers import (
 
 # %% auto #0
 __all__ = ['SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'PART_COUNTS', 'S3DIS_LAYOUT', 'y_up_to_z_up', 'z_up_to_y_up',
-           'read_text', 'H5', 'ObjectReader', 'check_option', 'ScanObjectNN', 'write_scanobjectnn', 'ModelNet40',
-           'write_modelnet40', 'shapenet_parts', 'ShapeNetPart', 'write_shapenetpart', 'S3DIS', 'write_s3dis']
+           'read_text', 'H5', 'ObjectReader', 'ScanObjectNN', 'write_scanobjectnn', 'ModelNet40', 'write_modelnet40',
+           'shapenet_parts', 'ShapeNetPart', 'write_shapenetpart', 'S3DIS', 'write_s3dis']
 
 # %% ../../nbs/data/24_labelled.ipynb #e250fa5c
 def y_up_to_z_up(
@@ -86,8 +87,7 @@ class H5:
             )
         self.path = path
         self.layout = layout
-        self._file = None
-        self._pid = None
+        self._file = self._pid = None  # of this process
         self._held = {}
 
     def __getstate__(self):
@@ -175,17 +175,6 @@ class ObjectReader(FileReader):
         "`xyz` and, if the files have it, `normal`: [n 3] float32, z up."
         table = self.cache.get(i, lambda: self._read(i))
         return dict(zip(("xyz", "normal"), np.split(table, table.shape[1] // 3, 1)))
-
-
-def check_option(
-    name: str,
-    value: str | int | None,
-    known: Iterable[str | int | None],
-) -> None:
-    """Raises: ValueError that lists what is known."""
-    known = list(known)
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 # %% ../../nbs/data/24_labelled.ipynb #08ce9084
 SCANOBJECTNN = Layout(

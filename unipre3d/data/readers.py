@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, io, os, zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from ..records import data_hash
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
            'hold_out_places', 'take_shots', 'object_scale', 'fit_radius', 'Store', 'Cache', 'Layout', 'found_at',
-           'check_columns', 'check_whole', 'FileReader', 'RoomReader']
+           'check_columns', 'check_whole', 'check_option', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -318,9 +318,7 @@ class Store:
             raise ValueError(
                 f"{self.root}: expected a folder or a zip archive, found another kind of file"
             )
-        self._zip = None
-        self._pid = None
-        self._tree = None
+        self._zip = self._pid = self._tree = None  # of this process
 
     def __getstate__(self):
         return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
@@ -502,6 +500,17 @@ def check_whole(
             layout.say(where, f"{what} in {low}..{high - 1}", f"{labels[wrong].flat[0]:g}")
         )
     return labels.astype(np.int32)
+
+
+def check_option(
+    name: str,
+    value: str | int | None,
+    known: Iterable[str | int | None],
+) -> None:
+    """Raises: ValueError that lists what is known."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 # %% ../../nbs/data/19_readers.ipynb #r19base
 class FileReader:

@@ -19,7 +19,7 @@ from plyfile import PlyData, PlyParseError
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from .readers import Layout, RoomReader, Store, View
+from .readers import Layout, RoomReader, Store, View, check_option
 from .shapenet import read_pose
 
 # %% auto #0
@@ -388,8 +388,8 @@ def scannet_labels(
 # %% ../../nbs/data/23_scannet.ipynb #30b9f3ee
 SCANNET = Layout(
     "ScanNet",
-    "<root>/{train,val,test}/<scene>/coord.npy with frames in <root>/2D",
-    "www.scan-net.org, then Pointcept's preprocess_scannet.py or unipre3d.data.scannet.convert_scans",
+    "<root>/{train,val,test}/<scene>/{coord,color,normal,segment20,segment200,instance}.npy with frames in <root>/2D",
+    "www.scan-net.org (by a form), then Pointcept's preprocess_scannet.py or unipre3d.data.scannet.convert_scans",
 )
 FRAME_FILES = dict(
     color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)
@@ -431,10 +431,8 @@ class ScanNetFrames(RoomReader):
         min_depth: float = 0.05,  # metres; depth up to here counts as missing (the released code's bound)
         cache_bytes: int = 2**28,  # bound on what is kept decoded, in each process
     ):
-        if intrinsics not in ("files", "standard"):
-            raise ValueError(f"intrinsics: expected 'files' or 'standard', got {intrinsics!r}")
-        if resample not in ("box", "bicubic"):
-            raise ValueError(f"resample: expected 'box' or 'bicubic', got {resample!r}")
+        check_option("intrinsics", intrinsics, ("files", "standard"))
+        check_option("resample", resample, ("box", "bicubic"))
         if len(hw) != 2 or min(hw) < 1:
             raise ValueError(f"hw: expected a height and a width of at least 1 pixel, got {hw}")
         if depth_scale <= 0:
@@ -467,7 +465,8 @@ class ScanNetFrames(RoomReader):
     def _find_scenes(self):
         if not self.root.exists():
             raise FileNotFoundError(
-                f"{self.root}: expected ScanNet as {SCANNET.tree}, found nothing there; get it from {SCANNET.source}"
+                f"{self.root}: expected ScanNet as {SCANNET.tree}, found nothing there; "
+                f"request it at {SCANNET.source}"
             )
         self.store = Store(self.root)
         names = self.store.names(self.split)
