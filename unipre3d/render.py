@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .core import CameraBatch, GaussianBatch, offsets, to_padded
-from .gaussians import covariance, evaluate_sh
+from .gaussians import covariance, evaluate_sh, rotation_from_quat
 
 # %% auto #0
-__all__ = ['EPS2D', 'Render', 'project_gaussians', 'pixel_alpha', 'composite', 'render_one', 'render_dense', 'in_threads',
-           'view_strips', 'Drawing', 'draw_views', 'draw_views_backward', 'Splat', 'render_cpu', 'render_gsplat',
-           'check_render', 'render']
+__all__ = ['EPS2D', 'Render', 'project_centres', 'project_gaussians', 'pixel_alpha', 'composite', 'footprints', 'front_to_back',
+           'render_one', 'render_dense', 'in_threads', 'view_strips', 'Drawing', 'draw_views', 'draw_views_backward',
+           'Splat', 'render_cpu', 'render_gsplat', 'check_render', 'render']
 
 # %% ../nbs/52_render.ipynb #cd60ca16
 EPS2D = 0.3  # pixels^2 added to the diagonal of every 2-D covariance
@@ -35,16 +35,15 @@ class Render:
     depth: Float[Tensor, "v h w"]  # expected depth along z, 0 where nothing is hit
 
 # %% ../nbs/52_render.ipynb #0744c98a
-def project_gaussians(
+def project_centres(
     mean: Float[Tensor, "n 3"],  # centres in the world
-    cov: Float[Tensor, "n 3 3"],  # covariances in the world
     world_to_cam: Float[Tensor, "4 4"],  # pose of one camera
     K: Float[Tensor, "3 3"],  # its intrinsics, pixels
     hw: tuple[int, int],  # image height and width
 ) -> tuple[
-    Float[Tensor, "n 2"], Float[Tensor, "n 2 2"], Float[Tensor, "n"]
-]:  # centres (pixels), covariances (pixels^2), depths
-    "A 3-D Gaussian seen by a pinhole camera is nearly a 2-D one: linearise the projection at its centre."
+    Float[Tensor, "n 2"], Float[Tensor, "n 2 3"], Float[Tensor, "n"]
+]:  # centres (pixels), derivatives J W (pixels per world unit), depths
+    "Where the centres fall, and how fast they would move there."
     R, t = world_to_cam[:3, :3], world_to_cam[:3, 3]
     x, y, z = (mean @ R.T + t).unbind(-1)
     (fx, fy, cx, cy), (h, w) = (K[0, 0], K[1, 1], K[0, 2], K[1, 2]), hw
@@ -57,7 +56,21 @@ def project_gaussians(
         )
         @ R
     )
-    return torch.stack([fx * x / z + cx, fy * y / z + cy], -1), J @ cov @ J.mT, z
+    return torch.stack([fx * x / z + cx, fy * y / z + cy], -1), J, z
+
+
+def project_gaussians(
+    mean: Float[Tensor, "n 3"],  # centres in the world
+    cov: Float[Tensor, "n 3 3"],  # covariances in the world
+    world_to_cam: Float[Tensor, "4 4"],  # pose of one camera
+    K: Float[Tensor, "3 3"],  # its intrinsics, pixels
+    hw: tuple[int, int],  # image height and width
+) -> tuple[
+    Float[Tensor, "n 2"], Float[Tensor, "n 2 2"], Float[Tensor, "n"]
+]:  # centres (pixels), covariances (pixels^2), depths
+    "A 3-D Gaussian seen by a pinhole camera is nearly a 2-D one: linearise the projection at its centre."
+    uv, J, z = project_centres(mean, world_to_cam, K, hw)
+    return uv, J @ cov @ J.mT, z
 
 # %% ../nbs/52_render.ipynb #600485b4
 def pixel_alpha(
@@ -66,6 +79,8 @@ def pixel_alpha(
     opacity: Float[Tensor, "n"],  # 0..1
     hw: tuple[int, int],  # image height and width
     *,
+    det: Float[Tensor, "n"]
+    | None = None,  # determinants of cov; None: from cov, which cancels when an ellipse is very long
     least: float = 1 / 255,  # smaller alphas count as 0
     most: float = 0.999,  # larger ones as this
 ) -> Float[Tensor, "n h w"]:
@@ -73,7 +88,11 @@ def pixel_alpha(
     h, w = hw
     y, x = torch.meshgrid(torch.arange(h).to(uv) + 0.5, torch.arange(w).to(uv) + 0.5, indexing="ij")
     d = torch.stack([x, y], -1) - uv[:, None, None]
-    sigma = 0.5 * torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(cov), d)
+    a, b, c = cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]
+    if det is None:
+        det = a * c - b * b
+    inverse = torch.stack([c, -b, -b, a], -1).unflatten(-1, (2, 2)) / det[:, None, None]
+    sigma = 0.5 * torch.einsum("nhwi,nij,nhwj->nhw", d, inverse, d)
     alpha = (opacity[:, None, None] * torch.exp(-sigma)).clamp(max=most)
     return torch.where(alpha >= least, alpha, 0)
 
@@ -89,6 +108,61 @@ def composite(
     return alpha * T[:-1], T[-1]
 
 # %% ../nbs/52_render.ipynb #9ce346d4
+def footprints(
+    mean: Float[Tensor, "n 3"],  # Gaussians of one cloud, as in `GaussianBatch`
+    scale: Float[Tensor, "n 3"],
+    quat: Float[Tensor, "n 4"],
+    world_to_cam: Float[Tensor, "4 4"],  # one camera
+    K: Float[Tensor, "3 3"],
+    hw: tuple[int, int],
+) -> tuple[
+    Float[Tensor, "n 2"], Float[Tensor, "n 2 2"], Float[Tensor, "n"], Float[Tensor, "n"]
+]:  # centres, covariances, their determinants, depths
+    "As `project_gaussians`, with determinants that do not cancel."
+    uv, J, z = project_centres(mean, world_to_cam, K, hw)
+    R = rotation_from_quat(quat)
+    Q = J @ (R * scale[:, None])
+    normal = (
+        torch.einsum("ni,nij->nj", torch.linalg.cross(J[:, 0], J[:, 1]), R)
+        * scale[:, [1, 0, 0]]
+        * scale[:, [2, 2, 1]]
+    )  # q0 x q1
+    return uv, Q @ Q.mT, normal.square().sum(-1), z
+
+
+@torch.no_grad()
+def front_to_back(
+    mean: Float[Tensor, "n 3"],  # all arguments as in `render_one`
+    scale: Float[Tensor, "n 3"],
+    quat: Float[Tensor, "n 4"],
+    opacity: Float[Tensor, "n"],
+    sh: Float[Tensor, "n k 3"],
+    world_to_cam: Float[Tensor, "4 4"],
+    K: Float[Tensor, "3 3"],
+    hw: tuple[int, int],
+    near: float,
+    far: float,
+) -> Tensor:  # [m] indices
+    "Which Gaussians a view draws, in order of depth: those between near and far of which everything is finite."
+    from unipre3d.kernels.splat import BRIGHTEST, FARTHEST, LARGEST_VARIANCE, SHORTEST_QUAT
+
+    uv, cov, _, z = footprints(mean, scale, quat, world_to_cam, K, hw)
+    direction = mean + world_to_cam[:3, :3].T @ world_to_cam[:3, 3]
+    keep = (
+        (z >= near)
+        & (z <= min(far, FARTHEST))
+        & uv.isfinite().all(1)
+        & opacity.isfinite()
+        & sh.isfinite().flatten(1).all(1)
+    )
+    keep &= cov.diagonal(dim1=1, dim2=2).amax(1) <= LARGEST_VARIANCE
+    keep &= quat.norm(dim=1) >= SHORTEST_QUAT
+    keep &= direction.norm(dim=1) > 0
+    keep &= evaluate_sh(sh, direction).amax(1) <= BRIGHTEST
+    index = keep.nonzero()[:, 0]
+    return index[z[index].argsort(stable=True)]
+
+
 def render_one(
     mean: Float[Tensor, "n 3"],  # Gaussians of one cloud, as in `GaussianBatch`
     scale: Float[Tensor, "n 3"],
@@ -105,16 +179,19 @@ def render_one(
     far: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # rgb [3 h w], alpha [h w], depth [h w]
     "One view, every Gaussian at every pixel: slow, plain, differentiable by autograd."
-    uv, cov, z = project_gaussians(mean, covariance(scale, quat), world_to_cam, K, hw)
-    blurred = cov + EPS2D * torch.eye(2).to(cov)
+    order = front_to_back(mean, scale, quat, opacity, sh, world_to_cam, K, hw, near, far)
+    mean, scale, quat, opacity, sh = (t[order] for t in (mean, scale, quat, opacity, sh))
+    uv, cov, det, z = footprints(mean, scale, quat, world_to_cam, K, hw)
+    blurred, blurred_det = (
+        cov + EPS2D * torch.eye(2).to(cov),
+        det + EPS2D * (cov[:, 0, 0] + cov[:, 1, 1] + EPS2D),
+    )
     if antialiased:
-        opacity = opacity * (cov.det().clamp(min=0) / blurred.det()).sqrt()
+        opacity = opacity * (det.clamp(min=torch.finfo(det.dtype).tiny) / blurred_det).sqrt()
     colour = evaluate_sh(sh, mean + world_to_cam[:3, :3].T @ world_to_cam[:3, 3])
-    keep = ((z >= near) & (z <= far)).nonzero()[:, 0]
-    order = keep[z[keep].argsort(stable=True)]
-    weight, T = composite(pixel_alpha(uv[order], blurred[order], opacity[order], hw))
-    rgb = torch.einsum("nhw,nc->chw", weight, colour[order]) + T * background[:, None, None]
-    depth = torch.einsum("nhw,n->hw", weight, z[order])
+    weight, T = composite(pixel_alpha(uv, blurred, opacity, hw, det=blurred_det))
+    rgb = torch.einsum("nhw,nc->chw", weight, colour) + T * background[:, None, None]
+    depth = torch.einsum("nhw,n->hw", weight, z)
     return rgb, 1 - T, depth / (1 - T).clamp(min=1e-10)
 
 # %% ../nbs/52_render.ipynb #37000562
@@ -525,6 +602,11 @@ def check_render(
     if len(g) and not bool((g.quat.abs().amax(1) > 0).all()):
         raise ValueError(
             "render: gaussians.quat: expected quaternions that are not zero, found a row of zeros"
+        )
+    thin = float(g.scale.detach().min()) if len(g) else 1.0
+    if not thin > 0:
+        raise ValueError(
+            f"render: gaussians.scale: expected standard deviations above 0, found {thin:g}; apply an exponential"
         )
     low, high = (float(x) for x in g.opacity.detach().aminmax()) if len(g) else (0.0, 1.0)
     if not (0 <= low and high <= 1):

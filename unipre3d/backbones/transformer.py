@@ -16,7 +16,7 @@ from ..core import PointBatch, from_padded, to_padded
 from ..geometry.pointops import ball_query, farthest_point_sample, knn
 
 # %% auto #0
-__all__ = ['group_points', 'Block', 'StandardTransformer']
+__all__ = ['group_points', 'TransformerBlock', 'StandardTransformer']
 
 # %% ../../nbs/backbones/40_transformer.ipynb #bbcce2a2
 def group_points(
@@ -42,7 +42,7 @@ def group_points(
     return groups, centre, near
 
 # %% ../../nbs/backbones/40_transformer.ipynb #3af6f9c5
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     "Pre-norm self-attention and MLP on tokens [B t width]."
 
     def __init__(
@@ -128,7 +128,7 @@ class StandardTransformer(Backbone):
         self.cls_token = nn.Parameter(torch.zeros(width))
         self.cls_pos = nn.Parameter(0.02 * torch.randn(width))
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, num_heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(TransformerBlock(width, num_heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width)
 
     def stem(self, points: PointBatch) -> PointBatch:

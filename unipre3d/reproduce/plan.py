@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone, freeze
-from ..backbones.transformer import Block, group_points
+from ..backbones.transformer import TransformerBlock, group_points
 from ..core import PointBatch
 from ..data.augment import Augment
 from ..data.labelled import ScanObjectNN
@@ -246,7 +246,7 @@ class MaskedModel(nn.Module):
         )
         self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
         self.blocks, self.norm = (
-            nn.ModuleList(Block(width, heads) for _ in range(depth)),
+            nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth)),
             nn.LayerNorm(width),
         )
         self.head = nn.Linear(width, 3 * backbone.group_size)

@@ -20,7 +20,7 @@ from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment, Cloud, about_z, augment, mirror, rotate
 from ..data.labelled import S3DIS
-from ..data.readers import Layout, Subset, hold_out_places
+from ..data.readers import Subset, hold_out_places
 from ..data.samples import CloudSamples, Labelled
 from ..data.scannet import ScanNetFrames, scannet_labels
 from .metrics import SemanticScore
@@ -37,8 +37,8 @@ from ..recipes import find_recipe
 from ..viewer import MOST_POINTS, label_palette, point_viewer
 
 # %% auto #0
-__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'SCANNET_ROOMS', 'one_per_voxel', 'crop_rows', 'LabelledScenes',
-           'WholeScene', 'ScenePoints', 'carry', 'SemanticModel', 'lovasz_loss', 'semantic_loss', 'point_probabilities',
+__all__ = ['ROOM_MINI', 'SCENE_FULL', 'semantic_recipes', 'one_per_voxel', 'crop_rows', 'LabelledScenes', 'WholeScene',
+           'ScenePoints', 'carry', 'SemanticModel', 'lovasz_loss', 'semantic_loss', 'point_probabilities',
            'evaluate_semantic', 'paint_room', 'save_room', 'SemanticRecipe', 'read_rooms', 'split_rooms',
            'build_scenes', 'build_semantic', 'class_details', 'save_voxels', 'show_voxels', 'ask_rooms',
            'semantic_task']
@@ -436,19 +436,12 @@ semantic_recipes: dict[str, SemanticRecipe] = {
 }
 
 # %% ../../nbs/tasks/74_semantic.ipynb #c5687067
-SCANNET_ROOMS = Layout(
-    "ScanNet",
-    "<root>/{train,val}/<scene>/{coord,color,normal,segment20,segment200,instance}.npy",
-    "www.scan-net.org (by a form), then Pointcept's preprocess_scannet.py or unipre3d.data.scannet.convert_scans (for 200 classes with labels=)",
-)
-
-
 def read_rooms(
     recipe: SemanticRecipe,
     split: str,  # "train", "val" or "test"
 ):  # a reader
     "All rooms of one split."
-    layouts = {"scannet": SCANNET_ROOMS, "s3dis": S3DIS.layout}
+    layouts = {"scannet": ScanNetFrames.layout, "s3dis": S3DIS.layout}
     if recipe.layout not in layouts:
         raise ValueError(f'layout: expected one of {", ".join(layouts)}; got "{recipe.layout}"')
     if not recipe.data:

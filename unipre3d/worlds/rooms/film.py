@@ -24,8 +24,8 @@ from unipre3d.worlds.rooms.light import (
 from .models import edge_cross, room_models
 
 # %% auto #0
-__all__ = ['HW', 'FOCAL', 'K', 'pixel_rays', 'model_normals', 'piece_normals', 'toward', 'RoomTracer', 'depth_sigma',
-           'depth_edges', 'noisy_depth', 'expose', 'free_floor', 'camera_pose', 'film_path', 'film']
+__all__ = ['HW', 'FOCAL', 'K', 'pixel_rays', 'model_normals', 'piece_normals', 'RoomTracer', 'depth_sigma', 'depth_edges',
+           'noisy_depth', 'expose', 'free_floor', 'camera_pose', 'film_path', 'film']
 
 # %% ../../../nbs/worlds/35_rooms_film.ipynb #6b7c14e4
 HW = (240, 320)  # of the frames
@@ -62,31 +62,27 @@ def piece_normals(
     return normal
 
 
-def toward(
-    normal: np.ndarray,  # [n 3]
-    way: np.ndarray,  # [n 3]
-) -> np.ndarray:  # [n 1] float32, 1 or -1
-    "The sign that makes a normal point against a direction."
-    return np.where((normal * way).sum(1, keepdims=True) > 0, -1, 1).astype(np.float32)
-
-
 class RoomTracer(Tracer):
     "Rays against a whole room; Embree does the work."
 
     def __init__(self, room: Room, appearance: Appearance):
-        self.room, self.appearance = room, appearance
-        pieces = room.pieces
+        self.room, self.appearance, pieces = room, appearance, room.pieces
         counts = [len(p.faces) for p in pieces]
         corners = np.concatenate([p.vertices[p.faces] for p in pieces]).astype(np.float32)
         cross = edge_cross(corners)
         self.flat = cross / np.maximum(np.linalg.norm(cross, axis=1, keepdims=True), 1e-20)
-        flat = np.split(self.flat, np.cumsum(counts)[:-1])
-        normal = np.concatenate([piece_normals(p, n) for p, n in zip(pieces, flat)])
         self.color = np.concatenate([p.color for p in pieces]).astype(np.float32) / 255
-        paint = np.repeat([p.paint for p in pieces], counts)
-        piece = np.repeat(np.arange(len(pieces)), counts)
-        uv = np.zeros((len(corners), 3, 2), np.float32)
-        super().__init__(Mesh(corners, uv, normal, paint, piece, [], []))
+        flat = np.split(self.flat, np.cumsum(counts)[:-1])
+        mesh = Mesh(
+            corners=corners,
+            uv=np.zeros((len(corners), 3, 2), np.float32),
+            normal=np.concatenate(list(map(piece_normals, pieces, flat))),
+            material=np.repeat([p.paint for p in pieces], counts),
+            part=np.repeat(np.arange(len(pieces)), counts),
+            materials=[],
+            parts=[],
+        )
+        super().__init__(mesh)
 
     def shade(
         self,
@@ -103,8 +99,7 @@ class RoomTracer(Tracer):
             color[mine] = surface_color(kind, xyz[mine], normal[mine], self.appearance)
         way, far = rays_to_lamp(xyz, self.appearance, rng)
         met, _, gap = self.hit(xyz + 3e-3 * flat, way)
-        free = ((met < 0) | (gap > far - 0.3)).reshape(HW).astype(np.float32)
-        free = soften(free).reshape(-1)
+        free = soften(((met < 0) | (gap > far - 0.3)).reshape(HW)).reshape(-1)
         lamp = (way * normal).sum(1).clip(0) * free * 4 / (far**2 + 2)
         light = light_at(xyz, normal, lamp, self.room.size, self.appearance)
         light[paint == Paint.GLASS] = 1.15
@@ -121,11 +116,10 @@ class RoomTracer(Tracer):
         ray /= length[:, None]
         eye = pose[:3, 3]
         face, bary, far = self.hit(np.broadcast_to(eye, ray.shape), ray)
-        met = face >= 0
+        met, bary = face >= 0, bary.astype(np.float32)
         far = np.where(met, far, 0).astype(np.float32)
-        bary = bary.astype(np.float32)
         flat = self.flat[face]
-        flat = flat * toward(flat, ray)
+        flat = flat * np.where((flat * ray).sum(1, keepdims=True) > 0, -1, 1).astype(np.float32)
         weights = np.concatenate([1 - bary.sum(1, keepdims=True), bary], 1)
         smooth = np.einsum("nc,ncx->nx", weights, self.mesh.normal[face])
         sign = np.where((smooth * flat).sum(1) < 0, -1, 1)
@@ -165,7 +159,7 @@ def noisy_depth(
     appearance: Appearance,
     rng: np.random.Generator,
 ) -> np.ndarray:  # [h w] uint16 millimetres, 0 = missing
-    "A depth image as a cheap sensor gives it: noise, and holes at edges, at grazing angles, far away, very near and in panes."
+    "What a cheap sensor measures: noise; holes at edges, grazing angles, far, near, in panes."
     depth, slant = view["depth"], view["slant"]
     h, w = HW
     noise = rng.standard_normal((h, w)).astype(np.float32)
@@ -229,11 +223,9 @@ def camera_pose(
     forward = np.array([flat * math.cos(yaw), flat * math.sin(yaw), math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
     down = np.cross(forward, right)
+    c, s = math.cos(roll), math.sin(roll)
     pose = np.eye(4)
-    pose[:3, 0] = math.cos(roll) * right + math.sin(roll) * down
-    pose[:3, 1] = math.cos(roll) * down - math.sin(roll) * right
-    pose[:3, 2] = forward
-    pose[:3, 3] = eye
+    pose[:3] = np.stack([c * right + s * down, c * down - s * right, forward, eye], 1)
     return pose
 
 
@@ -241,7 +233,7 @@ def film_path(
     room: Room,
     frames: int,
 ) -> np.ndarray:  # [frames 4 4] camera to world
-    "Two rounds with a camera in the hand: one across the room from its edges, one outwards from nearer the middle."
+    "Two rounds, camera in hand: across the room from its edges, then from nearer the middle."
     rng = room.rng
     places, gap = free_floor(room)
     t = (np.arange(frames) + 0.5) / frames
@@ -273,8 +265,8 @@ def film(
     appearance: Appearance,
     frames: int = 24,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the frames of a room one by one: color [h w 3] uint8, depth [h w] uint16 millimetres, pose [4 4], and what
-    is truly there: z [h w] metres, piece [h w]."""
+    """Yield the frames of a room one by one: color [h w 3] uint8, depth [h w] uint16 millimetres,
+    pose [4 4], and what is truly there: z [h w] metres, piece [h w]."""
     tracer, rng = RoomTracer(room, appearance), room.rng
     poses = film_path(room, frames)
     phase = rng.random(4) * 2 * np.pi
@@ -282,6 +274,10 @@ def film(
         view = tracer.view(pose, rng)
         exposure = 0.07 * np.sin(2 * np.pi * 1.3 * t + phase[0])
         balance = 0.025 * np.sin(2 * np.pi * 0.8 * t + phase[1:])
-        depth = noisy_depth(view, appearance, rng)
-        color = expose(view["color"], 1 + exposure + balance, rng)
-        yield dict(color=color, depth=depth, pose=pose, z=view["depth"], piece=view["piece"])
+        yield dict(
+            depth=noisy_depth(view, appearance, rng),
+            color=expose(view["color"], 1 + exposure + balance, rng),
+            pose=pose,
+            z=view["depth"],
+            piece=view["piece"],
+        )

@@ -8,6 +8,7 @@ import io, re, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,26 +36,21 @@ class Model:
     role: str  # what it can be in a room, from `room_roles.csv`
     label20: str  # ScanNet20 name
     label200: str  # ScanNet200 name
-    vertices: (
-        np.ndarray
-    )  # [v 3] float32 metres, z up, front towards -y, on z = 0, centred in x and y
+    vertices: np.ndarray  # [v 3] float32 metres, z up from 0, front towards -y, centred in x, y
     faces: np.ndarray  # [f 3] int32
     color: np.ndarray  # [f 3] uint8, without light
 
 
 def model_roles(
     objects: list[dict],  # rows of `furniture.csv`
-    rules: list[
-        dict
-    ],  # rows of `room_roles.csv`; class and pattern (in "id name") of an object must match
+    rules: list[dict],  # rows of `room_roles.csv`: a class, and a pattern of "id name"
 ) -> dict[str, dict]:  # id -> its rule; objects that suit no room are left out
     "What each object can be in a room: the first rule that matches."
     roles = {}
-    for rule in reversed(rules):  # the first is written last
-        for item in objects:
-            name = f"{item['id']} {item['name']}"
-            if item["class"] == rule["class"] and re.search(rule["pattern"], name):
-                roles[item["id"]] = rule
+    for rule, item in product(reversed(rules), objects):  # the first rule is written last
+        name = f"{item['id']} {item['name']}"
+        if item["class"] == rule["class"] and re.search(rule["pattern"], name):
+            roles[item["id"]] = rule
     return {id: rule for id, rule in roles.items() if rule["role"]}
 
 
@@ -76,10 +72,8 @@ def sample_mesh(
     mesh: Mesh,
     n: int,
     rng: np.random.Generator,
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # xyz, unit normal of the triangle [n 3], colour and opacity [n 4]
-    "Points spread over all surfaces, inner ones too; colours in 0..1."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # xyz, unit normal [n 3], colour and opacity [n 4]
+    "Points spread over all surfaces, inner ones too; normals of triangles, colours in 0..1."
     cross = edge_cross(mesh.corners)
     area = np.linalg.norm(cross, axis=1)
     face = rng.choice(len(area), n, p=area / area.sum())
@@ -102,16 +96,14 @@ def decimate(
     corners: np.ndarray,  # [f 3 3]
     target: int,  # faces wanted at most
 ) -> tuple[np.ndarray, np.ndarray]:  # vertices [v 3], faces [f 3]
-    "Fewer triangles: quadric edge collapse, and where loose pieces resist, vertices snapped to a grid first."
+    "Fewer triangles: edges collapse; where loose pieces resist, vertices snap to a grid first."
     import fast_simplification
 
-    points = corners.reshape(-1, 3)
-    span = np.ptp(points, axis=0).max()
+    points, span = corners.reshape(-1, 3), np.ptp(corners.reshape(-1, 3), axis=0).max()
     for cell in (1e-5, 0.004, 0.008, 0.016, 0.03, 0.05):
         snapped = np.round(points / (span * cell)).astype(np.int64)
         _, first, index = np.unique(snapped, axis=0, return_index=True, return_inverse=True)
-        vertices = points[first]
-        faces = index.reshape(-1, 3)
+        vertices, faces = points[first], index.reshape(-1, 3)
         faces = faces[distinct_corners(faces)]
         faces = faces[np.unique(np.sort(faces, 1), axis=0, return_index=True)[1]]
         if len(faces) > target:
@@ -135,10 +127,12 @@ def split_faces(
     a, b, c = np.take_along_axis(faces[which], (longest[:, None] + np.arange(3)) % 3, 1).T
     edge, number = np.unique(np.sort(np.stack([a, b], 1), 1), axis=0, return_inverse=True)
     middle = len(vertices) + number.reshape(-1)
-    halves = [np.stack([a, middle, c], 1), np.stack([middle, b, c], 1)]
     cut, kept = np.flatnonzero(which), np.flatnonzero(~which)
-    vertices = np.concatenate([vertices, vertices[edge].mean(1)])
-    return vertices, np.concatenate([faces[kept], *halves]), np.concatenate([kept, cut, cut])
+    return (
+        np.concatenate([vertices, vertices[edge].mean(1)]),
+        np.concatenate([faces[kept], np.stack([a, middle, c], 1), np.stack([middle, b, c], 1)]),
+        np.concatenate([kept, cut, cut]),
+    )
 
 
 def one_side(
@@ -167,7 +161,7 @@ def paint_faces(
     budget: int,  # faces at most
     rng: np.random.Generator,
     points: int = 40_000,  # sampled on the model
-    spread: float = 0.05,  # standard deviation of colour within a face above which it is cut, in 0..1
+    spread: float = 0.05,  # of colours in a face (standard deviation, 0..1) above which it is cut
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # vertices, faces, colour and opacity [f 4]
     """A colour for each face: the mean of the model's points nearest to it that face alike.
     Faces with a pattern are cut while the budget lasts."""
@@ -180,12 +174,12 @@ def paint_faces(
         "Mean colour, unevenness and size (square root of twice the area) of some faces, [f 6]."
         corners = vertices[some]
         cross = edge_cross(corners)
-        area = np.linalg.norm(cross, axis=1, keepdims=True)
+        area = np.linalg.norm(cross, axis=1)
         spots = np.einsum("kc,fcx->fkx", weights, corners)
-        normals = scale * one_side(cross / np.maximum(area, 1e-12))[:, None]
+        normals = scale * one_side(cross / np.maximum(area, 1e-12)[:, None])[:, None]
         query = np.concatenate([spots, np.broadcast_to(normals, spots.shape)], -1)
         near = color[tree.query(query.reshape(-1, 6))[1]].reshape(len(some), len(weights), 4)
-        size = np.sqrt(area[:, 0])
+        size = np.sqrt(area)
         return np.column_stack([near.mean(1), near.std(1).mean(1) * size, size])
 
     painted = paint(faces)
@@ -197,8 +191,8 @@ def paint_faces(
         most = max(1, min(budget - len(faces), len(faces) // 3))
         wanted = wanted[np.argsort(-uneven[wanted], kind="stable")][:most]
         vertices, faces, old = split_faces(vertices, faces, np.isin(np.arange(len(faces)), wanted))
-        new = 2 * len(wanted)
-        painted = np.concatenate([painted[old[:-new]], paint(faces[-new:])])
+        kept = len(faces) - 2 * len(wanted)
+        painted = np.concatenate([painted[old[:kept]], paint(faces[kept:])])
     return vertices, faces, painted[:, :4]
 
 # %% ../../../nbs/worlds/31_rooms_models.ipynb #ee88ab57
@@ -210,20 +204,20 @@ def pack_model(
     faces: np.ndarray,  # [f 3]
     color: np.ndarray,  # [f 3] in 0..1
 ) -> dict[str, np.ndarray]:  # vertices [v 3] uint16, faces [f 3] uint16, color [f 3] uint8
-    """Whole half millimetres, equal vertices joined, in an order that compresses: vertices along z, faces along their
-    first vertex."""
+    """Whole half millimetres, equal vertices joined, in an order that compresses: vertices along z,
+    faces along their first vertex."""
     whole = np.round((vertices - vertices.min(0)) / STEP).astype(np.int64)
     points, index = np.unique(whole[:, ::-1], axis=0, return_inverse=True)
     faces = index.reshape(-1)[faces]
     solid = distinct_corners(faces)
-    faces = faces[solid]
+    faces, color = faces[solid], np.round(color[solid] * 51) * 5
     faces = np.take_along_axis(faces, (faces.argmin(1)[:, None] + np.arange(3)) % 3, 1)
     order = np.lexsort(faces.T[::-1])
     used, index = np.unique(faces[order], return_inverse=True)
     return dict(
         vertices=points[used][:, ::-1].astype(np.uint16),
         faces=index.reshape(-1, 3).astype(np.uint16),
-        color=(np.round(color[solid] * 51) * 5)[order].astype(np.uint8),
+        color=color[order].astype(np.uint8),
     )
 
 
@@ -255,20 +249,19 @@ def write_meshes(
     packed: dict[str, dict],  # id -> `pack_model`
     out: str | Path,
 ) -> Path:
-    "All models in one npz: joined arrays as byte planes of differences, LZMA; the same input gives the same bytes."
+    "All models in one npz: byte planes of differences, LZMA; the same input gives the same bytes."
     models = [packed[id] for id in sorted(packed)]
     joined = {key: np.concatenate([m[key] for m in models]) for key in models[0]}
     joined["faces"][:, 1:] -= joined["faces"][:, :1]
     steps = {key: np.diff(x, axis=0, prepend=x[:1] * 0).T.copy() for key, x in joined.items()}
     for key in ("vertices", "faces"):
         steps[key] = steps[key].view(np.uint8).reshape(3, -1, 2).transpose(0, 2, 1).copy()
-    counts = [[len(m["vertices"]), len(m["faces"])] for m in models]
-    arrays = dict(ids=np.array(sorted(packed)), counts=np.array(counts, dtype=np.uint32)) | steps
+    counts = np.array([[len(m["vertices"]), len(m["faces"])] for m in models], dtype=np.uint32)
+    arrays = dict(ids=np.array(sorted(packed)), counts=counts) | steps
     part = Path(out).with_suffix(".part")
     with zipfile.ZipFile(part, "w") as z:
         for name, array in arrays.items():
-            file = io.BytesIO()
-            np.save(file, array)
+            np.save(file := io.BytesIO(), array)
             info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
             z.writestr(info, file.getvalue(), zipfile.ZIP_LZMA)
     return part.replace(out)
@@ -303,7 +296,8 @@ def build_meshes(
     work: str | Path = "runs/furniture",  # where the libraries are unpacked
     workers: int = 2,  # processes
 ) -> Path:  # the archive
-    """The embedded archive of simplified meshes from its source. Needs `fast_simplification`; takes some minutes.
+    """The embedded archive of simplified meshes from its source, in some minutes.
+    Needs `fast_simplification`.
 
     Raises: FileNotFoundError or ValueError where the package is missing or another one."""
     libraries = unpack_deb(find_deb(deb, work), Path(work) / "libraries")
@@ -316,8 +310,8 @@ def build_meshes(
             catalogue = z.read("PluginFurnitureCatalog.properties").decode("latin1")
         jobs += [(path, e) for e in read_catalogue(catalogue, name) if e.id in roles]
     with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(_simplify_job, jobs)
-        packed = dict(tqdm(done, total=len(jobs), desc="simplify", unit="model"))
+        made = pool.map(_simplify_job, jobs)
+        packed = dict(tqdm(made, total=len(jobs), desc="simplify", unit="model"))
     return write_meshes(packed, out or data_dir() / "furniture_meshes.npz")
 
 
@@ -330,8 +324,7 @@ def room_models(
     roles = model_roles(list(objects.values()), read_csv(data_dir() / "room_roles.csv"))
     models = {}
     for id, packed in read_meshes(path or data_dir() / "furniture_meshes.npz").items():
-        if id in roles:
-            role, item = roles[id], objects[id]
-            names = item["class"], item["split"], role["role"], role["label20"], role["label200"]
-            models[id] = Model(id, *names, *unpack_model(packed))
+        if role := roles.get(id):
+            names = objects[id]["split"], role["role"], role["label20"], role["label200"]
+            models[id] = Model(id, role["class"], *names, *unpack_model(packed))
     return models
