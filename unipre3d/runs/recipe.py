@@ -90,6 +90,7 @@ class Recipe:
 
     task: ClassVar[str] = ""  # name of the task in config.json and record.json
     kind: ClassVar[str] = "finetune"  # of the record
+    command: ClassVar[str] = "finetune"  # of the command line
     old_names: ClassVar[dict[str, str]] = {}  # of values, in files of earlier versions
 
     def build_model(self, classes: int) -> nn.Module:

@@ -30,7 +30,7 @@ from unipre3d.records import (
 )
 from .checkpoint import load_tensors, run_history
 from .fit import Task, check_task, fit, new_accelerator, processes
-from .recipe import Recipe, check_recipe, from_values, to_values
+from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
 
 # %% auto #0
@@ -228,9 +228,19 @@ def prepare_run(
     resume: bool,
     say: Callable[[str], None],
 ) -> tuple[Path, dict]:  # the run's folder, its start
-    "Claim the folder, load the first weights, write config.json; a run that goes on has all of it already."
+    """Claim the folder, load the first weights, write config.json; a run that goes on has all of it already.
+
+    Raises: ValueError for a run that began with other values, and as `claim_folder` and `start_from`.
+    """
     rank, _ = processes()
     if resume:
+        _, begun, _ = read_run(folder, {recipe.task: type(recipe)})
+        before = to_values(begun) | {"about": recipe.about}
+        for value, now in freeze(to_values(recipe)).items():
+            if now != before[value]:
+                raise ValueError(
+                    f"--resume: expected {value} = {before[value]!r}, with which {folder} began, got {now!r}"
+                )
         return Path(folder), read_config(folder).get("start", {"kind": "none", "init": "none"})
     backbone = getattr(task.model, "backbone", None)
     if backbone is None and str(init) != "none":
@@ -317,7 +327,7 @@ def run_recipe(
         if rank == 0:
             say(
                 f"stopped after step {done.step} of {recipe.run.steps}; go on with: "
-                f"unipre3d {'pretrain' if recipe.kind == 'pretrain' else 'finetune'} {name} --resume --out {folder}"
+                f"unipre3d {recipe.command} {name} --resume --out {folder}"
             )
         return Outcome(folder, None, done.ended)
     accelerator.wait_for_everyone()
