@@ -527,11 +527,13 @@ def plain_ap(scenes, kind, tau, min_points=100):
     true, confidence, missed, there = [], [], 0, False
     for masks, kinds, scores, instances, void in scenes:
         own = sorted(
-            [(s, m) for m, k, s in zip(masks, kinds, scores) if k == kind and len(m) >= least],
+            [(s, m) for m, k, s in zip(masks, kinds, scores) if k == kind and len(m) >= min_points],
             key=lambda x: -x[0],
         )
-        large = [i for (k, _), i in sorted(instances.items()) if k == kind and len(i) >= least]
-        small = set().union(*(i for (k, _), i in instances.items() if k == kind and len(i) < least))
+        large = [i for (k, _), i in sorted(instances.items()) if k == kind and len(i) >= min_points]
+        small = set().union(
+            *(i for (k, _), i in instances.items() if k == kind and len(i) < min_points)
+        )
         there |= bool(large)
         taken = set()
         for i in large:
