@@ -185,8 +185,8 @@ class SemanticScore(Confusion):
         """`miou`, `macc`, `allacc`, and `miou_<group>`.
 
         `miou_present` is over classes that truly occur; `miou_all` over all classes, one without a value
-        counting 0 as in Pointcept. `iou` and `acc` are of each class `[K]` (NaN = no value), `absent` is how many have no
-        IoU, `confusion` the matrix.
+        counting 0 as in Pointcept. `iou` and `acc` are of each class `[K]` (NaN = no value), `absent` is how
+        many have no IoU, `confusion` the matrix.
         """
         iou, acc = class_iou(self.matrix), class_accuracy(self.matrix)
         groups = {}

@@ -195,7 +195,10 @@ def class_details(
     names: list[str],  # K
     scores: dict[str, Any],  # of SemanticScore
 ) -> dict[str, Any]:
-    "What a record keeps: for each class IoU, accuracy (None: no value) and points; up to 50 classes also the confusion matrix."
+    """What a record keeps: for each class IoU, accuracy (None: no value) and points.
+
+    Up to 50 classes also the confusion matrix.
+    """
 
     def plain(values):
         return [None if math.isnan(v) else round(v, 5) for v in values.tolist()]
