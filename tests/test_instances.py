@@ -2,7 +2,6 @@
 
 import os
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,15 +15,13 @@ from unipre3d.tasks import instances
 from unipre3d.tasks.instances import (
     InstanceModel,
     InstanceRecipe,
-    ask_instances,
-    build_instances,
     center_offsets,
     components,
     evaluate_instances,
+    final_scores,
     find_instances,
     instance_loss,
     instance_recipes,
-    instance_task,
     mask_iou,
     offset_losses,
     partners,
@@ -34,10 +31,17 @@ from unipre3d.tasks.instances import (
     thing_classes,
 )
 from unipre3d.tasks.metrics import InstanceScore, Instances
-from unipre3d.tasks.semantic import ScenePoints, split_rooms
-from unipre3d.tasks.transfer import build_backbone, load_task, load_weights, run_task
-from unipre3d.pretrain import load_tensors
-from unipre3d.recipes import build_model, find_recipe
+from unipre3d.runs.checkpoint import load_tensors
+from unipre3d.runs.recipe import change
+from unipre3d.runs.run import build_backbone, load_model, run_recipe
+from unipre3d.runs.starts import load_weights
+from unipre3d.tasks.pretrain import pretrain_recipes
+from unipre3d.tasks.scenes import ScenePoints, split_rooms
+
+
+def run_task(name, recipe, folder, **how):
+    "The record of a run; None where it was interrupted."
+    return run_recipe(name, recipe, folder, **how).record
 
 
 # ---- groups
@@ -170,7 +174,7 @@ def block(x, n=200):
 def scored(xyz, offset, label, instance, probability=None, **how):
     probability = F.one_hot(label, 3).float() if probability is None else probability
     found = suppress(
-        proposals(xyz, offset, probability, THINGS, **dict(radius=0.015, least=50) | how)
+        proposals(xyz, offset, probability, THINGS, **dict(radius=0.015, min_points=50) | how)
     )
     return found, InstanceScore(3, skip=(0,)).update(found, label, instance).compute()
 
@@ -215,7 +219,7 @@ def test_a_thing_in_two_pieces_needs_offsets():
         0,
         0.75,
     )  # half of it twice, equally sure: at 25 % one point of the curve, recall 1 and precision 1/2
-    found, score = scored(xyz, whole, label, instance, both=False)
+    found, score = scored(xyz, whole, label, instance, group_unmoved=False)
     assert len(found.label) == 1 and score["map"] == 1
     found, score = scored(
         xyz, whole, label, instance
@@ -238,10 +242,18 @@ def test_small_groups_and_other_classes():
     xyz, label, instance, offset = two_chairs(0.3)
     label[200:400] = 2
     assert proposals(
-        xyz, offset, F.one_hot(label, 3).float(), THINGS, radius=0.015, least=200, both=False
+        xyz,
+        offset,
+        F.one_hot(label, 3).float(),
+        THINGS,
+        radius=0.015,
+        min_points=200,
+        group_unmoved=False,
     ).label.tolist() == [1, 2]
     assert not len(
-        proposals(xyz, offset, F.one_hot(label, 3).float(), THINGS, radius=0.015, least=201).label
+        proposals(
+            xyz, offset, F.one_hot(label, 3).float(), THINGS, radius=0.015, min_points=201
+        ).label
     )
     nothing = proposals(xyz, offset, F.one_hot(label * 0, 3).float(), THINGS, radius=0.015)
     assert nothing.mask.shape == (0, 600) and len(suppress(nothing).score) == 0
@@ -297,10 +309,10 @@ def boxes(tmp_path_factory):
 
 
 def recipe(root, **changes):
-    return replace(
+    return change(
         instance_recipes["inst-rooms-mini"],
         **dict(
-            data=str(root),
+            source=str(root),
             backbone_options=TOY,
             voxel_size=0.25,
             batch_size=1,
@@ -309,7 +321,7 @@ def recipe(root, **changes):
             save_every=1,
             warmup=1,
             radius=0.4,
-            least=3,
+            min_points=3,
         )
         | changes,
     )
@@ -325,7 +337,6 @@ def straight(boxes):
     return boxes / "run", run_task(
         "inst-rooms-mini",
         recipe(boxes / "rooms"),
-        instance_task,
         boxes / "run",
         say=quiet,
         device="cpu",
@@ -344,14 +355,13 @@ def test_recipes_are_plain_values_and_come_back(tmp_path, boxes, straight):
         and list(record["details"]["classes"]) == ["table"]
         and (folder / "instances.png").stat().st_size > 5000
     )
-    back, model, names = load_task(folder, InstanceRecipe, build_instances)
+    back, model, names = load_model(folder, {InstanceRecipe.task: InstanceRecipe})
     assert back == recipe(boxes / "rooms") and len(names) == 20
-    metrics, details = ask_instances(model, back, split_rooms(back)[2], tmp_path)
+    metrics, details = final_scores(model, back, split_rooms(back.data)[2], tmp_path)
     assert metrics == record["metrics"] and details == record["details"]
     again = run_task(
         "again",
         recipe(boxes / "rooms", steps=1),
-        instance_task,
         tmp_path / "again",
         init=folder,
         say=quiet,
@@ -375,7 +385,6 @@ def test_resume_equals_straight(tmp_path, boxes, straight, monkeypatch):
             run_task(
                 "x",
                 recipe(boxes / "rooms"),
-                instance_task,
                 tmp_path / "parts",
                 say=quiet,
                 device="cpu",
@@ -385,7 +394,6 @@ def test_resume_equals_straight(tmp_path, boxes, straight, monkeypatch):
     run_task(
         "x",
         recipe(boxes / "rooms"),
-        instance_task,
         tmp_path / "parts",
         resume=True,
         say=quiet,
@@ -415,11 +423,16 @@ def test_a_perfect_model_scores_one_on_every_point(boxes):
             return 9.0 * F.one_hot(torch.where(inside, 6, 0), 20).float(), offset
 
     samples = ScenePoints(ScanNetFrames(boxes / "rooms", split="test", labels=20), voxel_size=0.1)
-    got = evaluate_instances(Knows(), samples, scannet_labels(20), radius=0.12, least=5)
+    got = evaluate_instances(Knows(), samples, scannet_labels(20), radius=0.12, min_points=5)
     assert got["map"] == 1 and got["ap"].isfinite().sum() == 1 and got["things"][6] == 1
     scene = samples.scene(0)
     found = find_instances(
-        Knows(), scene, thing_classes(scannet_labels(20)), radius=0.12, least=5, both=False
+        Knows(),
+        scene,
+        thing_classes(scannet_labels(20)),
+        radius=0.12,
+        min_points=5,
+        group_unmoved=False,
     )
     assert found.mask.shape == (1, len(scene.label)) and torch.equal(
         partners(found, scene.label, scene.instance) >= 0, found.mask[0]
@@ -440,9 +453,7 @@ def test_rooms_without_a_thing(tmp_path, boxes):
         and not any(p.grad.any() for p in model.offset.parameters())
     )
     with pytest.raises(ValueError) as error:
-        run_task(
-            "x", recipe(boxes / "bare"), instance_task, tmp_path / "run", say=quiet, device="cpu"
-        )
+        run_task("x", recipe(boxes / "bare"), tmp_path / "run", say=quiet, device="cpu")
     assert "expected at least one thing of 100 points in 1 rooms, found none" in str(
         error.value
     ) and "\n" not in str(error.value)
@@ -467,33 +478,31 @@ def test_partners_are_of_the_same_class_and_the_most_confident_one_is_on_top():
 @pytest.mark.parametrize("name", ["inst-scannet20", "inst-scannet200"])
 def test_missing_data_is_one_line_that_says_where_it_comes_from(name):
     with pytest.raises(ValueError) as error:
-        instance_task(replace(instance_recipes[name], backbone_options=TOY))
+        change(instance_recipes[name], backbone_options=TOY).build_task()
     assert (
         str(error.value).startswith("data: this recipe needs ScanNet")
         and "pass --data" in str(error.value)
         and "\n" not in str(error.value)
     )
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        instance_task(replace(instance_recipes[name], backbone_options=TOY, data="nowhere"))
+        change(instance_recipes[name], backbone_options=TOY, source="nowhere").build_task()
 
 
 def test_what_is_not_supported_says_so():
     for changes in (dict(votes=8), dict(layout="s3dis")):
         with pytest.raises(ValueError, match="layout, votes: instances are scored as ScanNet does"):
-            build_instances(replace(instance_recipes["inst-rooms-mini"], **changes), 20)
+            change(instance_recipes["inst-rooms-mini"], **changes).build_model(20)
 
 
 def test_the_mini_recipe_takes_the_pretraining_checkpoint():
-    ours, theirs = instance_recipes["inst-rooms-mini"], find_recipe("scene-sparseunet-mini")
-    assert (ours.backbone, ours.backbone_options, ours.features) == (
-        theirs.backbone,
-        theirs.backbone_options,
-        theirs.features,
-    )
-    pretrained = build_model(theirs, 8)
+    ours, theirs = instance_recipes["inst-rooms-mini"], pretrain_recipes["scene-sparseunet-mini"]
+    assert ours.data.features == theirs.data.features
+    assert ours.model.backbone == theirs.model.backbone
+    assert ours.model.backbone_options == theirs.model.backbone_options
+    pretrained = theirs.build_model(8)
     assert (
         load_weights(
-            build_instances(ours, 20).backbone, pretrained.backbone.state_dict(), init="a run"
+            ours.build_model(20).backbone, pretrained.backbone.state_dict(), init="a run"
         ).coverage
         == 1
     )

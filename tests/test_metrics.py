@@ -423,7 +423,7 @@ def test_small_regions():
         [good, (600, 700, 0, 0.9)], [TWO[0], (600, 690, 0, 1), (690, 900, 1, 2)], classes=2
     )
     assert small_hit["ap50_class"][0] == 1  # it hits a small one: forgotten
-    assert score([(0, 50, 0, 0.9)], [(0, 50, 0, 0)], least=10)["map"] == 1
+    assert score([(0, 50, 0, 0.9)], [(0, 50, 0, 0)], min_points=10)["map"] == 1
 
 
 def test_one_prediction_takes_one_instance_at_low_overlap():
@@ -522,16 +522,18 @@ def test_average_precision_equals_the_area_over_all_thresholds(seed):
         )
 
 
-def plain_ap(scenes, kind, tau, least=100):
+def plain_ap(scenes, kind, tau, min_points=100):
     "One class at one overlap. A scene is (masks as sets, classes, confidences, true instances as {(class, number): set}, void points)."
     true, confidence, missed, there = [], [], 0, False
     for masks, kinds, scores, instances, void in scenes:
         own = sorted(
-            [(s, m) for m, k, s in zip(masks, kinds, scores) if k == kind and len(m) >= least],
+            [(s, m) for m, k, s in zip(masks, kinds, scores) if k == kind and len(m) >= min_points],
             key=lambda x: -x[0],
         )
-        large = [i for (k, _), i in sorted(instances.items()) if k == kind and len(i) >= least]
-        small = set().union(*(i for (k, _), i in instances.items() if k == kind and len(i) < least))
+        large = [i for (k, _), i in sorted(instances.items()) if k == kind and len(i) >= min_points]
+        small = set().union(
+            *(i for (k, _), i in instances.items() if k == kind and len(i) < min_points)
+        )
         there |= bool(large)
         taken = set()
         for i in large:

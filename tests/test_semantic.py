@@ -23,29 +23,33 @@ from unipre3d.data.loading import make_loader
 from unipre3d.data.samples import Labelled
 from unipre3d.data.readers import Subset, hold_out_places
 from unipre3d.data.scannet import ScanNetFrames, box_cloud, scannet_labels, write_cloud
-from unipre3d.tasks.semantic import (
+from unipre3d.runs.checkpoint import load_tensors, save_tensors
+from unipre3d.runs.recipe import change
+from unipre3d.runs.run import load_model, run_recipe
+from unipre3d.runs.starts import start_from
+from unipre3d.tasks.heads import propagate
+from unipre3d.tasks.pretrain import pretrain_recipes
+from unipre3d.tasks.scenes import (
+    PointModel,
+    SceneObjective,
     ScenePoints,
-    SemanticModel,
-    SemanticRecipe,
-    build_scenes,
-    build_semantic,
-    carry,
     crop_rows,
-    evaluate_semantic,
     lovasz_loss,
     one_per_voxel,
     paint_room,
-    point_probabilities,
     read_rooms,
+    scene_samples,
+    split_rooms,
+)
+from unipre3d.tasks.semantic import (
+    SemanticRecipe,
+    evaluate_semantic,
+    point_probabilities,
     save_voxels,
     semantic_loss,
     semantic_recipes,
-    semantic_task,
     show_voxels,
-    split_rooms,
 )
-from unipre3d.tasks.transfer import load_task, run_task
-from unipre3d.pretrain import load_tensors
 from unipre3d.viewer import label_palette
 
 UNET = dict(base_channels=8, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1), voxel_size=0.2)
@@ -87,14 +91,20 @@ def s3dis(tmp_path_factory):
     return root
 
 
+def run_task(name, recipe, folder, **how):
+    "The record of a run on the CPU; None where it was interrupted."
+    return run_recipe(name, recipe, folder, device="cpu", **how).record
+
+
 def rooms(root, split="train", **how):
     return ScanNetFrames(root, split=split, **dict(labels=20) | how)
 
 
 def tiny(root, **values):
-    return SemanticRecipe(
+    return change(
+        SemanticRecipe(),
         **dict(
-            data=str(root),
+            source=str(root),
             backbone="SparseUNet",
             backbone_options=UNET,
             features=("normal", "color_signed"),
@@ -104,10 +114,10 @@ def tiny(root, **values):
             batch_size=2,
             lr=3e-3,
             validate_every=3,
-            augment=Augment(rotate="up"),
+            augment=Augment(rotate="up", mirror=True),
             lovasz=1.0,
         )
-        | values
+        | values,
     )
 
 
@@ -319,7 +329,7 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_batch_equals_its_rooms_for_any_backbone(scannet, name):
     torch.manual_seed(0)
-    net = SemanticModel(BACKBONES[name](), 20).eval()
+    net = PointModel(BACKBONES[name](), 20).eval()
     samples = ScenePoints(
         rooms(scannet),
         voxel_size=0.1,
@@ -341,7 +351,7 @@ def test_a_point_gets_the_row_of_its_voxel(scannet):
     p = backbone.stem(points).with_feat(torch.zeros(len(backbone.stem(points)), 0))
     marked = p.with_feat(torch.cat([(p.xyz / 0.2).floor(), p.batch[:, None].float()], 1))
     assert torch.equal(
-        carry(backbone, points, marked),
+        propagate(marked, points, voxel_size=0.2),
         torch.cat([(points.xyz / 0.2).floor(), points.batch[:, None].float()], 1),
     ) and len(p) < len(points)
 
@@ -366,10 +376,10 @@ def test_lovasz_is_one_minus_iou_where_all_is_certain():
 
 def test_points_without_a_label_change_nothing(scannet):
     torch.manual_seed(0)
-    net = SemanticModel(BACKBONES["voxels"](), 20).eval()
+    net = PointModel(BACKBONES["voxels"](), 20).eval()
     batch = ScenePoints(rooms(scannet), voxel_size=0.2).batch([(0, 0)])
     logits, known = net(batch.points), batch.label >= 0
-    loss, scores = semantic_loss(net, batch, lovasz=1.0)
+    loss, scores = semantic_loss(net, batch, SceneObjective(lovasz=1.0))
     plain = torch.nn.functional.cross_entropy(logits[known], batch.label[known]) + lovasz_loss(
         logits[known].softmax(1), batch.label[known]
     )
@@ -377,7 +387,9 @@ def test_points_without_a_label_change_nothing(scannet):
         float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-5)
         and 0 <= scores["train_allacc"] <= 1
     )
-    loss, scores = semantic_loss(net, Labelled(batch.points, batch.label.fill_(-1)), lovasz=1.0)
+    loss, scores = semantic_loss(
+        net, Labelled(batch.points, batch.label.fill_(-1)), SceneObjective(lovasz=1.0)
+    )
     loss.backward()
     assert (
         float(loss.detach()) == 0.0
@@ -459,7 +471,7 @@ def test_the_near_point_is_painted_and_backs_are_left_out():
         np.float32([[0, 0, 0], [0, 0, 1], [1, 1, 0], [-1, -1, 0]]),
         np.uint8([[9, 0, 0], [0, 9, 0], [0, 0, 9], [0, 0, 9]]),
     )
-    image = paint_room(xyz, rgb, turned=0.0, tilt=np.pi / 2, hw=(21, 21), dot=1)
+    image = paint_room(xyz, rgb, azimuth=0.0, elevation=np.pi / 2, hw=(21, 21), dot=1)
     assert image[10, 10].tolist() == [0, 9, 0] and (image == 255).all(2).sum() == 21 * 21 - 3
     assert (paint_room(xyz, rgb, np.float32([[0, 0, -1]] * 4)) == 255).all()
 
@@ -477,7 +489,7 @@ def test_the_committed_picture_has_the_colours_of_its_legend():
 
 def test_a_run_leaves_what_it_promises_and_comes_back(scannet, tmp_path):
     recipe, said = tiny(scannet, votes=2), []
-    record = run_task("sem-test", recipe, semantic_task, tmp_path / "run", say=said.append)
+    record = run_task("sem-test", recipe, tmp_path / "run", say=said.append)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.json",
         "metrics.csv",
@@ -503,16 +515,15 @@ def test_a_run_leaves_what_it_promises_and_comes_back(scannet, tmp_path):
         and len(json.dumps(record)) < 60_000
         and set(record["history"]["val"]) == {"step", "val_miou", "val_macc", "val_allacc"}
     )
-    again, net, names = load_task(tmp_path / "run", SemanticRecipe, build_semantic)
-    assert again == recipe and evaluate_semantic(net, build_scenes(recipe, split_rooms(recipe)[2]))[
-        "miou"
-    ] == pytest.approx(record["metrics"]["miou"])
+    again, net, names = load_model(tmp_path / "run", {SemanticRecipe.task: SemanticRecipe})
+    assert again == recipe and evaluate_semantic(
+        net, scene_samples(recipe.data, split_rooms(recipe.data)[2])
+    )["miou"] == pytest.approx(record["metrics"]["miou"])
     assert "<canvas" in show_voxels(tmp_path / "run" / "room.npz", names)
 
     second = run_task(
         "sem-test",
-        replace(recipe, probe=True, votes=0, steps=2),
-        semantic_task,
+        change(recipe, probe=True, votes=0, steps=2),
         tmp_path / "probe",
         init=tmp_path / "run",
         say=said.append,
@@ -526,7 +537,7 @@ def test_a_run_leaves_what_it_promises_and_comes_back(scannet, tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_same_end(scannet, tmp_path, monkeypatch):
     recipe = tiny(scannet, steps=4, validate_every=2)
-    whole = run_task("sem-test", recipe, semantic_task, tmp_path / "whole", say=lambda text: None)
+    whole = run_task("sem-test", recipe, tmp_path / "whole", say=lambda text: None)
     plain, seen = semantic.semantic_loss, []
 
     def stops(*args):
@@ -536,13 +547,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(scannet, tmp_path, monkeypat
         return plain(*args)
 
     monkeypatch.setattr(semantic, "semantic_loss", stops)
-    assert (
-        run_task("sem-test", recipe, semantic_task, tmp_path / "parts", say=lambda text: None)
-        is None
-    )
-    parts = run_task(
-        "sem-test", recipe, semantic_task, tmp_path / "parts", resume=True, say=lambda text: None
-    )
+    assert run_task("sem-test", recipe, tmp_path / "parts", say=lambda text: None) is None
+    parts = run_task("sem-test", recipe, tmp_path / "parts", resume=True, say=lambda text: None)
     assert parts["resumed"] and all(
         parts[k] == whole[k] for k in ("metrics", "details", "history", "chosen", "start")
     )
@@ -550,14 +556,20 @@ def test_an_interrupted_run_goes_on_to_the_same_end(scannet, tmp_path, monkeypat
 
 def test_scannet200_reports_its_groups_and_holds_out_training_rooms(scannet, tmp_path):
     recipe = tiny(
-        scannet, labels=200, validation="share", share=0.4, asked="val", steps=2, validate_every=2
+        scannet,
+        labels=200,
+        validation="share",
+        validation_fraction=0.4,
+        test_split="val",
+        steps=2,
+        validate_every=2,
     )
-    learn, choose, ask = split_rooms(recipe)
-    assert [[r.name(i) for i in range(len(r))] for r in (learn, choose, ask)] in (
+    parts = split_rooms(recipe.data)
+    assert [[r.name(i) for i in range(len(r))] for r in parts] in (
         [["scene0000_00", "scene0000_01"], ["scene0001_00"], ["scene0001_01"]],
         [["scene0001_00"], ["scene0000_00", "scene0000_01"], ["scene0001_01"]],
     )
-    record = run_task("sem-200", recipe, semantic_task, tmp_path / "run", say=lambda text: None)
+    record = run_task("sem-200", recipe, tmp_path / "run", say=lambda text: None)
     assert (
         {"miou", "miou_head"} <= set(record["metrics"])
         and "confusion" not in record["details"]
@@ -569,7 +581,6 @@ def test_s3dis_runs_from_a_folder(s3dis, tmp_path):
     record = run_task(
         "sem-s3dis",
         tiny(s3dis, layout="s3dis", steps=2, validate_every=2),
-        semantic_task,
         tmp_path / "run",
         say=lambda text: None,
     )
@@ -580,7 +591,7 @@ def test_s3dis_runs_from_a_folder(s3dis, tmp_path):
         and record["details"]["room"] == "Area_5/office_1"
     )
     train, val, test = split_rooms(
-        replace(semantic_recipes["sem-s3dis"], data=str(s3dis))
+        change(semantic_recipes["sem-s3dis"], source=str(s3dis)).data
     )  # the full recipe: rooms of all five other areas train, but for a share
     names = lambda reader: {reader.name(i) for i in range(len(reader))}
     assert (
@@ -629,24 +640,24 @@ def test_voxels_of_many_classes_keep_the_truth(tmp_path):
 @pytest.mark.parametrize(
     "values, says",
     [
-        (dict(data=""), "data: this recipe needs ScanNet: <root>/"),
+        (dict(source=""), "data: this recipe needs ScanNet: <root>/"),
         (dict(layout="kitti"), "layout: expected one of scannet, s3dis"),
         (dict(validation="test"), 'validation: expected "split"'),
-        (dict(asked="val"), 'asked: expected "test"'),
-        (dict(data="no/such/folder"), "request it at www.scan-net.org"),
+        (dict(test_split="val"), 'test_split: expected "test"'),
+        (dict(source="no/such/folder"), "request it at www.scan-net.org"),
         (dict(labels=40), "classes: expected 20 or 200"),
         (dict(crop="cube"), "crop: expected"),
     ],
 )
 def test_mistakes_are_one_line(scannet, values, says):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        semantic_task(tiny(scannet, **values))
+        tiny(scannet, **values).build_task()
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_s3dis_says_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="get it from its authors"):
-        read_rooms(replace(semantic_recipes["sem-s3dis"], data=str(tmp_path)), "train")
+        read_rooms(change(semantic_recipes["sem-s3dis"], source=str(tmp_path)).data, "train")
     with pytest.raises(ValueError, match="share: expected rooms of at least 2 places"):
         hold_out_places(["scene0000_00", "scene0000_01"], 0.1)
     with pytest.raises(ValueError, match="expected at least one cloud, got none"):
@@ -654,8 +665,7 @@ def test_missing_s3dis_says_where_to_get_it(tmp_path):
 
 
 def test_recipes_fit_the_backbones_that_pretraining_made():
-    from unipre3d.recipes import recipes
-
+    recipes = pretrain_recipes
     for name, start in {
         "sem-rooms-mini": "scene-sparseunet-mini",
         "sem-rooms-ptv3-mini": "scene-ptv3-mini",
@@ -664,25 +674,23 @@ def test_recipes_fit_the_backbones_that_pretraining_made():
         "sem-s3dis": "scene-sparseunet",
     }.items():
         after, before = semantic_recipes[name], recipes[start]
-        assert (after.backbone, after.backbone_options, after.features) == (
-            before.backbone,
-            before.backbone_options,
-            before.features,
-        ) and after.voxel_size == after.backbone_options["voxel_size"]
+        options = after.model.backbone_options
+        assert (after.model.backbone, options) == (
+            before.model.backbone,
+            before.model.backbone_options,
+        )
+        assert after.data.features == before.data.features
+        assert after.data.voxel_size == options["voxel_size"]
 
 
 def test_a_pretrained_checkpoint_loads_whole(tmp_path):
-    from unipre3d.tasks.transfer import start_from
-    from unipre3d.pretrain import save_tensors
-    from unipre3d.recipes import build_model, find_recipe
-
-    before = build_model(replace(find_recipe("scene-sparseunet-mini"), seed=7), 32)
+    before = change(pretrain_recipes["scene-sparseunet-mini"], seed=7).build_model(32)
     save_tensors(tmp_path / "checkpoint.safetensors", before.state_dict(), {"step": 1})
-    after = build_semantic(semantic_recipes["sem-rooms-mini"], 20)
+    after = semantic_recipes["sem-rooms-mini"].build_model(20)
     start = start_from(after.backbone, tmp_path)
     assert (
         start.coverage == 1.0
-        and not start.unused
+        and not start.unexpected
         and all(
             torch.equal(v, after.backbone.state_dict()[k])
             for k, v in before.backbone.state_dict().items()

@@ -4,15 +4,17 @@
 
 # %% ../../nbs/tasks/75_instances.ipynb #7fa9aaa4
 from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -21,35 +23,37 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
-from ..data.augment import Augment, Cloud  # Augment, like Any: inherited fields name it
+from ..data.augment import Cloud
+from ..data.readers import Reader
 from ..data.scannet import LabelSet, scannet_labels
+from ..runs.fit import Task, gathered, own_part, processes
+from ..runs.recipe import Model, change
+from ..runs.run import SMALL_BACKBONES, build_backbone
+from .heads import accuracy, label_loss
 from .metrics import InstanceScore, Instances
-from unipre3d.tasks.semantic import (
+from unipre3d.tasks.scenes import (
     ROOM_MINI,
     SCENE_FULL,
     LabelledScenes,
+    PointModel,
+    SceneObjective,
     ScenePoints,
-    SemanticModel,
-    SemanticRecipe,
+    SceneRecipe,
     WholeScene,
-    build_scenes,
+    describe_rooms,
     lovasz_loss,
-    paint_room,
+    paint_columns,
+    room_colors,
+    scene_samples,
     split_rooms,
 )
-from unipre3d.tasks.transfer import (
-    Task,
-    build_backbone,
-    label_loss,
-)
-from ..recipes import find_recipe
 from ..viewer import label_palette
 
 # %% auto #0
-__all__ = ['instance_recipes', 'center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou',
-           'suppress', 'InstanceModel', 'instance_loss', 'find_instances', 'thing_classes', 'evaluate_instances',
-           'partners', 'save_instances', 'InstanceRecipe', 'build_instances', 'thing_details', 'ask_instances',
-           'instance_task']
+__all__ = ['FULL', 'instance_recipes', 'center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou',
+           'suppress', 'InstanceModel', 'thing_classes', 'thing_points', 'instance_loss', 'find_instances',
+           'evaluate_instances', 'partners', 'save_instances', 'thing_details', 'save_example', 'InstanceHeads',
+           'InstanceRecipe', 'score_rooms', 'final_scores']
 
 # %% ../../nbs/tasks/75_instances.ipynb #45d6a4af
 def center_offsets(
@@ -60,22 +64,23 @@ def center_offsets(
     "From each point to the mean of the points of its instance."
     there = instance >= 0
     _, row = torch.stack([batch[there], instance[there]], 1).unique(dim=0, return_inverse=True)
-    total = xyz.new_zeros(int(row.max()) + 1 if len(row) else 0, 3).index_add(0, row, xyz[there])
+    count = int(row.max()) + 1 if len(row) else 0
+    total = xyz.new_zeros(count, 3).index_add(0, row, xyz[there])
     center = total / torch.bincount(row)[:, None]
     return torch.zeros_like(xyz).index_put((there,), center[row] - xyz[there])
 
 
 def offset_losses(
-    offset: Float[Tensor, "n 3"],  # what the head says, metres
-    target: Float[Tensor, "n 3"],  # what it should be
+    offset: Float[Tensor, "n 3"],  # predicted, metres
+    target: Float[Tensor, "n 3"],  # true, metres
     thing: Bool[Tensor, "n"],  # points that count
-) -> tuple[
-    Tensor, Tensor
-]:  # distance (metres) and direction (-1 .. 1); both zero where no point counts
-    "PointGroup's two losses of the offsets (equations 2 and 3 there)."
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # distance (metres) and direction (-1 .. 1)
+    "PointGroup's two losses of the offsets (equations 2 and 3 there); zero where no point counts."
     offset, target = offset[thing].float(), target[thing].float()
     n = max(1, len(target))
-    return (offset - target).abs().sum() / n, -F.cosine_similarity(offset, target, dim=1).sum() / n
+    distance = (offset - target).abs().sum() / n
+    direction = -F.cosine_similarity(offset, target, dim=1).sum() / n
+    return distance, direction
 
 # %% ../../nbs/tasks/75_instances.ipynb #4ea74c39
 def components(
@@ -83,41 +88,40 @@ def components(
     pairs: Int[np.ndarray, "p 2"],  # edges
 ) -> Int[np.ndarray, "n"]:
     "Which nodes hang together."
-    return connected_components(
-        coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (n, n)), directed=False
-    )[1]
+    graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (n, n))
+    return connected_components(graph, directed=False)[1]
 
 
 def radius_groups(
     xyz: Float[np.ndarray, "n 3"],  # metres
     label: Int[np.ndarray, "n"],  # class of each point; negative = in no group
     radius: float,  # metres; a step of at most this length stays in the group
-) -> Int[
-    np.ndarray, "n"
-]:  # number of the group, by its first point; -1 where the label is negative
-    "Groups of points of one class that can be reached in steps of at most a radius; what breadth-first search finds."
+) -> Int[np.ndarray, "n"]:  # the group, numbered by its first point; -1 where the label is negative
+    """Groups of points of one class that can be reached in steps of at most a radius; what breadth-first search finds.
+
+    Raises: ValueError for a radius that is not above 0.
+    """
     if not radius > 0:
         raise ValueError(f"radius: expected a length above 0, got {radius}")
-    group, there = np.full(len(xyz), -1), np.flatnonzero(label >= 0)
+    group = np.full(len(xyz), -1)
+    there = np.flatnonzero(label >= 0)
     if not len(there):
         return group
     xyz = xyz[there].astype(np.float64)
     cell = np.column_stack([label[there], np.floor(xyz / (radius * 0.5773))]).astype(np.int64)
     cell, first, node = np.unique(cell, axis=0, return_index=True, return_inverse=True)
     points = np.split(xyz[np.argsort(node, kind="stable")], np.cumsum(np.bincount(node))[:-1])
-    near = cKDTree(cell * [9, 1, 1, 1]).query_pairs(
-        3.5, output_type="ndarray"
-    )  # classes are nine cells apart
-    edges = near[((xyz[first[near[:, 0]]] - xyz[first[near[:, 1]]]) ** 2).sum(1) <= radius**2]
+    spread = cKDTree(cell * [9, 1, 1, 1])  # classes are nine cells apart
+    near = spread.query_pairs(3.5, output_type="ndarray")
+    between = xyz[first[near[:, 0]]] - xyz[first[near[:, 1]]]
+    edges = near[(between**2).sum(1) <= radius**2]
     found = components(len(cell), edges)
-    apart = [
-        (a, b)
-        for a, b in near[found[near[:, 0]] != found[near[:, 1]]]
-        if (cdist(points[a], points[b], "sqeuclidean") <= radius**2).any()
-    ]
-    found = components(
-        len(cell), np.concatenate([edges, np.array(apart, dtype=near.dtype).reshape(-1, 2)])
-    )[node]
+    more = []
+    for a, b in near[found[near[:, 0]] != found[near[:, 1]]]:
+        if (cdist(points[a], points[b], "sqeuclidean") <= radius**2).any():
+            more.append((a, b))
+    edges = np.concatenate([edges, np.array(more, dtype=near.dtype).reshape(-1, 2)])
+    found = components(len(cell), edges)[node]
     _, start, number = np.unique(found, return_index=True, return_inverse=True)
     group[there] = start.argsort().argsort()[number]  # numbered by their first points
     return group
@@ -130,26 +134,25 @@ def proposals(
     things: Bool[Tensor, "k"],  # classes that have instances
     *,
     radius: float,  # metres, of the groups
-    least: int = 50,  # points of a mask
-    both: bool = True,  # False leaves out the groups of points that were not moved
+    min_points: int = 50,  # of a mask
+    group_unmoved: bool = True,  # also where the points are, beside where their offsets move them
 ) -> Instances:  # on the CPU
-    "Groups of points of one class, once moved by their offsets and once where they are."
+    "Groups of points of one class, with the mean probability of that class as confidence."
     xyz, offset, probability, things = (
         x.detach().cpu() for x in (xyz, offset, probability, things)
     )
     label = probability.argmax(1)
-    kinds, masks = torch.where(things[label], label, -1).numpy(), []
-    for where in (xyz + offset, xyz)[: 1 + both]:
-        group = torch.from_numpy(radius_groups(where.numpy(), kinds, radius))
+    kinds = torch.where(things[label], label, -1)
+    masks = []
+    for where in (xyz + offset, xyz) if group_unmoved else (xyz + offset,):
+        group = torch.from_numpy(radius_groups(where.numpy(), kinds.numpy(), radius))
         size = torch.bincount(group[group >= 0])
-        masks.append(group == (size >= least).nonzero())
+        masks.append(group == (size >= min_points).nonzero())
     mask = torch.cat(masks)
-    kind = torch.from_numpy(kinds)[mask.int().argmax(1)] if len(mask) else label[:0]
-    score = (
-        torch.stack([probability[m, k].mean() for m, k in zip(mask, kind)])
-        if len(mask)
-        else probability[:0, 0]
-    )
+    if not len(mask):
+        return Instances(mask, label[:0], probability[:0, 0])
+    kind = kinds[mask.int().argmax(1)]
+    score = torch.stack([probability[m, k].mean() for m, k in zip(mask, kind)])
     return Instances(mask, kind, score)
 
 # %% ../../nbs/tasks/75_instances.ipynb #9f9f4992
@@ -169,10 +172,9 @@ def suppress(
 ) -> Instances:  # by falling confidence
     "Non-maximum suppression on masks."
     order = pred.score.argsort(descending=True, stable=True)
-    double, kept = (
-        mask_iou(pred.mask[order], pred.mask[order]) > overlap,
-        torch.ones(len(order), dtype=torch.bool),
-    )
+    mask = pred.mask[order]
+    double = mask_iou(mask, mask) > overlap
+    kept = torch.ones(len(order), dtype=torch.bool)
     for i in range(len(order)):
         if kept[i]:
             kept[i + 1 :] &= ~double[i, i + 1 :]
@@ -180,7 +182,7 @@ def suppress(
     return Instances(pred.mask[keep], pred.label[keep], pred.score[keep])
 
 # %% ../../nbs/tasks/75_instances.ipynb #7c2036d3
-class InstanceModel(SemanticModel):
+class InstanceModel(PointModel):
     "Any backbone of the package, with a class and an offset for every point."
 
     def __init__(
@@ -200,29 +202,42 @@ class InstanceModel(SemanticModel):
         return self.head(feat), self.offset(feat)
 
 
+def thing_classes(
+    labels: LabelSet,
+) -> Bool[Tensor, "k"]:
+    "Classes that have instances: all but wall and floor."
+    return ~torch.isin(torch.arange(len(labels.names)), torch.tensor(labels.skip))
+
+
+def thing_points(
+    label: Int[Tensor, "n"],  # class of each point, negative = none
+    instance: Int[Tensor, "n"],  # object of each point, negative = none
+    things: Bool[Tensor, "k"],  # classes that have instances
+) -> Int[Tensor, "n"]:
+    "The object of each point, -1 where it is no thing."
+    thing = (label >= 0) & (instance >= 0) & things.to(label.device)[label.clamp(min=0)]
+    return torch.where(thing, instance, -1)
+
+
 def instance_loss(
     model: nn.Module,  # points -> logits, offsets
     batch: LabelledScenes,
     things: Bool[Tensor, "k"],  # classes that have instances
-    *,
-    smoothing: float = 0.0,  # of labels, in the cross-entropy
-    lovasz: float = 0.0,  # weight of the Lovász loss beside it
-) -> tuple[Tensor, dict[str, float]]:
+    objective: SceneObjective = SceneObjective(),
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     "Classes and offsets together, as PointGroup adds them up; what is not a thing has no offset."
-    (logits, offset), known = model(batch.points), batch.label >= 0
-    thing = known & (batch.instance >= 0) & things.to(known.device)[batch.label.clamp(min=0)]
-    target = center_offsets(
-        batch.points.xyz, batch.points.batch, torch.where(thing, batch.instance, -1)
-    )
-    distance, direction = offset_losses(offset, target, thing)
-    loss = label_loss(logits, batch.label, smoothing) + distance + direction
-    if lovasz:
-        loss = loss + lovasz * lovasz_loss(logits.float().softmax(1), batch.label)
-    right = (logits.argmax(1) == batch.label)[known].float()
+    logits, offset = model(batch.points)
+    instance = thing_points(batch.label, batch.instance, things)
+    target = center_offsets(batch.points.xyz, batch.points.batch, instance)
+    distance, direction = offset_losses(offset, target, instance >= 0)
+    loss = label_loss(logits, batch.label, objective.smoothing) + distance + direction
+    if objective.lovasz:
+        probabilities = logits.float().softmax(1)
+        loss = loss + objective.lovasz * lovasz_loss(probabilities, batch.label)
     return loss, {
-        "train_allacc": float(right.mean()) if len(right) else 0.0,
-        "train_distance": float(distance.detach()),
-        "train_direction": float(direction.detach()),
+        "train_allacc": accuracy(logits.argmax(1), batch.label),
+        "train_distance": distance,
+        "train_direction": direction,
     }
 
 # %% ../../nbs/tasks/75_instances.ipynb #374c19e8
@@ -232,61 +247,44 @@ def find_instances(
     scene: WholeScene,
     things: Bool[Tensor, "k"],  # classes that have instances
     *,
-    radius: float,
-    least: int,
-    both: bool = True,  # see `proposals`
     overlap: float = 0.3,  # see `suppress`
     device: str | torch.device = "cpu",
+    **how,  # radius, min_points, group_unmoved: see `proposals`
 ) -> Instances:  # masks over all points of the scan, by falling confidence
     "The things in a room."
     logits, offset = model.eval()(scene.points.to(device))
-    found = suppress(
-        proposals(
-            scene.points.xyz,
-            offset.float(),
-            logits.float().softmax(1),
-            things,
-            radius=radius,
-            least=least,
-            both=both,
-        ),
-        overlap,
-    )
+    probability = logits.float().softmax(1)
+    found = proposals(scene.points.xyz, offset.float(), probability, things, **how)
+    found = suppress(found, overlap)
     return Instances(found.mask[:, scene.inverse], found.label, found.score)
-
-
-def thing_classes(
-    labels: LabelSet,
-) -> Bool[Tensor, "k"]:
-    "Classes that have instances: all but wall and floor."
-    return ~torch.isin(torch.arange(len(labels.names)), torch.tensor(labels.skip))
 
 
 def evaluate_instances(
     model: nn.Module,  # points -> logits, offsets
     samples: ScenePoints,
     labels: LabelSet,  # of ScanNet: which classes have no instances, and groups of classes
-    **how,  # radius, least, both, overlap, device: see `find_instances`
-) -> dict:  # as `InstanceScore`, and `things`: how many there are of each class
-    "mAP, AP50 and AP25 over the things of all rooms."
-    score, things = (
-        InstanceScore(len(labels.names), skip=labels.skip, groups=labels.groups),
-        thing_classes(labels),
-    )
-    for i in range(len(samples)):
+    **how,  # as in `find_instances`
+) -> dict[str, Any]:  # as `InstanceScore`, and `things`: how many there are of each class
+    """mAP, AP50 and AP25 over the things of all rooms; several processes share the rooms.
+
+    Raises: ValueError for rooms without a thing.
+    """
+    score = InstanceScore(len(labels.names), skip=labels.skip, groups=labels.groups)
+    things = thing_classes(labels)
+    for i in own_part(len(samples)):
         scene = samples.scene(i)
         score.update(find_instances(model, scene, things, **how), scene.label, scene.instance)
-    found = score.compute() | {
-        "things": sum(
-            torch.bincount(s.kind[s.count >= score.least], minlength=len(things))
-            for s in score.scenes
-        )
-    }
-    if not found["things"].any():
+    score.scenes = gathered(score.scenes)
+    count = torch.zeros(len(things), dtype=torch.long)
+    for scene in score.scenes:
+        scored = scene.kind[scene.count >= score.min_points]
+        count += torch.bincount(scored, minlength=len(things))
+    if not count.any():
         raise ValueError(
-            f"evaluate_instances: expected at least one thing of {score.least} points in {len(samples)} rooms, found none; are there instances in the data?"
+            f"evaluate_instances: expected at least one thing of {score.min_points} points "
+            f"in {len(samples)} rooms, found none; are there instances in the data?"
         )
-    return found
+    return score.compute() | {"things": count}
 
 # %% ../../nbs/tasks/75_instances.ipynb #baffa238
 def partners(
@@ -294,17 +292,14 @@ def partners(
     segment: Int[Tensor, "n"],  # true class of each point
     instance: Int[Tensor, "n"],  # true instance, -1 = no thing
     overlap: float = 0.25,  # to be exceeded
-) -> Int[
-    Tensor, "n"
-]:  # number of a true instance; -1 where nothing was found, -2 where what was found is none
+) -> Int[Tensor, "n"]:  # a true instance; -1: nothing was found, -2: what was found is none
     "Which true thing the mask at each point stands for; of several masks the most confident one."
-    shown, ids = torch.full_like(instance, -1), instance[instance >= 0].unique()
+    ids = instance[instance >= 0].unique()
     masks = instance == ids[:, None]
-    iou = F.pad(
-        mask_iou(found.mask, masks) * (found.label[:, None] == segment[masks.int().argmax(1)]),
-        (0, 1),
-    )  # a last column for none
+    same_class = found.label[:, None] == segment[masks.int().argmax(1)]
+    iou = F.pad(mask_iou(found.mask, masks) * same_class, (0, 1))  # a last column for none
     number = torch.where(iou.amax(1) > overlap, F.pad(ids, (0, 1))[iou.argmax(1)], -2)
+    shown = torch.full_like(instance, -1)
     for k in reversed(range(len(number))):
         shown[found.mask[k]] = number[k]
     return shown
@@ -318,188 +313,186 @@ def save_instances(
     title: str = "",
 ) -> Path:
     "Write `instances.png`: colours, true things, found things."
-    from matplotlib.figure import Figure  # no global state, no display
-
-    table = np.concatenate(
-        [label_palette(int(truth.max(initial=0)) + 1)[:-1], [[130, 0, 0], [225, 225, 225]]]
-    ).astype(np.uint8)
-    color = (
-        np.round(255 * cloud["color"]).astype(np.uint8)
-        if "color" in cloud
-        else np.full((len(truth), 3), 150, np.uint8)
-    )
-    figure = Figure(figsize=(11, 3.8))
-    for k, (name, rgb) in enumerate(
-        (
-            ("colours", color),
-            ("true things", table[truth]),
-            ("found things (dark red: none of its class)", table[found]),
-        )
-    ):
-        axis = figure.add_axes((0.005 + k * 0.333, 0.01, 0.325, 0.83))
-        axis.imshow(paint_room(cloud["xyz"], rgb, cloud.get("normal")))
-        axis.set_axis_off()
-        axis.set_title(name, fontsize=9)
+    own = label_palette(int(truth.max(initial=0)) + 1)[:-1]
+    table = np.concatenate([own, [[130, 0, 0], [225, 225, 225]]]).astype(np.uint8)
+    figure = Figure(figsize=(11, 3.8))  # no global state, no display
+    columns = {
+        "colours": room_colors(cloud),
+        "true things": table[truth],
+        "found things (dark red: none of its class)": table[found],
+    }
+    paint_columns(figure, cloud, columns, bottom=0.01, height=0.83)
     figure.suptitle(title, fontsize=9, y=0.985)
     figure.savefig(path, dpi=100)
     return Path(path)
 
 # %% ../../nbs/tasks/75_instances.ipynb #600fd110
+def thing_details(
+    names: list[str],  # K
+    scores: dict[str, Any],  # of `evaluate_instances`
+) -> dict[str, Any]:
+    "What a record keeps of each class that has a true instance."
+    columns = [scores[k].tolist() for k in ("ap", "ap50_class", "ap25_class", "things")]
+    classes = {}
+    for name, ap, ap50, ap25, n in zip(names, *columns):
+        if n:
+            rounded = {"ap": round(ap, 5), "ap50": round(ap50, 5), "ap25": round(ap25, 5)}
+            classes[name] = rounded | {"things": n}
+    return {"classes": classes}
+
+
+def save_example(
+    model: nn.Module,  # points -> logits, offsets
+    samples: ScenePoints,
+    things: Bool[Tensor, "k"],  # classes that have instances
+    path: Path,  # PNG to write
+    scores: dict[str, Any],  # of all rooms, for the title
+    **how,  # as in `find_instances`
+) -> str:  # name of the room
+    "The test room with most things as a picture."
+    reader = samples.source
+    counts = [len(np.unique(reader.rows(i)["instance"])) for i in range(len(reader))]
+    which = counts.index(max(counts))
+    scene = samples.scene(which)
+    truth = thing_points(scene.label, scene.instance, things)
+    shown = partners(find_instances(model, scene, things, **how), scene.label, truth)
+    name = reader.name(which)
+    means = f"mAP {scores['map']:.1%}, AP50 {scores['ap50']:.1%}, AP25 {scores['ap25']:.1%}"
+    title = f"{name}; all {len(reader)} rooms: {means}"
+    save_instances(samples.room(which), truth.numpy(), shown.numpy(), path, title)
+    return name
+
+# %% ../../nbs/tasks/75_instances.ipynb #75a00002
 @dataclass(frozen=True)
-class InstanceRecipe(SemanticRecipe):
-    "One instance segmentation as plain values."
+class InstanceHeads(Model):
+    "A backbone with classes and offsets, and how points become things."
 
     radius: float = 0.03  # metres: points of one class within it belong together
-    least: int = 50  # rows of a group that counts
-    both: bool = True  # group where points are, beside where their offsets move them
+    min_points: int = 50  # rows of a group that counts
+    group_unmoved: bool = True  # also where points are, beside where their offsets move them
     overlap: float = 0.3  # a mask that overlaps a more confident one by more is a double
 
 
-instance_recipes: dict[str, InstanceRecipe] = {
-    "inst-rooms-mini": InstanceRecipe(
-        about="things in composed rooms: the small SparseUNet of scene-sparseunet-mini, minutes on two CPU cores",
-        **ROOM_MINI
-        | dict(workers=0, steps=800, ema=0.0, validate_every=200, save_every=100, votes=0),
-        backbone="SparseUNet",
-        backbone_options=find_recipe("scene-sparseunet-mini").backbone_options,
-        radius=0.14,
-        least=20,
-        both=False,
-    ),
-    "inst-scannet20": InstanceRecipe(
-        about="things in ScanNet, 20 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
-        **SCENE_FULL | dict(votes=0),
-        validation="share",
-        asked="val",
-        backbone="SparseUNet",
-        backbone_options=dict(voxel_size=0.02),
-        steps=80_000,
-        warmup=4000,
-        least=100,
-        both=False,
-    ),
-    "inst-scannet200": InstanceRecipe(
-        about="things in ScanNet, 200 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
-        **SCENE_FULL | dict(votes=0),
-        labels=200,
-        validation="share",
-        asked="val",
-        backbone="SparseUNet",
-        backbone_options=dict(voxel_size=0.02),
-        steps=80_000,
-        warmup=4000,
-        least=100,
-        both=False,
-    ),
-}
+@dataclass(frozen=True)
+class InstanceRecipe(SceneRecipe):
+    "One instance segmentation, as plain values."
 
+    model: InstanceHeads = InstanceHeads()
 
-def build_instances(
-    recipe: InstanceRecipe,
-    classes: int,  # K
-) -> InstanceModel:
-    "Backbone and heads of a recipe, with weights drawn from its seed."
-    if recipe.layout != "scannet" or recipe.votes:
-        raise ValueError(
-            f'layout, votes: instances are scored as ScanNet does, without voting: expected "scannet" and 0, got "{recipe.layout}" and {recipe.votes}'
-        )
-    return InstanceModel(build_backbone(recipe), classes)
-
-# %% ../../nbs/tasks/75_instances.ipynb #eb73c61e
-def thing_details(
-    names: list[str],  # K
-    scores: dict,  # of `evaluate_instances`
-) -> dict:
-    "What a record keeps of each class that has a true instance."
-    rows = zip(names, *(scores[k].tolist() for k in ("ap", "ap50_class", "ap25_class", "things")))
-    return {
-        "classes": {
-            name: {"ap": round(ap, 5), "ap50": round(ap50, 5), "ap25": round(ap25, 5), "things": n}
-            for name, ap, ap50, ap25, n in rows
-            if n
-        }
+    task: ClassVar[str] = "instance segmentation"
+    old_names: ClassVar[dict[str, str]] = SceneRecipe.old_names | {
+        "least": "min_points",
+        "both": "group_unmoved",
     }
 
+    def grouping(self) -> dict[str, Any]:
+        "The values of `find_instances`."
+        names = ("radius", "min_points", "group_unmoved", "overlap")
+        return {name: getattr(self.model, name) for name in names}
 
-def ask_instances(
+    def build_model(self, classes: int) -> InstanceModel:
+        """Backbone and heads, with weights drawn from the seed.
+
+        Raises: ValueError for another layout than ScanNet's, and for votes.
+        """
+        if self.data.layout != "scannet" or self.run.votes:
+            raise ValueError(
+                "layout, votes: instances are scored as ScanNet does, without voting: "
+                f'expected "scannet" and 0, got "{self.data.layout}" and {self.run.votes}'
+            )
+        return InstanceModel(build_backbone(self), classes)
+
+    def build_task(self, device: str | torch.device = "cpu") -> Task:
+        "Readers, model, loss and scores of an instance segmentation."
+        model = self.build_model(self.data.labels)
+        train, val, final = split_rooms(self.data)
+        labels = scannet_labels(self.data.labels)
+        things = thing_classes(labels)
+
+        def loss(model, batch: LabelledScenes):
+            return instance_loss(model, batch, things, self.objective)
+
+        def validate(model):
+            scores = score_rooms(model, self, val, device)
+            return {f"val_{name}": scores[name] for name in ("map", "ap50", "ap25")}
+
+        def test(model, folder):
+            return final_scores(model, self, final, Path(folder), device)
+
+        return Task(
+            self.task,
+            model,
+            scene_samples(self.data, train, self.run.seed),
+            loss,
+            test,
+            data=describe_rooms(self.data, train, val, final),
+            classes=train.classes,
+            columns=(
+                "train_allacc",
+                "train_distance",
+                "train_direction",
+                "val_map",
+                "val_ap50",
+                "val_ap25",
+            ),
+            validate=validate if val else None,
+            choose="val_ap50" if val else "",
+        )
+
+
+def score_rooms(
     model: nn.Module,  # points -> logits, offsets
     recipe: InstanceRecipe,
-    reader,  # the rooms that are asked
+    reader: Reader,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    "Scores of a recipe on some rooms, as `evaluate_instances`."
+    samples, labels = scene_samples(recipe.data, reader), scannet_labels(recipe.data.labels)
+    return evaluate_instances(model, samples, labels, **recipe.grouping(), device=device)
+
+
+def final_scores(
+    model: nn.Module,  # points -> logits, offsets
+    recipe: InstanceRecipe,
+    reader: Reader,  # the test rooms
     folder: Path,  # gets instances.png
     device: str | torch.device = "cpu",
-) -> tuple[dict[str, float], dict]:  # scores, details
-    "The test: scores over all rooms, and the room with most things as a picture."
-    samples, labels = build_scenes(recipe, reader), scannet_labels(recipe.labels)
-    how = dict(
-        radius=recipe.radius,
-        least=recipe.least,
-        both=recipe.both,
-        overlap=recipe.overlap,
-        device=device,
-    )
-    scores, things = evaluate_instances(model, samples, labels, **how), thing_classes(labels)
-    which = max(range(len(reader)), key=lambda i: len(np.unique(reader.rows(i)["instance"])))
-    scene = samples.scene(which)
-    truth = torch.where((scene.label >= 0) & things[scene.label], scene.instance, -1)
-    shown = partners(find_instances(model, scene, things, **how), scene.label, truth)
-    save_instances(
-        samples.room(which),
-        truth.numpy(),
-        shown.numpy(),
-        Path(folder) / "instances.png",
-        f"{reader.name(which)}; all {len(reader)} rooms: mAP {scores['map']:.1%}, AP50 {scores['ap50']:.1%}, AP25 {scores['ap25']:.1%}",
-    )
-    return {
-        k: v for k, v in scores.items() if isinstance(v, float) and math.isfinite(v)
-    }, thing_details(reader.classes, scores) | {"room": reader.name(which)}
+) -> tuple[dict[str, float], dict[str, Any]]:  # scores, details
+    "Scores over all rooms, and the room with most things as a picture."
+    scores = score_rooms(model, recipe, reader, device)
+    details = thing_details(reader.classes, scores)
+    if processes()[0] == 0:
+        samples = scene_samples(recipe.data, reader)
+        things = thing_classes(scannet_labels(recipe.data.labels))
+        how = recipe.grouping() | {"device": device}
+        path = folder / "instances.png"
+        details["room"] = save_example(model, samples, things, path, scores, **how)
+    metrics = {k: v for k, v in scores.items() if isinstance(v, float) and math.isfinite(v)}
+    return metrics, details
 
 
-def instance_task(
-    recipe: InstanceRecipe,
-    *,
-    device: str | torch.device = "cpu",
-) -> Task:
-    "Readers, model, loss and scores of an instance segmentation."
-    model, (train, val, asked) = build_instances(recipe, recipe.labels), split_rooms(recipe)
-    labels = scannet_labels(recipe.labels)
-
-    def validate(model):
-        scores = evaluate_instances(
-            model,
-            build_scenes(recipe, val),
-            labels,
-            radius=recipe.radius,
-            least=recipe.least,
-            both=recipe.both,
-            overlap=recipe.overlap,
-            device=device,
-        )
-        return {f"val_{k}": scores[k] for k in ("map", "ap50", "ap25")}
-
-    return Task(
-        "instance segmentation",
-        train.classes,
-        {
-            "name": recipe.data,
-            "sha256": train.fingerprint(),
-            "train": len(train),
-            "val": len(val) if val else 0,
-            "test": len(asked),
-        },
-        model,
-        build_scenes(recipe, train, changes=True),
-        lambda model, batch: instance_loss(
-            model, batch, thing_classes(labels), smoothing=recipe.smoothing, lovasz=recipe.lovasz
-        ),
-        lambda model, folder: ask_instances(model, recipe, asked, folder, device),
-        columns=(
-            "train_allacc",
-            "train_distance",
-            "train_direction",
-            "val_map",
-            "val_ap50",
-            "val_ap25",
-        ),
-        validate=validate if val else None,
-        choose="val_ap50" if val else "",
-    )
+FULL = change(InstanceRecipe(), **SCENE_FULL, test_split="val", min_points=100, group_unmoved=False)
+instance_recipes: dict[str, InstanceRecipe] = {
+    "inst-rooms-mini": change(
+        InstanceRecipe(),
+        **ROOM_MINI,
+        about="things in composed rooms: the small SparseUNet of scene-sparseunet-mini, minutes on two CPU cores",
+        backbone="SparseUNet",
+        backbone_options=SMALL_BACKBONES["SparseUNet"] | dict(voxel_size=0.07),
+        radius=0.14,
+        min_points=20,
+        group_unmoved=False,
+        steps=800,
+        validate_every=200,
+        save_every=100,
+    ),
+    "inst-scannet20": change(
+        FULL,
+        about="things in ScanNet, 20 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
+    ),
+    "inst-scannet200": change(
+        FULL,
+        about="things in ScanNet, 200 classes (pass --data); PointGroup on the paper's SparseUNet; GPUs",
+        labels=200,
+    ),
+}
