@@ -83,7 +83,7 @@ WORKSHOP = {
         "tasks/68_masked",
         "tasks/67_autoencoder",
     ],
-    "Study": ["62_compare", "79_study"],
+    "Study": ["62_compare", "76_study", "77_statistics", "78_reproduce"],
     "Differences, command line, API": ["81_differences", "90_cli", "91_api"],
 }
 PARTS = {"Core": CORE, "Workshop": WORKSHOP}
