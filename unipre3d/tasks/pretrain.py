@@ -21,7 +21,6 @@ from ..backbones.backbone import Backbone
 from ..core import GaussianBatch, PointBatch, Sample, ViewBatch, collate, full_precision
 from ..data.augment import Augment
 from ..data.loading import eval_loader
-from ..data.readers import recipe_radius
 from ..data.samples import ViewSamples
 from ..data.scannet import ScanNetFrames
 from ..data.shapenet import ShapeNetViews
@@ -206,7 +205,6 @@ class ViewData(Data):
     per_class: tuple[int, int, int] = (100, 15, 35)  # generated shapes of each: train, val, test
     sampling: str = "random"  # of points: "random" (anew each time) or, for objects, "fps"
     resolution: int = 64  # image height, pixels; the width follows the layout (1:1, scenes 4:3)
-    radius: float = 0.65  # of objects: farthest point from the mean; 0 keeps the size in the files
     n_ref: int = 1  # reference views of a cloud, which the image model reads
     n_target: int = 4  # target views of a cloud, which are rendered; never a reference view
     max_gap: int = 5  # scenes: a reference view is at most this many frames from a target
@@ -314,7 +312,6 @@ def read_views(
             convention=data.convention or None,
             size=data.resolution,
             cache_bytes=cache_bytes,
-            radius=recipe_radius(data.radius, made_here=data.convention != "released"),
         )
     if root == "rooms":
         from unipre3d.worlds.rooms.disk import embedded_rooms
@@ -358,6 +355,7 @@ class PretrainRecipe(Recipe):
 
     task: ClassVar[str] = "pre-training"
     kind: ClassVar[str] = "pretrain"
+    command: ClassVar[str] = "pretrain"
 
     def build_predictor(
         self,
