@@ -139,7 +139,12 @@ _SHARED = """recipe values code seed steps data processes hardware train_seconds
 PRETRAIN = (*_SHARED, "backend")
 FINETUNE = (*_SHARED, "task", "start", "chosen", "classes", "details")
 AUTOENCODER = ("data", "settings", "sha256", "loss", "val", "seconds", "hardware")
-FIELDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "autoencoder": AUTOENCODER}
+FIELDS = {
+    "pretrain": PRETRAIN,
+    "finetune": FINETUNE,
+    "train": FINETUNE,  # neither of the two, such as the image model's autoencoder
+    "autoencoder": AUTOENCODER,  # as earlier versions wrote it
+}
 
 
 def write_json(

@@ -371,7 +371,7 @@ def start_of(arm: str, seed: int) -> str:
 def pre_row(claim: str, stage: str, arm: str, seed: int, tune: tuple[str, ...] = ()) -> Row:
     "The pre-training of a condition."
     c = CONDITIONS[arm]
-    steps = plan_recipe(c.recipe, c.changes).run.steps
+    steps = c.changes.get("steps", recipes[c.recipe].run.steps)
     return Row(
         key=f"pre-{arm}-{seed}",
         claim=claim,

@@ -18,12 +18,12 @@ from scipy import stats
 
 from ..core import data_dir
 from ..records import read_record
-from .plan import COMPARISONS, HELD_OUT, Comparison, is_trial, plan, select
+from .plan import COMPARISONS, HELD_OUT, Comparison, Row, is_trial, plan, select
 
 # %% auto #0
 __all__ = ['EFFECT_COLUMNS', 'read_study', 'Interval', 'as_matrix', 'around', 'interval', 'crossed_interval', 'right',
-           'class_accuracy', 'runs_of', 'scores', 'scores_interval', 'paired', 'to_run', 'some_seeds', 'planned_pairs',
-           'verdict', 'effect_row', 'effects']
+           'class_accuracy', 'runs_of', 'scores', 'scores_interval', 'paired', 'planned_rows', 'to_run', 'some_seeds',
+           'planned_pairs', 'verdict', 'effect_row', 'effects']
 
 # %% ../../nbs/77_statistics.ipynb #53bd5380
 def read_study(
@@ -222,14 +222,22 @@ def paired(
     return np.array([a[s] - b[s] for s in seeds]), seeds
 
 
+@lru_cache(maxsize=2)
+def planned_rows(
+    budget: str = "mini",  # or "full"
+) -> tuple[Row, ...]:
+    "The rows of a plan, made once."
+    return tuple(plan(budget))
+
+
 def to_run(
     only: str,  # a claim, a row or the beginning of several
     records: dict[str, dict],
 ) -> str:
     "The command for rows that are not recorded, and what they cost; empty where there are none."
-    in_mini = any(r.key.startswith(only) for r in plan())
+    in_mini = any(r.key.startswith(only) for r in planned_rows())
     budget, unit = ("mini", "core") if in_mini else ("full", "GPU")
-    rows = [r for r in select(plan(budget), only) if r.key not in records]
+    rows = [r for r in select(planned_rows(budget), only) if r.key not in records]
     if not rows:
         return ""
     hours = sum(r.minutes for r in rows) / 60
@@ -249,7 +257,7 @@ def planned_pairs(
     c: Comparison,
 ) -> int:
     "How many pairs the plan has for a comparison."
-    rows = plan("full" if c.part.endswith(".large") else "mini")
+    rows = planned_rows("full" if c.part.endswith(".large") else "mini")
     rows = [r for r in rows if r.part == c.part and not is_trial(r.key)]
     first = {r.seed for r in rows if r.arm == c.arm}
     second = {r.seed for r in rows if r.arm == c.against}
