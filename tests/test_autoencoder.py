@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -10,14 +11,17 @@ from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.image import KLImageEncoder
 from unipre3d.losses import psnr
 from unipre3d.records import data_hash
+from unipre3d.runs.checkpoint import load_tensors
+from unipre3d.runs.recipe import Optimiser, change, learning_rate
 from unipre3d.tasks.autoencoder import (
-    cosine_lr,
+    Patches,
+    autoencoder_recipes,
     new_autoencoder,
     reconstruction_scores,
     save_autoencoder,
     shrink,
     split_images,
-    train_autoencoder,
+    train_mini,
 )
 
 MINI = data_dir() / "autoencoder-mini"
@@ -60,15 +64,55 @@ def test_save_and_load(tmp_path):
     assert (loaded(rgb) - KLImageEncoder(vae)(rgb)).abs().max() < 2e-2
 
 
-def test_training_learns_and_resumes(tmp_path):
+def pictures():
     images = torch.zeros(12, 3, 40, 40, dtype=torch.uint8)
     for i, image in enumerate(images):
         image[:, 8 : 8 + 2 * i + 4, 10:30] = torch.tensor([250, 20 * i, 90])[:, None, None]
-    options = dict(steps=12, batch=4, size=16, progress=False)
-    fresh = lambda: new_autoencoder((8, 8), latent_channels=2)
-    whole, log = train_autoencoder(images, vae=fresh(), **options)
-    losses = log["loss"]
-    assert sum(losses[-4:]) < sum(losses[:4]) and not whole.training
+    return images
+
+
+class Readers:
+    "Twelve pictures in place of a split of objects."
+
+    n_views = 1
+
+    def __init__(self, root=None, split="train"):
+        alpha = torch.full((12, 1, 40, 40), 255, dtype=torch.uint8)
+        self.images = torch.cat([pictures(), alpha], 1).numpy()
+
+    def __len__(self):
+        return len(self.images)
+
+    def pixels(self, i, k):
+        return self.images[i]
+
+    def fingerprint(self):
+        return "0" * 64
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "The recipe of the shipped autoencoder, small, on twelve pictures."
+    import unipre3d.tasks.autoencoder as module
+
+    values = dict(channels=(8, 8), latent_channels=2, patch=16, batch_size=4, steps=12)
+    tiny = change(autoencoder_recipes["autoencoder-mini"], save_every=4, warmup=9, **values)
+    monkeypatch.setitem(autoencoder_recipes, "autoencoder-mini", tiny)
+    monkeypatch.setattr(module, "ShapeNetViews", Readers)
+    scores = lambda vae, rgb, mask: {"psnr": psnr(vae(rgb).sample, rgb).mean().item()}
+    monkeypatch.setattr(module, "reconstruction_scores", scores)
+    return tiny
+
+
+def column(folder, name):
+    return pd.read_csv(folder / "metrics.csv")[name].tolist()
+
+
+def test_training_learns_and_resumes(small, tmp_path, monkeypatch):
+    weights = train_mini(tmp_path / "whole")
+    losses = column(tmp_path / "whole", "loss")
+    assert sum(losses[-4:]) < sum(losses[:4]) and len(losses) == 12
+    assert KLImageEncoder.from_pretrained(weights).width == 8
 
     class Stop(Exception):
         pass
@@ -83,36 +127,36 @@ def test_training_learns_and_resumes(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(torch.optim.AdamW, "step", interrupted)
-        train_autoencoder(images, vae=fresh(), out=tmp_path, save_every=4, **options)
-    resumed, again = train_autoencoder(images, vae=fresh(), out=tmp_path, save_every=4, **options)
-    assert again["loss"] == losses and all(
-        torch.equal(a, b)
-        for a, b in zip(resumed.state_dict().values(), whole.state_dict().values())
-    )
-    with pytest.raises(ValueError) as error:
-        train_autoencoder(images, vae=fresh(), out=tmp_path, **(options | {"batch": 3}))
-    assert "batch = 4 there, 3 now" in one_line(error)
-
-
-def test_training_leaves_the_global_random_state_alone():
-    state = torch.get_rng_state()
-    train_autoencoder(
-        torch.zeros(4, 3, 16, 16, dtype=torch.uint8),
-        vae=new_autoencoder((8, 8)),
-        steps=1,
-        batch=2,
-        size=16,
-        progress=False,
-    )
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_cosine():
+        train_mini(tmp_path / "cut")
     assert (
-        cosine_lr(0, 1000, 1.0) < 0.02
-        and cosine_lr(99, 1000, 1.0) > 0.9
-        and cosine_lr(999, 1000, 1.0) < 1e-4
+        len(column(tmp_path / "cut", "loss")) == 7 and not (tmp_path / "cut" / "weights").exists()
     )
+    train_mini(tmp_path / "cut")  # from step 4, where it was saved
+    assert column(tmp_path / "cut", "loss") == losses
+    a, b = (load_tensors(tmp_path / k / "checkpoint.safetensors")[0] for k in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    monkeypatch.setitem(autoencoder_recipes, "autoencoder-mini", change(small, batch_size=3))
+    with pytest.raises(ValueError) as error:
+        train_mini(tmp_path / "cut")
+    assert "expected batch_size = 4" in one_line(error) and "got 3" in one_line(error)
+
+
+def test_drawing_leaves_the_global_random_state_alone(small):
+    state = torch.get_rng_state()
+    task = small.build_task()
+    task.samples.__getitems__([(0, 0), (1, 0)])
+    assert torch.equal(state, torch.get_rng_state())
+    images = (torch.rand(12, 3, 40, 40) * 255).byte()
+    draws = [(0, 0), (0, 0), (1, 0), (0, 1)]  # seed, how often it was drawn before
+    a, same, seed, later = (Patches(images, 16, s).__getitems__([(0, n), (1, n)]) for s, n in draws)
+    assert torch.equal(a, same) and not torch.equal(a, seed) and not torch.equal(a, later)
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    values = Optimiser(lr=1.0, warmup=99)
+    rate = [learning_rate(step, 1000, values) for step in range(1000)]
+    assert rate[0] < 0.02 and rate[99] > 0.9 and rate[999] < 1e-4
+    assert autoencoder_recipes["autoencoder-mini"].optimiser.warmup == 99
 
 
 def test_psnr():

@@ -16,24 +16,24 @@ from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
 from unipre3d.data.labelled import write_modelnet40, write_scanobjectnn
 from unipre3d.data.readers import Subset, class_labels, hold_out, take_shots
+from unipre3d.data.samples import CloudSamples
+from unipre3d.recipes import load_run
+from unipre3d.runs.checkpoint import load_tensors
+from unipre3d.runs.recipe import change
+from unipre3d.runs.run import run_recipe
 from unipre3d.tasks.classification import (
-    build_classifier,
-    build_samples,
     ClassificationModel,
     ClassificationRecipe,
-    ClassificationSamples,
     class_probabilities,
+    class_samples,
+    classification_recipes,
     draw_episode,
     evaluate_classes,
-    classification_recipes,
-    classification_task,
-    pool,
     read_splits,
     score_classes,
     vote,
 )
-from unipre3d.tasks.transfer import load_task, run_task
-from unipre3d.pretrain import load_tensors
+from unipre3d.tasks.heads import pool
 
 NET2 = dict(
     centres=(16, 8),
@@ -79,19 +79,21 @@ def model(seed=0, **how):
 
 
 def tiny(**values):
-    return ClassificationRecipe(
-        **dict(
-            backbone="PointNet2",
-            backbone_options=NET2,
-            n_points=64,
-            steps=6,
-            batch_size=8,
-            lr=3e-3,
-            validate_every=3,
-            hidden=16,
-        )
-        | values
+    small = dict(
+        backbone="PointNet2",
+        backbone_options=NET2,
+        n_points=64,
+        steps=6,
+        batch_size=8,
+        lr=3e-3,
+        validate_every=3,
+        hidden=16,
     )
+    return change(ClassificationRecipe(), **small | values)
+
+
+def quiet(text):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +156,14 @@ def test_pooling_ignores_padding_order_and_empty_clouds():
 def test_any_backbone_classifies_and_a_batch_equals_its_clouds(backbone):
     torch.manual_seed(0)
     net = ClassificationModel(backbone(), 4).eval()
-    samples = ClassificationSamples(Boxes(), n_points=64)
+    samples = CloudSamples(Boxes(), n_points=64)
     together = net(samples.batch([(i, 0) for i in range(3)]).points)
     alone = torch.cat([net(samples[i].points) for i in range(3)])
     assert together.shape == (3, 4) and torch.allclose(together, alone, atol=1e-4)
 
 
 def test_samples_depend_on_seed_index_and_draw_alone():
-    samples = ClassificationSamples(
+    samples = CloudSamples(
         Boxes(), n_points=32, features=("xyz", "color"), augment=Augment(rotate="up", drop=0.5)
     )
     a, b = samples[3, 2], samples.batch([(1, 0), (3, 2)])
@@ -181,7 +183,7 @@ def test_farthest_points_are_always_the_same_and_known_once():
     from unipre3d.geometry.pointops import farthest_point_sample
 
     even, some, wide = (
-        ClassificationSamples(Boxes(), n_points=32, farthest=k, seed=3) for k in (32, 38, 500)
+        CloudSamples(Boxes(), n_points=32, farthest=k, seed=3) for k in (32, 38, 500)
     )
     xyz = Boxes().rows(5)["xyz"]
     rows = farthest_point_sample(
@@ -194,7 +196,7 @@ def test_farthest_points_are_always_the_same_and_known_once():
     a, b = ({tuple(p) for p in some[5, draw].points.xyz.tolist()} for draw in (0, 1))
     assert a != b and len(a) == len(b) == 32 and a | b <= {tuple(p) for p in xyz[rows].tolist()}
     assert torch.equal(
-        wide[5, 1].points.xyz, ClassificationSamples(Boxes(), n_points=32, seed=3)[5, 1].points.xyz
+        wide[5, 1].points.xyz, CloudSamples(Boxes(), n_points=32, seed=3)[5, 1].points.xyz
     )  # a smaller cloud is drawn from whole
     held = some.known.items[5]
     assert (
@@ -203,28 +205,26 @@ def test_farthest_points_are_always_the_same_and_known_once():
         and not pickle.loads(pickle.dumps(some)).known.items
     )
     with pytest.raises(ValueError, match="farthest: expected 0 or at least the 32 points"):
-        ClassificationSamples(Boxes(), n_points=32, farthest=20)
+        CloudSamples(Boxes(), n_points=32, farthest=20)
     full = classification_recipes["cls-modelnet40"]
-    assert [build_samples(full, Boxes(), changes).farthest for changes in (False, True)] == [
-        1024,
-        1200,
-    ] and full.augment.stretch
+    assert class_samples(full.data, Boxes()).farthest == 1024
+    assert class_samples(full.data, Boxes(), seed=0).farthest == 1200 and full.data.augment.stretch
     assert [
         name
         for name, r in classification_recipes.items()
-        if r.augment.stretch or r.sampling != "random"
+        if r.data.augment.stretch or r.data.sampling != "random"
     ] == ["cls-modelnet40"]
     with pytest.raises(ValueError, match='sampling: expected "random" or "fps"'):
-        build_samples(replace(full, sampling="all"), Boxes())
+        class_samples(replace(full.data, sampling="all"), Boxes())
 
 
 def test_points_are_drawn_as_they_were_before_there_were_farthest_ones():
-    samples = ClassificationSamples(Boxes(), n_points=32, seed=4)
+    samples = CloudSamples(Boxes(), n_points=32, seed=4)
     keep = np.random.default_rng((4, 2, 7)).choice(96, 32, replace=False)
     assert np.array_equal(samples[7, 2].points.xyz.numpy(), Boxes().rows(7)["xyz"][keep])
 
 
-# ---------------------------------------------------------------- who trains, who is asked
+# ---------------------------------------------------------------- training, validation, queries
 
 
 def test_held_out_and_shots_are_disjoint_and_balanced():
@@ -241,7 +241,7 @@ def test_held_out_and_shots_are_disjoint_and_balanced():
     assert not np.array_equal(take_shots(labels, 5, 0), take_shots(labels, 5, 1))
 
 
-def test_episodes_never_ask_what_they_showed():
+def test_queries_of_an_episode_are_never_in_its_support():
     labels = np.arange(200) % 8
     for seed in range(5):
         e = draw_episode(labels, 5, 5, 20, seed)
@@ -257,7 +257,7 @@ def test_episodes_never_ask_what_they_showed():
     assert across.query.max() < 40 and set(labels[across.query]) == set(across.classes)
     with pytest.raises(
         ValueError,
-        match="expected at least 5 classes with 10 objects to learn from and 20 to ask about, found 0",
+        match="expected at least 5 classes with 10 training objects and 20 queries, found 0",
     ):
         draw_episode(labels, 5, 10)
 
@@ -288,7 +288,7 @@ def test_scores_equal_torchmetrics():
 def test_voting_says_so_and_averages_probabilities():
     net, samples = (
         model(),
-        ClassificationSamples(Boxes(8), n_points=32, augment=Augment(rotate="up")),
+        CloudSamples(Boxes(8), n_points=32, augment=Augment(rotate="up")),
     )
     voted = vote(net, samples, 3)
     assert sorted(voted) == ["confusion_voting3", "macc_voting3", "oa_voting3"]
@@ -309,12 +309,12 @@ def test_voting_says_so_and_averages_probabilities():
 def test_a_run_leaves_what_it_promises_and_comes_back(scanobjectnn, tmp_path):
     recipe = tiny(
         layout="scanobjectnn",
-        data=str(scanobjectnn),
+        source=str(scanobjectnn),
         votes=2,
         augment=Augment(rotate="up", scale=(0.9, 1.1)),
     )
     said = []
-    record = run_task("cls-test", recipe, classification_task, tmp_path / "run", say=said.append)
+    record = run_recipe("cls-test", recipe, tmp_path / "run", say=said.append).record
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.json",
         "metrics.csv",
@@ -335,46 +335,31 @@ def test_a_run_leaves_what_it_promises_and_comes_back(scanobjectnn, tmp_path):
         and record["start"]["kind"] == "none"
         and "from nothing" in said[0]
     )
-    again, net, names = load_task(tmp_path / "run", ClassificationRecipe, build_classifier)
-    assert (
-        again == recipe
-        and evaluate_classes(net, ClassificationSamples(read_splits(recipe)[2], n_points=64))["oa"]
-        == record["metrics"]["oa"]
-    )
+    again, net, names = load_run(tmp_path / "run")
+    assert again == recipe and names == record["classes"] and not net.training
+    test = CloudSamples(read_splits(recipe.data)[2], n_points=64)
+    assert evaluate_classes(net, test)["oa"] == record["metrics"]["oa"]
 
-    second = run_task(
-        "cls-test",
-        replace(recipe, probe=True, votes=0, steps=2),
-        classification_task,
-        tmp_path / "probe",
-        init=tmp_path / "run",
-        say=said.append,
-    )
+    probe = change(recipe, probe=True, votes=0, steps=2)
+    how = dict(init=tmp_path / "run", say=said.append)
+    second = run_recipe("cls-test", probe, tmp_path / "probe", **how).record
     a, b = (load_tensors(tmp_path / f / "checkpoint.safetensors")[0] for f in ("run", "probe"))
     assert (
         all(torch.equal(a[k], b[k]) for k in a if k.startswith("backbone."))
         and len(second["start"]["sha256"]) == 64
     )
     with pytest.raises(ValueError, match="expected at least 100.0% of the PointNet2"):
-        run_task(
-            "cls-test",
-            replace(recipe, backbone_options=NET2 | dict(decoder_widths=((16,), (16,), (8,)))),
-            classification_task,
-            tmp_path / "wrong",
-            init=tmp_path / "run",
-            say=said.append,
-        )
+        other = NET2 | dict(decoder_widths=((16,), (16,), (8,)))
+        run_recipe("cls-test", change(recipe, backbone_options=other), tmp_path / "wrong", **how)
     assert not (tmp_path / "wrong").exists()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(scanobjectnn, tmp_path, monkeypatch):
-    recipe = tiny(layout="scanobjectnn", data=str(scanobjectnn))
-    whole = run_task(
-        "cls-test", recipe, classification_task, tmp_path / "whole", say=lambda text: None
-    )
+    recipe = tiny(layout="scanobjectnn", source=str(scanobjectnn))
+    whole = run_recipe("cls-test", recipe, tmp_path / "whole", say=quiet).record
     import unipre3d.tasks.classification as module
 
-    plain, seen = module.classification_loss, []
+    plain, seen = module.label_loss, []
 
     def stops(*args):
         seen.append(1)
@@ -382,19 +367,39 @@ def test_an_interrupted_run_goes_on_to_the_same_end(scanobjectnn, tmp_path, monk
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*args)
 
-    monkeypatch.setattr(module, "classification_loss", stops)
+    monkeypatch.setattr(module, "label_loss", stops)
     said = []
-    assert (
-        run_task("cls-test", recipe, classification_task, tmp_path / "parts", say=said.append)
-        is None
-        and "go on with: unipre3d finetune cls-test --resume" in said[-1]
-    )
-    parts = run_task(
-        "cls-test", recipe, classification_task, tmp_path / "parts", resume=True, say=said.append
-    )
+    cut = run_recipe("cls-test", recipe, tmp_path / "parts", say=said.append)
+    assert (cut.record, cut.ended) == (None, "interrupted")
+    assert "go on with: unipre3d finetune cls-test --resume" in said[-1]
+    end = run_recipe("cls-test", recipe, tmp_path / "parts", resume=True, say=said.append)
+    parts = end.record
+    assert end.ended == "finished" and end.folder == tmp_path / "parts"
     assert parts["resumed"] and all(
         parts[k] == whole[k] for k in ("metrics", "details", "history", "chosen", "start")
     )
+
+
+def test_a_point_that_is_no_number_costs_a_step_and_the_record_says_so(
+    scanobjectnn, tmp_path, monkeypatch
+):
+    plain = CloudSamples.cloud
+
+    def broken(self, index, draw):
+        cloud = plain(self, index, draw)
+        if draw == 0 and self.seed == 5 and index == broken.index:
+            cloud["xyz"][3] = np.nan
+        return cloud
+
+    broken.index = 7
+    monkeypatch.setattr(CloudSamples, "cloud", broken)
+    values = dict(layout="scanobjectnn", source=str(scanobjectnn), seed=5, steps=4, batch_size=9)
+    said = []
+    found = run_recipe("cls-test", tiny(**values), tmp_path / "run", say=said.append)
+    assert found.record["skipped"] == 1 and found.record["steps"] == 4
+    assert any(text.startswith("1 of 4 steps were skipped") for text in said)
+    weights, _ = load_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
@@ -406,7 +411,7 @@ def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
         write_modelnet40(tmp_path / "data", clouds, Boxes.classes, split=split, form="ply_hdf5")
     recipe = tiny(
         layout="modelnet40",
-        data=str(tmp_path / "data"),
+        source=str(tmp_path / "data"),
         ways=2,
         shots=2,
         queries=3,
@@ -414,9 +419,7 @@ def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
         batch_size=4,
         steps=2,
     )
-    record = run_task(
-        "episode", recipe, classification_task, tmp_path / "run", say=lambda text: None
-    )
+    record = run_recipe("episode", recipe, tmp_path / "run", say=quiet).record
     assert (
         len(record["classes"]) == 2
         and record["data"]["train"] == 4
@@ -431,31 +434,25 @@ def test_modelnet40_and_episodes_run_from_a_folder(tmp_path):
         (dict(layout="scanobjectnn"), "data: this recipe needs ScanObjectNN"),
         (dict(layout="shapenet"), "layout: expected one of furniture"),
         (
-            dict(layout="modelnet40", data="here"),
+            dict(layout="modelnet40", source="here"),
             "classes: expected none (--classes without names) for ModelNet40, of which all are kept; got chair, table",
         ),
         (dict(validation="test"), 'validation: expected "split"'),
-        (dict(ways=5, shots=5), "an episode has no objects to choose by"),
+        (dict(ways=5, shots=5), "an episode has no validation objects"),
         (dict(batch_size=1), "batch_size: expected"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, values, says):
     with pytest.raises(ValueError) as error:
-        run_task(
-            "wrong",
-            tiny(**dict(classes=("chair", "table")) | values),
-            classification_task,
-            tmp_path / "run",
-            say=lambda text: None,
-        )
+        recipe = tiny(**dict(classes=("chair", "table")) | values)
+        run_recipe("wrong", recipe, tmp_path / "run", say=quiet)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_data_is_named_with_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="get it from hkust-vgd") as error:
-        read_splits(
-            replace(classification_recipes["cls-scanobjectnn"], data=str(tmp_path / "nothing"))
-        )
+        full = classification_recipes["cls-scanobjectnn"]
+        read_splits(replace(full.data, source=str(tmp_path / "nothing")))
     assert "nothing there" in str(error.value)
 
 
@@ -465,33 +462,22 @@ def test_mini_recipes_fit_the_backbone_that_pretraining_made():
     before = recipes["object-transformer-mini"]
     for name in ("cls-furniture-mini", "cls-shapes-mini"):
         after = classification_recipes[name]
-        assert (after.backbone, after.backbone_options, after.features) == (
-            before.backbone,
-            before.backbone_options,
-            before.features,
-        )
+        assert after.model.backbone == before.model.backbone
+        assert after.model.backbone_options == before.model.backbone_options
+        assert after.data.features == before.data.features
     assert (
-        classification_recipes["cls-scanobjectnn"].backbone_options
-        == recipes["object-transformer"].backbone_options
+        classification_recipes["cls-scanobjectnn"].model.backbone_options
+        == recipes["object-transformer"].model.backbone_options
         == {}
     )
 
 
 def test_the_command_line_changes_the_recipe_of_scanobjectnn():
-    from unipre3d.cli import StartOptions, parse_recipe
+    from unipre3d.cli import parse_recipe
 
     words = "--backbone PCM --n-points 1024 --lr 1e-4 --smoothing .3 --augment.scale .9 1.1".split()
-    recipe, _ = parse_recipe(
-        "finetune",
-        "cls-scanobjectnn",
-        classification_recipes["cls-scanobjectnn"],
-        words,
-        StartOptions,
-    )
-    assert (recipe.backbone, recipe.n_points, recipe.lr, recipe.smoothing, recipe.augment) == (
-        "PCM",
-        1024,
-        1e-4,
-        0.3,
-        replace(classification_recipes["cls-scanobjectnn"].augment, scale=(0.9, 1.1)),
-    )
+    full = classification_recipes["cls-scanobjectnn"]
+    recipe, _ = parse_recipe("finetune", "cls-scanobjectnn", full, words)
+    augment = replace(full.data.augment, scale=(0.9, 1.1))
+    values = dict(backbone="PCM", n_points=1024, lr=1e-4, smoothing=0.3, augment=augment)
+    assert recipe == change(full, **values)

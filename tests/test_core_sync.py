@@ -19,7 +19,8 @@ from unipre3d.core import (
 )
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.geometry.sparse import merge_voxels
-from unipre3d.recipes import build_model, find_recipe
+from unipre3d.recipes import find_recipe
+from unipre3d.runs.recipe import change
 
 WAITS = ("item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "tolist")
 HW = (12, 16)
@@ -152,8 +153,8 @@ def test_collate_equals_the_parts(room):
 
 
 def test_one_forward_pass_of_a_scene_waits_seldom(room):
-    recipe = replace(find_recipe("scene-sparseunet-mini"), features=("color_signed", "normal"))
-    model = build_model(recipe, 8)
+    recipe = change(find_recipe("scene-sparseunet-mini"), features=("color_signed", "normal"))
+    model = recipe.build_predictor(8)
     maps = torch.randn(len(room.ref), 8, *HW)
     with counted() as calls:
         sample = room.to("cpu")

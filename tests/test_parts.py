@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,33 +13,33 @@ from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
 from unipre3d.data.labelled import ShapeNetPart, shapenet_parts, write_shapenetpart
 from unipre3d.data.readers import Concat
+from unipre3d.recipes import load_run
+from unipre3d.runs.checkpoint import load_tensors
+from unipre3d.runs.recipe import change
+from unipre3d.runs.run import run_recipe
+from unipre3d.tasks.heads import propagate
 from unipre3d.tasks.metrics import own_parts
 from unipre3d.tasks.parts import (
     LabelledParts,
     Majority,
     PartClouds,
+    PartData,
     PartModel,
     PartRecipe,
     PartSamples,
     PartTable,
-    build_parts,
-    embedded_part_shapes,
     evaluate_parts,
     number_parts,
-    part_loss,
     part_names,
     part_recipes,
     part_samples,
-    part_task,
     predict_parts,
     read_parts,
     split_parts,
     spread,
-    to_points,
     with_names,
 )
-from unipre3d.tasks.transfer import load_task, run_task
-from unipre3d.pretrain import load_tensors
+from unipre3d.worlds.scans import embedded_part_shapes
 
 NET2 = dict(
     centres=(16, 8),
@@ -107,23 +106,25 @@ def clouds(**how):
 
 
 def tiny(**values):
-    return PartRecipe(
-        **dict(
-            data="shapes",
-            classes=("lamp", "stool"),
-            per_class=(6, 2, 3),
-            stored=96,
-            backbone="PointNet2",
-            backbone_options=NET2,
-            n_points=64,
-            steps=6,
-            batch_size=4,
-            lr=3e-3,
-            validate_every=3,
-            hidden=16,
-        )
-        | values
+    small = dict(
+        source="shapes",
+        classes=("lamp", "stool"),
+        per_class=(6, 2, 3),
+        stored=96,
+        backbone="PointNet2",
+        backbone_options=NET2,
+        n_points=64,
+        steps=6,
+        batch_size=4,
+        lr=3e-3,
+        validate_every=3,
+        hidden=16,
     )
+    return change(PartRecipe(), **small | values)
+
+
+def quiet(text):
+    pass
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,27 +145,27 @@ def cache(tmp_path_factory):
         os.environ["UNIPRE3D_CACHE"] = before
 
 
-# ---------------------------------------------------------------- carrying features
+# ---------------------------------------------------------------- propagating features
 
 
-def test_features_are_carried_within_their_own_cloud():
+def test_features_are_propagated_within_their_own_cloud():
     features = PointBatch(
         torch.zeros(4, 3), torch.tensor([[1.0], [1.0], [2.0], [2.0]]), torch.tensor([0, 0, 2, 2]), 3
     )
     points = PointBatch(torch.rand(5, 3), torch.rand(5, 3), torch.tensor([0, 0, 2, 2, 2]), 3)
     for how in (dict(), dict(voxel_size=0.1), dict(voxel_size=5.0)):
         assert torch.allclose(
-            to_points(features, points, **how)[:, 0], torch.tensor([1.0, 1, 2, 2, 2])
+            propagate(features, points, **how)[:, 0], torch.tensor([1.0, 1, 2, 2, 2])
         )
 
 
-def test_carried_features_have_gradients():
+def test_propagated_features_have_gradients():
     features = PointBatch(
         torch.rand(6, 3), torch.rand(6, 2, requires_grad=True), torch.zeros(6, dtype=torch.long), 1
     )
     for voxel_size in (None, 0.3):
         features.feat.grad = None
-        to_points(
+        propagate(
             features,
             PointBatch(torch.rand(9, 3), torch.rand(9, 3), torch.zeros(9, dtype=torch.long), 1),
             voxel_size=voxel_size,
@@ -178,29 +179,33 @@ def test_carried_features_have_gradients():
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_every_backbone_answers_at_every_point_and_a_batch_equals_its_clouds(kind):
+def test_every_backbone_predicts_at_every_point_and_a_batch_equals_its_clouds(kind):
     torch.manual_seed(0)
     net = PartModel(BACKBONES[kind](), 2, 5, hidden=16).eval()
     samples = PartSamples(clouds(), n_points=64)
-    both, every = samples.batch([(0, 0), (1, 0)]), samples.questions([0, 1])
+    both, every = samples.batch([(0, 0), (1, 0)]), samples.queries([0, 1])
     assert net(both.points, both.category).shape == (128, 5)
     logits = net(both.points, both.category, every.points)
     assert logits.shape == (192, 5)
     for i in (0, 1):
-        one, asked = samples.batch([(i, 0)]), samples.questions([i])
+        one, query = samples.batch([(i, 0)]), samples.queries([i])
         assert torch.allclose(
-            net(one.points, one.category, asked.points), logits[every.points.batch == i], atol=1e-5
+            net(one.points, one.category, query.points), logits[every.points.batch == i], atol=1e-5
         )
 
 
-def test_category_changes_the_answer_and_every_weight_learns():
+def test_category_changes_the_prediction_and_every_weight_learns():
     torch.manual_seed(0)
     net = PartModel(BACKBONES["group centres"](), 2, 5, hidden=16)
     batch = PartSamples(clouds(), n_points=64).batch([(0, 0), (1, 0), (2, 0)])
     assert not torch.allclose(
         net.eval()(batch.points, batch.category), net(batch.points, 1 - batch.category)
     )
-    loss, scores = part_loss(net.train(), batch, list(PARTS.values()), 0.1)
+    recipe = tiny(smoothing=0.1)
+    task = recipe.build_task()
+    batch = task.samples.batch([(0, 0), (1, 0), (2, 0)])
+    net = PartModel(BACKBONES["group centres"](), 2, len(task.classes), hidden=16)
+    loss, scores = task.loss(net.train(), batch)
     loss.backward()
     assert (
         all(
@@ -219,7 +224,8 @@ def test_a_linear_head_for_probes():
         128,
         5,
     )
-    assert len(build_parts(tiny(probe=True), 8).near.weight) == 8
+    count = sum(map(len, part_names(tiny().data).values()))
+    assert len(tiny(probe=True).build_model(count).near.weight) == count == 8
 
 
 # ---------------------------------------------------------------- labels and samples
@@ -236,9 +242,9 @@ def test_parts_are_numbered_through_all_categories():
         )
         assert (np.argsort(raw[3:], kind="stable") == np.argsort(got[3:], kind="stable")).all()
     assert (
-        with_names(reader, share=0.99) == []
-        and with_names(reader, share=0.9) == list(range(12))
-        and with_names(reader, share=0.9, least=3) == list(range(0, 12, 2))
+        with_names(reader, fraction=0.99) == []
+        and with_names(reader, fraction=0.9) == list(range(12))
+        and with_names(reader, fraction=0.9, parts=3) == list(range(0, 12, 2))
     )
     with pytest.raises(ValueError, match="the reader has chair"):
         PartClouds(Boxes(), {"mug": ["body"]})
@@ -273,14 +279,14 @@ def test_labels_follow_their_points(how):
     )
 
 
-def test_questions_are_all_points_as_they_are():
+def test_queries_are_all_points_as_they_are():
     samples = PartSamples(clouds(), n_points=10)
-    every = samples.questions([1, 4])
+    every = samples.queries([1, 4])
     assert (
         np.array_equal(every.points.xyz[96:], samples.source.rows(4)["xyz"])
         and len(every.label) == 192
     )
-    with pytest.raises(ValueError, match="expected samples without changes"):
+    with pytest.raises(ValueError, match="expected samples without augmentation"):
         next(
             predict_parts(
                 None, PartSamples(clouds(), augment=Augment(drop=0.5)), list(PARTS.values())
@@ -291,12 +297,12 @@ def test_questions_are_all_points_as_they_are():
 # ---------------------------------------------------------------- scores
 
 
-def naive(pred, asked):
+def naive(pred, query):
     "IoUs of every shape and part, with sets."
     shapes = {}
-    for b, kind in enumerate(asked.category.tolist()):
-        mine = (asked.points.batch == b) & (asked.label >= 0)
-        p, t = pred[mine].tolist(), asked.label[mine].tolist()
+    for b, kind in enumerate(query.category.tolist()):
+        mine = (query.points.batch == b) & (query.label >= 0)
+        p, t = pred[mine].tolist(), query.label[mine].tolist()
         for part in list(PARTS.values())[kind]:
             here, there = ({i for i, x in enumerate(labels) if x == part} for labels in (p, t))
             shapes.setdefault((kind, b), []).append(
@@ -306,22 +312,22 @@ def naive(pred, asked):
 
 
 class Random(torch.nn.Module):
-    "The same noise for a place wherever it stands in a batch; half of the places see the truth of the boxes."
+    "Noise that depends on the place alone, not on the batch."
 
-    def forward(self, points, category, ask):
+    def forward(self, points, category, places):
         gen = torch.sin(
-            1000 * ask.xyz @ torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+            1000 * places.xyz @ torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
         )
-        return gen + torch.linspace(-1, 1, 5) * ask.xyz[:, 2:]
+        return gen + torch.linspace(-1, 1, 5) * places.xyz[:, 2:]
 
 
 def test_scores_equal_plain_ones():
     samples = PartSamples(clouds(n=7), n_points=32)
-    got, asked = evaluate_parts(Random(), samples, PARTS, batch_size=3), samples.questions(range(7))
+    got, query = evaluate_parts(Random(), samples, PARTS, batch_size=3), samples.queries(range(7))
     pred = own_parts(
-        Random()(None, None, asked.points), asked.category[asked.points.batch], list(PARTS.values())
+        Random()(None, None, query.points), query.category[query.points.batch], list(PARTS.values())
     )
-    shapes = naive(pred, asked)
+    shapes = naive(pred, query)
     means = {key: np.mean([iou for _, iou, _ in v]) for key, v in shapes.items()}
     by = [np.mean([m for (k, _), m in means.items() if k == kind]) for kind in (0, 1)]
     assert (
@@ -329,8 +335,8 @@ def test_scores_equal_plain_ones():
         and got["miou_c"] == pytest.approx(np.mean(by))
         and list(got["category"].values()) == pytest.approx(by)
     )
-    known = asked.label >= 0
-    assert got["acc"] == pytest.approx(float((pred == asked.label)[known].float().mean()))
+    known = query.label >= 0
+    assert got["acc"] == pytest.approx(float((pred == query.label)[known].float().mean()))
     table = got["table"].compute([f"{k} {p}" for k, own in NAMES.items() for p in own])
     for name, part in zip(table, range(5)):
         ious = [iou for v in shapes.values() for p, iou, there in v if p == part and there]
@@ -343,10 +349,10 @@ def test_the_floor_is_the_most_frequent_part():
     floor = Majority(reader, 5)
     for i in (0, 1):
         part = reader.rows(i)["part"]
-        asked = PartSamples(reader).questions([i])
+        query = PartSamples(reader).queries([i])
         every = np.concatenate([reader.rows(k)["part"] for k in range(i, 12, 2)])
         assert (
-            floor(None, asked.category, asked.points).argmax(1)
+            floor(None, query.category, query.points).argmax(1)
             == np.bincount(every[every >= 0]).argmax()
         ).all() and len(part) == 96
 
@@ -360,7 +366,7 @@ def test_generated_shapes_split_by_number_and_come_back():
     assert [len(r) for r in (train, val, test)] == [12, 4, 6] and train.classes == ["lamp", "stool"]
     names = [{r.name(i) for i in range(len(r))} for r in (train, val, test)]
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
-    both, nobody, _ = split_parts(replace(recipe, validation="none"))
+    both, nobody, _ = split_parts(change(recipe, validation="none"))
     assert (
         isinstance(both, Concat)
         and nobody is None
@@ -370,12 +376,13 @@ def test_generated_shapes_split_by_number_and_come_back():
         and both.fingerprint() != train.fingerprint()
     )
     with pytest.raises(ValueError, match='validation: expected "split" or "none"'):
-        split_parts(replace(recipe, validation="share"))
+        split_parts(change(recipe, validation="share"))
     assert spread(100, 3) == [0, 50, 99]
 
 
 def test_furniture_has_named_parts():
-    reader = read_parts(PartRecipe(data="furniture", layout="furniture", classes=("bed",)), "test")
+    furniture = PartData("furniture", "furniture", classes=("bed",))
+    reader = read_parts(furniture, "test")
     rows = reader.rows(0)
     assert (
         len(reader)
@@ -384,32 +391,35 @@ def test_furniture_has_named_parts():
         and set(rows) >= {"xyz", "normal", "color", "part"}
     )
     with pytest.raises(ValueError, match="classes: expected some of bed, car"):
-        part_names(PartRecipe(layout="furniture", classes=("toy",)))
+        part_names(PartData(layout="furniture", classes=("toy",)))
     with pytest.raises(ValueError, match="got none"):
-        part_names(PartRecipe())
+        part_names(PartData(layout="shapes"))
     with pytest.raises(
         ValueError,
         match="classes: expected none .* for ShapeNetPart, of which all are kept; got chair",
     ):
-        part_names(PartRecipe(layout="shapenetpart", classes=("chair",)))
+        part_names(PartData(layout="shapenetpart", classes=("chair",)))
 
 
 def test_recipes_build_and_missing_data_says_where_it_is():
     for name, recipe in part_recipes.items():
-        if not recipe.data:
+        if not recipe.data.source:
             with pytest.raises(ValueError) as error:
-                part_task(recipe)
+                recipe.build_task()
             assert (
                 "\n" not in str(error.value)
                 and "ShapeNetPart" in str(error.value)
                 and "--data FOLDER" in str(error.value)
             )
         if "mini" in name:
-            build_parts(recipe, sum(map(len, part_names(recipe).values())))
+            recipe.build_model(sum(map(len, part_names(recipe.data).values())))
+            with pytest.raises(ValueError, match="classes: expected"):
+                recipe.build_model(1)
     with pytest.raises(
         FileNotFoundError, match="expected synsetoffset2category.txt, found nothing there"
     ):
-        read_parts(replace(part_recipes["part-shapenetpart"], data="no/such/folder"), "val")
+        full = part_recipes["part-shapenetpart"]
+        read_parts(change(full, source="no/such/folder").data, "val")
 
 
 @pytest.fixture(scope="module")
@@ -436,9 +446,9 @@ def shapenetpart(tmp_path_factory):
 
 
 def test_shapenetpart_from_files_to_a_record(shapenetpart, tmp_path):
-    recipe = replace(
+    recipe = change(
         part_recipes["part-shapenetpart"],
-        data=str(shapenetpart),
+        source=str(shapenetpart),
         backbone="PointNet2",
         backbone_options=NET2,
         features=("xyz",),
@@ -451,28 +461,26 @@ def test_shapenetpart_from_files_to_a_record(shapenetpart, tmp_path):
         validate_every=2,
         mixed_precision="no",
     )
-    train, raw = read_parts(recipe, "train"), ShapeNetPart(shapenetpart, split="train")
+    train, raw = read_parts(recipe.data, "train"), ShapeNetPart(shapenetpart, split="train")
     assert (
         np.array_equal(train.rows(1)["part"], raw.rows(1)["part"])
         and train.classes == list(shapenet_parts())
         and train.label(0) == raw.label(0)
         and train.parts == shapenet_parts()
     )
-    record = run_task(
-        "part-shapenetpart", recipe, part_task, tmp_path, device="cpu", say=lambda text: None
-    )
+    record = run_recipe("part-shapenetpart", recipe, tmp_path, device="cpu", say=quiet).record
     assert (
         len(record["classes"]) == 50
         and record["data"]["train"] == record["data"]["test"] == 6
         and set(record["details"]["category"]) == {"Cap", "Mug"}
     )
-    assert split_parts(replace(recipe, validation="none"))[0].name(6) == ShapeNetPart(
+    assert split_parts(change(recipe, validation="none"))[0].name(6) == ShapeNetPart(
         shapenetpart, split="trainval"
     ).name(6)
 
 
 def test_normals_from_the_command_line_and_a_start_without_them(shapenetpart, tmp_path):
-    from unipre3d.cli import StartOptions, parse_recipe
+    from unipre3d.cli import parse_recipe
 
     small = dict(
         embed_width=8,
@@ -507,40 +515,24 @@ def test_normals_from_the_command_line_and_a_start_without_them(shapenetpart, tm
                 "2",
                 *words,
             ],
-            StartOptions,
         )
-        return replace(found, backbone_options=small, hidden=16)
+        return change(found, backbone_options=small, hidden=16)
 
-    assert recipe().features == ("xyz", "height") and recipe().augment == Augment(
+    data = recipe().data
+    assert data.features == ("xyz", "height") and data.augment == Augment(
         scale=(2 / 3, 1.5), stretch=True, translate=0.13
     )
-    run_task(
-        "height", recipe(), part_task, tmp_path / "height", device="cpu", say=lambda text: None
-    )
+    run_recipe("height", recipe(), tmp_path / "height", device="cpu", say=quiet)
+    start = dict(init=tmp_path / "height", device="cpu")
     words = "--features", "xyz", "normal", "--validation", "none"
     with pytest.raises(
         ValueError,
         match=r"found 99.9%; embed.0.weight: expected \[8, 6\] for this model, got \[8, 4\]",
     ):
-        run_task(
-            "normal",
-            recipe(*words),
-            part_task,
-            tmp_path / "refused",
-            init=tmp_path / "height",
-            device="cpu",
-            say=lambda text: None,
-        )
+        run_recipe("normal", recipe(*words), tmp_path / "refused", **start, say=quiet)
     said = []
-    record = run_task(
-        "normal",
-        recipe(*words, "--need", ".99"),
-        part_task,
-        tmp_path / "normal",
-        init=tmp_path / "height",
-        device="cpu",
-        say=said.append,
-    )
+    partial = recipe(*words, "--min-coverage", ".99")
+    record = run_recipe("normal", partial, tmp_path / "normal", **start, say=said.append).record
     assert (
         "99.9% of" in said[0]
         and "1 other shape" in said[0]
@@ -548,9 +540,9 @@ def test_normals_from_the_command_line_and_a_start_without_them(shapenetpart, tm
         and record["data"]["val"] == 0
         and record["metrics"]["miou_c"] >= 0
     )
-    batch = part_samples(recipe(*words), read_parts(recipe(), "train"), changes=True).batch(
-        [(0, 1)]
-    )
+    samples = part_samples(partial.data, read_parts(data, "train"), seed=0)
+    assert samples.augment == data.augment
+    batch = samples.batch([(0, 1)])
     up = batch.points.feat[:, 3:]
     assert (
         torch.equal(batch.points.feat[:, :3], batch.points.xyz)
@@ -562,12 +554,9 @@ def test_normals_from_the_command_line_and_a_start_without_them(shapenetpart, tm
 # ---------------------------------------------------------------- runs
 
 
-def quiet(text):
-    pass
-
-
 def test_a_run_leaves_its_record_and_picture_and_starts_another(tmp_path):
-    record = run_task("tiny", tiny(), part_task, tmp_path / "a", device="cpu", say=quiet)
+    how = dict(device="cpu", say=quiet)
+    record = run_recipe("tiny", tiny(), tmp_path / "a", **how).record
     assert (tmp_path / "a" / "parts.png").stat().st_size > 1000 and json.loads(
         (tmp_path / "a" / "record.json").read_text()
     )["details"] == record["details"]
@@ -579,41 +568,38 @@ def test_a_run_leaves_its_record_and_picture_and_starts_another(tmp_path):
     assert record["classes"][0] == "lamp base" and {
         k.split()[0] for k in record["details"]["parts"]
     } == {"lamp", "stool"}
-    recipe, model, names = load_task(tmp_path / "a", PartRecipe, build_parts)
+    recipe, model, names = load_run(tmp_path / "a")
     got = evaluate_parts(
-        model, part_samples(recipe, read_parts(recipe, "test")), number_parts(part_names(recipe))
+        model,
+        part_samples(recipe.data, read_parts(recipe.data, "test")),
+        number_parts(part_names(recipe.data)),
     )
     assert got["miou_c"] == record["metrics"]["miou_c"] and names == record["classes"]
-    probe = run_task(
-        "probe",
-        tiny(probe=True, steps=2),
-        part_task,
-        tmp_path / "b",
-        init=tmp_path / "a",
-        device="cpu",
-        say=quiet,
-    )
+    linear = tiny(probe=True, steps=2)
+    probe = run_recipe("probe", linear, tmp_path / "b", init=tmp_path / "a", **how).record
     before, after = (load_tensors(tmp_path / k / "checkpoint.safetensors")[0] for k in "ab")
     assert probe["start"]["coverage"] == 1.0 and all(
         torch.equal(before[k], after[k]) for k in before if k.startswith("backbone.")
     )
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path):
-    def stopping(recipe, **how):
-        task, seen = part_task(recipe, **how), []
+def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    import unipre3d.tasks.parts as module
 
-        def loss(model, batch):
-            seen.append(1)
-            if len(seen) == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-            return task.loss(model, batch)
+    plain, seen = module.label_loss, []
 
-        return replace(task, loss=loss)
+    def stops(*args):
+        seen.append(1)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
 
-    run_task("tiny", tiny(), part_task, tmp_path / "straight", device="cpu", say=quiet)
-    assert run_task("tiny", tiny(), stopping, tmp_path / "cut", device="cpu", say=quiet) is None
-    run_task("tiny", tiny(), part_task, tmp_path / "cut", resume=True, device="cpu", say=quiet)
+    how = dict(device="cpu", say=quiet)
+    run_recipe("tiny", tiny(), tmp_path / "straight", **how)
+    monkeypatch.setattr(module, "label_loss", stops)
+    cut = run_recipe("tiny", tiny(), tmp_path / "cut", **how)
+    assert (cut.record, cut.ended) == (None, "interrupted")
+    run_recipe("tiny", tiny(), tmp_path / "cut", resume=True, **how)
     a, b = (load_tensors(tmp_path / k / "checkpoint.safetensors")[0] for k in ("straight", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     one, other = (

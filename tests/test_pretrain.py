@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from unipre3d.cli import main
-from unipre3d.pretrain import load_tensors
-from unipre3d.recipes import load_run, pretraining_device, recipes
+from unipre3d.recipes import load_run, recipes
+from unipre3d.runs.checkpoint import load_tensors
+from unipre3d.tasks.pretrain import PretrainRecipe
 
 SMALL = [
     "--steps",
@@ -23,7 +24,7 @@ SMALL = [
     "4",
     "--picture-every",
     "5",
-    "--eval-every",
+    "--validate-every",
     "5",
     "--save-every",
     "4",
@@ -130,26 +131,28 @@ def test_another_seed_is_another_run(whole, tmp_path):  # the same seed is the s
 
 TWO = """
 import os, signal, sys, torch
-from dataclasses import replace
 from pathlib import Path
-import unipre3d.pretrain, unipre3d.recipes as r
+import unipre3d.runs.fit as loop, unipre3d.runs.run as runner
+from unipre3d.recipes import recipes
+from unipre3d.runs.recipe import change
 
 folder, again = Path(sys.argv[1]), sys.argv[2:] == ["again"]
-recipe = replace(r.recipes["object-transformer-mini"], steps=4, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, eval_every=9)
-seen, calls, train, take_step = {}, [], r.train, unipre3d.pretrain.take_step
+small = dict(steps=4, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, validate_every=9)
+recipe = change(recipes["object-transformer-mini"], **small)
+seen, calls, train, take_step = {}, [], runner.fit, loop.take_step
 
 def interrupt(*args):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2 and not again: os.kill(os.getpid(), signal.SIGINT)      # one of the two, before its second step ends
     return take_step(*args)
 
-def spy(model, *args, **kw):
-    done = train(model, *args, **kw)
-    seen.update({k: v.clone() for k, v in model.state_dict().items()})
+def spy(task, *args, **kw):
+    done = train(task, *args, **kw)
+    seen.update({k: v.clone() for k, v in task.model.state_dict().items()})
     return done
 
-unipre3d.pretrain.take_step, r.train = interrupt, spy
-r.pretrain("object-transformer-mini", recipe, folder, resume=again, device="cpu")
+loop.take_step, runner.fit = interrupt, spy
+runner.run_recipe("object-transformer-mini", recipe, folder, resume=again, device="cpu")
 flat = torch.cat([v.flatten().float() for k, v in sorted(seen.items()) if "running" not in k and "num_batches" not in k])
 both = [torch.empty_like(flat) for _ in range(2)]
 torch.distributed.all_gather(both, flat)
@@ -195,8 +198,8 @@ def test_several_processes_stop_together_go_on_and_hold_the_same_weights(tmp_pat
 
 
 def test_a_run_can_be_loaded_and_rendered(whole, capsys):
-    recipe, model, image_net = load_run(whole)
-    assert recipe.steps == 10 and not model.training
+    recipe, model, classes = load_run(whole)
+    assert recipe.run.steps == 10 and not model.training and classes == []
     assert main(["render", str(whole), "--frames", "3", "--size", "48"]) == 0
     from PIL import Image
     from unipre3d.gaussians import load_ply
@@ -234,12 +237,18 @@ def mistakes(folder):
         (["pretrain", "--batch-size", "0", "--out", folder / "a"], "batch_size"),
         (["pretrain", "--n-points", "-3", "--out", folder / "a"], "n_points"),
         (["pretrain", "--steps", "0", "--out", folder / "a"], "steps"),
-        (["pretrain", "--eval-every", "-1", "--out", folder / "a"], "eval_every"),
+        (["pretrain", "--validate-every", "-1", "--out", folder / "a"], "validate_every"),
         (["pretrain", "--schedule", "odd", "--out", folder / "a"], "schedule"),
         (["render", folder / "a", "--frames", "0"], "--frames"),
         (["finetune", "cls-furniture-mini", "--steps", "0", "--out", folder / "a"], "steps"),
         (["finetune", "cls-furniture-mini", "--n-points", "-3", "--out", folder / "a"], "n_points"),
         (["pretrain", "--device", "cuda", "--out", folder / "a"], "device"),
+        (["pretrain", "--background", "255", "255", "255", "--out", folder / "a"], "background"),
+        (["pretrain", "--ema", "2", "--out", folder / "a"], "ema"),
+        (["pretrain", "--colour", "0", "--out", folder / "a"], "terms"),
+        (["pretrain", "--ssim", "-1", "--out", folder / "a"], "terms.ssim"),
+        (["pretrain", "--model.backbone-options.deep", "3"], "--model.backbone-options.deep"),
+        (["finetune", "cls-furniture-mini", "--ema", "1", "--out", folder / "a"], "ema"),
     ]
 
 
@@ -269,7 +278,7 @@ def test_a_gpu_without_its_renderer_is_left_aside_and_this_is_said(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: gsplat or None)
-    found, because = pretraining_device(device)
+    found, because = PretrainRecipe().choose_device(device)
     assert found == where and ("pip install" in because) == (where != device)
 
 
@@ -279,4 +288,92 @@ def test_help_names_every_command_and_recipe(capsys):
     assert all(word in said for word in ("pretrain", "render", "data", "doctor", *recipes))
     with pytest.raises(SystemExit) as end:
         main(["pretrain", "--help"])
-    assert end.value.code == 0 and "--batch-size" in capsys.readouterr().out
+    assert end.value.code == 0 and "--run.batch-size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["unipre3d", "unipre3d.cli"])
+def test_the_package_and_its_module_are_the_command(module):
+    words = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("unipre3d 0."), done.stderr
+
+
+def test_options_of_a_backbone_are_typed_and_have_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main("pretrain object-transformer --model.backbone-options.depth 12 --help".split())
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "--model.backbone-options.depth INT" in said
+    assert main("pretrain object-transformer --depth twelve".split()) == 2
+    said = capsys.readouterr().err
+    assert "backbone-options.depth" in said and len(said.splitlines()) == 1
+
+
+def test_a_step_schedule_changes_the_rate_of_a_fine_tuning(tmp_path):
+    words = "finetune cls-furniture-mini --classes bed lamp --n-points 64 --device cpu".split()
+    words += "--steps 4 --batch-size 4 --lr .008 --warmup 0 --validate-every 0".split()
+    words += "--schedule step --decay-every 2 --decay .5 --depth 1 --num-groups 8".split()
+    assert main([*words, "--group-size", "8", "--out", str(tmp_path / "run")]) == 0
+    rates = [float(value) for value in column(tmp_path / "run", "lr")]
+    assert rates == pytest.approx([0.008, 0.008, 0.004, 0.004])
+
+
+EVALUATION = """
+import json, sys, torch
+from unipre3d.data.loading import eval_loader
+from unipre3d.data.readers import Subset
+from unipre3d.data.samples import CloudSamples, ViewSamples
+from unipre3d.data.shapenet import ShapeNetViews
+from unipre3d.backbones import PointNet2
+from unipre3d.image import rgb_features
+from unipre3d.recipes import recipes
+from unipre3d.runs.fit import new_accelerator, processes
+from unipre3d.runs.recipe import change
+from unipre3d.tasks.classification import ClassificationModel, class_probabilities, evaluate_classes
+from unipre3d.tasks.pretrain import constant_baselines, evaluate
+
+new_accelerator(device="cpu")
+rank, world = processes()
+recipe = change(recipes["object-transformer-mini"], image="rgb")
+options = recipe.model.backbone_options | dict(num_groups=16, depth=1)
+model = change(recipe, backbone_options=options).build_predictor(3)
+reader = Subset(ShapeNetViews(split="val", size=32), range(7))
+views = ViewSamples(reader, n_points=128, n_ref=1, n_target=2)
+batches = lambda: eval_loader(views, batch_size=2, rank=rank, world_size=world)
+scores = evaluate(model, rgb_features, batches()) | constant_baselines(batches)
+torch.manual_seed(0)
+net2 = dict(centres=(16, 8), radii=(0.3, 0.6), neighbours=(8, 8), widths=((8, 16), (16, 16), (16, 32)))
+classifier = ClassificationModel(PointNet2(**net2, decoder_widths=((16,), (16,), (16,))), len(reader.classes))
+clouds = CloudSamples(reader, n_points=64)
+probabilities, labels = class_probabilities(classifier, clouds, batch_size=3)
+found = evaluate_classes(classifier, clouds, batch_size=3)
+found["confusion"] = found["confusion"].tolist()
+found = dict(world=world, scores=scores, classes=found, probabilities=probabilities.tolist(), labels=labels.tolist())
+with open(f"{sys.argv[1]}/{world}-{rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_scores_of_two_processes_are_those_of_one(tmp_path):
+    script = tmp_path / "evaluation.py"
+    script.write_text(EVALUATION)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for world in ("1", "2"):
+        words = ["torch.distributed.run", "--standalone", "--nproc_per_node", world]
+        words = [sys.executable, "-m", *words, str(script), str(tmp_path)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr[-6000:]
+    one, first, second = (
+        json.loads((tmp_path / f"{k}.json").read_text()) for k in ("1-0", "2-0", "2-1")
+    )
+    assert (one.pop("world"), first.pop("world"), second.pop("world")) == (1, 2, 2)
+    assert first == second  # every process has the scores of all
+    assert one["labels"] == first["labels"] and len(one["labels"]) == 7
+    assert one["scores"]["clouds"] == 7 and one["scores"]["images"] == 14
+    assert one["scores"] == pytest.approx(first["scores"], rel=1e-5)
+    assert one["classes"]["confusion"] == first["classes"]["confusion"]
+    assert one["classes"]["oa"] == pytest.approx(first["classes"]["oa"])
+    assert one["classes"]["macc"] == pytest.approx(first["classes"]["macc"])
+    close = torch.allclose
+    assert close(
+        torch.tensor(one["probabilities"]), torch.tensor(first["probabilities"]), atol=1e-5
+    )

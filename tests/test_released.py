@@ -14,7 +14,7 @@ from parity_cases import PARITY, RECORDED, check_features, close, load_file, rec
 from unipre3d.backbones import PointNet2
 from unipre3d.fusion import FeatureFusion, NoFusion, PointFusion
 from unipre3d.gaussians import GaussianHead
-from unipre3d.pretrain import UniPre3D
+from unipre3d.tasks.pretrain import UniPre3D
 from unipre3d.released import compare_released, load_released
 
 plain = lambda state, under: {

@@ -99,7 +99,7 @@ def random_gaussians(dice, clouds, cameras):
     if dice.chance(0.2):
         quat[dice.some(n, 0.2)] *= dice.pick(0.0, 1e-45, 1e-20, 1e-12, 1e-6, 1e18, 1e37)
     if dice.chance(0.2):
-        opacity[dice.some(n, 0.3)] = dice.pick(0.0, 1.0, 1 / 255)
+        opacity[dice.some(n, 0.3)] = dice.pick(0.0, 1.0, 1.01 / 255)
     if dice.chance(0.15):
         sh[dice.some(n, 0.2)] *= dice.pick(1e6, 1e20, 1e30, 1e38)
     return GaussianBatch(mean, scale, quat, opacity, sh.clamp(-3e38, 3e38), batch, clouds)

@@ -22,9 +22,11 @@ from unipre3d.data.scannet import (
 from unipre3d.fusion import FeatureFusion, NoFusion, PointFusion
 from unipre3d.gaussians import GaussianHead
 from unipre3d.geometry.cameras import project
-from unipre3d.pretrain import UniPre3D, predict, step_loss
+from unipre3d.objective import RenderObjective, render_loss
+from unipre3d.tasks.pretrain import UniPre3D, predict
 
 HW = (12, 16)
+EVEN = RenderObjective(background=(1.0, 1.0, 1.0), foreground_weight=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,9 @@ def step(sample, net, fusion):
         None if fusion == "none" else torch.nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
     )
     gaussians = predict(sample.points, sample.ref, image_net, net)
-    loss, rendered = step_loss(gaussians, sample.target, torch.ones(3), foreground_weight=1.0)
+    loss, _, image = render_loss(gaussians, sample.target, EVEN)
     loss.backward()
-    return gaussians, loss, rendered
+    return gaussians, loss, image.rgb
 
 
 def finite(net, loss):

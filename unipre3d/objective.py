@@ -18,7 +18,7 @@ from .render import Render, render
 
 # %% auto #0
 __all__ = ['TERMS', 'RenderObjective', 'colour_term', 'alpha_term', 'depth_term', 'ssim_term', 'check_objective', 'active_terms',
-           'render_loss']
+           'render_loss', 'one_or_nan']
 
 # %% ../nbs/55_objective.ipynb #6444dc20
 @dataclass(frozen=True)
@@ -105,8 +105,19 @@ def render_loss(
     values: RenderObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Render]:  # loss, each term, what was rendered
     "Render the target views and add up the terms (@eq-objective)."
-    background = torch.tensor(values.background, dtype=torch.float32, device=gaussians.mean.device)
-    image = render(gaussians, target.camera, background, backend=values.backend)
+    device = gaussians.mean.device
+    background = torch.tensor(values.background, dtype=torch.float32, device=device)
+    image = render(gaussians, target.camera, background, backend=values.backend, check=False)
     terms = {name: TERMS[name](image, target, values) for name in active_terms(values)}
     loss = sum(weight * terms[name] for name, weight in active_terms(values).items())
-    return loss, terms, image
+    return loss * one_or_nan(gaussians), terms, image
+
+
+def one_or_nan(
+    gaussians: GaussianBatch,
+) -> Float[Tensor, ""]:
+    "One where all Gaussians are finite, else NaN: the renderer drops what is not, a loss must not."
+    g = gaussians
+    fields = (g.mean, g.scale, g.quat, g.opacity, g.sh)
+    finite = torch.stack([field.detach().isfinite().all() for field in fields]).all()
+    return torch.where(finite, 1.0, torch.nan)

@@ -142,8 +142,8 @@ AUTOENCODER = ("data", "settings", "sha256", "loss", "val", "seconds", "hardware
 FIELDS = {
     "pretrain": PRETRAIN,
     "finetune": FINETUNE,
-    "train": FINETUNE,  # neither of the two, such as the image model's autoencoder
-    "autoencoder": AUTOENCODER,  # as earlier versions wrote it
+    "train": FINETUNE,  # what is no fine-tuning, such as that of the image model
+    "autoencoder": AUTOENCODER,  # of an earlier version
 }
 
 

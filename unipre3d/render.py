@@ -624,8 +624,12 @@ def render(
     antialiased: bool = False,  # scale opacities so that the blur of small Gaussians adds no light
     near: float = 0.01,  # Gaussians whose centre is nearer than this along z are dropped
     far: float = 1e10,  # and those beyond this
+    check: bool = True,  # False: no value is checked; Gaussians that are not finite are dropped
 ) -> Render:
-    "Draw every view; differentiable in the Gaussians and the background (section 3 of the paper, with the rules of 3-D Gaussian splatting)."
+    """Draw every view; differentiable in the Gaussians and the background.
+
+    Paper, section 3, with the rules of 3-D Gaussian splatting. Raises: ValueError in one line for arguments that cannot be drawn.
+    """
     if backend == "auto":
         backend = "gsplat" if gaussians.mean.is_cuda else "cpu"
     backends = {"cpu": render_cpu, "gsplat": render_gsplat, "dense": render_dense}
@@ -643,12 +647,9 @@ def render(
         raise ValueError(
             f"render: backend 'gsplat' draws tensors on a CUDA device, got {gaussians.mean.device}; move them or use backend='cpu'"
         )
-    check_render(
-        gaussians,
-        cameras,
-        background,
-        (torch.float32, torch.float64) if backend == "dense" else (torch.float32,),
-    )
+    if check:
+        double = (torch.float64,) if backend == "dense" else ()
+        check_render(gaussians, cameras, background, (torch.float32, *double))
     (h, w), v = cameras.hw, len(cameras)
     if not v:
         return Render(

@@ -20,8 +20,8 @@ from ..records import data_hash
 
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
-           'hold_out_places', 'take_shots', 'object_scale', 'fit_radius', 'Store', 'Cache', 'Layout', 'found_at',
-           'check_columns', 'check_whole', 'check_option', 'FileReader', 'RoomReader']
+           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache', 'Layout',
+           'found_at', 'check_columns', 'check_whole', 'check_option', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -291,6 +291,16 @@ def object_scale(
     if far == 0:
         raise ValueError("expected points in more than one place, found all in one")
     return center, radius / far
+
+
+def recipe_radius(
+    radius: float,  # of a recipe; 0 keeps the size in the files
+    made_here: bool = False,  # data of this package have RADIUS already
+) -> float | None:  # what a reader is given
+    "The radius of a recipe, as a reader takes it."
+    if made_here and radius == RADIUS:
+        return None
+    return radius or None
 
 
 def fit_radius(

@@ -4,8 +4,7 @@
 
 # %% ../../nbs/data/26_samples.ipynb #6176fde0
 from __future__ import annotations
-import math
-import warnings
+import math, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import CameraBatch, PointBatch, Sample, ViewBatch
+from ..core import CameraBatch, PointBatch, Sample, ViewBatch, offsets
 from .augment import Augment, Cloud, PosedViews, augment, augment_views, move_cameras
 from .readers import Cache, Reader, Views
 from .scannet import ScanNetFrames
@@ -34,13 +33,17 @@ def choose_views(
     n_target: int,  # views that it must render
     rng: np.random.Generator,
 ) -> tuple[Int[np.ndarray, "r"], Int[np.ndarray, "t"]]:  # places of references and of targets
-    "Reference and target views, disjoint (section 1 of the paper's method). Raises: ValueError where there are too few."
+    """Reference and target views, disjoint (section 1 of the paper's method).
+
+    Raises: ValueError where there are too few."""
     if min(n_ref, n_target) < 1:
-        wanted = "n_ref and n_target of at least 1"
-        raise ValueError(f"choose_views: expected {wanted}, got {n_ref} and {n_target}")
+        raise ValueError(
+            f"choose_views: expected n_ref and n_target of at least 1, got {n_ref} and {n_target}"
+        )
     if n_ref + n_target > n_views:
-        wanted = f"n_ref + n_target <= {n_views} views"
-        raise ValueError(f"choose_views: expected {wanted}, got {n_ref} + {n_target}")
+        raise ValueError(
+            f"choose_views: expected n_ref + n_target <= {n_views} views, got {n_ref} + {n_target}"
+        )
     order = rng.permutation(n_views)
     return order[:n_ref], order[n_ref : n_ref + n_target]
 
@@ -76,10 +79,12 @@ def choose_frames(
 ) -> tuple[Int[np.ndarray, "r"], Int[np.ndarray, "t"]]:  # places of references and of targets
     """Targets, and for each a reference nearby (section 1 of the paper's method); no frame is both.
 
-    Reference j is near target j modulo their number; a short scene gives fewer of both. Raises: ValueError below 2 frames."""
+    Reference j is near target j modulo their number; a short scene gives fewer of both.
+    Raises: ValueError below 2 frames."""
     if n_frames < 2:
-        wanted = "at least 2 frames (one to see, one to render)"
-        raise ValueError(f"choose_frames: expected {wanted}, got {n_frames}")
+        raise ValueError(
+            f"choose_frames: expected at least 2 frames (one to see, one to render), got {n_frames}"
+        )
     whole = n_ref + n_target
     usable = min(n_frames, whole)
     targets_wanted = max(1, n_target * usable // whole)
@@ -87,7 +92,6 @@ def choose_frames(
     m = min(targets_wanted, r)
 
     def near(place, taken):
-        "The places near one, in random order."
         window = np.arange(max(0, place - max_gap), min(n_frames, place + max_gap + 1))
         return rng.permutation(np.setdiff1d(window, taken)).tolist()
 
@@ -113,8 +117,8 @@ def choose_frames(
     # targets beyond the references are chosen last, near a reference
     spare = np.resize(refs, targets_wanted - m)
     others = match([near(place, [*refs, *targets]) for place in spare])
-    others = [place for place in others if place is not None]
-    return refs, np.concatenate([targets, np.array(others, dtype=np.int64)])
+    others = np.array([place for place in others if place is not None], dtype=np.int64)
+    return refs, np.concatenate([targets, others])
 
 # %% ../../nbs/data/26_samples.ipynb #bad708da
 FEATURES = dict(xyz=3, height=1, normal=3, color=3, color_signed=3)  # name -> columns
@@ -125,16 +129,17 @@ def point_features(
     cloud: Cloud,  # color in 0..1
     names: Sequence[str] = ("xyz",),  # any of `FEATURES`, in this order
 ) -> Float[np.ndarray, "n c"]:  # float32; height is above the lowest point, color_signed in -1..1
-    "The input features of a backbone. Raises: ValueError for an unknown name, or one that the cloud has not."
+    """The input features of a backbone.
+
+    Raises: ValueError for an unknown name, or one that the cloud has not."""
     columns = []
     for name in names:
         if name not in FEATURES:
             raise ValueError(f"features: expected some of {', '.join(FEATURES)}, got {name!r}")
         stored = STORED.get(name, name)
         if stored not in cloud:
-            found = ", ".join(cloud)
             raise ValueError(
-                f"features: expected a cloud with {stored}, found one with {found} only"
+                f"features: expected a cloud with {stored}, found one with {', '.join(cloud)} only"
             )
         column = cloud[stored]
         if name == "height":
@@ -171,17 +176,16 @@ def walk(
     "Cameras along a path of poses, from the first to the last. Raises: ValueError without a pose."
     if not len(world_to_cam):
         raise ValueError("walk: expected at least one pose, got none")
-    poses = np.linalg.inv(world_to_cam)
-    last = len(poses) - 1
+    poses, last = np.linalg.inv(world_to_cam), len(world_to_cam) - 1
     place = np.linspace(0, last, frames)
     before = np.minimum(place.astype(int), max(0, last - 1))
-    after = np.minimum(before + 1, last)
     weight = (place - before)[:, None, None]
-    pose = torch.from_numpy((1 - weight) * poses[before] + weight * poses[after])
-    u, _, v = torch.linalg.svd(pose[:, :3, :3])
-    pose[:, :3, :3] = u @ v
+    between = (1 - weight) * poses[before] + weight * poses[np.minimum(before + 1, last)]
+    u, _, v = np.linalg.svd(between[:, :3, :3])
+    between[:, :3, :3] = u @ v
+    pose = torch.from_numpy(np.linalg.inv(between)).float()
     K = torch.from_numpy(K).float().repeat(frames, 1, 1)
-    return CameraBatch(torch.linalg.inv(pose).float(), K, hw, torch.zeros(frames, dtype=torch.long))
+    return CameraBatch(pose, K, hw, torch.zeros(frames, dtype=torch.long))
 
 # %% ../../nbs/data/26_samples.ipynb #570fa77f
 class Samples(Dataset):
@@ -202,8 +206,9 @@ class Samples(Dataset):
         if n_points is not None and n_points < 1:
             raise ValueError(f"n_points: expected at least 1, or None for all, got {n_points}")
         if farthest and farthest < (n_points or 0):
-            wanted = f"0 or at least the {n_points} points that are drawn"
-            raise ValueError(f"farthest: expected {wanted}, got {farthest}")
+            raise ValueError(
+                f"farthest: expected 0 or at least the {n_points} points that are drawn, got {farthest}"
+            )
         columns = {name: np.zeros((1, 3), np.float32) for name in ("xyz", "normal", "color")}
         point_features(columns, features)
         self.source, self.places = source, range(len(source))
@@ -236,12 +241,10 @@ class Samples(Dataset):
         xyz = [self.rows(i)["xyz"] for i in missing]
         points = PointBatch.pack(xyz, xyz)
         found = farthest_point_sample(points.xyz, points.batch, points.size, self.farthest)
-        first = 0
-        for k, i in enumerate(missing):
-            own = found[points.batch[found] == k].numpy() - first
-            own = own.astype(np.int16 if len(xyz[k]) < 2**15 else np.int32)
-            self.known.get(i, lambda own=own: own)
-            first += len(xyz[k])
+        for k, first in enumerate(offsets(points.batch, points.size)[:-1]):
+            own = (found[points.batch[found] == k] - first).numpy()
+            small = own.astype(np.int16 if len(xyz[k]) < 2**15 else np.int32)
+            self.known.get(missing[k], lambda small=small: small)
 
     def keep(
         self,
@@ -277,7 +280,7 @@ class Samples(Dataset):
         indices: Sequence[int],  # which clouds they are, for messages
         clouds: Sequence[Cloud],
     ) -> PointBatch:
-        "Clouds as a batch, with the features of the backbone. Raises: ValueError where a column is missing."
+        "Clouds as a batch, with the features of the backbone. Raises: ValueError without a column."
         feat = []
         for index, cloud in zip(indices, clouds):
             try:
@@ -358,18 +361,20 @@ class CloudSamples(Samples):
 # %% ../../nbs/data/26_samples.ipynb #18c02fd3
 def pack_views(
     views: Sequence[PosedViews],  # of each cloud
+    parts: Sequence[slice],  # which of them
 ) -> ViewBatch:
-    "Images and cameras as tensors, float32."
+    "Some images and cameras of each cloud as tensors, float32."
 
     def join(name):
-        parts = [getattr(one, name) for one in views]
-        return None if parts[0] is None else torch.from_numpy(np.concatenate(parts))
+        if getattr(views[0], name) is not None:
+            arrays = [getattr(one, name)[part] for one, part in zip(views, parts)]
+            return torch.from_numpy(np.concatenate(arrays))
 
     pixels = join("rgb")
     rgb = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     if pixels.dtype == torch.uint8:
         rgb /= 255
-    counts = torch.tensor([len(one.rgb) for one in views])
+    counts = torch.tensor([len(one.rgb[part]) for one, part in zip(views, parts)])
     camera = CameraBatch(
         join("world_to_cam").float(),
         join("K").float(),
@@ -427,10 +432,9 @@ class ViewSamples(Samples):
 
     def _with_views(self, needed):
         "The clouds that have enough views; a warning names the others."
-        count, usable = len(self.source), []
-        short = []
-        for i in range(count):
-            (usable if has_views(self.source, i, needed) else short).append(i)
+        count = len(self.source)
+        usable = [i for i in range(count) if has_views(self.source, i, needed)]
+        short = sorted(set(range(count)) - set(usable))
         names = ", ".join(self.name(i) for i in short[:5]) + " ..." * (len(short) > 5)
         wanted = f"at least {needed} usable views (some to see, some to render)"
         if not usable:
@@ -442,20 +446,26 @@ class ViewSamples(Samples):
             warnings.warn(message, stacklevel=3)
         return usable
 
-    def _choose(self, index, rng):
-        "Numbers of the views there are; places of references and of targets among them."
-        numbers = self.source.frames(self.places[index])
-        if self.max_gap is None:
-            return numbers, *choose_views(len(numbers), self.n_ref, self.n_target, rng)
-        return numbers, *choose_frames(len(numbers), self.n_ref, self.n_target, self.max_gap, rng)
+    def choose(
+        self,
+        index: int,
+        draw: int = 0,
+        rng: np.random.Generator | None = None,  # the sample's own, if it is under way
+    ) -> tuple[list[int], list[int]]:
+        """Numbers of the reference and of the target views.
 
-    def choose(self, index: int, draw: int = 0) -> tuple[list[int], list[int]]:
-        "Numbers of the reference and of the target views of a sample."
-        numbers, ref, target = self._choose(index, self.rng(index, draw))
+        Reference j belongs to target j modulo their number."""
+        rng = rng or self.rng(index, draw)
+        numbers = self.source.frames(self.places[index])
+        count = (len(numbers), self.n_ref, self.n_target)
+        if self.max_gap is None:
+            ref, target = choose_views(*count, rng)
+        else:
+            ref, target = choose_frames(*count, self.max_gap, rng)
         return [numbers[k] for k in ref], [numbers[k] for k in target]
 
     def _about_origin(self, index):
-        "A cloud and all its poses; a centred room in double precision, an object as it will be packed."
+        # a room is moved in double precision, an object in that of the batch
         rows, pose = self.rows(index), self.source.world_to_cam(self.places[index])
         if not self.center:
             return rows, pose.astype(np.float32)
@@ -473,38 +483,32 @@ class ViewSamples(Samples):
         return walk(frames, hw, pose, np.diag([hw[1] / w, hw[0] / h, 1.0]) @ K)
 
     def _views(self, index, numbers, pose):
-        "Some views of a cloud, by their numbers."
         i = self.places[index]
         views = [self.source.view(i, number) for number in numbers]
-
-        def join(name):
-            parts = [getattr(view, name) for view in views]
-            return None if parts[0] is None else np.stack(parts)
-
+        images = ([getattr(view, name) for view in views] for name in ("rgb", "depth", "mask"))
+        images = (None if one[0] is None else np.stack(one) for one in images)
         K = np.tile(self.source.K(i), (len(views), 1, 1))
-        return PosedViews(join("rgb"), join("depth"), join("mask"), pose, K)
+        places = np.searchsorted(self.source.frames(i), numbers)
+        return PosedViews(*images, pose[places], K)
 
     def _one(self, index, draw):
-        "A cloud with its references and its targets."
         rng = self.rng(index, draw)
-        numbers, ref, target = self._choose(index, rng)
-        places = np.concatenate([ref, target])
+        ref, target = self.choose(index, draw, rng)
         rows, pose = self._about_origin(index)
         keep = self.keep(index, len(rows["xyz"]), rng)
         cloud = self.take(rows, ("xyz", *(STORED.get(k, k) for k in self.features)), keep)
-        views = self._views(index, [numbers[k] for k in places], pose[places])
-        cloud, views = augment_views(cloud, views, rng, self.augment)
-        return cloud, views.part(0, len(ref)), views.part(len(ref), len(places))
+        views = self._views(index, ref + target, pose)
+        return *augment_views(cloud, views, rng, self.augment), len(ref)
 
     def batch(self, keys: list[tuple[int, int]]) -> Sample:
         "The packed samples of several `(index, draw)`."
         indices = [index for index, _ in keys]
         self.search(indices)
-        clouds, refs, targets = zip(*(self._one(*key) for key in keys))
+        clouds, views, refs = zip(*(self._one(*key) for key in keys))
         labels = [self.source.label(self.places[i]) for i in indices]
         return Sample(
             self.pack(indices, clouds),
-            pack_views(refs),
-            pack_views(targets),
+            pack_views(views, [slice(0, n) for n in refs]),
+            pack_views(views, [slice(n, None) for n in refs]),
             None if None in labels else torch.tensor(labels),
         )

@@ -316,14 +316,14 @@ def project(
     ox = -(r00 * cam[v, 0, 3] + r10 * cam[v, 1, 3] + r20 * cam[v, 2, 3])
     oy = -(r01 * cam[v, 0, 3] + r11 * cam[v, 1, 3] + r21 * cam[v, 2, 3])
     oz = -(r02 * cam[v, 0, 3] + r12 * cam[v, 1, 3] + r22 * cam[v, 2, 3])
-    k = sh.shape[1]
+    k, far = sh.shape[1], min(far, FARTHEST)
     Y, depth, m = np.empty((16, 4)), np.empty(last - first), 0
     for g in range(first, last):
         alpha = float(opacity[g])
-        if not (alpha * 255.0 >= 1.0 and alpha <= LARGEST):
+        if not alpha * 255.0 >= 1.0:
             continue
         x, y, z = to_camera(mean, g, cam, v)
-        if not (z >= near and z <= far and z <= FARTHEST):
+        if not (z >= near and z <= far):
             continue
         rz = 1.0 / z
         mx, my = fx * x * rz + cx, fy * y * rz + cy
@@ -390,7 +390,7 @@ def project(
         det = a * c - b * b
         if not det > SAFE * a * c:
             det = det0 + eps2d * (a + c - eps2d)
-        if not det > 0.0:
+        if not (det > 0.0 and alpha <= LARGEST):
             continue
         if antialiased:
             alpha *= math.sqrt(det0 / det)
@@ -413,7 +413,8 @@ def project(
             colour = 0.5
             for i in range(k):
                 colour += Y[i, 0] * sh[g, i, j]
-            drawable = drawable and colour > -math.inf and colour <= BRIGHTEST
+            if not (colour > -math.inf and colour <= BRIGHTEST):
+                drawable = False
             rec[m, 4 + j] = max(colour, 0.0)
         if not drawable:
             continue

@@ -216,6 +216,7 @@ class AutoencoderRecipe(Recipe):
 
     task: ClassVar[str] = "autoencoder"
     kind: ClassVar[str] = "train"
+    command: ClassVar[str] = "pretrain"
 
     def build_model(self, classes: int = 0) -> nn.Module:
         "diffusers' AutoencoderKL, with weights drawn from the seed."

@@ -133,6 +133,7 @@ class MaskedRecipe(Recipe):
     model: MaskedDecoder = MaskedDecoder()
 
     task: ClassVar[str] = "masked reconstruction"
+    command: ClassVar[str] = "pretrain"
     old_names: ClassVar[dict[str, str]] = {"share": "masked_fraction"}
 
     def build_model(self, classes: int = 0) -> MaskedModel:

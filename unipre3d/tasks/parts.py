@@ -19,7 +19,15 @@ from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment, Cloud
 from ..data.labelled import PART_COUNTS, SHAPENETPART, ShapeNetPart
-from ..data.readers import Concat, Reader, Subset, class_labels, take_shots
+from unipre3d.data.readers import (
+    RADIUS,
+    Concat,
+    Reader,
+    Subset,
+    class_labels,
+    recipe_radius,
+    take_shots,
+)
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered, own_part, processes
@@ -388,6 +396,7 @@ class PartData(Data):
     )
     classes: tuple[str, ...] = ()  # categories to keep, of embedded data
     per_class: tuple[int, int, int] = (150, 20, 50)  # generated shapes of each: train, val, test
+    radius: float = 0.65  # farthest point from the mean; 0 keeps the size in the files
     stored: int = 2048  # points of a generated shape, all of which are scored
     validation: str = "split"  # "split" (the data's val), or "none" (val trains too, the last step)
     shots: int = 0  # training objects of each category; 0 takes all
@@ -443,7 +452,13 @@ def read_parts(
             raise ValueError(
                 f"data: this recipe needs {layout.name}: {layout.tree}, from {layout.source}; pass --data FOLDER"
             )
-        return PartClouds(ShapeNetPart(data.source, split=split), names, numbered=True)
+        radius = recipe_radius(data.radius)
+        reader = ShapeNetPart(data.source, split=split, radius=radius)
+        return PartClouds(reader, names, numbered=True)
+    if data.radius != RADIUS:
+        raise ValueError(
+            f"radius: {data.layout} are made with {RADIUS}, expected that, got {data.radius}"
+        )
     if data.layout == "furniture":
         reader = PartClouds(ShapeNetViews(split=split, classes=list(data.classes)), names)
         return Subset(reader, with_names(reader))

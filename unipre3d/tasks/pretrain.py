@@ -355,6 +355,7 @@ class PretrainRecipe(Recipe):
 
     task: ClassVar[str] = "pre-training"
     kind: ClassVar[str] = "pretrain"
+    command: ClassVar[str] = "pretrain"
 
     def build_predictor(
         self,

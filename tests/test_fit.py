@@ -1,32 +1,32 @@
-"""Starting a task from a checkpoint, rates by layer, frozen parts, and the loop that goes on where it stopped."""
+"""The one training loop: rates by layer, frozen parts, going on after a stop, skipped steps."""
 
 import csv
 import json
 import os
 import signal
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from unipre3d.backbones import Mamba3D, PointMLP, PointNet2, SparseUNet, StandardTransformer
+from unipre3d.backbones.backbone import decay_names
 from unipre3d.core import PointBatch
 from unipre3d.data.samples import Labelled
-from unipre3d.tasks.transfer import (
-    FinetuneRecipe,
-    build_backbone,
-    finetune,
-    label_loss,
+from unipre3d.recipes import finetune_recipes, recipes
+from unipre3d.runs.checkpoint import load_tensors, run_history, save_tensors
+from unipre3d.runs.fit import (
+    Task,
+    fit,
     layer_order,
-    loop_options,
-    run_history,
+    new_accelerator,
     parameter_groups,
     set_training,
-    start_from,
-    start_released,
 )
-from unipre3d.pretrain import load_tensors, new_accelerator, save_tensors
+from unipre3d.runs.recipe import Optimiser, Recipe, Run, change, check_recipe
+from unipre3d.runs.run import SMALL_BACKBONES, build_backbone
+from unipre3d.tasks.classification import ClassificationModel
+from unipre3d.tasks.heads import label_loss
 
 SMALL = dict(
     num_groups=8,
@@ -53,19 +53,14 @@ def transformer(seed=0, **sizes):
 class Classifier(nn.Module):
     def __init__(self, backbone, classes=4):
         super().__init__()
-        self.backbone, self.head = (
-            backbone,
-            nn.Sequential(
-                nn.BatchNorm1d(backbone.width), nn.Dropout(0.3), nn.Linear(backbone.width, classes)
-            ),
-        )
+        self.backbone = backbone
+        width = backbone.width
+        self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, classes))
 
     def forward(self, points):
         p = self.backbone(points)
-        return self.head(
-            p.feat.new_zeros(p.size, p.feat.shape[1]).index_add(0, p.batch, p.feat)
-            / p.counts[:, None]
-        )
+        total = p.feat.new_zeros(p.size, p.feat.shape[1]).index_add(0, p.batch, p.feat)
+        return self.head(total / p.counts[:, None])
 
 
 def batches(start, stop):
@@ -80,101 +75,56 @@ def batches(start, stop):
 
 def loss(model, batch):
     logits = model(batch.points)
-    return label_loss(logits, batch.label, 0.1), {
-        "acc": float((logits.argmax(1) == batch.label).float().mean())
-    }
+    right = (logits.argmax(1) == batch.label).float().mean()
+    return label_loss(logits, batch.label, 0.1), {"acc": right}
 
 
-def run(folder, backbone=None, loss=loss, steps=10, **how):
+def run(
+    folder,
+    backbone=None,
+    loss=loss,
+    steps=10,
+    batches=batches,
+    validate=None,
+    choose="",
+    resume=False,
+    accelerator=None,
+    **values,
+):
+    "Train a small classifier; the values are those of the optimiser and of the run."
     torch.manual_seed(0)
     model = Classifier(backbone or transformer())
-    return model, finetune(
-        model, batches, loss, folder, steps=steps, **dict(lr=3e-3, columns=("acc", "val")) | how
+    columns = ("acc", "val")
+    task = Task(
+        "boxes", model, None, loss, None, {}, columns=columns, validate=validate, choose=choose
     )
-
-
-def save_run(folder, backbone):
-    return save_tensors(
-        folder / "checkpoint.safetensors",
-        {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
-        | {"head.weight": torch.zeros(3)},
-        {"step": 1},
+    fields = Optimiser.__dataclass_fields__
+    optimiser = {"lr": 3e-3} | {k: v for k, v in values.items() if k in fields}
+    rest = {k: v for k, v in values.items() if k not in fields}
+    done = fit(
+        task,
+        batches,
+        folder,
+        optimiser=Optimiser(**optimiser),
+        run=Run(steps=steps, **rest),
+        resume=resume,
+        accelerator=accelerator,
     )
+    return model, done
 
 
-# ---------------------------------------------------------------- the start
-
-
-def test_a_run_fills_the_whole_backbone(tmp_path):
-    trained, net = transformer(0), transformer(1)
-    save_run(tmp_path, trained)
-    start = start_from(net, tmp_path)
-    assert start.coverage == 1 and set(start.table.state) == {"loaded"} and not start.unused
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in trained.state_dict().items())
-    assert (
-        "100.0%" in str(start)
-        and start_from(transformer(), tmp_path / "checkpoint.safetensors").kind == "run"
-    )
-
-
-@pytest.mark.parametrize(
-    "sizes, says",
-    [
-        (dict(depth=3), "blocks.2.norm1.weight: not in the file"),
-        (dict(width=32), "expected [32] for this model, got [16]"),
-        (dict(in_channels=6), "expected [8, 6] for this model, got [8, 3]"),
-    ],
-)
-def test_a_start_that_covers_too_little_is_refused_and_changes_nothing(tmp_path, sizes, says):
-    save_run(tmp_path, transformer(0))
-    net = transformer(1, **sizes)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(ValueError) as error:
-        start_from(net, tmp_path)
-    assert (
-        says in str(error.value)
-        and "\n" not in str(error.value)
-        and str(tmp_path) in str(error.value)
-    )
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-
-
-def test_a_partial_start_reports_each_tensor(tmp_path):
-    save_run(tmp_path, transformer(0))
-    net = transformer(1, in_channels=6)
-    start = start_from(net, tmp_path, need=0.5)
-    odd = start.table[start.table.state != "loaded"]
-    assert list(odd.index) == ["encoder.first.0.weight"] and 0.5 < start.coverage < 1
-    assert start.coverage == pytest.approx(1 - 48 / start.table["values"].sum())
-    shallow = start_from(transformer(1, depth=1), tmp_path)
-    assert shallow.coverage == 1 and all(name.startswith("blocks.1.") for name in shallow.unused)
-
-
-def test_a_released_file_is_a_start_and_a_wrong_one_is_named(tmp_path):
-    trained = transformer(0)
-    state = {
-        f"module.point_network.encoder.{trained.released_weight(k)[0]}": v
-        for k, v in trained.state_dict().items()
-    }
-    torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "official.pth")
-    net = transformer(1)
-    start = start_from(net, tmp_path / "official.pth")
-    assert (
-        start.kind == "released"
-        and start.coverage == 1
-        and torch.equal(net.reduce.weight, trained.reduce.weight)
-    )
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth"):
-        start_released(transformer(), tmp_path / "other.pth")
-    with pytest.raises(FileNotFoundError, match="found nothing at"):
-        start_from(transformer(), tmp_path / "nowhere")
-    save_tensors(tmp_path / "checkpoint.safetensors", {"weight": torch.zeros(2)}, {})
-    with pytest.raises(ValueError, match="expected tensors named backbone"):
-        start_from(transformer(), tmp_path)
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------- who learns how fast
+
+
+def linear_and_convolutions(model):
+    "Names of the weights of PyTorch's own matrix layers."
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {f"{k}.weight" for k, part in model.named_modules() if isinstance(part, kinds)}
 
 
 def test_layers_of_a_transformer_decay_from_the_head_down():
@@ -191,7 +141,9 @@ def test_layers_of_a_transformer_decay_from_the_head_down():
         == scale["backbone.position.0.weight"]
         == 0.03125
     )
-    assert all((place[id(p)]["weight_decay"] > 0) == (p.ndim > 1) for p in model.parameters())
+    decayed = {name for name, p in model.named_parameters() if place[id(p)]["weight_decay"] > 0}
+    assert decayed == decay_names(model) == linear_and_convolutions(model)
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim > 1}
     assert {g["scale"] for g in parameter_groups(model)} == {1.0}
     with pytest.raises(ValueError, match="layer_decay: expected above 0"):
         parameter_groups(model, layer_decay=0.0)
@@ -251,8 +203,7 @@ def test_after_the_warm_up_everything_moves(tmp_path):
         all(not torch.equal(before[k], after[k]) for k in before if not k.endswith("bias"))
         and after["down.0.layers.1.num_batches_tracked"] == 2
     )
-    with open(tmp_path / "metrics.csv") as file:
-        assert [r["frozen"] for r in csv.DictReader(file)] == ["1", "1", "0", "0"]
+    assert [row["frozen"] for row in rows_of(tmp_path)] == ["1", "1", "0", "0"]
     with pytest.raises(ValueError, match="expected names of parts such as backbone, head"):
         set_training(model, ["encoder"])
 
@@ -312,10 +263,8 @@ def test_resumed_equals_uninterrupted(tmp_path, how, float16):
     )
     rows = []
     for name in ("whole", "parts"):
-        with open(tmp_path / name / "metrics.csv") as file:
-            rows.append(
-                [{k: v for k, v in r.items() if k != "seconds"} for r in csv.DictReader(file)]
-            )
+        kept = [{k: v for k, v in r.items() if k != "seconds"} for r in rows_of(tmp_path / name)]
+        rows.append(kept)
     assert rows[0] == rows[1] and len(rows[0]) == 10
     for file in ("checkpoint.safetensors", "resume.safetensors"):
         a, b = (load_tensors(tmp_path / name / file)[0] for name in ("whole", "parts"))
@@ -355,8 +304,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path):
         return (value * float("nan") if len(calls) == 2 else value), scores
 
     model, _ = run(tmp_path, loss=breaks, steps=3)
-    with open(tmp_path / "metrics.csv") as file:
-        assert [r["skipped"] for r in csv.DictReader(file)] == ["0", "1", "0"]
+    assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "1", "0"]
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -379,22 +327,22 @@ def test_loss_equals_torch_and_ignores_what_has_no_label():
     assert not logits.grad.any()
 
 
-def test_recipe_values_become_a_backbone_and_loop_options():
-    recipe = FinetuneRecipe(
-        backbone="PointNet2", backbone_options=NET2, features=("xyz", "height"), probe=True, steps=7
-    )
-    assert build_backbone(recipe).in_channels == 4 and loop_options(recipe)["frozen_steps"] == 7
+def test_recipe_values_become_a_backbone_and_a_frozen_run(tmp_path):
+    net2 = dict(backbone="PointNet2", backbone_options=NET2, features=("xyz", "height"))
+    recipe = change(Recipe(), **net2, probe=True, steps=7)
+    assert build_backbone(recipe).in_channels == 4
+    _, done = run(tmp_path, PointNet2(**NET2), steps=3, probe=True)
+    assert [row["frozen"] for row in rows_of(tmp_path)] == ["1"] * done.step
     with pytest.raises(ValueError, match="frozen_steps: expected 0 with probe"):
-        loop_options(FinetuneRecipe(probe=True, frozen_steps=3))
+        check_recipe(change(Recipe(), probe=True, frozen_steps=3))
     with pytest.raises(ValueError, match="backbone_options: PointNet2 does not take them"):
-        build_backbone(FinetuneRecipe(backbone="PointNet2", backbone_options=dict(depth=3)))
+        build_backbone(change(recipe, backbone_options=dict(depth=3)))
 
 
 def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path, float16):
     "The scaler must see the overflow, step down, and train in the end."
     model, _ = run(tmp_path, steps=6, ema=0.5, accelerator=float16())
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        skipped = [int(row["skipped"]) for row in csv.DictReader(file)]
+    skipped = [int(row["skipped"]) for row in rows_of(tmp_path)]
     assert skipped[0] == 1 and skipped[-1] == 0 and sorted(skipped, reverse=True) == skipped
     assert all(p.isfinite().all() for p in model.parameters())
     json.dumps(course := run_history(tmp_path / "metrics.csv", every=1), allow_nan=False)
@@ -403,3 +351,80 @@ def test_the_scaler_of_float16_goes_on_after_an_overflow(tmp_path, float16):
         and course["train"]["grad_norm"][-1] > 0
         and course["val"] == {"step": []}
     )
+
+
+def test_weight_decay_is_the_same_in_pretraining_and_in_tasks():
+    before = recipes["object-transformer-mini"].build_predictor(8)
+    after = finetune_recipes["cls-furniture-mini"].build_model(8)
+    for model in (before, after):
+        groups = parameter_groups(model, weight_decay=0.1)
+        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        names = {name for name, p in model.named_parameters() if id(p) in decayed}
+        assert names == decay_names(model) == linear_and_convolutions(model)
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    shared = {name for name in decay_names(before) if name.startswith("backbone.")}
+    assert shared == {name for name in decay_names(after) if name.startswith("backbone.")}
+
+
+@pytest.mark.parametrize("name", ["PointNet2", "PointMLP", "PCM", "Mamba3D"])
+def test_weight_decay_spares_what_is_no_matrix(name):
+    model = ClassificationModel(build_backbone(change(Recipe(), **small(name))), 3)
+    groups = parameter_groups(model, weight_decay=0.1)
+    place = {id(p): bool(group["weight_decay"]) for group in groups for p in group["params"]}
+    decays = {name: place[id(p)] for name, p in model.named_parameters()}
+    assert {name for name, on in decays.items() if on} == decay_names(model)
+    assert linear_and_convolutions(model) <= decay_names(model)
+    assert not any(on for name, on in decays.items() if name.endswith("bias"))
+
+
+def small(name):
+    return dict(backbone=name, backbone_options=SMALL_BACKBONES[name])
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace(tmp_path):
+    kept = {}
+
+    def broken(start, stop):
+        for step, batch in enumerate(batches(start, stop), start):
+            if step == 1:
+                xyz = batch.points.xyz.clone()
+                xyz[7] = torch.nan
+                batch = Labelled(PointBatch(xyz, xyz, batch.points.batch, 8), batch.label)
+            yield batch
+
+    def watch(model, batch):
+        state = {k: v.clone() for k, v in model.named_buffers()}
+        kept[len(kept)] = state | {k: p.detach().clone() for k, p in model.named_parameters()}
+        return loss(model, batch)
+
+    model, done = run(tmp_path, PointNet2(**NET2), watch, steps=3, batches=broken, ema=0.5)
+    assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "1", "0"]
+    assert done.skipped == 1 and any("running_mean" in name for name in kept[0])
+    assert all(torch.equal(kept[1][name], kept[2][name]) for name in kept[1])
+    assert not all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    weights, _ = load_tensors(tmp_path / "checkpoint.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_step_schedule_changes_the_rate(tmp_path):
+    how = dict(schedule="step", decay_every=2, decay=0.5)
+    run(tmp_path, PointNet2(**NET2), steps=5, lr=0.008, **how)
+    rates = [float(row["lr"]) for row in rows_of(tmp_path)]
+    assert rates == pytest.approx([0.008, 0.008, 0.004, 0.004, 0.002])
+
+
+def test_the_state_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    model, _ = run(tmp_path, steps=2)
+    state, meta = load_tensors(tmp_path / "resume.safetensors")
+    names = [name for name, _ in model.named_parameters()]
+    old = {}
+    for key, value in state.items():
+        part, _, rest = key.partition("/")
+        if part == "optimizer":
+            name, _, entry = rest.rpartition("/")
+            key = f"optimizer/{names.index(name)}/{entry}"
+        old[key] = value
+    save_tensors(tmp_path / "resume.safetensors", old, meta)
+    with pytest.raises(ValueError, match="an earlier version wrote it") as error:
+        run(tmp_path, steps=4, resume=True)
+    assert "\n" not in str(error.value) and "start again" in str(error.value)

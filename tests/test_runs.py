@@ -1,0 +1,163 @@
+"""Recipes as files and folders of runs: what earlier versions wrote, and what nobody else may take."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from unipre3d.data.augment import Augment
+from unipre3d.recipes import KINDS, finetune_recipes, read_recipe, recipes
+from unipre3d.records import write_json
+from unipre3d.runs.recipe import change, from_values, to_values
+from unipre3d.runs.run import claim_folder, run_recipe
+from unipre3d.tasks.classification import ClassificationRecipe
+from unipre3d.tasks.masked import MaskedRecipe
+from unipre3d.tasks.pretrain import PretrainRecipe
+
+# ---------------------------------------------------------------- files of earlier versions
+
+
+def test_a_pretraining_of_an_earlier_version_is_read(tmp_path):
+    old = {
+        "name": "object-transformer-mini",
+        "about": "as it was",
+        "data": "shapes",
+        "layout": "shapenet",
+        "classes": ["chair", "lamp"],
+        "per_class": [9, 2, 3],
+        "features": ["xyz", "height"],
+        "rotate": True,
+        "backbone": "PointMLP",
+        "backbone_options": {"embed_width": 8, "neighbours": [8, 8, 8, 8]},
+        "background": [1.0, 1.0, 1.0],
+        "eval_every": 7,
+        "clip": 1.0,
+        "ema": 0.99,
+    }
+    write_json(tmp_path / "config.json", old)
+    name, recipe, classes = read_recipe(tmp_path)
+    assert (name, classes, recipe.about) == ("object-transformer-mini", [], "as it was")
+    values = dict(
+        source="shapes",
+        classes=("chair", "lamp"),
+        per_class=(9, 2, 3),
+        features=("xyz", "height"),
+        augment=Augment(rotate="up"),
+        backbone="PointMLP",
+        backbone_options=dict(embed_width=8, neighbours=(8, 8, 8, 8)),
+        background=(1.0, 1.0, 1.0),
+        validate_every=7,
+        clip=1.0,
+        ema=0.99,
+    )
+    assert recipe == change(PretrainRecipe(), about="as it was", **values)
+    write_json(tmp_path / "config.json", old | {"rotate": False})
+    assert read_recipe(tmp_path)[1].data.augment == Augment()
+
+
+def test_a_fine_tuning_of_an_earlier_version_is_read(tmp_path):
+    old = {
+        "name": "cls-furniture-mini",
+        "task": "classification",
+        "start": {"kind": "none", "init": "none"},
+        "class_names": ["bed", "lamp"],
+        "data": "furniture",
+        "augment": {"rotate": "up", "scale": [0.8, 1.25], "shift": 0.05, "jitter": 0.01},
+        "flip": True,
+        "share": 0.2,
+        "need": 0.5,
+        "votes": 3,
+        "validate_every": 9,
+        "smoothing": 0.1,
+    }
+    write_json(tmp_path / "config.json", old)
+    _, recipe, classes = read_recipe(tmp_path)
+    augment = Augment(rotate="up", scale=(0.8, 1.25), translate=0.05, jitter=0.01, mirror=True)
+    values = dict(
+        source="furniture",
+        augment=augment,
+        validation_fraction=0.2,
+        min_coverage=0.5,
+        votes=3,
+        validate_every=9,
+        smoothing=0.1,
+    )
+    assert recipe == change(ClassificationRecipe(), **values) and classes == ["bed", "lamp"]
+    masked = {"name": "m", "task": "masked reconstruction", "share": 0.7, "rotate": True}
+    write_json(tmp_path / "config.json", masked)
+    recipe = read_recipe(tmp_path)[1]
+    augment = Augment(rotate="up")
+    assert recipe == change(MaskedRecipe(), masked_fraction=0.7, augment=augment)
+
+
+def test_what_is_not_known_is_named_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected the config.json of a run"):
+        read_recipe(tmp_path)
+    for values, says in (
+        ({"name": "x", "warp": 1, "glow": 2}, "unknown values glow, warp"),
+        ({"name": "x", "task": "juggling"}, "expected the run of one of pre-training"),
+    ):
+        write_json(tmp_path / "config.json", values)
+        with pytest.raises(ValueError) as error:
+            read_recipe(tmp_path)
+        assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*recipes, *finetune_recipes])
+def test_every_recipe_comes_back_from_its_file(name):
+    recipe = (recipes | finetune_recipes)[name]
+    written = json.loads(json.dumps(to_values(recipe)))
+    assert from_values(type(recipe), written) == recipe
+    assert KINDS[recipe.task] is type(recipe)
+    assert recipe.command == ("pretrain" if name in recipes else "finetune")
+
+
+# ---------------------------------------------------------------- folders
+
+
+def claim(folder, barrier, found):
+    barrier.wait()
+    found.put([str(claim_folder(folder)) for _ in range(5)])
+
+
+def test_processes_that_claim_a_folder_at_once_get_different_ones(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    barrier, found = fork.Barrier(4), fork.Queue()
+    folder = tmp_path / "runs" / "object-transformer-mini"
+    workers = [fork.Process(target=claim, args=(folder, barrier, found)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    names = [name for _ in workers for name in found.get(timeout=60)]
+    for worker in workers:
+        worker.join(60)
+    assert len(set(names)) == 20 and str(folder) in names
+    assert {path.name for path in folder.parent.iterdir()} == {
+        folder.name,
+        *(f"{folder.name}-{k}" for k in range(2, 21)),
+    }
+
+
+def test_an_exact_folder_is_that_one_or_none(tmp_path):
+    assert claim_folder(tmp_path / "a", exact=True) == tmp_path / "a"
+    (tmp_path / "a" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="expected an empty folder"):
+        claim_folder(tmp_path / "a", exact=True)
+
+
+def test_a_run_goes_on_with_its_own_values(tmp_path):
+    small = dict(
+        classes=("bed", "lamp"),
+        n_points=64,
+        batch_size=4,
+        steps=3,
+        save_every=1,
+        backbone_options=dict(num_groups=8, group_size=8, depth=1),
+    )
+    recipe = change(finetune_recipes["cls-furniture-mini"], **small)
+    how = dict(device="cpu", say=lambda text: None)
+    done = run_recipe("cls-furniture-mini", recipe, tmp_path / "run", **how)
+    assert done.ended == "finished" and done.record["resumed"] is False
+    other = change(recipe, lr=0.5)
+    with pytest.raises(ValueError, match="--resume: expected lr = 0.001, with which") as error:
+        run_recipe("cls-furniture-mini", other, tmp_path / "run", resume=True, **how)
+    assert "\n" not in str(error.value)
