@@ -18,7 +18,15 @@ from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment
 from ..data.labelled import ModelNet40, ScanObjectNN
-from ..data.readers import Reader, Subset, class_labels, hold_out, take_shots
+from unipre3d.data.readers import (
+    RADIUS,
+    Reader,
+    Subset,
+    class_labels,
+    hold_out,
+    recipe_radius,
+    take_shots,
+)
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered, processes
@@ -182,6 +190,7 @@ class ClassData(Data):
     ways: int = 0  # classes of an episode; 0 takes all, and then there is no episode
     queries: int = 20  # test objects of each class of an episode
     episode: int = 0  # which shots, classes and queries are drawn
+    radius: float = 0.65  # farthest point from the mean; 0 keeps the size in the files
     sampling: str = (
         "random"  # of points: "random", or "fps": the farthest, in training of 1.17 as many
     )
@@ -214,8 +223,13 @@ def read_clouds(
     Raises: ValueError for values that do not fit the layout.
     """
     if data.layout == "furniture":
-        return ShapeNetViews(split=split, classes=list(data.classes) or None)
+        radius = recipe_radius(data.radius, made_here=True)
+        return ShapeNetViews(split=split, classes=list(data.classes) or None, radius=radius)
     if data.layout == "scans":
+        if data.radius != RADIUS:
+            raise ValueError(
+                f"radius: scans are made with {RADIUS}, expected that, got {data.radius}"
+            )
         if data.source not in ("shapes", "furniture"):
             raise ValueError(
                 f'data: expected "shapes" or "furniture" for scans, got "{data.source}"'
@@ -239,8 +253,9 @@ def read_clouds(
             f"of which all are kept; got {', '.join(data.classes)}"
         )
     if kind is ScanObjectNN:
-        return ScanObjectNN(data.source, split=split, variant=data.variant)
-    return ModelNet40(data.source, split=split)
+        how = dict(variant=data.variant, radius=recipe_radius(data.radius))
+        return ScanObjectNN(data.source, split=split, **how)
+    return ModelNet40(data.source, split=split, radius=recipe_radius(data.radius))
 
 
 def read_splits(
