@@ -23,11 +23,11 @@ from unipre3d.reproduce.plan import (
     MEASUREMENTS,
     Comparison,
     is_trial,
-    plan,
 )
 from unipre3d.reproduce.statistics import (
     effects,
     interval,
+    planned_rows,
     read_study,
     scores,
     scores_interval,
@@ -179,7 +179,7 @@ def full_key(
         part += "-instances"
     arm = {"none": "scratch", "UniPre3D": "unipre3d"}.get(paper_row.pretraining, "")
     key = f"full-{part}-{arm}-{network}"
-    return key if any(r.key == key for r in plan("full")) else ""
+    return key if any(r.key == key for r in planned_rows("full")) else ""
 
 
 def beside(
@@ -334,8 +334,10 @@ def late_rise(
     found: dict[tuple[str, str], list] = {}
     for record in records.values():
         row, history = record["row"], record["history"]["val"]
-        chosen_by = record["chosen"]["chosen_by"] if record["kind"] == "finetune" else ""
-        if is_trial(row["key"]) or chosen_by not in history or len(history["step"]) < 2:
+        if record["kind"] != "finetune" or is_trial(row["key"]) or len(history["step"]) < 2:
+            continue
+        chosen_by = record["chosen"]["chosen_by"]
+        if chosen_by not in history:
             continue
         step = np.array(history["step"])
         score = 100 * np.array(history[chosen_by])
