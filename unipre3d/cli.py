@@ -363,7 +363,7 @@ def pretrain_command(args: list[str]) -> int:
     named = bool(args) and not args[0].startswith("-")
     return train_command("pretrain", recipes, args if named else [default_recipe, *args])
 
-
+# %% ../nbs/90_cli.ipynb #2bdac9c7
 def finetune_command(args: list[str]) -> int:
     "unipre3d finetune RECIPE --init CHECKPOINT [--key value ...]: fine-tune on a task and write a run folder."
     from unipre3d.recipes import finetune_recipes

@@ -267,7 +267,7 @@ autoencoder_recipes: dict[str, AutoencoderRecipe] = {
     )
 }
 
-
+# %% ../../nbs/tasks/67_autoencoder.ipynb #9b203f4f
 def train_mini(
     out: str | os.PathLike = "autoencoder-mini",  # run folder; its `weights` are the autoencoder
     *,
