@@ -7,6 +7,17 @@ import pytest
 from scipy import stats
 
 from unipre3d.records import FINETUNE, PRETRAIN, read_record, write_json
+from unipre3d.reproduce.plan import COMPARISONS, MASKED_RATES, plan
+from unipre3d.reproduce.statistics import (
+    class_accuracy,
+    crossed_interval,
+    effects,
+    interval,
+    paired,
+    read_study,
+    right,
+    scores,
+)
 from unipre3d.reproduce.tables import (
     FULL_METRIC,
     GAINS,
@@ -15,28 +26,20 @@ from unipre3d.reproduce.tables import (
     TABLES,
     all_frame,
     chosen_rates,
-    class_accuracy,
     compare_table,
-    crossed_interval,
-    effects,
     every_seed,
     findings,
     full_key,
     headline,
-    interval,
+    label_counts,
     late_rise,
-    paired,
     paper_gain,
     paper_table,
-    read_study,
     repeated,
-    right,
-    scores,
     stale_tables,
     tables,
     write_tables,
 )
-from unipre3d.reproduce.plan import COMPARISONS, MASKED_RATES, plan
 
 CLASSES = ["bag", "bin", "box"]
 PLANNED = {r.key: r for r in plan()}
@@ -336,7 +339,12 @@ def test_full_metrics_are_in_the_records_of_their_tasks():
     } <= set(FULL_METRIC)
 
 
-def test_pairs_must_have_been_asked_the_same():
+def test_labels_that_choose_are_counted():
+    count = label_counts(read_study()).loc["cls20"]
+    assert (count["train a class"], count["val a class"], count["test"]) == (20, 20, 1500)
+
+
+def test_pairs_must_have_the_same_test_objects():
     records = some()
     records["cls20-unipre3d-1"]["details"]["true"] = records["cls20-unipre3d-1"]["details"]["true"][
         ::-1

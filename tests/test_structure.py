@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from build_site import options  # noqa: E402
 from measure import broken  # noqa: E402
-from sidebar import sidebar  # noqa: E402
+from sidebar import CORE, check_order, pages, sidebar  # noqa: E402
 
 NOTEBOOKS = sorted(
     (p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts),
@@ -198,6 +198,36 @@ def test_sidebar_is_the_one_that_the_tool_writes():
     assert (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8") == sidebar() and sorted(
         walk()
     ) == sorted(NOTEBOOKS)
+
+
+def test_a_notebook_in_no_section_is_an_error():
+    order = [path for _, _, path in pages()]
+    check_order(order, order)
+    for found, listed, problem in (
+        ([*order, Path("new.ipynb")], order, "new.ipynb: pages that stand in no section"),
+        (order[1:], order, f"{order[0]}: pages that stand .* have no notebook"),
+        (order, [*order, order[0]], f"{order[0]}: pages that stand .* twice"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            check_order(found, listed)
+
+
+def word_count(text):
+    "Words that are read: no code, no mathematics, no addresses of links."
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$\n]+\$", "", text, flags=re.S)
+    text = re.sub(r"\]\([^)]*\)", "", text)
+    return len(re.findall(r"\S*\w\S*", text))
+
+
+def test_core_is_an_evening():
+    "At most 15 pages and 12,000 words; the first Gaussian comes before any file layout."
+    core = [ROOT / "nbs" / f"{name}.ipynb" for names in CORE.values() for name in names]
+    words = {path.name: sum(map(word_count, markdown(path))) for path in core}
+    assert core == walk()[: len(core)]
+    assert len(core) <= 15
+    assert sum(words.values()) <= 12_000, words
+    before = walk()[: walk().index(ROOT / "nbs" / "50_gaussians.ipynb")]
+    assert not [p for p in before if p.parent.name in ("data", "worlds") or p.stem == "59_run"]
 
 
 @pytest.mark.parametrize(

@@ -13,35 +13,37 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unipre3d.reproduce import plan as study
-
 from unipre3d.data.labelled import ScanObjectNN
-from unipre3d.worlds.shapes import KINDS
 from unipre3d.records import read_record, write_json
+from unipre3d.reproduce import run as study
 from unipre3d.reproduce.plan import (
     CLAIMS,
     COMPARISONS,
     CONDITIONS,
     HELD_OUT,
-    MASKED,
     MEASUREMENTS,
     SEEN_KINDS,
     SOURCES,
     Row,
+    plan,
+    select,
+)
+from unipre3d.reproduce.run import (
     chosen_rate,
+    goes_on,
     letters,
     missing,
     pending,
     plain,
-    plan,
     plan_table,
     read_row,
     recipe_of,
     reproduce,
     reproduce_command,
     row_of,
-    select,
 )
+from unipre3d.runs.recipe import change, to_values
+from unipre3d.worlds.shapes import KINDS
 
 ROWS, FULL = plan(), plan("full")
 NET = dict(
@@ -188,26 +190,26 @@ def test_held_out_classes_are_in_no_pre_training():
     for r in ROWS:
         if r.kind != "finetune":
             recipe = recipe_of(replace(r, tune=()), "")
-            assert recipe.data == "rooms" or (
-                recipe.data == "shapes" and set(recipe.classes) == set(SEEN_KINDS)
+            assert recipe.data.source == "rooms" or (
+                recipe.data.source == "shapes" and set(recipe.data.classes) == set(SEEN_KINDS)
             ), r.key
 
 
 def test_conditions_differ_in_what_they_say_and_nothing_else():
-    ours = recipe_of(next(r for r in ROWS if r.key == "pre-unipre3d-0"), "")
+    ours = to_values(recipe_of(next(r for r in ROWS if r.key == "pre-unipre3d-0"), ""))
     for arm, keys in {
         "nofusion": {"fusion"},
         "floor": {"min_scale", "initial_scale"},
         "unweighted": {"foreground_weight"},
         "steps500": {"steps"},
     }.items():
-        other = recipe_of(next(r for r in ROWS if r.key == f"pre-{arm}-0"), "")
-        assert {k for k in vars(ours) if getattr(ours, k) != getattr(other, k)} == keys, arm
-    masked = MASKED["masked-shapes-mini"]
-    assert all(
-        getattr(masked, k) == getattr(ours, k)
-        for k in ("classes", "steps", "batch_size", "n_points", "backbone_options")
-    )
+        other = to_values(recipe_of(next(r for r in ROWS if r.key == f"pre-{arm}-0"), ""))
+        assert {k for k in ours if ours[k] != other[k]} == keys, arm
+    row = next(r for r in ROWS if r.key == "pre-masked-0")
+    masked = to_values(recipe_of(replace(row, tune=()), ""))
+    for k in ("data", "classes", "per_class", "steps", "batch_size", "n_points"):
+        assert masked[k] == ours[k], k
+    assert masked["backbone_options"] == ours["backbone_options"]
 
 
 def test_rows_survive_json():
@@ -261,7 +263,7 @@ def test_rate_is_that_of_the_best_trial(tmp_path):
     row = next(r for r in ROWS if r.key == "cls20-scratch-0")
     for key, lr, score in zip(row.tune, (3e-4, 1e-3, 3e-3), (0.2, 0.5, 0.4)):
         write_json(tmp_path / "records" / f"{key}.json", trial(key, lr, score))
-    assert chosen_rate(row, tmp_path) == 1e-3 and recipe_of(row, tmp_path).lr == 1e-3
+    assert chosen_rate(row, tmp_path) == recipe_of(row, tmp_path).optimiser.lr == 1e-3
     row = next(r for r in ROWS if r.key == "pre-masked-0")  # by the probe of the pre-training
     for key, score in zip(row.tune, (0.2, 0.3, 0.4)):
         start = next(r for r in ROWS if r.key == key).start
@@ -270,7 +272,7 @@ def test_rate_is_that_of_the_best_trial(tmp_path):
             tmp_path / "records" / f"{start}.json",
             trial(start, float(start.rsplit("-", 1)[1]), 0.0),
         )
-    assert recipe_of(row, tmp_path).lr == 2e-3
+    assert recipe_of(row, tmp_path).optimiser.lr == 2e-3
 
 
 def test_record_of_another_row_is_an_error(tmp_path):
@@ -413,7 +415,10 @@ def test_full_classification_rows_have_the_points_and_rates_of_their_own_code():
         for r in FULL
         if r.key.startswith("full-scanobjectnn-pb_t50_rs-scratch-")
     }
-    assert {k.rsplit("-", 1)[1]: (v.n_points, v.lr, v.smoothing) for k, v in values.items()} == {
+    found = {}
+    for key, v in values.items():
+        found[key.rsplit("-", 1)[1]] = (v.data.n_points, v.optimiser.lr, v.objective.smoothing)
+    assert found == {
         "transformer": (2048, 5e-4, 0.2),
         "pointmlp": (1024, 5e-4, 0.3),
         "pcm": (1024, 1e-4, 0.3),
@@ -422,16 +427,24 @@ def test_full_classification_rows_have_the_points_and_rates_of_their_own_code():
 
 
 def test_a_row_of_other_values_starts_anew(tmp_path):
-    from unipre3d.reproduce.plan import goes_on
-
     recipe = recipe_of(PRE, "")
     (tmp_path / "resume.safetensors").touch()
-    write_json(tmp_path / "config.json", {"name": "toy", **json.loads(json.dumps(vars(recipe)))})
+    write_json(tmp_path / "config.json", {"name": "toy", "task": recipe.task} | to_values(recipe))
     assert (
         goes_on(tmp_path, recipe)
-        and not goes_on(tmp_path, replace(recipe, batch_size=8))
+        and not goes_on(tmp_path, change(recipe, batch_size=8))
         and not goes_on(tmp_path / "nothing", recipe)
     )
+
+
+def test_a_run_of_other_values_is_replaced(tmp_path, here):
+    here()
+    run = tmp_path / "runs" / FINE.key
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("of another run")
+    row = replace(FINE, start="none", changes=FINE.changes | dict(steps=1))
+    assert reproduce([row], tmp_path, say=lambda text: None)["done"] == [row.key]
+    assert len((run / "metrics.csv").read_text().splitlines()) == 2
 
 
 def test_a_row_whose_start_is_missing_cannot_run(tmp_path):

@@ -1,85 +1,140 @@
-"""The site's table of contents, nbs/sidebar.yml, from the notebooks' numbers: the tens say which part a chapter belongs to;
-tutorials follow the start, and the data that come with the package stand before the readers of yours. Each page's "Next" leads to the
-page below it, and the landing page's table has the same order (tests/test_structure.py).
+"""The site's table of contents, nbs/sidebar.yml, from the order of the book below.
+
+Core is an evening; Workshop is everything else. Each page's "Next" leads to the page below it, and the landing page's table has the
+same order (tests/test_structure.py). A notebook that stands in no section is an error, and so is a page without a notebook.
 
     python tools/sidebar.py            write nbs/sidebar.yml
 """
 
-import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {
-    0: "Start here",
-    "tutorials": "Tutorials",
-    1: "Geometry",
-    2: "Data",
-    3: "Image features",
-    4: "Backbones",
-    5: "Gaussians, fusion, renderer, losses",
-    6: "Pre-training",
-    7: "Downstream",
-    8: "Results and differences",
-    9: "Command line and API",
+NBS = ROOT / "nbs"
+
+CORE = {
+    "The idea": ["index", "idea", "00_core"],
+    "Points and pixels": [
+        "geometry/10_cameras",
+        "geometry/11_pointops",
+        "30_image",
+        "backbones/39_backbone",
+        "backbones/40_transformer",
+    ],
+    "Gaussians": ["50_gaussians", "51_fusion", "52_render", "53_losses"],
+    "Does it work?": ["60_pretrain", "tasks/72_classification", "80_results"],
 }
+WORKSHOP = {
+    "Tutorials": ["tutorials/meshes", "tutorials/labels", "tutorials/backbone"],
+    "Data": [
+        "data/19_readers",
+        "data/17_objects",
+        "data/22_shapenet",
+        "data/23_scannet",
+        "data/24_labelled",
+        "data/17_augment",
+        "data/26_samples",
+        "data/29_loading",
+    ],
+    "Worlds": [
+        "worlds/18_mesh",
+        "worlds/25_prepare",
+        "worlds/19_sensor",
+        "worlds/20_furniture",
+        "worlds/27_shapes",
+        "worlds/28_scans",
+        "worlds/31_rooms_models",
+        "worlds/32_rooms_build",
+        "worlds/33_rooms_furnish",
+        "worlds/34_rooms_light",
+        "worlds/35_rooms_film",
+        "worlds/36_rooms_cloud",
+        "worlds/37_rooms_disk",
+    ],
+    "More geometry": ["geometry/12_serialization", "geometry/13_sparse", "54_viewer"],
+    "More backbones": [
+        "backbones/39_layers",
+        "backbones/41_pointnet2",
+        "backbones/42_pointmlp",
+        "backbones/43_mamba",
+        "backbones/44_pcm",
+        "backbones/45_mamba3d",
+        "backbones/46_sparseunet",
+        "backbones/47_ptv3",
+        "backbones/48_released",
+    ],
+    "Runs": [
+        "55_objective",
+        "01_records",
+        "56_recipe",
+        "57_checkpoint",
+        "58_fit",
+        "tasks/70_transfer",
+        "59_run",
+        "61_recipes",
+    ],
+    "Tasks": [
+        "tasks/69_heads",
+        "tasks/71_metrics",
+        "tasks/73_parts",
+        "tasks/66_scenes",
+        "tasks/74_semantic",
+        "tasks/75_instances",
+        "tasks/68_masked",
+        "tasks/67_autoencoder",
+    ],
+    "Study": ["62_compare", "76_study", "77_statistics", "78_reproduce"],
+    "Differences, command line, API": ["81_differences", "90_cli", "91_api"],
+}
+PARTS = {"Core": CORE, "Workshop": WORKSHOP}
 
-FIRST = [
-    "index",
-    "idea",
-    "meshes",
-    "labels",
-    "backbone",  # pages without a number, in this order
-    "17_objects",
-    "18_mesh",
-    "19_sensor",
-    "20_furniture",
-    "31_rooms_models",
-    "32_rooms_build",
-    "33_rooms_furnish",
-    "34_rooms_light",
-    "35_rooms_film",
-    "36_rooms_cloud",
-    "37_rooms_disk",
-    "27_shapes",
-    "28_scans",
-]  # and pages that stand before the others of their part
+
+def pages():
+    "Every page of the book in order, as (part, section, path below nbs)."
+    for part, sections in PARTS.items():
+        for section, names in sections.items():
+            for name in names:
+                yield part, section, Path(f"{name}.ipynb")
 
 
-def part_of(path):
-    """The part of a notebook; the landing page stands before all others, every backbone is a backbone, all in data and worlds is data,
-    and tutorials have no numbers."""
-    if path.parent.name == "tutorials":
-        return "tutorials"
-    if path.parent.name == "backbones":
-        return 4
-    if path.parent.name in ("data", "worlds"):
-        return 2
-    found = re.match(r"(\d)\d", path.name)
-    return int(found[1]) if found else 0
+def notebooks():
+    "Every notebook below nbs; what tools keep in hidden folders is none."
+    for path in sorted(NBS.rglob("*.ipynb")):
+        path = path.relative_to(NBS)
+        if not any(part.startswith((".", "_")) for part in path.parts):
+            yield path
+
+
+def check_order(found, listed):
+    """The two hold the same pages, each once.
+
+    Raises: ValueError that names the pages.
+    """
+    wrong = {
+        "stand in no section of tools/sidebar.py": set(found) - set(listed),
+        "stand in tools/sidebar.py and have no notebook": set(listed) - set(found),
+        "stand in tools/sidebar.py twice": {page for page in listed if listed.count(page) > 1},
+    }
+    for what, which in wrong.items():
+        if which:
+            raise ValueError(f"{', '.join(sorted(map(str, which)))}: pages that {what}")
 
 
 def sidebar():
-    "The text of nbs/sidebar.yml."
-    nbs = ROOT / "nbs"
-    found = [
-        p.relative_to(nbs)
-        for p in nbs.rglob("*.ipynb")
-        if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)
-    ]
+    "The text of nbs/sidebar.yml; errors as `check_order`."
+    check_order(list(notebooks()), [path for _, _, path in pages()])
     lines = ["# Written by tools/sidebar.py", "website:", "  sidebar:", "    contents:"]
-    for number, title in PARTS.items():
-        chapters = sorted(
-            (p for p in found if part_of(p) == number),
-            key=lambda p: (p.stem not in FIRST, FIRST.index(p.stem) if p.stem in FIRST else p.name),
-        )
-        if chapters:
-            lines += [
-                f"      - section: {title}",
-                "        contents:",
-                *(f"          - {p.as_posix()}" for p in chapters),
-            ]
+    for part, sections in PARTS.items():
+        lines += [f"      - section: {part}", "        contents:"]
+        for section, names in sections.items():
+            lines += [f"          - section: {section}", "            contents:"]
+            lines += [f"              - {name}.ipynb" for name in names]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    (ROOT / "nbs" / "sidebar.yml").write_text(sidebar(), encoding="utf-8")
+    try:
+        text = sidebar()
+    except ValueError as problem:
+        sys.exit(f"sidebar: {problem}")
+    (NBS / "sidebar.yml").write_text(text, encoding="utf-8")

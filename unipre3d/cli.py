@@ -384,9 +384,9 @@ def finetune_command(args: list[str]) -> int:
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
     "unipre3d reproduce mini | full [--list] [--only CLAIM]: run the study behind the tables; goes on where it was stopped."
-    from unipre3d.reproduce import plan
+    from unipre3d.reproduce import run
 
-    return plan.reproduce_command(args, parse)
+    return run.reproduce_command(args, parse)
 
 # %% ../nbs/90_cli.ipynb #40950520
 @dataclass(frozen=True)

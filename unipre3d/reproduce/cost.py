@@ -4,6 +4,7 @@
 
 # %% ../../nbs/62_compare.ipynb #26af8a85
 from __future__ import annotations
+
 import time
 from collections.abc import Callable
 

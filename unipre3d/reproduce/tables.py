@@ -4,15 +4,14 @@
 
 # %% ../../nbs/80_results.ipynb #e0c0f586
 from __future__ import annotations
-import json
+
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy import stats
 
 from ..core import data_dir
@@ -20,415 +19,123 @@ from ..records import read_record, read_records
 from unipre3d.reproduce.plan import (
     CLAIMS,
     COMPARISONS,
-    HELD_OUT,
     MASKED_RATES,
     MEASUREMENTS,
     Comparison,
-    plan,
-    select,
+    is_trial,
+)
+from unipre3d.reproduce.statistics import (
+    effects,
+    interval,
+    planned_rows,
+    read_study,
+    scores,
+    scores_interval,
+    some_seeds,
+    to_run,
 )
 
 # %% auto #0
-__all__ = ['MINI', 'OURS', 'FULL_METRIC', 'TABLES', 'GAINS', 'REASONS', 'AFTER', 'paper_table', 'read_study', 'all_frame',
-           'Interval', 'interval', 'crossed_interval', 'right', 'class_accuracy', 'scores', 'paired', 'to_run',
-           'some_seeds', 'planned_pairs', 'effect_row', 'effects', 'every_seed', 'full_key', 'beside', 'compare_table',
-           'more_gaussians', 'paper_gain', 'chosen_rates', 'curves', 'late_rise', 'over_seeds', 'psnr_and_accuracy',
-           'written_effect', 'findings', 'repeated', 'headline', 'tables', 'write_tables', 'stale_tables']
+__all__ = ['HARDEST', 'PARTS_C', 'PARTS_I', 'ROOMS_20', 'ROOMS_200', 'MINI', 'NOT_POINT_MAE', 'OURS', 'FULL_METRIC', 'TABLES',
+           'COMPARE_COLUMNS', 'GAINS', 'REASONS', 'AFTER', 'paper_table', 'all_frame', 'label_counts', 'every_seed',
+           'names_of', 'full_key', 'beside', 'compare_table', 'more_gaussians', 'paper_gain', 'rate_trials',
+           'chosen_rates', 'curves', 'late_rise', 'rank_correlation', 'over_seeds', 'psnr_and_accuracy',
+           'written_effect', 'still_rising', 'finding', 'findings', 'metric_of', 'repeated', 'headline_row', 'headline',
+           'tables', 'current_tables', 'write_tables', 'stale_tables']
 
 # %% ../../nbs/80_results.ipynb #fb21a7dd
 def paper_table() -> pd.DataFrame:
-    "Every number of the paper that we compare with: table, task, dataset, metric, backbone, pretraining, value, source, note."
-    return pd.read_csv(
-        data_dir() / "paper.csv", dtype={"table": str}, keep_default_na=False
-    ).astype({"value": float})
+    """Every number of the paper that we compare with.
+
+    Columns: table, task, dataset, metric, backbone, pretraining, value, source, note."""
+    table = pd.read_csv(data_dir() / "paper.csv", dtype={"table": str}, keep_default_na=False)
+    return table.astype({"value": float})
 
 # %% ../../nbs/80_results.ipynb #3e00fc93
-def read_study(
-    folder: str | Path | None = None,  # default: the committed records of the study
-) -> dict[str, dict]:  # name of a row -> its record
-    "The records of the study, checked."
-    folder = data_dir() / "records" / "study" if folder is None else Path(folder)
-    return {p.stem: read_record(p) for p in sorted(folder.glob("*.json"))}
-
-
 def all_frame(
     folder: str | Path | None = None,  # default: the committed records
 ) -> pd.DataFrame:  # indexed by file name
     "Pre-training and fine-tuning records, the study's among them, as one table."
     home = data_dir() / "records" if folder is None else Path(folder)
-    found = [
-        read_records(h, kind)
-        for h in (home, home / "study")
-        if h.is_dir()
-        for kind in ("pretrain", "finetune")
-        if any(json.loads(p.read_text()).get("kind") == kind for p in h.glob("*.json"))
-    ]
-    return pd.concat([f.dropna(axis=1, how="all") for f in found]) if found else pd.DataFrame()
+    found = []
+    for place in (home, home / "study"):
+        for kind in ("pretrain", "finetune"):
+            table = read_records(place, kind)
+            if len(table):
+                found.append(table.dropna(axis=1, how="all"))
+    return pd.concat(found) if found else pd.DataFrame()
 
-# %% ../../nbs/80_results.ipynb #c0c24dd8
-@dataclass(frozen=True)
-class Interval:
-    "A mean and where it may lie."
-
-    mean: float
-    low: float  # nan with fewer than two runs
-    high: float
-    n: int  # runs, or pairs of runs
-
-    def __str__(self):
-        return (
-            f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-            if self.n > 1
-            else f"{self.mean:.1f}"
-        )
-
-
-@lru_cache(maxsize=8)
-def _shares(runs: int, objects: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    "How often each run [draws S] and each object [draws o] is drawn, as shares."
-    rng = np.random.default_rng(seed)
-    return tuple(rng.multinomial(n, np.full(n, 1 / n), draws) / n for n in (runs, objects))
-
-
-def interval(
-    values: np.ndarray,  # [S o] or [S]: of S runs or pairs, about o test objects
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    "Mean and interval by a bootstrap over runs and objects, with Student's quantile."
-    d = np.asarray(values, dtype=float)
-    d = d[:, None] if d.ndim == 1 else d
-    s, o = d.shape
-    mean = float(d.mean())
-    if s < 2:
-        return Interval(mean, float("nan"), float("nan"), s)
-    runs, objects = _shares(s, o, draws, seed)
-    both, only = ((runs @ d) * objects).sum(1), runs @ d.mean(1)
-    half = stats.t.ppf(0.5 + level / 2, s - 1) * np.sqrt(
-        ((both - mean) ** 2).mean() + ((only - mean) ** 2).mean() / (s - 1)
-    )
-    return Interval(mean, mean - half, mean + half, s)
-
-
-def crossed_interval(
-    values: np.ndarray,  # [S o] or [S]: of S runs or pairs, about o test objects
-    level: float = 0.95,
-) -> Interval:
-    "Mean and interval of a crossed random-effects model: mean squares of runs, objects and rest, Satterthwaite's degrees of freedom."
-    d = np.asarray(values, dtype=float)
-    d = d[:, None] if d.ndim == 1 else d
-    s, o = d.shape
-    mean = float(d.mean())
-    if s < 2:
-        return Interval(mean, float("nan"), float("nan"), s)
-    run, thing = d.mean(1) - mean, d.mean(0) - mean
-    by_run, free = o * (run**2).sum() / (s - 1), s - 1
-    variance = by_run
-    if o > 1:
-        by_object, rest = (
-            s * (thing**2).sum() / (o - 1),
-            ((d - mean - run[:, None] - thing) ** 2).sum() / ((s - 1) * (o - 1)),
-        )
-        variance = max(by_run + by_object - rest, rest)
-        parts = by_run**2 / (s - 1) + by_object**2 / (o - 1) + rest**2 / ((s - 1) * (o - 1))
-        free = max(variance**2 / parts, 1) if parts else free
-    half = stats.t.ppf(0.5 + level / 2, free) * np.sqrt(variance / (s * o))
-    return Interval(mean, mean - half, mean + half, s)
-
-# %% ../../nbs/80_results.ipynb #36bee39f
-def right(
-    record: dict,
-    which: str = "all",  # "all", "seen" or "unseen" in pre-training, or "real" (artist-made objects)
-) -> np.ndarray:  # [o] 0 or 1
-    "Whether each test object was answered correctly."
-    tail = "_real" if which == "real" else ""
-    if f"answers{tail}" not in record["details"]:
-        raise ValueError(
-            f"{record.get('row', {}).get('key', 'record')}: expected answers{tail} in its details, there are none"
-        )
-    answers, true = (np.array(list(record["details"][k + tail])) for k in ("answers", "true"))
-    away = np.isin(
-        true, [chr(97 + k) for k, name in enumerate(record["classes"]) if name in HELD_OUT]
-    )
-    return (answers == true)[{"seen": ~away, "unseen": away}.get(which, slice(None))].astype(float)
-
-
-def class_accuracy(
-    record: dict,
-) -> pd.DataFrame:  # by class: accuracy, objects, whether it was held out of pre-training
-    "Accuracy of each class, from the confusion matrix of a record (rows are true classes)."
-    matrix = np.array(record["details"]["confusion"])
-    return pd.DataFrame(
-        {
-            "accuracy": np.diag(matrix) / matrix.sum(1),
-            "objects": matrix.sum(1),
-            "unseen": [c in HELD_OUT for c in record["classes"]],
-        },
-        index=record["classes"],
-    )
-
-
-def scores(
+# %% ../../nbs/80_results.ipynb #dcc1524b
+def label_counts(
     records: dict[str, dict],
-    part: str,
-    arm: str,  # measurement and condition
-    metric: str = "oa",
-    which: str = "all",  # see `right`
-) -> dict[
-    int, np.ndarray
-]:  # seed -> [o] in percent; [1] where objects are not told apart; PSNR in dB
-    "What a condition scored, by seed."
-    found = {
-        r["row"]["seed"]: r
-        for r in records.values()
-        if (r["row"]["part"], r["row"]["arm"]) == (part, arm)
-        and not r["row"]["key"].startswith("tune-")
-    }
-    if metric in ("oa", "oa_real"):
-        return {
-            s: 100 * right(r, "real" if metric == "oa_real" else which)
-            for s, r in found.items()
-            if "answers" in r["details"]
-        }
-    return {
-        s: np.array(
-            [
-                r["metrics"][metric]
-                * (1 if "psnr" in metric or metric == "gaussians_per_cloud" else 100)
-            ]
-        )
-        for s, r in found.items()
-    }
-
-# %% ../../nbs/80_results.ipynb #4430ecec
-def paired(
-    records: dict[str, dict],
-    c: Comparison,
-    which: str = "all",  # see `right`
-) -> tuple[np.ndarray, list[int]]:  # [S o] differences, and the seeds
-    "The first condition minus the second, for each seed that both have."
-    a, b = (scores(records, c.part, arm, c.metric, which) for arm in (c.arm, c.against))
-    seeds = sorted(set(a) & set(b))
-    if c.metric in ("oa", "oa_real"):
-        true = {
-            r["row"]["key"]: r["details"]["true" + c.metric[2:]]
-            for r in records.values()
-            if "details" in r and "true" in r["details"]
-        }
-        for s in seeds:
-            if true[f"{c.part}-{c.arm}-{s}"] != true[f"{c.part}-{c.against}-{s}"]:
-                raise ValueError(
-                    f"{c.part}-{c.arm}-{s} and {c.part}-{c.against}-{s}: expected the same test objects in the same order"
-                )
-    return np.array([a[s] - b[s] for s in seeds]), seeds
-
-
-def to_run(
-    only: str,  # a claim, a row or the beginning of several
-    records: dict[str, dict],
-) -> str:
-    "The command for rows that are not recorded, and what they cost; empty where there are none."
-    budget = next(b for b in ("mini", "full") if any(r.key.startswith(only) for r in plan(b)))
-    rows = [r for r in select(plan(budget), only) if r.key not in records]
-    return (
-        f"unipre3d reproduce {budget} --only {only} ({sum(r.minutes for r in rows) / 60:.1f} {'core' if budget == 'mini' else 'GPU'} hours)"
-        if rows
-        else ""
-    )
-
-
-def some_seeds(
-    seeds: Sequence[int],
-) -> str:  # "0", "{0,1,2}"
-    "Seeds in the name of records."
-    return f"{{{','.join(map(str, sorted(seeds)))}}}" if len(seeds) > 1 else str(*seeds)
-
-
-def planned_pairs(
-    c: Comparison,
-) -> int:
-    "How many pairs the plan has for a comparison."
-    rows = plan("full" if c.part.endswith(".large") else "mini")
-    return len(
-        set.intersection(
-            *(
-                {
-                    r.seed
-                    for r in rows
-                    if (r.part, r.arm) == (c.part, arm) and not r.key.startswith("tune-")
-                }
-                for arm in (c.arm, c.against)
-            )
-        )
-    )
-
-
-def effect_row(
-    records: dict[str, dict],
-    c: Comparison,
-) -> dict[str, Any]:
-    "A comparison with its intervals, or how to run it."
-    d, seeds = paired(records, c)
-    planned = planned_pairs(c)
-    about = {"claim": c.claim, "comparison": c.what, "primary": c.primary, "planned": planned}
-    left = (
-        "; ".join(filter(None, (to_run(f"{c.part}-{arm}", records) for arm in (c.arm, c.against))))
-        if len(seeds) < planned
-        else ""
-    )
-    if not seeds:
-        return about | {"pairs": 0, "verdict": "not run", "how": left}
-    i, strict = interval(d), interval(d, 1 - 0.05 / sum(c.primary for c in COMPARISONS))
-    x = crossed_interval(d)
-    apart = (
-        {w: paired(records, c, w)[0].mean() for w in ("seen", "unseen")}
-        if c.metric == "oa"
-        else {"all_classes": paired(records, replace(c, metric="miou_all"))[0].mean()}
-        if c.metric == "miou"
-        else {}
-    )
-    print_of = lambda arm, s: records[f"{c.part}-{arm}-{s}"]["data"]["sha256"]
-    mixed = sum(print_of(c.arm, s) != print_of(c.against, s) for s in seeds)
-    verdict = (
-        "one pair only"
-        if i.n < 2
-        else "yes"
-        if i.low > 0
-        else "the opposite"
-        if i.high < 0
-        else "undecided"
-    )
-    how = f"{c.part}-{{{c.arm},{c.against}}}-{some_seeds(seeds)}" + (
-        f"; {planned - len(seeds)} pairs not run: {left}" if left else ""
-    )
-    return (
-        about
-        | {"effect": i.mean, "low": i.low, "high": i.high, "low_x": x.low, "high_x": x.high}
-        | ({"low6": strict.low, "high6": strict.high} if c.primary else {})
-        | apart
-        | {"pairs": i.n, "mixed": mixed, "verdict": verdict, "how": how}
-    )
-
-
-def effects(
-    records: dict[str, dict],
-) -> pd.DataFrame:
-    "Every comparison of the protocol; points of percent, dB where it says so."
-    table = pd.DataFrame([effect_row(records, c) for c in COMPARISONS])
-    return (
-        table.reindex(
-            columns=[
-                "claim",
-                "comparison",
-                "primary",
-                "effect",
-                "low",
-                "high",
-                "low6",
-                "high6",
-                "low_x",
-                "high_x",
-                "seen",
-                "unseen",
-                "all_classes",
-                "pairs",
-                "planned",
-                "mixed",
-                "verdict",
-                "how",
-            ]
-        )
-        .round(2)
-        .astype({"mixed": "Int64"})
-    )
+) -> pd.DataFrame:  # by measurement: labelled objects (rooms) in all, and of each class
+    "How many labels trained, chose the step and the rate, and tested; from the records."
+    rows = {}
+    for record in records.values():
+        part, data = record["row"]["part"], record["data"]
+        if part not in MEASUREMENTS or is_trial(record["row"]["key"]):
+            continue
+        count = {split: data[split] for split in ("train", "val", "test")}
+        if record["task"] == "classification":
+            classes = len(record["classes"])
+            count |= {f"{split} a class": data[split] / classes for split in ("train", "val")}
+        rows[part] = count
+    return pd.DataFrame(rows).T
 
 # %% ../../nbs/80_results.ipynb #5d21f0be
 def every_seed(
     records: dict[str, dict],
-) -> pd.DataFrame:  # a row a measurement, condition and metric: mean with interval, each seed, means on classes seen and unseen
-    "What every run of the comparisons scored."
+) -> pd.DataFrame:  # a row a measurement, condition and metric
+    "What every run of the comparisons scored: mean with interval, each seed, means on classes seen and unseen."
+    compared = [(c.part, arm, c.metric) for c in COMPARISONS for arm in (c.arm, c.against)]
     rows = []
-    for part, arm, metric in dict.fromkeys(
-        (c.part, arm, c.metric) for c in COMPARISONS for arm in (c.arm, c.against)
-    ):
-        if not (got := scores(records, part, arm, metric)):
+    for part, arm, metric in dict.fromkeys(compared):
+        got = scores(records, part, arm, metric)
+        if not got:
             continue
-        i = interval(np.array(list(got.values())))
-        apart = (
-            {
-                w: np.mean([v.mean() for v in scores(records, part, arm, metric, w).values()])
-                for w in ("seen", "unseen")
-            }
-            if metric == "oa"
-            else {}
-        )
-        rows.append(
-            {
-                "measurement": part,
-                "condition": arm,
-                "metric": metric,
-                "mean": i.mean,
-                "low": i.low,
-                "high": i.high,
-            }
-            | {f"seed {s}": v.mean() for s, v in got.items()}
-            | apart
-        )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "measurement",
-            "condition",
-            "metric",
-            "mean",
-            "low",
-            "high",
-            *(f"seed {s}" for s in range(5)),
-            "seen",
-            "unseen",
-        ],
-    ).round(2)
+        i = scores_interval(got)
+        row = {"measurement": part, "condition": arm, "metric": metric}
+        row |= {"mean": i.mean, "low": i.low, "high": i.high}
+        row |= {f"seed {s}": v.mean() for s, v in got.items()}
+        if metric == "oa":
+            for which in ("seen", "unseen"):
+                own = scores(records, part, arm, metric, which)
+                row[which] = np.mean([v.mean() for v in own.values()])
+        rows.append(row)
+    columns = ["measurement", "condition", "metric", "mean", "low", "high"]
+    columns += [*(f"seed {s}" for s in range(5)), "seen", "unseen"]
+    return pd.DataFrame(rows, columns=columns).round(2)
 
 # %% ../../nbs/80_results.ipynb #024eeec1
-MINI = {  # (dataset, metric, backbone, pretraining) of the paper -> measurement, condition, metric of the study
-    **{
-        ("ScanObjectNN PB_T50_RS", "OA", "Standard Transformer", theirs): ("cls20", ours, "oa")
-        for theirs, ours in (("none", "scratch"), ("UniPre3D", "unipre3d"), ("Point-MAE", "masked"))
-    },
-    **{
-        ("ScanObjectNN PB_T50_RS", "OA", net, theirs): (
-            f"cls20.{net.lower()}",
-            f"{ours}.{net.lower()}",
-            "oa",
-        )
-        for net in ("PointMLP", "PCM", "Mamba3D")
-        for theirs, ours in (("none", "scratch"), ("UniPre3D", "unipre3d"))
-    },
-    **{
-        ("ShapeNetPart", theirs, "PointMLP", start): ("parts", f"{ours}.pointmlp", metric)
-        for theirs, metric in (("mIoU_C", "miou_c"), ("mIoU_I", "miou_i"))
-        for start, ours in (("none", "scratch"), ("UniPre3D", "unipre3d"))
-    },
-    ("ScanNet20", "mIoU", "SparseUNet", "none"): ("rooms", "scratch", "miou"),
-    ("ScanNet20", "mIoU", "SparseUNet", "UniPre3D"): ("rooms", "point", "miou"),
-    ("ScanNet20", "mIoU", "PTv3", "none"): ("rooms.ptv3", "scratch.ptv3", "miou"),
-    ("ScanNet20", "mIoU", "PTv3", "UniPre3D"): ("rooms.ptv3", "point.ptv3", "miou"),
-    **{
-        ("ScanNet200", "mIoU", "SparseUNet", f"UniPre3D, {theirs}"): ("rooms", ours, "miou")
-        for theirs, ours in (
-            ("no 2-D fusion", "none"),
-            ("feature fusion", "feature"),
-            ("point fusion", "point"),
-        )
-    },
-}
-OURS = {
-    (
-        "ScanObjectNN PB_T50_RS",
-        "Point-MAE",
-    ): "ours: a short masked reconstruction of the study, not Point-MAE itself"
-}  # (dataset, pretraining) -> what else ours is
+HARDEST = ("ScanObjectNN PB_T50_RS", "OA")
+PARTS_C = ("ShapeNetPart", "mIoU_C", "PointMLP")
+PARTS_I = ("ShapeNetPart", "mIoU_I", "PointMLP")
+ROOMS_20 = ("ScanNet20", "mIoU")
+ROOMS_200 = ("ScanNet200", "mIoU", "SparseUNet")
+MINI = {
+    (*HARDEST, "Standard Transformer", "none"): ("cls20", "scratch", "oa"),
+    (*HARDEST, "Standard Transformer", "UniPre3D"): ("cls20", "unipre3d", "oa"),
+    (*HARDEST, "Standard Transformer", "Point-MAE"): ("cls20", "masked", "oa"),
+    (*HARDEST, "PointMLP", "none"): ("cls20.pointmlp", "scratch.pointmlp", "oa"),
+    (*HARDEST, "PointMLP", "UniPre3D"): ("cls20.pointmlp", "unipre3d.pointmlp", "oa"),
+    (*HARDEST, "PCM", "none"): ("cls20.pcm", "scratch.pcm", "oa"),
+    (*HARDEST, "PCM", "UniPre3D"): ("cls20.pcm", "unipre3d.pcm", "oa"),
+    (*HARDEST, "Mamba3D", "none"): ("cls20.mamba3d", "scratch.mamba3d", "oa"),
+    (*HARDEST, "Mamba3D", "UniPre3D"): ("cls20.mamba3d", "unipre3d.mamba3d", "oa"),
+    (*PARTS_C, "none"): ("parts", "scratch.pointmlp", "miou_c"),
+    (*PARTS_C, "UniPre3D"): ("parts", "unipre3d.pointmlp", "miou_c"),
+    (*PARTS_I, "none"): ("parts", "scratch.pointmlp", "miou_i"),
+    (*PARTS_I, "UniPre3D"): ("parts", "unipre3d.pointmlp", "miou_i"),
+    (*ROOMS_20, "SparseUNet", "none"): ("rooms", "scratch", "miou"),
+    (*ROOMS_20, "SparseUNet", "UniPre3D"): ("rooms", "point", "miou"),
+    (*ROOMS_20, "PTv3", "none"): ("rooms.ptv3", "scratch.ptv3", "miou"),
+    (*ROOMS_20, "PTv3", "UniPre3D"): ("rooms.ptv3", "point.ptv3", "miou"),
+    (*ROOMS_200, "UniPre3D, no 2-D fusion"): ("rooms", "none", "miou"),
+    (*ROOMS_200, "UniPre3D, feature fusion"): ("rooms", "feature", "miou"),
+    (*ROOMS_200, "UniPre3D, point fusion"): ("rooms", "point", "miou"),
+}  # (dataset, metric, backbone, pretraining) of the paper -> measurement, condition, metric of the study
+NOT_POINT_MAE = "ours: a short masked reconstruction of the study, not Point-MAE itself"
+OURS = {(HARDEST[0], "Point-MAE"): NOT_POINT_MAE}  # (dataset, pretraining) -> what else ours is
 FULL_METRIC = {
     "OA": "oa",
     "mIoU": "miou_all",
@@ -438,100 +145,6 @@ FULL_METRIC = {
     "mAP@50": "ap50",
     "mAP@25": "ap25",
 }  # the paper's scenes: Pointcept's mean over all classes
-
-
-def full_key(
-    paper_row: Any,  # of `paper_table`
-) -> str:  # "" where there is none
-    "The row of the full plan that repeats a number of the paper."
-    net = {"Standard Transformer": "transformer", "SparseUNet + PointGroup": "sparseunet"}.get(
-        paper_row.backbone, paper_row.backbone.lower()
-    )
-    part = paper_row.dataset.lower().replace(" ", "-").removesuffix("-area-5") + (
-        "-instances" if paper_row.task == "instance segmentation" else ""
-    )
-    key = f"full-{part}-{ {'none': 'scratch', 'UniPre3D': 'unipre3d'}.get(paper_row.pretraining, '') }-{net}"
-    return key if any(r.key == key for r in plan("full")) else ""
-
-
-def beside(
-    paper_row: Any,  # of `paper_table`
-    records: dict[str, dict],
-) -> dict[str, Any]:
-    "What stands beside a number of the paper."
-    found = {}
-    key, full = (
-        MINI.get((paper_row.dataset, paper_row.metric, paper_row.backbone, paper_row.pretraining)),
-        full_key(paper_row),
-    )
-    if key:
-        got = scores(records, *key)
-        if got:
-            i = interval(np.array(list(got.values())))
-            found |= {
-                "mini": i.mean,
-                "low": i.low,
-                "high": i.high,
-                "seeds": i.n,
-                "mini records": f"{key[0]}-{key[1]}-{some_seeds(list(got))}",
-            }
-        else:
-            found["mini records"] = f"not run: {to_run(f'{key[0]}-{key[1]}', records)}"
-    if full:
-        found |= {
-            "full": 100 * records[full]["metrics"][FULL_METRIC[paper_row.metric]]
-            if full in records
-            else float("nan"),
-            "full record": full
-            if full in records
-            else f"not run: unipre3d reproduce full --only {full}",
-        }
-    return found
-
-
-def compare_table(
-    name: str,  # "main", "1" .. "4", "ablation" or "efficiency"
-    records: dict[str, dict],
-) -> pd.DataFrame:
-    "A table of the paper with ours beside it."
-    rows = paper_table().query("table == @name")
-    table = pd.DataFrame(
-        [
-            {
-                "dataset": r.dataset,
-                "metric": r.metric,
-                "backbone": r.backbone,
-                "pretraining": r.pretraining,
-                "paper": r.value,
-            }
-            | beside(r, records)
-            | {
-                "source": r.source,
-                "note": "; ".join(filter(None, (r.note, OURS.get((r.dataset, r.pretraining), "")))),
-            }
-            for r in rows.itertuples()
-        ]
-    )
-    return table.reindex(
-        columns=[
-            "dataset",
-            "metric",
-            "backbone",
-            "pretraining",
-            "paper",
-            "mini",
-            "low",
-            "high",
-            "seeds",
-            "mini records",
-            "full",
-            "full record",
-            "source",
-            "note",
-        ]
-    ).round(2)
-
-
 TABLES = {
     "main": "the numbers that a summary of the paper gives",
     "1": "classification",
@@ -541,235 +154,246 @@ TABLES = {
     "ablation": "ablations",
     "efficiency": "efficiency",
 }
+COMPARE_COLUMNS = [
+    *("dataset", "metric", "backbone", "pretraining", "paper"),
+    *("mini", "low", "high", "seeds", "mini records"),
+    *("full", "full record", "source", "note"),
+]
+
+
+def names_of(
+    paper_row: Any,  # of `paper_table`
+) -> tuple[str, str, str, str]:
+    "What a number of the paper is about: dataset, metric, backbone, pretraining."
+    return paper_row.dataset, paper_row.metric, paper_row.backbone, paper_row.pretraining
+
+
+def full_key(
+    paper_row: Any,  # of `paper_table`
+) -> str:  # "" where there is none
+    "The row of the full plan that repeats a number of the paper."
+    names = {"Standard Transformer": "transformer", "SparseUNet + PointGroup": "sparseunet"}
+    network = names.get(paper_row.backbone, paper_row.backbone.lower())
+    part = paper_row.dataset.lower().replace(" ", "-").removesuffix("-area-5")
+    if paper_row.task == "instance segmentation":
+        part += "-instances"
+    arm = {"none": "scratch", "UniPre3D": "unipre3d"}.get(paper_row.pretraining, "")
+    key = f"full-{part}-{arm}-{network}"
+    return key if any(r.key == key for r in planned_rows("full")) else ""
+
+
+def beside(
+    paper_row: Any,  # of `paper_table`
+    records: dict[str, dict],
+) -> dict[str, Any]:
+    "What stands beside a number of the paper."
+    names = names_of(paper_row)
+    found: dict[str, Any] = {}
+    if names in MINI:
+        part, arm, metric = MINI[names]
+        got = scores(records, part, arm, metric)
+        found["mini records"] = f"not run: {to_run(f'{part}-{arm}', records)}"
+        if got:
+            i = scores_interval(got)
+            found |= {"mini": i.mean, "low": i.low, "high": i.high, "seeds": i.n}
+            found["mini records"] = f"{part}-{arm}-{some_seeds(list(got))}"
+    full = full_key(paper_row)
+    if full:
+        found["full"] = float("nan")
+        found["full record"] = f"not run: unipre3d reproduce full --only {full}"
+        if full in records:
+            found["full"] = 100 * records[full]["metrics"][FULL_METRIC[paper_row.metric]]
+            found["full record"] = full
+    return found
+
+
+def compare_table(
+    name: str,  # a key of TABLES
+    records: dict[str, dict],
+) -> pd.DataFrame:
+    "A table of the paper with ours beside it."
+    rows = []
+    for r in paper_table().query("table == @name").itertuples():
+        row = {k: getattr(r, k) for k in ("dataset", "metric", "backbone", "pretraining", "source")}
+        notes = (r.note, OURS.get((r.dataset, r.pretraining), ""))
+        row |= {"paper": r.value, "note": "; ".join(filter(None, notes))}
+        rows.append(row | beside(r, records))
+    return pd.DataFrame(rows, columns=COMPARE_COLUMNS).round(2)
 
 # %% ../../nbs/80_results.ipynb #4b9ea4d2
 def more_gaussians(
     records: dict[str, dict],
 ) -> tuple[float, str]:  # percent, and where it is from
     "How many Gaussians point fusion adds, by the records of the study, or else by the committed single runs."
-    point, none = (scores(records, "pre", arm, "gaussians_per_cloud") for arm in ("point", "none"))
+    key = "gaussians_per_cloud"
+    point = [v.item() for v in scores(records, "pre", "point", key).values()]
+    none = [v.item() for v in scores(records, "pre", "none", key).values()]
     where = f"pre-{{point,none}}, {len(point)} and {len(none)} seeds"
     if not (point and none):
-        point, none = (
-            {
-                s: np.array([read_record(f"scene-{arm}-{s}")["metrics"]["gaussians_per_cloud"]])
-                for s in range(3)
-            }
-            for arm in ("point", "none")
-        )
+        point = [read_record(f"scene-point-{s}")["metrics"][key] for s in range(3)]
+        none = [read_record(f"scene-none-{s}")["metrics"][key] for s in range(3)]
         where = "scene-point-{0,1,2} and scene-none-{0,1,2}, not of the study"
-    return 100 * (np.mean(list(point.values())) / np.mean(list(none.values())) - 1), where
+    return 100 * (np.mean(point) / np.mean(none) - 1), where
 
 # %% ../../nbs/80_results.ipynb #c39bd401
-_SO, _ST = "ScanObjectNN PB_T50_RS", "Standard Transformer"
-GAINS = {  # (measurement, condition, against) -> (table, dataset, metric, backbone, pretraining, against)
-    ("cls20", "unipre3d", "scratch"): ("1", _SO, "OA", _ST, "UniPre3D", "none"),
-    ("cls20", "unipre3d", "masked"): ("1", _SO, "OA", _ST, "UniPre3D", "Point-MAE"),
-    ("cls20", "masked", "scratch"): ("1", _SO, "OA", _ST, "Point-MAE", "none"),
-    **{
-        (f"cls20.{net.lower()}", f"unipre3d.{net.lower()}", f"scratch.{net.lower()}"): (
-            "1",
-            _SO,
-            "OA",
-            net,
-            "UniPre3D",
-            "none",
-        )
-        for net in ("PointMLP", "PCM", "Mamba3D")
-    },
-    ("parts", "unipre3d.pointmlp", "scratch.pointmlp"): (
-        "2",
-        "ShapeNetPart",
-        "mIoU_C",
-        "PointMLP",
-        "UniPre3D",
-        "none",
-    ),
-    ("rooms", "point", "scratch"): ("3", "ScanNet20", "mIoU", "SparseUNet", "UniPre3D", "none"),
-    ("rooms.ptv3", "point.ptv3", "scratch.ptv3"): (
-        "3",
-        "ScanNet20",
-        "mIoU",
-        "PTv3",
-        "UniPre3D",
-        "none",
-    ),
-    **{
-        ("rooms", a, b): (
-            "ablation",
-            "ScanNet200",
-            "mIoU",
-            "SparseUNet",
-            f"UniPre3D, {x}",
-            f"UniPre3D, {y}",
-        )
-        for a, b, x, y in (
-            ("point", "none", "point fusion", "no 2-D fusion"),
-            ("point", "feature", "point fusion", "feature fusion"),
-            ("feature", "none", "feature fusion", "no 2-D fusion"),
-        )
-    },
-}
+GAINS = {
+    ("cls20", "unipre3d", "scratch"): "1",
+    ("cls20", "unipre3d", "masked"): "1",
+    ("cls20", "masked", "scratch"): "1",
+    ("cls20.pointmlp", "unipre3d.pointmlp", "scratch.pointmlp"): "1",
+    ("cls20.pcm", "unipre3d.pcm", "scratch.pcm"): "1",
+    ("cls20.mamba3d", "unipre3d.mamba3d", "scratch.mamba3d"): "1",
+    ("parts", "unipre3d.pointmlp", "scratch.pointmlp"): "2",
+    ("rooms", "point", "scratch"): "3",
+    ("rooms.ptv3", "point.ptv3", "scratch.ptv3"): "3",
+    ("rooms", "point", "none"): "ablation",
+    ("rooms", "point", "feature"): "ablation",
+    ("rooms", "feature", "none"): "ablation",
+}  # (measurement, condition, against) -> the paper's table with both; MINI says which rows
 
 
 def paper_gain(
     c: Comparison,
 ) -> float:  # nan where the paper has no such pair
-    'The paper\'s number for the first condition minus that for the second, where it prints both; its ablation (`GAINS` with the table "ablation") is known from a summary only.'
-    if (c.part, c.arm, c.against) not in GAINS or c.metric in ("oa_real",):
+    """The paper's number for the first condition minus that for the second, where it prints both.
+
+    Its ablation (`GAINS` with the table "ablation") is known from a summary only."""
+    if (c.part, c.arm, c.against) not in GAINS or c.metric == "oa_real":
         return float("nan")
-    table, dataset, metric, backbone, *two = GAINS[c.part, c.arm, c.against]
-    rows = paper_table().query(
-        "table == @table and dataset == @dataset and metric == @metric and backbone == @backbone and source != 'released README'"
-    )
-    a, b = (rows[rows.pretraining == name].value.item() for name in two)
-    return a - b
+    table = GAINS[c.part, c.arm, c.against]
+    rows = paper_table().query("table == @table and source != 'released README'")
+    values = {MINI.get(names_of(r)): r.value for r in rows.itertuples()}
+    return values[c.part, c.arm, c.metric] - values[c.part, c.against, c.metric]
 
 # %% ../../nbs/80_results.ipynb #e2eaf311
+def rate_trials(
+    records: dict[str, dict],
+) -> dict[tuple[str, str], dict[float, float]]:  # measurement and condition -> rate -> percent
+    "What the trials scored on validation; the probe of a short pre-training tries the rate of that."
+    trials: dict[tuple[str, str], dict[float, float]] = {}
+    for record in records.values():
+        row = record["row"]
+        if not is_trial(row["key"]) or row["part"] not in MEASUREMENTS:
+            continue
+        part, source = row["part"], record
+        if is_trial(row["start"]):
+            part, source = "pre", records[row["start"]]
+        own = trials.setdefault((part, row["arm"]), {})
+        own[source["values"]["lr"]] = 100 * record["chosen"]["score"]
+    return trials
+
+
 def chosen_rates(
     records: dict[str, dict],
-) -> pd.DataFrame:  # a row a measurement and condition: the rates with their validation scores in percent, the best, "largest" or "smallest" where it is one of these, and rates that were added later
-    "The trials of each condition of which all were run."
-    trials: dict[tuple[str, str], dict[float, float]] = {}
-    for r in records.values():
-        row = r["row"]
-        if not row["key"].startswith("tune-") or row["part"] not in MEASUREMENTS:
-            continue
-        short = row["start"].startswith(
-            "tune-pre-"
-        )  # the probe of a short pre-training, which tries the rate of that
-        trials.setdefault(("pre" if short else row["part"], row["arm"]), {})[
-            (records[row["start"]] if short else r)["values"]["lr"]
-        ] = 100 * r["chosen"]["score"]
+) -> pd.DataFrame:  # a row a measurement and condition
+    """The trials of each condition of which all were run.
+
+    Rates with their validation scores in percent, the best, "largest" or "smallest" where it is one of these,
+    and rates that were added later."""
     rows = []
-    for (part, arm), found in trials.items():
+    for (part, arm), found in rate_trials(records).items():
         rates = sorted(MASKED_RATES if part == "pre" else MEASUREMENTS[part].rates)
         if not set(rates) <= set(found):
             continue
-        beyond, best = set(found) - set(rates), max(rates, key=found.get)
-        said = lambda some: ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in sorted(some))
+        beyond = sorted(set(found) - set(rates))
+        best = max(rates, key=found.get)
         edge = {rates[-1]: "largest", rates[0]: "smallest"}.get(best, "")
-        if edge and beyond and max(map(found.get, beyond)) < found[best]:
+        if edge and beyond and max(found[rate] for rate in beyond) < found[best]:
             edge += ", beyond is worse"
-        rows.append(
-            {
-                "measurement": part,
-                "condition": arm,
-                "tried": said(rates),
-                "chosen": best,
-                "edge": edge,
-                "beyond": said(beyond),
-            }
-        )
-    return pd.DataFrame(
-        rows, columns=["measurement", "condition", "tried", "chosen", "edge", "beyond"]
-    )
+        row = {"measurement": part, "condition": arm, "chosen": best, "edge": edge}
+        for name, some in (("tried", rates), ("beyond", beyond)):
+            row[name] = ", ".join(f"{rate:g}: {found[rate]:.1f}" for rate in some)
+        rows.append(row)
+    columns = ["measurement", "condition", "tried", "chosen", "edge", "beyond"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/80_results.ipynb #f864ad38
 def curves(
     records: dict[str, dict],
     part: str,  # measurement, or "pre"
     column: str,  # of the history's validation: "val_oa", "val_psnr", ...
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # condition -> steps, mean over its seeds
+) -> dict[str, tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]]:  # condition -> steps, mean
     "The course of validation, averaged over the seeds of a condition."
     found: dict[str, list] = {}
-    for r in records.values():
-        if (
-            r["row"]["part"] == part
-            and not r["row"]["key"].startswith("tune-")
-            and column in r["history"]["val"]
-        ):
-            found.setdefault(r["row"]["arm"], []).append(r["history"]["val"])
-    return {
-        arm: (np.array(runs[0]["step"]), np.mean([v[column] for v in runs], 0))
-        for arm, runs in found.items()
-        if len({tuple(v["step"]) for v in runs}) == 1
-    }
+    for record in records.values():
+        row, history = record["row"], record["history"]["val"]
+        if row["part"] == part and not is_trial(row["key"]) and column in history:
+            found.setdefault(row["arm"], []).append(history)
+    lines = {}
+    for arm, runs in found.items():
+        if len({tuple(run["step"]) for run in runs}) == 1:
+            lines[arm] = np.array(runs[0]["step"]), np.mean([run[column] for run in runs], 0)
+    return lines
 
 
 def late_rise(
     records: dict[str, dict],
-    share: float = 0.25,  # of the steps, at the end
-) -> pd.DataFrame:  # a row a measurement and condition: steps, validation score at the end, and its rise with interval, in percent
-    "How much validation still rose at the end of the fine-tunings."
-    runs: dict[tuple[str, str], list] = {}
-    for r in records.values():
-        if (
-            r["kind"] == "finetune"
-            and not r["row"]["key"].startswith("tune-")
-            and len(r["history"]["val"]["step"]) > 1
-            and r["chosen"]["chosen_by"] in r["history"]["val"]
-        ):
-            runs.setdefault((r["row"]["part"], r["row"]["arm"]), []).append(r)
+    fraction: float = 0.25,  # of the steps, at the end, 0..1
+) -> pd.DataFrame:  # a row a measurement and condition
+    "Validation score at the end of the fine-tunings, and how much it rose before, with interval, in percent."
+    found: dict[tuple[str, str], list] = {}
+    for record in records.values():
+        row, history = record["row"], record["history"]["val"]
+        if record["kind"] != "finetune" or is_trial(row["key"]) or len(history["step"]) < 2:
+            continue
+        chosen_by = record["chosen"]["chosen_by"]
+        if chosen_by not in history:
+            continue
+        step = np.array(history["step"])
+        score = 100 * np.array(history[chosen_by])
+        before = score[step <= (1 - fraction) * step[-1]][-1]
+        own = found.setdefault((row["part"], row["arm"]), [])
+        own.append((int(step[-1]), before, score[-1]))
     rows = []
-    for (part, arm), found in runs.items():
-        before, end = [], []
-        for r in found:
-            step, score = (
-                np.array(r["history"]["val"]["step"]),
-                100 * np.array(r["history"]["val"][r["chosen"]["chosen_by"]]),
-            )
-            before.append(score[step <= (1 - share) * step[-1]][-1])
-            end.append(score[-1])
+    for (part, arm), runs in found.items():
+        steps, before, end = zip(*runs)
         i = interval(np.subtract(end, before))
-        rows.append(
-            {
-                "measurement": part,
-                "condition": arm,
-                "steps": int(step[-1]),
-                "end": np.mean(end),
-                "rise": i.mean,
-                "low": i.low,
-                "high": i.high,
-                "runs": i.n,
-            }
-        )
-    return pd.DataFrame(
-        rows, columns=["measurement", "condition", "steps", "end", "rise", "low", "high", "runs"]
-    ).round(1)
+        row = {"measurement": part, "condition": arm, "steps": steps[-1], "end": np.mean(end)}
+        rows.append(row | {"rise": i.mean, "low": i.low, "high": i.high, "runs": i.n})
+    columns = ["measurement", "condition", "steps", "end", "rise", "low", "high", "runs"]
+    return pd.DataFrame(rows, columns=columns).round(1)
 
 # %% ../../nbs/80_results.ipynb #edb0c4fa
+def rank_correlation(
+    x: Sequence[float],
+    y: Sequence[float],
+) -> float:  # nan with fewer than three
+    "Spearman's."
+    return float(stats.spearmanr(x, y).statistic) if len(x) > 2 else float("nan")
+
+
 def over_seeds(
     records: dict[str, dict],
-    arm: str = "unipre3d",
+    arm: str = "unipre3d",  # condition
 ) -> float:  # nan with fewer than three
-    "Spearman's correlation of held-out PSNR and accuracy with frozen features, over the seeds of one condition."
-    psnr, probe = scores(records, "pre", arm, "psnr"), scores(records, "probe20", arm)
+    "Rank correlation of held-out PSNR and accuracy with frozen features, over the seeds of one condition."
+    psnr = scores(records, "pre", arm, "psnr")
+    probe = scores(records, "probe20", arm)
     seeds = sorted(set(psnr) & set(probe))
-    return (
-        float(
-            stats.spearmanr(
-                [psnr[s].mean() for s in seeds], [probe[s].mean() for s in seeds]
-            ).statistic
-        )
-        if len(seeds) > 2
-        else float("nan")
-    )
+    return rank_correlation([psnr[s].mean() for s in seeds], [probe[s].mean() for s in seeds])
 
 
 def psnr_and_accuracy(
     records: dict[str, dict],
     arms: Sequence[str] = ("unipre3d", "nofusion", "floor", "unweighted"),
-) -> tuple[pd.DataFrame, float]:  # by condition; Spearman's correlation, nan with fewer than three
+) -> tuple[pd.DataFrame, float]:  # by condition; rank correlation, nan with fewer than three
     "Means over the seeds of each condition that has both."
-    mean = lambda part, arm, metric: float(
-        np.mean([v.mean() for v in scores(records, part, arm, metric).values()] or [np.nan])
-    )
-    table = pd.DataFrame(
-        {
-            arm: {
-                "psnr": mean("pre", arm, "psnr"),
-                "psnr_foreground": mean("pre", arm, "psnr_foreground"),
-                "probe": mean("probe20", arm, "oa"),
-                "fine-tuned": mean("cls20", arm, "oa"),
-            }
-            for arm in arms
+
+    def mean(part, arm, metric):
+        found = [v.mean() for v in scores(records, part, arm, metric).values()]
+        return float(np.mean(found)) if found else float("nan")
+
+    rows = {}
+    for arm in arms:
+        rows[arm] = {
+            "psnr": mean("pre", arm, "psnr"),
+            "psnr_foreground": mean("pre", arm, "psnr_foreground"),
+            "probe": mean("probe20", arm, "oa"),
+            "fine-tuned": mean("cls20", arm, "oa"),
         }
-    ).T
+    table = pd.DataFrame(rows).T
     both = table.dropna(subset=["psnr", "probe"])
-    return table, float(stats.spearmanr(both.psnr, both.probe).statistic) if len(
-        both
-    ) > 2 else float("nan")
+    return table, rank_correlation(both.psnr, both.probe)
 
 # %% ../../nbs/80_results.ipynb #1db06121
 REASONS = {
@@ -786,14 +410,19 @@ REASONS = {
     "j": "the schedule's length and the number of shapes go together",
     "l": "generated shapes teach the generator's habits",
 }
-AFTER = {  # what was thought when the runs were known, shown where a comparison of the claim has this verdict
+AFTER = {  # what was thought when the runs were known, shown where a comparison has this verdict
     "m": (
         "the opposite",
-        "that guess would explain the reverse; the baseline had three rates of pre-training tried and UniPre3D the recipe's only, and what hidden groups look like is a question of shape alone, while a picture can also be had by colour",
+        "that guess would explain the reverse; the baseline had three rates of pre-training tried and "
+        "UniPre3D the recipe's only, and what hidden groups look like is a question of shape alone, while "
+        "a picture can also be had by colour",
     ),
     "i": (
         "yes",
-        "the gain does not fall with more labels, the reverse of that guess; where there are more, the steps pass over each fewer times, so that a better start may count for longer, and the rate is that of 20 shots for every fraction: runs from nothing differ most from each other at 80, so part of this gain may be their instability",
+        "the gain does not fall with more labels, the reverse of that guess; where there are more, the "
+        "steps pass over each fewer times, so that a better start may count for longer, and the rate is "
+        "that of 20 shots for every fraction: runs from nothing differ most from each other at 80, so part "
+        "of this gain may be their instability",
     ),
 }
 
@@ -802,145 +431,141 @@ def written_effect(
     row: Any,  # of `effects`, that has been run
 ) -> str:
     "The effect with its sign, and its interval where there is one."
-    return f"{row.effect:+.1f}" + (f" [{row.low:.1f}, {row.high:.1f}]" if row.pairs > 1 else "")
+    bounds = f" [{row.low:.1f}, {row.high:.1f}]" if row.pairs > 1 else ""
+    return f"{row.effect:+.1f}{bounds}"
+
+
+def still_rising(
+    claim: str,  # key of CLAIMS
+    rises: dict[tuple[str, str], float],  # measurement and condition -> points
+) -> list[str]:
+    "Conditions of a claim whose validation still rose at the end."
+    found = {}
+    for c in COMPARISONS:
+        if c.claim != claim or c.metric == "oa_real":
+            continue
+        for arm in (c.arm, c.against):
+            if (c.part, arm) in rises:
+                found[f"{arm} {rises[c.part, arm]:.1f}"] = None
+    return list(found)
+
+
+def finding(
+    claim: str,  # key of CLAIMS
+    rows: pd.DataFrame,  # of `effects`, those of the claim
+    rises: dict[tuple[str, str], float],  # measurement and condition -> points
+) -> str:
+    "What the comparisons of a claim say."
+    ran = rows[rows.pairs > 0]
+    line = f"({claim}) {CLAIMS[claim]}: "
+    if not len(ran):
+        return line + "not run yet."
+    results = []
+    for r in ran.itertuples():
+        pairs = f", {r.pairs} pairs" if r.pairs > 1 else ""
+        results.append(f"{r.comparison} {written_effect(r)}{pairs}: {r.verdict}")
+    line += "; ".join(results) + "."
+    if ran.verdict.isin(["undecided", "the opposite"]).any():
+        line += f" Guessed before the runs, should it not be a yes: {REASONS[claim]}."
+    if claim in AFTER and AFTER[claim][0] in set(ran.verdict):
+        line += f" Thought after: {AFTER[claim][1]}."
+    late = still_rising(claim, rises)
+    if late:
+        line += f" Stopped while validation still rose, by {', '.join(late)} points in the last quarter:"
+        line += " it says who is ahead at this length."
+    if len(ran) < len(rows):
+        line += f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run."
+    return line
 
 
 def findings(
     records: dict[str, dict],
 ) -> list[str]:
     "What the comparisons say, one sentence a claim."
-    table, rise, lines = effects(records), late_rise(records), []
-    still = {(r.measurement, r.condition): r.rise for r in rise.itertuples() if r.low > 0}
-    for claim, rows in table.groupby("claim", sort=False):
-        ran, what = rows[rows.pairs > 0], f"({claim}) {CLAIMS[claim]}"
-        failed = ran[ran.verdict.isin(["undecided", "the opposite"])]
-        if not len(ran):
-            lines.append(f"{what}: not run yet.")
-            continue
-        late = list(
-            dict.fromkeys(
-                f"{arm} {still[c.part, arm]:.1f}"
-                for c in COMPARISONS
-                if c.claim == claim and c.metric != "oa_real"
-                for arm in (c.arm, c.against)
-                if (c.part, arm) in still
-            )
-        )
-        effect = "; ".join(
-            f"{r.comparison} {written_effect(r)}"
-            + (f", {r.pairs} pairs" if r.pairs > 1 else "")
-            + f": {r.verdict}"
-            for r in ran.itertuples()
-        )
-        lines.append(
-            f"{what}: {effect}."
-            + (
-                f" Guessed before the runs, should it not be a yes: {REASONS[claim]}."
-                if len(failed)
-                else ""
-            )
-            + (
-                f" Thought after: {AFTER[claim][1]}."
-                if claim in AFTER and AFTER[claim][0] in set(ran.verdict)
-                else ""
-            )
-            + (
-                f" Stopped while validation still rose, by {', '.join(late)} points in the last quarter: it says who is ahead at this length."
-                if late
-                else ""
-            )
-            + (
-                f" {len(rows) - len(ran)} of its {len(rows)} comparisons not run."
-                if len(ran) < len(rows)
-                else ""
-            )
-        )
-    return lines
+    rise = late_rise(records)
+    rising = rise[rise.low > 0]
+    rises = {(r.measurement, r.condition): r.rise for r in rising.itertuples()}
+    claims = effects(records).groupby("claim", sort=False)
+    return [finding(claim, rows, rises) for claim, rows in claims]
 
 # %% ../../nbs/80_results.ipynb #c4bcca60
+def metric_of(
+    part: str,  # measurement, or "pre"
+    arm: str,  # condition
+) -> str:  # "" where it is compared with nothing
+    "What a run is compared by."
+    for c in COMPARISONS:
+        if c.part == part and arm in (c.arm, c.against):
+            return c.metric
+    return "psnr" if part == "pre" else ""
+
+
 def repeated(
     folder: str | Path,  # of records: runs/study/records
     records: dict[str, dict] | None = None,  # default: the committed ones of the study
-) -> pd.DataFrame:  # a row a record that both have: here, committed, their standard deviation over seeds, the interval of the condition's mean, and whether it is inside
-    "Rows that were run again, beside the committed ones; percent, or dB."
-    records, rows = read_study() if records is None else records, []
+) -> pd.DataFrame:  # a row a record that both have
+    """Rows that were run again, beside the committed ones; percent, or dB.
+
+    Here, committed, their standard deviation over seeds, the interval of the condition's mean, and whether it holds
+    the repetition."""
+    records = read_study() if records is None else records
+    rows = []
     for key, again in read_study(folder).items():
-        if key not in records or key.startswith("tune-"):
-            continue
         part, arm, seed = (again["row"][k] for k in ("part", "arm", "seed"))
-        metric = next(
-            (c.metric for c in COMPARISONS if c.part == part and arm in (c.arm, c.against)),
-            "psnr" if part == "pre" else "",
-        )
-        if not metric:
-            continue  # compared with nothing
-        here, there = (
-            scores({key: again}, part, arm, metric)[seed].mean(),
-            scores(records, part, arm, metric),
-        )
-        i = interval(np.array(list(there.values())))
-        spread = (
-            np.std([v.mean() for v in there.values()], ddof=1) if len(there) > 1 else float("nan")
-        )
-        rows.append(
-            {
-                "row": key,
-                "metric": metric,
-                "here": here,
-                "committed": there[seed].mean(),
-                "over seeds": spread,
-                "low": i.low,
-                "high": i.high,
-                "inside": bool(i.low <= here <= i.high),
-            }
-        )
-    return pd.DataFrame(
-        rows, columns=["row", "metric", "here", "committed", "over seeds", "low", "high", "inside"]
-    ).round(2)
+        metric = metric_of(part, arm)
+        if key not in records or is_trial(key) or not metric:
+            continue
+        here = scores({key: again}, part, arm, metric)[seed].mean()
+        there = scores(records, part, arm, metric)
+        means = [v.mean() for v in there.values()]
+        i = scores_interval(there)
+        row = {"row": key, "metric": metric, "here": here, "committed": there[seed].mean()}
+        row["over seeds"] = np.std(means, ddof=1) if len(means) > 1 else float("nan")
+        rows.append(row | {"low": i.low, "high": i.high, "inside": bool(i.low <= here <= i.high)})
+    columns = ["row", "metric", "here", "committed", "over seeds", "low", "high", "inside"]
+    return pd.DataFrame(rows, columns=columns).round(2)
 
 # %% ../../nbs/80_results.ipynb #19c7774e
+def headline_row(
+    c: Comparison,
+    row: Any,  # of `effects`
+) -> str:
+    "A primary comparison as a line of a Markdown table."
+    gain = paper_gain(c)
+    theirs = "" if np.isnan(gain) else f"{gain:+.1f}"
+    if GAINS.get((c.part, c.arm, c.against)) == "ablation":
+        theirs += "*"
+    cells = [f"({c.claim}) {c.what}", theirs, "not run yet", "", ""]
+    if row.pairs:
+        stricter = ", also at the stricter level" if row.low6 > 0 or row.high6 < 0 else ""
+        cells[2:] = [written_effect(row), str(int(row.pairs)), row.verdict + stricter]
+    return f"| {' | '.join(cells)} |"
+
+
 def headline(
     records: dict[str, dict] | None = None,  # default: the committed ones of the study
 ) -> str:  # Markdown
-    "The primary comparisons: the paper's difference, ours with its interval, or that nobody has run it; and what else is decided."
-    records = read_study() if records is None else records
-    table, lines = (
-        effects(records),
-        [
-            "| small study (first minus second) | paper | ours [95 %] | pairs | above zero |",
-            "|---|---|---|---|---|",
-        ],
-    )
-    number = lambda x: "" if np.isnan(x) else f"{x:+.1f}"
-    star = lambda c: "*" if GAINS.get((c.part, c.arm, c.against), " ")[0] == "ablation" else ""
+    """The primary comparisons, and what else is decided.
+
+    The paper's difference, ours with its interval, or that nobody has run it."""
+    table = effects(read_study() if records is None else records)
+    lines = [
+        "| small study (first minus second) | paper | ours [95 %] | pairs | above zero |",
+        "|---|---|---|---|---|",
+    ]
+    decided = []
     for c, r in zip(COMPARISONS, table.itertuples()):
-        if not c.primary:
-            continue
-        ours = written_effect(r) if r.pairs else "not run yet"
-        lines.append(
-            f"| ({c.claim}) {c.what} | {number(paper_gain(c))}{star(c)} | {ours} | {int(r.pairs) or ''} | {(r.verdict + (', also at the stricter level' if r.low6 > 0 or r.high6 < 0 else '')) if r.pairs else ''} |"
-        )
-    lines += [
-        "",
-        "\\* of a summary of the paper, whose numbers of this data set are not those of the paper's tables.",
-    ]
-    lines += [
-        "",
-        f"{(table.primary & (table.verdict == 'yes')).sum()} of the {table.primary.sum()} are above zero, {(table.primary & (table.verdict == 'undecided')).sum()} undecided.",
-    ]
-    others = [
-        r
-        for c, r in zip(COMPARISONS, table.itertuples())
-        if not c.primary
-        and c.claim != "j"
-        and "psnr" not in c.metric
-        and r.verdict in ("yes", "the opposite")
-    ]
-    if others:
-        lines[-1] += (
-            f" Not primary, but decided: {'; '.join(f'({r.claim}) {r.comparison} {written_effect(r)}' for r in others)}."
-        )
-    return "\n".join(lines) + "\n"
+        if c.primary:
+            lines.append(headline_row(c, r))
+        elif c.claim != "j" and "psnr" not in c.metric and r.verdict in ("yes", "the opposite"):
+            decided.append(f"({r.claim}) {r.comparison} {written_effect(r)}")
+    primary = table[table.primary].verdict
+    counts = f"{(primary == 'yes').sum()} of the {len(primary)} are above zero, "
+    counts += f"{(primary == 'undecided').sum()} undecided."
+    if decided:
+        counts += f" Not primary, but decided: {'; '.join(decided)}."
+    note = "of a summary of the paper, whose numbers of this data set are not those of the paper's tables."
+    return "\n".join([*lines, "", f"\\* {note}", "", counts]) + "\n"
 
 # %% ../../nbs/80_results.ipynb #55df9126
 def tables(
@@ -952,12 +577,22 @@ def tables(
         "seeds.csv": every_seed(records),
         "rates.csv": chosen_rates(records),
         "late-rise.csv": late_rise(records),
-        **{f"table-{name}.csv": compare_table(name, records) for name in TABLES},
     }
-    return {name: t.to_csv(index=False, lineterminator="\n") for name, t in found.items()} | {
-        "headline.md": headline(records),
-        "findings.md": "".join(f"- {line}\n" for line in findings(records)),
-    }
+    found |= {f"table-{name}.csv": compare_table(name, records) for name in TABLES}
+    texts = {name: t.to_csv(index=False, lineterminator="\n") for name, t in found.items()}
+    texts["headline.md"] = headline(records)
+    texts["findings.md"] = "".join(f"- {line}\n" for line in findings(records))
+    return texts
+
+
+def current_tables(
+    folder: str | Path | None,  # None: the committed ones
+    records: dict[str, dict] | None,  # None: the committed ones of the study
+) -> dict[Path, str]:  # file -> text
+    "The tables that a folder should hold."
+    home = data_dir() / "results" if folder is None else Path(folder)
+    texts = tables(read_study() if records is None else records)
+    return {home / name: text for name, text in texts.items()}
 
 
 def write_tables(
@@ -965,15 +600,11 @@ def write_tables(
     records: dict[str, dict] | None = None,  # default: the committed ones of the study
 ) -> list[Path]:
     "Write every generated table."
-    folder = data_dir() / "results" if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {
-        folder / name: text
-        for name, text in tables(read_study() if records is None else records).items()
-    }
-    for path, text in made.items():
+    current = current_tables(folder, records)
+    for path, text in current.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return list(made)
+    return list(current)
 
 
 def stale_tables(
@@ -981,13 +612,9 @@ def stale_tables(
     records: dict[str, dict] | None = None,  # default: the committed ones of the study
 ) -> list[str]:  # one line for each table that is not what the records say; empty is good
     "What `write_tables` would change."
-    folder = data_dir() / "results" if folder is None else Path(folder)
-    now = tables(read_study() if records is None else records)
-    read = lambda name: (
-        (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
-    )
-    return [
-        f"{folder / name}: is not what the records give; run unipre3d.reproduce.tables.write_tables()"
-        for name, text in now.items()
-        if read(name) != text
-    ]
+    how = "run unipre3d.reproduce.tables.write_tables()"
+    stale = []
+    for path, text in current_tables(folder, records).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(f"{path}: is not what the records give; {how}")
+    return stale
