@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from build_site import options  # noqa: E402
+from measure import broken  # noqa: E402
 from sidebar import CORE, check_order, pages, sidebar  # noqa: E402
 
 NOTEBOOKS = sorted(
@@ -60,46 +61,23 @@ def complain(problems):
 # ---------------------------------------------------------------- order
 
 
-def imported(code, package):
-    "The modules of the package that some code imports, at any depth."
-    for node in ast.walk(tree(code)):
-        if isinstance(node, ast.Import):
-            yield from (
-                a.name.removeprefix("unipre3d.")
-                for a in node.names
-                if a.name.startswith("unipre3d.")
-            )
-        if isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parent = package.split(".")[: -node.level]
-                base = ".".join(["unipre3d", *parent, *([node.module] if node.module else [])])
-            if base == "unipre3d":
-                yield from (a.name for a in node.names)
-            elif base.startswith("unipre3d."):
-                module = base.removeprefix("unipre3d.")
-                yield from [
-                    f"{module}.{a.name}" for a in node.names if f"{module}.{a.name}" in ORDER
-                ] or [module]
+def test_the_package_keeps_what_contributing_promises():
+    "Layers, siblings that do not import each other, one training loop, widths of lines."
+    complain(broken(ROOT / "unipre3d"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
-def test_exported_imports_point_backwards(path):
-    module = module_of(path)
-    if module is None:
-        return
-
-    def wrong():
-        for kind, directives, _, code in cells(path):
-            if kind != "code" or not any(
-                d[0] in ("export", "exporti", "exports") for d in directives
-            ):
-                continue
-            for other in imported(code, module):
-                if other in ORDER and ORDER[other] >= ORDER[module] and other != module:
-                    yield f"{path.name}: imports unipre3d.{other}, which is a later chapter ({NOTEBOOKS[ORDER[other]].name})"
-
-    complain(wrong())
+def test_a_broken_promise_is_named(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    wide = "x = 1  # " + "w" * 160
+    (tmp_path / "core.py").write_text("from unipre3d.tasks.parts import a\n" + wide + "\n")
+    (tmp_path / "tasks" / "parts.py").write_text("from .masked import b\n")
+    loop = "def train(adamw):\n    adamw.zero_grad()\n    adamw.zero_grad()\n"
+    (tmp_path / "tasks" / "masked.py").write_text("__all__ = ['" + "n" * 160 + "']\n" + loop)
+    found = list(broken(tmp_path))
+    assert "core imports tasks.parts, which stands behind it" in found
+    assert "tasks.parts imports its sibling tasks.masked" in found
+    assert "training loops: expected at most 1, found 2" in found
+    assert "lines over 160: expected at most 0, found 1" in found  # __all__ does not count
 
 
 def test_modules_belong_to_a_notebook():
@@ -511,6 +489,69 @@ def test_signatures_can_be_documented():
             except (TypeError, ValueError):
                 pass  # no signature to read
     assert not broken, "\n".join(broken)
+
+
+def packaged():
+    "Every module of the package by its dotted name."
+    import importlib
+
+    for path in sorted((ROOT / "unipre3d").rglob("*.py")):
+        if path.name not in ("_modidx.py", "__main__.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts).removesuffix(".__init__")
+            yield name, importlib.import_module(name)
+
+
+def undocumented(name, thing):
+    "A function, or a class and its public methods, that have no docstring of their own."
+    import inspect
+
+    if not (thing.__doc__ or "").strip() or thing.__doc__.startswith(f"{thing.__name__}("):
+        yield name  # a dataclass without one has its signature there
+    if not inspect.isclass(thing):
+        return
+    for key, value in vars(thing).items():
+        method = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if key.startswith("_") or not inspect.isfunction(method):
+            continue
+        if not (inspect.getdoc(getattr(thing, key)) or "").strip():
+            yield f"{name}.{key}"
+
+
+def test_every_public_name_has_a_docstring():
+    def missing():
+        for name, module in packaged():
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            body = ast.parse(Path(module.__file__).read_text()).body
+            defined = {node.name for node in body if isinstance(node, kinds)}
+            for key in getattr(module, "__all__", ()):
+                thing = getattr(module, key)
+                known = key in defined and thing.__module__ == name
+                if known:  # names of a list, such as those of an IntEnum, say what they are
+                    for found in undocumented(f"{name}.{key}", thing):
+                        yield f"{found}: expected a docstring"
+
+    complain(missing())
+
+
+def test_values_of_a_recipe_have_names_of_their_own():
+    "A value is given by its last name, so no two groups of a recipe may share one."
+    from collections import Counter
+    from dataclasses import fields
+
+    from unipre3d.cli import RunOptions
+    from unipre3d.recipes import KINDS
+
+    def twice():
+        for kind in KINDS.values():
+            recipe = kind()
+            values = [f.name for g in fields(kind)[1:] for f in fields(getattr(recipe, g.name))]
+            values += [f.name for f in fields(RunOptions)] + ["about", "data"]
+            for name, count in Counter(values).items():
+                if count > 1:
+                    yield f"{kind.__name__}: {name} is the name of {count} values"
+
+    complain(twice())
 
 
 # ---------------------------------------------------------------- hosted workflows

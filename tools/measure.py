@@ -58,6 +58,13 @@ def without_docstrings(tree):
     return [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node not in docs]
 
 
+def exported_names(tree):
+    "The lines of `__all__`, which nbdev writes and folds in its own way."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            yield from range(node.lineno, node.end_lineno + 1)
+
+
 def measure(package):
     "The numbers of a package."
     found = dict.fromkeys(("lines", "body lines", "characters", "over 120", "over 160"), 0)
@@ -75,8 +82,10 @@ def measure(package):
         found["lines"] += sum(bool(line.strip()) for line in lines)
         found["body lines"] += len(body)
         found["characters"] += sum(map(len, body))
-        found["over 120"] += sum(len(line) > 120 for line in lines)
-        found["over 160"] += sum(len(line) > 160 for line in lines)
+        skipped = set(exported_names(tree))
+        widths = [len(line) for n, line in enumerate(lines, 1) if n not in skipped]
+        found["over 120"] += sum(width > 120 for width in widths)
+        found["over 160"] += sum(width > 160 for width in widths)
         found["two statements"] += len(starts) - len(set(starts))
         found["statements"] += len(statements)
         found["loops"] += text.count(f".{LOOPS}()")

@@ -153,31 +153,40 @@ class Subset:
         return len(self.indices)
 
     def name(self, i: int) -> str:
+        "The cloud's name."
         return self.reader.name(self.indices[i])
 
     def label(self, i: int) -> int | None:
+        "Number of its class among those that remain."
         return self.numbers[self.reader.label(self.indices[i])]
 
     def rows(self, i: int) -> Cloud:
+        "Its columns, as the reader gives them."
         return self.reader.rows(self.indices[i])
 
     def fingerprint(self) -> str:
+        "What the data is, as the reader says."
         return self.reader.fingerprint()
 
     @property
     def hw(self) -> tuple[int, int]:
+        "Height and width of the views."
         return self.reader.hw
 
     def frames(self, i: int) -> list[int]:
+        "Numbers of its views."
         return self.reader.frames(self.indices[i])
 
     def world_to_cam(self, i: int) -> Float[np.ndarray, "f 4 4"]:
+        "Poses of its views."
         return self.reader.world_to_cam(self.indices[i])
 
     def K(self, i: int) -> Float[np.ndarray, "3 3"]:
+        "Intrinsics of its views."
         return self.reader.K(self.indices[i])
 
     def view(self, i: int, frame: int) -> View:
+        "One of its views."
         return self.reader.view(self.indices[i], frame)
 
 
@@ -193,18 +202,22 @@ class Concat:
         return len(self.places)
 
     def name(self, i: int) -> str:
+        "The cloud's name."
         reader, k = self.places[i]
         return reader.name(k)
 
     def label(self, i: int) -> int | None:
+        "Number of its class among those that remain."
         reader, k = self.places[i]
         return reader.label(k)
 
     def rows(self, i: int) -> Cloud:
+        "Its columns, as the reader gives them."
         reader, k = self.places[i]
         return reader.rows(k)
 
     def fingerprint(self) -> str:
+        "What the data is, as the reader says."
         return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
 
 
