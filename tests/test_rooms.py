@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import shutil
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +20,18 @@ from unipre3d.worlds.rooms.disk import (
     plan_rooms,
     rooms_version,
 )
-from unipre3d.worlds.rooms.film import depth_sigma, noisy_depth
+from unipre3d.worlds.mesh import Material, Mesh
+from unipre3d.worlds.rooms.film import noisy_depth
 from unipre3d.worlds.rooms.furnish import ROOM_KINDS, compose_room
 from unipre3d.worlds.rooms.light import choose_appearance
+from unipre3d.worlds.rooms.models import read_meshes, unpack_model
+from unipre3d.worlds.sensor import depth_sigma
 from unipre3d.data.scannet import ScanNetFrames
 from unipre3d.records import cache_dir, cached
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import build_room_models as build
 
 FRAMES = 6
 
@@ -114,11 +123,11 @@ def test_intrinsics_have_pixel_centres_on_whole_numbers(root):
 
 def test_the_reader_skips_nothing(root):
     for split in ("train", "val", "test"):
-        source = ScanNetFrames(root, split=split)
+        source = ScanNetFrames(root, split=split, labels=200)
         assert len(source) == 1 and len(source.frames(0)) == FRAMES and not source.skipped
-        rows = source.rows(0)
-        assert set(rows) >= {"xyz", "color", "normal", "segment20", "segment200", "instance"}
-        np.testing.assert_allclose(source.intrinsics(0)[:2, 2], [80, 60])
+        assert set(source.rows(0)) == {"xyz", "color", "normal", "segment", "instance"}
+        assert source.has(0, "segment20")
+        np.testing.assert_allclose(source.K(0)[:2, 2], [80, 60])
 
 
 # ---------------------------------------------------------------- geometry of the scan
@@ -347,3 +356,73 @@ def test_the_cache_has_a_name_for_each_version(root, tmp_path, monkeypatch):
     made = cached("rooms-3-0", rooms_version(), lambda place: shutil.copytree(root, place))
     assert cache_dir() == made.parent == tmp_path and embedded_rooms(rooms=3) == made
     assert set(asdict(RoomsOptions())) == {"rooms", "seed", "out", "frames", "workers"}
+
+
+# ---------------------------------------------------------------- the archive of models
+
+
+@pytest.fixture(scope="module")
+def striped():
+    "A ball of radius 1 with stripes."
+    ball = pytest.importorskip("trimesh").creation.icosphere(4)
+    corners = ball.vertices[ball.faces]
+    stripes = np.zeros((8, 8, 4), np.uint8)
+    stripes[..., 3] = 255
+    stripes[::2, :, 0], stripes[1::2, :, 2] = 230, 200
+    around = np.arctan2(corners[..., 1], corners[..., 0]) / 6.2832 % 1
+    uv = np.stack([around, corners[..., 2] / 2 + 0.5], -1).astype(np.float32)
+    none = np.zeros(len(corners), dtype=np.int64)
+    material = Material(texture=stripes)
+    return Mesh(corners, uv, corners.astype(np.float32), none, none, [material], ["ball"])
+
+
+def test_a_model_gets_fewer_triangles_in_the_colours_of_the_mesh(striped):
+    pytest.importorskip("fast_simplification")
+    xyz, normal, color = build.sample_mesh(striped, 1000, np.random.default_rng(0))
+    np.testing.assert_allclose(np.linalg.norm(xyz, axis=1), 1, atol=0.01)
+    np.testing.assert_allclose(normal, xyz, atol=0.15)  # points of the ball, normals outwards
+    assert (build.one_side(normal) == build.one_side(-normal)).all()
+    assert build.distinct_corners(np.array([[0, 1, 2], [0, 1, 0]])).tolist() == [True, False]
+    vertices, faces = build.decimate(striped.corners, 300)
+    assert len(faces) <= 345
+
+    def area(vertices, faces):
+        return np.linalg.norm(build.face_vectors(vertices[faces]), axis=1).sum() / 2
+
+    cut = build.split_faces(vertices, faces, np.arange(len(faces)) < 10)
+    assert len(cut[1]) == len(faces) + 10
+    np.testing.assert_allclose(area(*cut[:2]), area(vertices, faces))  # cutting changes no surface
+    painted = build.paint_faces(vertices, faces, striped, 700, np.random.default_rng(0))
+    assert len(faces) < len(painted[1]) <= 700
+
+
+def test_models_are_packed_and_read_again(striped, tmp_path):
+    pytest.importorskip("fast_simplification")
+    packed = build.simplify_model(striped)
+    vertices, faces, color = unpack_model(packed)
+    np.testing.assert_allclose(vertices.min(0), [-1, -1, 0], atol=0.02)
+    assert faces.max() < len(vertices)
+    again = build.pack_model(vertices, faces, color / 255)  # exact up to its rounding
+    np.testing.assert_array_equal(again["vertices"], packed["vertices"])
+    np.testing.assert_array_equal(again["faces"], packed["faces"])
+    path = build.write_meshes({"ball": packed, "again": again}, tmp_path / "two.npz")
+    for key, values in read_meshes(path)["ball"].items():
+        np.testing.assert_array_equal(values, packed[key])
+    with pytest.raises(ValueError, match="expected sha256"):
+        build.build_meshes(path, tmp_path / "out.npz", tmp_path / "work")  # another package
+
+
+def test_the_embedded_archive_is_what_the_tool_writes(tmp_path):
+    embedded = data_dir() / "furniture_meshes.npz"
+    written = build.write_meshes(read_meshes(embedded), tmp_path / "all.npz")
+    assert written.read_bytes() == embedded.read_bytes()
+
+
+def test_near_duplicates():
+    def sample(seed, taller=1.0, paint=0.0):
+        xyz = np.random.default_rng(seed).normal(size=(1024, 3))
+        xyz *= 0.3 / np.linalg.norm(xyz, axis=1, keepdims=True)
+        return xyz * [1, 1, taller], np.full((1024, 3), 0.3 + paint)
+
+    clouds = dict(a=sample(0), again=sample(1), taller=sample(2, 1.4), painted=sample(3, paint=0.4))
+    assert build.near_duplicates(clouds) == {"again": "a"}

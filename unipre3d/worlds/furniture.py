@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ..core import data_dir
@@ -46,8 +45,8 @@ from unipre3d.worlds.mesh import (
 __all__ = ['PACKAGE', 'FILE', 'SHA256', 'LIBRARIES', 'HEADER', 'WIDTHS', 'FILE_UP', 'VIEWS', 'POINTS', 'LICENCES', 'SIDES',
            'CREDITS_HEAD', 'CREDITS_LIBRARY', 'ar_members', 'find_deb', 'unpack_deb', 'Entry', 'read_catalogue',
            'parse_mtl', 'parse_obj', 'read_model', 'prepare_mesh', 'prepare_object', 'prepare_all', 'part_table',
-           'label_parts', 'round_colors', 'pack_object', 'near_duplicates', 'split_families', 'object_table', 'credits',
-           'write_archive', 'build_furniture']
+           'label_parts', 'round_colors', 'pack_object', 'split_families', 'object_table', 'credits', 'write_archive',
+           'build_furniture']
 
 # %% ../../nbs/worlds/20_furniture.ipynb #66cee4be
 PACKAGE = "sweethome3d-furniture"
@@ -440,36 +439,6 @@ def pack_object(
 
 def _pack_job(job):
     return pack_object(*job)
-
-# %% ../../nbs/worlds/20_furniture.ipynb #a255329b
-def near_duplicates(
-    clouds: dict[
-        str, tuple[np.ndarray, np.ndarray]
-    ],  # id -> xyz [n 3] normalised, colour [n 3] 0..1
-    distance: float = 0.0245,  # mean distance between the clouds
-    color: float = 0.10,  # mean absolute difference of the colours of nearest points
-) -> dict[str, str]:  # id of a duplicate -> id of the earlier object that it repeats
-    "Objects that resemble one before them: nearest-point distance both ways, and colour."
-    kept, found = {}, {}
-
-    def same(one, other):
-        (tree, xyz, rgb), (their_tree, their_xyz, their_rgb) = one, other
-        if np.abs(np.ptp(xyz, axis=0) - np.ptp(their_xyz, axis=0)).max() > 0.15:
-            return False
-        gap, at = their_tree.query(xyz)
-        if gap.mean() > 2 * distance:
-            return False
-        both = (gap.mean() + tree.query(their_xyz)[0].mean()) / 2
-        return both < distance and np.abs(their_rgb[at] - rgb).mean() < color
-
-    for name, (xyz, rgb) in clouds.items():
-        one = cKDTree(xyz), xyz, rgb
-        twin = next((other for other in kept if same(one, kept[other])), None)
-        if twin is None:
-            kept[name] = one
-        else:
-            found[name] = twin
-    return found
 
 # %% ../../nbs/worlds/20_furniture.ipynb #ff43871f
 SIDES = ("train", "val", "test")

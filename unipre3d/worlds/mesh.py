@@ -18,7 +18,7 @@ from ..data.objects import DISTANCE, FOV, RADIUS
 __all__ = ['CROWD', 'BLOCK', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh',
            'face_vectors', 'unit', 'smooth_normals', 'face_materials', 'read_mesh', 'normalise', 'true_size',
            'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays',
-           'render_view', 'render_views', 'eyes_around', 'surface_cloud', 'visible_cloud']
+           'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -297,11 +297,11 @@ def shade(
 
 
 def facing(
-    normal: np.ndarray,  # [n 3]
-    ray: np.ndarray,  # [n 3] directions in which one sees
-) -> np.ndarray:  # [n 3]
+    normal: np.ndarray,  # [... 3]
+    ray: np.ndarray,  # [... 3] directions in which one sees
+) -> np.ndarray:  # [... 3]
     "Normals on the side from which the rays come."
-    return np.where((normal * ray).sum(1, keepdims=True) > 0, -normal, normal)
+    return np.where((normal * ray).sum(-1, keepdims=True) > 0, -normal, normal)
 
 # %% ../../nbs/worlds/18_mesh.ipynb #8dff69f5
 class Tracer:
@@ -458,6 +458,17 @@ def _random_bary(n, rng):
     return np.where(bary.sum(1, keepdims=True) > 1, 1 - bary, bary)
 
 
+def sample_faces(
+    mesh: Mesh,
+    n: int,  # points
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:  # triangle [n], weights of its corners 1 and 2 [n 2]
+    "Random points, evenly over all surfaces."
+    area = np.linalg.norm(face_vectors(mesh.corners), axis=1)
+    face = rng.choice(len(area), n, p=area / area.sum())
+    return face, _random_bary(n, rng)
+
+
 def _collect(draw: Callable, n: int, rounds: int, samples: int) -> list[np.ndarray]:
     "The first n rows of what `draw` finds among so many samples in each round."
     found = []
@@ -499,16 +510,14 @@ def surface_cloud(
     "Points evenly over what can be seen, normals outwards, lit as in the views. Raises: ValueError if few are seen."
     rng, mesh = np.random.default_rng(seed), tracer.mesh
     eyes = eyes_around(60) if eyes is None else eyes
-    across = face_vectors(mesh.corners)
-    area = np.linalg.norm(across, axis=1)
+    flat = unit(face_vectors(mesh.corners), 1e-20)
 
     def draw(samples):
-        face = rng.choice(len(area), samples, p=area / area.sum())
-        bary = _random_bary(samples, rng)
+        face, bary = sample_faces(mesh, samples, rng)
         xyz = on_surface(mesh.corners, face, bary)
         color, opacity, normal = surface(mesh, face, bary)
         order = eyes[rng.permutation(len(eyes))]
-        seen = _first_in_order(tracer, xyz, unit(across[face], 1e-20), opacity > 0.5, order)
+        seen = _first_in_order(tracer, xyz, flat[face], opacity > 0.5, order)
         good = seen.any(1)
         outward = facing(normal, -seen)[good]
         lit = np.round(255 * shade(color[good], outward)).astype(np.uint8)

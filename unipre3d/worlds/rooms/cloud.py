@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from .film import depth_sigma, pixel_rays
+from ..mesh import facing, unit
+from .film import pixel_rays
 from .furnish import Room
 from .light import soften
 from .models import label_ids
+from ..sensor import depth_sigma
 
 # %% auto #0
-__all__ = ['VOXEL', 'FAR', 'depth_normals', 'back_project', 'cell_key', 'fuse_frames', 'label_points']
+__all__ = ['VOXEL', 'FAR', 'depth_normals', 'frame_points', 'cell_key', 'fuse_frames', 'label_points']
 
 # %% ../../../nbs/worlds/36_rooms_cloud.ipynb #dddb57df
 def depth_normals(
@@ -34,16 +36,14 @@ def depth_normals(
     step = np.maximum(np.linalg.norm(rows, axis=-1), np.linalg.norm(cols, axis=-1))
     far = np.linalg.norm(mean - eye, axis=-1)
     good = (part > 0.4) & (step < 0.1 * far) & (length > 1e-9)
-    normal = normal / np.maximum(length, 1e-12)[..., None]
-    away = ((mean - eye) * normal).sum(-1, keepdims=True) > 0
-    return normal * np.where(away, -1, 1), good
+    return facing(unit(normal), mean - eye).astype(np.float64), good
 
 # %% ../../../nbs/worlds/36_rooms_cloud.ipynb #c4534d60
 VOXEL = 0.02  # metres
 FAR = 4.0  # metres; depth beyond is not fused
 
 
-def back_project(
+def frame_points(
     frame: dict[str, np.ndarray],  # as `film` yields it
     start: tuple[int, int] = (0, 0),  # first row and column
     step: int = 2,  # every second pixel of every second row: the frames overlap
@@ -73,7 +73,7 @@ def cell_key(
 
 
 def fuse_frames(
-    parts: list[dict[str, np.ndarray]],  # of `back_project`
+    parts: list[dict[str, np.ndarray]],  # of `frame_points`
     voxel: float = VOXEL,  # metres
     thin: float = 0.4,  # a voxel goes if this fraction of one before or behind it outweighs it
 ) -> dict[str, np.ndarray]:  # coord, color, normal [n 3] float32; piece [n]
@@ -96,7 +96,7 @@ def fuse_frames(
     piece = (pairs[best] & 2047) - 1
     total, count = np.add.reduceat(total, start), np.add.reduceat(count, start)
     weight = total[:, 0]
-    normal = total[:, 7:] / np.maximum(np.linalg.norm(total[:, 7:], axis=1, keepdims=True), 1e-9)
+    normal = unit(total[:, 7:], 1e-9)
     keep = (count > 1) & (np.linalg.norm(normal, axis=1) > 0.5)
     here = np.stack([keys >> 32, keys >> 16 & 65535, keys & 65535], 1)
     for step in (-2, -1, 1, 2):

@@ -19,15 +19,15 @@ from tqdm.auto import tqdm
 from ...core import data_dir
 from ...records import cache_dir, code_hash, data_hash, cached
 from ...data.objects import csv_text
-from .cloud import back_project, fuse_frames, label_points
+from .cloud import frame_points, fuse_frames, label_points
 from .film import K, film
 from .furnish import ROOM_KINDS, compose_room
 from .light import choose_appearance
 from .models import room_models
 
 # %% auto #0
-__all__ = ['SPLITS', 'ORDER', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms', 'RoomsOptions',
-           'rooms_version', 'embedded_rooms']
+__all__ = ['SPLITS', 'ORDER', 'OWN', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms',
+           'RoomsOptions', 'rooms_version', 'embedded_rooms']
 
 # %% ../../../nbs/worlds/37_rooms_disk.ipynb #c9f3eb2b
 SPLITS = ("train", "val", "test")
@@ -69,7 +69,7 @@ def write_room(
         Image.fromarray(frame["color"]).save(part / "color" / f"{n}.jpg", quality=90)
         Image.fromarray(frame["depth"]).save(part / "depth" / f"{n}.png", compress_level=3)
         np.savetxt(part / "pose" / f"{n}.txt", frame["pose"], fmt="%.9g")
-        seen.append(back_project(frame, (n % 2, n // 2 % 2)))
+        seen.append(frame_points(frame, (n % 2, n // 2 % 2)))
     cloud = fuse_frames(seen)
     cloud |= label_points(room, cloud.pop("piece"))
     row = plan | dict(
@@ -162,13 +162,15 @@ class RoomsOptions:
     workers: int = 2  # processes
 
 
-MODULES = ("models", "build", "furnish", "light", "film", "cloud", "disk")
+OWN = "models build furnish light film cloud disk".split()
+# modules that decide how a room is made
+MODULES = ("worlds.mesh", "worlds.sensor", *(f"worlds.rooms.{name}" for name in OWN))
 TABLES = ("furniture_meshes.npz", "room_roles.csv", "furniture.csv", "scannet_classes.csv")
 
 
 def rooms_version() -> str:
     "Hash of what decides how a room is made: this package's code, the models, the tables."
-    code = code_hash(*(f"unipre3d.worlds.rooms.{name}" for name in MODULES))
+    code = code_hash(*(f"unipre3d.{name}" for name in MODULES))
     tables = [data_hash(data_dir() / name) for name in TABLES]
     return hashlib.sha256("".join([code, *tables]).encode()).hexdigest()[:10]
 

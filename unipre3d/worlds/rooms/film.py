@@ -10,7 +10,15 @@ import math
 
 import numpy as np
 
-from ..mesh import Mesh, Tracer, smooth_normals
+from unipre3d.worlds.mesh import (
+    Tracer,
+    face_vectors,
+    facing,
+    on_surface,
+    plain_mesh,
+    smooth_normals,
+    unit,
+)
 from .build import Paint, Piece, rotation
 from .furnish import Room
 from unipre3d.worlds.rooms.light import (
@@ -21,11 +29,12 @@ from unipre3d.worlds.rooms.light import (
     soften,
     surface_color,
 )
-from .models import edge_cross, room_models
+from .models import room_models
+from ..sensor import depth_error, grazing, in_blocks
 
 # %% auto #0
-__all__ = ['HW', 'FOCAL', 'K', 'pixel_rays', 'model_normals', 'piece_normals', 'RoomTracer', 'depth_sigma', 'depth_edges',
-           'noisy_depth', 'expose', 'free_floor', 'camera_pose', 'film_path', 'film']
+__all__ = ['HW', 'FOCAL', 'K', 'pixel_rays', 'model_normals', 'piece_normals', 'RoomTracer', 'depth_edges', 'noisy_depth',
+           'expose', 'free_floor', 'camera_pose', 'film_path', 'film']
 
 # %% ../../../nbs/worlds/35_rooms_film.ipynb #6b7c14e4
 HW = (240, 320)  # of the frames
@@ -66,23 +75,16 @@ class RoomTracer(Tracer):
     "Rays against a whole room; Embree does the work."
 
     def __init__(self, room: Room, appearance: Appearance):
-        self.room, self.appearance, pieces = room, appearance, room.pieces
+        self.room, self.appearance = room, appearance
+        pieces = room.pieces
         counts = [len(p.faces) for p in pieces]
         corners = np.concatenate([p.vertices[p.faces] for p in pieces]).astype(np.float32)
-        cross = edge_cross(corners)
-        self.flat = cross / np.maximum(np.linalg.norm(cross, axis=1, keepdims=True), 1e-20)
+        self.flat = unit(face_vectors(corners), 1e-20)
         self.color = np.concatenate([p.color for p in pieces]).astype(np.float32) / 255
+        self.paint = np.repeat([p.paint for p in pieces], counts)
         flat = np.split(self.flat, np.cumsum(counts)[:-1])
-        mesh = Mesh(
-            corners=corners,
-            uv=np.zeros((len(corners), 3, 2), np.float32),
-            normal=np.concatenate(list(map(piece_normals, pieces, flat))),
-            material=np.repeat([p.paint for p in pieces], counts),
-            part=np.repeat(np.arange(len(pieces)), counts),
-            materials=[],
-            parts=[],
-        )
-        super().__init__(mesh)
+        normal = np.concatenate(list(map(piece_normals, pieces, flat)))
+        super().__init__(plain_mesh(corners, normal, np.repeat(np.arange(len(pieces)), counts)))
 
     def shade(
         self,
@@ -93,7 +95,7 @@ class RoomTracer(Tracer):
         rng: np.random.Generator,
     ) -> np.ndarray:  # [n 3]
         "Colour times light, with soft shadows of the lamp."
-        color, paint = self.color[face], self.mesh.material[face]
+        color, paint = self.color[face], self.paint[face]
         for kind in (Paint.FLOOR, Paint.WALL, Paint.CEILING):
             mine = np.flatnonzero(paint == kind)
             color[mine] = surface_color(kind, xyz[mine], normal[mine], self.appearance)
@@ -118,31 +120,20 @@ class RoomTracer(Tracer):
         face, bary, far = self.hit(np.broadcast_to(eye, ray.shape), ray)
         met, bary = face >= 0, bary.astype(np.float32)
         far = np.where(met, far, 0).astype(np.float32)
-        flat = self.flat[face]
-        flat = flat * np.where((flat * ray).sum(1, keepdims=True) > 0, -1, 1).astype(np.float32)
-        weights = np.concatenate([1 - bary.sum(1, keepdims=True), bary], 1)
-        smooth = np.einsum("nc,ncx->nx", weights, self.mesh.normal[face])
-        sign = np.where((smooth * flat).sum(1) < 0, -1, 1)
-        unit = sign / np.maximum(np.linalg.norm(smooth, axis=1), 1e-6)
-        smooth *= unit[:, None].astype(np.float32)
+        flat = facing(self.flat[face], ray)
+        smooth = facing(on_surface(self.mesh.normal, face, bary), -flat)
+        smooth *= 1 / np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-6)
         xyz = eye.astype(np.float32) + ray * far[:, None]
         pixels = dict(
             color=self.shade(xyz, smooth, flat, face, rng) * met[:, None],
             depth=far / length,
             piece=np.where(met, self.mesh.part[face], -1),
             slant=-(flat * ray).sum(1),  # cosine between the ray and the surface
-            glass=self.mesh.material[face] == Paint.GLASS,
+            glass=self.paint[face] == Paint.GLASS,
         )
         return {key: x.reshape(*HW, *x.shape[1:]) for key, x in pixels.items()}
 
 # %% ../../../nbs/worlds/35_rooms_film.ipynb #9942bb03
-def depth_sigma(
-    depth: np.ndarray,  # metres
-) -> np.ndarray:  # metres
-    "Standard deviation of the depth camera's error: it grows with the square of the distance."
-    return 0.0012 + 0.0018 * depth**2
-
-
 def depth_edges(
     depth: np.ndarray,  # [h w] metres
 ) -> np.ndarray:  # [h w] bool
@@ -164,14 +155,13 @@ def noisy_depth(
     h, w = HW
     noise = rng.standard_normal((h, w)).astype(np.float32)
     coarse = rng.standard_normal((h // 4, w // 4)).astype(np.float32)
-    coarse = coarse.repeat(4, 0).repeat(4, 1)  # errors of neighbours are alike
-    measured = depth + depth_sigma(depth) * (0.8 * noise + 0.6 * coarse)
+    measured = depth_error(depth, noise, in_blocks(coarse, 4, HW))
     n = appearance.noise.shape[0]
     down, right = rng.integers(0, 512, 2)
     blob = appearance.noise[(np.arange(h) + down)[:, None] % n, (np.arange(w) + right) % n]
     chance = (
         0.65 * depth_edges(depth)
-        + np.clip((0.22 - slant) / 0.22, 0, 1)
+        + grazing(slant, 0.22)
         + np.clip((depth - 4.2) / 2.5, 0, 0.9)
         + 0.8 * view["glass"] * (blob > 0.35)
     )
@@ -195,9 +185,7 @@ def free_floor(
     room: Room,
     cell: float = 0.1,  # metres between places
     margin: float = 0.35,  # metres to keep from things
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # places [n 2] and the distance to the nearest thing [n], metres
+) -> tuple[np.ndarray, np.ndarray]:  # places [n 2], metres to the nearest thing [n]
     "Where a person with a camera can be: off the walls and off what is higher than a table."
     x, y = (np.arange(cell / 2, s, cell) for s in room.size)
     at = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
