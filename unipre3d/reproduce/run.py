@@ -391,9 +391,7 @@ def reproduce(
 class StudyOptions:
     "Run the rows of the study that are not recorded, or list them."
 
-    only: str = (
-        ""  # a claim (but k, which has no runs of its own), a row or the beginning of several
-    )
+    only: str = ""  # a claim (k has no runs), a row or its beginning; with what they need
     out: str = "runs/study"  # folder of the study: runs and records
     workers: int = 0  # rows at a time, one thread each; 0 is one for each GPU, or two without
     list: bool = False  # only print the plan
@@ -451,7 +449,7 @@ def reproduce_command(
     args: list[str],  # "mini" or "full", and options
     parse: Callable[..., Any],  # the command line's: (dataclass, arguments, name) -> instance
 ) -> int:  # exit status
-    """unipre3d reproduce mini | full [--list] [--only CLAIM] [--key value ...]: run the study behind the tables; resumes.
+    """unipre3d reproduce mini | full [--list] [--only CLAIM] [--key value ...]: run the study; resumes.
 
     Raises: ValueError for a plan, an option or a row that does not exist.
     """
