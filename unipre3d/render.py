@@ -218,7 +218,7 @@ def in_threads(
     task: Callable[..., None],  # must release the interpreter lock to gain anything
     jobs: list[tuple],  # called as task(*job); a thread that is free takes the next one
 ) -> None:
-    "Run every job on as many threads as torch uses; the caller is one of them, none outlives the call."
+    "Run every job on as many threads as torch uses, the caller included; none outlives the call."
     queue = iter(jobs)
     errors = []
 
@@ -461,7 +461,7 @@ def render_gsplat(
     if not len(g):
         colour = background[:, :, None, None].expand(-1, 3, h, w)
         return Render(colour, torch.zeros_like(colour[:, 0]), torch.zeros_like(colour[:, 0]))
-    # one rectangle for all that a Gaussian has, one for all that a view has: the host waits once for each
+    # one rectangle of all fields of the Gaussians, one of the views: the host waits once for each
     rows = torch.cat([g.mean, g.quat, g.scale, g.opacity[:, None], g.sh.flatten(1)], 1)
     rows, real = to_padded(rows, g.batch, g.size)
     mean, quat, scale, opacity, sh = rows.split([3, 4, 3, 1, 3 * g.sh.shape[1]], -1)
@@ -501,7 +501,7 @@ def check_render(
 ) -> None:
     """Refuse what no backend can draw; the host waits for the device once.
 
-    Raises: ValueError of one line for wrong shapes, devices, types or ranges, and for values that are not finite.
+    Raises: ValueError of one line for wrong shapes, devices, types, ranges or values.
     """
     g = gaussians
     v = len(cameras)
@@ -533,30 +533,22 @@ def check_render(
                 f"render: {name}: expected {' or '.join(map(str, dtypes))}, "
                 f"got {tensor.dtype}; convert it first"
             )
-    rules = [
-        (
-            f"{name}: expected finite values, found {{count}} that are not",
-            tensor,
-            ~tensor.isfinite(),
-        )
-        for name, tensor in tensors.items()
-    ]
-    skew = cameras.K[:, 0, 1]
-    largest = g.quat.abs().amax(1)
+    rules = []
+    for name, tensor in tensors.items():
+        finite = f"{name}: expected finite values, found {{count}} that are not"
+        rules.append((finite, tensor, ~tensor.isfinite()))
     clouds = f"cameras.batch: expected clouds 0..{g.size - 1}, found {{value:g}}"
-    straight = (
-        "cameras.K: expected no skew (K[0, 1] = 0), found {value:g}; undistort the images first"
-    )
-    turned = "gaussians.quat: expected quaternions that are not zero, found {count} rows of zeros"
-    wide = "gaussians.scale: expected standard deviations above 0, found {value:g}; apply an exponential"
+    rules.append((clouds, cameras.batch, cameras.batch >= g.size))
+    straight = "cameras.K: expected no skew (K[0, 1] = 0), found {value:g}; undistort the images"
+    skew = cameras.K[:, 0, 1]
+    rules.append((straight, skew, skew != 0))
+    some = "gaussians.quat: expected quaternions that are not zero, found {count} rows of zeros"
+    largest = g.quat.abs().amax(1)
+    rules.append((some, largest, largest == 0))
+    thick = "gaussians.scale: expected deviations above 0, found {value:g}; apply an exponential"
+    rules.append((thick, g.scale, g.scale <= 0))
     partly = "gaussians.opacity: expected 0..1, found {value:g}; apply a sigmoid"
-    rules += [
-        (clouds, cameras.batch, cameras.batch >= g.size),
-        (straight, skew, skew != 0),
-        (turned, largest, largest == 0),
-        (wide, g.scale, g.scale <= 0),
-        (partly, g.opacity, (g.opacity < 0) | (g.opacity > 1)),
-    ]
+    rules.append((partly, g.opacity, (g.opacity < 0) | (g.opacity > 1)))
     counts = torch.stack([wrong.sum() for _, _, wrong in rules]).tolist()
     for (rule, tensor, wrong), count in zip(rules, counts):
         if count:
@@ -577,7 +569,7 @@ def render(
     """Draw every view; differentiable in the Gaussians and the background.
 
     Paper, section 3, with the rules of 3-D Gaussian splatting.
-    Raises: ValueError of one line for what cannot be drawn, ImportError for a backend that is not installed.
+    Raises: ValueError of one line for what cannot be drawn, ImportError for a missing backend.
     """
     device = gaussians.mean.device
     if backend == "auto":
