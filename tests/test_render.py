@@ -102,7 +102,7 @@ def clear_pixels(gaussians, cameras, antialiased=False, near=0.01):
             opacity = opacity * (cov.det() / blurred.det()).sqrt()
         order = z.argsort()[int((z < near).sum()) :]
         close = lambda x, at, room: ((x / at - 1).abs() < room).any(0)
-        raw = pixel_alpha(uv[order], blurred[order], opacity[order], cameras.hw, least=0, most=1)
+        raw = pixel_alpha(uv[order], blurred[order], opacity[order], cameras.hw, floor=0, cap=1)
         T = (1 - torch.where(raw >= 1 / 255, raw, 0).clamp(max=0.999)).cumprod(0)
         masks.append(~(close(raw, 1 / 255, 2e-5) | close(raw, 0.999, 2e-5) | close(T, 1e-4, 2e-3)))
     return torch.stack(masks)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from unipre3d.core import CameraBatch, GaussianBatch
-from unipre3d.gaussians import GaussianHead
+from unipre3d.gaussians import GaussianHead, select_cloud
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.render import footprints, render, render_cpu, render_dense
 
@@ -163,11 +163,10 @@ def comparable(gaussians, cameras):
 
     Not where a centre lies so far outside that the rounding of an ellipse's slope moves its far end."""
     for v, b in enumerate(cameras.batch.tolist()):
-        own = gaussians.batch == b
-        mean, scale, quat = (getattr(gaussians, k)[own].double() for k in NAMES[:3])
-        uv, _, _, z = footprints(
-            mean, scale, quat, cameras.world_to_cam[v].double(), cameras.K[v].double(), cameras.hw
-        )
+        own = select_cloud(gaussians, b)
+        exact = own.derive(**{k: getattr(own, k).double() for k in NAMES})
+        pose, K = cameras.world_to_cam[v].double(), cameras.K[v].double()
+        uv, _, _, z = footprints(exact, pose, K, cameras.hw)
         if bool((uv[z > 0].abs() > 1e3).any()):
             return False
     return True

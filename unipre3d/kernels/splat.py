@@ -2,24 +2,28 @@
 
 The chapter `52_render` teaches what is computed here; this file is about doing it fast. The plan:
 
-1. `project` turns the Gaussians of one view into 2-D ones (float64 arithmetic, it is scalar code anyway), drops those that
-   cannot reach a pixel and sorts the rest by depth.
-2. `column_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in which rows exactly.
-3. `draw` walks over tiles of 8 x 64 pixels. Its inner loop, `blend`, adds one Gaussian to one row of 8 pixels at a time. It is
-   written with explicit vectors of eight floats (`Float8` below), because a compiler that finds them by itself may stop to do so
-   unnoticed, and scalar code is many times slower.
-4. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray. Nothing but the images is
-   needed from the forward pass, and there is no division by the transmittance. It leaves ten sums for each Gaussian and view.
+1. `project` turns the Gaussians of one view into 2-D ones, drops those that cannot reach a pixel and
+   sorts the rest by depth. Its arithmetic is float64: it is scalar code anyway.
+2. `column_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in
+   which rows exactly.
+3. `draw` walks over tiles of 8 x 64 pixels. Its inner loop, `blend`, adds one Gaussian to one row of
+   8 pixels at a time. It is written with explicit vectors of eight floats (`Float8` below). A compiler
+   that finds vectors by itself may stop to do so unnoticed, and scalar code is many times slower.
+4. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray.
+   Nothing but the images is needed from the forward pass, and there is no division by the
+   transmittance. It leaves ten sums for each Gaussian and view.
 5. `project_backward` takes these sums back to means, quaternions, scales, opacities and harmonics.
 
-Nothing that is handed in may make these functions touch memory that is not theirs. `project` keeps a Gaussian only if all that is
-computed from it is finite and within the limits below; every comparison that decides about an index is written so that NaN is
-refused (`not x >= low`, never `x < low`); no number becomes an index before it is held between the ends of its range. With
-NUMBA_BOUNDSCHECK=1 also the vector loads and stores are checked; `tests/test_render_fuzz.py` runs all of it that way.
+Nothing that is handed in may make these functions touch memory that is not theirs. `project` keeps a
+Gaussian only if all that is computed from it is finite and within the limits below. Every comparison
+that decides about an index is written so that NaN is refused (`not x >= low`, never `x < low`). No
+number becomes an index before it is held between the ends of its range. With NUMBA_BOUNDSCHECK=1 also
+the vector loads and stores are checked; `tests/test_render_fuzz.py` runs all of it that way.
 
-All functions release the interpreter lock and write to memory of their own, so a caller may run them in threads: `project` over
-views, `draw*` over (view, strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads.
-All kernels live in one file because the on-disk cache does not see edits to a callee in another one.
+All functions release the interpreter lock and write to memory of their own, so a caller may run them in
+threads: `project` over views, `draw*` over (view, strip of columns), `project_backward` over ranges of
+Gaussians. Results do not depend on the threads. All kernels live in one file because the on-disk cache
+does not see edits to a callee in another one.
 """
 
 import math
@@ -35,26 +39,27 @@ f32, u64 = np.float32, np.uint64
 TILE_W, TILE_H = 8, 64  # pixels of a tile: one vector wide
 ROW = 6 * TILE_W  # floats of a tile row in the working buffer: six images
 N_REC, N_SUM = 8, 10  # floats that describe a 2-D Gaussian; sums that its backward leaves
-CHECK = 16  # a tile asks after this many Gaussians whether any pixel still takes light
+CHECK = 16  # after this many Gaussians a tile ends if none of its pixels takes light any more
 
 LOG2_255 = math.log2(255.0)
 HALF_LOG2E = 0.5 / math.log(2.0)  # sigma = d' inv(cov) d / 2, in bits
 LN4 = 2.0 * math.log(2.0)
-WIDEST = 2.02 * math.log(
-    255.0
-)  # squared reach in standard deviations at opacity 1, with room for rounding
+WIDEST = 2.02 * math.log(255.0)  # squared reach (standard deviations) at opacity 1, with some room
 MARGIN = 1.0 + 1e-5  # extents are enlarged by this much: rounding never drops a pixel
 
-# Limits of what is drawn. They leave room for the products of the backward pass in float32, and no scene comes near them.
+# Limits of what is drawn: the products of the backward pass stay within float32, and no scene comes
+# near them.
 LARGEST_VARIANCE = 1e30  # of an ellipse along an image axis, squared pixels
 BRIGHTEST = 1e25  # largest colour
 FARTHEST = 1e25  # largest depth
 SHORTEST_QUAT = 1e-12  # a quaternion shorter than this has no direction
-SAFE = 1e-6  # a c - b^2 is a plain difference down to this share of a c
+SAFE = 1e-6  # a c - b^2 is a plain difference down to this fraction of a c
 LARGEST = float(np.finfo(np.float32).max)
 
-ZERO, TINY = f32(0.0), f32(1e-10)
-ALPHA_MAX, T_MIN = 0.999, 1e-4
+ZERO = f32(0.0)
+TINY = f32(1e-10)
+ALPHA_MAX = 0.999
+T_MIN = 1e-4
 EXP2 = (
     9.99999925e-01,
     6.93142253e-01,
@@ -63,38 +68,32 @@ EXP2 = (
     9.18861184e-03,
     9.38788340e-04,
 )  # 2^x on [-1, 0]
-CAP, FAINT, DARK, LIGHT = (
-    56,
-    64,
-    72,
-    80,
-)  # where `table` keeps the largest alpha, log2 of the smallest, the least light, 1
+# where `table` keeps the largest alpha, log2 of the smallest, the light of a finished pixel, and 1
+CAP, FAINT, DARK, LIGHT = 56, 64, 72, 80
 
 # real spherical harmonics up to degree 3
-S0, S1 = math.sqrt(1 / (4 * math.pi)), math.sqrt(3 / (4 * math.pi))
-S2A, S2B, S2C = (
-    math.sqrt(15 / (4 * math.pi)),
-    math.sqrt(5 / (16 * math.pi)),
-    math.sqrt(15 / (16 * math.pi)),
-)
-S3A, S3B, S3C = (
-    math.sqrt(35 / (32 * math.pi)),
-    math.sqrt(105 / (4 * math.pi)),
-    math.sqrt(21 / (32 * math.pi)),
-)
-S3D, S3E = math.sqrt(7 / (16 * math.pi)), math.sqrt(105 / (16 * math.pi))
+S0 = math.sqrt(1 / (4 * math.pi))
+S1 = math.sqrt(3 / (4 * math.pi))
+S2A = math.sqrt(15 / (4 * math.pi))
+S2B = math.sqrt(5 / (16 * math.pi))
+S2C = math.sqrt(15 / (16 * math.pi))
+S3A = math.sqrt(35 / (32 * math.pi))
+S3B = math.sqrt(105 / (4 * math.pi))
+S3C = math.sqrt(21 / (32 * math.pi))
+S3D = math.sqrt(7 / (16 * math.pi))
+S3E = math.sqrt(105 / (16 * math.pi))
 
 RULES = dict(nogil=True, error_model="numpy", fastmath={"contract"})
 kernel = njit(cache=True, **RULES)
 part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only called from kernels
 
 
-# ---------------------------------------------------------------------------------------------------------------- one Gaussian
+# ------------------------------------------------------------------------------------- one Gaussian
 
 
 @part
 def length_of(quat, g):
-    "Length of the quaternion of Gaussian g; float32 is enough where its squares are neither too large nor too small for it."
+    "Length of the quaternion of Gaussian g, in float64 where its squares leave the range of float32."
     w, x, y, z = float(quat[g, 0]), float(quat[g, 1]), float(quat[g, 2]), float(quat[g, 3])
     length = float64(math.sqrt(w * w + x * x + y * y + z * z))
     if length >= 1e-12 and length <= 1e18:
@@ -105,16 +104,11 @@ def length_of(quat, g):
 
 @part
 def rotation(quat, g):
-    "Unit quaternion of Gaussian g, the inverse of its length, and the rotation matrix, row by row."
+    "Of Gaussian g: the unit quaternion, the inverse of its length, the rotation matrix row by row."
     w, x, y, z = float(quat[g, 0]), float(quat[g, 1]), float(quat[g, 2]), float(quat[g, 3])
     r = 1.0 / length_of(quat, g)
     w, x, y, z = w * r, x * r, y * r, z * r
-    return (
-        w,
-        x,
-        y,
-        z,
-        r,
+    matrix = (
         1 - 2 * (y * y + z * z),
         2 * (x * y - w * z),
         2 * (x * z + w * y),
@@ -125,6 +119,7 @@ def rotation(quat, g):
         2 * (y * z + w * x),
         1 - 2 * (x * x + y * y),
     )
+    return (w, x, y, z), r, matrix
 
 
 @part
@@ -134,17 +129,28 @@ def cross(a0, a1, a2, b0, b1, b2):
 
 
 @part
-def normal_of(
-    p00, p01, p02, p10, p11, p12, a00, a01, a02, a10, a11, a12, a20, a21, a22, s0, s1, s2
-):
-    """The vector product n of the two rows of Q = P A diag(s), without a difference of large numbers.
+def normal_of(P, A, S):
+    """The vector product n of the two rows of Q = P A diag(S), without a difference of large numbers.
 
-    The covariance Q Q' has the determinant |n|^2, and a Gaussian that is a million times longer than wide keeps its width."""
-    n0, n1, n2 = cross(p00, p01, p02, p10, p11, p12)
+    The covariance Q Q' has the determinant |n|^2. So a Gaussian that is a million times longer than
+    wide keeps its width.
+    """
+    a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
+    n0, n1, n2 = cross(P[0], P[1], P[2], P[3], P[4], P[5])
     return (
-        (n0 * a00 + n1 * a10 + n2 * a20) * s1 * s2,
-        (n0 * a01 + n1 * a11 + n2 * a21) * s0 * s2,
-        (n0 * a02 + n1 * a12 + n2 * a22) * s0 * s1,
+        (n0 * a00 + n1 * a10 + n2 * a20) * S[1] * S[2],
+        (n0 * a01 + n1 * a11 + n2 * a21) * S[0] * S[2],
+        (n0 * a02 + n1 * a12 + n2 * a22) * S[0] * S[1],
+    )
+
+
+@part
+def gram(q00, q01, q02, q10, q11, q12):
+    "The covariance (a b; b c) = Q Q' of an ellipse."
+    return (
+        q00 * q00 + q01 * q01 + q02 * q02,
+        q00 * q10 + q01 * q11 + q02 * q12,
+        q10 * q10 + q11 * q11 + q12 * q12,
     )
 
 
@@ -170,9 +176,33 @@ def to_camera(mean, g, cam, v):
 
 
 @part
+def centre_of(cam, v):
+    "Where the camera of view v stands in the world."
+    return (
+        -(cam[v, 0, 0] * cam[v, 0, 3] + cam[v, 1, 0] * cam[v, 1, 3] + cam[v, 2, 0] * cam[v, 2, 3]),
+        -(cam[v, 0, 1] * cam[v, 0, 3] + cam[v, 1, 1] * cam[v, 1, 3] + cam[v, 2, 1] * cam[v, 2, 3]),
+        -(cam[v, 0, 2] * cam[v, 0, 3] + cam[v, 1, 2] * cam[v, 1, 3] + cam[v, 2, 2] * cam[v, 2, 3]),
+    )
+
+
+@part
+def derivative(cam, v, jx, jy, tu, tv):
+    "P = J W row by row: pixels per world unit at the slopes (tu, tv), with (jx, jy) = focal / depth."
+    return (
+        jx * (cam[v, 0, 0] - tu * cam[v, 2, 0]),
+        jx * (cam[v, 0, 1] - tu * cam[v, 2, 1]),
+        jx * (cam[v, 0, 2] - tu * cam[v, 2, 2]),
+        jy * (cam[v, 1, 0] - tv * cam[v, 2, 0]),
+        jy * (cam[v, 1, 1] - tv * cam[v, 2, 1]),
+        jy * (cam[v, 1, 2] - tv * cam[v, 2, 2]),
+    )
+
+
+@part
 def frustum(K, v, H, W):
     "Limits of x/z and y/z where the projection is linearised: the image and 15 % of its size around it."
-    mx, my = 0.15 * W / K[v, 0, 0], 0.15 * H / K[v, 1, 1]
+    mx = 0.15 * W / K[v, 0, 0]
+    my = 0.15 * H / K[v, 1, 1]
     return (
         -K[v, 0, 2] / K[v, 0, 0] - mx,
         (W - K[v, 0, 2]) / K[v, 0, 0] + mx,
@@ -182,71 +212,46 @@ def frustum(K, v, H, W):
 
 
 @part
+def fill(d, i, value, dx, dy, dz):
+    "Row i of `harmonics`."
+    d[i, 0], d[i, 1], d[i, 2], d[i, 3] = value, dx, dy, dz
+
+
+@part
 def harmonics(d, x, y, z, k):
-    "Fill the first k spherical harmonics at the unit direction (x, y, z) and their derivatives: d [16 4], value first."
-    d[0, 0], d[0, 1], d[0, 2], d[0, 3] = S0, 0.0, 0.0, 0.0
+    """Fill d [16 4] with the first k spherical harmonics at the unit direction (x, y, z).
+
+    The value stands first, its three derivatives follow.
+    """
+    fill(d, 0, S0, 0.0, 0.0, 0.0)
     if k > 1:
-        d[1, 0], d[1, 1], d[1, 2], d[1, 3] = -S1 * y, 0.0, -S1, 0.0
-        d[2, 0], d[2, 1], d[2, 2], d[2, 3] = S1 * z, 0.0, 0.0, S1
-        d[3, 0], d[3, 1], d[3, 2], d[3, 3] = -S1 * x, -S1, 0.0, 0.0
+        fill(d, 1, -S1 * y, 0.0, -S1, 0.0)
+        fill(d, 2, S1 * z, 0.0, 0.0, S1)
+        fill(d, 3, -S1 * x, -S1, 0.0, 0.0)
     if k > 4:
         xx, yy, zz = x * x, y * y, z * z
-        d[4, 0], d[4, 1], d[4, 2], d[4, 3] = S2A * x * y, S2A * y, S2A * x, 0.0
-        d[5, 0], d[5, 1], d[5, 2], d[5, 3] = -S2A * y * z, 0.0, -S2A * z, -S2A * y
-        d[6, 0], d[6, 1], d[6, 2], d[6, 3] = S2B * (3 * zz - 1), 0.0, 0.0, 6 * S2B * z
-        d[7, 0], d[7, 1], d[7, 2], d[7, 3] = -S2A * x * z, -S2A * z, 0.0, -S2A * x
-        d[8, 0], d[8, 1], d[8, 2], d[8, 3] = S2C * (xx - yy), 2 * S2C * x, -2 * S2C * y, 0.0
+        fill(d, 4, S2A * x * y, S2A * y, S2A * x, 0.0)
+        fill(d, 5, -S2A * y * z, 0.0, -S2A * z, -S2A * y)
+        fill(d, 6, S2B * (3 * zz - 1), 0.0, 0.0, 6 * S2B * z)
+        fill(d, 7, -S2A * x * z, -S2A * z, 0.0, -S2A * x)
+        fill(d, 8, S2C * (xx - yy), 2 * S2C * x, -2 * S2C * y, 0.0)
         if k > 9:
-            d[9, 0], d[9, 1], d[9, 2], d[9, 3] = (
-                -S3A * y * (3 * xx - yy),
-                -6 * S3A * x * y,
-                -3 * S3A * (xx - yy),
-                0.0,
-            )
-            d[10, 0], d[10, 1], d[10, 2], d[10, 3] = (
-                S3B * x * y * z,
-                S3B * y * z,
-                S3B * x * z,
-                S3B * x * y,
-            )
-            d[11, 0], d[11, 1], d[11, 2], d[11, 3] = (
-                -S3C * y * (5 * zz - 1),
-                0.0,
-                -S3C * (5 * zz - 1),
-                -10 * S3C * y * z,
-            )
-            d[12, 0], d[12, 1], d[12, 2], d[12, 3] = (
-                S3D * z * (5 * zz - 3),
-                0.0,
-                0.0,
-                S3D * (15 * zz - 3),
-            )
-            d[13, 0], d[13, 1], d[13, 2], d[13, 3] = (
-                -S3C * x * (5 * zz - 1),
-                -S3C * (5 * zz - 1),
-                0.0,
-                -10 * S3C * x * z,
-            )
-            d[14, 0], d[14, 1], d[14, 2], d[14, 3] = (
-                S3E * z * (xx - yy),
-                2 * S3E * x * z,
-                -2 * S3E * y * z,
-                S3E * (xx - yy),
-            )
-            d[15, 0], d[15, 1], d[15, 2], d[15, 3] = (
-                -S3A * x * (xx - 3 * yy),
-                -3 * S3A * (xx - yy),
-                6 * S3A * x * y,
-                0.0,
-            )
+            five = 5 * zz - 1
+            fill(d, 9, -S3A * y * (3 * xx - yy), -6 * S3A * x * y, -3 * S3A * (xx - yy), 0.0)
+            fill(d, 10, S3B * x * y * z, S3B * y * z, S3B * x * z, S3B * x * y)
+            fill(d, 11, -S3C * y * five, 0.0, -S3C * five, -10 * S3C * y * z)
+            fill(d, 12, S3D * z * (5 * zz - 3), 0.0, 0.0, S3D * (15 * zz - 3))
+            fill(d, 13, -S3C * x * five, -S3C * five, 0.0, -10 * S3C * x * z)
+            fill(d, 14, S3E * z * (xx - yy), 2 * S3E * x * z, -2 * S3E * y * z, S3E * (xx - yy))
+            fill(d, 15, -S3A * x * (xx - 3 * yy), -3 * S3A * (xx - yy), 6 * S3A * x * y, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- forward, a view
+# ---------------------------------------------------------------------------------- forward, a view
 
 
 @part
 def sort_by_depth(depth, order):
-    "Stable order of positive float64 depths: four counting passes over the 44 leading bits of their distance in bits."
+    "Stable order of positive float64 depths: four counting passes over 44 bits of their distance."
     n = len(depth)
     if n == 0:
         return
@@ -257,7 +262,8 @@ def sort_by_depth(depth, order):
     shift = u64(0)
     while (high - low) >> shift >= u64(1 << 44):
         shift += u64(1)
-    other, count = np.empty(n, np.int32), np.empty(2048, np.int32)
+    other = np.empty(n, np.int32)
+    count = np.empty(2048, np.int32)
     for i in range(n):
         order[i] = i
     a, b = order, other
@@ -300,24 +306,23 @@ def project(
     rec,
     order,
 ):
-    """Project Gaussians first..last into view v, keep those that can reach a pixel, sort them; returns how many there are.
+    """Project Gaussians first..last into view v, keep those that can reach a pixel, sort them.
 
-    A Gaussian of which something is not finite, or beyond the limits at the head of this file, is left out.
+    Returns how many there are. A Gaussian of which something is not finite, or beyond the limits at the
+    head of this file, is left out.
 
-    Written for each: `ids` its index, `xy` the centre in pixels, `rec` (e, f, h, log2 opacity, red, green, blue, depth). The
-    triangle (e f; 0 h) is the root of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
-    alpha = opacity * 2^-(y1^2 + y2^2).
+    Written for each: `ids` its index, `xy` the centre in pixels, `rec` (e, f, h, log2 opacity, red,
+    green, blue, depth). The triangle (e f; 0 h) is the root of the inverse covariance in bits: with
+    y1 = e dx + f dy, y2 = h dy, alpha = opacity * 2^-(y1^2 + y2^2).
     """
     fx, fy, cx, cy = K[v, 0, 0], K[v, 1, 1], K[v, 0, 2], K[v, 1, 2]
     u0, u1, v0, v1 = frustum(K, v, H, W)
-    r00, r01, r02 = cam[v, 0, 0], cam[v, 0, 1], cam[v, 0, 2]
-    r10, r11, r12 = cam[v, 1, 0], cam[v, 1, 1], cam[v, 1, 2]
-    r20, r21, r22 = cam[v, 2, 0], cam[v, 2, 1], cam[v, 2, 2]
-    ox = -(r00 * cam[v, 0, 3] + r10 * cam[v, 1, 3] + r20 * cam[v, 2, 3])
-    oy = -(r01 * cam[v, 0, 3] + r11 * cam[v, 1, 3] + r21 * cam[v, 2, 3])
-    oz = -(r02 * cam[v, 0, 3] + r12 * cam[v, 1, 3] + r22 * cam[v, 2, 3])
-    k, far = sh.shape[1], min(far, FARTHEST)
-    Y, depth, m = np.empty((16, 4)), np.empty(last - first), 0
+    ox, oy, oz = centre_of(cam, v)
+    k = sh.shape[1]
+    far = min(far, FARTHEST)
+    Y = np.empty((16, 4))
+    depth = np.empty(last - first)
+    m = 0
     for g in range(first, last):
         alpha = float(opacity[g])
         if not alpha * 255.0 >= 1.0:
@@ -329,62 +334,32 @@ def project(
         mx, my = fx * x * rz + cx, fy * y * rz + cy
         tu, tv = min(max(x * rz, u0), u1), min(max(y * rz, v0), v1)
         jx, jy = fx * rz, fy * rz
-        s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+        s0, s1, s2 = S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
         # cheap first: no ellipse is wider than that of a sphere of its largest scale
         widest = max(s0 * s0, s1 * s1, s2 * s2)
-        off_x, off_y = max(0.5 - mx, mx - (W - 0.5), 0.0), max(0.5 - my, my - (H - 0.5), 0.0)
+        off_x = max(0.5 - mx, mx - (W - 0.5), 0.0)
+        off_y = max(0.5 - my, my - (H - 0.5), 0.0)
         if off_x * off_x > WIDEST * (jx * jx * (1 + tu * tu) * widest + eps2d):
             continue
         if off_y * off_y > WIDEST * (jy * jy * (1 + tv * tv) * widest + eps2d):
             continue
-        _, _, _, _, inverse_length, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
-        p00, p01, p02 = jx * (r00 - tu * r20), jx * (r01 - tu * r21), jx * (r02 - tu * r22)
-        p10, p11, p12 = jy * (r10 - tv * r20), jy * (r11 - tv * r21), jy * (r12 - tv * r22)
-        q00, q10 = (
-            (p00 * a00 + p01 * a10 + p02 * a20) * s0,
-            (p10 * a00 + p11 * a10 + p12 * a20) * s0,
-        )
-        q01, q11 = (
-            (p00 * a01 + p01 * a11 + p02 * a21) * s1,
-            (p10 * a01 + p11 * a11 + p12 * a21) * s1,
-        )
-        q02, q12 = (
-            (p00 * a02 + p01 * a12 + p02 * a22) * s2,
-            (p10 * a02 + p11 * a12 + p12 * a22) * s2,
-        )
-        a, b, c = (
-            q00 * q00 + q01 * q01 + q02 * q02,
-            q00 * q10 + q01 * q11 + q02 * q12,
-            q10 * q10 + q11 * q11 + q12 * q12,
-        )
-        if not (
-            a <= LARGEST_VARIANCE
-            and c <= LARGEST_VARIANCE
-            and inverse_length <= 1.0 / SHORTEST_QUAT
-        ):
+        _, inverse_length, A = rotation(quat, g)
+        a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
+        p00, p01, p02, p10, p11, p12 = P = derivative(cam, v, jx, jy, tu, tv)
+        q00 = (p00 * a00 + p01 * a10 + p02 * a20) * s0
+        q01 = (p00 * a01 + p01 * a11 + p02 * a21) * s1
+        q02 = (p00 * a02 + p01 * a12 + p02 * a22) * s2
+        q10 = (p10 * a00 + p11 * a10 + p12 * a20) * s0
+        q11 = (p10 * a01 + p11 * a11 + p12 * a21) * s1
+        q12 = (p10 * a02 + p11 * a12 + p12 * a22) * s2
+        a, b, c = gram(q00, q01, q02, q10, q11, q12)
+        if not (a <= LARGEST_VARIANCE and c <= LARGEST_VARIANCE):
+            continue
+        if not inverse_length <= 1.0 / SHORTEST_QUAT:
             continue
         det0 = a * c - b * b
         if not det0 > SAFE * a * c:
-            n0, n1, n2 = normal_of(
-                p00,
-                p01,
-                p02,
-                p10,
-                p11,
-                p12,
-                a00,
-                a01,
-                a02,
-                a10,
-                a11,
-                a12,
-                a20,
-                a21,
-                a22,
-                s0,
-                s1,
-                s2,
-            )
+            n0, n1, n2 = normal_of(P, A, S)
             det0 = n0 * n0 + n1 * n1 + n2 * n2
         a, c = a + eps2d, c + eps2d
         det = a * c - b * b
@@ -398,10 +373,12 @@ def project(
                 continue
         lo = math.log2(alpha)
         reach = math.sqrt((lo + LOG2_255) / HALF_LOG2E) * MARGIN
-        rx, ry = reach * math.sqrt(a), reach * math.sqrt(c)
+        rx = reach * math.sqrt(a)
+        ry = reach * math.sqrt(c)
         if not (mx + rx >= 0.5 and mx - rx <= W - 0.5 and my + ry >= 0.5 and my - ry <= H - 0.5):
             continue
-        e, h = math.sqrt(HALF_LOG2E * c / det), math.sqrt(HALF_LOG2E / c)
+        e = math.sqrt(HALF_LOG2E * c / det)
+        h = math.sqrt(HALF_LOG2E / c)
         dx, dy, dz = float(mean[g, 0]) - ox, float(mean[g, 1]) - oy, float(mean[g, 2]) - oz
         distance = math.sqrt(dx * dx + dy * dy + dz * dz)
         if not distance > 0.0:
@@ -425,7 +402,7 @@ def project(
     return m
 
 
-# ------------------------------------------------------------------------------------------------------- eight floats at a time
+# --------------------------------------------------------------------------- eight floats at a time
 
 
 class Float8(types.Type):
@@ -436,7 +413,8 @@ class Float8(types.Type):
 
 
 float8 = Float8()
-V8, V8I = ir.VectorType(ir.FloatType(), 8), ir.VectorType(ir.IntType(32), 8)
+V8 = ir.VectorType(ir.FloatType(), 8)
+V8I = ir.VectorType(ir.IntType(32), 8)
 FUSE = ("contract",)  # a product and a sum may become one instruction
 
 
@@ -477,7 +455,8 @@ def write8(typing, array, index, value):
     return types.void(array, index, value), code
 
 
-load8, store8 = read8, write8
+load8 = read8
+store8 = write8
 if config.BOUNDSCHECK:
 
     @part
@@ -500,10 +479,9 @@ def splat8(typing, value):
     "One float32 in all eight places."
 
     def code(context, builder, signature, args):
-        one = builder.insert_element(
-            ir.Constant(V8, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0)
-        )
-        return builder.shuffle_vector(one, ir.Constant(V8, ir.Undefined), constant(0, V8I))
+        nothing = ir.Constant(V8, ir.Undefined)
+        one = builder.insert_element(nothing, args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, nothing, constant(0, V8I))
 
     return float8(types.float32), code
 
@@ -524,13 +502,10 @@ def arithmetic(op, name):
             return lambda a, b: apply(a, b)
 
 
-for op, name in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    arithmetic(op, name)
+arithmetic(operator.add, "fadd")
+arithmetic(operator.sub, "fsub")
+arithmetic(operator.mul, "fmul")
+arithmetic(operator.truediv, "fdiv")
 
 
 @intrinsic
@@ -554,7 +529,7 @@ def keep8(typing, a, b, value):
 
 
 @intrinsic
-def least8(typing, a, b):
+def min8(typing, a, b):
     "The smaller of the two."
 
     def code(context, builder, signature, args):
@@ -564,13 +539,12 @@ def least8(typing, a, b):
 
 
 @intrinsic
-def size8(typing, a):
+def abs8(typing, a):
     "|a|"
 
     def code(context, builder, signature, args):
-        return builder.bitcast(
-            builder.and_(builder.bitcast(args[0], V8I), constant(2**31 - 1, V8I)), V8
-        )
+        bits = builder.and_(builder.bitcast(args[0], V8I), constant(2**31 - 1, V8I))
+        return builder.bitcast(bits, V8)
 
     return float8(a), code
 
@@ -580,9 +554,8 @@ def dead8(typing, a):
     "-|a|"
 
     def code(context, builder, signature, args):
-        return builder.bitcast(
-            builder.or_(builder.bitcast(args[0], V8I), constant(-(2**31), V8I)), V8
-        )
+        bits = builder.or_(builder.bitcast(args[0], V8I), constant(-(2**31), V8I))
+        return builder.bitcast(bits, V8)
 
     return float8(a), code
 
@@ -593,9 +566,8 @@ def any_alive8(typing, a):
 
     def code(context, builder, signature, args):
         mask = builder.icmp_signed(">=", builder.bitcast(args[0], V8I), constant(0, V8I))
-        return builder.icmp_unsigned(
-            "!=", builder.bitcast(mask, ir.IntType(8)), ir.Constant(ir.IntType(8), 0)
-        )
+        byte = ir.IntType(8)
+        return builder.icmp_unsigned("!=", builder.bitcast(mask, byte), ir.Constant(byte, 0))
 
     return types.boolean(a), code
 
@@ -622,9 +594,11 @@ def scale8(typing, a, power):
 
 
 def table():
-    """Constants of the inner loops, eight of each, as an array: read from memory they cost no instruction of their own.
+    """Constants of the inner loops, eight of each: read from memory they cost no instruction of their own.
 
-    Pixel centres of a tile row; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of the smallest, the least light, 1."""
+    Pixel centres of a tile row; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of
+    the smallest, the light of a finished pixel, and 1.
+    """
     numbers = [*EXP2, ALPHA_MAX, -LOG2_255, np.nextafter(f32(T_MIN), f32(1)), 1.0]
     return np.concatenate([np.arange(TILE_W) + 0.5, np.repeat(numbers, 8)]).astype(np.float32)
 
@@ -639,30 +613,30 @@ def exp2_8(a, C):
     return scale8(p * xx + (load8(C, 16) * x + load8(C, 8)), n)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- tiles
+# -------------------------------------------------------------------------------------------- tiles
 
 
 @part
 def columns(mx, half, begin, end):
     "Tile columns first..last, within begin..end, that a Gaussian of this half width reaches."
-    first, last = (mx - half - 0.5) / TILE_W, (mx + half - 0.5) / TILE_W
-    if not (first <= end and last >= begin):
+    left = (mx - half - 0.5) / TILE_W
+    right = (mx + half - 0.5) / TILE_W
+    if not (left <= end and right >= begin):
         return begin, begin
-    return max(int(math.floor(max(first, -1.0))), begin), min(
-        int(math.floor(min(last, float(end)))) + 1, end
-    )
+    first = max(int(math.floor(max(left, -1.0))), begin)
+    last = min(int(math.floor(min(right, float(end)))) + 1, end)
+    return first, last
 
 
 @kernel
 def column_lists(m, xy, rec, order, begin, end, H):
     """For tile columns begin..end: which Gaussians reach it, front to back, and in which rows exactly.
 
-    Returns starts, ends [columns] and entry [.. 2] = (index, first row and last row in 16 bits each)."""
-    starts, ends, half = (
-        np.zeros(end - begin + 1, np.int64),
-        np.empty(end - begin, np.int64),
-        np.empty(m),
-    )
+    Returns starts, ends [columns] and entry [.. 2] = (index, first and last row in 16 bits each).
+    """
+    starts = np.zeros(end - begin + 1, np.int64)
+    ends = np.empty(end - begin, np.int64)
+    half = np.empty(m)
     for i in range(m):
         e, f, h = float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
         half[i] = math.sqrt((f * f + h * h) * (float(rec[i, 3]) + LOG2_255) * MARGIN) / (e * h)
@@ -681,27 +655,24 @@ def column_lists(m, xy, rec, order, begin, end, H):
         c0, c1 = columns(mx, wide, begin, end)
         if c0 >= c1:
             continue
-        # the ellipse is f'h dy^2 + 2 e f dx dy + e^2 dx^2 = room; its top lies at dx = tip, its bottom at -tip
+        # the ellipse is fh dy^2 + 2 e f dx dy + e^2 dx^2 = room; its top is at dx = tip, its bottom at -tip
         fh = f * f + h * h
-        slope, aspect = -e * f / fh, e * h / fh
+        slope = -e * f / fh
+        aspect = e * h / fh
         tip = -f * wide / math.sqrt(fh)
         for c in range(c0, c1):
-            left, right = (
-                max(c * TILE_W + 0.5 - mx, -wide),
-                min(c * TILE_W + (TILE_W - 0.5) - mx, wide),
-            )
+            left = max(c * TILE_W + 0.5 - mx, -wide)
+            right = min(c * TILE_W + (TILE_W - 0.5) - mx, wide)
             if left > right:
                 continue
-            lo, hi = min(max(-tip, left), right), min(max(tip, left), right)
+            lo = min(max(-tip, left), right)
+            hi = min(max(tip, left), right)
             lo = my + slope * lo - aspect * math.sqrt(max(wide * wide - lo * lo, 0.0))
             hi = my + slope * hi + aspect * math.sqrt(max(wide * wide - hi * hi, 0.0))
             if not (lo <= H and hi >= 0.0):
                 continue
-            r0, r1 = (
-                max(int(math.ceil(max(lo, 0.0) - 0.5)), 0),
-                int(math.floor(min(hi, H + 1.0) - 0.5)) + 1,
-            )
-            r1 = min(r1, H)
+            r0 = max(int(math.ceil(max(lo, 0.0) - 0.5)), 0)
+            r1 = min(int(math.floor(min(hi, H + 1.0) - 0.5)) + 1, H)
             if r0 < r1:
                 at = ends[c - begin]
                 entry[at, 0], entry[at, 1] = i, r0 << 16 | r1
@@ -720,20 +691,18 @@ def alive(buf, rows):
 
 @part
 def blend(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z):
-    "Add one Gaussian to some rows of a tile. A row of the buffer holds light, red, green, blue, depth, alpha of 8 pixels."
-    y1, y2, f, h, lo = (
-        splat8(e) * load8(C, 0) + splat8(k1),
-        splat8(k2),
-        splat8(f),
-        splat8(h),
-        splat8(lo),
-    )
+    """Add one Gaussian to some rows of a tile.
+
+    A row of the buffer holds light, red, green, blue, depth, alpha of 8 pixels.
+    """
+    y1 = splat8(e) * load8(C, 0) + splat8(k1)
+    y2, f, h, lo = splat8(k2), splat8(f), splat8(h), splat8(lo)
     r, g, b, z = splat8(r), splat8(g), splat8(b), splat8(z)
     for _ in range(rows):
         T = load8(buf, at)
         if any_alive8(T):
             q = lo - y1 * y1 - y2 * y2
-            alpha = least8(exp2_8(q, C), load8(C, CAP))
+            alpha = min8(exp2_8(q, C), load8(C, CAP))
             alpha = keep8(q, load8(C, FAINT), alpha)
             w = T * alpha
             left = T - w
@@ -749,22 +718,20 @@ def blend(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z):
 
 @kernel
 def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, light):
-    """Draw tile columns begins..end of one view, whose width must be a multiple of 8.
+    """Draw tile columns begin..end of one view, whose width must be a multiple of 8.
 
-    Images are flat: rgb [3 h w]; alpha, depth and the light that is left, [h w]; size (H, W) comes from the shape of alpha."""
+    Images are rgb [3 h w]; alpha, depth and the light that is left, [h w].
+    """
     H, W = alpha.shape
-    rgb, alpha, depth, light = (
-        rgb.reshape(-1),
-        alpha.reshape(-1),
-        depth.reshape(-1),
-        light.reshape(-1),
-    )
+    rgb, alpha = rgb.reshape(-1), alpha.reshape(-1)
+    depth, light = depth.reshape(-1), light.reshape(-1)
     back_r, back_g, back_b, tiny = splat8(back[0]), splat8(back[1]), splat8(back[2]), splat8(TINY)
     buf = np.empty(ROW * TILE_H, np.float32)
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
-            y1, seen = min(y0 + TILE_H, H), 0
+            y1 = min(y0 + TILE_H, H)
+            seen = 0
             for i in range(len(buf)):
                 buf[i] = ZERO
             for y in range(y1 - y0):
@@ -774,30 +741,18 @@ def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, l
                 if r0 >= r1:
                     continue
                 i = entry[t, 0]
+                e, f, h, lo = rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3]
+                r, g, b, z = rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7]
                 dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
-                k1, k2 = f32(rec[i, 0] * dx + rec[i, 1] * dy), f32(rec[i, 2] * dy)
-                blend(
-                    buf,
-                    (r0 - y0) * ROW,
-                    r1 - r0,
-                    C,
-                    rec[i, 0],
-                    rec[i, 1],
-                    rec[i, 2],
-                    rec[i, 3],
-                    k1,
-                    k2,
-                    rec[i, 4],
-                    rec[i, 5],
-                    rec[i, 6],
-                    rec[i, 7],
-                )
+                k1, k2 = f32(e * dx + f * dy), f32(h * dy)
+                first, rows = (r0 - y0) * ROW, r1 - r0
+                blend(buf, first, rows, C, e, f, h, lo, k1, k2, r, g, b, z)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
             for y in range(y0, y1):
                 p, at = (y - y0) * ROW, y * W + x0
-                T, A = size8(load8(buf, p)), load8(buf, p + 40)
+                T, A = abs8(load8(buf, p)), load8(buf, p + 40)
                 store8(light, at, T)
                 store8(alpha, at, A)
                 store8(depth, at, load8(buf, p + 32) / pick8(A, tiny, A, tiny))
@@ -806,23 +761,23 @@ def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, l
                 store8(rgb, at + 2 * H * W, load8(buf, p + 24) + T * back_b)
 
 
-# ------------------------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 @part
 def blend_backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
-    """The same rows again, from the front. A row of the buffer holds light, what is still to come along the ray times its
-    gradient, and the gradients of red, green, blue and depth. Adds to lanes[own : own + 80] ten sums, eight parts each:
-    v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red, green, blue, depth.
+    """The same rows again, from the front.
 
-    Within a column of pixels y1 = a + ratio * y2 with constant a, so three sums with v are enough until the end."""
-    y1, y2, f, h, lo = (
-        splat8(e) * load8(C, 0) + splat8(k1),
-        splat8(k2),
-        splat8(f),
-        splat8(h),
-        splat8(lo),
-    )
+    A row of the buffer holds light, what is still to come along the ray times its gradient, and the
+    gradients of red, green, blue and depth. Adds to lanes[own : own + 80] ten sums, eight parts each:
+    v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red,
+    green, blue, depth.
+
+    Within a column of pixels y1 = a + ratio * y2 with constant a, so three sums with v are enough until
+    the end.
+    """
+    y1 = splat8(e) * load8(C, 0) + splat8(k1)
+    y2, f, h, lo = splat8(k2), splat8(f), splat8(h), splat8(lo)
     r, g, b, z, zero = splat8(r), splat8(g), splat8(b), splat8(z), splat8(ZERO)
     s, s2, s22, cr, cg, cb, cz = zero, zero, zero, zero, zero, zero, zero
     ratio = f / h
@@ -832,18 +787,14 @@ def blend_backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own
         if any_alive8(T):
             q = lo - y1 * y1 - y2 * y2
             full = exp2_8(q, C)
-            alpha = least8(full, load8(C, CAP))
+            alpha = min8(full, load8(C, CAP))
             alpha = keep8(q, load8(C, FAINT), alpha)
             w = T * alpha
             left = T - w
             w = keep8(left, load8(C, DARK), w)
             store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
-            gr, gg, gb, gz = (
-                load8(buf, at + 16),
-                load8(buf, at + 24),
-                load8(buf, at + 32),
-                load8(buf, at + 40),
-            )
+            gr, gg = load8(buf, at + 16), load8(buf, at + 24)
+            gb, gz = load8(buf, at + 32), load8(buf, at + 40)
             mine = w * (gr * r + gg * g + gb * b + gz * z)
             rest = load8(buf, at + 8) - mine
             store8(buf, at + 8, rest)
@@ -887,40 +838,28 @@ def draw_backward(
     sums,
     g_back,
 ):
-    "Gradients of tile columns begin..end of one view: fills sums [m 10] of the 2-D Gaussians and g_back [3]."
-    (H, W), m = alpha.shape, len(sums)
-    rgb, alpha, depth, light = (
-        rgb.reshape(-1),
-        alpha.reshape(-1),
-        depth.reshape(-1),
-        light.reshape(-1),
-    )
+    "Gradients of tile columns begin..end of one view: sums [m 10] of the ellipses and g_back [3]."
+    H, W = alpha.shape
+    m = len(sums)
+    rgb, alpha = rgb.reshape(-1), alpha.reshape(-1)
+    depth, light = depth.reshape(-1), light.reshape(-1)
     g_rgb, g_alpha, g_depth = g_rgb.reshape(-1), g_alpha.reshape(-1), g_depth.reshape(-1)
-    buf, lanes, ends8 = (
-        np.empty(ROW * TILE_H, np.float32),
-        np.zeros(m * 8 * N_SUM, np.float32),
-        np.empty(24, np.float32),
-    )
+    buf = np.empty(ROW * TILE_H, np.float32)
+    lanes = np.zeros(m * 8 * N_SUM, np.float32)
+    ends8 = np.empty(24, np.float32)
     back_r, back_g, back_b, tiny = splat8(ZERO), splat8(ZERO), splat8(ZERO), splat8(TINY)
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
-            y1, seen = min(y0 + TILE_H, H), 0
+            y1 = min(y0 + TILE_H, H)
+            seen = 0
             for y in range(y0, y1):
                 p, at = (y - y0) * ROW, y * W + x0
                 A, T, D = load8(alpha, at), load8(light, at), load8(depth, at)
-                gr, gg, gb, gd = (
-                    load8(g_rgb, at),
-                    load8(g_rgb, at + H * W),
-                    load8(g_rgb, at + 2 * H * W),
-                    load8(g_depth, at),
-                )
-                gz = keep8(A, tiny, gd / pick8(A, tiny, A, tiny))
-                rest = (
-                    gr * load8(rgb, at)
-                    + gg * load8(rgb, at + H * W)
-                    + gb * load8(rgb, at + 2 * H * W)
-                )
+                green, blue = at + H * W, at + 2 * H * W
+                gr, gg, gb = load8(g_rgb, at), load8(g_rgb, green), load8(g_rgb, blue)
+                gz = keep8(A, tiny, load8(g_depth, at) / pick8(A, tiny, A, tiny))
+                rest = gr * load8(rgb, at) + gg * load8(rgb, green) + gb * load8(rgb, blue)
                 store8(buf, p, load8(C, LIGHT))
                 store8(buf, p + 8, rest + gz * D * A - T * (load8(g_alpha, at) - gz * D))
                 store8(buf, p + 16, gr)
@@ -933,26 +872,13 @@ def draw_backward(
                 if r0 >= r1:
                     continue
                 i = entry[t, 0]
+                e, f, h, lo = rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3]
+                r, g, b, z = rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7]
                 dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
-                k1, k2 = f32(rec[i, 0] * dx + rec[i, 1] * dy), f32(rec[i, 2] * dy)
-                blend_backward(
-                    buf,
-                    (r0 - y0) * ROW,
-                    r1 - r0,
-                    C,
-                    rec[i, 0],
-                    rec[i, 1],
-                    rec[i, 2],
-                    rec[i, 3],
-                    k1,
-                    k2,
-                    rec[i, 4],
-                    rec[i, 5],
-                    rec[i, 6],
-                    rec[i, 7],
-                    lanes,
-                    i * 8 * N_SUM,
-                )
+                k1, k2 = f32(e * dx + f * dy), f32(h * dy)
+                first, rows = (r0 - y0) * ROW, r1 - r0
+                own = i * 8 * N_SUM
+                blend_backward(buf, first, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
@@ -974,9 +900,10 @@ def draw_backward(
 
 @part
 def root_gradient(e, f, h, y1, y2, got):
-    "One column of dL/dQ for a narrow ellipse: (y1, y2) is the root (e f; 0 h) times that column of Q."
+    "One column of dL/dQ of a narrow ellipse: (y1, y2) is the root (e f; 0 h) times that column of Q."
     k2 = LN4 * LN4
-    z1, z2 = got[3] * y1 + got[4] * y2, got[4] * y1 + got[5] * y2
+    z1 = got[3] * y1 + got[4] * y2
+    z2 = got[4] * y1 + got[5] * y2
     return k2 * e * z1, k2 * (f * z1 + h * z2)
 
 
@@ -1010,16 +937,15 @@ def project_backward(
 ):
     """Gradients of Gaussians first..last of one cloud from the sums of its views view_first..view_last.
 
-    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec` and `sums` [strips, rows, 10]. The gradients come in as
-    zeros; those of a Gaussian that no view draws stay so.
+    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec` and `sums` [strips, rows, 10].
+    The gradients come in as zeros; those of a Gaussian that no view draws stay so.
     """
-    k, n_views = sh.shape[1], view_last - view_first
-    cursor, centre, Y, got = (
-        np.empty(n_views, np.int64),
-        np.empty((n_views, 3)),
-        np.empty((16, 4)),
-        np.empty(N_SUM),
-    )
+    k = sh.shape[1]
+    n_views = view_last - view_first
+    cursor = np.empty(n_views, np.int64)
+    centre = np.empty((n_views, 3))
+    Y = np.empty((16, 4))
+    got = np.empty(N_SUM)
     acc_sh = np.empty((16, 3))
     for o in range(n_views):
         v = view_first + o
@@ -1031,12 +957,7 @@ def project_backward(
             else:
                 hi = mid
         cursor[o] = lo
-        for j in range(3):
-            centre[o, j] = -(
-                cam[v, 0, j] * cam[v, 0, 3]
-                + cam[v, 1, j] * cam[v, 1, 3]
-                + cam[v, 2, j] * cam[v, 2, 3]
-            )
+        centre[o, 0], centre[o, 1], centre[o, 2] = centre_of(cam, v)
     for g in range(first, last):
         drawn = False
         for o in range(n_views):
@@ -1045,8 +966,9 @@ def project_backward(
                 drawn = True
         if not drawn:
             continue  # and something of it may not be finite
-        w, x, y, z, norm, a00, a01, a02, a10, a11, a12, a20, a21, a22 = rotation(quat, g)
-        s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+        (w, x, y, z), norm, A = rotation(quat, g)
+        a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
+        s0, s1, s2 = S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
         m00, m01, m02, m10, m11, m12 = a00 * s0, a01 * s1, a02 * s2, a10 * s0, a11 * s1, a12 * s2
         m20, m21, m22 = a20 * s0, a21 * s1, a22 * s2
         gm0, gm1, gm2, g_log = 0.0, 0.0, 0.0, 0.0
@@ -1055,7 +977,8 @@ def project_backward(
             for j in range(3):
                 acc_sh[i, j] = 0.0
         for o in range(n_views):
-            v, at = view_first + o, cursor[o]
+            v = view_first + o
+            at = cursor[o]
             if at >= base[v] + count[v] or ids[at] != g:
                 continue
             cursor[o] = at + 1
@@ -1068,11 +991,9 @@ def project_backward(
             g_log += got[0]
 
             # harmonics and the direction they are seen from
-            dx, dy, dz = (
-                float(mean[g, 0]) - centre[o, 0],
-                float(mean[g, 1]) - centre[o, 1],
-                float(mean[g, 2]) - centre[o, 2],
-            )
+            dx = float(mean[g, 0]) - centre[o, 0]
+            dy = float(mean[g, 1]) - centre[o, 1]
+            dz = float(mean[g, 2]) - centre[o, 2]
             r = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
             dx, dy, dz = dx * r, dy * r, dz * r
             harmonics(Y, dx, dy, dz, k)
@@ -1101,20 +1022,16 @@ def project_backward(
             r00, r01, r02 = cam[v, 0, 0], cam[v, 0, 1], cam[v, 0, 2]
             r10, r11, r12 = cam[v, 1, 0], cam[v, 1, 1], cam[v, 1, 2]
             r20, r21, r22 = cam[v, 2, 0], cam[v, 2, 1], cam[v, 2, 2]
-            p00, p01, p02 = jx * (r00 - tu * r20), jx * (r01 - tu * r21), jx * (r02 - tu * r22)
-            p10, p11, p12 = jy * (r10 - tv * r20), jy * (r11 - tv * r21), jy * (r12 - tv * r22)
+            p00, p01, p02, p10, p11, p12 = P = derivative(cam, v, jx, jy, tu, tv)
             q00, q10 = p00 * m00 + p01 * m10 + p02 * m20, p10 * m00 + p11 * m10 + p12 * m20
             q01, q11 = p00 * m01 + p01 * m11 + p02 * m21, p10 * m01 + p11 * m11 + p12 * m21
             q02, q12 = p00 * m02 + p01 * m12 + p02 * m22, p10 * m02 + p11 * m12 + p12 * m22
 
-            # B = dL/dQ; the covariance is Q Q' with Q = P M, M = R diag(scale); then the centre in pixels
+            # the centre in pixels; B = dL/dQ, where the covariance is Q Q', Q = P M, M = R diag(scale)
             k2 = 0.5 * LN4 * LN4
-            g_mx, g_my = LN4 * e * got[1], LN4 * (f * got[1] + h * got[2])
-            a, b, c = (
-                q00 * q00 + q01 * q01 + q02 * q02,
-                q00 * q10 + q01 * q11 + q02 * q12,
-                q10 * q10 + q11 * q11 + q12 * q12,
-            )
+            g_mx = LN4 * e * got[1]
+            g_my = LN4 * (f * got[1] + h * got[2])
+            a, b, c = gram(q00, q01, q02, q10, q11, q12)
             det0 = a * c - b * b
             det = (a + eps2d) * (c + eps2d) - b * b
             if det > SAFE * (a + eps2d) * (c + eps2d):
@@ -1124,70 +1041,26 @@ def project_backward(
                 G11 = k2 * (f * f * got[3] + 2 * f * h * got[4] + h * h * got[5])
                 if antialiased:
                     if not det0 > SAFE * a * c:
-                        n0, n1, n2 = normal_of(
-                            p00,
-                            p01,
-                            p02,
-                            p10,
-                            p11,
-                            p12,
-                            a00,
-                            a01,
-                            a02,
-                            a10,
-                            a11,
-                            a12,
-                            a20,
-                            a21,
-                            a22,
-                            s0,
-                            s1,
-                            s2,
-                        )
+                        n0, n1, n2 = normal_of(P, A, S)
                         det0 = n0 * n0 + n1 * n1 + n2 * n2
                     i0, i1 = 0.5 * got[0] / det0, 0.5 * got[0] / det
                     G00 += i0 * c - i1 * (c + eps2d)
                     G01 -= i0 * b - i1 * b
                     G11 += i0 * a - i1 * (a + eps2d)
-                b00, b01, b02 = (
-                    2 * (G00 * q00 + G01 * q10),
-                    2 * (G00 * q01 + G01 * q11),
-                    2 * (G00 * q02 + G01 * q12),
-                )
-                b10, b11, b12 = (
-                    2 * (G01 * q00 + G11 * q10),
-                    2 * (G01 * q01 + G11 * q11),
-                    2 * (G01 * q02 + G11 * q12),
-                )
+                b00, b10 = 2 * (G00 * q00 + G01 * q10), 2 * (G01 * q00 + G11 * q10)
+                b01, b11 = 2 * (G00 * q01 + G01 * q11), 2 * (G01 * q01 + G11 * q11)
+                b02, b12 = 2 * (G00 * q02 + G01 * q12), 2 * (G01 * q02 + G11 * q12)
             else:
-                # much longer than wide: G Q would lose what is small in it. With n = q0 x q1 there is no difference:
-                # c q0 - b q1 = q1 x n, and a q1 - b q0 = n x q0
-                n0, n1, n2 = normal_of(
-                    p00,
-                    p01,
-                    p02,
-                    p10,
-                    p11,
-                    p12,
-                    a00,
-                    a01,
-                    a02,
-                    a10,
-                    a11,
-                    a12,
-                    a20,
-                    a21,
-                    a22,
-                    s0,
-                    s1,
-                    s2,
-                )
+                # much longer than wide: G Q would lose what is small in it. With n = q0 x q1 there is no
+                # difference: c q0 - b q1 = q1 x n, and a q1 - b q0 = n x q0
+                n0, n1, n2 = normal_of(P, A, S)
                 det0 = n0 * n0 + n1 * n1 + n2 * n2
                 det = det0 + eps2d * (a + c + eps2d)
                 top0, top1, top2 = cross(q10, q11, q12, n0, n1, n2)
                 low0, low1, low2 = cross(n0, n1, n2, q00, q01, q02)
                 c += eps2d
-                e, h = math.sqrt(HALF_LOG2E * c / det), math.sqrt(HALF_LOG2E / c)
+                e = math.sqrt(HALF_LOG2E * c / det)
+                h = math.sqrt(HALF_LOG2E / c)
                 f = -e * b / c
                 b00, b10 = root_gradient(e, f, h, e / c * (top0 + eps2d * q00), h * q10, got)
                 b01, b11 = root_gradient(e, f, h, e / c * (top1 + eps2d * q01), h * q11, got)
@@ -1208,16 +1081,12 @@ def project_backward(
             d20 += p02 * b00 + p12 * b10
             d21 += p02 * b01 + p12 * b11
             d22 += p02 * b02 + p12 * b12
-            t00, t01, t02 = (
-                b00 * m00 + b01 * m01 + b02 * m02,
-                b00 * m10 + b01 * m11 + b02 * m12,
-                b00 * m20 + b01 * m21 + b02 * m22,
-            )
-            t10, t11, t12 = (
-                b10 * m00 + b11 * m01 + b12 * m02,
-                b10 * m10 + b11 * m11 + b12 * m12,
-                b10 * m20 + b11 * m21 + b12 * m22,
-            )
+            t00 = b00 * m00 + b01 * m01 + b02 * m02
+            t01 = b00 * m10 + b01 * m11 + b02 * m12
+            t02 = b00 * m20 + b01 * m21 + b02 * m22
+            t10 = b10 * m00 + b11 * m01 + b12 * m02
+            t11 = b10 * m10 + b11 * m11 + b12 * m12
+            t12 = b10 * m20 + b11 * m21 + b12 * m22
 
             # P = (fx/z)(row_x - u row_z), u = x/z held inside the frustum
             g_jx = t00 * (r00 - tu * r20) + t01 * (r01 - tu * r21) + t02 * (r02 - tu * r22)
@@ -1240,27 +1109,15 @@ def project_backward(
         g_scale[g, 0] = to_float32(d00 * a00 + d10 * a10 + d20 * a20)
         g_scale[g, 1] = to_float32(d01 * a01 + d11 * a11 + d21 * a21)
         g_scale[g, 2] = to_float32(d02 * a02 + d12 * a12 + d22 * a22)
-        d00, d10, d20, d01, d11, d21, d02, d12, d22 = (
-            d00 * s0,
-            d10 * s0,
-            d20 * s0,
-            d01 * s1,
-            d11 * s1,
-            d21 * s1,
-            d02 * s2,
-            d12 * s2,
-            d22 * s2,
-        )
+        d00, d10, d20 = d00 * s0, d10 * s0, d20 * s0
+        d01, d11, d21 = d01 * s1, d11 * s1, d21 * s1
+        d02, d12, d22 = d02 * s2, d12 * s2, d22 * s2
         gw = 2 * (-z * d01 + y * d02 + z * d10 - x * d12 - y * d20 + x * d21)
         gx = 2 * (y * (d01 + d10) + z * (d02 + d20) - 2 * x * (d11 + d22) + w * (d21 - d12))
         gy = 2 * (x * (d01 + d10) + z * (d12 + d21) - 2 * y * (d00 + d22) + w * (d02 - d20))
         gz = 2 * (x * (d02 + d20) + y * (d12 + d21) - 2 * z * (d00 + d11) + w * (d10 - d01))
         along = w * gw + x * gx + y * gy + z * gz
-        g_quat[g, 0], g_quat[g, 1] = (
-            to_float32((gw - along * w) * norm),
-            to_float32((gx - along * x) * norm),
-        )
-        g_quat[g, 2], g_quat[g, 3] = (
-            to_float32((gy - along * y) * norm),
-            to_float32((gz - along * z) * norm),
-        )
+        g_quat[g, 0] = to_float32((gw - along * w) * norm)
+        g_quat[g, 1] = to_float32((gx - along * x) * norm)
+        g_quat[g, 2] = to_float32((gy - along * y) * norm)
+        g_quat[g, 3] = to_float32((gz - along * z) * norm)
