@@ -205,7 +205,7 @@ def test_scans_become_scanobjectnn_files(train, tmp_path):
     )
     real = ScanObjectNN(tmp_path, split="train", variant="PB_T50_RS")
     assert (
-        np.array_equal(real.labels, train.labels)
+        [real.label(k) for k in range(len(real))] == train.labels.tolist()
         and np.allclose(real.rows(7)["xyz"], train.rows(7)["xyz"], atol=1e-5)
         and np.array_equal(real.mask(7), train.rows(7)["mask"])
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv, hashlib, io, json, zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -221,13 +222,13 @@ def add_tables(
 
 # %% ../../nbs/data/17_objects.ipynb #e079a9d4
 def map_jobs(
-    function: Callable,  # of one job; importable, so that other processes find it
-    jobs: list,
+    function: Callable,  # importable, so that other processes find it
+    jobs: list[tuple],  # arguments of each call
     workers: int,  # processes; 1 works in this one
 ) -> Iterator:  # results in the order of the jobs
     "Do every job."
     if workers == 1:
-        yield from map(function, jobs)
+        yield from starmap(function, jobs)
     else:
         with ProcessPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
-            yield from pool.map(function, jobs)
+            yield from pool.map(function, *zip(*jobs))

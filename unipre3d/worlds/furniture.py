@@ -358,10 +358,6 @@ def prepare_object(
     return ""
 
 
-def _prepare_job(job):
-    return prepare_object(*job)
-
-
 def prepare_all(
     libraries: dict[str, Path],  # as `unpack_deb` gives them
     entries: list[Entry],
@@ -371,7 +367,7 @@ def prepare_all(
     "Prepare many objects in several processes, with a progress bar."
     Path(folder).mkdir(parents=True, exist_ok=True)
     jobs = [(libraries[e.library], e, folder) for e in entries]
-    lines = map_jobs(_prepare_job, jobs, workers)
+    lines = map_jobs(prepare_object, jobs, workers)
     return [line for line in tqdm(lines, "render", len(jobs), unit="object") if line]
 
 # %% ../../nbs/worlds/20_furniture.ipynb #0a55a0f1
@@ -435,10 +431,6 @@ def pack_object(
     views = np.concatenate([round_colors(made["rgba"][..., :3]), made["rgba"][..., 3:]], -1)
     images = [image_bytes(view, "WEBP", lossless=True, quality=75, method=4) for view in views]
     return object_files(kind, id, images, ".webp", made["views"], cloud)
-
-
-def _pack_job(job):
-    return pack_object(*job)
 
 # %% ../../nbs/worlds/20_furniture.ipynb #ff43871f
 SIDES = ("train", "val", "test")
@@ -536,7 +528,7 @@ def write_archive(
     "The archive; the same input gives the same bytes."
     part = Path(out).with_suffix(".part")
     jobs = [(folder, r["id"], r["class"], parts) for r in rows]
-    packed = map_jobs(_pack_job, jobs, workers)
+    packed = map_jobs(pack_object, jobs, workers)
     with zipfile.ZipFile(part, "w") as z:
         facts = convention(".webp", VIEWS, SIZE)
         add_tables(z, facts, rows, part_table(parts), zipfile.ZIP_DEFLATED)

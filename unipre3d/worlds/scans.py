@@ -270,9 +270,8 @@ def thing_mesh(
     )
 
 
-def _scan_job(job):
+def _draw_scans(things, source, how):
     "The scans of a few things."
-    things, source, how = job
     furniture = ShapeNetViews() if source == "furniture" else None
     scans = []
     for thing in things:
@@ -325,7 +324,7 @@ def make_scans(
     jobs = [(things[k : k + 16], source, how) for k in range(0, len(things), 16)]
     scans = []
     with tqdm(total=len(things) * copies, desc=f"scans, {split}", unit="scan") as bar:
-        for found in map_jobs(_scan_job, jobs, workers):
+        for found in map_jobs(_draw_scans, jobs, workers):
             scans += found
             bar.update(len(found))
     parts = {k: PARTS[k] for k in wanted if k in PARTS}
@@ -451,9 +450,8 @@ CATEGORIES = (
 )  # whose parts are segmented
 
 
-def _cloud_job(job):
+def _draw_clouds(items, points):
     "The whole clouds of a few shapes."
-    items, points = job
     clouds = []
     for item in items:
         mesh, *_ = normalise(make_mesh(item["class"], item["number"], item["seed"]))
@@ -483,7 +481,7 @@ def make_part_shapes(
     names = sorted(categories)
     return write_scans(
         out,
-        sum(map_jobs(_cloud_job, jobs, workers), []),
+        sum(map_jobs(_draw_clouds, jobs, workers), []),
         [t["id"] for t in items],
         [names.index(t["class"]) for t in items],
         source="shapes",

@@ -666,16 +666,19 @@ def chair_back(
     elif kind == "panel":
         low = up * b.u(0.3, 0.55)
         add(cloth, cushion(x * b.u(0.75, 1), 0.04, up - low, (0, 0, low), 0.02))
-        for s in SIDES if b.maybe(0.7) else [0]:
-            add(frame, block(0.03, 0.025, low + 0.05, (s * x * 0.35, 0.025, 0)))
+        posts = SIDES if b.maybe(0.7) else [0]
+        add(frame, *(block(0.03, 0.025, low + 0.05, (s * x * 0.35, 0.025, 0)) for s in posts))
     elif kind == "shell":
         u, v = np.meshgrid(np.linspace(-1, 1, 9), np.linspace(0, 1, 5), indexing="ij")
         bow = -b.u(0.05, 0.25) * u**2
         rise = v * up * (1 - 0.25 * u**2 * b.u(0, 1))
         add(cloth, sheet(np.stack([u * x / 2 * (1 - 0.15 * v**2), bow, rise], -1), 0.015))
     else:
-        add(frame, *(block(0.03, 0.03, up, (s * (x / 2 - 0.02), 0, 0)) for s in SIDES))
-        add(frame, block(x, 0.03, b.u(0.03, 0.09), (0, 0, up - 0.04)))
+        add(
+            frame,
+            *(block(0.03, 0.03, up, (s * (x / 2 - 0.02), 0, 0)) for s in SIDES),
+            block(x, 0.03, b.u(0.03, 0.09), (0, 0, up - 0.04)),
+        )
         many = b.n(2, 5)
         for k in range(many):
             if kind == "slats":
@@ -720,18 +723,14 @@ def bench(b: Builder) -> None:
     if b.maybe(0.5):
         up, rows = b.u(0.3, 0.5), b.n(1, 4)
         with b.within((0, y / 2 - 0.02, h), lean=b.u(4, 15)):
-            b.add(
-                "back",
-                top,
-                *(
-                    block(x, 0.025, up / rows * 0.7, (0, 0, 0.08 + up * k / rows))
-                    for k in range(rows)
+            heights = [0.08 + up * k / rows for k in range(rows)]
+            b.add_all(
+                ("back", top, *(block(x, 0.025, up / rows * 0.7, (0, 0, z)) for z in heights)),
+                (
+                    "back",
+                    frame,
+                    *(block(0.05, 0.03, up + 0.06, (s * x * 0.42, 0.02, 0)) for s in SIDES),
                 ),
-            )
-            b.add(
-                "back",
-                frame,
-                *(block(0.05, 0.03, up + 0.06, (s * x * 0.42, 0.02, 0)) for s in SIDES),
             )
         if b.maybe(0.5):
             for s in SIDES:
@@ -1090,8 +1089,7 @@ def crate(
         h, at = z / rows * b.u(0.6, 0.9), z * k / rows + 0.01
         for s in SIDES:
             add(block(x, 0.012, h, (0, s * y / 2, at)), block(0.012, y, h, (s * x / 2, 0, at)))
-    for s, e in CORNERS:
-        add(block(0.03, 0.03, z, (s * (x / 2 - 0.02), e * (y / 2 - 0.02), 0)))
+    add(*(block(0.03, 0.03, z, (s * (x / 2 - 0.02), e * (y / 2 - 0.02), 0)) for s, e in CORNERS))
 
 # %% ../../nbs/worlds/27_shapes.ipynb #7afc030e
 def bed(b: Builder) -> None:
@@ -1367,9 +1365,13 @@ def bin(b: Builder) -> None:
     elif kind == "pedal":
         base = h + 0.02
         dome = [(1.03, h), (1.03, base), (0.75, base + r * 0.3), (0.2, base + r * 0.36)]
-        b.add("lid", lid, loft([(outline(f), z) for f, z in dome], smooth=True))
-        b.add(
-            "pedal", b.tone("dark"), block(0.07, 0.06, 0.015, (0, -r * low * squash - 0.02, 0.01))
+        b.add_all(
+            ("lid", lid, loft([(outline(f), z) for f, z in dome], smooth=True)),
+            (
+                "pedal",
+                b.tone("dark"),
+                block(0.07, 0.06, 0.015, (0, -r * low * squash - 0.02, 0.01)),
+            ),
         )
     elif kind == "swing":
         up = r * b.u(0.6, 1.1)
@@ -1406,19 +1408,15 @@ def wire_bin(
     "Hoops and wires round a solid bottom."
     outline = lambda f: ring(2 * r * f, 2 * r * f, power, 24)
     n = b.n(4, 7)
-    for k in range(n):
-        f = low + (1 - low) * k / (n - 1)
-        b.add("body", color, tube(level(outline(f), h * k / (n - 1) + 0.006), 0.005, 5))
-    b.add(
-        "body",
-        color,
-        *(
-            tube([(*foot, 0), (*top, h)], 0.003, 4)
-            for foot, top in zip(outline(low)[:-1], outline(1)[:-1])
-        ),
-        straight(outline(low), 0, 0.006),
+    radii = [low + (1 - low) * k / (n - 1) for k in range(n)]
+    hoops = [level(outline(f), h * k / (n - 1) + 0.006) for k, f in enumerate(radii)]
+    wires = [[(*foot, 0), (*top, h)] for foot, top in zip(outline(low)[:-1], outline(1)[:-1])]
+    b.add_all(
+        ("body", color, *(tube(hoop, 0.005, 5) for hoop in hoops)),
+        ("body", color, *(tube(wire, 0.003, 4) for wire in wires)),
+        ("body", color, straight(outline(low), 0, 0.006)),
+        ("rim", color, tube(level(outline(1.0), h), 0.01, 6)),
     )
-    b.add("rim", color, tube(level(outline(1.0), h), 0.01, 6))
 
 # %% ../../nbs/worlds/27_shapes.ipynb #bffcf232
 def display(b: Builder) -> None:
@@ -1452,9 +1450,13 @@ def display(b: Builder) -> None:
                 ("screen", dark, patch(front)),
             )
         else:
-            b.add("frame", case, block(x, t, z))
-            b.add(
-                "screen", dark, block(x - 2 * edge, 0.004, z - 2 * edge, (0, -t / 2 - 0.001, edge))
+            b.add_all(
+                ("frame", case, block(x, t, z)),
+                (
+                    "screen",
+                    dark,
+                    block(x - 2 * edge, 0.004, z - 2 * edge, (0, -t / 2 - 0.001, edge)),
+                ),
             )
             if b.maybe(0.5):
                 wide, tall = x * b.u(0.3, 0.7), z * b.u(0.3, 0.6)
@@ -1561,8 +1563,8 @@ def leaf(
             block(x - w, t, w, (middle, 0, z - w)),
         )
         b.add("window", glass, block(x - w, 0.01, z - low - w, (middle, 0, low)))
-        for k in range(1, b.pick(1, 1, 3, 4)):
-            panel(block(x - w, t * 0.8, 0.03, (middle, 0, low + (z - low) * k / 4)))
+        heights = [low + (z - low) * k / 4 for k in range(1, b.pick(1, 1, 3, 4))]
+        panel(*(block(x - w, t * 0.8, 0.03, (middle, 0, height)) for height in heights))
     elif style == "planks":
         n = b.n(4, 7)
         panel(
@@ -1573,15 +1575,13 @@ def leaf(
         panel(block(x, t, z, (middle, 0, 0)))
         rows, columns = b.n(1, 4), b.n(1, 2)
         for j in range(rows if style == "panels" else 0):
-            for i in range(columns):
-                panel(
-                    block(
-                        x / columns * 0.68,
-                        t + 0.025,
-                        z / rows * 0.78,
-                        (-s * (i + 0.5) * x / columns, 0, z / rows * (j + 0.11)),
-                    )
+            size = x / columns * 0.68, t + 0.025, z / rows * 0.78
+            panel(
+                *(
+                    block(*size, (-s * (i + 0.5) * x / columns, 0, z / rows * (j + 0.11)))
+                    for i in range(columns)
                 )
+            )
         if style == "slit":
             w, tall, at = b.u(0.12, 0.5), b.u(0.2, 0.6), b.u(0.45, 0.6)
             b.add("window", glass, block(x * w, t + 0.01, z * tall, (-s * x * at, 0, z * 0.35)))
@@ -1719,8 +1719,8 @@ def kitchen_sink(
     )
     if not two:
         counter(block(x * 0.5, y * 0.8, 0.02, (x * 0.25, -0.02 * y, z - 0.03)))
-        for k in range(6):
-            counter(block(x * 0.4, 0.01, 0.008, (x * 0.25, (k - 2.5) * y * 0.1, z - 0.01)))
+        places = [(x * 0.25, (k - 2.5) * y * 0.1, z - 0.01) for k in range(6)]
+        counter(*(block(x * 0.4, 0.01, 0.008, place) for place in places))
     counter(*(block(x * 0.04, y, 0.02, (e * x * 0.48, 0, z - 0.016)) for e in (-1, 0, 1)))
     tap(b, (0, y * 0.42, z), metal, b.u(0.15, 0.35), y * 0.4)
     if b.maybe(0.5):
@@ -1915,12 +1915,11 @@ def desk_lamp(
         ("pole", metal, tube([(0, 0, 0), knee], 0.01, 6), tube([knee, tip], 0.01, 6)),
     )
     with b.within(tip, lean=180 + b.u(-50, 10)):
-        b.add(
-            "shade",
-            cloth if b.maybe(0.4) else metal,
-            lathe([(0.02, -0.03), (0.03, -0.02), (r * 0.5, r * 0.7)], 20),
+        color = cloth if b.maybe(0.4) else metal
+        b.add_all(
+            ("shade", color, lathe([(0.02, -0.03), (0.03, -0.02), (r * 0.5, r * 0.7)], 20)),
+            ("bulb", b.tone("glass"), drum(0.025, 0.07)),
         )
-        b.add("bulb", b.tone("glass"), drum(0.025, 0.07))
 
 
 def ball(
@@ -2424,9 +2423,8 @@ def make_object(
     return object_files(kind, id, images, ".png", where, cloud), item | true_size(mesh, length)
 
 
-def _shard_job(job):
+def _write_shard(path, items, views, size, points):
     "Make some objects and write them as one archive, at once or not at all."
-    path, items, views, size, points = job
     part = path.with_suffix(f".{os.getpid()}.part")
     rows = []
     with zipfile.ZipFile(part, "w") as z:
@@ -2472,7 +2470,7 @@ def make_shapes(
     todo = [job for job in jobs if not job[0].is_file()]
     with tqdm(total=len(items), desc="shapes", unit="shape") as bar:
         bar.update(len(items) - sum(len(job[1]) for job in todo))
-        for done in map_jobs(_shard_job, todo, workers):
+        for done in map_jobs(_write_shard, todo, workers):
             bar.update(done)
     _join(out, [job[0] for job in jobs], convention(".png", views, size))
     shutil.rmtree(folder.parent, ignore_errors=True)
