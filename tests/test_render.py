@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unipre3d.core import CameraBatch, GaussianBatch
-from unipre3d.gaussians import covariance, evaluate_sh
+from unipre3d.core import CameraBatch, GaussianBatch, PointBatch
+from unipre3d.gaussians import GaussianHead, covariance, evaluate_sh
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.render import EPS2D, composite, pixel_alpha, project_gaussians, render
 
@@ -585,6 +585,38 @@ def test_works_in_a_forked_child():
     process.start()
     assert queue.get(timeout=60) == want
     process.join()
+
+
+def waits(monkeypatch, call):
+    "How often a call reads values of tensors; on a GPU the processor waits each time."
+    found = []
+
+    def watch(name, method):
+        def read(self, *args, **options):
+            found.append(name)
+            return method(self, *args, **options)
+
+        return read
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, watch(name, getattr(torch.Tensor, name)))
+        call()
+    return found
+
+
+def test_a_step_reads_no_value_and_the_checks_read_once(monkeypatch):
+    gaussians, cameras = random_scene(0)
+    g, _ = leaves(gaussians)
+    black = torch.zeros(3)
+    points = PointBatch(g.mean.detach(), torch.rand(len(g), 8), g.batch, g.size)
+    head = GaussianHead(8)
+
+    def step():
+        render(head(points), cameras, black, check=False).rgb.square().sum().backward()
+
+    assert waits(monkeypatch, step) == []
+    assert waits(monkeypatch, lambda: render(g, cameras, black)) == ["tolist"]
 
 
 def test_an_error_in_a_thread_reaches_the_caller():
