@@ -13,7 +13,7 @@ from unipre3d.worlds.mesh import Tracer, normalise, render_view, render_views, v
 from unipre3d.worlds.shapes import (
     KINDS,
     PARTS,
-    SPLITS,
+    FIRST_NUMBERS,
     block,
     cushion,
     drum,
@@ -175,7 +175,7 @@ def test_archive_reads_resumes_and_does_not_depend_on_workers(tmp_path):
     assert data.parts["cup"] == PARTS["cup"] and float(data.table[data.items[0]]["unit"]) > 0
     sides = [
         {ShapeNetViews(one, split=s).items[i] for i in range(len(ShapeNetViews(one, split=s)))}
-        for s in SPLITS
+        for s in FIRST_NUMBERS
     ]
     assert (
         [len(s) for s in sides] == [4, 2, 2] and not sides[0] & sides[1] and not sides[1] & sides[2]

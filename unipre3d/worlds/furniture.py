@@ -27,8 +27,10 @@ from unipre3d.data.objects import (
     read_csv,
     spiral_views,
 )
+from ..data.shapenet import SPLITS
 from unipre3d.worlds.mesh import (
     SIZE,
+    TO_Z_UP,
     Material,
     Mesh,
     Tracer,
@@ -42,10 +44,10 @@ from unipre3d.worlds.mesh import (
 )
 
 # %% auto #0
-__all__ = ['PACKAGE', 'FILE', 'SHA256', 'LIBRARIES', 'HEADER', 'WIDTHS', 'FILE_UP', 'VIEWS', 'POINTS', 'LICENCES', 'SIDES',
-           'CREDITS_HEAD', 'CREDITS_LIBRARY', 'ar_members', 'find_deb', 'unpack_deb', 'Entry', 'read_catalogue',
-           'parse_mtl', 'parse_obj', 'read_model', 'prepare_mesh', 'prepare_object', 'prepare_all', 'part_table',
-           'label_parts', 'round_colors', 'pack_object', 'split_families', 'object_table', 'credits', 'write_archive',
+__all__ = ['PACKAGE', 'FILE', 'SHA256', 'LIBRARIES', 'HEADER', 'WIDTHS', 'VIEWS', 'POINTS', 'LICENCES', 'CREDITS_HEAD',
+           'CREDITS_LIBRARY', 'ar_members', 'find_deb', 'unpack_deb', 'Entry', 'read_catalogue', 'parse_mtl',
+           'parse_obj', 'read_model', 'prepare_mesh', 'prepare_object', 'prepare_all', 'part_table', 'label_parts',
+           'round_colors', 'pack_object', 'split_families', 'object_table', 'credits', 'write_archive',
            'build_furniture']
 
 # %% ../../nbs/worlds/20_furniture.ipynb #66cee4be
@@ -266,15 +268,6 @@ def parse_obj(
     return *found, np.array(part, dtype=np.int64), list(names)
 
 # %% ../../nbs/worlds/20_furniture.ipynb #e4e20d45
-FILE_UP = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # y up -> z up
-
-
-def _box(corners):
-    "Lowest and highest corner [3]."
-    points = corners.reshape(-1, 3)
-    return points.min(0), points.max(0)
-
-
 def read_model(
     library: zipfile.ZipFile,  # a .sh3f library
     entry: Entry,  # which object
@@ -298,7 +291,7 @@ def read_model(
     upright = np.array(entry.rotation).reshape(3, 3)
     corners = corners[keep] @ upright.T
     normal = normal[keep] @ upright.T
-    low, high = _box(corners)
+    low, high = corners.min((0, 1)), corners.max((0, 1))
     width, depth, height = entry.size
     stretch = np.array([width, height, depth]) / np.maximum(high - low, 1e-12)
     scale = np.where(high - low > 1e-6 * (high - low).max(), stretch, 1.0)
@@ -306,9 +299,9 @@ def read_model(
     flat = np.linalg.norm(normal, axis=-1) < 1e-6
     normal = unit(np.where(flat[..., None], smooth_normals(corners), normal / scale))
     return Mesh(
-        corners=corners @ FILE_UP.T,
+        corners=corners @ TO_Z_UP["y"].T,
         uv=uv[keep].astype(np.float32),
-        normal=(normal @ FILE_UP.T).astype(np.float32),
+        normal=(normal @ TO_Z_UP["y"].T).astype(np.float32),
         part=part[keep],
         material=part[keep],  # each name ends in its material
         materials=[table.get(p.split("|")[2], Material()) for p in parts],
@@ -433,9 +426,6 @@ def pack_object(
     return object_files(kind, id, images, ".webp", made["views"], cloud)
 
 # %% ../../nbs/worlds/20_furniture.ipynb #ff43871f
-SIDES = ("train", "val", "test")
-
-
 def split_families(
     classes: dict[str, str],  # object -> class
     families: dict[str, str],  # object -> design family
@@ -458,7 +448,7 @@ def split_families(
         for kind, n in kinds.items():
             missing = missing + n * (np.array(fractions) * total[kind] - have[kind]) / total[kind]
         side = int(np.argmax(missing)) if len(mine) < 4 else 0
-        sides |= dict.fromkeys(mine, SIDES[side])
+        sides |= dict.fromkeys(mine, SPLITS[side])
         for kind, n in kinds.items():
             have[kind][side] += n
     return sides
@@ -547,7 +537,8 @@ def build_furniture(
     ids: list[str] | None = None,  # only these objects; None means all that the table keeps
 ) -> Path:  # the archive
     """The embedded data set from its source: check, unpack, render, pack.
-    Writes `furniture.zip`, `furniture.csv` and `CREDITS.md`. Raises: FileNotFoundError or ValueError where the source is missing or another."""
+    Writes `furniture.zip`, `furniture.csv` and `CREDITS.md`.
+    Raises: FileNotFoundError or ValueError where the source is missing or another."""
     tables = data_dir()
     out, work = Path(out or tables), Path(work)
     libraries = unpack_deb(find_deb(deb, work), work / "libraries")

@@ -16,7 +16,7 @@ from ..core import data_dir
 from ..data.labelled import ScanObjectNN
 from ..data.objects import map_jobs, read_csv
 from ..data.readers import fit_radius
-from ..data.shapenet import ShapeNetViews
+from ..data.shapenet import SPLITS, ShapeNetViews
 from ..records import code_hash, data_hash, cached
 from .mesh import Mesh, Tracer, normalise, plain_mesh, visible_cloud
 from .sensor import depth_images, merge_views, sensor_depth
@@ -33,9 +33,9 @@ from unipre3d.worlds.shapes import (
 )
 
 # %% auto #0
-__all__ = ['WALL', 'TOPS', 'VARIANTS', 'ENOUGH', 'SPLIT_NAMES', 'CATEGORIES', 'surfels', 'make_place', 'viewpoints', 'crop',
-           'draw_scan', 'list_things', 'thing_mesh', 'write_scans', 'make_scans', 'Scans', 'embedded_scans',
-           'make_part_shapes', 'embedded_part_shapes']
+__all__ = ['WALL', 'TOPS', 'VARIANTS', 'ENOUGH', 'CATEGORIES', 'surfels', 'make_place', 'viewpoints', 'crop', 'draw_scan',
+           'list_things', 'thing_mesh', 'write_scans', 'make_scans', 'Scans', 'embedded_scans', 'make_part_shapes',
+           'embedded_part_shapes']
 
 # %% ../../nbs/worlds/28_scans.ipynb #490f6f00
 def surfels(
@@ -225,9 +225,6 @@ def draw_scan(
     )
 
 # %% ../../nbs/worlds/28_scans.ipynb #7f7027ef
-SPLIT_NAMES = ("train", "val", "test")
-
-
 def list_things(
     source: str,  # "shapes" or "furniture"
     split: str,  # "train", "val" or "test": numbers of shapes, design families of furniture
@@ -238,7 +235,7 @@ def list_things(
     "The objects of a split. Raises: ValueError for an unknown source, split or class."
     if source not in ("shapes", "furniture"):
         raise ValueError(f"source: expected 'shapes' or 'furniture', got {source!r}")
-    if split not in SPLIT_NAMES:
+    if split not in SPLITS:
         raise ValueError(f"split: expected 'train', 'val' or 'test', got {split!r}")
     rows = read_csv(data_dir() / "furniture.csv")
     known = set(KINDS)
@@ -249,7 +246,7 @@ def list_things(
         raise ValueError(f"classes: expected some of {names} ({source}), got {unknown[0]!r}")
     if source == "furniture":
         return [r for r in rows if r["class"] in classes and r["split"] == split]
-    many = tuple(per_class if s == split else 0 for s in SPLIT_NAMES)
+    many = tuple(per_class if s == split else 0 for s in SPLITS)
     return shape_items(list(classes), many, seed)
 
 
@@ -472,7 +469,7 @@ def make_part_shapes(
     workers: int = 2,  # processes; 1 works in this one
 ) -> Path:
     "Whole clouds of generated shapes with their parts, in one file for `Scans`. Raises: ValueError for an empty set."
-    many = tuple(per_category if s == split else 0 for s in SPLIT_NAMES)
+    many = tuple(per_category if s == split else 0 for s in SPLITS)
     items = shape_items(list(categories), many, seed)
     if not items:
         wanted = 'expected a split of "train", "val" or "test" and at least one shape'

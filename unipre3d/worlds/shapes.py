@@ -36,7 +36,7 @@ from unipre3d.worlds.mesh import (
 )
 
 # %% auto #0
-__all__ = ['TRIANGLES', 'TONES', 'SIDES', 'CORNERS', 'BASES', 'DESK_BODIES', 'CARS', 'KINDS', 'PARTS', 'SPLITS', 'MAKERS',
+__all__ = ['TRIANGLES', 'TONES', 'SIDES', 'CORNERS', 'BASES', 'DESK_BODIES', 'CARS', 'KINDS', 'PARTS', 'FIRST_NUMBERS', 'MAKERS',
            'patch', 'block', 'cushion', 'lathe', 'drum', 'tube', 'curve', 'ring', 'level', 'loft', 'straight', 'prism',
            'sheet', 'move', 'transform', 'rotation', 'Builder', 'supports', 'handle', 'fronts', 'goods', 'chair',
            'chair_back', 'stool', 'bench', 'sofa', 'table', 'desk', 'hutch', 'cabinet', 'rack', 'shelf', 'box',
@@ -2375,7 +2375,7 @@ def make_mesh(
     return b.mesh(PARTS[category])
 
 # %% ../../nbs/worlds/27_shapes.ipynb #b9549660
-SPLITS = dict(train=0, val=10**6, test=2 * 10**6)  # where the numbers of each split begin
+FIRST_NUMBERS = dict(train=0, val=10**6, test=2 * 10**6)  # where the numbers of each split begin
 MAKERS = (
     "unipre3d.data.objects",
     "unipre3d.worlds.mesh",
@@ -2397,7 +2397,7 @@ def shape_items(
         raise ValueError(f"per_category: expected {wanted}, got {per_category}")
     items = []
     for kind in sorted(categories):
-        for (split, first), many in zip(SPLITS.items(), per_category):
+        for (split, first), many in zip(FIRST_NUMBERS.items(), per_category):
             for number in range(first, first + many):
                 id = f"{kind}-{seed}-{number}"
                 place = dict(split=split, family=id, seed=seed, number=number)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ...core import data_dir
 from ...records import cache_dir, code_hash, data_hash, cached
 from ...data.objects import csv_text
+from ...data.shapenet import SPLITS
 from .cloud import frame_points, fuse_frames, label_points
 from .film import K, film
 from .furnish import ROOM_KINDS, compose_room
@@ -26,11 +27,10 @@ from .light import choose_appearance
 from .models import room_models
 
 # %% auto #0
-__all__ = ['SPLITS', 'ORDER', 'OWN', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms',
-           'RoomsOptions', 'rooms_version', 'embedded_rooms']
+__all__ = ['ORDER', 'OWN', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms', 'RoomsOptions',
+           'rooms_version', 'embedded_rooms']
 
 # %% ../../../nbs/worlds/37_rooms_disk.ipynb #c9f3eb2b
-SPLITS = ("train", "val", "test")
 # the splits of fifteen rooms, repeated: 40, 8 and 12 of 60
 ORDER = "train val test train train train test train val train train test train train train".split()
 
