@@ -1,8 +1,9 @@
-"""The models of composed rooms from the furniture's source: writes data/furniture_meshes.npz, in some minutes.
+"""The models of composed rooms from the furniture's source: an archive like data/furniture_meshes.npz, in some minutes.
 
     python tools/build_room_models.py [--deb FILE] [--out FILE] [--work FOLDER] [--workers N]
 
-It needs `fast_simplification`. `near_duplicates` found the twins that data/furniture_classes.csv leaves out.
+It needs `fast_simplification`. The embedded archive came from an earlier run, whose models have fewer triangles; rooms are
+composed from that one, so their bytes stay. `near_duplicates` found the twins that data/furniture_classes.csv leaves out.
 """
 
 import argparse
@@ -241,11 +242,11 @@ def _simplify_job(job):
 
 def build_meshes(
     deb: str | Path | None = None,  # the source package; None downloads it with apt-get
-    out: str | Path | None = None,  # the npz; None means the embedded one
+    out: str | Path = "runs/furniture_meshes.npz",
     work: str | Path = "runs/furniture",  # where the libraries are unpacked
     workers: int = 2,  # processes
 ) -> Path:  # the archive
-    """The embedded archive of simplified meshes from its source, in some minutes.
+    """An archive of simplified meshes from its source, in some minutes.
     Needs `fast_simplification`.
 
     Raises: FileNotFoundError or ValueError where the package is missing or another one."""
@@ -261,13 +262,13 @@ def build_meshes(
     with ProcessPoolExecutor(workers) as pool:
         made = pool.map(_simplify_job, jobs)
         packed = dict(tqdm(made, total=len(jobs), desc="simplify", unit="model"))
-    return write_meshes(packed, out or data_dir() / "furniture_meshes.npz")
+    return write_meshes(packed, out)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--deb", help="the source package; downloaded with apt-get if not given")
-    parser.add_argument("--out", help="the archive; the embedded one if not given")
+    parser.add_argument("--out", default="runs/furniture_meshes.npz", help="the archive")
     parser.add_argument("--work", default="runs/furniture", help="where the libraries are unpacked")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     print(build_meshes(**vars(parser.parse_args())))

@@ -27,7 +27,6 @@ from unipre3d.data.objects import (
     read_csv,
     spiral_views,
 )
-from ..data.shapenet import SPLITS
 from unipre3d.worlds.mesh import (
     SIZE,
     TO_Z_UP,
@@ -448,7 +447,7 @@ def split_families(
         for kind, n in kinds.items():
             missing = missing + n * (np.array(fractions) * total[kind] - have[kind]) / total[kind]
         side = int(np.argmax(missing)) if len(mine) < 4 else 0
-        sides |= dict.fromkeys(mine, SPLITS[side])
+        sides |= dict.fromkeys(mine, ("train", "val", "test")[side])
         for kind, n in kinds.items():
             have[kind][side] += n
     return sides

@@ -27,7 +27,7 @@ from .light import choose_appearance
 from .models import room_models
 
 # %% auto #0
-__all__ = ['ORDER', 'OWN', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms', 'RoomsOptions',
+__all__ = ['ORDER', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms', 'RoomsOptions',
            'rooms_version', 'embedded_rooms']
 
 # %% ../../../nbs/worlds/37_rooms_disk.ipynb #c9f3eb2b
@@ -162,9 +162,11 @@ class RoomsOptions:
     workers: int = 2  # processes
 
 
-OWN = "models build furnish light film cloud disk".split()
-# modules that decide how a room is made
-MODULES = ("worlds.mesh", "worlds.sensor", *(f"worlds.rooms.{name}" for name in OWN))
+MODULES = (
+    "worlds.mesh",
+    "worlds.sensor",
+    *(f"worlds.rooms.{name}" for name in "models build furnish light film cloud disk".split()),
+)
 TABLES = ("furniture_meshes.npz", "room_roles.csv", "furniture.csv", "scannet_classes.csv")
 
 
