@@ -229,6 +229,7 @@ class GaussianModel(Model):
     max_offset: float = 0.2  # largest distance per axis of a Gaussian from its point, world units
     initial_scale: float = 0.05  # standard deviation of the Gaussians before training, world units
     min_scale: float = 0.0  # floor of the standard deviation; the released code has 0.37
+    max_scale: float = 100.0  # its ceiling, world units; the released code has e^20
 
 
 LAYOUTS = {
@@ -370,6 +371,7 @@ class PretrainRecipe(Recipe):
             max_offset=self.model.max_offset,
             initial_scale=self.model.initial_scale,
             min_scale=self.model.min_scale,
+            max_scale=self.model.max_scale,
         )
         return UniPre3D(backbone, join, head)
 
