@@ -26,14 +26,18 @@ from ..recipes import read_recipe
 from ..records import read_record, write_json
 from .plan import SOURCES, Row, plan, plan_recipe, select
 from ..runs.fit import Task, stop_requests
-from ..runs.recipe import Recipe, change, freeze, to_values
+from ..runs.recipe import Optimiser, Recipe, change, freeze, to_values
 from ..runs.run import run_recipe
 from unipre3d.tasks.classification import (
+    ClassData,
+    ClassHead,
     ClassificationRecipe,
+    ClassRun,
     class_probabilities,
     class_samples,
     read_splits,
-)
+)  # inherited fields name some of them
+from ..tasks.heads import LabelObjective
 
 # %% auto #0
 __all__ = ['CHILD', 'ONE_THREAD', 'plain', 'row_of', 'recorded', 'record_path', 'run_path', 'read_row', 'chosen_rate',

@@ -22,7 +22,7 @@ from ..data.shapenet import ShapeNetViews
 from ..image import check_images, downscale_factor, load_autoencoder, pad_to_multiple
 from ..losses import psnr
 from ..runs.fit import Task, processes
-from ..runs.recipe import Recipe, change
+from ..runs.recipe import Optimiser, Recipe, Run, change  # inherited fields name them
 from ..runs.run import run_recipe
 
 # %% auto #0
