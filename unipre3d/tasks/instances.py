@@ -27,11 +27,13 @@ from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.scannet import LabelSet, scannet_labels
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import Model, change
+from ..runs.recipe import Model, Optimiser, change  # inherited fields name Optimiser
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import accuracy, label_loss
 from .metrics import InstanceScore, Instances
 from unipre3d.tasks.scenes import (
+    SceneData,
+    SceneRun,
     ROOM_MINI,
     SCENE_FULL,
     LabelledScenes,

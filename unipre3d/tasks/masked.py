@@ -19,7 +19,7 @@ from ..data.augment import Augment
 from ..data.samples import CloudSamples
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered
-from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
+from ..runs.recipe import Data, Model, Objective, Optimiser, Recipe, Run, change
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import own_batches
 

@@ -31,7 +31,7 @@ from unipre3d.data.readers import (
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import Data, Model, Recipe, change
+from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import LabelObjective, accuracy, label_loss, own_batches, pool, propagate
 from .metrics import PartScore, own_parts

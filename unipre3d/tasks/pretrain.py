@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar  # inherited fields name Any
 
 import torch
 from jaxtyping import Float
@@ -36,7 +36,7 @@ from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
 # %% auto #0
 __all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes',
            'UniPre3D', 'predict', 'rows_of_views', 'save_views', 'evaluate', 'constant_baselines', 'ViewData',
-           'GaussianModel', 'build_image_net', 'build_fusion', 'read_views', 'build_views', 'PretrainRecipe',
+           'GaussianModel', 'build_image_net', 'build_fusion', 'read_views', 'PretrainRecipe', 'build_views',
            'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
@@ -323,28 +323,6 @@ def read_views(
         root, split=split, hw=hw, intrinsics=data.intrinsics, cache_bytes=cache_bytes
     )
 
-
-def build_views(
-    recipe: PretrainRecipe,
-    split: str,  # "train", "val" or "test"
-) -> ViewSamples:
-    "The samples of one split; only training varies."
-    data = recipe.data
-    train = split == "train"
-    scene = data.layout == "scannet"
-    return ViewSamples(
-        read_views(data, split),
-        n_points=data.n_points or None,
-        n_ref=data.n_ref,
-        n_target=data.n_target,
-        max_gap=data.max_gap if scene else None,
-        sampling=data.sampling,
-        features=data.features,
-        augment=data.augment if train else Augment(),
-        center=scene,
-        seed=recipe.run.seed if train else 0,
-    )
-
 # %% ../../nbs/60_pretrain.ipynb #2d4b9a42
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
@@ -388,6 +366,28 @@ class PretrainRecipe(Recipe):
         if device != "auto" or not torch.cuda.is_available() or importlib.util.find_spec("gsplat"):
             return device, ""
         return "cpu", " (not on the GPU, where gsplat renders: pip install -e '.[gpu]')"
+
+
+def build_views(
+    recipe: PretrainRecipe,
+    split: str,  # "train", "val" or "test"
+) -> ViewSamples:
+    "The samples of one split; only training varies."
+    data = recipe.data
+    train = split == "train"
+    scene = data.layout == "scannet"
+    return ViewSamples(
+        read_views(data, split),
+        n_points=data.n_points or None,
+        n_ref=data.n_ref,
+        n_target=data.n_target,
+        max_gap=data.max_gap if scene else None,
+        sampling=data.sampling,
+        features=data.features,
+        augment=data.augment if train else Augment(),
+        center=scene,
+        seed=recipe.run.seed if train else 0,
+    )
 
 
 def pretrain_task(

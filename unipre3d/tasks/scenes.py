@@ -27,7 +27,7 @@ from ..data.samples import CloudSamples, Labelled
 from ..data.scannet import ScanNetFrames
 from ..geometry.pointops import voxelize
 from ..geometry.sparse import merge_voxels
-from ..runs.recipe import Data, Recipe, Run, change
+from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
 from .heads import LabelObjective, propagate
 
 # %% auto #0

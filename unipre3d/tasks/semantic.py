@@ -22,11 +22,13 @@ from ..data.readers import Reader
 from ..data.samples import Labelled
 from ..data.scannet import scannet_labels
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import change
+from ..runs.recipe import Model, Optimiser, change  # inherited fields name them
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import accuracy, label_loss
 from .metrics import SemanticScore
 from unipre3d.tasks.scenes import (
+    SceneData,
+    SceneRun,
     ROOM_MINI,
     SCENE_FULL,
     PointModel,
