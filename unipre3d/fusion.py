@@ -274,8 +274,8 @@ class PointFusion(NoFusion):
         ref: ViewBatch,  # v reference views with depth
     ) -> PointBatch:
         "Join the reference pixels to the voxels."
-        if maps.shape[2] * maps.shape[3] < 2048:  # PyTorch's backward of small maps, channels last,
-            maps = maps.contiguous()  # writes to an input gradient that there is none of
+        if maps.shape[2] * maps.shape[3] < 2048:  # a library's backward of small maps may crash
+            maps = maps.contiguous()
         image = back_project(points, self.image_norm(maps), ref)
         image = image.with_feat(self.image_proj(image.feat))
         return self.mix(join_voxels(points, image, self.voxel_size))
