@@ -98,11 +98,13 @@ def recolor(
 # %% ../../nbs/data/17_augment.ipynb #a8e67674
 def move_cameras(
     world_to_cam: Float[np.ndarray, "v 4 4"],
-    A: Float[np.ndarray, "3 3"] = np.eye(3),  # rotation of the world
+    A: Float[np.ndarray, "3 3"] | None = None,  # rotation of the world; None leaves it
     scale: float = 1.0,  # of the world
-    shift: Float[np.ndarray, "3"] = np.zeros(3),  # of the world, after rotation and scale
+    shift: Float[np.ndarray, "3"] | None = None,  # of the world, after rotation and scale
 ) -> Float[np.ndarray, "v 4 4"]:  # in the same precision
     "Poses in a world that moved by x' = scale A x + shift."
+    A = np.eye(3) if A is None else A
+    shift = np.zeros(3) if shift is None else shift
     # single precision rounds A, so in double precision its inverse is not quite its transpose
     back = A.T if A.dtype == np.float32 else np.linalg.inv(A)
     moved = world_to_cam + 0  # a copy without negative zeros
@@ -124,9 +126,9 @@ class PosedViews:
 
 def move_views(
     views: PosedViews,
-    A: Float[np.ndarray, "3 3"] = np.eye(3),  # rotation of the world
+    A: Float[np.ndarray, "3 3"] | None = None,  # rotation of the world; None leaves it
     scale: float = 1.0,  # of the world
-    shift: Float[np.ndarray, "3"] = np.zeros(3),  # of the world, after rotation and scale
+    shift: Float[np.ndarray, "3"] | None = None,  # of the world, after rotation and scale
 ) -> PosedViews:
     "Cameras and depth in a world that moved; the images stay."
     depth = None if views.depth is None else views.depth * np.float32(scale)

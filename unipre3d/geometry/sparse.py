@@ -79,8 +79,8 @@ class SparseTensor:
     size: int  # number of clouds B
     # what was worked out about these cells, shared by with_feat; given only for cells that are checked
     _cache: dict | None = field(default=None, repr=False)
-    # for a strided result: where it came from
-    _origin: Origin | None = field(default=None, repr=False)
+    # for a strided result: where it came from, an `Origin`
+    _origin: Any = field(default=None, repr=False)
 
     def __post_init__(self):
         check_shapes("SparseTensor", feat=(self.feat, "n c"), index=(self.index, "n 4"))
