@@ -273,9 +273,10 @@ def train_mini(
     *,
     steps: int | None = None,  # optimiser steps; None means those of the recipe
     seed: int = 0,  # of weights, patches and noise
+    views: int = 0,  # images of each object; 0 takes all
 ) -> Path:  # the folder of the weights, ready for `KLImageEncoder.from_pretrained`
     "Train the small autoencoder again; the same call goes on where it was stopped."
     recipe = autoencoder_recipes["autoencoder-mini"]
-    recipe = change(recipe, steps=steps or recipe.run.steps, seed=seed)
+    recipe = change(recipe, steps=steps or recipe.run.steps, seed=seed, views=views)
     resume = (Path(out) / "resume.safetensors").is_file()
     return run_recipe("autoencoder-mini", recipe, out, resume=resume).folder / "weights"
