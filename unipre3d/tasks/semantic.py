@@ -237,7 +237,7 @@ def save_example(
 
 def final_scores(
     model: nn.Module,  # points -> logits
-    recipe: SemanticRecipe,
+    recipe: SceneRecipe,  # a `SemanticRecipe`
     reader: Reader,  # the test rooms
     folder: Path,  # gets room.png and room.npz
     device: str | torch.device = "cpu",
