@@ -104,7 +104,7 @@ def render_loss(
     target: ViewBatch,  # true views
     values: RenderObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Render]:  # loss, each term, what was rendered
-    "Render the target views and add up the terms (@eq-objective)."
+    "Render the target views and add up the terms."
     device = gaussians.mean.device
     background = torch.tensor(values.background, dtype=torch.float32, device=device)
     image = render(gaussians, target.camera, background, backend=values.backend, check=False)

@@ -31,7 +31,7 @@ def chamfer(
     p: Float[Tensor, "m k 3"],
     q: Float[Tensor, "m l 3"],
 ) -> Float[Tensor, "m"]:
-    "Mean squared distance to the nearest point of the other set, both ways (@eq-chamfer)."
+    "Mean squared distance to the nearest point of the other set, both ways."
     squared = (p[:, :, None] - q[:, None]).square().sum(-1)
     return squared.amin(2).mean(1) + squared.amin(1).mean(1)
 
