@@ -345,8 +345,12 @@ def test_the_head_makes_no_needle():
     from unipre3d.core import PointBatch
 
     points = PointBatch(torch.zeros(2, 3), torch.zeros(2, 8), torch.zeros(2, dtype=torch.long), 1)
-    scale = GaussianHead(8).activate(torch.tensor([[1e6], [-1e6]]).expand(2, 23), points).scale
+    raw = torch.tensor([[1e6], [-1e6]]).expand(2, 23)
+    scale = GaussianHead(8, max_scale=100.0).activate(raw, points).scale
     torch.testing.assert_close(scale, torch.tensor([[100.0], [math.exp(-20)]]).expand(2, 3))
+    from unipre3d.tasks.pretrain import pretrain_recipes
+
+    assert {recipe.model.max_scale for recipe in pretrain_recipes.values()} == {100.0}
 
 
 def test_vector_loads_are_checked_too(tmp_path):
