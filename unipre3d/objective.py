@@ -81,6 +81,10 @@ def check_objective(
             raise ValueError(f"terms.{name}: expected a weight of at least 0, got {weight}")
     if not any(values.terms.values()):
         raise ValueError("terms: expected at least one term with a weight above 0")
+    if values.backend not in ("auto", "cpu", "gsplat", "dense"):
+        raise ValueError(
+            f"backend: expected 'auto', 'cpu', 'gsplat' or 'dense', got {values.backend!r}"
+        )
     if not all(0 <= value <= 1 for value in values.background):
         raise ValueError(f"background: expected three numbers in 0..1, got {values.background}")
     if min(values.foreground_weight, values.background_weight) < 0 or not (

@@ -337,6 +337,8 @@ def run_recipe(
     metrics, details = task.test(model, folder)
     if rank:
         return Outcome(folder, None, done.ended)
+    backend = getattr(recipe.objective, "backend", "auto")
+    usual = "gsplat" if accelerator.device.type == "cuda" else "cpu"
     record = {
         "kind": recipe.kind,
         "recipe": name,
@@ -350,7 +352,7 @@ def run_recipe(
         "chosen": chosen,
         "data": task.data,
         "classes": task.classes,
-        "backend": "gsplat" if accelerator.device.type == "cuda" else "cpu",
+        "backend": backend if backend != "auto" else usual,
         "processes": world,
         "hardware": hardware(),
         "train_seconds": done.seconds,

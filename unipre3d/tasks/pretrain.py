@@ -34,10 +34,10 @@ from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
 from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes',
-           'UniPre3D', 'predict', 'rows_of_views', 'save_views', 'evaluate', 'constant_baselines', 'ViewData',
-           'GaussianModel', 'build_image_net', 'build_fusion', 'read_views', 'PretrainRecipe', 'build_views',
-           'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
+__all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET',
+           'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views', 'evaluate', 'constant_baselines',
+           'ViewData', 'GaussianModel', 'build_image_net', 'build_fusion', 'read_views', 'PretrainRecipe',
+           'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -463,27 +463,30 @@ OBJECTS = PretrainRecipe(
     run=Run(validate_every=500, save_every=250, picture_every=50),
 )
 SMALL = change(OBJECTS, n_points=512, batch_size=16, steps=800, warmup=40)
-SHAPENET = change(
-    OBJECTS,
+PAPER = dict(
     source="",
-    convention="released",
-    sampling="fps",
-    resolution=128,
     workers=8,
-    cache_mb=0,
     image="stabilityai/sd-vae-ft-mse",
-    max_offset=1.0,
-    steps=100_000,
     lr=1e-4,
     warmup=0,
     schedule="step",
-    decay_every=20_000,
-    decay=0.8,
     weight_decay=0.01,
     ema=0.9999,
     picture_every=500,
     validate_every=5000,
     save_every=2000,
+)  # what the paper's objects and scenes share
+SHAPENET = change(
+    OBJECTS,
+    **PAPER,
+    convention="released",
+    sampling="fps",
+    resolution=128,
+    cache_mb=0,
+    max_offset=1.0,
+    steps=100_000,
+    decay_every=20_000,
+    decay=0.8,
 )
 SCENES = change(
     OBJECTS,
@@ -512,24 +515,14 @@ ROOMS = change(
 )
 SCANNET = change(
     SCENES,
-    source="",
+    **PAPER,
     n_points=0,
     resolution=120,
-    workers=8,
-    image="stabilityai/sd-vae-ft-mse",
     initial_scale=0.02,
     steps=60_000,
     batch_size=8,
-    lr=1e-4,
-    warmup=0,
-    schedule="step",
     decay_every=10_000,
     decay=0.9,
-    weight_decay=0.01,
-    ema=0.9999,
-    picture_every=500,
-    validate_every=5000,
-    save_every=2000,
 )
 
 
