@@ -211,6 +211,9 @@ class RunOptions:
     resume: bool = (
         False  # go on with the interrupted run in --out (default: the newest of this recipe)
     )
+    force: bool = (
+        False  # with --resume: also where data, code, threads or processes are not the same
+    )
     device: str = (
         "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cpu"
     )
@@ -225,17 +228,18 @@ def newest_run(
     Raises: FileNotFoundError where there is none.
     """
     from unipre3d.records import read_config
+    from unipre3d.runs.checkpoint import has_state, is_finished
 
     found = []
-    for state in Path(root).glob(f"{name}*/resume.safetensors"):
-        finished = (state.parent / "record.json").exists()
-        if not finished and read_config(state.parent)["name"] == name:
-            found.append(state)
+    for folder in Path(root).glob(f"{name}*"):
+        goes_on = has_state(folder) and not is_finished(folder)
+        if goes_on and read_config(folder)["name"] == name:
+            found.append(folder)
     if not found:
         raise FileNotFoundError(
             f"--resume: expected an interrupted run of {name} in {root}/, found none; name it with --out FOLDER"
         )
-    return max(found, key=lambda state: state.stat().st_mtime).parent
+    return max(found, key=lambda folder: folder.stat().st_mtime)
 
 
 def parse_recipe(
@@ -276,11 +280,13 @@ def resumable(
 
     Raises: ValueError for a finished run, FileNotFoundError for none.
     """
-    if (folder / "record.json").exists():
+    from unipre3d.runs.checkpoint import has_state, is_finished
+
+    if is_finished(folder):
         raise ValueError(f"--resume: the run in {folder} is finished; see its record.json")
-    if not (folder / "resume.safetensors").is_file():
+    if not has_state(folder):
         raise FileNotFoundError(
-            f"--resume: expected an interrupted run in {folder}, found no resume.safetensors; start one without --resume"
+            f"--resume: expected an interrupted run in {folder}, found no saved state; start it without --resume"
         )
     return folder
 
@@ -323,7 +329,9 @@ def train_command(
         refuse_changes(recipe, usual, options)
         folder = resumable(Path(options.out) if options.out else newest_run(name))
         name, recipe, _ = read_recipe(folder)
-    how = dict(init=options.init, resume=options.resume, device=options.device)
+    if options.force and not options.resume:
+        raise ValueError("--force: expected --resume beside it, which it is about")
+    how = dict(init=options.init, resume=options.resume, force=options.force, device=options.device)
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
         return 130

@@ -5,7 +5,8 @@
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
 import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from .core import data_dir
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash',
-           'data_hash', 'cache_dir', 'cached', 'write_json', 'read_config', 'check_record', 'read_record',
-           'read_records']
+           'data_hash', 'cache_dir', 'cached', 'flush', 'written_whole', 'write_json', 'read_config', 'check_record',
+           'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -133,6 +134,43 @@ def cached(
             os.replace(part, path)
     return path
 
+# %% ../nbs/01_records.ipynb #5b0c2e17
+def flush(
+    path: str | Path,  # a file, or a folder whose names should be on the disk too
+) -> None:
+    "Wait until the system has written it to the disk."
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows opens no folders
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def written_whole(
+    path: str | Path,  # the file that is wanted
+) -> Iterator[Path]:  # the file to write, beside it
+    """Within it, a file is written beside its place; at the end it is flushed and renamed.
+
+    Raises: OSError in one line where it cannot be written; then the file is as it was before.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+        flush(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: expected to write it, found {error.strerror or error}; "
+            "make room or name another folder: what was saved before is whole"
+        ) from error
+
 # %% ../nbs/01_records.ipynb #70ae8754
 _SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds
     cpu_seconds peak_memory_mb resumed metrics history""".split()
@@ -152,9 +190,9 @@ def write_json(
     value: dict,  # plain values, finite
 ) -> None:
     "Write plain values, readable and at once."
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with written_whole(path) as partial:
+        partial.write_text(text)
 
 
 def read_config(

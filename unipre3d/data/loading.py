@@ -4,8 +4,12 @@
 
 # %% ../../nbs/data/29_loading.ipynb #3b7e833b
 from __future__ import annotations
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +18,8 @@ from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
 # %% auto #0
-__all__ = ['epoch_order', 'StepSampler', 'leave_interrupts', 'plain_error', 'Loader', 'make_loader', 'eval_loader']
+__all__ = ['epoch_order', 'StepSampler', 'leave_signals', 'LoaderLost', 'same_child_handler', 'plain_error', 'Loader',
+           'make_loader', 'eval_loader']
 
 # %% ../../nbs/data/29_loading.ipynb #51f5a079
 def epoch_order(
@@ -64,11 +69,30 @@ def _as_is(sample):
     return sample  # samples pack their batches themselves
 
 
-def leave_interrupts(
+def leave_signals(
     worker: int,  # number of the process
 ) -> None:
-    "Let Ctrl-C reach the main process alone: it saves and then ends its workers."
+    "Let signals to the whole group (Ctrl-C, a scheduler) reach the main process alone: it saves and ends its workers."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+class LoaderLost(RuntimeError):
+    "A process that reads data was killed from outside."
+
+
+@contextmanager
+def same_child_handler() -> Iterator[None]:
+    "Within it, torch may set its handler of dead children, which raises in the middle of anything; then it is taken back."
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def plain_error(
@@ -82,7 +106,10 @@ def plain_error(
 
 
 class Loader:
-    "Batches in a given order; bad data is the same line of error, whichever process read it."
+    """Batches in a given order; bad data is the same line of error, whichever process read it.
+
+    Raises: LoaderLost where a process that reads was killed.
+    """
 
     def __init__(
         self,
@@ -96,16 +123,22 @@ class Loader:
             collate_fn=_as_is,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=leave_interrupts,
+            worker_init_fn=leave_signals,
         )
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self) -> Iterator:
+        others = multiprocessing.active_children()
+        with same_child_handler():
+            batches = iter(self.batches)
+        readers = [child for child in multiprocessing.active_children() if child not in others]
         try:
-            yield from self.batches
-        except (ValueError, TypeError, OSError) as error:
+            yield from batches
+        except (RuntimeError, EOFError, OSError, ValueError, TypeError) as error:
+            if any(not reader.is_alive() for reader in readers):
+                raise LoaderLost("a process that reads data was killed from outside") from error
             plain = plain_error(error)
             if plain is error:
                 raise

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..recipes import read_recipe
 from ..records import read_record, write_json
 from .plan import SOURCES, Row, plan, plan_recipe, select
+from ..runs.checkpoint import has_state, is_finished
 from ..runs.fit import Task, stop_requests
 from ..runs.recipe import Optimiser, Recipe, change, freeze, to_values
 from ..runs.run import run_recipe
@@ -190,7 +191,7 @@ def goes_on(
     recipe: Recipe,  # of the row now
 ) -> bool:
     "Whether an interrupted run of these very values is there; one of other values starts anew."
-    if not (run / "resume.safetensors").is_file() or (run / "record.json").is_file():
+    if not has_state(run) or is_finished(run):
         return False
     _, then, _ = read_recipe(run)
     return to_values(then) == to_values(recipe)

@@ -6,44 +6,65 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..records import check_record, flush, written_whole
+
 # %% auto #0
-__all__ = ['BOOKKEEPING', 'save_tensors', 'load_tensors', 'parameter_names', 'run_state', 'load_run_state', 'MetricsFile',
-           'block_means', 'run_history']
+__all__ = ['STATE', 'STATE_BEFORE', 'STATE_NEW', 'BOOKKEEPING', 'content_hash', 'save_tensors', 'load_tensors', 'parameter_names',
+           'with_prefix', 'run_state', 'load_run_state', 'has_state', 'is_finished', 'save_state', 'load_state',
+           'remove_leftovers', 'readable_rows', 'MetricsFile', 'block_means', 'run_history']
 
 # %% ../../nbs/57_checkpoint.ipynb #65f54704
+def content_hash(
+    tensors: dict[str, Tensor],  # on the CPU, contiguous
+    text: str,  # plain values beside them
+) -> str:  # 64 hexadecimal digits
+    "sha256 of the tensors' names, kinds, shapes and bytes, and of the text."
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_tensors(
     path: str | Path,  # file to write
     tensors: dict[str, Tensor],
     meta: dict,  # plain values, kept as JSON
 ) -> Path:
-    "Write tensors and plain values as one safetensors file, at once or not at all."
+    """Write tensors and plain values as one safetensors file, whole or not at all.
+
+    Raises: OSError in one line where it cannot be written.
+    """
     path = Path(path)
-    partial = path.with_suffix(".partial")
     own = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
-    save_file(own, partial, metadata={"json": json.dumps(meta)})
-    os.replace(partial, path)
+    text = json.dumps(meta)
+    content = save(own, metadata={"json": text, "sha256": content_hash(own, text)})
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
     return path
 
 
 def load_tensors(
     path: str | Path,  # a file that `save_tensors` wrote
 ) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and plain values of a file.
+    """Tensors and plain values of a file, compared with its hash; files of earlier versions have none.
 
-    Raises: FileNotFoundError where there is no file, ValueError for one that is no checkpoint.
+    Raises: FileNotFoundError where there is no file, ValueError for one that is no checkpoint or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,12 +74,20 @@ def load_tensors(
         )
     try:
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
+            values = file.metadata() or {}
+            text = values.get("json", "{}")
+            meta = json.loads(text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise ValueError(
             f"{path}: expected a safetensors checkpoint, could not read it ({error})"
         ) from error
+    if values.get("sha256", "") not in ("", content_hash(tensors, text)):
+        raise ValueError(
+            f"{path}: expected the content that was written, found another hash; "
+            "the file is damaged: copy it again, or take an earlier one"
+        )
+    return tensors, meta
 
 # %% ../../nbs/57_checkpoint.ipynb #985cd8b2
 def parameter_names(
@@ -68,6 +97,14 @@ def parameter_names(
     "The names of the parameters that an optimiser updates."
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def with_prefix(
+    state: dict[str, Tensor],
+    prefix: str,  # such as "model/"
+) -> dict[str, Tensor]:  # without the prefix
+    "The part of a state under one prefix."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def run_state(
@@ -100,13 +137,9 @@ def load_run_state(
 
     Raises: RuntimeError for a missing or unexpected weight, ValueError for the optimiser's memory of an earlier version.
     """
-
-    def part(prefix):
-        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
     places = {name: i for i, name in enumerate(parameter_names(model, optimizer))}
     memory: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("optimizer/").items():
+    for key, value in with_prefix(state, "optimizer/").items():
         name, _, entry = key.rpartition("/")
         if name not in places:
             raise ValueError(
@@ -114,14 +147,104 @@ def load_run_state(
                 f"found {name!r}; an earlier version wrote it: its checkpoint still loads, the run has to start again"
             )
         memory.setdefault(places[name], {})[entry] = value
-    model.load_state_dict(part("model/"))
-    average.load_state_dict(part("ema/"))
+    model.load_state_dict(with_prefix(state, "model/"))
+    average.load_state_dict(with_prefix(state, "ema/"))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": memory, "param_groups": groups})
     if scaler:
-        scaler.load_state_dict({key: value.item() for key, value in part("scaler/").items()})
+        scaler.load_state_dict(
+            {key: value.item() for key, value in with_prefix(state, "scaler/").items()}
+        )
+
+# %% ../../nbs/57_checkpoint.ipynb #57c0aa02
+STATE = "resume.safetensors"
+STATE_BEFORE = "resume-before.safetensors"
+STATE_NEW = "resume-new.safetensors"
+
+
+def has_state(
+    folder: str | Path,  # of a run
+) -> bool:
+    "Whether a run has saved anything to go on from."
+    return any((Path(folder) / name).is_file() for name in (STATE, STATE_BEFORE))
+
+
+def is_finished(
+    folder: str | Path,  # of a run
+) -> bool:
+    "Whether a run has a whole record; half a one does not count."
+    try:
+        check_record(json.loads((Path(folder) / "record.json").read_text()))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def save_state(
+    folder: str | Path,  # of a run
+    state: dict[str, Tensor],  # from `run_state`, and chosen weights
+    meta: dict,  # plain values
+) -> None:
+    """Write the state of a run and keep the one before it.
+
+    Raises: OSError in one line where it cannot be written; the last state is whole then.
+    """
+    folder = Path(folder)
+    save_tensors(folder / STATE_NEW, state, meta)
+    if (folder / STATE).exists():
+        os.replace(folder / STATE, folder / STATE_BEFORE)
+    os.replace(folder / STATE_NEW, folder / STATE)
+    flush(folder)
+
+
+def load_state(
+    folder: str | Path,  # of a run
+    say: Callable[[str], None] = print,  # where a message goes
+) -> tuple[dict[str, Tensor], dict]:  # what `save_state` was given
+    """The newest whole state of a run.
+
+    Raises: FileNotFoundError where there is none, ValueError where none is whole.
+    """
+    problems = []
+    for name in (STATE, STATE_BEFORE):
+        try:
+            state, meta = load_tensors(Path(folder) / name)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(error)
+            continue
+        if problems:
+            say(f"{problems[0]}; going on from {name}, step {meta.get('step')}")
+        return state, meta
+    raise problems[0]
+
+
+def remove_leftovers(
+    folder: str | Path,  # of a run that nobody else works on
+) -> None:
+    "Remove what a killed process left half written."
+    for pattern in ("*.partial", "*.partial.png", STATE_NEW):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
 
 # %% ../../nbs/57_checkpoint.ipynb #372c1928
+def readable_rows(
+    path: str | Path,  # a metrics.csv, or where one was
+    columns: Sequence[str],  # begins with "step"
+    stop: int,  # the last step that is wanted
+) -> list[dict[str, str]]:  # in order, each step once
+    "The rows of steps up to `stop` that can be read."
+    if not stop or not Path(path).is_file():
+        return []
+    rows = {}
+    lines = Path(path).read_text(errors="replace").replace("\0", "").splitlines()
+    for row in csv.DictReader(lines):
+        step = row.get("step") or ""
+        whole = step.isdecimal() and list(row) == list(columns) and None not in row.values()
+        if whole and int(step) <= stop:
+            rows[int(step)] = row
+    return [rows[step] for step in sorted(rows)]
+
+
 class MetricsFile:
     "`metrics.csv`: one row a step, written at once; rows of steps that will be repeated are dropped when a run goes on."
 
@@ -130,16 +253,18 @@ class MetricsFile:
         path: str | Path,
         columns: Sequence[str],  # begins with "step"
         start: int = 0,  # steps that are done; rows after them go
+        say: Callable[[str], None] = print,  # where a message goes
     ):
-        rows = []
-        if start:
-            with open(path, newline="") as old:
-                rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
-        self.file = open(path, "w", newline="")
+        path = Path(path)
+        rows = readable_rows(path, columns, start)
+        if len(rows) < start:
+            say(f"{path}: expected {start} rows, found {len(rows)}; the curve has a gap")
+        with written_whole(path) as partial, open(partial, "w", newline="") as new:
+            writer = csv.DictWriter(new, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, columns)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.file.flush()
 
     def write(self, **values) -> None:
         "Append one row and flush it."

@@ -26,17 +26,21 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone, decay_names
 from ..core import PointBatch, to_device
+from ..data.loading import LoaderLost
 from unipre3d.runs.checkpoint import (
     MetricsFile,
     load_run_state,
-    load_tensors,
+    load_state,
+    remove_leftovers,
     run_state,
+    save_state,
     save_tensors,
+    with_prefix,
 )
 from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
-__all__ = ['Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
+__all__ = ['Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests', 'steady',
            'new_accelerator', 'processes', 'own_part', 'gathered', 'take_step', 'Progress', 'check_task', 'is_due',
            'fit']
 
@@ -188,7 +192,7 @@ def average_weights(
 # %% ../../nbs/58_fit.ipynb #947fc92e
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    "Within it, an interrupt only sets a flag, which the yielded function reads; a second interrupt raises as usual."
+    "Within it, SIGINT, SIGTERM or SIGHUP only sets a flag, which the yielded function reads; a second one interrupts."
     requests: list[int] = []
 
     def note(number, frame):
@@ -197,7 +201,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         requests.append(number)
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    for number in numbers:
+        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # started with nohup
         try:
             before[number] = signal.signal(number, note)
         except ValueError:  # not the main thread: interrupts go elsewhere
@@ -207,6 +215,32 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+# %% ../../nbs/58_fit.ipynb #58b00b02
+def steady(
+    batches: Callable[[int, int], Iterable],  # the batches of steps start .. stop - 1
+    start: int,
+    stop: int,
+    say: Callable[[str], None] = print,  # where a message goes
+) -> Iterator:  # the same batches
+    """Batches that go on when a process which reads them is lost.
+
+    Raises: LoaderLost where three are lost for one batch.
+    """
+    step = start
+    lost = 0
+    while step < stop:
+        try:
+            for batch in batches(step, stop):
+                yield batch
+                step += 1
+                lost = 0
+            return
+        except LoaderLost as problem:
+            lost += 1
+            if lost == 3:
+                raise
+            say(f"{problem}; reading goes on with step {step + 1}")
 
 # %% ../../nbs/58_fit.ipynb #1f562091
 def new_accelerator(
@@ -328,16 +362,17 @@ def fit(
     batches: Callable[
         [int, int], Iterable
     ],  # the batches of steps start .. stop - 1 of this process
-    folder: str | Path,  # gets metrics.csv, checkpoint.safetensors and resume.safetensors
+    folder: str | Path,  # gets metrics.csv, the state and checkpoint.safetensors
     *,
     optimiser: Optimiser = Optimiser(),
     run: Run = Run(),
-    resume: bool = False,  # go on from resume.safetensors
+    resume: bool = False,  # go on from the saved state
     accelerator: Accelerator | None = None,
+    say: Callable[[str], None] = print,  # where messages go
 ) -> Progress:
     """Train a task's model in place; checkpoint.safetensors has the weights that validation chose, or the last.
 
-    Raises: ValueError for values that do not go together.
+    Raises: ValueError for values that do not go together, OSError in one line where a file cannot be written.
     """
     accelerator = accelerator or new_accelerator()
     folder = Path(folder)
@@ -356,16 +391,20 @@ def fit(
     average = average_weights(model, optimiser.ema) if optimiser.ema else nn.Module()
     kept = average.module if optimiser.ema else model
     now = Progress()
+    chosen: dict[str, Tensor] = {}  # weights that validation chose
+    if main:
+        remove_leftovers(folder)
     if resume:
-        state, meta = load_tensors(folder / "resume.safetensors")
+        state, meta = load_state(folder, say if main else lambda text: None)
         load_run_state(state, model, average, adamw, accelerator.scaler)
+        chosen = with_prefix(state, "chosen/")
         now = Progress(**meta | {"ended": "finished"})
     set_training(model, frozen_at(now.step))
     placed = [True, False]  # the optimiser's memory is on the device already
     wrapped, adamw = accelerator.prepare(model, adamw, device_placement=placed)
     scaler = accelerator.scaler
     columns = ("step", "lr", "loss", "grad_norm", "skipped", "frozen", "seconds", *task.columns)
-    log = MetricsFile(folder / "metrics.csv", columns, now.step) if main else None
+    log = MetricsFile(folder / "metrics.csv", columns, now.step, say) if main else None
     began = time.perf_counter() - now.seconds
 
     def any_process(flag):
@@ -374,9 +413,24 @@ def fit(
 
     def keep(score=None):
         now.best, now.best_step, now.waited = score, now.step, 0
-        meta = {"step": now.step, "chosen_by": task.choose or "last", "score": score}
-        if main:
-            save_tensors(folder / "checkpoint.safetensors", kept.state_dict(), meta)
+        if task.choose:
+            chosen.update({k: v.detach().clone() for k, v in kept.state_dict().items()})
+
+    def save():
+        if not task.choose:
+            keep()
+        if not main:
+            return
+        state = run_state(model, average, adamw, scaler)
+        state |= {f"chosen/{name}": value for name, value in chosen.items()}
+        save_state(folder, state, asdict(now))
+        write_checkpoint()
+
+    def write_checkpoint():
+        if task.choose and not chosen:
+            return  # nothing was validated yet
+        meta = {"step": now.best_step, "chosen_by": task.choose or "last", "score": now.best}
+        save_tensors(folder / "checkpoint.safetensors", chosen or kept.state_dict(), meta)
 
     def validate():
         if task.validate is None or not is_due(now.step, run.validate_every, run.steps):
@@ -392,6 +446,8 @@ def fit(
                 now.waited += 1
         return scores
 
+    if resume and main:
+        write_checkpoint()  # a kill may have come between the state and the checkpoint
     start = now.step
     if run.patience and now.waited >= run.patience:  # it had ended, and its test was cut short
         now.ended = "patience"
@@ -400,7 +456,7 @@ def fit(
         stop_requests() as stopping,
         tqdm(total=run.steps, initial=start, desc=task.name, disable=not main) as bar,
     ):
-        for batch in batches(start, run.steps):
+        for batch in steady(batches, start, run.steps, say):
             torch.manual_seed(
                 run.seed
                 + 1_000_003 * (1 + now.step * accelerator.num_processes + accelerator.process_index)
@@ -446,11 +502,7 @@ def fit(
                 bar.set_postfix(loss=f"{mean_loss:.4g}", **values)
                 bar.update()
             if is_due(now.step, run.save_every, run.steps) or now.ended != "finished":
-                if not task.choose:
-                    keep()
-                if main:
-                    state = run_state(model, average, adamw, scaler)
-                    save_tensors(folder / "resume.safetensors", state, asdict(now))
+                save()
             if now.ended != "finished":
                 break
     if main:

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from torch import nn
 
 from .. import backbones
@@ -28,14 +30,21 @@ from unipre3d.records import (
     read_config,
     write_json,
 )
-from .checkpoint import load_tensors, run_history
+from unipre3d.runs.checkpoint import (
+    STATE_BEFORE,
+    has_state,
+    load_tensors,
+    remove_leftovers,
+    run_history,
+)
 from .fit import Task, check_task, fit, new_accelerator, processes
 from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
 
 # %% auto #0
-__all__ = ['SMALL_BACKBONES', 'backbone_class', 'build_backbone', 'check_free', 'claim_folder', 'from_first', 'Outcome',
-           'describe_data', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
+__all__ = ['SMALL_BACKBONES', 'LOCK', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder', 'held',
+           'first_does', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions', 'prepare_run',
+           'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -151,15 +160,27 @@ SMALL_BACKBONES: dict[str, dict[str, Any]] = {
 }  # class -> its keywords; those on voxels also need a voxel_size
 
 # %% ../../nbs/59_run.ipynb #6f58da31
+def is_unsaved(
+    folder: str | Path,  # of a run
+) -> bool:
+    "Whether a run began here and was killed before it saved anything."
+    folder = Path(folder)
+    kept = [folder / "checkpoint.safetensors", folder / "record.json"]
+    began = (folder / "config.json").is_file()
+    return began and not has_state(folder) and not any(path.exists() for path in kept)
+
+
 def check_free(
     folder: str | Path,  # wanted for a run
 ) -> None:
-    """Refuse a folder that holds files.
+    """Refuse a folder that holds files, other than those of a run that saved nothing.
 
     Raises: ValueError.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists() or is_unsaved(folder):
+        return
+    if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(
             f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
         )
@@ -189,14 +210,50 @@ def claim_folder(
             number += 1
 
 
-def from_first(
-    value: Any,  # plain; what the first process has counts
+LOCK = "running.lock"
+
+
+@contextmanager
+def held(
+    folder: str | Path,  # of a run
+) -> Iterator[None]:
+    """Within it, no other process may work in the folder; what a killed one left half written is removed.
+
+    Raises: ValueError where another process works in it.
+    """
+    lock = FileLock(Path(folder) / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"--out: expected a folder that nobody works in, {folder} is in use by another process; "
+            "choose another, or wait until it ends"
+        ) from None
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def first_does(
+    action: Callable[[], Any],  # gives a plain value
 ) -> Any:
-    "The first process's value, in every process."
-    _, world = processes()
+    "What the first process's action gives, in every process; its error is everybody's, so nobody waits."
+    rank, world = processes()
     if world == 1:
-        return value
-    return broadcast_object_list([value])[0]
+        return action()
+    value = problem = None
+    if rank == 0:
+        try:
+            value = action()
+        except (ValueError, OSError) as error:
+            problem = error
+    value, problem = broadcast_object_list([value, problem])
+    if problem is not None:
+        raise problem
+    return value
 
 # %% ../../nbs/59_run.ipynb #d6909213
 @dataclass(frozen=True)
@@ -219,6 +276,35 @@ def describe_data(
     return f"{data['train']} training clouds, {data['val'] or 'no'} validation clouds{role}, {data['test']} test clouds"
 
 
+def run_conditions(
+    task: Task,
+) -> dict[str, Any]:
+    "What beside the recipe decides the numbers of a run, to the last bit."
+    return {
+        "code": code_version(),
+        "data": task.data,
+        "threads": torch.get_num_threads(),
+        "processes": processes()[1],
+    }
+
+
+def changed_conditions(
+    before: dict[str, Any],  # when the run began; empty for runs of earlier versions
+    now: dict[str, Any],
+) -> list[str]:  # "threads 2, now 1"
+    "What is not as it was, in words."
+    found = []
+    for name, value in before.items():
+        if value == now[name]:
+            continue
+        if name == "data":
+            changed = [k for k in value if value[k] != now[name].get(k)]
+            found.append(f"data ({', '.join(changed)} changed)")
+        else:
+            found.append(f"{name} {value}, now {now[name]}")
+    return found
+
+
 def prepare_run(
     name: str,  # the recipe's name
     recipe: Recipe,
@@ -226,8 +312,10 @@ def prepare_run(
     folder: str | Path | None,
     init: str | Path,
     resume: bool,
+    force: bool,
     say: Callable[[str], None],
-) -> tuple[Path, dict]:  # the run's folder, its start
+    until_end: ExitStack,  # keeps the folder until the run ends
+) -> tuple[Path, dict, list[str]]:  # the run's folder, its start, what is not as it was
     """Claim the folder, load the first weights, write config.json; a run that goes on has all of it already.
 
     Raises: ValueError for a run that began with other values, and as `claim_folder` and `start_from`.
@@ -241,21 +329,36 @@ def prepare_run(
                 raise ValueError(
                     f"--resume: expected {value} = {before[value]!r}, with which {folder} began, got {now!r}"
                 )
-        return Path(folder), read_config(folder).get("start", {"kind": "none", "init": "none"})
+        config = read_config(folder)
+        changed = changed_conditions(config.get("conditions", {}), run_conditions(task))
+        if changed and not force:
+            raise ValueError(
+                f"--resume: {folder} began with {'; '.join(changed)}: the numbers would not be those of one run; "
+                "make it as it was, or pass --force and the record will say so"
+            )
+        first_does(lambda: until_end.enter_context(held(folder)))
+        return Path(folder), config.get("start", {"kind": "none", "init": "none"}), changed
     backbone = getattr(task.model, "backbone", None)
     if backbone is None and str(init) != "none":
         raise ValueError(f"--init: {task.name} has no backbone to start, expected none; got {init}")
     start = start_from(backbone, init, min_coverage=recipe.model.min_coverage) if backbone else None
     if start is not None and rank == 0:
         say(str(start))
-    wanted = Path(folder) if folder else Path("runs") / name
-    claimed = claim_folder(wanted, exact=folder is not None) if rank == 0 else wanted
-    claimed = Path(from_first(str(claimed)))
+
+    def claim():
+        wanted = Path(folder) if folder else Path("runs") / name
+        claimed = claim_folder(wanted, exact=folder is not None)
+        until_end.enter_context(held(claimed))
+        check_free(claimed)  # now that nobody else can change it
+        return str(claimed)
+
+    claimed = Path(first_does(claim))
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
+        config["conditions"] = run_conditions(task)
         write_json(claimed / "config.json", config | to_values(recipe))
-    return claimed, summary
+    return claimed, summary, []
 
 
 def run_recipe(
@@ -266,6 +369,7 @@ def run_recipe(
     init: str
     | Path = "none",  # first weights of the backbone: "none", a run folder or a checkpoint
     resume: bool = False,  # go on with the run in `folder`; its own start counts
+    force: bool = False,  # go on although data, code, threads or processes are not the same
     device: str = "auto",  # "auto" or "cpu"
     say: Callable[[str], None] = print,  # where messages go
 ) -> Outcome:
@@ -294,80 +398,92 @@ def run_recipe(
             f"(batch normalisation), got {recipe.run.batch_size}"
         )
     check_task(task, recipe.optimiser, recipe.run)
-    folder, start = prepare_run(name, recipe, task, folder, init, resume, say)
-    if rank == 0:
-        size = sum(p.numel() for p in task.model.parameters())
-        say(
-            f"{name}: {describe_data(task.data, bool(task.choose))}; {size:,} parameters, "
-            f"on {accelerator.device}{why}; writing to {folder}"
+    with ExitStack() as until_end:
+        folder, start, changed = prepare_run(
+            name, recipe, task, folder, init, resume, force, say, until_end
         )
-        if task.draw is not None and not resume:
-            task.draw(task.model.to(accelerator.device), 0, folder)
-
-    def batches(first, stop):
-        seeds = dict(seed=recipe.run.seed, num_workers=recipe.data.workers)
-        return make_loader(
-            task.samples, first, stop, batch_size=own_batch, rank=rank, world_size=world, **seeds
-        )
-
-    done = fit(
-        task,
-        batches,
-        folder,
-        optimiser=recipe.optimiser,
-        run=recipe.run,
-        resume=resume,
-        accelerator=accelerator,
-    )
-    if done.skipped and rank == 0:
-        say(
-            f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite"
-        )
-    if done.ended == "interrupted":
         if rank == 0:
+            size = sum(p.numel() for p in task.model.parameters())
             say(
-                f"stopped after step {done.step} of {recipe.run.steps}; go on with: "
-                f"unipre3d {recipe.command} {name} --resume --out {folder}"
+                f"{name}: {describe_data(task.data, bool(task.choose))}; {size:,} parameters, "
+                f"on {accelerator.device}{why}; writing to {folder}"
             )
-        return Outcome(folder, None, done.ended)
-    accelerator.wait_for_everyone()
-    weights, chosen = load_tensors(folder / "checkpoint.safetensors")
-    model = accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)  # tested in float32
-    model.load_state_dict(weights)
-    metrics, details = task.test(model, folder)
-    if rank:
-        return Outcome(folder, None, done.ended)
-    backend = getattr(recipe.objective, "backend", "auto")
-    usual = "gsplat" if accelerator.device.type == "cuda" else "cpu"
-    record = {
-        "kind": recipe.kind,
-        "recipe": name,
-        "task": task.name,
-        "values": to_values(recipe),
-        "code": code,
-        "seed": recipe.run.seed,
-        "start": start,
-        "steps": done.step,
-        "skipped": done.skipped,
-        "chosen": chosen,
-        "data": task.data,
-        "classes": task.classes,
-        "backend": backend if backend != "auto" else usual,
-        "processes": world,
-        "hardware": hardware(),
-        "train_seconds": done.seconds,
-        "wall_seconds": time.time() - wall,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak_memory_mb": peak_memory_mb(),
-        "resumed": resume,
-        "checkpoint_sha256": data_hash(folder / "checkpoint.safetensors"),
-        "metrics": metrics,
-        "details": details,
-        "history": run_history(folder / "metrics.csv"),
-    }
-    check_record(record)
-    write_json(folder / "record.json", record)
-    return Outcome(folder, record, done.ended)
+            if task.draw is not None and not resume:
+                task.draw(task.model.to(accelerator.device), 0, folder)
+
+        def batches(first, stop):
+            seeds = dict(seed=recipe.run.seed, num_workers=recipe.data.workers)
+            return make_loader(
+                task.samples,
+                first,
+                stop,
+                batch_size=own_batch,
+                rank=rank,
+                world_size=world,
+                **seeds,
+            )
+
+        done = fit(
+            task,
+            batches,
+            folder,
+            optimiser=recipe.optimiser,
+            run=recipe.run,
+            resume=resume,
+            accelerator=accelerator,
+            say=say,
+        )
+        if done.skipped and rank == 0:
+            say(
+                f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite"
+            )
+        if done.ended == "interrupted":
+            if rank == 0:
+                say(
+                    f"stopped after step {done.step} of {recipe.run.steps}; go on with: "
+                    f"unipre3d {recipe.command} {name} --resume --out {folder}"
+                )
+            return Outcome(folder, None, done.ended)
+        accelerator.wait_for_everyone()
+        weights, chosen = load_tensors(folder / "checkpoint.safetensors")
+        model = accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)  # tested in float32
+        model.load_state_dict(weights)
+        metrics, details = task.test(model, folder)
+        if rank:
+            return Outcome(folder, None, done.ended)
+        backend = getattr(recipe.objective, "backend", "auto")
+        usual = "gsplat" if accelerator.device.type == "cuda" else "cpu"
+        record = {
+            "kind": recipe.kind,
+            "recipe": name,
+            "task": task.name,
+            "values": to_values(recipe),
+            "code": code,
+            "seed": recipe.run.seed,
+            "start": start,
+            "steps": done.step,
+            "skipped": done.skipped,
+            "chosen": chosen,
+            "data": task.data,
+            "classes": task.classes,
+            "backend": backend if backend != "auto" else usual,
+            "processes": world,
+            "hardware": hardware(),
+            "train_seconds": done.seconds,
+            "wall_seconds": time.time() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+            "peak_memory_mb": peak_memory_mb(),
+            "resumed": resume,
+            "changed": changed,  # at the last resume
+            "checkpoint_sha256": data_hash(folder / "checkpoint.safetensors"),
+            "metrics": metrics,
+            "details": details,
+            "history": run_history(folder / "metrics.csv"),
+        }
+        check_record(record)
+        write_json(folder / "record.json", record)
+        (folder / STATE_BEFORE).unlink(missing_ok=True)
+        return Outcome(folder, record, done.ended)
 
 
 def read_run(
@@ -387,6 +503,7 @@ def read_run(
         raise ValueError(f"{where}: expected the run of one of {', '.join(kinds)}; found {task!r}")
     name = config.pop("name")
     config.pop("start", None)
+    config.pop("conditions", None)
     classes = config.pop("class_names", [])
     return name, from_values(kinds[task], config, str(where)), classes
 

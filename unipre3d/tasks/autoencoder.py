@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..data.shapenet import ShapeNetViews
 from ..image import check_images, downscale_factor, load_autoencoder, pad_to_multiple
 from ..losses import psnr
+from ..runs.checkpoint import has_state
 from ..runs.fit import Task, processes
 from ..runs.recipe import Optimiser, Recipe, Run, change  # inherited fields name them
 from ..runs.run import run_recipe
@@ -278,5 +279,5 @@ def train_mini(
     "Train the small autoencoder again; the same call goes on where it was stopped."
     recipe = autoencoder_recipes["autoencoder-mini"]
     recipe = change(recipe, steps=steps or recipe.run.steps, seed=seed, views=views)
-    resume = (Path(out) / "resume.safetensors").is_file()
+    resume = has_state(out)
     return run_recipe("autoencoder-mini", recipe, out, resume=resume).folder / "weights"

@@ -1,0 +1,263 @@
+"""What kills, signals, flipped bits and full disks leave of a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from unipre3d.recipes import finetune_recipes
+from unipre3d.runs.checkpoint import (
+    STATE,
+    STATE_BEFORE,
+    has_state,
+    is_finished,
+    load_state,
+    load_tensors,
+    save_state,
+    save_tensors,
+)
+from unipre3d.runs.recipe import change
+from unipre3d.runs.run import run_recipe
+
+HERE = Path(__file__).parent
+LONG = int(os.environ.get("UNIPRE3D_CRASH", 0))  # kills of the long run; 300 take an hour
+KINDS = ["pre-training", "classification", "parts", "semantic", "instances"]
+SMALL = dict(
+    classes=("bed", "lamp"),
+    n_points=64,
+    batch_size=4,
+    workers=0,
+    backbone_options=dict(num_groups=8, group_size=8, depth=1),
+)
+
+
+def killed(kind, kills, folder):
+    "The table of runs that were killed so often."
+    command = [sys.executable, str(HERE / "crash.py"), kind, str(kills), "0", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("kind", KINDS if LONG else ["classification"])
+def test_killed_runs_end_as_undisturbed_ones(kind, tmp_path):
+    table = killed(kind, LONG // len(KINDS) if LONG else 5, tmp_path)
+    print(table)
+    assert table["moments"] + table["inside"] >= 5 and table["different"] == []
+
+
+def small_run(folder, **values):
+    recipe = change(finetune_recipes["cls-furniture-mini"], **SMALL | dict(steps=6) | values)
+    return run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=lambda text: None)
+
+
+def started(folder, *options):
+    "A fine-tuning in a process group of its own that has made a few steps."
+    names = ["--classes", "bed", "lamp", "--n-points", "64", "--batch-size", "4"]
+    small = ["--num-groups", "8", "--group-size", "8", "--depth", "1", "--save-every", "100000"]
+    command = [sys.executable, "-m", "unipre3d", "finetune", "cls-furniture-mini", *names, *small]
+    run = subprocess.Popen(
+        [*command, "--steps", "100000", "--device", "cpu", "--out", str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = folder / "metrics.csv"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+        time.sleep(0.1)
+    return run
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+@pytest.mark.parametrize(
+    "workers, number", [(0, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP)]
+)
+def test_a_signal_to_the_whole_group_saves_the_run(tmp_path, workers, number):
+    run = started(tmp_path / "run", "--workers", str(workers))
+    os.killpg(run.pid, number)
+    text = run.communicate(timeout=120)[0]
+    assert run.returncode == 130 and "go on with: unipre3d finetune" in text
+    assert "Traceback" not in text
+    state, meta = load_state(tmp_path / "run")
+    assert meta["step"] >= 4 and any(name.startswith("optimizer/") for name in state)
+
+
+def test_a_loader_that_the_system_killed_is_started_again(tmp_path):
+    run = started(tmp_path / "run", "--workers", "1")
+    listing = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True
+    )
+    for child in listing.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    rows = len((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    deadline = time.monotonic() + 120
+    while len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) < rows + 20:
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+        time.sleep(0.1)
+    os.kill(run.pid, signal.SIGTERM)
+    text = run.communicate(timeout=120)[0]
+    assert "reading goes on with step" in text and run.returncode == 130
+
+
+def test_killed_before_the_first_save_the_same_command_starts_again(tmp_path):
+    run = started(tmp_path / "run")
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not has_state(tmp_path / "run")
+    done = small_run(tmp_path / "run")
+    assert done.ended == "finished" and is_finished(tmp_path / "run")
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    run = started(tmp_path / "run")
+    with pytest.raises(ValueError, match="in use by another process"):
+        small_run(tmp_path / "run")
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    "A run that was interrupted after step 4 of 6, with two saves."
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    recipe = change(
+        finetune_recipes["cls-furniture-mini"],
+        **SMALL | dict(steps=6, save_every=2, validate_every=2),
+    )
+
+    def stop_at_four(text):
+        pass
+
+    import unipre3d.runs.fit as fit
+
+    real = fit.take_step
+    steps = []
+
+    def counted(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    fit.take_step = counted
+    try:
+        done = run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=stop_at_four)
+    finally:
+        fit.take_step = real
+    assert done.ended == "interrupted"
+    return recipe, folder
+
+
+def copied(stopped, tmp_path):
+    import shutil
+
+    recipe, folder = stopped
+    shutil.copytree(folder, tmp_path / "run")
+    return recipe, tmp_path / "run"
+
+
+def flip_a_bit(path):
+    "In the middle of a file."
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (STATE, "going on from resume-before.safetensors, step 2"),
+        (STATE_BEFORE, ""),
+        ("checkpoint.safetensors", ""),
+        ("metrics.csv", ""),
+    ],
+)
+def test_a_flipped_bit_changes_no_result(stopped, tmp_path, name, says):
+    recipe, folder = copied(stopped, tmp_path)
+    straight = run_recipe(
+        "cls-furniture-mini", recipe, tmp_path / "straight", device="cpu", say=lambda text: None
+    )
+    flip_a_bit(folder / name)
+    said = []
+    done = run_recipe(
+        "cls-furniture-mini", recipe, folder, resume=True, device="cpu", say=said.append
+    )
+    assert says in "\n".join(said)
+    assert done.record["metrics"] == straight.record["metrics"]
+    a, b = (load_tensors(path / "checkpoint.safetensors")[0] for path in (folder, straight.folder))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_damaged_states_end_in_one_line(stopped, tmp_path):
+    recipe, folder = copied(stopped, tmp_path)
+    flip_a_bit(folder / STATE)
+    flip_a_bit(folder / STATE_BEFORE)
+    with pytest.raises(ValueError, match="resume.safetensors: expected") as error:
+        run_recipe("cls-furniture-mini", recipe, folder, resume=True, device="cpu", say=print)
+    assert "\n" not in str(error.value)
+
+
+def test_a_curve_that_is_gone_costs_no_weights(stopped, tmp_path):
+    recipe, folder = copied(stopped, tmp_path)
+    (folder / "metrics.csv").unlink()
+    said = []
+    done = run_recipe(
+        "cls-furniture-mini", recipe, folder, resume=True, device="cpu", say=said.append
+    )
+    assert done.ended == "finished" and any("the curve has a gap" in line for line in said)
+
+
+def test_half_a_record_is_no_record(stopped, tmp_path):
+    recipe, folder = copied(stopped, tmp_path)
+    (folder / "record.json").write_text('{"kind": "finetu')
+    assert not is_finished(folder)
+    done = run_recipe("cls-furniture-mini", recipe, folder, resume=True, device="cpu", say=print)
+    assert is_finished(folder) and done.record["resumed"]
+
+
+def test_what_changed_since_a_run_began_is_said(stopped, tmp_path):
+    recipe, folder = copied(stopped, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    threads = config["conditions"]["threads"]
+    config["conditions"] |= {"code": "0.0.1", "threads": threads + 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    how = dict(resume=True, device="cpu", say=lambda text: None)
+    with pytest.raises(ValueError, match="began with code 0.0.1, now .*threads.*--force"):
+        run_recipe("cls-furniture-mini", recipe, folder, **how)
+    done = run_recipe("cls-furniture-mini", recipe, folder, force=True, **how)
+    assert len(done.record["changed"]) == 2
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    save_state(tmp_path, {"weight": torch.ones(3)}, {"step": 1})
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match="resume-new.safetensors: expected to write it, found No space"
+    ):
+        save_state(tmp_path, {"weight": torch.zeros(3)}, {"step": 2})
+    monkeypatch.undo()
+    assert load_state(tmp_path)[1] == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+
+
+def test_files_are_as_readable_as_the_user_wants(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save_tensors(tmp_path / "checkpoint.safetensors", {"weight": torch.ones(3)}, {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
