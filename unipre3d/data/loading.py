@@ -137,9 +137,10 @@ class Loader:
         try:
             yield from batches
         except (RuntimeError, EOFError, OSError, ValueError, TypeError) as error:
-            if any(not reader.is_alive() for reader in readers):
-                raise LoaderLost("a process that reads data was killed from outside") from error
             plain = plain_error(error)
+            cut_off = isinstance(error, (EOFError, ConnectionError)) and plain is error
+            if cut_off or any(not reader.is_alive() for reader in readers):
+                raise LoaderLost("a process that reads data was killed from outside") from error
             if plain is error:
                 raise
             raise plain from error
