@@ -450,7 +450,7 @@ def h5_dataset(
 def decode_picture(
     data: bytes,
     where: str | Path,  # the file, for messages
-    formats: Sequence[str] = ("PNG", "JPEG", "WEBP"),  # Pillow's names of those that are read
+    formats: Sequence[str] | None = ("PNG", "JPEG", "WEBP"),  # Pillow's names; None: all
     prepare: Callable[[Any], None] = lambda image: None,  # done with the image before its pixels
 ) -> Any:  # PIL.Image.Image, wholly decoded
     """A picture.
@@ -458,8 +458,9 @@ def decode_picture(
     Raises: ValueError unless it decodes, and for more pixels than `unpack_bound` allows."""
     from PIL import Image
 
-    with reading(where, f"a {' or '.join(formats)} image", data=data):
-        image = Image.open(io.BytesIO(data), formats=tuple(formats))
+    kinds = " or ".join(formats or ["PNG, JPEG or other"])
+    with reading(where, f"a {kinds} image", data=data):
+        image = Image.open(io.BytesIO(data), formats=formats)
         prepare(image)
         check_unpacked(4 * image.size[0] * image.size[1], len(data), where)
         image.load()

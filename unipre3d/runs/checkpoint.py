@@ -15,9 +15,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..files import check_weights, decode_json, read_safetensors, read_table, reading
 
 # %% auto #0
 __all__ = ['BOOKKEEPING', 'save_tensors', 'load_tensors', 'parameter_names', 'run_state', 'load_run_state', 'MetricsFile',
@@ -45,20 +46,11 @@ def load_tensors(
 
     Raises: FileNotFoundError where there is no file, ValueError for one that is no checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a checkpoint, there is no such file; "
-            "name a run folder that has saved, or its checkpoint.safetensors"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a safetensors checkpoint, could not read it ({error})"
-        ) from error
+    remedy = "name a run folder that has saved, or its checkpoint.safetensors"
+    tensors, remarks = read_safetensors(path, "a safetensors checkpoint", remedy)
+    check_weights(tensors, path)
+    meta = remarks.get("json", "{}").encode()
+    return tensors, decode_json(meta, path, what="the values of a run in its checkpoint")
 
 # %% ../../nbs/57_checkpoint.ipynb #985cd8b2
 def parameter_names(
@@ -133,8 +125,9 @@ class MetricsFile:
     ):
         rows = []
         if start:
-            with open(path, newline="") as old:
-                rows = [row for row in csv.DictReader(old) if int(row["step"]) <= start]
+            rows = read_table(path, columns)
+            with reading(path, "whole numbers of steps"):
+                rows = [row for row in rows if int(row["step"]) <= start]
         self.file = open(path, "w", newline="")
         self.writer = csv.DictWriter(self.file, columns)
         self.writer.writeheader()
