@@ -346,7 +346,7 @@ class Scans:
     Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`).
     Raises: FileNotFoundError or ValueError for a file that does not load, or that has too few points."""
 
-    columns = dict(xyz="f", mask="u", part="u", label="i", name="U")  # array -> numpy's kind
+    columns = dict(xyz="f", mask="bu", part="iu", label="iu", name="U")  # array -> numpy's kinds
 
     def __init__(
         self,
@@ -370,7 +370,10 @@ class Scans:
         n, points = (*self.arrays["xyz"].shape, 0, 0)[:2]
         each = dict(xyz=(n, points, 3), mask=(n, points), part=(n, points), label=(n,), name=(n,))
         for key, shape in each.items():
-            if self.arrays[key].shape != shape or self.arrays[key].dtype.kind != self.columns[key]:
+            if (
+                self.arrays[key].shape != shape
+                or self.arrays[key].dtype.kind not in self.columns[key]
+            ):
                 found = f"{self.arrays[key].dtype} {list(self.arrays[key].shape)}"
                 raise ValueError(
                     f"{self.path}: expected {key} of shape {list(shape)}, found {found}"
