@@ -86,8 +86,6 @@ def file_error(
     text = str(problem)
     if Path(str(where)).name in text and ": expected " in text and "\n" not in text:
         return problem
-    if isinstance(problem, Found):
-        return ValueError(f"{where}: expected {expected}, found {problem}; {remedy}")
     if isinstance(problem, FileNotFoundError):
         return FileNotFoundError(f"{where}: expected {expected}, found nothing there; {remedy}")
     if isinstance(problem, PermissionError):
@@ -99,12 +97,16 @@ def file_error(
         size = os.path.getsize(where)
         with open(where, "rb") as file:
             data = file.read(500)
-    found, remedy = stand_in(data or b"") or ("", remedy)
-    if not found and size is None:
+    if other := stand_in(data or b""):
+        found, remedy = other
+    elif isinstance(problem, Found):
+        found = str(problem)
+    elif size is None:
         found = f"what does not load ({reason_of(problem)})"
-    if not found:
-        empty = "an empty file" if not size else f"a file of {size:,} bytes that does not load"
-        found = f"{empty} ({reason_of(problem)})" if size else empty
+    elif not size:
+        found = "an empty file"
+    else:
+        found = f"a file of {size:,} bytes that does not load ({reason_of(problem)})"
     return ValueError(f"{where}: expected {expected}, found {found}; {remedy}")
 
 

@@ -755,9 +755,9 @@ def scannet20(
     nyu40: Int[np.ndarray, "n"],  # NYU40 numbers
 ) -> Int[np.ndarray, "n"]:  # 0..19, -1 for what is not evaluated
     "ScanNet's 20 classes."
-    table = np.full(max(int(np.max(nyu40, initial=0)), 39) + 1, -1)
+    table = np.full(41, -1)
     table[NYU40] = np.arange(20)
-    return table[nyu40]
+    return table[np.where((nyu40 >= 0) & (nyu40 < 40), nyu40, 40)]
 
 
 def vertex_normals(

@@ -168,7 +168,7 @@ def find_beside(
         for k in range(len(parts)):
             for home in homes:
                 for folder in FOLDERS:
-                    if found := _inside(home / folder, parts[k:]):
+                    if found := _inside(home, [*folder.split("/"), *parts[k:]]):
                         return found
     return None
 
@@ -340,7 +340,12 @@ def load_scene(
         ]
         faces = sum(len(getattr(part, "faces", ())) for part in shown)
         check_unpacked(150 * faces, 8 * len(data), path)
-        return [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
+        parts = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
+        for part in parts:  # a copy loses the colours of textured vertices
+            own = getattr(scene.geometry[part.metadata["name"]].visual, "vertex_attributes", {})
+            if "color" in own:
+                part.visual.vertex_attributes["color"] = own["color"]
+        return parts
 
 
 def read_mesh(

@@ -346,7 +346,7 @@ class Scans:
     Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`).
     Raises: FileNotFoundError or ValueError for a file that does not load, or that has too few points."""
 
-    columns = dict(xyz="f", mask="bu", part="iu", label="iu", name="U")  # array -> numpy's kinds
+    columns = dict(xyz="f", mask=("b", "u"), part=("i", "u"), label="i", name="U")  # numpy's kinds
 
     def __init__(
         self,
