@@ -278,7 +278,7 @@ def test_scanobjectnn_refuses(scans, tmp_path):
     half = path.read_bytes()[:3000]
     path.unlink()
     path.write_bytes(half)
-    refuses_data(read, path, "an h5 file", "3,000 bytes that does not open")
+    refuses_data(read, path, "an h5 file", "3,000 bytes that does not load")
 
 
 # ---- ModelNet40
@@ -511,7 +511,7 @@ def test_shapenetpart_refuses(partset, tmp_path):
     plane.unlink()
     refuses_data(lambda: make().rows(0), plane, "nothing there")
     for text, found in (
-        ("[", "does not parse"),
+        ("[", "does not load"),
         ("[]", "an empty list"),
         ("{}", "dict"),
         ('["02691156/a1"]', "'02691156/a1'"),

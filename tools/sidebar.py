@@ -27,6 +27,7 @@ CORE = {
 WORKSHOP = {
     "Tutorials": ["tutorials/meshes", "tutorials/labels", "tutorials/backbone"],
     "Data": [
+        "02_files",
         "data/19_readers",
         "data/17_objects",
         "data/22_shapenet",

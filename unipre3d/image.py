@@ -4,7 +4,7 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import json, os, warnings
+import os, warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .core import data_dir
+from .files import check_weights, read_json, reading, regular_file
 
 # %% auto #0
 __all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'load_autoencoder', 'last_up_block',
@@ -74,16 +75,10 @@ def check_autoencoder_folder(
 ) -> None:
     "Raise a one-line error that names the missing file, or what in config.json does not fit."
     config = folder / "config.json"
+    remedy = "copy it there or name another folder"
     for file in (config, folder / "diffusion_pytorch_model.safetensors"):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: expected an autoencoder in diffusers' layout, found no such file; "
-                "copy it there or name another folder"
-            )
-    try:
-        kind = json.loads(config.read_text()).get("_class_name", "AutoencoderKL")
-    except ValueError as error:
-        raise ValueError(f"{config}: expected JSON, found {error}; copy the file again") from None
+        regular_file(file, "an autoencoder in diffusers' layout", remedy)
+    kind = read_json(config).get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise ValueError(
             f"{config}: expected _class_name AutoencoderKL, found {kind}; "
@@ -105,15 +100,12 @@ def load_autoencoder(
     folder = folder / subfolder
     if source == "mini" or folder.is_dir():
         check_autoencoder_folder(folder)
-        try:
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        with reading(weights, "weights that fit config.json beside them", "copy both files again"):
             vae = AutoencoderKL.from_pretrained(
                 folder, local_files_only=True, torch_dtype=torch.float32
             )
-        except Exception as error:
-            raise ValueError(
-                f"autoencoder {str(folder)!r}: expected weights that fit its config.json, "
-                f"found {' '.join(str(error).split())[:200]}; copy both files again"
-            ) from None
+        check_weights(vae.state_dict(), weights)
     elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
         vae = download_autoencoder(source, subfolder=subfolder, torch_dtype=torch.float32)
     else:

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import unipre3d
 from .core import data_dir
+from .files import read_json, reading
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash',
@@ -200,12 +201,10 @@ def read_config(
 ) -> dict:  # the recipe's name and values; of a fine-tuning also task, start and class_names
     """What a run said of itself when it began.
 
-    Raises: FileNotFoundError, where the folder is not a run.
+    Raises: FileNotFoundError, where the folder is not a run; ValueError for another file.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
-    return json.loads(path.read_text())
+    return read_json(path, needs=dict(name=str), what="the config.json of a run")
 
 
 def check_record(
@@ -237,10 +236,9 @@ def read_record(
     Raises: FileNotFoundError where there is none, ValueError where it is incomplete.
     """
     path = Path(name) if Path(name).suffix == ".json" else data_dir() / "records" / f"{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a record, there is no such file")
-    record = json.loads(path.read_text())
-    check_record(record, path.name)
+    record = read_json(path, what="the record of a run")
+    with reading(path, "the record of a run, with metrics by name"):
+        check_record(record, path.name)
     return record
 
 

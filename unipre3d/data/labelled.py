@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/24_labelled.ipynb #161a1e64
 from __future__ import annotations
-import json, os
+import io, json, os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from ..files import h5_dataset, open_h5, read_json, read_words, reading, regular_file
 from unipre3d.data.readers import (
     RADIUS,
     Cache,
@@ -56,20 +57,11 @@ def read_text(
     """Numbers of a text file, one point a line.
 
     Raises: FileNotFoundError or ValueError that say what the file should be."""
-    if not path.is_file():
-        raise FileNotFoundError(layout.say(path, "this file", found_at(path)))
-    if not path.read_bytes().strip():
+    text = read_words(path, "this file", layout.hint)
+    if not text.strip():
         raise ValueError(layout.say(path, "at least one point", "an empty file"))
-    try:
-        rows = np.loadtxt(path, delimiter=delimiter, dtype=np.float32, ndmin=2)
-    except ValueError as problem:
-        raise ValueError(
-            layout.say(
-                path,
-                f"{columns} numbers a line",
-                f"a line that is not ({str(problem).splitlines()[0]})",
-            )
-        ) from None
+    with reading(path, f"{columns} numbers a line", layout.hint):
+        rows = np.loadtxt(io.StringIO(text), delimiter=delimiter, dtype=np.float32, ndmin=2)
     return check_columns(rows, columns, path, layout)
 
 
@@ -97,43 +89,35 @@ class H5:
     def file(self) -> h5py.File:
         "The open file."
         if self._pid != os.getpid():
-            try:
-                self._file = h5py.File(self.path, "r")
-            except OSError as problem:
-                raise ValueError(
-                    self.layout.say(
-                        self.path,
-                        "an h5 file",
-                        f"{found_at(self.path)} that does not open ({str(problem).splitlines()[0]})",
-                    )
-                ) from None
+            self._file = open_h5(self.path, self.layout.hint)
             self._pid = os.getpid()
         return self._file
 
     def array(self, key: str, shape: tuple) -> h5py.Dataset:
         "One array, not read yet, of this shape; None stands for any size."
-        if key not in self.file:
-            raise ValueError(
-                self.layout.say(self.path, f"an array {key!r}", ", ".join(self.file) or "none")
-            )
-        found = self.file[key]
-        have = list(getattr(found, "shape", []))  # a group has none
+        found = h5_dataset(self.file, key, self.path, self.layout.hint)
+        have = list(found.shape)
         same = all(size in (None, real) for size, real in zip(shape, have))
         if len(have) != len(shape) or not same:
             sizes = " ".join("n" if size is None else str(size) for size in shape)
             raise ValueError(self.layout.say(self.path, f"{key} of shape [{sizes}]", str(have)))
         return found
 
+    def read(self, key: str, shape: tuple) -> np.ndarray:
+        "One array."
+        with reading(self.path, f"an array {key!r}", self.layout.hint):
+            return self.array(key, shape)[:]
+
     def whole(self, key: str, shape: tuple) -> np.ndarray:
         "One array, read at the first call and held."
         if key not in self._held:
-            self._held[key] = self.array(key, shape)[:]
+            self._held[key] = self.read(key, shape)
         return self._held[key]
 
     def labels(self, classes: int, n: int) -> Int[np.ndarray, "n"]:
         "`label` as [n] int32, from [n] or [n 1]."
-        column = "label" in self.file and self.file["label"].ndim == 2
-        labels = self.array("label", (n, 1) if column else (n,))[:].reshape(-1)
+        column = h5_dataset(self.file, "label", self.path, self.layout.hint).ndim == 2
+        labels = self.read("label", (n, 1) if column else (n,)).reshape(-1)
         return check_whole(labels, 0, classes, self.path, self.layout)
 
 # %% ../../nbs/data/24_labelled.ipynb #r24object
@@ -311,7 +295,7 @@ class ModelNet40(ObjectReader):
                     path, "this list", f"{found_at(path)}; {self.root} is {found_at(self.root)}"
                 )
             )
-        return path.read_text().split()
+        return read_words(path, "this list", self.layout.hint).split()
 
     def _text_items(self, split):
         listed, items = f"modelnet40_{split}.txt", []
@@ -328,7 +312,7 @@ class ModelNet40(ObjectReader):
         listed = self.root / f"{split}_files.txt"
         paths = sorted(self.root.glob(f"ply_data_{split}*.h5"))
         if listed.is_file():
-            paths = [self.root / Path(line).name for line in listed.read_text().split()]
+            paths = [self.root / Path(line).name for line in self._lines(listed.name)]
         if not paths:
             raise FileNotFoundError(
                 self.layout.say(
@@ -452,7 +436,8 @@ class ShapeNetPart(ObjectReader):
     def _categories(self):
         "synset -> category."
         path = self.root / "synsetoffset2category.txt"
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        text = read_words(path, "this list", self.layout.hint)
+        rows = [line.split() for line in text.splitlines() if line.strip()]
         for row in rows:
             if len(row) != 2 or row[0] not in self.parts:
                 raise ValueError(
@@ -472,20 +457,9 @@ class ShapeNetPart(ObjectReader):
                     path, "this list", f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
                 )
             )
-        try:
-            entries = json.loads(path.read_text())
-        except ValueError as problem:
-            raise ValueError(
-                self.layout.say(path, "a JSON list", f"text that does not parse ({problem})")
-            ) from None
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(
-                self.layout.say(
-                    path,
-                    "a JSON list of objects",
-                    "an empty list" if entries == [] else type(entries).__name__,
-                )
-            )
+        entries = read_json(path, list, remedy=self.layout.hint)
+        if not entries:
+            raise ValueError(self.layout.say(path, "a JSON list of objects", "an empty list"))
         items = []
         for entry in entries:
             _, synset, model = [*str(entry).split("/"), "", ""][:3]

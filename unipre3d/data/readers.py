@@ -16,6 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer, Num, UInt8
 
 from ..core import CameraBatch, ViewBatch
+from unipre3d.files import (
+    decode_array,
+    decode_text,
+    open_zip,
+    read_file,
+    read_member,
+    reading,
+    regular_file,
+)
 from ..records import data_hash
 
 # %% auto #0
@@ -332,16 +341,11 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        if not self.root.exists():
-            raise FileNotFoundError(
-                f"{self.root}: expected a folder or a zip of data, found nothing there"
-            )
-        self.is_zip = self.root.is_file()
-        if self.is_zip and not zipfile.is_zipfile(self.root):
-            raise ValueError(
-                f"{self.root}: expected a folder or a zip archive, found another kind of file"
-            )
+        self.is_zip = not self.root.is_dir()
         self._zip = self._pid = self._tree = None  # of this process
+        if self.is_zip:
+            regular_file(self.root, "a folder or a zip of data")
+            self.names()
 
     def __getstate__(self):
         return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
@@ -350,41 +354,34 @@ class Store:
     def zip(self) -> zipfile.ZipFile:
         "The archive, opened once in each process."
         if self._pid != os.getpid():
-            self._zip = zipfile.ZipFile(self.root)
+            self._zip = open_zip(self.root, "a folder or a zip archive")
             self._pid = os.getpid()
         return self._zip
 
+    def where(self, name: str) -> str:
+        "What messages call a file: its path, or `archive.zip: member`."
+        return f"{self.root}: {name}" if self.is_zip else str(self.root / name)
+
     def open(self, name: str) -> io.BufferedIOBase:
         "One file to read from; of a plain file only what is wanted is read."
-        try:
-            return io.BytesIO(self.zip.read(name)) if self.is_zip else open(self.root / name, "rb")
-        except (KeyError, FileNotFoundError):
-            raise FileNotFoundError(
-                f"{self.root / name}: expected this file, found nothing there"
-            ) from None
-        except zipfile.BadZipFile as problem:
-            raise ValueError(
-                f"{self.root / name}: expected an intact member of the archive, found {problem}"
-            ) from None
+        if self.is_zip:
+            return io.BytesIO(self.read(name))
+        with reading(self.where(name), "this file"):
+            return open(regular_file(self.root / name, "this file"), "rb")
 
     def read(self, name: str) -> bytes:
         "The bytes of one file."
-        with self.open(name) as file:
-            return file.read()
+        return (
+            read_member(self.zip, name) if self.is_zip else read_file(self.root / name, "this file")
+        )
 
     def text(self, name: str) -> str:
-        "One file as text; what is not UTF-8 becomes replacement characters."
-        return self.read(name).decode("utf8", "replace")
+        "One file as text."
+        return decode_text(self.read(name), self.where(name))
 
-    def array(self, name: str) -> np.ndarray:
-        "One `.npy` file."
-        try:
-            return np.load(io.BytesIO(self.read(name)), allow_pickle=False)
-        except (ValueError, EOFError) as problem:
-            raise ValueError(
-                f"{self.root / name}: expected a numpy array, "
-                f"found a file that does not load ({str(problem).splitlines()[0]})"
-            ) from None
+    def array(self, name: str, remedy: str = "copy or download it again") -> np.ndarray:
+        "One `.npy` file; the remedy ends a message."
+        return decode_array(self.read(name), self.where(name), remedy)
 
     def has(self, name: str) -> bool:
         "Whether there is such a file."
@@ -403,7 +400,7 @@ class Store:
         if self._tree is None:
             self._tree = {}
             for name in self.zip.namelist():
-                parts = name.rstrip("/").split("/")
+                parts = name.rstrip("/").split("/", 16)  # deeper folders are none
                 for k, part in enumerate(parts):
                     self._tree.setdefault("/".join(parts[:k]), set()).add(part)
         return self._tree.get(folder, set())
@@ -601,10 +598,7 @@ class RoomReader(FileReader):
                     "none; leave out the features or labels that need it",
                 )
             )
-        try:
-            rows = self.store.array(path)
-        except ValueError as problem:
-            raise ValueError(f"{problem}; {self.layout.hint}") from None
+        rows = self.store.array(path, self.layout.hint)
         n = None if name == "coord" else len(self.array(i, "coord"))
         rows = check_columns(rows, self.columns[name], where, self.layout, n)
         if name == "color":

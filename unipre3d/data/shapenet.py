@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/22_shapenet.ipynb #d590c323
 from __future__ import annotations
-import csv, hashlib, io, json, warnings
+import csv, hashlib, json, warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from ..core import data_dir
 from .objects import FOV, orbit_poses, unpack_cloud
 from .readers import Cache, Cloud, Store, View, fit_radius, object_scale
+from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
 
 # %% auto #0
-__all__ = ['HALF_TURN', 'SPLITS', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',
-           'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews', 'export_objects']
+__all__ = ['HALF_TURN', 'SPLITS', 'CONVENTION', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image',
+           'released_points', 'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #c447608f
 def read_pose(
@@ -83,14 +84,7 @@ def decode_image(
     """An image, wholly decoded.
 
     Raises: ValueError unless it decodes and has three or four channels."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
-        image.load()
-    except Exception as problem:
-        raise ValueError(
-            f"{name}: expected an image, "
-            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        ) from None
+    image = decode_picture(data, name, ("PNG", "WEBP"))
     if image.mode not in ("RGB", "RGBA"):
         raise ValueError(
             f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}"
@@ -225,6 +219,11 @@ def split_objects(
     return out
 
 # %% ../../nbs/data/22_shapenet.ipynb #42edb24e
+CONVENTION = dict(
+    points=str, images=str, cameras=str, suffix=str, views=int, fov=(int, float)
+)  # what `convention.json` must hold
+
+
 class ShapeNetViews:
     """Objects with posed views. Rows: `xyz`, perhaps `normal`, `color` (0..1), `part` (0 = none; names in `parts`).
 
@@ -265,9 +264,7 @@ class ShapeNetViews:
         self.n_views = views or self.convention["views"]
         self.fov = self.convention["fov"]
         self.table = self._read_table()
-        self.parts = (
-            json.loads(self.store.read("parts.json")) if self.store.has("parts.json") else {}
-        )
+        self.parts = self._read_json("parts.json", {}) if self.store.has("parts.json") else {}
         self.everything = sorted(self.table) or self._models()
         if not self.everything:
             raise FileNotFoundError(
@@ -295,12 +292,16 @@ class ShapeNetViews:
                 "expected convention.json (files that this package wrote); "
                 "for the released files pass --convention released"
             )
-        return json.loads(self.store.read("convention.json"))
+        return self._read_json("convention.json", CONVENTION)
+
+    def _read_json(self, name, needs):
+        return decode_json(self.store.read(name), self.store.where(name), needs=needs)
 
     def _read_table(self):
         if not self.store.has("objects.csv"):
             return {}
-        rows = csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))
+        where = self.store.where("objects.csv")
+        rows = decode_table(self.store.read("objects.csv"), where, ("class", "id", "split"))
         return {(row["class"], row["id"]): row for row in rows}
 
     def _models(self):
@@ -503,7 +504,7 @@ class ShapeNetViews:
         if self.convention["cameras"] == "orbit":
             name = f"{folder}/rendering_metadata.txt"
             where = self.store.root / name
-            poses = read_orbit(self.store.read(name).decode(), str(where))
+            poses = read_orbit(self.store.text(name), str(where))
             if len(poses) != self.n_views:
                 raise ValueError(f"{where}: expected {self.n_views} lines, found {len(poses)}")
             return poses

@@ -21,6 +21,7 @@ from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.samples import Labelled
 from ..data.scannet import scannet_labels
+from ..files import read_arrays
 from ..runs.fit import Task, gathered, own_part, processes
 from ..runs.recipe import Model, Optimiser, change  # inherited fields name them
 from ..runs.run import SMALL_BACKBONES, build_backbone
@@ -167,8 +168,7 @@ def show_voxels(
     names: list[str],  # of the classes
 ) -> str:  # HTML
     "The viewer of a test room: prediction, truth and colours."
-    with np.load(path) as file:
-        room = dict(file)
+    room = read_arrays(path, ("cell", "color", "normal", "truth", "found", "voxel_size"))
     count = len(room["cell"])
     some = np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(int)
     size = float(room["voxel_size"])
