@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Num, UInt8
 # %% auto #0
 __all__ = ['FAR', 'NEAR', 'refusal', 'check_array', 'narrow_points', 'check_points', 'centre_points', 'color_scale',
            'check_colors', 'unit_colors', 'check_normals', 'check_labels', 'narrow_labels', 'check_poses',
-           'check_intrinsics', 'check_depth', 'check_cloud']
+           'check_intrinsics', 'check_depth', 'check_cloud', 'store_column']
 
 # %% ../nbs/03_values.ipynb #9eb16949
 def refusal(
@@ -135,7 +135,7 @@ def color_scale(
     if color.dtype == np.uint16 and high > 255:
         return 65535
     if not 0 <= low <= high <= 255:
-        raise refusal(where, "colours in 0..255 or fractions in 0..1", f"{low:g}..{high:g}", hint)
+        raise refusal(where, "colours in 0..255", f"{low:g}..{high:g}", hint)
     whole = color.dtype.kind != "f" or not (color % 1).any()
     if high and not whole and high <= 1:
         return 1
@@ -143,7 +143,7 @@ def color_scale(
         found = (
             f"{'whole numbers' if whole else 'fractions'} up to {high:.4g}, which could mean either"
         )
-        raise refusal(where, "colours in 0..255 or fractions in 0..1", found, "store them as uint8")
+        raise refusal(where, "colours in 0..255", found, "store them as uint8")
     return 255
 
 
@@ -321,3 +321,26 @@ def check_cloud(
             high = classes if name == "segment" else None
             found[name] = check_labels(column, of, high or None)
     return found
+
+# %% ../nbs/03_values.ipynb #v03store
+def store_column(
+    name: str,  # coord, color, normal; anything else is a list of labels
+    values: Any,  # one row a point
+    where: str,  # what is written
+) -> np.ndarray:  # coord float32 or float64, color uint8, normal float32, labels int16 or int32
+    """A column of a cloud as its file holds it.
+
+    Raises: ValueError of one line for values that a reader would drop or refuse.
+    """
+    where = f"{where}: {name}"
+    values = check_array(values, where, 3 if name in ("coord", "color", "normal") else 0)
+    if name == "coord":
+        if not _peak(values) < FAR:
+            remedy = "leave those points out of every array"
+            raise refusal(where, f"finite numbers below {FAR:g}", "others", remedy)
+        return narrow_points(values)
+    if name == "color":
+        return check_colors(values, where)
+    if name == "normal":
+        return check_normals(values, where)
+    return narrow_labels(check_labels(values, where))
