@@ -327,6 +327,8 @@ def train_command(
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
         return 130
+    if done.ended == "diverged":
+        return 1
     if done.record is not None:
         print(describe_result(done.record["metrics"]))
         pictures = ", ".join(str(path) for path in sorted(done.folder.glob("*.png")))

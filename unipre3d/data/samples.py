@@ -453,11 +453,11 @@ def check_meeting(
     Raises: ValueError of one line that says which reading of the files would fit.
     """
     fit = meeting(xyz, views)
-    if fit > 0.3:
+    if fit > 0.7:
         return
     others = {text: meeting(xyz, v) for text, v in other_readings(views, depth_scale).items()}
     best = max(others, key=others.get)
-    better = others[best] > max(0.4, 3 * fit)
+    better = others[best] > max(0.7, 1.5 * fit)
     if fit > 0.05 and not better:
         return
     what = "points on their views" if views.depth is None else "pixels near a point of the cloud"
