@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num, UInt8
 
 # %% auto #0
-__all__ = ['FAR', 'NEAR', 'refusal', 'check_array', 'narrow_points', 'check_points', 'centre_points', 'color_scale',
-           'check_colors', 'unit_colors', 'check_normals', 'check_labels', 'narrow_labels', 'check_poses',
-           'check_intrinsics', 'check_depth', 'check_cloud', 'store_column']
+__all__ = ['FAR', 'NEAR', 'refusal', 'check_array', 'MissingPoints', 'narrow_points', 'check_points', 'centre_points',
+           'color_scale', 'check_colors', 'unit_colors', 'check_normals', 'check_labels', 'narrow_labels',
+           'check_poses', 'check_intrinsics', 'check_depth', 'check_cloud', 'store_column']
 
 # %% ../nbs/03_values.ipynb #9eb16949
 def refusal(
@@ -62,6 +62,15 @@ FAR = 1e10  # a coordinate from here on stands for a missing point
 NEAR = 1e3  # up to here the steps of float32 are below 0.0001
 
 
+class MissingPoints(UserWarning):
+    "Points that were dropped."
+
+    def __init__(self, where: str, missing: int, count: int):
+        self.missing = missing
+        what = f"left out {missing} of {count} points, whose coordinates are not finite numbers below {FAR:g}"
+        super().__init__(f"{where}: {what}")
+
+
 def narrow_points(
     xyz: Num[np.ndarray, "n 3"],  # finite
 ) -> Float[np.ndarray, "n 3"]:  # float32, or float64 where float32 would round
@@ -97,8 +106,7 @@ def check_points(
         if 2 * missing > count:
             expected = f"finite numbers below {FAR:g}"
             raise refusal(where, expected, f"{int((~there).sum())} that are not", hint)
-        left_out = f"left out {missing} of {count} points, whose coordinates are not finite numbers below {FAR:g}"
-        warnings.warn(f"{where}: {left_out}", stacklevel=2)
+        warnings.warn(MissingPoints(where, missing, count), stacklevel=2)
         xyz = xyz[real]
     peak = _peak(xyz)
     if peak > NEAR and xyz.dtype in (np.float16, np.float32):
