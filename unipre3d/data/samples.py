@@ -605,14 +605,18 @@ class ViewSamples(Samples):
         places = np.searchsorted(self.source.frames(i), numbers)
         return PosedViews(rgb, depth, mask, pose[places], K)
 
-    def _check_views(self, index, xyz, views):
+    def _check_views(self, index, numbers, views):
         "Cameras that are none, or that do not show the cloud, are refused at a cloud's first use."
         if index in self.seen:
             return
-        name = self.name(index)
-        check_poses(views.world_to_cam, f"{name}: world_to_cam", "world-to-camera")
+        i, name, rows = self.places[index], self.name(index), self.rows(index)
+        places = np.searchsorted(self.source.frames(i), numbers)
+        poses = self.source.world_to_cam(i)[places]  # of the files' own world, as the points
+        poses = check_poses(poses, f"{name}: world_to_cam", "world-to-camera")
         check_intrinsics(views.K[0], views.rgb.shape[1:3], f"{name}: K")
-        check_meeting(xyz, views, name, getattr(self.source, "depth_scale", None))
+        stored = replace(views, world_to_cam=poses)
+        scale = getattr(self.source, "depth_scale", None)
+        check_meeting(rows["xyz"] + rows.get("origin", 0), stored, name, scale)
         self.seen.add(index)
 
     def _one(self, index, draw):
@@ -622,7 +626,7 @@ class ViewSamples(Samples):
         keep = self.keep(index, len(rows["xyz"]), rng)
         cloud = self.take(rows, ("xyz", *(STORED.get(k, k) for k in self.features)), keep)
         views = self._views(index, ref + target, pose)
-        self._check_views(index, rows["xyz"], views)
+        self._check_views(index, ref + target, views)
         return *augment_views(cloud, views, rng, self.augment), len(ref)
 
     def batch(self, keys: list[tuple[int, int]]) -> Sample:
