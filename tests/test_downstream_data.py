@@ -271,8 +271,13 @@ def test_scanobjectnn_refuses(scans, tmp_path):
     broken = data.copy()
     broken[1, 5] = np.inf
     rewrite(data=broken)
-    refuses_data(lambda: read().rows(1), path, "object 1", "finite numbers", "3 that are not")
+    with pytest.warns(UserWarning, match="object 1: left out 1 of 2048 points"):
+        scans = read()
+        assert len(scans.rows(1)["xyz"]) == len(scans.mask(1)) == 2047
     assert len(read().rows(0)["xyz"]) == 2048
+    broken[1, :1500] = 1e20
+    rewrite(data=broken)
+    refuses_data(lambda: read().rows(1), path, "object 1", "finite numbers", "4500 that are not")
     rewrite(data=np.zeros_like(data))
     refuses_data(lambda: read().rows(0), "more than one place")
     half = path.read_bytes()[:3000]

@@ -22,7 +22,8 @@ __all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'parse_after', 'op
            'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'RunOptions', 'newest_run',
            'parse_recipe', 'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command',
            'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
-           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'data_command', 'doctor_command', 'usage', 'main']
+           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'CheckOptions', 'check_command', 'data_command',
+           'doctor_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -335,6 +336,8 @@ def train_command(
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
         return 130
+    if done.ended == "diverged":
+        return 1
     if done.record is not None:
         print(describe_result(done.record["metrics"]))
         pictures = ", ".join(str(path) for path in sorted(done.folder.glob("*.png")))
@@ -548,12 +551,32 @@ def prepare_command(args: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    "Read every cloud of a data set, and say what is accepted, dropped and refused."
+
+    views: bool = True  # also every image
+
+
+def check_command(args: list[str]) -> int:
+    "unipre3d data check FOLDER [--no-views]: what a data set holds; exit status 1 where something is refused."
+    example = "a data set, as in: unipre3d data check scannet"
+    folder, options = parse_after(CheckOptions, args, "unipre3d data check FOLDER", example)
+    from unipre3d.data.check import check_data, find_readers
+
+    report = check_data(find_readers(folder), **asdict(options))
+    print(report.table.to_string())
+    print(*report.lines, sep="\n")
+    return int(bool(report.refused.total()))
+
+
 def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
+    "unipre3d data prepare | check | rooms | furniture | autoencoder: draw your meshes; check a data set; compose rooms; rebuild what the package embeds."
     from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
     kinds = {
         "prepare": PrepareOptions,
+        "check": CheckOptions,
         "rooms": RoomsOptions,
         "furniture": FurnitureOptions,
         "autoencoder": AutoencoderOptions,
@@ -566,6 +589,8 @@ def data_command(args: list[str]) -> int:
         raise ValueError(f"data: expected one of {', '.join(kinds)}, got {kind}")
     if kind == "prepare":
         return prepare_command(args[1:])
+    if kind == "check":
+        return check_command(args[1:])
     options = parse(kinds[kind], args[1:], f"unipre3d data {kind}")
     if kind == "rooms":
         path = make_rooms(**asdict(options))

@@ -21,12 +21,11 @@ from unipre3d.data.readers import (
     Layout,
     RoomReader,
     Store,
-    check_columns,
     check_option,
-    check_whole,
     fit_radius,
     found_at,
 )
+from ..values import check_array, check_labels, check_normals, check_points, store_column
 
 # %% auto #0
 __all__ = ['SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'PART_COUNTS', 'S3DIS_LAYOUT', 'y_up_to_z_up', 'z_up_to_y_up',
@@ -53,7 +52,7 @@ def read_text(
     columns: int,
     layout: Layout,
     delimiter: str | None = None,  # None is white space
-) -> Float[np.ndarray, "n columns"]:  # float32
+) -> Float[np.ndarray, "n columns"]:  # float64
     """Numbers of a text file, one point a line.
 
     Raises: FileNotFoundError or ValueError that say what the file should be."""
@@ -61,8 +60,8 @@ def read_text(
     if not text.strip():
         raise ValueError(layout.say(path, "at least one point", "an empty file"))
     with reading(path, f"{columns} numbers a line", layout.hint):
-        rows = np.loadtxt(io.StringIO(text), delimiter=delimiter, dtype=np.float32, ndmin=2)
-    return check_columns(rows, columns, path, layout)
+        rows = np.loadtxt(io.StringIO(text), delimiter=delimiter, ndmin=2)
+    return check_array(rows, path, columns, hint=layout.hint)
 
 
 class H5:
@@ -118,7 +117,7 @@ class H5:
         "`label` as [n] int32, from [n] or [n 1]."
         column = h5_dataset(self.file, "label", self.path, self.layout.hint).ndim == 2
         labels = self.read("label", (n, 1) if column else (n,)).reshape(-1)
-        return check_whole(labels, 0, classes, self.path, self.layout)
+        return check_labels(labels, self.path, classes, unlabelled=False, hint=self.layout.hint)
 
 # %% ../../nbs/data/24_labelled.ipynb #r24object
 class ObjectReader(FileReader):
@@ -145,14 +144,17 @@ class ObjectReader(FileReader):
         return found[0]
 
     def _object(self, rows, where) -> Float[np.ndarray, "n c"]:
-        "Points and perhaps normals, y up -> the same columns, z up, in the radius."
-        columns = [y_up_to_z_up(rows[:, k : k + 3]) for k in range(0, rows.shape[1], 3)]
+        "Points, perhaps normals and more, y up -> the same columns, z up, in the radius."
+        xyz, real = check_points(rows[:, :3], where, self.layout.hint)
         try:
-            columns[0] = fit_radius(columns[0], self.radius)
+            columns = [fit_radius(y_up_to_z_up(xyz), self.radius)]
         except ValueError:
             raise ValueError(
                 self.layout.say(where, "points in more than one place", "all in one")
             ) from None
+        if rows.shape[1] > 3:
+            normal = check_normals(rows[real, 3:6], where, self.layout.hint)
+            columns += [y_up_to_z_up(normal), rows[real, 6:]]
         return np.concatenate(columns, 1, dtype=np.float32)
 
     def rows(self, i: int) -> Cloud:
@@ -212,12 +214,13 @@ class ScanObjectNN(ObjectReader):
     def _read(self, i):
         where = f"{self.h5.path} object {i}"
         xyz = self.h5.whole("data", (len(self), None, 3))[i]
-        return self._object(check_columns(xyz, 3, where, self.layout), where)
+        return self._object(xyz, where)
 
     def mask(self, i: int) -> Int[np.ndarray, "n"]:
         "1 on the object, 0 on what stands around it, for each of its points: int32."
-        points = self.h5.array("data", (len(self), None, 3)).shape[1]
-        return (self.h5.whole("mask", (len(self), points))[i] != -1).astype(np.int32)
+        xyz = self.h5.whole("data", (len(self), None, 3))
+        _, real = check_points(xyz[i], f"{self.h5.path} object {i}", self.layout.hint)
+        return (self.h5.whole("mask", xyz.shape[:2])[i] != -1).astype(np.int32)[real]
 
 
 def write_scanobjectnn(
@@ -238,7 +241,7 @@ def write_scanobjectnn(
         mask = np.ones(xyz.shape[:2])
     with h5py.File(path, "w") as file:
         file["data"] = np.stack([z_up_to_y_up(cloud) for cloud in xyz]).astype(np.float32)
-        file["label"] = np.asarray(label, dtype=np.int32)
+        file["label"] = check_labels(label, str(path), len(ScanObjectNN.classes), unlabelled=False)
         file["mask"] = np.where(mask, 0, -1).astype(np.int32)
     return path
 
@@ -335,7 +338,7 @@ class ModelNet40(ObjectReader):
         rows = h5.whole("data", (None, None, 3))[k]
         if "normal" in h5.file:
             rows = np.concatenate([rows, h5.whole("normal", h5.file["data"].shape)[k]], 1)
-        return self._object(check_columns(rows, rows.shape[1], where, self.layout), where)
+        return self._object(rows, where)
 
 
 def write_modelnet40(
@@ -478,8 +481,9 @@ class ShapeNetPart(ObjectReader):
         rows = read_text(path, 7, self.layout)
         kind = self.classes[label]
         own = self.parts[kind]
-        check_whole(rows[:, 6], own[0], own[-1] + 1, path, self.layout, f"parts of a {kind}")
-        return np.concatenate([self._object(rows[:, :6], path), rows[:, 6:]], 1)
+        known = dict(low=own[0], unlabelled=False, what=f"parts of a {kind}")
+        check_labels(rows[:, 6], path, own[-1] + 1, **known, hint=self.layout.hint)
+        return self._object(rows, path)
 
     def rows(self, i: int) -> Cloud:
         "`xyz` and `normal` [n 3] float32, `part` [n] int32 in 0..49."
@@ -572,8 +576,7 @@ def write_s3dis(
     "A room in the layout of Pointcept's preprocessing."
     folder = Path(root) / room
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
     for name, array in arrays.items():
-        rows = np.asarray(array).astype(kinds.get(name, np.int16))
+        rows = store_column(name, array, f"write_s3dis: {room}")
         np.save(folder / f"{name}.npy", rows.reshape(len(rows), -1))
     return folder

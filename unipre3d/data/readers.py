@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Integer, Num, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from ..core import CameraBatch, ViewBatch
 from unipre3d.files import (
@@ -26,11 +26,12 @@ from unipre3d.files import (
     regular_file,
 )
 from ..records import data_hash
+from ..values import check_array, check_colors, check_labels, check_normals, check_points
 
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
            'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache', 'Layout',
-           'found_at', 'check_columns', 'check_whole', 'check_option', 'FileReader', 'RoomReader']
+           'found_at', 'check_option', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -59,8 +60,8 @@ class Reader(Protocol):
         "Class of the whole cloud; None for a room."
 
     def rows(self, i: int) -> Cloud:
-        """`xyz` [n 3] float32 always, z up; where known `normal` [n 3] float32, `color` [n 3] uint8 or float32 in 0..1,
-        `segment`, `instance` [n] int32 with -1 = no label, `part` [n] int32 as the data set numbers it."""
+        """`xyz` [n 3] float32, or float64 where float32 would round; z up. Where known `normal` [n 3] float32, `color` [n 3] uint8
+        or float32 in 0..1, `segment`, `instance` [n] int32 with -1 = no label, `part` [n] int32 as the data set numbers it."""
 
     def fingerprint(self) -> str:
         "sha256 of what was read."
@@ -472,56 +473,6 @@ def found_at(
     return f"a folder with {', '.join(names[:show])}{more}"
 
 
-def check_columns(
-    rows: Num[np.ndarray, "..."],
-    columns: int,  # 0 for a plain list
-    where: str | Path,  # the file, for messages
-    layout: Layout,
-    n: int | None = None,  # points of the cloud
-) -> np.ndarray:  # [n columns] or [n]
-    """An array of a cloud.
-
-    Raises: ValueError unless it has its shape, at least one row, and finite numbers."""
-    if not columns and rows.ndim == 2 and rows.shape[1] == 1:
-        rows = rows[:, 0]
-    want = ["n" if n is None else n] + [columns] * bool(columns)
-    if rows.ndim != len(want) or list(rows.shape[1:]) != want[1:] or n not in (None, len(rows)):
-        raise ValueError(
-            layout.say(
-                where,
-                f"an array [{' '.join(map(str, want))}]{'' if n is None else ' as in coord.npy'}",
-                str(list(rows.shape)),
-            )
-        )
-    if not len(rows):
-        raise ValueError(layout.say(where, "at least one point", "an empty cloud"))
-    if rows.dtype.kind not in "fiu":
-        raise ValueError(layout.say(where, "finite numbers", str(rows.dtype)))
-    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
-        wrong = int((~np.isfinite(rows)).sum())
-        raise ValueError(layout.say(where, "finite numbers", f"{wrong} that are not"))
-    return rows
-
-
-def check_whole(
-    labels: Num[np.ndarray, "..."],
-    low: int,
-    high: int,  # not included
-    where: str | Path,  # the file, for messages
-    layout: Layout,
-    what: str = "labels",
-) -> Int[np.ndarray, "..."]:  # int32
-    """Labels of a cloud.
-
-    Raises: ValueError unless all are whole numbers in `low .. high - 1`."""
-    wrong = (labels < low) | (labels >= high) | (labels != np.round(labels))
-    if wrong.any():
-        raise ValueError(
-            layout.say(where, f"{what} in {low}..{high - 1}", f"{labels[wrong].flat[0]:g}")
-        )
-    return labels.astype(np.int32)
-
-
 def check_option(
     name: str,
     value: str | int | None,
@@ -573,6 +524,10 @@ class RoomReader(FileReader):
     limits: dict[str, int]  # file of labels -> one above the largest label
     segment: str | None  # file with the class of each point; None: rows without labels
 
+    def __init__(self, root: str | Path, cache_bytes: int):
+        super().__init__(root, cache_bytes)
+        self.real = {}  # room -> rows in its files, and which of them are points
+
     def folder(self, i: int) -> str:
         "Folder of a room below the root."
         return self.name(i)
@@ -582,7 +537,7 @@ class RoomReader(FileReader):
         return self.store.has(f"{self.folder(i)}/{name}.npy")
 
     def array(self, i: int, name: str) -> np.ndarray:
-        """One array of a room: coord and normal [n 3] float32 (metres), color [n 3] uint8; labels [n] int32, -1 = none.
+        """One array of a room: coord [n 3] float32 or float64 (metres), normal [n 3] float32, color [n 3] uint8; labels [n] int32, -1 = none.
 
         Raises: FileNotFoundError or ValueError that name the file."""
         return self.cache.get((name, i), lambda: self._read_array(i, name))
@@ -599,27 +554,19 @@ class RoomReader(FileReader):
                 )
             )
         rows = self.store.array(path, self.layout.hint)
-        n = None if name == "coord" else len(self.array(i, "coord"))
-        rows = check_columns(rows, self.columns[name], where, self.layout, n)
+        if name == "coord":
+            points, real = check_points(rows, where, self.layout.hint)
+            self.real[i] = len(rows), real
+            return points
+        self.array(i, "coord")
+        count, real = self.real[i]
+        shape = dict(count=count, like="coord.npy", hint=self.layout.hint)
+        rows = check_array(rows, where, self.columns[name], **shape)[real]
         if name == "color":
-            return self._colors(rows, where)
-        if self.columns[name]:
-            return np.ascontiguousarray(rows, dtype=np.float32)
-        if rows.dtype.kind != "u":
-            rows = rows.clip(min=-1)
-        return check_whole(rows, -1, self.limits.get(name, 2**31), where, self.layout)
-
-    def _colors(self, rows, where):
-        low, high = rows.min(), rows.max()
-        if low < 0 or high > 255:
-            raise ValueError(self.layout.say(where, "colours in 0..255", f"{low}..{high}"))
-        if high <= 1 and (rows % 1).any():
-            raise ValueError(
-                self.layout.say(
-                    where, "colours in 0..255", f"fractions up to {high:.3g}; multiply by 255"
-                )
-            )
-        return np.ascontiguousarray(np.round(rows), dtype=np.uint8)
+            return check_colors(rows, where, self.layout.hint)
+        if name == "normal":
+            return check_normals(rows, where, self.layout.hint)
+        return check_labels(rows, where, self.limits.get(name), hint=self.layout.hint)
 
     def rows(self, i: int) -> Cloud:
         "`xyz` metres, and where there are files `color` (uint8) and `normal`; with labels `segment` and `instance`."

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/23_scannet.ipynb #af670149
 from __future__ import annotations
-import csv, io, os, struct, warnings, zlib
+import csv, io, os, re, struct, warnings, zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,12 +31,13 @@ from unipre3d.files import (
 )
 from .readers import Layout, RoomReader, Store, View, check_option
 from .shapenet import read_pose
+from ..values import check_colors, check_labels, store_column
 
 # %% auto #0
-__all__ = ['FOCAL', 'COLUMNS', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'NYU40', 'read_intrinsics', 'scale_intrinsics',
-           'standard_intrinsics', 'resize_nearest', 'read_color', 'read_depth', 'ImageHeader', 'read_header',
-           'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color', 'box_cameras', 'box_cloud',
-           'box_frame', 'write_box_rooms', 'LabelSet', 'scannet_labels', 'ScanNetFrames', 'SensHeader',
+__all__ = ['FOCAL', 'COLUMNS', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'FRAME_NAME', 'NYU40', 'read_intrinsics',
+           'scale_intrinsics', 'standard_intrinsics', 'resize_nearest', 'read_color', 'read_depth', 'ImageHeader',
+           'read_header', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color', 'box_cameras',
+           'box_cloud', 'box_frame', 'write_box_rooms', 'LabelSet', 'scannet_labels', 'ScanNetFrames', 'SensHeader',
            'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals', 'read_mesh', 'read_categories',
            'read_labels', 'read_alignment', 'convert_scans']
 
@@ -183,20 +184,17 @@ def write_cloud(
 ) -> Path:  # the scene's folder
     """`<root>/<split>/<scene>/*.npy`.
 
-    Raises: ValueError for other arrays, or colours out of range."""
+    Raises: ValueError for other arrays, or values that a reader would drop or refuse."""
     unknown = sorted(set(arrays) - set(COLUMNS))
     if unknown:
         raise ValueError(f"write_cloud: expected some of {', '.join(COLUMNS)}, got {unknown[0]}")
-    color = np.asarray(arrays.get("color", 0))
-    if color.size and not 0 <= color.min() <= color.max() <= 255:
-        raise ValueError(f"write_cloud: color: expected 0..255, got {color.min()}..{color.max()}")
+    columns = {name: store_column(name, array, "write_cloud") for name, array in arrays.items()}
     folder = Path(root) / split / scene
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
-    for name, array in arrays.items():
+    for name, column in columns.items():
         part = folder / f"{name}.npy.part"
         with open(part, "wb") as file:
-            np.save(file, np.asarray(array).astype(kinds.get(name, np.int16)))
+            np.save(file, column)
         os.replace(part, folder / f"{name}.npy")  # there as a whole or not at all
     return folder
 
@@ -384,8 +382,11 @@ SCANNET = Layout(
     "www.scan-net.org, then Pointcept's preprocess_scannet.py or our convert_scans",
 )
 FRAME_FILES = dict(
-    color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)
-)  # of N.jpg and N.png the first counts
+    color=(".jpg", ".jpeg", ".png"), depth=(".png",), pose=(".txt",)
+)  # of N.jpg and N.png the first counts; letter case does not
+FRAME_NAME = re.compile(
+    r"(?:frame[-_]?)?(\d+)(?:\.(?:color|depth|pose))?", re.I
+)  # 20, frame-000020.color
 
 
 class _Skip(Exception):
@@ -483,8 +484,9 @@ class ScanNetFrames(RoomReader):
                     f"{self.root / folder}: expected the scene's frames N{suffixes[0]}, found none"
                 )
             for path in map(Path, sorted(names, reverse=True)):
-                if path.suffix in suffixes and path.stem.isdecimal():
-                    found.setdefault(int(path.stem), {})[kind] = f"{folder}/{path.name}"
+                number = FRAME_NAME.fullmatch(path.stem)
+                if path.suffix.lower() in suffixes and number:
+                    found.setdefault(int(number[1]), {})[kind] = f"{folder}/{path.name}"
         return found
 
     def _stored_intrinsics(self, i, size):
@@ -776,7 +778,9 @@ def vertex_normals(
 
 def read_mesh(
     path: str | Path,  # <scene>_vh_clean_2.ply
-) -> dict[str, np.ndarray]:  # coord [n 3] float32 metres, color [n 3] uint8, normal [n 3] float32
+) -> dict[
+    str, np.ndarray
+]:  # coord [n 3] float32 or float64 metres, color [n 3] uint8, normal [n 3] float32
     """Vertices of a reconstructed mesh.
 
     Raises: FileNotFoundError or ValueError unless it has coloured vertices and triangles of them."""
@@ -795,7 +799,7 @@ def read_mesh(
             f"found {', '.join(e.name for e in ply.elements)} only"
         )
     with reading(path, "numbers at each vertex, and faces of three vertices"):
-        xyz = np.stack([vertex[k] for k in "xyz"], 1, dtype=np.float32)
+        xyz = np.stack([vertex[k] for k in "xyz"], 1)
         color = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
         face = ply["face"][lists.pop()]
         faces = np.stack(list(face)) if len(face) else np.zeros((0, 3), dtype=int)
@@ -806,7 +810,8 @@ def read_mesh(
             f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, "
             f"found {faces.min()}..{faces.max()}"
         )
-    return dict(coord=xyz, color=color, normal=vertex_normals(xyz, faces))
+    xyz = store_column("coord", xyz, path)
+    return dict(coord=xyz, color=check_colors(color, path), normal=vertex_normals(xyz, faces))
 
 
 def read_categories(
@@ -852,8 +857,8 @@ def read_labels(
     if labels.is_file():
         ply = read_ply(labels)
         with reading(labels, "a PLY file with a label at each vertex"):
-            nyu40 = np.asarray(ply["vertex"]["label"]).astype(int)
-        found["segment20"] = scannet20(nyu40)
+            nyu40 = np.asarray(ply["vertex"]["label"])
+        found["segment20"] = scannet20(check_labels(nyu40, labels, unlabelled=False))
     if groups.is_file() and segments.is_file():
         segment = read_json(segments, needs=dict(segIndices=list))["segIndices"]
         objects = read_json(groups, needs=dict(segGroups=list))["segGroups"]

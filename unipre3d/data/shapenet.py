@@ -21,6 +21,7 @@ from .readers import Cache, Cloud, Store, View, fit_radius, object_scale
 from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
+from ..values import check_labels, check_normals, check_points, check_poses, unit_colors
 
 # %% auto #0
 __all__ = ['HALF_TURN', 'SPLITS', 'CONVENTION', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image',
@@ -40,18 +41,7 @@ def read_pose(
         raise ValueError(f"{name}: expected 16 numbers, found other text") from None
     if len(numbers) != 16:
         raise ValueError(f"{name}: expected 16 numbers (4 x 4, row by row), found {len(numbers)}")
-    if not np.isfinite(numbers).all():
-        wrong = numbers[~np.isfinite(numbers)][0]
-        raise ValueError(f"{name}: expected finite numbers, found {wrong}")
-    pose = numbers.reshape(4, 4)
-    R = pose[:3, :3]
-    off = max(np.abs(R.T @ R - np.eye(3)).max(), np.abs(pose[3] - [0, 0, 0, 1]).max())
-    if off > 1e-3 or np.linalg.det(R) < 0:
-        raise ValueError(
-            f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), "
-            f"found one that is off by {off:.3g}, determinant {np.linalg.det(R):.3g}"
-        )
-    return pose
+    return check_poses(numbers.reshape(4, 4), name)
 
 
 def read_orbit(
@@ -439,7 +429,7 @@ class ShapeNetViews:
     @cached_property
     def hw(self) -> tuple[int, int]:
         "Height and width of the images; where they keep their size, that of the first."
-        return self.pixels(0, 0).shape[1:] if self.size is None else (self.size, self.size)
+        return self.stored_hw(0) if self.size is None else (self.size, self.size)
 
     def frames(self, i: int) -> list[int]:
         "All views: an object that lacks one is left out."
@@ -458,8 +448,10 @@ class ShapeNetViews:
         return self.facts.get(("world_to_cam", i), read)
 
     def K(self, i: int) -> Float[np.ndarray, "3 3"]:
-        "float64, pixels."
-        return intrinsics_from_fov(self.fov, self.hw).double().numpy()
+        "float64, pixels of images of size `hw`; the field of view is that of the stored width."
+        h, w = self.stored_hw(i)
+        K = intrinsics_from_fov(self.fov, (h, w)).double().numpy()
+        return np.diag([self.hw[1] / w, self.hw[0] / h, 1.0]) @ K
 
     def view(self, i: int, frame: int) -> View:
         "Colour on black, and where the object is."
@@ -471,7 +463,7 @@ class ShapeNetViews:
         return f"{'/'.join(item)}/pts/{'-'.join(item)}.npy"
 
     def _read_cloud(self, i) -> Float[np.ndarray, "n c"]:
-        "xyz and perhaps normals, colours and parts, float32."
+        "xyz and perhaps normals, colours and parts, float32, or float64 where that would round."
         name = self._cloud_file(self.items[i])
         rows, where = self.store.array(name), self.store.root / name
         if self.convention["points"] == "packed":
@@ -487,16 +479,16 @@ class ShapeNetViews:
                 f"{where}: expected an array [n {' or '.join(map(str, widths))}]"
                 f", found {list(rows.shape)}"
             )
-        if not len(rows):
-            raise ValueError(f"{where}: expected at least one point, found an empty cloud")
-        if not np.isfinite(rows).all():
-            wrong = int((~np.isfinite(rows)).sum())
-            raise ValueError(f"{where}: expected finite coordinates, found {wrong} that are not")
+        xyz, real = check_points(rows[:, :3], where)
         if self.released:
-            rows = released_points(rows.astype(np.float32))
-            if self.z_up:
-                rows = rows @ HALF_TURN[:3, :3].T
-        return rows.astype(np.float32)
+            xyz = released_points(xyz)
+            return (xyz @ HALF_TURN[:3, :3].T if self.z_up else xyz).astype(np.float32)
+        if rows.shape[1] == 3:
+            return xyz
+        normal = check_normals(rows[real, 3:6], f"{where}: normal")
+        color = unit_colors(rows[real, 6:9], f"{where}: color")
+        part = check_labels(rows[real, 9], f"{where}: part")
+        return np.concatenate([xyz, normal, color, part[:, None]], 1, dtype=xyz.dtype)
 
     def cam_to_world(self, i: int) -> Float[np.ndarray, "v 4 4"]:
         "The files' poses: float64, OpenCV axes, of all views."
@@ -516,12 +508,29 @@ class ShapeNetViews:
         "The image of view `k`."
         return f"{self.name(i)}/easy/{k:02d}{self.convention['suffix']}"
 
+    def stored_hw(self, i: int) -> tuple[int, int]:
+        "Height and width of an object's views as they are stored."
+        name = self.image_file(i, 0)
+
+        def read():
+            return np.array(decode_image(self.store.read(name), str(self.store.root / name)).size)
+
+        w, h = self.facts.get(("size", i), read).tolist()
+        return h, w
+
     def pixels(self, i: int, k: int) -> UInt8[np.ndarray, "4 h w"]:
         "Colour on black and mask (0 or 255) of view `k`."
         name = self.image_file(i, k)
 
         def read():
             image = decode_image(self.store.read(name), str(self.store.root / name))
+            w, h = image.size
+            wanted = self.stored_hw(i) if self.size else self.hw
+            if (h, w) != wanted:
+                raise ValueError(
+                    f"{self.store.root / name}: expected {wanted[1]} x {wanted[0]} pixels "
+                    f"as the first view, found {w} x {h}"
+                )
             return resize_image(
                 image, self.size, self.resample, self.convention["images"] == "on black"
             )

@@ -212,9 +212,12 @@ def run_row(
     if run.exists() and not resume:
         shutil.rmtree(run)  # of other values, or its record was taken away: it starts anew
     init = "none" if row.start == "none" else run_path(row.start, folder)
-    record = run_recipe(row.recipe, recipe, run, init=init, resume=resume, say=say).record
+    done = run_recipe(row.recipe, recipe, run, init=init, resume=resume, say=say)
+    record = done.record
     if record is None:
         return None
+    if done.ended == "diverged":
+        raise ValueError(f"{row.key}: expected a run with finite losses, see {run / 'record.json'}")
     record["start"]["init"] = row.start
     record["row"] = recorded(row)
     if row.needs:

@@ -264,7 +264,7 @@ class Outcome:
     record: (
         dict | None
     )  # None where it was interrupted, and in all but the first of several processes
-    ended: str  # "finished", "interrupted" (and saved) or "patience"
+    ended: str  # "finished", "interrupted" (and saved), "patience" or "diverged"
 
 
 def describe_data(
@@ -433,6 +433,12 @@ def run_recipe(
             accelerator=accelerator,
             say=say,
         )
+        if done.ended == "diverged" and rank == 0:
+            say(
+                f"stopped after step {done.step}: no loss or gradient of {done.in_a_row} steps in a row was finite; "
+                f"lower --lr, or check the values (unipre3d data check FOLDER); "
+                f"the weights before are in {folder}"
+            )
         if done.skipped and rank == 0:
             say(
                 f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite"
@@ -448,7 +454,7 @@ def run_recipe(
         weights, chosen = load_tensors(folder / "checkpoint.safetensors")
         model = accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)  # tested in float32
         model.load_state_dict(weights)
-        metrics, details = task.test(model, folder)
+        metrics, details = ({}, {}) if done.ended == "diverged" else task.test(model, folder)
         if rank:
             return Outcome(folder, None, done.ended)
         backend = getattr(recipe.objective, "backend", "auto")
@@ -463,6 +469,7 @@ def run_recipe(
             "start": start,
             "steps": done.step,
             "skipped": done.skipped,
+            "ended": done.ended,
             "chosen": chosen,
             "data": task.data,
             "classes": task.classes,

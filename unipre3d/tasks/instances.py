@@ -407,7 +407,7 @@ class InstanceRecipe(SceneRecipe):
     def build_task(self, device: str | torch.device = "cpu") -> Task:
         "Readers, model, loss and scores of an instance segmentation."
         model = self.build_model(self.data.labels)
-        train, val, final = split_rooms(self.data)
+        train, val, final = split_rooms(self.data, "instance")
         labels = scannet_labels(self.data.labels)
         things = thing_classes(labels)
 

@@ -211,6 +211,7 @@ class ViewData(Data):
     intrinsics: str = (
         "files"  # scenes: "standard" for ScanNet's usual ones, where a folder has none
     )
+    depth_scale: float = 1000.0  # scenes: stored units of depth in a metre, such as 5000 of TUM's
     cache_mb: int = 320  # memory for decoded images, for each loader process; 0 is off
     augment: Augment = Augment(rotate="up")  # points and cameras together
     workers: int = 1  # loader processes
@@ -297,6 +298,11 @@ def read_views(
             f"classes: expected none with data={data.source}; "
             "only generated shapes (--data shapes) are picked by class"
         )
+    if data.depth_scale != 1000 and data.layout != "scannet":
+        raise ValueError(
+            f"depth_scale: expected 1000 with layout {data.layout}, whose views have no depth, "
+            f"got {data.depth_scale:g}"
+        )
     cache_bytes = data.cache_mb * 2**20
     root = data.source
     if data.layout == "shapenet":
@@ -320,7 +326,12 @@ def read_views(
         root = embedded_rooms(rooms=data.rooms)
     hw = (data.resolution, data.resolution * 4 // 3)
     return ScanNetFrames(
-        root, split=split, hw=hw, intrinsics=data.intrinsics, cache_bytes=cache_bytes
+        root,
+        split=split,
+        hw=hw,
+        intrinsics=data.intrinsics,
+        depth_scale=data.depth_scale,
+        cache_bytes=cache_bytes,
     )
 
 # %% ../../nbs/60_pretrain.ipynb #2d4b9a42

@@ -27,13 +27,14 @@ from ..data.samples import CloudSamples, Labelled
 from ..data.scannet import ScanNetFrames
 from ..geometry.pointops import voxelize
 from ..geometry.sparse import merge_voxels
+from ..values import refusal
 from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
 from .heads import LabelObjective, propagate
 
 # %% auto #0
 __all__ = ['ROOM_MINI', 'SCENE_FULL', 'one_per_voxel', 'crop_rows', 'LabelledScenes', 'WholeScene', 'ScenePoints', 'PointModel',
            'lovasz_loss', 'paint_room', 'room_colors', 'paint_columns', 'SceneData', 'SceneObjective', 'SceneRun',
-           'SceneRecipe', 'read_rooms', 'split_rooms', 'scene_samples', 'describe_rooms']
+           'SceneRecipe', 'read_rooms', 'check_labelled', 'split_rooms', 'scene_samples', 'describe_rooms']
 
 # %% ../../nbs/tasks/66_scenes.ipynb #66a00009
 def one_per_voxel(
@@ -359,8 +360,25 @@ def read_rooms(
     return ScanNetFrames(root, split=split, labels=data.labels)
 
 
+def check_labelled(
+    reader: Reader,  # of rooms
+    where: str,  # what they are for
+    column: str = "segment",  # or "instance"
+) -> None:
+    """Refuse rooms of which none has labels; scores of them would mean nothing.
+
+    Raises: ValueError of one line.
+    """
+    for i in range(len(reader)):
+        if (reader.rows(i)[column] >= 0).any():
+            return
+    found = f"none in {len(reader)} rooms, such as {reader.name(0)}"
+    raise refusal(where, f"rooms with labels ({column})", found, "name a split that has them")
+
+
 def split_rooms(
     data: SceneData,
+    column: str = "segment",  # that each split must have labels in
 ) -> tuple[Reader, Reader | None, Reader]:  # training, validation (None: none), test
     """The readers of a run.
 
@@ -382,7 +400,11 @@ def split_rooms(
         names = [train.name(i) for i in range(len(train))]
         kept, held_out = hold_out_places(names, data.validation_fraction)
         train, val = Subset(train, kept), Subset(train, held_out)
-    return train, val, read_rooms(data, data.test_split)
+    test = read_rooms(data, data.test_split)
+    for role, reader in dict(training=train, validation=val, test=test).items():
+        if reader is not None:
+            check_labelled(reader, f"{data.source}: {role}", column)
+    return train, val, test
 
 
 def scene_samples(

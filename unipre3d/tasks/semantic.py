@@ -100,7 +100,7 @@ def evaluate_semantic(
     score = SemanticScore(len(samples.source.classes), groups=groups)
     for index in own_part(len(samples)):
         found = point_probabilities(model, samples, index, votes=votes or 1, device=device)
-        truth = torch.from_numpy(samples.source.rows(index)["segment"]).long()
+        truth = torch.from_numpy(samples.rows(index)["segment"]).long()
         score.update(found.argmax(1), truth)
     score.matrix = sum(gathered([score.matrix]))
     suffix = f"_voting{votes}" if votes else ""
