@@ -14,11 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from matplotlib.figure import Figure
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
@@ -90,6 +85,9 @@ def components(
     pairs: Int[np.ndarray, "p 2"],  # edges
 ) -> Int[np.ndarray, "n"]:
     "Which nodes hang together."
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (n, n))
     return connected_components(graph, directed=False)[1]
 
@@ -103,6 +101,9 @@ def radius_groups(
 
     Raises: ValueError for a radius that is not above 0.
     """
+    from scipy.spatial import cKDTree
+    from scipy.spatial.distance import cdist
+
     if not radius > 0:
         raise ValueError(f"radius: expected a length above 0, got {radius}")
     group = np.full(len(xyz), -1)
@@ -315,9 +316,11 @@ def save_instances(
     title: str = "",
 ) -> Path:
     "Write `instances.png`: colours, true things, found things."
+    from matplotlib.figure import Figure  # no global state, no display
+
     own = label_palette(int(truth.max(initial=0)) + 1)[:-1]
     table = np.concatenate([own, [[130, 0, 0], [225, 225, 225]]]).astype(np.uint8)
-    figure = Figure(figsize=(11, 3.8))  # no global state, no display
+    figure = Figure(figsize=(11, 3.8))
     columns = {
         "colours": room_colors(cloud),
         "true things": table[truth],

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
@@ -246,7 +245,7 @@ def room_colors(
 
 
 def paint_columns(
-    figure: Figure,  # drawn into
+    figure: Any,  # a matplotlib figure, drawn into
     cloud: Cloud,  # xyz, perhaps normal
     columns: dict[str, UInt8[np.ndarray, "n 3"]],  # name -> colours; three of them
     bottom: float,  # of the pictures, 0..1 of the figure
