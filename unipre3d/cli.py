@@ -410,6 +410,7 @@ def train_command(
         raise SystemExit(0)
     check_options(rest, rows, prog)
     from unipre3d.recipes import finetune_recipes, read_recipe, recipes
+    from unipre3d.runs.recipe import check_changes, check_recipe
     from unipre3d.runs.run import run_recipe
 
     usual = (recipes | finetune_recipes)[name]
@@ -419,6 +420,12 @@ def train_command(
         refuse_changes(recipe, usual, options)
         folder = resumable(Path(options.out) if options.out else newest_run(name))
         name, recipe, _ = read_recipe(folder)
+    else:
+        check_recipe(recipe)
+        check_changes(recipe, usual)
+        coverage = [getattr(r.model, "min_coverage", 1.0) for r in (usual, recipe)]
+        if options.init == "none" and coverage[0] != coverage[1]:
+            raise ValueError(f"min-coverage: counts only with --init; got {coverage[1]}")
     how = dict(init=options.init, resume=options.resume, device=options.device)
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
@@ -650,7 +657,11 @@ def rooms_command(args: list[str]) -> int:
     check_options(args, rows, prog)
     from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
-    print(f"wrote {make_rooms(**asdict(parse(RoomsOptions, args, prog)))}")
+    options = parse(RoomsOptions, args, prog)
+    for name in ("rooms", "frames", "workers"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    print(f"wrote {make_rooms(**asdict(options))}")
     return 0
 
 
@@ -675,6 +686,10 @@ def data_command(args: list[str]) -> int:
         print(f"wrote {path}")
         return 0
     options = parse(FurnitureOptions, args[1:], "unipre3d data furniture")
+    if options.workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {options.workers}")
+    if options.unpack and options != FurnitureOptions(out=options.out, unpack=True):
+        raise ValueError("--deb, --workers: count only without --unpack")
     if options.unpack:
         from unipre3d.data.shapenet import ShapeNetViews, export_objects
 

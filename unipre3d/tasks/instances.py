@@ -22,11 +22,19 @@ from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.scannet import LabelSet, scannet_labels
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import Model, Optimiser, change  # inherited fields name Optimiser
+from unipre3d.runs.recipe import (  # inherited fields name Optimiser
+    Limit,
+    Model,
+    Optimiser,
+    above,
+    change,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import accuracy, label_loss
 from .metrics import InstanceScore, Instances
 from unipre3d.tasks.scenes import (
+    SCENE_LIMITS,
     SceneData,
     SceneRun,
     ROOM_MINI,
@@ -385,6 +393,11 @@ class InstanceRecipe(SceneRecipe):
     model: InstanceHeads = InstanceHeads()
 
     task: ClassVar[str] = "instance segmentation"
+    limits: ClassVar[dict[str, Limit]] = SCENE_LIMITS | {
+        "radius": above(0),
+        "min_points": within(1),
+        "overlap": within(0, 1),
+    }
     old_names: ClassVar[dict[str, str]] = SceneRecipe.old_names | {
         "least": "min_points",
         "both": "group_unmoved",
