@@ -1,9 +1,12 @@
 "A command that only prints, or that is mistyped, does not wait for torch."
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,3 +93,22 @@ def test_recipes_do_not_import_plotting_and_signal_processing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [], done.stderr
+
+
+SPIN = "import os; from unipre3d.cli import main; main(['doctor']); print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_waiting_threads_give_way_unless_the_user_says_otherwise(given, spins):
+    "What libgomp itself reports when torch loads it."
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    run = [sys.executable, "-c", SPIN]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("another OpenMP than libgomp")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
+    assert done.stdout.split()[-1] == str(given.get("GOMP_SPINCOUNT", None if given else "1000"))

@@ -27,7 +27,7 @@ __all__ = ['default_recipe', 'Row', 'commands', 'one_line', 'parse', 'parse_afte
            'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
            'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
            'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'rooms_command', 'data_command', 'doctor_command',
-           'usage', 'main']
+           'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -770,11 +770,18 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def spin_briefly() -> None:
+    "Waiting threads of OpenMP give way after microseconds; counts before torch is imported. What the user set stays."
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 def main(
     args: list[str] | None = None,  # default: the process's own
 ) -> int:
     "Run a command; a mistake is one line on standard error and exit status 2."
     args = sys.argv[1:] if args is None else args
+    spin_briefly()
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())

@@ -177,6 +177,10 @@ def claim_folder(
     if exact:
         check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "config.json").touch(exist_ok=False)  # of two runs at once, one makes it
+        except FileExistsError:
+            check_free(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -190,13 +194,25 @@ def claim_folder(
 
 
 def from_first(
-    value: Any,  # plain; what the first process has counts
+    work: Callable[[], Any],  # what the first process does; its result can be pickled
 ) -> Any:
-    "The first process's value, in every process."
-    _, world = processes()
-    if world == 1:
-        return value
-    return broadcast_object_list([value])[0]
+    """What the call gives in the first process, in every process.
+
+    Raises: what it raises there, in every process, so that none waits for another.
+    """
+    rank, world = processes()
+    outcome: tuple[Any, Exception | None] = None, None
+    if rank == 0:
+        try:
+            outcome = work(), None
+        except (ValueError, OSError) as error:
+            outcome = None, error
+    if world > 1:
+        outcome = broadcast_object_list([outcome])[0]
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
 
 # %% ../../nbs/59_run.ipynb #d6909213
 @dataclass(frozen=True)
@@ -249,8 +265,7 @@ def prepare_run(
     if start is not None and rank == 0:
         say(str(start))
     wanted = Path(folder) if folder else Path("runs") / name
-    claimed = claim_folder(wanted, exact=folder is not None) if rank == 0 else wanted
-    claimed = Path(from_first(str(claimed)))
+    claimed = from_first(lambda: claim_folder(wanted, exact=folder is not None))
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
@@ -276,11 +291,11 @@ def run_recipe(
     check_recipe(recipe)
     if not resume:
         check_init(init)
-        if folder is not None:
-            check_free(folder)
     wall, cpu, code = time.time(), time.process_time(), code_version()
     device, why = recipe.choose_device(device)
     accelerator = new_accelerator(recipe.optimiser.mixed_precision, device)
+    if folder is not None and not resume:
+        from_first(lambda: check_free(folder))
     rank, world = processes()
     own_batch, rest = divmod(recipe.run.batch_size, world)
     if rest:
