@@ -38,7 +38,7 @@ SHARED = {"heads", "metrics", "scenes"}  # in tasks: what siblings may import
 def modules(package):
     "Every module of a package and its text, by its dotted name below the package."
     for path in sorted(Path(package).rglob("*.py")):
-        if path.name in ("__init__.py", "__main__.py", "_modidx.py"):
+        if path.name in ("__init__.py", "__main__.py", "_modidx.py", "_options.py"):
             continue
         yield (
             ".".join(path.relative_to(package).with_suffix("").parts),

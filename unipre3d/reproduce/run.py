@@ -474,6 +474,9 @@ def reproduce_command(
             f"--workers: expected at least 1, or 0 for one a GPU, got {options.workers}"
         )
     data = {name: getattr(options, name) for name in SOURCES}
+    for name, folder in data.items():
+        if folder and budget == "mini":
+            raise ValueError(f"--{name}: counts only in the full plan; got {folder}")
     rows = select(plan(budget, data), options.only)
     if options.list or budget == "full":
         print(plan_table(rows, options.out))

@@ -43,7 +43,7 @@ from .starts import check_init, start_from, start_summary
 
 # %% auto #0
 __all__ = ['SMALL_BACKBONES', 'LOCK', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder', 'held',
-           'first_does', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions', 'prepare_run',
+           'from_first', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions', 'prepare_run',
            'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
@@ -237,22 +237,25 @@ def held(
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def first_does(
-    action: Callable[[], Any],  # gives a plain value
+def from_first(
+    work: Callable[[], Any],  # what the first process does; its result can be pickled
 ) -> Any:
-    "What the first process's action gives, in every process; its error is everybody's, so nobody waits."
+    """What the call gives in the first process, in every process.
+
+    Raises: what it raises there, in every process, so that none waits for another.
+    """
     rank, world = processes()
-    if world == 1:
-        return action()
-    value = problem = None
+    outcome: tuple[Any, Exception | None] = None, None
     if rank == 0:
         try:
-            value = action()
+            outcome = work(), None
         except (ValueError, OSError) as error:
-            problem = error
-    value, problem = broadcast_object_list([value, problem])
-    if problem is not None:
-        raise problem
+            outcome = None, error
+    if world > 1:
+        outcome = broadcast_object_list([outcome])[0]
+    value, error = outcome
+    if error is not None:
+        raise error
     return value
 
 # %% ../../nbs/59_run.ipynb #d6909213
@@ -336,7 +339,7 @@ def prepare_run(
                 f"--resume: {folder} began with {'; '.join(changed)}: the numbers would not be those of one run; "
                 "make it as it was, or pass --force and the record will say so"
             )
-        first_does(lambda: until_end.enter_context(held(folder)))
+        from_first(lambda: until_end.enter_context(held(folder)))
         return Path(folder), config.get("start", {"kind": "none", "init": "none"}), changed
     backbone = getattr(task.model, "backbone", None)
     if backbone is None and str(init) != "none":
@@ -352,7 +355,7 @@ def prepare_run(
         check_free(claimed)  # now that nobody else can change it
         return str(claimed)
 
-    claimed = Path(first_does(claim))
+    claimed = Path(from_first(claim))
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
@@ -380,11 +383,11 @@ def run_recipe(
     check_recipe(recipe)
     if not resume:
         check_init(init)
-        if folder is not None:
-            check_free(folder)
     wall, cpu, code = time.time(), time.process_time(), code_version()
     device, why = recipe.choose_device(device)
     accelerator = new_accelerator(recipe.optimiser.mixed_precision, device)
+    if folder is not None and not resume:
+        from_first(lambda: check_free(folder))
     rank, world = processes()
     own_batch, rest = divmod(recipe.run.batch_size, world)
     if rest:

@@ -30,14 +30,32 @@ from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
 from ..render import render
 from ..runs.fit import Task, gathered, processes
-from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
+from unipre3d.runs.recipe import (
+    CONDITIONS,
+    LIMITS,
+    NEVER,
+    Condition,
+    Data,
+    Limit,
+    Model,
+    Optimiser,
+    Recipe,
+    Run,
+    above,
+    change,
+    names_embedded,
+    one_of,
+    reads,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET',
-           'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views', 'evaluate', 'constant_baselines',
-           'ViewData', 'GaussianModel', 'build_image_net', 'build_fusion', 'read_views', 'PretrainRecipe',
-           'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
+__all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET',
+           'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
+           'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'build_fusion',
+           'read_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe', 'build_views', 'pretrain_task',
+           'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -306,7 +324,8 @@ def read_views(
     cache_bytes = data.cache_mb * 2**20
     root = data.source
     if data.layout == "shapenet":
-        if root == "shapes":
+        embedded = names_embedded(root, "furniture", "shapes")
+        if embedded and root == "shapes":
             from unipre3d.worlds.shapes import embedded_shapes
 
             categories = list(data.classes) or None
@@ -320,7 +339,7 @@ def read_views(
             size=data.resolution,
             cache_bytes=cache_bytes,
         )
-    if root == "rooms":
+    if names_embedded(root, "rooms"):
         from unipre3d.worlds.rooms.disk import embedded_rooms
 
         root = embedded_rooms(rooms=data.rooms)
@@ -335,6 +354,53 @@ def read_views(
     )
 
 # %% ../../nbs/60_pretrain.ipynb #2d4b9a42
+VIEW_LIMITS: dict[str, Limit] = LIMITS | {
+    "convention": one_of("", "released"),
+    "rooms": within(1),
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+    "sampling": one_of("random", "fps"),
+    "resolution": within(6),
+    "n_ref": within(1),
+    "n_target": within(1),
+    "max_gap": within(1),
+    "intrinsics": one_of("files", "standard"),
+    "cache_mb": within(0),
+    "sh_degree": within(0, 3),
+    "max_offset": within(0),
+    "initial_scale": above(0),
+    "min_scale": within(0),
+    "max_scale": above(0),
+    "background": ("three fractions in 0..1", lambda rgb: all(0 <= value <= 1 for value in rgb)),
+    "foreground_weight": within(0),
+    "background_weight": within(0),
+}
+
+
+def joins_images(recipe: Recipe) -> bool:
+    "Whether there is a fusion, which reads the image model."
+    return recipe.model.fusion != "NoFusion"
+
+
+def weighs_foreground(recipe: Recipe) -> bool:
+    "Whether the foreground is weighed: there is a colour term, and the views have masks."
+    return bool(recipe.objective.terms.get("colour")) and recipe.data.layout == "shapenet"
+
+
+VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    "convention": reads("shapenet"),
+    "rooms": reads("scannet", "rooms"),
+    "classes": reads("shapenet", "shapes"),
+    "per_class": reads("shapenet", "shapes"),
+    "max_gap": reads("scannet"),
+    "intrinsics": reads("scannet"),
+    "image": ("with a fusion", joins_images),
+    "image_subfolder": ("with a fusion", joins_images),
+    "foreground_weight": ("with a colour term and views with masks", weighs_foreground),
+    "background_weight": ("with a colour term and views with masks", weighs_foreground),
+    "patience": NEVER,
+}
+
+
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
     "One pre-training by rendering, as plain values."
@@ -346,6 +412,8 @@ class PretrainRecipe(Recipe):
     task: ClassVar[str] = "pre-training"
     kind: ClassVar[str] = "pretrain"
     command: ClassVar[str] = "pretrain"
+    limits: ClassVar[dict[str, Limit]] = VIEW_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = VIEW_CONDITIONS
 
     def build_predictor(
         self,

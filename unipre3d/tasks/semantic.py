@@ -13,8 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from ..data.augment import Cloud
@@ -115,9 +113,12 @@ def save_room(
     title: str = "",
 ) -> Path:
     "Write `room.png`: colours, truth, prediction; the names of the classes that occur below."
+    from matplotlib.figure import Figure  # no global state, no display
+    from matplotlib.lines import Line2D
+
     table = label_palette(len(names))
     truth = cloud["segment"]
-    figure = Figure(figsize=(11, 4.2))  # no global state, no display
+    figure = Figure(figsize=(11, 4.2))
     columns = {"colours": room_colors(cloud), "truth": table[truth], "prediction": table[found]}
     paint_columns(figure, cloud, columns, bottom=0.17, height=0.74)
     kinds = [k for k in np.unique(np.concatenate([truth, found])) if k >= 0][:30]

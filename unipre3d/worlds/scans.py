@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ..core import data_dir
@@ -47,6 +46,8 @@ def surfels(
     cover: float = 0.75,  # half edge of a square over the distance to the fourth neighbour
 ) -> Mesh:
     "A cloud as squares that overlap a little."
+    from scipy.spatial import cKDTree
+
     gap = cKDTree(xyz).query(xyz, 5)[0][:, 4]
     half = cover * np.minimum(gap, 2 * np.median(gap))[:, None]
     helper = np.where(np.abs(normal[:, 2:]) < 0.9, [[0, 0, 1.0]], [[1.0, 0, 0]])
