@@ -76,7 +76,7 @@ def _farthest_trees(xyz: Tensor, batch: Tensor, size: int, k: int) -> Tensor:
     found = [np.empty(min(k, stop - at), np.int64) for at, stop in zip(start, start[1:])]
 
     def sample(b):
-        farthest(*_tree(points[start[b] : start[b + 1]], leaf=64), start[b], found[b])
+        farthest(*_tree(points[start[b] : start[b + 1]], leaf=128), start[b], found[b])
 
     in_threads(sample, [(b,) for b in range(size) if len(found[b])])
     return torch.from_numpy(np.concatenate(found))

@@ -32,6 +32,7 @@ kernel = njit(cache=True, **RULES)
 part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only called from kernels
 
 BLOCK = 64  # distances that are computed before any is used
+LARGEST_ROW = 2**31 - 1
 STACK = 64  # nodes that wait; the deepest tree of int32 points has 31 levels
 
 
@@ -163,13 +164,14 @@ def grow(points, table, number, box, lowest, depth):
 @part
 def measure(query, table, first, count, gap):
     "Squared distances of `count` points from a query, all columns counted."
-    x, y, z = query[0], query[1], query[2]
+    qx, qy, qz = query[0], query[1], query[2]
+    last = first + count
+    x, y, z = table[0, first:last], table[1, first:last], table[2, first:last]
     for i in range(count):
-        gap[i] = squared(table[0, first + i] - x, table[1, first + i] - y, table[2, first + i] - z)
+        gap[i] = squared(x[i] - qx, y[i] - qy, z[i] - qz)
     for axis in range(3, len(query)):
-        value = query[axis]
         for i in range(count):
-            step = table[axis, first + i] - value
+            step = table[axis, first + i] - query[axis]
             gap[i] = fused(step, step, gap[i])
 
 
@@ -319,16 +321,18 @@ def within(
 @part
 def largest(gap, number, first, last):
     "Place of the largest gap among first..last; of several the one with the lowest row."
-    top = gap[first]
-    for i in range(first, last):
-        top = gap[i] if gap[i] > top else top
-    best = first
-    while gap[best] != top:
+    here, rows = gap[first:last], number[first:last]
+    top = here[0]
+    for i in range(len(here)):
+        top = here[i] if here[i] > top else top
+    lowest = np.int32(LARGEST_ROW)
+    for i in range(len(here)):
+        row = rows[i] if here[i] == top else np.int32(LARGEST_ROW)
+        lowest = row if row < lowest else lowest
+    best = 0
+    while rows[best] != lowest:
         best += 1
-    for i in range(best + 1, last):
-        if gap[i] == top and number[i] < number[best]:
-            best = i
-    return best
+    return first + best
 
 
 @part
@@ -340,11 +344,13 @@ def better(gap, number, a, b):
 
 
 @part
-def shorten(table, gap, first, last, x, y, z):
+def shorten(table, gap, first, last, px, py, pz):
     "Lower the gaps of the points first..last to their squared distances from a place."
-    for i in range(first, last):
-        d2 = squared(table[0, i] - x, table[1, i] - y, table[2, i] - z)
-        gap[i] = d2 if d2 < gap[i] else gap[i]
+    here = gap[first:last]
+    x, y, z = table[0, first:last], table[1, first:last], table[2, first:last]
+    for i in range(len(here)):
+        d2 = squared(x[i] - px, y[i] - py, z[i] - pz)
+        here[i] = d2 if d2 < here[i] else here[i]
 
 
 @kernel
