@@ -129,7 +129,10 @@ def radius_groups(
     found = components(len(cell), edges)
     more = []
     for a, b in near[found[near[:, 0]] != found[near[:, 1]]]:
-        if (cdist(points[a], points[b], "sqeuclidean") <= radius**2).any():
+        gap, row = cKDTree(points[a]).query(points[b])
+        closest = gap.argmin()
+        step = points[b][closest] - points[a][row[closest]]
+        if (step**2).sum() <= radius**2:
             more.append((a, b))
     edges = np.concatenate([edges, np.array(more, dtype=near.dtype).reshape(-1, 2)])
     found = components(len(cell), edges)[node]
