@@ -4,7 +4,7 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import os, warnings
+import hashlib, os, warnings
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from .core import data_dir
 from .files import check_weights, read_json, reading, regular_file
+from .records import ArrayFile, cache_dir
 
 # %% auto #0
 __all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'load_autoencoder', 'last_up_block',
-           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'rgb_features']
+           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'trim_cache', 'CachedFeatures',
+           'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -158,7 +160,7 @@ class KLImageEncoder(nn.Module):
         self,
         vae: nn.Module,  # diffusers' AutoencoderKL for colour images
         *,
-        chunk: int = 32,  # images that go through at once; bounds memory, does not change the result
+        chunk: int = 8,  # images that go through at once; bounds memory, changes the last bits alone
     ):
         super().__init__()
         if chunk < 1:
@@ -172,7 +174,7 @@ class KLImageEncoder(nn.Module):
         | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
         *,
         subfolder: str = "",  # where the autoencoder lies inside the source
-        chunk: int = 32,  # images that go through at once
+        chunk: int = 8,  # images that go through at once
     ) -> KLImageEncoder:
         "The encoder with trained weights; see `load_autoencoder` for the sources and errors."
         return cls(load_autoencoder(source, subfolder=subfolder), chunk=chunk)
@@ -205,6 +207,107 @@ class KLImageEncoder(nn.Module):
             return rgb.new_zeros(0, self.width, h, w)
         maps = torch.cat([last_up_block(self.vae, part) for part in x.split(self.chunk)])
         return maps[..., :h, :w].to(rgb.dtype)
+
+# %% ../nbs/30_image.ipynb #30cac42e
+def model_hash(
+    net: nn.Module,
+) -> str:  # 16 hexadecimal digits
+    "A name for what a frozen model computes: its weights, its settings, the library and the threads."
+    settings = [repr(net), torch.__version__, torch.get_num_threads()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def trim_cache(
+    folder: Path,
+    keep: Path,  # this file stays
+    limit: int,  # bytes that all files may have together
+) -> None:
+    "Delete the feature files that were opened longest ago, until the others fit."
+    files = []
+    for path in folder.glob("features-*.bin"):
+        facts = path.stat()
+        files.append((facts.st_mtime, getattr(facts, "st_blocks", 0) * 512, path))
+    used = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if used > limit and path != keep:
+            path.unlink(missing_ok=True)
+            used -= size
+
+
+class CachedFeatures(nn.Module):
+    "A frozen encoder whose maps are computed once for each image; on a GPU, and for other types than float32, every time."
+
+    def __init__(
+        self,
+        net: KLImageEncoder,
+        limit: int,  # bytes on disk
+        folder: str | Path | None = None,  # of the files; None means `cache_dir()`
+    ):
+        super().__init__()
+        self.net = net
+        self.limit = limit
+        self.folder = Path(folder or cache_dir())
+        self.width = net.width
+        self.files: dict[tuple[int, ...], ArrayFile | None] = {}  # shape of a map -> its file
+        self.name = ""  # of the model, as soon as it is needed
+
+    def file(self, shape: tuple[int, ...]) -> ArrayFile | None:
+        "The file for maps of one shape; None, after a warning, where it cannot be opened."
+        if shape in self.files:
+            return self.files[shape]
+        self.name = self.name or model_hash(self.net)
+        size = "x".join(map(str, shape))
+        path = self.folder / f"features-{self.name}-{size}-{self.limit}.bin"
+        file = ArrayFile(path, shape, limit=self.limit)
+        try:
+            file.file.seek(0)
+            os.utime(path)
+            trim_cache(self.folder, path, self.limit)
+        except OSError as problem:
+            hint = "set UNIPRE3D_CACHE to another folder, or pass --feature-cache-mb 0"
+            warnings.warn(f"{path}: features are not cached ({problem}); {hint}", stacklevel=3)
+            file = None
+        self.files[shape] = file
+        return file
+
+    def compute(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v c h w"]:
+        "Maps from full chunks: the last one is filled up with black images."
+        fill = -len(rgb) % self.net.chunk
+        full = F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, fill))
+        return self.net(full)[: len(rgb)]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+    ) -> Float[Tensor, "v c h w"]:  # c = width
+        "The maps, from the file where they are there. Raises: ValueError as the encoder."
+        check_images(rgb)
+        if rgb.device.type != "cpu" or rgb.dtype != torch.float32:
+            return self.net(rgb)
+        file = self.file((self.width, *rgb.shape[2:]))
+        if file is None:
+            return self.compute(rgb)
+        pixels = rgb.contiguous().numpy()
+        keys = [hashlib.blake2b(image, digest_size=16).digest() for image in pixels]
+        maps = rgb.new_empty(len(rgb), *file.shape)
+        absent = []
+        for i, key in enumerate(keys):
+            known = file.get(key)
+            if known is None:
+                absent.append(i)
+            else:
+                maps[i] = torch.from_numpy(known)
+        if absent:
+            made = self.compute(rgb[absent])
+            maps[absent] = made
+            for i, one in zip(absent, made.numpy()):
+                file.put(keys[i], one)
+        return maps
 
 # %% ../nbs/30_image.ipynb #7aba952a
 def rgb_features(

@@ -25,7 +25,7 @@ from ..data.samples import ViewSamples
 from ..data.scannet import ScanNetFrames
 from ..data.shapenet import ShapeNetViews
 from ..gaussians import GaussianHead
-from ..image import KLImageEncoder, rgb_features
+from ..image import CachedFeatures, KLImageEncoder, rgb_features
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
 from ..render import render
@@ -53,9 +53,9 @@ from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
 # %% auto #0
 __all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET',
            'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
-           'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'build_fusion',
-           'read_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe', 'build_views', 'pretrain_task',
-           'small_object', 'paper_object', 'small_room', 'paper_scene']
+           'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
+           'build_fusion', 'read_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe', 'build_views',
+           'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -247,6 +247,9 @@ class GaussianModel(Model):
     sh_degree: int = 1  # degree of the colour harmonics; 1 makes 23 numbers a point
     max_offset: float = 0.2  # largest distance per axis of a Gaussian from its point, world units
     initial_scale: float = 0.05  # standard deviation of the Gaussians before training, world units
+    feature_cache_mb: int = (
+        4096  # disk for the maps of the image model; 0 computes them in every step
+    )
     min_scale: float = 0.0  # floor of the standard deviation; the released code has 0.37
     max_scale: float = 100.0  # its ceiling, world units; the released code has e^20
 
@@ -268,6 +271,16 @@ def build_image_net(
     if model.image == "rgb":
         return rgb_features
     return KLImageEncoder.from_pretrained(model.image, subfolder=model.image_subfolder)
+
+
+def cached_image_net(
+    model: GaussianModel,
+) -> nn.Module | Callable | None:  # as `build_image_net`
+    "The frozen image model with its maps cached, for a run that meets the same images again."
+    net = build_image_net(model)
+    if isinstance(net, KLImageEncoder) and model.feature_cache_mb:
+        return CachedFeatures(net, model.feature_cache_mb * 2**20)
+    return net
 
 
 def build_fusion(
@@ -477,7 +490,7 @@ def pretrain_task(
     check_objective(recipe.objective)
     train = build_views(recipe, "train")
     held_out = build_views(recipe, "val")
-    image_net = build_image_net(recipe.model)
+    image_net = cached_image_net(recipe.model)
     if isinstance(image_net, nn.Module):
         image_net.to(device)
     model = recipe.build_predictor(getattr(image_net, "width", 0))
@@ -546,6 +559,7 @@ PAPER = dict(
     source="",
     workers=8,
     image="stabilityai/sd-vae-ft-mse",
+    feature_cache_mb=0,
     lr=1e-4,
     warmup=0,
     schedule="step",
