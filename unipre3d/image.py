@@ -4,7 +4,7 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import hashlib, os, warnings
+import hashlib, json, os, warnings
 from pathlib import Path
 
 import torch
