@@ -1,4 +1,4 @@
-"""Values that users have: accepted with their right value, dropped and counted, or refused in one line."""
+"""Values that users have: accepted as they are meant, dropped and counted, or refused in one line."""
 
 import json
 import math
@@ -13,9 +13,18 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 
 import unipre3d
+from unipre3d.cli import main
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
-from unipre3d.data.labelled import S3DIS, ModelNet40, write_modelnet40, write_s3dis
+from unipre3d.data.check import check_data, find_readers
+from unipre3d.data.labelled import (
+    S3DIS,
+    ModelNet40,
+    write_modelnet40,
+    write_s3dis,
+    write_scanobjectnn,
+    write_shapenetpart,
+)
 from unipre3d.data.samples import CloudSamples, Labelled, ViewSamples
 from unipre3d.data.scannet import ScanNetFrames, box_cloud, read_mesh, write_box_rooms, write_cloud
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
@@ -24,7 +33,7 @@ from unipre3d.recipes import find_recipe, finetune_recipes
 from unipre3d.runs.checkpoint import load_tensors
 from unipre3d.runs.fit import MOST_SKIPPED, Task, fit
 from unipre3d.runs.recipe import Optimiser, Run, change
-from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, run_recipe
+from unipre3d.runs.run import SMALL_BACKBONES, backbone_class
 from unipre3d.tasks.scenes import ScenePoints
 from unipre3d.values import check_cloud, check_labels, color_scale
 
@@ -327,22 +336,15 @@ def test_a_run_ends_after_some_bad_steps_in_a_row(tmp_path):
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def tiny(**values):
-    "A fine-tuning of seconds on the embedded furniture."
-    small = dict(width=24, depth=1, num_heads=2, num_groups=16, group_size=8)
-    small |= dict(radius=None, encoder_widths=(8, 16, 16), encoder_dims=24)
-    plain = dict(n_points=64, steps=40, batch_size=8, workers=0, backbone_options=small)
-    return change(finetune_recipes["cls-furniture-mini"], **plain, **values)
-
-
-def test_a_run_that_diverges_says_so_and_its_record_too(tmp_path):
-    said = []
-    recipe = tiny(lr=1e30, clip=1e38, warmup=0)
-    done = run_recipe("bad", recipe, tmp_path / "run", device="cpu", say=said.append)
+def test_a_run_that_diverges_ends_with_a_failing_status(tmp_path, capsys):
+    words = "finetune cls-furniture-mini --device cpu --steps 40 --batch-size 8 --n-points 64"
+    words += f" --workers 0 --lr 1e30 --clip 1e38 --warmup 0 --out {tmp_path / 'run'}"
+    assert main(words.split()) == 1
     record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert done.ended == record["ended"] == "diverged" and record["metrics"] == {}
-    assert record["skipped"] >= MOST_SKIPPED
-    assert any("steps in a row" in text and "lower --lr" in text for text in said)
+    assert record["ended"] == "diverged" and record["metrics"] == {}
+    assert MOST_SKIPPED <= record["skipped"] <= record["steps"] < 40
+    said = capsys.readouterr().out
+    assert "20 steps in a row" in said and "lower --lr" in said
 
 
 def test_one_missing_point_costs_a_point_and_no_step():
@@ -520,3 +522,67 @@ def test_cameras_and_depth_of_an_own_reader_are_checked(tmp_path, monkeypatch, n
     monkeypatch.setattr(reader, "view" if name == "depth" else name, wrong)
     samples = ViewSamples(reader, n_points=100, n_ref=1, n_target=1, max_gap=3)
     one_line(lambda: samples[0], "box0000_00: " if name != "depth" else "box0000_00", text)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_a_whole_data_set_is_checked_and_what_is_refused_is_named(tmp_path, capsys):
+    root = write_box_rooms(tmp_path / "set", n_frames=4, hw=(30, 40), spacing=0.2)
+    assert main(["data", "check", str(root)]) == 0
+    path = root / "val/box0002_00/coord.npy"
+    coord = np.load(path)
+    coord[:3] = np.nan
+    np.save(path, coord)
+    segment = root / "train/box0001_00/segment20.npy"
+    np.save(segment, np.load(segment) + 0.5)
+    for pose in (root / "2D/pose/box0000_00").iterdir():
+        rewrite_pose(np.linalg.inv)(pose)
+    capsys.readouterr()
+    assert main(["data", "check", str(root)]) == 1
+    said = capsys.readouterr().out
+    assert f"dropped: {path}: left out 3 of {len(coord)} points" in said
+    assert f"refused: {segment}: expected labels in -1..19, found" in said
+    assert "refused: box0000_00: expected views that show the cloud" in said
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line}
+    assert rows["points"][1:] == ["3", "0"] and rows["labels"][2] == "1"
+    assert rows["views"][2] == "1" and rows["files"][2] == "0"
+    assert main(["data", "check", str(root), "--no-views"]) == 1
+    assert "show the cloud" not in capsys.readouterr().out
+
+
+def test_a_folder_without_a_known_layout_is_refused(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert "expected a data set in the layout of" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    "kind", ("scanobjectnn", "modelnet40", "shapenetpart", "released", "s3dis")
+)
+def test_every_layout_is_recognised_and_clean(tmp_path, kind):
+    cloud = np.concatenate([TRUE[:64], np.tile([0, 0, 1.0], (64, 1))], 1)
+    if kind == "scanobjectnn":
+        write_scanobjectnn(tmp_path, TRUE[None, :64], [3], split="train")
+    if kind == "modelnet40":
+        for split in ("train", "test"):
+            write_modelnet40(tmp_path, [("a", cloud)], ["a"], split=split)
+    if kind == "shapenetpart":
+        one = np.concatenate([cloud, np.full((64, 1), 12)], 1)
+        shapes = {split: [("03001627", split, one)] for split in ("train", "val", "test")}
+        write_shapenetpart(tmp_path, shapes, dict(Chair="03001627"))
+    if kind == "released":
+        export_objects(ShapeNetViews(classes=["lamp"]), tmp_path, "released", [0])
+    if kind == "s3dis":
+        areas(tmp_path, coord=TRUE[:64], segment=np.zeros(64), instance=np.zeros(64))
+    report = check_data(find_readers(tmp_path), progress=False)
+    assert not report.refused and not report.dropped and not report.lines
+    assert report.accepted["points"] and report.accepted["labels"]
+    assert report.accepted["views"] == (24 if kind == "released" else 0)
+
+
+def test_the_embedded_objects_pass(capsys):
+    reader = ShapeNetViews(classes=["lamp"])
+    report = check_data(dict(all=reader), progress=False)
+    assert not report.lines and report.accepted["views"] == 24 * len(reader)

@@ -218,18 +218,24 @@ def check_labels(
 
     Raises: ValueError of one line for one that is cut, or out of range.
     """
-    top = 2**31 if high is None else high
     labels = np.asarray(labels)
-    none = np.zeros(labels.shape, dtype=bool)
-    if unlabelled and len(labels) and not low <= labels.min() <= labels.max() < top:
-        none = np.isin(labels, [-1, -100, *([255] if top <= 255 else [])])
+    top = 2**31 if high is None else high
+    bottom = -1 if unlabelled else low
+    if low <= 0 and labels.dtype.kind != "f" and _within(labels, bottom, top):
+        return labels.astype(np.int32, copy=False)
+    none = np.isin(labels, [-1, -100, *([255] if top <= 255 else [])]) & unlabelled
     wrong = ~none & ~((labels >= low) & (labels < top))
     if labels.dtype.kind == "f":
         wrong |= labels != np.round(labels)
     if wrong.any():
-        expected = f"{what} in {-1 if unlabelled else low}..{top - 1}"
+        expected = f"{what} in {bottom}..{top - 1}"
         raise refusal(where, expected, f"{labels[wrong].flat[0]:g}", hint)
     return np.where(none, -1, labels).astype(np.int32)
+
+
+def _within(values, low, high) -> bool:
+    "Whether all are in low .. high - 1."
+    return not values.size or bool(low <= values.min() <= values.max() < high)
 
 
 def narrow_labels(

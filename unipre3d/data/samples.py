@@ -387,7 +387,7 @@ def meeting(
     views: PosedViews,  # of that cloud
     some: int = 500,  # pixels or points of each view that are tried, about
 ) -> float:  # 0..1; 1 where no pixel has depth
-    "The fraction of pixels that are near a point; without depth, of points that fall on the mask."
+    "The fraction of pixels near a point; without depth, of points on the mask; without either, of views that show a point."
     if views.depth is None:
         return _points_on_mask(xyz[:: max(1, len(xyz) // some)], views)
     h, w = views.depth.shape[1:]
@@ -419,7 +419,8 @@ def _points_on_mask(xyz, views):
         inside &= views.mask[
             view, np.where(inside, v, 0).astype(int), np.where(inside, u, 0).astype(int)
         ]
-    return float(inside.mean())
+        return float(inside.mean())
+    return float(inside.any(1).mean())  # of a large room a view shows little
 
 
 def other_readings(
