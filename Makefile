@@ -35,7 +35,7 @@ notebooks: .venv/dev  ## run every notebook
 	$(BIN)/python tools/run_notebooks.py --workers $(WORKERS)
 
 test: .venv/dev notebooks  ## install, run every notebook, then pytest
-	$(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 site: .venv/dev
 	$(BIN)/python tools/build_site.py
