@@ -1,6 +1,6 @@
 """The frozen image branch: parity with the released one, freezing, sizes, sources and their errors."""
 
-import json, os, subprocess, sys, time
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -204,22 +204,35 @@ def test_wrong_model_is_named(tmp_path):
     assert "AutoencoderTiny" in one_line(error)
 
 
+OFFLINE = """
+import sys
+from unipre3d.image import KLImageEncoder
+import diffusers
+
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "time.sleep"):
+        print(event, args)
+
+sys.addaudithook(watch)
+try:
+    KLImageEncoder.from_pretrained("nobody/no-such-autoencoder")
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
 def test_hub_id_offline_is_one_line_at_once(tmp_path):
-    code = (
-        "import time; from unipre3d.image import KLImageEncoder; import diffusers; t = time.time()\n"
-        "try: KLImageEncoder.from_pretrained('nobody/no-such-autoencoder')\n"
-        "except FileNotFoundError as error: print(error); print(time.time() - t)"
-    )
+    "At once: no connection is tried, and nothing is waited for."
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", OFFLINE],
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )
-    message, seconds = run.stdout.splitlines()
+    (message,) = run.stdout.splitlines()
     assert "nobody/no-such-autoencoder" in message and '"mini"' in message and "folder" in message
-    assert float(seconds) < 5 and "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 # -- maps that are computed once

@@ -43,8 +43,11 @@ PRELOAD = [
 LONG = (
     "60_pretrain",
     "80_results",
+    "78_reproduce",
+    "67_autoencoder",
     "idea",
     "90_cli",
+    "62_compare",
 )
 
 
