@@ -27,7 +27,7 @@ COMMANDS = (
     "data prepare --help",
     "data rooms --help",
     "doctor --help",
-    "pretrain object-transfomer-mini",
+    "pretrain object-transformer-min",
     "pretrain --stepz 3",
 )
 IMPORTS = ("torch", "unipre3d.recipes")

@@ -61,7 +61,7 @@ HELP = {
     "doctor --help": "usage: unipre3d doctor",
 }
 MISTAKES = {
-    "pretrain object-transfomer-mini": "expected one of object-transformer-mini, ",
+    "pretrain object-transformer-min": "expected one of object-transformer-mini, ",
     "finetune cls-unicorn": "expected one of cls-furniture-mini, ",
     "finetune": "expected a recipe first",
     "fly": "expected a command",

@@ -356,7 +356,7 @@ def save_confusion(
 
 
 CLASS_LIMITS: dict[str, Limit] = LIMITS | {
-    "per_class": ("counts of at least 1", lambda counts: min(counts) >= 1),
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
     "validation": one_of("split", "share", "none"),
     "validation_fraction": ("a fraction above 0 and below 1", lambda value: 0 < value < 1),
     "shots": within(0),

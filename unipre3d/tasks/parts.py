@@ -521,7 +521,7 @@ def part_samples(
 
 
 PART_LIMITS: dict[str, Limit] = LIMITS | {
-    "per_class": ("counts of at least 1", lambda counts: min(counts) >= 1),
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
     "radius": within(0),
     "stored": within(1),
     "validation": one_of("split", "none"),
