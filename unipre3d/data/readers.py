@@ -17,7 +17,16 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from ..core import CameraBatch, ViewBatch
 from ..records import data_hash
-from ..values import check_array, check_colors, check_labels, check_normals, check_points
+from unipre3d.values import (
+    check_array,
+    check_colors,
+    check_depth,
+    check_intrinsics,
+    check_labels,
+    check_normals,
+    check_points,
+    check_poses,
+)
 
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
@@ -85,15 +94,21 @@ def as_views(
     depth: Float[np.ndarray, "v h w"] | None = None,  # metres
     mask: Bool[np.ndarray, "v h w"] | None = None,
 ) -> ViewBatch:
-    "Images and cameras as tensors."
+    """Images and cameras as tensors.
+
+    Raises: ValueError of one line for a pose that is not rigid, no focal length, or depth in another unit."""
     images = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    K = np.broadcast_to(K, (len(rgb), 3, 3)).astype(np.float32)
-    poses = torch.from_numpy(np.asarray(world_to_cam, dtype=np.float32))
+    poses = check_poses(world_to_cam, "as_views: world_to_cam", "world-to-camera")
+    poses = torch.from_numpy(poses.astype(np.float32))
+    each = [
+        check_intrinsics(one, rgb.shape[1:3], "as_views: K") for one in np.reshape(K, (-1, 3, 3))
+    ]
+    K = np.broadcast_to(each, (len(rgb), 3, 3)).astype(np.float32)
     camera = CameraBatch(poses, torch.from_numpy(K), rgb.shape[1:3], torch.from_numpy(batch))
     if depth is not None:
-        depth = torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))
+        depth = torch.from_numpy(check_depth(depth, "as_views: depth"))
     if mask is not None:
         mask = torch.from_numpy(mask)
     return ViewBatch(camera, images, depth, mask)

@@ -32,6 +32,7 @@ from ..render import render
 from ..runs.fit import Task, gathered, processes
 from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
 from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
+from ..values import refusal
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET',
@@ -73,7 +74,14 @@ def predict(
     | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]
     model: nn.Module,  # a `UniPre3D`
 ) -> GaussianBatch:
-    "Points and reference images to Gaussians; without an image model there is no fusion."
+    """Points and reference images to Gaussians; without an image model there is no fusion.
+
+    Raises: ValueError outside training for coordinates that are not finite; in training the step is skipped."""
+    if not model.training and not bool(points.xyz.isfinite().all()):
+        wrong = int((~points.xyz.isfinite()).sum())
+        raise refusal(
+            "predict: points.xyz", "finite numbers", f"{wrong} that are not", "drop those points"
+        )
     maps = None
     if image_net is not None:
         with torch.no_grad():
