@@ -25,6 +25,7 @@ from unipre3d.data.labelled import (
     write_scanobjectnn,
     write_shapenetpart,
 )
+from unipre3d.data.readers import as_views
 from unipre3d.data.samples import CloudSamples, Labelled, ViewSamples
 from unipre3d.data.scannet import ScanNetFrames, box_cloud, read_mesh, write_box_rooms, write_cloud
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
@@ -34,6 +35,7 @@ from unipre3d.runs.checkpoint import load_tensors
 from unipre3d.runs.fit import MOST_SKIPPED, Task, fit
 from unipre3d.runs.recipe import Optimiser, Run, change
 from unipre3d.runs.run import SMALL_BACKBONES, backbone_class
+from unipre3d.tasks.pretrain import predict
 from unipre3d.tasks.scenes import ScenePoints
 from unipre3d.values import check_cloud, check_labels, color_scale
 
@@ -586,3 +588,35 @@ def test_the_embedded_objects_pass(capsys):
     reader = ShapeNetViews(classes=["lamp"])
     report = check_data(dict(all=reader), progress=False)
     assert not report.lines and report.accepted["views"] == 24 * len(reader)
+
+
+# ---------------------------------------------------------------- what a user calls
+
+
+def test_views_of_a_user_are_checked():
+    rgb = np.zeros((2, 30, 40, 3), np.uint8)
+    poses, K, batch = (
+        np.tile(np.eye(4), (2, 1, 1)),
+        np.float64([[30, 0, 20], [0, 30, 15], [0, 0, 1]]),
+        np.zeros(2, int),
+    )
+    views = as_views(rgb, poses, K, batch, depth=np.full((2, 30, 40), np.inf))
+    assert views.depth.eq(0).all() and torch.equal(views.camera.K[1], torch.tensor(K).float())
+    one_line(lambda: as_views(rgb, 2 * poses, K, batch), "as_views: world_to_cam: expected a rigid")
+    one_line(lambda: as_views(rgb, poses, -K, batch), "as_views: K: expected intrinsics")
+    one_line(
+        lambda: as_views(rgb, poses, K, batch, depth=np.full((2, 30, 40), 2e3)),
+        "divide millimetres",
+    )
+
+
+def test_a_prediction_of_no_numbers_is_refused_and_a_step_is_skipped():
+    recipe = change(
+        find_recipe("object-transformer-mini"), image="none", fusion="NoFusion", n_points=64
+    )
+    model = recipe.build_model()
+    xyz = torch.rand(64, 3)
+    xyz[3, 1] = torch.nan
+    points = PointBatch(xyz, xyz, torch.zeros(64, dtype=torch.long), 1)
+    one_line(lambda: predict(points, None, None, model.eval()), "points.xyz", "1 that are not")
+    assert not predict(points, None, None, model.train()).mean.isfinite().all()

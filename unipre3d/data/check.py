@@ -37,6 +37,7 @@ __all__ = ['WORDS', 'KINDS', 'find_readers', 'Report', 'check_one', 'check_frame
 # %% ../../nbs/data/29_accepted.ipynb #1b68b4a9
 def find_readers(
     folder: str | Path,  # or zip
+    depth_scale: float = 1000.0,  # of rooms with frames: stored units of depth in a metre
 ) -> dict[str, Reader]:  # by split
     """Readers of all that a data set holds; its layout is recognised by its files.
 
@@ -55,7 +56,9 @@ def find_readers(
         split, (first, *_) = next(iter(rooms.items()))
         known = [n for n in (20, 200) if store.has(f"{split}/{first}/segment{n}.npy")]
         labels = known[0] if known else None
-        return {s: ScanNetFrames(root, split=s, labels=labels) for s in rooms}
+        return {
+            s: ScanNetFrames(root, split=s, labels=labels, depth_scale=depth_scale) for s in rooms
+        }
     if any(name.startswith("Area_") for name in names):
         return {split: S3DIS(root, split=split) for split in ("train", "test")}
     if names & {*ModelNet40.forms.values()}:

@@ -385,7 +385,7 @@ FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's camera axes: y up, z backward
 def meeting(
     xyz: Float[np.ndarray, "n 3"],
     views: PosedViews,  # of that cloud
-    some: int = 500,  # pixels or points of each view that are tried, about
+    some: int = 200,  # pixels or points of each view that are tried, about
 ) -> float:  # 0..1; 1 where no pixel has depth
     "The fraction of pixels near a point; without depth, of points on the mask; without either, of views that show a point."
     if views.depth is None:
@@ -401,8 +401,8 @@ def meeting(
     world = world[depth[..., 0] > 0]
     if not len(world):
         return 1.0
-    tree = cKDTree(xyz[:: max(1, len(xyz) // 20_000)])
-    apart, _ = tree.query(tree.data[:: max(1, tree.n // some)], k=2)
+    tree = cKDTree(xyz[:: max(1, len(xyz) // 10_000)])
+    apart, _ = tree.query(tree.data[:: max(1, tree.n // 500)], k=2)
     reach = 3 * np.median(apart[:, 1]) + 0.01 * float(np.linalg.norm(np.ptp(xyz, axis=0)))
     return float(np.isfinite(tree.query(world, distance_upper_bound=reach)[0]).mean())
 
