@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import PIL
 import torch
 from jaxtyping import Bool, Float, Int, Integer, Num, UInt8
 
 from ..core import CameraBatch, ViewBatch
-from ..records import data_hash
+from ..records import ArrayFile, code_hash, data_hash, open_arrays
 
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
-           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache', 'Layout',
-           'found_at', 'check_columns', 'check_whole', 'check_option', 'FileReader', 'RoomReader']
+           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache',
+           'DecodedImages', 'Layout', 'found_at', 'check_columns', 'check_whole', 'check_option', 'FileReader',
+           'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -390,6 +392,14 @@ class Store:
         "Whether there is such a file."
         return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
 
+    def stamp(self, name: str) -> str:
+        "What changes when a file does: in a zip the sum of its bytes, in a folder its size and time."
+        if self.is_zip:
+            member = self.zip.getinfo(name)
+            return f"{name} {member.file_size} {member.CRC}"
+        facts = (self.root / name).stat()
+        return f"{self.root.resolve() / name} {facts.st_size} {facts.st_mtime_ns}"
+
     def folders(self, folder: str = "") -> list[str]:
         "Folders in a folder, sorted; of a zip those that hold something."
         if self.is_zip:
@@ -432,6 +442,43 @@ class Cache:
             while self.used > self.limit:
                 self.used -= self.items.popitem(last=False)[1].nbytes
         return value
+
+# %% ../../nbs/data/19_readers.ipynb #r19decoded
+class DecodedImages:
+    "Decoded, scaled images on disk, for all processes and runs."
+
+    def __init__(
+        self,
+        limit: int,  # bytes on disk
+        folder: str | Path | None = None,  # None means `cache_dir()`
+    ):
+        self.limit = limit
+        self.folder = folder
+        self.files: dict[tuple, ArrayFile | None] = {}  # of one shape, type and code
+
+    def get(
+        self,
+        stamp: str,  # of the file; see `Store.stamp`
+        how: str,  # what else decides the pixels, such as the resampling
+        code: str,  # module that decodes
+        shape: tuple[int, ...],
+        dtype: str,
+        make: Callable[[], np.ndarray],  # decodes
+    ) -> np.ndarray:
+        "The pixels of one image."
+        place = (code, shape, dtype)
+        if place not in self.files:
+            values = [code_hash(code), PIL.__version__]
+            self.files[place] = open_arrays("image", values, shape, dtype, self.limit, self.folder)
+        file = self.files[place]
+        if file is None:
+            return make()
+        key = hashlib.blake2b(f"{stamp} {how}".encode(), digest_size=16).digest()
+        pixels = file.get(key)
+        if pixels is None:
+            pixels = make()
+            file.put(key, pixels)
+        return pixels
 
 # %% ../../nbs/data/19_readers.ipynb #r19layout
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from plyfile import PlyData, PlyParseError
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from .readers import Layout, RoomReader, Store, View, check_option
+from .readers import DecodedImages, Layout, RoomReader, Store, View, check_option
 from .shapenet import read_pose
 
 # %% auto #0
@@ -440,6 +440,7 @@ class ScanNetFrames(RoomReader):
                 f"depth_scale: expected stored units in a metre, above 0, got {depth_scale}"
             )
         super().__init__(root, cache_bytes)
+        self.decoded: DecodedImages | None = None  # frames on disk, where a recipe wants it
         self.split = split
         self.hw = tuple(hw)
         self.intrinsics = intrinsics
@@ -645,9 +646,15 @@ class ScanNetFrames(RoomReader):
             )
 
         def pixels(kind):
-            return self.cache.get(
-                (kind, i, frame), lambda: self._pixels(kind, film.files[frame][kind])
-            )
+            path = film.files[frame][kind]
+            if self.decoded:
+                shape = (*self.hw, 3) if kind == "color" else self.hw
+                dtype = "uint8" if kind == "color" else "uint16"
+                what = (f"{kind} {self.resample}", "unipre3d.data.scannet", shape, dtype)
+                return self.decoded.get(
+                    self.store.stamp(path), *what, lambda: self._pixels(kind, path)
+                )
+            return self.cache.get((kind, i, frame), lambda: self._pixels(kind, path))
 
         try:
             return View(pixels("color"), self._metres(pixels("depth")))

@@ -21,6 +21,7 @@ from ..backbones.backbone import Backbone
 from ..core import GaussianBatch, PointBatch, Sample, ViewBatch, collate, full_precision
 from ..data.augment import Augment
 from ..data.loading import eval_loader
+from ..data.readers import DecodedImages
 from ..data.samples import ViewSamples
 from ..data.scannet import ScanNetFrames
 from ..data.shapenet import ShapeNetViews
@@ -37,7 +38,7 @@ from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
 __all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET',
            'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views', 'evaluate', 'constant_baselines',
            'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net', 'build_fusion', 'read_views',
-           'PretrainRecipe', 'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room',
+           'open_views', 'PretrainRecipe', 'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room',
            'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
@@ -212,7 +213,8 @@ class ViewData(Data):
     intrinsics: str = (
         "files"  # scenes: "standard" for ScanNet's usual ones, where a folder has none
     )
-    cache_mb: int = 320  # memory for decoded images, for each loader process; 0 is off
+    cache_mb: int = 320  # memory for decoded clouds and images, for each loader process; 0 is off
+    image_cache_mb: int = 1024  # disk for decoded images, shared by all processes; 0 is off
     augment: Augment = Augment(rotate="up")  # points and cameras together
     workers: int = 1  # loader processes
 
@@ -295,6 +297,20 @@ def build_fusion(
 
 
 def read_views(
+    data: ViewData,
+    split: str,  # "train", "val" or "test"
+) -> ShapeNetViews | ScanNetFrames:
+    """The reader of one split, which keeps decoded images; shapes and rooms are made on first use.
+
+    Raises: as `open_views`.
+    """
+    reader = open_views(data, split)
+    if data.image_cache_mb:
+        reader.decoded = DecodedImages(data.image_cache_mb * 2**20)
+    return reader
+
+
+def open_views(
     data: ViewData,
     split: str,  # "train", "val" or "test"
 ) -> ShapeNetViews | ScanNetFrames:
@@ -482,6 +498,7 @@ PAPER = dict(
     workers=8,
     image="stabilityai/sd-vae-ft-mse",
     feature_cache_mb=0,
+    image_cache_mb=0,
     lr=1e-4,
     warmup=0,
     schedule="step",
