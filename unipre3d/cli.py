@@ -661,6 +661,7 @@ class CheckOptions:
     "Read every cloud of a data set, and say what is accepted, dropped and refused."
 
     views: bool = True  # also every image
+    depth_scale: float = 1000.0  # of rooms with frames: stored units of depth in a metre
 
 
 def check_command(args: list[str]) -> int:
@@ -669,7 +670,7 @@ def check_command(args: list[str]) -> int:
     folder, options = parse_after(CheckOptions, args, "unipre3d data check FOLDER", example)
     from unipre3d.data.check import check_data, find_readers
 
-    report = check_data(find_readers(folder), **asdict(options))
+    report = check_data(find_readers(folder, options.depth_scale), options.views)
     print(report.table.to_string())
     print(*report.lines, sep="\n")
     return int(bool(report.refused.total()))

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from .core import data_dir
 from .files import check_weights, read_json, reading, regular_file
-from .records import ArrayFile, cache_dir
+from .records import ArrayFile, open_arrays
 
 # %% auto #0
 __all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'load_autoencoder', 'last_up_block',
-           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'trim_cache', 'CachedFeatures',
-           'rgb_features']
+           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'CachedFeatures', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -221,23 +220,6 @@ def model_hash(
     return digest.hexdigest()[:16]
 
 
-def trim_cache(
-    folder: Path,
-    keep: Path,  # this file stays
-    limit: int,  # bytes that all files may have together
-) -> None:
-    "Delete the feature files that were opened longest ago, until the others fit."
-    files = []
-    for path in folder.glob("features-*.bin"):
-        facts = path.stat()
-        files.append((facts.st_mtime, getattr(facts, "st_blocks", 0) * 512, path))
-    used = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if used > limit and path != keep:
-            path.unlink(missing_ok=True)
-            used -= size
-
-
 class CachedFeatures(nn.Module):
     "A frozen encoder whose maps are computed once for each image; on a GPU, and for other types than float32, every time."
 
@@ -250,29 +232,19 @@ class CachedFeatures(nn.Module):
         super().__init__()
         self.net = net
         self.limit = limit
-        self.folder = Path(folder or cache_dir())
+        self.folder = folder
         self.width = net.width
         self.files: dict[tuple[int, ...], ArrayFile | None] = {}  # shape of a map -> its file
         self.name = ""  # of the model, as soon as it is needed
 
     def file(self, shape: tuple[int, ...]) -> ArrayFile | None:
-        "The file for maps of one shape; None, after a warning, where it cannot be opened."
-        if shape in self.files:
-            return self.files[shape]
-        self.name = self.name or model_hash(self.net)
-        size = "x".join(map(str, shape))
-        path = self.folder / f"features-{self.name}-{size}-{self.limit}.bin"
-        file = ArrayFile(path, shape, limit=self.limit)
-        try:
-            file.file.seek(0)
-            os.utime(path)
-            trim_cache(self.folder, path, self.limit)
-        except OSError as problem:
-            hint = "set UNIPRE3D_CACHE to another folder, or pass --feature-cache-mb 0"
-            warnings.warn(f"{path}: features are not cached ({problem}); {hint}", stacklevel=3)
-            file = None
-        self.files[shape] = file
-        return file
+        "The file for maps of one shape, where it can be opened."
+        if shape not in self.files:
+            self.name = self.name or model_hash(self.net)
+            self.files[shape] = open_arrays(
+                "feature", self.name, shape, "float32", self.limit, self.folder
+            )
+        return self.files[shape]
 
     def compute(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v c h w"]:
         "Maps from full chunks: the last one is filled up with black images."

@@ -22,8 +22,8 @@ from .files import read_json, reading
 
 # %% auto #0
 __all__ = ['PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb',
-           'code_hash', 'data_hash', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'flush', 'written_whole',
-           'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
+           'code_hash', 'data_hash', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
+           'flush', 'written_whole', 'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -233,6 +233,49 @@ def checksum(
     whole = len(flat) // 8 * 8
     total = flat[:whole].view(np.uint64).sum(dtype=np.uint64) + flat[whole:].sum(dtype=np.uint64)
     return total.tobytes()
+
+
+def trim_cache(
+    folder: Path,
+    pattern: str,  # of the files
+    keep: Path,  # this file stays
+    limit: int,  # bytes that all files may have together
+) -> None:
+    "Delete the files that were opened longest ago, until the others fit."
+    files = []
+    for path in folder.glob(pattern):
+        facts = path.stat()
+        files.append((facts.st_mtime, getattr(facts, "st_blocks", 0) * 512, path))
+    used = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if used > limit and path != keep:
+            path.unlink(missing_ok=True)
+            used -= size
+
+
+def open_arrays(
+    kind: str,  # "feature" or "image": begins the file's name and the option that bounds it
+    values: Any,  # what decides the arrays beside their keys, as plain values
+    shape: tuple[int, ...],  # of an array
+    dtype: str,
+    limit: int,  # bytes of all files of this kind
+    folder: str | Path | None = None,  # None means `cache_dir()`
+) -> ArrayFile | None:  # None, after a warning, where it cannot be opened
+    "The file for arrays of one origin and shape; of other origins only so many stay as fit."
+    digest = hashlib.sha256(json.dumps([values, limit], sort_keys=True).encode()).hexdigest()[:16]
+    size = "x".join(map(str, shape))
+    folder = Path(folder or cache_dir())
+    path = folder / f"{kind}-{digest}-{size}-{dtype}.bin"
+    arrays = ArrayFile(path, shape, dtype, limit)
+    try:
+        arrays.file.seek(0)
+        os.utime(path)
+        trim_cache(folder, f"{kind}-*.bin", path, limit)
+    except OSError as problem:
+        hint = f"set UNIPRE3D_CACHE to another folder, or pass --{kind}-cache-mb 0"
+        warnings.warn(f"{path}: nothing is cached there ({problem}); {hint}", stacklevel=4)
+        return None
+    return arrays
 
 # %% ../nbs/01_records.ipynb #5b0c2e17
 def flush(

@@ -574,9 +574,9 @@ def write_s3dis(
     **arrays: np.ndarray,  # coord [n 3] metres, color [n 3] 0..255, segment [n], instance [n]; perhaps normal [n 3]
 ) -> Path:  # the room's folder
     "A room in the layout of Pointcept's preprocessing."
+    columns = {k: store_column(k, array, f"write_s3dis: {room}") for k, array in arrays.items()}
     folder = Path(root) / room
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        rows = store_column(name, array, f"write_s3dis: {room}")
+    for name, rows in columns.items():
         np.save(folder / f"{name}.npy", rows.reshape(len(rows), -1))
     return folder

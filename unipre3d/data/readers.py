@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import PIL
 import torch
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
@@ -25,13 +26,22 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from ..records import data_hash
-from ..values import check_array, check_colors, check_labels, check_normals, check_points
+from ..records import ArrayFile, code_hash, data_hash, open_arrays
+from unipre3d.values import (
+    check_array,
+    check_colors,
+    check_depth,
+    check_intrinsics,
+    check_labels,
+    check_normals,
+    check_points,
+    check_poses,
+)
 
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
-           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache', 'Layout',
-           'found_at', 'check_option', 'FileReader', 'RoomReader']
+           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache',
+           'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -94,15 +104,21 @@ def as_views(
     depth: Float[np.ndarray, "v h w"] | None = None,  # metres
     mask: Bool[np.ndarray, "v h w"] | None = None,
 ) -> ViewBatch:
-    "Images and cameras as tensors."
+    """Images and cameras as tensors.
+
+    Raises: ValueError of one line for a pose that is not rigid, no focal length, or depth in another unit."""
     images = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    K = np.broadcast_to(K, (len(rgb), 3, 3)).astype(np.float32)
-    poses = torch.from_numpy(np.asarray(world_to_cam, dtype=np.float32))
+    poses = check_poses(world_to_cam, "as_views: world_to_cam", "world-to-camera")
+    poses = torch.from_numpy(poses.astype(np.float32))
+    each = [
+        check_intrinsics(one, rgb.shape[1:3], "as_views: K") for one in np.reshape(K, (-1, 3, 3))
+    ]
+    K = np.broadcast_to(each, (len(rgb), 3, 3)).astype(np.float32)
     camera = CameraBatch(poses, torch.from_numpy(K), rgb.shape[1:3], torch.from_numpy(batch))
     if depth is not None:
-        depth = torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))
+        depth = torch.from_numpy(check_depth(depth, "as_views: depth"))
     if mask is not None:
         mask = torch.from_numpy(mask)
     return ViewBatch(camera, images, depth, mask)
@@ -388,6 +404,14 @@ class Store:
         "Whether there is such a file."
         return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
 
+    def stamp(self, name: str) -> str:
+        "What changes when a file does: in a zip the sum of its bytes, in a folder its size and time."
+        if self.is_zip:
+            member = self.zip.getinfo(name)
+            return f"{name} {member.file_size} {member.CRC}"
+        facts = (self.root / name).stat()
+        return f"{self.root.resolve() / name} {facts.st_size} {facts.st_mtime_ns}"
+
     def folders(self, folder: str = "") -> list[str]:
         "Folders in a folder, sorted; of a zip those that hold something."
         if self.is_zip:
@@ -430,6 +454,43 @@ class Cache:
             while self.used > self.limit:
                 self.used -= self.items.popitem(last=False)[1].nbytes
         return value
+
+# %% ../../nbs/data/19_readers.ipynb #r19decoded
+class DecodedImages:
+    "Decoded, scaled images on disk, for all processes and runs."
+
+    def __init__(
+        self,
+        limit: int,  # bytes on disk
+        folder: str | Path | None = None,  # None means `cache_dir()`
+    ):
+        self.limit = limit
+        self.folder = folder
+        self.files: dict[tuple, ArrayFile | None] = {}  # of one shape, type and code
+
+    def get(
+        self,
+        stamp: str,  # of the file; see `Store.stamp`
+        how: str,  # what else decides the pixels, such as the resampling
+        code: str,  # module that decodes
+        shape: tuple[int, ...],
+        dtype: str,
+        make: Callable[[], np.ndarray],  # decodes
+    ) -> np.ndarray:
+        "The pixels of one image."
+        place = (code, shape, dtype)
+        if place not in self.files:
+            values = [code_hash(code), PIL.__version__]
+            self.files[place] = open_arrays("image", values, shape, dtype, self.limit, self.folder)
+        file = self.files[place]
+        if file is None:
+            return make()
+        key = hashlib.blake2b(f"{stamp} {how}".encode(), digest_size=16).digest()
+        pixels = file.get(key)
+        if pixels is None:
+            pixels = make()
+            file.put(key, pixels)
+        return pixels
 
 # %% ../../nbs/data/19_readers.ipynb #r19layout
 @dataclass(frozen=True)

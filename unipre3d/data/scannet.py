@@ -29,7 +29,7 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from .readers import Layout, RoomReader, Store, View, check_option
+from .readers import DecodedImages, Layout, RoomReader, Store, View, check_option
 from .shapenet import read_pose
 from ..values import check_colors, check_labels, store_column
 
@@ -433,6 +433,7 @@ class ScanNetFrames(RoomReader):
                 f"depth_scale: expected stored units in a metre, above 0, got {depth_scale}"
             )
         super().__init__(root, cache_bytes)
+        self.decoded: DecodedImages | None = None  # frames on disk, where a recipe wants it
         self.split = split
         self.hw = tuple(hw)
         self.intrinsics = intrinsics
@@ -639,9 +640,15 @@ class ScanNetFrames(RoomReader):
             )
 
         def pixels(kind):
-            return self.cache.get(
-                (kind, i, frame), lambda: self._pixels(kind, film.files[frame][kind])
-            )
+            path = film.files[frame][kind]
+            if self.decoded:
+                shape = (*self.hw, 3) if kind == "color" else self.hw
+                dtype = "uint8" if kind == "color" else "uint16"
+                what = (f"{kind} {self.resample}", "unipre3d.data.scannet", shape, dtype)
+                return self.decoded.get(
+                    self.store.stamp(path), *what, lambda: self._pixels(kind, path)
+                )
+            return self.cache.get((kind, i, frame), lambda: self._pixels(kind, path))
 
         try:
             return View(pixels("color"), self._metres(pixels("depth")))

@@ -17,7 +17,15 @@ from tqdm.auto import tqdm
 
 from ..core import data_dir
 from .objects import FOV, orbit_poses, unpack_cloud
-from .readers import Cache, Cloud, Store, View, fit_radius, object_scale
+from unipre3d.data.readers import (
+    Cache,
+    Cloud,
+    DecodedImages,
+    Store,
+    View,
+    fit_radius,
+    object_scale,
+)
 from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
@@ -246,6 +254,7 @@ class ShapeNetViews:
         self.z_up = z_up
         self.radius = radius
         self.cache = Cache(cache_bytes)
+        self.decoded: DecodedImages | None = None  # views on disk, where a recipe wants it
         self.facts = Cache(
             2**29
         )  # poses and farthest points, whatever cache_bytes is: 5 kB for an object of 24 views
@@ -535,6 +544,10 @@ class ShapeNetViews:
                 image, self.size, self.resample, self.convention["images"] == "on black"
             )
 
+        if self.decoded and self.size:
+            how = f"{self.resample} {self.convention['images']}"
+            what = (how, "unipre3d.data.shapenet", (4, self.size, self.size), "uint8")
+            return self.decoded.get(self.store.stamp(name), *what, read)
         return self.cache.get(("view", i, k), read)
 
 # %% ../../nbs/data/22_shapenet.ipynb #a18abd84

@@ -21,6 +21,7 @@ from ..backbones.backbone import Backbone
 from ..core import GaussianBatch, PointBatch, Sample, ViewBatch, collate, full_precision
 from ..data.augment import Augment
 from ..data.loading import eval_loader
+from ..data.readers import DecodedImages
 from ..data.samples import ViewSamples
 from ..data.scannet import ScanNetFrames
 from ..data.shapenet import ShapeNetViews
@@ -49,13 +50,14 @@ from unipre3d.runs.recipe import (
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
+from ..values import refusal
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET',
            'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
            'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
-           'build_fusion', 'read_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe', 'build_views',
-           'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
+           'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe',
+           'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -91,7 +93,14 @@ def predict(
     | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]
     model: nn.Module,  # a `UniPre3D`
 ) -> GaussianBatch:
-    "Points and reference images to Gaussians; without an image model there is no fusion."
+    """Points and reference images to Gaussians; without an image model there is no fusion.
+
+    Raises: ValueError outside training for coordinates that are not finite; in training the step is skipped."""
+    if not model.training and not bool(points.xyz.isfinite().all()):
+        wrong = int((~points.xyz.isfinite()).sum())
+        raise refusal(
+            "predict: points.xyz", "finite numbers", f"{wrong} that are not", "drop those points"
+        )
     maps = None
     if image_net is not None:
         with torch.no_grad():
@@ -230,7 +239,8 @@ class ViewData(Data):
         "files"  # scenes: "standard" for ScanNet's usual ones, where a folder has none
     )
     depth_scale: float = 1000.0  # scenes: stored units of depth in a metre, such as 5000 of TUM's
-    cache_mb: int = 320  # memory for decoded images, for each loader process; 0 is off
+    cache_mb: int = 320  # memory for decoded clouds and images, for each loader process; 0 is off
+    image_cache_mb: int = 1024  # disk for decoded images, shared by all processes; 0 is off
     augment: Augment = Augment(rotate="up")  # points and cameras together
     workers: int = 1  # loader processes
 
@@ -313,6 +323,20 @@ def build_fusion(
 
 
 def read_views(
+    data: ViewData,
+    split: str,  # "train", "val" or "test"
+) -> ShapeNetViews | ScanNetFrames:
+    """The reader of one split, which keeps decoded images; shapes and rooms are made on first use.
+
+    Raises: as `open_views`.
+    """
+    reader = open_views(data, split)
+    if data.image_cache_mb:
+        reader.decoded = DecodedImages(data.image_cache_mb * 2**20)
+    return reader
+
+
+def open_views(
     data: ViewData,
     split: str,  # "train", "val" or "test"
 ) -> ShapeNetViews | ScanNetFrames:
@@ -560,6 +584,7 @@ PAPER = dict(
     workers=8,
     image="stabilityai/sd-vae-ft-mse",
     feature_cache_mb=0,
+    image_cache_mb=0,
     lr=1e-4,
     warmup=0,
     schedule="step",
