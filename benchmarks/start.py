@@ -35,7 +35,10 @@ IMPORTS = ("torch", "unipre3d.recipes")
 
 def processor_time(words, package):
     "User and system seconds of one new Python process that sees the package of a checkout."
-    env = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": "1",
+    }  # the same Python for both
     before = os.times()
     subprocess.run([sys.executable, *words], env=env, capture_output=True, cwd=package, timeout=300)
     after = os.times()
