@@ -25,7 +25,7 @@ from unipre3d.data.labelled import (
     write_scanobjectnn,
     write_shapenetpart,
 )
-from unipre3d.data.readers import as_views
+from unipre3d.data.readers import Concat, as_views
 from unipre3d.data.samples import CloudSamples, Labelled, ViewSamples
 from unipre3d.data.scannet import ScanNetFrames, box_cloud, read_mesh, write_box_rooms, write_cloud
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
@@ -225,6 +225,7 @@ def test_colours_are_the_same_in_every_form(tmp_path, form):
         how = dict(n_points=None, features=("color",))
         samples = kind(Own(xyz=xyz, color=form, **labels), **how)
         seen = samples.take(samples.rows(0), ["color"])["color"]
+        assert seen.dtype == np.float32 and samples[0].points.feat.dtype == torch.float32
         found[kind.__name__] = np.round(255 * seen)
     for name, color in found.items():
         assert np.array_equal(color, BYTES), name
@@ -360,6 +361,10 @@ def test_one_missing_point_costs_a_point_and_no_step():
 
 
 # ---------------------------------------------------------------- classes, missing labels
+
+
+def test_readers_of_other_classes_are_not_joined():
+    one_line(lambda: Concat(Own(["a", "b"]), Own(["b", "c"])), "classes a, b, found one of b, c")
 
 
 def test_the_tutorial_numbers_classes_by_its_training_split(tmp_path):
@@ -602,6 +607,13 @@ def test_views_of_a_user_are_checked():
     )
     views = as_views(rgb, poses, K, batch, depth=np.full((2, 30, 40), np.inf))
     assert views.depth.eq(0).all() and torch.equal(views.camera.K[1], torch.tensor(K).float())
+    pixels = RNG.integers(1, 255, rgb.shape)
+    seen = [
+        as_views(p, poses, K, batch).rgb
+        for p in (pixels.astype(np.uint8), pixels * 1.0, pixels / 255)
+    ]
+    assert torch.equal(seen[0], seen[1]) and torch.allclose(seen[0], seen[2].float())
+    one_line(lambda: as_views(pixels * 2.0, poses, K, batch), "as_views: rgb: expected colours")
     one_line(lambda: as_views(rgb, 2 * poses, K, batch), "as_views: world_to_cam: expected a rigid")
     one_line(lambda: as_views(rgb, poses, -K, batch), "as_views: K: expected intrinsics")
     one_line(

@@ -129,7 +129,7 @@ def centre_points(
 
 # %% ../nbs/03_values.ipynb #6197ad99
 def color_scale(
-    color: Num[np.ndarray, "n 3"],
+    color: Num[np.ndarray, "*n 3"],
     where: str,  # the file or the cloud, and its column
     hint: str = "",
 ) -> int:  # 255 for bytes, 1 for fractions, 65535 for 16 bits
@@ -171,16 +171,16 @@ def check_colors(
 
 
 def unit_colors(
-    color: Num[np.ndarray, "n 3"],  # floats in 0..1 are taken as they are
+    color: Num[np.ndarray, "*n 3"],  # of points or pixels; floats in 0..1 are taken as they are
     where: str,  # the file or the cloud, and its column
-) -> Float[np.ndarray, "n 3"]:  # float32 in 0..1
+) -> Float[np.ndarray, "*n 3"]:  # float32 in 0..1
     """Colours as fractions.
 
     Raises: as `color_scale`.
     """
     if color.dtype.kind == "f" and 0 <= color.min() <= color.max() <= 1:
         return color.astype(np.float32, copy=False)
-    return color / np.float32(color_scale(color, where))
+    return (color / color_scale(color, where)).astype(np.float32)
 
 # %% ../nbs/03_values.ipynb #2a07d035
 def check_normals(

@@ -29,6 +29,7 @@ from unipre3d.values import (
     check_labels,
     check_poses,
     refusal,
+    unit_colors,
 )
 
 # %% auto #0
@@ -601,6 +602,7 @@ class ViewSamples(Samples):
         views = [self.source.view(i, number) for number in numbers]
         images = ([getattr(view, name) for view in views] for name in ("rgb", "depth", "mask"))
         rgb, depth, mask = (None if one[0] is None else np.stack(one) for one in images)
+        rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, f"{self.name(index)}: rgb")
         depth = None if depth is None else check_depth(depth, f"{self.name(index)}: depth")
         K = np.tile(self.source.K(i), (len(views), 1, 1))
         places = np.searchsorted(self.source.frames(i), numbers)
