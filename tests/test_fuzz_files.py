@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-DEFAULT = (120, 60)  # mutated and hostile inputs of the default run
+DEFAULT = (60, 40)  # mutated and hostile inputs of the default run
 LIMIT_S = 30
 GIGABYTE = 2**30
 
@@ -472,8 +472,6 @@ def ply_header(form, rows, faces=0):
 
 def hostile_files(home):
     "Contents by name; most are wrong for most files, which is part of it."
-    npz = [f"{name}.npy" for name in ("xyz", "mask", "part", "label", "name", "about")]
-    members = ["objects.csv", "convention.json", "train/a/coord.npy"]
     nodes = [{"mesh": 0}] * 10**5
     accessor = {"count": 2**40, "componentType": 5126, "type": "VEC3"}
     return {
@@ -501,8 +499,8 @@ def hostile_files(home):
         "deep array": npy_header("(" * 60 + ")" * 40),
         "huge picture": png_header(2**20, 2**20),
         "large picture": png_header(30000, 30000),
-        "zip of zeros": zip_of_zeros(members, 2**29),
-        "npz of zeros": zip_of_zeros(npz, 2**28),
+        "zip of zeros": zip_of_zeros(["convention.json", "train/a/coord.npy"], 300 * 2**20),
+        "npz of zeros": zip_of_zeros(["xyz.npy"], 300 * 2**20),
         "zip of deep names": zip_of_zeros(["a/" * 30000], 0),
         "huge h5": h5_of_nothing(home / "nothing.h5"),
         "huge PLY": ply_header("binary_little_endian", 10**12),

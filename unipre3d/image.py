@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .core import data_dir
-from .files import check_weights, read_json, reading, regular_file
+from .files import Found, check_weights, read_json, reading, regular_file
 from .records import ArrayFile, open_arrays
 
 # %% auto #0
@@ -106,6 +106,8 @@ def load_autoencoder(
             vae = AutoencoderKL.from_pretrained(
                 folder, local_files_only=True, torch_dtype=torch.float32
             )
+            if lack := [name for name, tensor in vae.state_dict().items() if tensor.is_meta]:
+                raise Found(f"no {lack[0]} in it")
         check_weights(vae.state_dict(), weights)
     elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
         vae = download_autoencoder(source, subfolder=subfolder, torch_dtype=torch.float32)

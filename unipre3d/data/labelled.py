@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from ..files import h5_dataset, open_h5, read_json, read_words, reading, regular_file
+from ..files import h5_dataset, open_h5, read_json, read_words, reading
 from unipre3d.data.readers import (
     RADIUS,
     Cache,

@@ -36,6 +36,8 @@ from unipre3d.values import (
     check_normals,
     check_points,
     check_poses,
+    refusal,
+    unit_colors,
 )
 
 # %% auto #0
@@ -107,6 +109,7 @@ def as_views(
     """Images and cameras as tensors.
 
     Raises: ValueError of one line for a pose that is not rigid, no focal length, or depth in another unit."""
+    rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, "as_views: rgb")
     images = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
     if images.dtype == torch.uint8:
         images = images.float() / 255
@@ -220,8 +223,13 @@ class Concat:
     "Readers of the same classes, one after the other."
 
     def __init__(self, *readers: Reader):
+        """Raises: ValueError where classes differ: a number would mean two things."""
         self.readers = readers
         self.classes = readers[0].classes
+        other = next((r.classes for r in readers if list(r.classes) != list(self.classes)), None)
+        if other is not None:
+            expected = f"readers of the classes {', '.join(self.classes)}"
+            raise refusal("Concat", expected, f"one of {', '.join(other)}", "number them alike")
         self.places = [(reader, i) for reader in readers for i in range(len(reader))]
 
     def __len__(self):

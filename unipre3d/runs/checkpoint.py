@@ -78,7 +78,6 @@ def load_tensors(
     meta = decode_json(text.encode(), path, what="the values of a run in its checkpoint")
     return tensors, meta
 
-
 # %% ../../nbs/57_checkpoint.ipynb #985cd8b2
 def parameter_names(
     model: nn.Module,

@@ -110,7 +110,6 @@ def radius_groups(
     Raises: ValueError for a radius that is not above 0.
     """
     from scipy.spatial import cKDTree
-    from scipy.spatial.distance import cdist
 
     if not radius > 0:
         raise ValueError(f"radius: expected a length above 0, got {radius}")

@@ -355,7 +355,9 @@ class Scans:
         points: int | None = None,  # the first so many of each, a random choice; None keeps all
     ):
         self.path = Path(path)
-        self.arrays = read_arrays(path, (*self.columns, "about"), "scans as make_scans writes them")
+        self.arrays = read_arrays(
+            path, (*self.columns, "about"), "a file of scans as make_scans writes it"
+        )
         about = str(self.arrays.pop("about")).encode()
         self.about = decode_json(about, f"{path}: about", needs=dict(classes=list, parts=dict))
         self._check_shapes()
