@@ -236,5 +236,5 @@ def test_the_tutorials_reader_numbers_classes_by_the_training_split(tmp_path):
     }
     (folder / "test" / "cone").mkdir()
     shutil.copy(next((folder / "test" / "box").iterdir()), folder / "test" / "cone")
-    with pytest.raises(ValueError, match="expected classes of train, found cone"):
+    with pytest.raises(ValueError, match="of ball, box, rod, found cone"):
         MyClouds(folder, "test")

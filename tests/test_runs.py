@@ -12,7 +12,7 @@ from unipre3d.data.augment import Augment
 from unipre3d.recipes import KINDS, finetune_recipes, read_recipe, recipes
 from unipre3d.records import write_json
 from unipre3d.runs.recipe import change, from_values, to_values
-from unipre3d.runs.run import claim_folder, run_recipe
+from unipre3d.runs.run import claim_folder, own_folder, run_recipe
 from unipre3d.tasks.classification import ClassificationRecipe
 from unipre3d.tasks.masked import MaskedRecipe
 from unipre3d.tasks.pretrain import PretrainRecipe
@@ -150,9 +150,12 @@ def test_an_exact_folder_is_that_one_or_none(tmp_path):
 def claim_exactly(folder, barrier, found):
     barrier.wait()
     try:
-        found.put(str(claim_folder(folder, exact=True)))
+        with own_folder(folder, exact=True):
+            found.put(str(folder))
+            barrier.wait()
     except ValueError as error:
         found.put(error)
+        barrier.wait()
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -173,7 +176,7 @@ def test_of_processes_that_want_one_folder_at_once_one_gets_it(tmp_path, empty):
             worker.join(60)
         assert [result for result in results if isinstance(result, str)] == [str(folder)]
         refused = [result for result in results if not isinstance(result, str)]
-        assert all("expected an empty folder" in str(error) for error in refused)
+        assert all("in use by another process" in str(error) for error in refused)
 
 
 LAUNCH = """

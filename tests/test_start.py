@@ -53,7 +53,7 @@ HELP = {
     "finetune inst-rooms-mini --help": "--model.min-points INT",
     "reproduce --help": "--shapenet TEXT",
     "render --help": "--frames INT",
-    "data --help": "prepare | rooms",
+    "data --help": "prepare | check | rooms",
     "data prepare --help": "--views INT",
     "data rooms --help": "--frames INT",
     "data furniture --help": "--unpack",
@@ -69,7 +69,7 @@ MISTAKES = {
     "pretrain --no-steps": "there is no such option",
     "pretrain --backbone-options.embed-width 8": "there is no such option",
     "finetune sem-s3dis --data.rooom 3": "did you mean --rooms?",
-    "data roomz": "expected one of prepare, rooms",
+    "data roomz": "expected one of prepare, check, rooms",
     "data rooms --frame 3": "did you mean --frames?",
 }
 

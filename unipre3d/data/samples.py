@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -402,6 +401,8 @@ def meeting(
     world = world[depth[..., 0] > 0]
     if not len(world):
         return 1.0
+    from scipy.spatial import cKDTree  # imported here: it takes long
+
     tree = cKDTree(xyz[:: max(1, len(xyz) // 10_000)])
     apart, _ = tree.query(tree.data[:: max(1, tree.n // 500)], k=2)
     reach = 3 * np.median(apart[:, 1]) + 0.01 * float(np.linalg.norm(np.ptp(xyz, axis=0)))

@@ -43,8 +43,8 @@ from .starts import check_init, start_from, start_summary
 
 # %% auto #0
 __all__ = ['SMALL_BACKBONES', 'LOCK', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder', 'held',
-           'from_first', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions', 'prepare_run',
-           'run_recipe', 'read_run', 'load_model']
+           'own_folder', 'from_first', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions',
+           'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -237,6 +237,21 @@ def held(
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
+@contextmanager
+def own_folder(
+    folder: str | Path,  # wanted
+    exact: bool = False,  # as for `claim_folder`
+) -> Iterator[Path]:
+    """Within it, a folder for a new run that nobody else has.
+
+    Raises: as `claim_folder` and `held`.
+    """
+    claimed = claim_folder(folder, exact)
+    with held(claimed):
+        check_free(claimed)  # now that nobody else can change it
+        yield claimed
+
+
 def from_first(
     work: Callable[[], Any],  # what the first process does; its result can be pickled
 ) -> Any:
@@ -350,12 +365,9 @@ def prepare_run(
 
     def claim():
         wanted = Path(folder) if folder else Path("runs") / name
-        claimed = claim_folder(wanted, exact=folder is not None)
-        until_end.enter_context(held(claimed))
-        check_free(claimed)  # now that nobody else can change it
-        return str(claimed)
+        return until_end.enter_context(own_folder(wanted, exact=folder is not None))
 
-    claimed = Path(from_first(claim))
+    claimed = from_first(claim)
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
