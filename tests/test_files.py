@@ -220,7 +220,7 @@ def test_a_picture_is_found_as_viewers_find_it(tmp_path, line, picture, folder):
     assert mesh.materials[0].texture.reshape(-1, 4).mean(0).tolist() == [200, 30, 30, 255]
     assert len(mesh.corners) == 4  # a quad and two triangles
     (home / picture).unlink()
-    with pytest.warns(UserWarning, match="a.obj: left out what it names and is not there"):
+    with pytest.warns(UserWarning, match="a.obj: left out what it names and cannot be read"):
         assert read_mesh(home / "a.obj").materials[0].texture is None
     (home / picture).write_bytes(b"no picture")
     with pytest.warns(UserWarning, match="a.obj: left out"):

@@ -28,12 +28,12 @@ from unipre3d.files import (
 )
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'MTL_OPTION', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE', 'Material', 'Mesh',
-           'plain_mesh', 'face_vectors', 'unit', 'smooth_normals', 'find_beside', 'picture_name', 'Beside', 'to_linear',
-           'to_srgb', 'texture_pixels', 'gltf_material', 'vertex_tint', 'face_materials', 'check_gltf', 'load_scene',
-           'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade',
-           'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views', 'eyes_around', 'sample_faces',
-           'surface_cloud', 'visible_cloud']
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE',
+           'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals', 'find_beside', 'picture_name',
+           'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material', 'vertex_tint', 'face_materials',
+           'check_gltf', 'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture',
+           'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views',
+           'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def smooth_normals(
 
 # %% ../../nbs/worlds/18_mesh.ipynb #m18beside
 FOLDERS = (".", "textures", "texture", "images", "maps", "../textures", "../images")  # of pictures
+PICTURES = tuple(".png .jpg .jpeg .webp .bmp .tga .tif .tiff .gif .dds".split())
 MTL_OPTION = r"-(?:[ost](?:\s+[-+.\d]+){1,3}|mm\s+\S+\s+\S+|\w+\s+\S+)\s+"  # before a name
 
 
@@ -198,7 +199,7 @@ class Beside:
             if found.suffix.lower() == ".mtl":
                 lines = decode_text(data, found).splitlines()
                 return "\n".join(map(self._plain, lines)).encode()
-            if found.suffix.lower() != ".bin":
+            if found.suffix.lower() in PICTURES:
                 decode_picture(data, found, formats=None)
             return data
         except (OSError, ValueError):
@@ -352,7 +353,7 @@ def read_mesh(
     path: str | Path,  # anything trimesh reads
     up: str = "y",  # the file's upward axis: "x", "y" (usual for OBJ and GLB) or "z"
 ) -> Mesh:  # in the file's unit, z up
-    """A mesh file as triangles with materials; a picture that is missing is left out with a warning.
+    """A mesh file as triangles with materials; a picture that is missing or damaged is left out with a warning.
 
     Raises: ImportError, FileNotFoundError or ValueError, in one line."""
     if importlib.util.find_spec("trimesh") is None:
@@ -364,7 +365,7 @@ def read_mesh(
     meshes = load_scene(path, beside)
     if beside.missing:
         names = ", ".join(sorted(set(beside.missing)))
-        warnings.warn(f"{path}: left out what it names and is not there: {names}", stacklevel=2)
+        warnings.warn(f"{path}: left out what it names and cannot be read: {names}", stacklevel=2)
     if not meshes:
         hint = "found none; a point cloud needs a surface first"
         raise ValueError(f"{path}: expected triangles, {hint}")
