@@ -262,7 +262,7 @@ def test_what_is_missing_does_not_depend_on_its_neighbours(mini, images, tmp_pat
 def test_a_damaged_map_is_made_again(mini, images, tmp_path):
     cached = CachedFeatures(mini, 2**22, tmp_path)
     plain = cached(images)
-    (path,) = tmp_path.glob("features-*.bin")
+    (path,) = tmp_path.glob("feature-*.bin")
     data = bytearray(path.read_bytes())
     middle = [place + 40 for place in range(0, len(data), 24 + plain[0].nbytes)]
     for place in middle:
@@ -293,9 +293,9 @@ def test_the_bound_is_kept(mini, tmp_path):
     for k in range(4):
         images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(k))
         assert torch.equal(cached(images), mini(images))
-    (path,) = tmp_path.glob("features-*.bin")
+    (path,) = tmp_path.glob("feature-*.bin")
     assert path.stat().st_size <= 10 * record
-    old = tmp_path / "features-old-16x1x1-1.bin"
+    old = tmp_path / "feature-old-16x1x1-1.bin"
     old.write_bytes(b"1" * 20 * record)
     os.utime(old, (0, 0))
     CachedFeatures(mini, 10 * record, tmp_path)(images)

@@ -5,6 +5,7 @@
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
 import hashlib, json, os, warnings
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from .core import data_dir
 from .files import Found, check_weights, read_json, reading, regular_file
-from .records import ArrayFile, open_arrays
+from .records import ArrayFile, code_hash, open_arrays
 
 # %% auto #0
-__all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'load_autoencoder', 'last_up_block',
-           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'CachedFeatures', 'rgb_features']
+__all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'autoencoder_folder', 'load_autoencoder',
+           'last_up_block', 'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'LazyEncoder',
+           'CachedFeatures', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -87,6 +89,15 @@ def check_autoencoder_folder(
         )
 
 
+def autoencoder_folder(
+    source: str | os.PathLike,  # "mini" or a folder
+    subfolder: str = "",  # where it lies inside the source
+) -> Path:
+    "Where an autoencoder's two files should be."
+    folder = data_dir() / "autoencoder-mini" if source == "mini" else Path(source).expanduser()
+    return folder / subfolder
+
+
 def load_autoencoder(
     source: str
     | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
@@ -97,8 +108,7 @@ def load_autoencoder(
     # imported here: it takes seconds, and most of the package does not need it
     from diffusers import AutoencoderKL
 
-    folder = data_dir() / "autoencoder-mini" if source == "mini" else Path(source).expanduser()
-    folder = folder / subfolder
+    folder = autoencoder_folder(source, subfolder)
     if source == "mini" or folder.is_dir():
         check_autoencoder_folder(folder)
         weights = folder / "diffusion_pytorch_model.safetensors"
@@ -211,15 +221,50 @@ class KLImageEncoder(nn.Module):
 
 # %% ../nbs/30_image.ipynb #30cac42e
 def model_hash(
-    net: nn.Module,
+    net: nn.Module,  # on its own, or a `LazyEncoder`
 ) -> str:  # 16 hexadecimal digits
-    "A name for what a frozen model computes: its weights, its settings, the library and the threads."
-    settings = [repr(net), torch.__version__, torch.get_num_threads()]
+    "A name for what a frozen model computes: its weights, its settings, the code and the threads."
+    settings = [net.chunk, metadata.version("diffusers"), torch.__version__]
+    settings += [torch.get_num_threads(), code_hash("unipre3d.image")]
     digest = hashlib.sha256(json.dumps(settings).encode())
+    if isinstance(net, LazyEncoder):
+        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+            digest.update((net.folder / file).read_bytes())
+        return digest.hexdigest()[:16]
+    digest.update(json.dumps(dict(net.vae.config), default=str, sort_keys=True).encode())
     for name, value in net.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+class LazyEncoder(nn.Module):
+    "The encoder of a folder, loaded with its library when the first image has no map yet: 100 MB and seconds later."
+
+    def __init__(
+        self,
+        source: str | os.PathLike = "mini",  # "mini" or a folder in diffusers' layout
+        *,
+        subfolder: str = "",  # where the autoencoder lies inside the source
+        chunk: int = 8,  # images that go through at once
+    ):
+        super().__init__()
+        self.folder = autoencoder_folder(source, subfolder)
+        check_autoencoder_folder(self.folder)
+        config = json.loads((self.folder / "config.json").read_text())
+        self.width = config.get("block_out_channels", [64])[0]
+        self.chunk = chunk
+        self.net: KLImageEncoder | None = None
+
+    def forward(
+        self,
+        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+    ) -> Float[Tensor, "v c h w"]:  # c = width
+        "As the encoder. Raises: as `load_autoencoder`, with the first images."
+        if self.net is None:
+            self.net = KLImageEncoder(load_autoencoder(self.folder), chunk=self.chunk)
+            self.net.to(rgb.device)
+        return self.net(rgb)
 
 
 class CachedFeatures(nn.Module):
@@ -227,7 +272,7 @@ class CachedFeatures(nn.Module):
 
     def __init__(
         self,
-        net: KLImageEncoder,
+        net: KLImageEncoder | LazyEncoder,
         limit: int,  # bytes on disk
         folder: str | Path | None = None,  # of the files; None means `cache_dir()`
     ):

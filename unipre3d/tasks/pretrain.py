@@ -26,7 +26,13 @@ from ..data.samples import ViewSamples
 from ..data.scannet import ScanNetFrames
 from ..data.shapenet import ShapeNetViews
 from ..gaussians import GaussianHead
-from ..image import CachedFeatures, KLImageEncoder, rgb_features
+from unipre3d.image import (
+    CachedFeatures,
+    KLImageEncoder,
+    LazyEncoder,
+    autoencoder_folder,
+    rgb_features,
+)
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
 from ..render import render
@@ -287,10 +293,13 @@ def cached_image_net(
     model: GaussianModel,
 ) -> nn.Module | Callable | None:  # as `build_image_net`
     "The frozen image model with its maps cached, for a run that meets the same images again."
-    net = build_image_net(model)
-    if isinstance(net, KLImageEncoder) and model.feature_cache_mb:
-        return CachedFeatures(net, model.feature_cache_mb * 2**20)
-    return net
+    source, subfolder = model.image, model.image_subfolder
+    limit = model.feature_cache_mb * 2**20
+    if limit and model.fusion != "NoFusion" and source not in ("none", "rgb"):
+        if source == "mini" or autoencoder_folder(source, subfolder).is_dir():
+            return CachedFeatures(LazyEncoder(source, subfolder=subfolder), limit)
+        return CachedFeatures(build_image_net(model), limit)
+    return build_image_net(model)
 
 
 def build_fusion(
