@@ -10,7 +10,6 @@ import importlib.util
 import math
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .backbone import Backbone, Source
+from .backbone import Backbone
 from .layers import GroupMax, farthest_fraction, gather_rows, shared_mlp
 from ..core import PointBatch
 from ..geometry.pointops import interpolate, knn
