@@ -87,21 +87,12 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _check_finite(owner: str, **places: Tensor) -> None:
-    for name, place in places.items():
-        finite = place.isfinite()
-        if not finite.all():
-            row = int(finite.all(1).logical_not().nonzero()[0])
-            raise ValueError(
-                f"{owner}.{name}: expected finite coordinates, row {row} holds {place[row].tolist()}; "
-                "remove such points"
-            )
-
-
 def _compiled(*places: Tensor) -> bool:
-    "Whether the compiled functions take these points; torch takes all others."
+    "Whether the compiled functions take these points: finite ones on the CPU; torch takes all others."
     kinds = {(place.device.type, place.dtype) for place in places}
-    return kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.float64)}):
+        return False
+    return all(bool(place.isfinite().all()) for place in places)
 
 
 @torch.no_grad()
@@ -116,10 +107,9 @@ def farthest_point_sample(
     """Well spread points of every cloud, in the order in which they are taken, from its first point on.
 
     Of points with equal gaps the lowest row is taken. `batch[index]` says which cloud each belongs to.
-    Raises: ValueError of one line for k below 1 or coordinates that are not finite.
+    Points that are not finite are found as any others. Raises: ValueError of one line for k below 1.
     """
     _check_count("farthest_point_sample.k", k)
-    _check_finite("farthest_point_sample", xyz=xyz)
     if not len(xyz):
         return batch.new_zeros(0)
     sample = _farthest_trees if _compiled(xyz) else _farthest_torch
@@ -182,7 +172,10 @@ def _search(
         if ragged:
             d2.masked_fill_(~mask[:, None], torch.inf)
         found.append(pick(d2))
-    return (torch.cat(found, 1) + offsets(batch, size)[:-1, None, None])[wanted]
+    place = torch.cat(found, 1)
+    known = mask.sum(1)[:, None, None]
+    place = torch.where(place < known, place, 0)  # padding, for a query that is near to nothing
+    return (place + offsets(batch, size)[:-1, None, None])[wanted]
 
 # %% ../../nbs/geometry/11_pointops.ipynb #7d1f0a08
 _PIECE = 1024  # queries of one job
@@ -234,7 +227,6 @@ def _check_neighbours(
     owner: str, query: Tensor, query_batch: Tensor, xyz: Tensor, batch: Tensor, size: int, k: int
 ) -> None:
     _check_count(f"{owner}.k", k)
-    _check_finite(owner, query=query, xyz=xyz)
     wanted = torch.bincount(query_batch, minlength=size) > 0
     empty = wanted & (torch.bincount(batch, minlength=size) == 0)
     if empty.any():
@@ -255,9 +247,9 @@ def knn(
 ) -> Int[Tensor, "m k"]:  # packed row numbers, nearest first
     """The k nearest points of the query's own cloud; a cloud of fewer points repeats the nearest.
 
-    On a processor the lowest row comes first where points are equally near.
-    Raises: ValueError of one line for k below 1, coordinates that are not finite, or a query in a
-    cloud without points.
+    On a processor the lowest row comes first where points are equally near. A place that is not finite
+    is near to nothing: the rows found for it belong to its cloud, and mean nothing.
+    Raises: ValueError of one line for k below 1 or a query in a cloud without points.
     """
     place = query, query_batch, xyz, batch, size
     _check_neighbours("knn", *place, k)
@@ -280,8 +272,7 @@ def ball_query(
 ) -> Int[Tensor, "m k"]:  # packed row numbers in rising order, then the first one repeated
     """The first k points of the cloud inside a ball around each centre; the nearest if there is none.
 
-    Raises: ValueError of one line for k below 1, coordinates that are not finite, or a centre in a
-    cloud without points.
+    Raises: ValueError of one line for k below 1 or a centre in a cloud without points.
     """
     place = query, query_batch, xyz, batch, size
     _check_neighbours("ball_query", *place, k)
