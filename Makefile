@@ -1,13 +1,14 @@
 # Two commands: `make pretrain` shows what the package does, `make test` proves it.
+# How many processes share the work: WORKERS=4 make test.
 # A Python to start from: PYTHON=python3.12 make test.  Extra words for pip: PIP_ARGS="...".
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
-THREADS ?= 2
+WORKERS ?= 2
 RECIPE ?= object-transformer-mini
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test notebooks docs bench wheel clean
+.PHONY: help pretrain test notebooks site docs bench wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -31,13 +32,15 @@ pretrain: .venv/runtime  ## install, then pre-train the embedded default on the 
 	$(BIN)/unipre3d pretrain $(RECIPE) $(ARGS)
 
 notebooks: .venv/dev  ## run every notebook
-	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/python tools/run_notebooks.py --workers $(WORKERS)
 
 test: .venv/dev notebooks  ## install, run every notebook, then pytest
-	$(BIN)/python -m pytest -q tests $(ARGS)
+	$(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-docs: .venv/dev  ## build the documentation site into _docs/ and walk its pages in a browser
+site: .venv/dev
 	$(BIN)/python tools/build_site.py
+
+docs: site  ## build the documentation site into _docs/ and walk its pages in a browser
 	$(BIN)/python tools/check_site.py
 
 bench: .venv/dev  ## time the renderer beside a plain torch one

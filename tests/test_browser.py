@@ -48,7 +48,7 @@ FOUND = (
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     (folder / "dot.svg").write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><rect width="4" height="4"/></svg>'
@@ -58,7 +58,12 @@ def walked(tmp_path_factory):
     )
     (folder / "faulty.html").write_text(FAULTY)
     (folder / "heavy.bin").write_bytes(bytes(3 << 20))
-    problems, more = check_site.walk(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def walked(faulty):
+    problems, more = check_site.walk(faulty)
     if problems is None:
         pytest.skip(f"no page walked: {more}")
     return problems
@@ -67,6 +72,12 @@ def walked(tmp_path_factory):
 @pytest.mark.parametrize("fault", FOUND)
 def test_the_walk_names_every_kind_of_fault(walked, fault):
     assert sum(fault in line and line.startswith("faulty.html") for line in walked) >= 1, walked
+
+
+def test_one_window_finds_what_two_find(walked, faulty):
+    weights = {}
+    assert check_site.walk(faulty, weights=weights, windows=1) == (walked, 2)
+    assert weights["faulty.html"] > check_site.HEAVY > weights["ok.html"] > 0
 
 
 def test_a_page_without_faults_is_passed(walked):

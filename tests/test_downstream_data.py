@@ -271,14 +271,19 @@ def test_scanobjectnn_refuses(scans, tmp_path):
     broken = data.copy()
     broken[1, 5] = np.inf
     rewrite(data=broken)
-    refuses_data(lambda: read().rows(1), path, "object 1", "finite numbers", "3 that are not")
+    with pytest.warns(UserWarning, match="object 1: left out 1 of 2048 points"):
+        scans = read()
+        assert len(scans.rows(1)["xyz"]) == len(scans.mask(1)) == 2047
     assert len(read().rows(0)["xyz"]) == 2048
+    broken[1, :1500] = 1e20
+    rewrite(data=broken)
+    refuses_data(lambda: read().rows(1), path, "object 1", "finite numbers", "4500 that are not")
     rewrite(data=np.zeros_like(data))
     refuses_data(lambda: read().rows(0), "more than one place")
     half = path.read_bytes()[:3000]
     path.unlink()
     path.write_bytes(half)
-    refuses_data(read, path, "an h5 file", "3,000 bytes that does not open")
+    refuses_data(read, path, "an h5 file", "3,000 bytes that does not load")
 
 
 # ---- ModelNet40
@@ -511,7 +516,7 @@ def test_shapenetpart_refuses(partset, tmp_path):
     plane.unlink()
     refuses_data(lambda: make().rows(0), plane, "nothing there")
     for text, found in (
-        ("[", "does not parse"),
+        ("[", "does not load"),
         ("[]", "an empty list"),
         ("{}", "dict"),
         ('["02691156/a1"]', "'02691156/a1'"),

@@ -387,9 +387,10 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(tmp_path):
     def broken(start, stop):
         for step, batch in enumerate(batches(start, stop), start):
             if step == 1:
-                xyz = batch.points.xyz.clone()
-                xyz[7] = torch.nan
-                batch = Labelled(PointBatch(xyz, xyz, batch.points.batch, 8), batch.label)
+                points = batch.points
+                feat = points.feat.clone()
+                feat[7] = torch.nan
+                batch = Labelled(points.with_feat(feat), batch.label)
             yield batch
 
     def watch(model, batch):

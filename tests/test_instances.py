@@ -454,6 +454,11 @@ def test_rooms_without_a_thing(tmp_path, boxes):
     )
     with pytest.raises(ValueError) as error:
         run_task("x", recipe(boxes / "bare"), tmp_path / "run", say=quiet, device="cpu")
+    assert "validation: expected rooms with labels (instance), found none" in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    empty = ScenePoints(ScanNetFrames(boxes / "bare", split="val", labels=20), voxel_size=0.25)
+    with pytest.raises(ValueError) as error:
+        evaluate_instances(model, empty, scannet_labels(20), radius=0.12, min_points=5)
     assert "expected at least one thing of 100 points in 1 rooms, found none" in str(
         error.value
     ) and "\n" not in str(error.value)

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from unipre3d.core import collate
 from unipre3d.data.augment import Augment
 from unipre3d.data.loading import eval_loader, make_loader
 from unipre3d.data.samples import ViewSamples, choose_frames, match, point_features
-from unipre3d.data.readers import read_views
+from unipre3d.data.readers import DecodedImages, read_views
 from unipre3d.data.scannet import ScanNetFrames, write_box_rooms
+from unipre3d.data.shapenet import ShapeNetViews, export_objects
 from unipre3d.geometry.cameras import project, unproject
 
 HW = (48, 64)
@@ -423,3 +425,35 @@ def test_reading_leaves_the_cache_as_it_was(root):
             ),
         )
     )
+
+
+# -- decoded images on disk
+
+
+def test_decoded_images_are_those_of_the_files(tmp_path):
+    plain = ShapeNetViews(size=32, split="val")
+    for turn in range(2):  # the second reader finds what the first one decoded
+        reader = ShapeNetViews(size=32, split="val")
+        reader.decoded = DecodedImages(2**20, tmp_path)
+        for k in range(4):
+            assert np.array_equal(reader.pixels(0, k), plain.pixels(0, k))
+        (file,) = reader.decoded.files.values()
+        assert (file.hits, file.misses) == ((0, 4) if turn == 0 else (4, 0))
+        assert file.path.stat().st_size <= 2**20 and not reader.cache.items
+
+
+def test_a_replaced_image_is_decoded_again(tmp_path):
+    root = export_objects(ShapeNetViews(split="val"), tmp_path / "data", indices=[0])
+    reader = ShapeNetViews(root, size=32)
+    reader.decoded = DecodedImages(2**20, tmp_path / "cache")
+    before = reader.pixels(0, 0)
+    path = root / reader.image_file(0, 0)
+    Image.open(path).transpose(Image.FLIP_LEFT_RIGHT).save(path)
+    assert (
+        np.array_equal(reader.pixels(0, 0), before[..., ::-1])
+        and (before != before[..., ::-1]).any()
+    )
+    with open(path, "wb") as file:
+        file.write(b"no image")
+    with pytest.raises(ValueError, match="00.png"):
+        reader.pixels(0, 0)

@@ -3,6 +3,7 @@
 import importlib.machinery
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,66 @@ def test_chunks_equal_the_reference(dtype, tolerance, chunk):
         close(a, b, tolerance)
 
 
+@pytest.mark.parametrize(
+    "b, l, d, n", [(1, 1, 1, 1), (1, 70, 24, 16), (2, 33, 5, 3), (9, 32, 8, 8)]
+)
+def test_compiled_equals_double_and_repeats(b, l, d, n):
+    "Values and gradients to 1e-6 of their norm; the same whatever the threads, bit for bit."
+    exact = inputs(b, l, d, n)
+    single = [x.detach().float().requires_grad_() for x in exact]
+    compiled = partial(selective_scan, backend="cpu")
+    wanted = value_and_grads(selective_scan_reference, exact)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(value_and_grads(compiled, single))
+    torch.set_num_threads(before)
+    for want, ours, again in zip(wanted, *found):
+        assert ours.dtype == torch.float32
+        assert (ours - want).norm() <= 1e-6 * want.norm()
+        assert torch.equal(ours, again)
+    with torch.no_grad():
+        assert torch.equal(compiled(*single), found[0][0])
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_compiled_gradient_of_one_input_alone(which):
+    tensors = [x.float().detach() for x in inputs()]
+    wanted = value_and_grads(selective_scan, [x.clone().requires_grad_() for x in tensors])
+    tensors[which].requires_grad_()
+    y = selective_scan(*tensors)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+    assert torch.equal(tensors[which].grad, wanted[1 + which])
+
+
+def test_compiled_keeps_what_is_not_finite():
+    for which in range(6):
+        tensors = [x.float().detach().clone() for x in inputs()]
+        tensors[which].view(-1)[0] = torch.nan
+        ours, plain = selective_scan(*tensors), selective_scan_reference(*tensors)
+        assert torch.equal(ours.isnan(), plain.isnan()) and plain.isnan().any()
+
+
+def test_scan_is_differentiable_once():
+    for backend in ("cpu", "torch"):
+        u, *rest = (x.float().detach() for x in inputs())
+        u.requires_grad_()
+        y = selective_scan(u, *rest, backend=backend)
+        (first,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    u, delta, A, B, C, D = inputs(dtype=torch.float32)
+    for backend in ("auto", "cpu", "torch"):
+        with pytest.raises(ValueError, match="selective_scan.B: expected shape"):
+            selective_scan(u, delta, A, B[:, 1:], C, D, backend=backend)
+        with pytest.raises(ValueError, match="selective_scan.D: expected shape"):
+            selective_scan(u, delta, A, B, C, D[1:], backend=backend)
+
+
 def test_gradients_of_the_scan():
     assert torch.autograd.gradcheck(
         lambda *x: selective_scan(*x, chunk=3), inputs(b=1, l=7, d=2, n=2)
@@ -179,6 +240,8 @@ def test_errors_name_the_argument():
         selective_scan(*inputs(), backend="cuda")
     with pytest.raises(ValueError, match="needs the package mamba-ssm"):
         selective_scan(*inputs(), backend="mamba_ssm")
+    with pytest.raises(ValueError, match="'cpu' needs tensors on the CPU of at most 32 bits"):
+        selective_scan(*inputs(), backend="cpu")
 
 
 @pytest.mark.parametrize("kernel, found", [(None, False), (object(), True)])

@@ -8,6 +8,7 @@ import torch
 
 from unipre3d.data.loading import make_loader
 from unipre3d.data.scannet import write_box_rooms
+from unipre3d.losses import ssim
 from unipre3d.objective import RenderObjective, check_objective
 from unipre3d.recipes import recipes
 from unipre3d.runs.fit import fit
@@ -95,3 +96,27 @@ def test_an_objective_that_cannot_be_is_refused(values, says):
     with pytest.raises(ValueError) as error:
         check_objective(RenderObjective(**values))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("hw", [(6, 6), (11, 7), (64, 64), (30, 40)])
+def test_structural_similarity_and_its_gradient_are_those_of_torchmetrics(hw):
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    gen = torch.Generator().manual_seed(0)
+    target = torch.rand(3, 3, *hw, generator=gen)
+    target[1] = 0.3  # without any variance
+    noise = torch.randn(target.shape, generator=gen)
+    pred = (target + 0.2 * noise).requires_grad_()
+    ours = ssim(pred, target)
+    theirs = structural_similarity_index_measure(pred, target, data_range=1.0, reduction="none")
+    assert torch.allclose(ours, theirs, atol=2e-6)
+    slopes = [torch.autograd.grad(score.sum(), pred)[0] for score in (ours, theirs)]
+    assert torch.allclose(*slopes, atol=2e-6)
+
+
+def test_structural_similarity_refuses_what_no_window_fits():
+    small = torch.rand(1, 3, 5, 20)
+    with pytest.raises(ValueError, match="at least 6 x 6 pixels, got 5 x 20"):
+        ssim(small, small)
+    with pytest.raises(ValueError, match="ssim"):
+        ssim(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 9))

@@ -265,7 +265,9 @@ def test_labels_follow_their_points(how):
         truth, seen = samples.source.rows(i)["part"], set()
         for draw in range(3):
             cloud = samples.cloud(i, draw)
-            number = cloud["color"][:, 0].astype(int)  # each point carries its number
+            number = np.round(255 * cloud["color"][:, 0]).astype(
+                int
+            )  # each point carries its number
             assert (cloud["part"] == truth[number]).all() and len(cloud["xyz"]) == len(
                 cloud["part"]
             ) <= 64

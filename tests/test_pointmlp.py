@@ -9,8 +9,6 @@ from unipre3d.backbones.pointmlp import (
     Stage,
     anchor_points,
     cloud_deviation,
-    interpolate_columns,
-    knn_columns,
 )
 from unipre3d.core import PointBatch
 from unipre3d.geometry.pointops import interpolate, knn
@@ -126,7 +124,7 @@ def test_further_columns_count_as_distance():
     torch.manual_seed(0)
     points = pack(torch.rand(30, 4), torch.rand(3, 4))
     args = (points.feat, points.batch, points.feat, points.batch, 2)
-    index = knn_columns(*args, 6)
+    index = knn(*args, 6)
     d2 = (
         (points.feat[:, None] - points.feat[None])
         .square()
@@ -139,14 +137,14 @@ def test_further_columns_count_as_distance():
     assert torch.equal(
         index[30:, 3:], index[30:, :1].expand(3, 3)
     )  # too few points: the nearest again
-    plain = points.feat[:, :3]
-    assert torch.equal(
-        knn_columns(plain, points.batch, plain, points.batch, 2, 6),
-        knn(plain, points.batch, plain, points.batch, 2, 6),
-    )
     known = torch.tensor([0, 4, 9, 20, 31, 32])  # two known points in the second cloud
-    place = (plain, points.batch, plain[known], torch.randn(6, 5), points.batch[known], 2)
-    torch.testing.assert_close(interpolate_columns(*place), interpolate(*place))
+    value = torch.randn(6, 5)
+    place = points.feat, points.batch, points.feat[known], value, points.batch[known], 2
+    d2 = d2[:, known]
+    near = d2.argsort(1)[:, :3]
+    weight = 1 / (d2.gather(1, near) + 1e-8)
+    expected = (weight[..., None] * value[near]).sum(1) / weight.sum(1, keepdim=True)
+    torch.testing.assert_close(interpolate(*place), expected)
 
 
 def test_stage_gradients():

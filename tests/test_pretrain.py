@@ -67,11 +67,21 @@ def column(folder, name):
         return [row[name] for row in csv.DictReader(file)]
 
 
+def run_here(*args):
+    "The command in this process, with one thread as in `command`, where no other process is needed."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([str(a) for a in args]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "An uninterrupted run."
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    finish(command("pretrain", *SMALL, "--out", folder))
+    run_here("pretrain", *SMALL, "--out", folder)
     return folder
 
 
@@ -114,7 +124,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path):
     assert f"--resume --out {folder}" in out  # it says how to go on
     done = len(column(folder, "step"))
     assert 3 <= done < 10 and not (folder / "record.json").exists()
-    finish(command("pretrain", "--resume", "--out", folder))
+    run_here("pretrain", "--resume", "--out", folder)
     for name in ("loss", "grad_norm", "psnr", "lr", "val_psnr"):
         assert column(folder, name) == column(whole, name), name
     ours, full = (
@@ -125,7 +135,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path):
 
 
 def test_another_seed_is_another_run(whole, tmp_path):  # the same seed is the same run: see above
-    finish(command("pretrain", *SMALL, "--steps", "3", "--seed", "1", "--out", tmp_path / "other"))
+    run_here("pretrain", *SMALL, "--steps", "3", "--seed", "1", "--out", tmp_path / "other")
     assert column(tmp_path / "other", "loss")[0] != column(whole, "loss")[0]
 
 
@@ -137,7 +147,7 @@ from unipre3d.recipes import recipes
 from unipre3d.runs.recipe import change
 
 folder, again = Path(sys.argv[1]), sys.argv[2:] == ["again"]
-small = dict(steps=4, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, validate_every=9)
+small = dict(steps=4, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, validate_every=9, image="rgb")
 recipe = change(recipes["object-transformer-mini"], **small)
 seen, calls, train, take_step = {}, [], runner.fit, loop.take_step
 

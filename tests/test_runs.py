@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +12,7 @@ from unipre3d.data.augment import Augment
 from unipre3d.recipes import KINDS, finetune_recipes, read_recipe, recipes
 from unipre3d.records import write_json
 from unipre3d.runs.recipe import change, from_values, to_values
-from unipre3d.runs.run import claim_folder, run_recipe
+from unipre3d.runs.run import claim_folder, own_folder, run_recipe
 from unipre3d.tasks.classification import ClassificationRecipe
 from unipre3d.tasks.masked import MaskedRecipe
 from unipre3d.tasks.pretrain import PretrainRecipe
@@ -142,6 +145,62 @@ def test_an_exact_folder_is_that_one_or_none(tmp_path):
     (tmp_path / "a" / "notes.txt").touch()
     with pytest.raises(ValueError, match="expected an empty folder"):
         claim_folder(tmp_path / "a", exact=True)
+
+
+def claim_exactly(folder, barrier, found):
+    barrier.wait()
+    try:
+        with own_folder(folder, exact=True):
+            found.put(str(folder))
+            barrier.wait()
+    except ValueError as error:
+        found.put(error)
+        barrier.wait()
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_of_processes_that_want_one_folder_at_once_one_gets_it(tmp_path, empty):
+    fork = multiprocessing.get_context("fork")
+    for k in range(5):
+        folder = tmp_path / f"run-{k}"
+        if empty:
+            folder.mkdir()
+        barrier, found = fork.Barrier(4), fork.Queue()
+        workers = [
+            fork.Process(target=claim_exactly, args=(folder, barrier, found)) for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        results = [found.get(timeout=60) for _ in workers]
+        for worker in workers:
+            worker.join(60)
+        assert [result for result in results if isinstance(result, str)] == [str(folder)]
+        refused = [result for result in results if not isinstance(result, str)]
+        assert all("in use by another process" in str(error) for error in refused)
+
+
+LAUNCH = """
+import sys
+from unipre3d.cli import main
+
+words = "finetune cls-furniture-mini --classes bed lamp --n-points 64 --depth 1 --num-groups 8 --group-size 8"
+words += " --device cpu --steps 1 --batch-size 4 --validate-every 0 --save-every 0 --out"
+sys.exit(main([*words.split(), sys.argv[1]]))
+"""
+
+
+def test_where_the_first_process_refuses_the_others_end_too(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH)
+    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    run = [sys.executable, "-m", *words, str(tmp_path / "taken")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=240, env=env)
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("unipre3d: --out")]
+    assert done.returncode and len(refusals) == 2, done.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
 
 
 def test_a_run_goes_on_with_its_own_values(tmp_path):

@@ -601,7 +601,7 @@ def test_error_cloud(rooms, name, array, word):
 
 @pytest.mark.parametrize(
     "low, high, text",
-    [(-1, 1, "0..255, found -1"), (0, 300, "found 0"), (0, 0.9, "fractions up to 0.9")],
+    [(-1, 1, "0..255, found -1"), (0, 300, "found 0"), (0, 1.2, "fractions up to 1.2")],
 )
 def test_colours_out_of_range(copy, low, high, text):
     folder = copy / "train" / "box0000_00"
@@ -612,8 +612,15 @@ def test_colours_out_of_range(copy, low, high, text):
     refuses(lambda: frames(copy).array(0, "color"), folder / "color.npy", text)
     refuses(
         lambda: write_cloud(copy, "train", "b", color=np.array([[0, 0, 256]])),
-        "write_cloud: color: expected 0..255",
+        "write_cloud: color: expected colours in 0..255",
     )
+
+
+def test_colours_as_fractions_are_read_as_bytes(copy):
+    folder = copy / "train" / "box0000_00"
+    fractions = np.linspace(0, 0.9, 3 * len(np.load(folder / "coord.npy"))).reshape(-1, 3)
+    np.save(folder / "color.npy", fractions)
+    assert np.array_equal(frames(copy).array(0, "color"), np.round(255 * fractions))
 
 
 def test_labels_may_be_a_column_and_optional_files_absent(rooms):

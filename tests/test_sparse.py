@@ -17,6 +17,9 @@ from unipre3d.geometry.sparse import (
     SparseInverseConv3d,
     SparseTensor,
     SubMConv3d,
+    _cut,
+    _cut_compiled,
+    _table_in_torch,
     cell_numbers,
     merge_voxels,
     neighbour_table,
@@ -180,6 +183,83 @@ def test_many_blocks_equal_dense(threads):
     close(y.feat, dense, torch.float64)
     same_gradients(y.feat, dense, [x.feat, down.weight], torch.float64)
     assert torch.equal(up(y).index, x.index)
+
+
+@pytest.mark.parametrize("c_in, c_out", [(1, 1), (3, 5), (6, 16), (24, 24), (17, 33)])
+@pytest.mark.parametrize("kernel", [3, (5, 1, 3)])
+def test_compiled_equals_torch_and_double(c_in, c_out, kernel):
+    "Values to 1e-6 of their norm, gradients to 2e-6; sums are the same whatever the threads, bit for bit."
+    torch.manual_seed(0)
+    x = random_tensor((14, 13, 12), size=2, share=0.3, channels=c_in)
+    fine = submanifold_rules(x, kernel)
+    coarse, down = strided_rules(x, 2, 2)
+    weights = [
+        torch.randn(c_out, *size, c_in) for size in (SubMConv3d(1, 1, kernel).kernel_size, (2,) * 3)
+    ]
+    cases = [(fine, weights[0], len(x)), (down, weights[1], len(x))]
+    cases.append((down.reversed(), weights[1], len(coarse)))
+    for rules, weight, rows in cases:
+        feat = torch.randn(rows, c_in)
+        results = {}
+        for name, dtype, compiled, threads in (
+            ("double", torch.float64, False, 1),
+            ("torch", torch.float32, False, 1),
+            ("compiled", torch.float32, True, 1),
+            ("threads", torch.float32, True, 3),
+        ):
+            leaves = [t.detach().to(dtype).requires_grad_() for t in (feat, weight)]
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            y = sparse_conv(*leaves, rules, compiled=compiled)
+            factor = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+            results[name] = [y, *torch.autograd.grad((y * factor).sum(), leaves)]
+            torch.set_num_threads(before)
+        for exact, plain, ours, again in zip(*results.values()):
+            assert (ours - exact).norm() <= 2e-6 * exact.norm()
+            assert (plain - exact).norm() <= 2e-6 * exact.norm()
+            assert torch.equal(ours, again)
+
+
+def test_compiled_wants_only_what_is_needed_and_is_differentiable_once():
+    x = random_tensor(dtype=torch.float32)
+    rules = submanifold_rules(x, 3)
+    weight = torch.randn(4, 3, 3, 3, 3, requires_grad=True)
+    feat = x.feat.clone().requires_grad_()
+    both = torch.autograd.grad(sparse_conv(feat, weight, rules).sum(), (feat, weight))
+    (alone,) = torch.autograd.grad(sparse_conv(x.feat, weight, rules).sum(), weight)
+    (other,) = torch.autograd.grad(sparse_conv(feat, weight.detach(), rules).sum(), feat)
+    assert torch.equal(other, both[0]) and torch.equal(alone, both[1])
+    y = sparse_conv(feat, weight, rules)
+    (first,) = torch.autograd.grad(y.square().sum(), feat, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_features_that_the_rules_are_not_of_are_refused():
+    x = random_tensor(dtype=torch.float32)
+    rules = submanifold_rules(x, 3)
+    weight = torch.randn(4, 3, 3, 3, 3)
+    for compiled in (True, False):
+        with pytest.raises(ValueError, match="sparse_conv.feat: expected .* rows as in the rules"):
+            sparse_conv(x.feat[1:], weight, rules, compiled=compiled)
+        with pytest.raises(ValueError, match="sparse_conv.weight: expected 27 offsets"):
+            sparse_conv(x.feat, weight[:, :1], rules, compiled=compiled)
+        with pytest.raises(ValueError, match="sparse_conv.weight: expected shape"):
+            sparse_conv(x.feat, weight[..., :2], rules, compiled=compiled)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (5, 1, 3), (1, 5, 5)])
+def test_compiled_tables_and_pairs_equal_those_of_torch(kernel):
+    x = random_tensor((9, 8, 7), size=2, share=0.4)
+    margin = [width // 2 for width in kernel]
+    shape = tuple(side + 2 * air for side, air in zip(x.shape, margin))
+    index = x.index[x._cache["order"]] + torch.tensor([0, *margin])
+    number = cell_numbers(index, shape)
+    table = neighbour_table(number, shape, kernel)
+    assert torch.equal(table, _table_in_torch(number, shape, kernel))
+    for side in (1, 7, 50, len(number)):
+        for ours, plain in zip(_cut_compiled(table, side), _cut(table, side)):
+            assert torch.equal(ours.long(), plain[: len(ours)].long())
 
 
 def test_order_of_rows_is_free_and_results_repeat():

@@ -266,7 +266,7 @@ def code_pages(folder):
         if re.match(r"\s*\.\w", rule)
     )
     for module in sorted((ROOT / "unipre3d").rglob("*.py")):
-        if module.name in ("__init__.py", "_modidx.py"):
+        if module.name in ("__init__.py", "_modidx.py", "_options.py"):
             continue
         name = module.relative_to(ROOT).with_suffix("")
         body = highlight(module.read_text(encoding="utf-8"), PythonLexer(), style)

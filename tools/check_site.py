@@ -14,13 +14,16 @@ browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser is used even whe
 
 import json
 import os
+import queue
 import re
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from operator import methodcaller
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -62,6 +65,9 @@ WIDE = """() => {
   const inner = over.filter(e => !over.some(o => o !== e && e.contains(o)));
   return [root.scrollWidth + ' px', ...inner.slice(0, 3).map(e => e.tagName.toLowerCase() + '.' + [...e.classList].join('.') + ' ' + e.textContent.trim().slice(0, 40))];
 }"""
+
+# Before the window becomes wide again for the next page: this one is not laid out once more.
+HIDE = "() => { document.documentElement.style.display = 'none' }"
 
 FOCUS = """() => {
   const kinds = new Map();
@@ -207,37 +213,22 @@ class Walk:
     "One browser window that goes from page to page and notes what goes wrong."
 
     def __init__(self, browser, base):
-        self.base, self.problems, self.pages, self.name, self.weight, self.weights = (
-            base,
-            [],
-            {},
-            "",
-            0,
-            {},
-        )
+        self.base = base
+        self.problems = []
+        self.pages = {}
+        self.weights = {}
+        self.name = ""
+        self.weight = 0
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
-        self.context.route(
-            lambda address: not address.startswith((base, "data:", "blob:")), self.outside
-        )
+        # A pattern, not a function: Playwright then sends only what matches here.
+        elsewhere = re.compile(rf"^(?!{re.escape(base)}|data:|blob:)")
+        self.context.route(elsewhere, self.outside)
         self.page = self.context.new_page()
         self.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
-        self.page.on(
-            "requestfailed",
-            lambda r: (
-                r.url.startswith(base)
-                and "ERR_ABORTED" not in r.failure
-                and self.note(f"request failed: {self.short(r.url)}")
-            ),
-        )
-        self.page.on("response", self.weigh)
-        self.page.on(
-            "response",
-            lambda r: r.status >= 400 and self.note(f"{r.status} for {self.short(r.url)}"),
-        )
+        self.page.on("requestfailed", self.failed)
+        self.page.on("response", self.received)
         self.page.on("pageerror", lambda e: self.note(f"script error: {str(e).splitlines()[0]}"))
-        self.page.on(
-            "console", lambda m: m.type == "error" and self.note(f"console error: {m.text[:120]}")
-        )
+        self.page.on("console", self.said)
 
     def short(self, address):
         return address.removeprefix(self.base)
@@ -249,9 +240,24 @@ class Walk:
         self.note(f"asks another host for {route.request.url[:80]}")
         route.abort()
 
-    def weigh(self, response):
-        "Add up what a page loads."
+    def failed(self, request):
+        if request.url.startswith(self.base) and "ERR_ABORTED" not in request.failure:
+            self.note(f"request failed: {self.short(request.url)}")
+
+    def received(self, response):
+        "Add up what a page loads, and note what is not there."
         self.weight += int(response.headers.get("content-length", 0))
+        if response.status >= 400:
+            self.note(f"{response.status} for {self.short(response.url)}")
+
+    def said(self, message):
+        if message.type == "error":
+            self.note(f"console error: {message.text[:120]}")
+
+    def until(self, condition, timeout=None):
+        "Wait for what a page has to do; what is done already costs no frame."
+        if not self.page.evaluate(condition):
+            self.page.wait_for_function(condition, timeout=timeout)
 
     def toggle(self):
         "Press the theme toggle, if there is one; whether there was one."
@@ -262,9 +268,7 @@ class Walk:
         before = self.page.evaluate(dark)
         button.evaluate("e => e.click()")
         try:
-            self.page.wait_for_function(
-                f"before => ({dark})() !== before", arg=before, timeout=10_000
-            )
+            self.until(f"() => ({dark})() !== {json.dumps(before)}", timeout=10_000)
         except Exception:
             self.note("the theme toggle does not change the theme")
         return True
@@ -283,9 +287,7 @@ class Walk:
         self.name, self.weight = name, 0
         self.page.set_viewport_size(DESK)
         self.page.goto(self.base + name, wait_until="load")
-        self.page.wait_for_function(
-            "() => !document.querySelector('.mermaid:not([data-processed])')"
-        )
+        self.until("() => !document.querySelector('.mermaid:not([data-processed])')")
         found = self.pages[name] = self.page.evaluate(READ)
         for key, what in dict(
             broken="picture does not load",
@@ -313,25 +315,7 @@ class Walk:
         wide = self.page.evaluate(WIDE)
         if wide:
             self.note(f"wider than {PHONE['width']} px: {'; '.join(wide)}")
-
-    def links(self, site):
-        "Every link inside the site leads to a file, every anchor to a place on that page."
-        for self.name, found in self.pages.items():
-            for address in dict.fromkeys(found["links"]):
-                if not address.startswith(self.base):
-                    continue
-                target, anchor = urldefrag(self.short(address))
-                path, anchor = unquote(urlsplit(target).path), unquote(anchor)
-                if path.endswith("/") or not path:
-                    path += "index.html"
-                if not (site / path).exists():
-                    self.note(f"link to {path}, which does not exist")
-                elif (
-                    anchor
-                    and path in self.pages
-                    and anchor not in self.pages[path]["ids"] + self.pages[path]["names"]
-                ):
-                    self.note(f"link to {path}#{anchor}, but that page has no such place")
+        self.page.evaluate(HIDE)
 
     def search(self, name, expected):
         "Typing a function's name brings its entry among the first five results, and Enter or a click leads there."
@@ -413,32 +397,77 @@ def functions(site, count=8):
     return known[:: max(1, len(known) // count)]
 
 
-def walk(site, names=None, weights=None):
-    """What is wrong with the site, one line each; None and the reason if no browser can walk it.
+def links(site, base, pages):
+    "A line for each link inside the site that leads to no file, or whose anchor is no place there."
+    for name, found in pages.items():
+        for address in dict.fromkeys(found["links"]):
+            if not address.startswith(base):
+                continue
+            target, anchor = urldefrag(address.removeprefix(base))
+            path, anchor = unquote(urlsplit(target).path), unquote(anchor)
+            if path.endswith("/") or not path:
+                path += "index.html"
+            if not (site / path).exists():
+                yield f"{name}: link to {path}, which does not exist"
+            elif anchor and path in pages:
+                places = pages[path]["ids"] + pages[path]["names"]
+                if anchor not in places:
+                    yield f"{name}: link to {path}#{anchor}, but that page has no such place"
 
-    A dictionary given as `weights` receives the bytes that each page loads.
-    """
-    site = Path(site)
-    pages = (
-        sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
-        if names is None
-        else names
-    )
-    with browser() as (found, why), served(site) as base:
+
+def whole_site(site, trip):
+    "What belongs to no page: search, also by keyboard alone, and the theme."
+    if not (site / "search.json").exists():
+        return
+    found = functions(site)
+    for name, place in found:
+        trip.search(name, place.split("#")[0])
+    trip.keyboard(found[0][0])
+    trip.theme()
+
+
+def stroll(base, errands):
+    "Open one browser and run errands until none is left; None and the reason if there is none."
+    with browser() as (found, why):
         if why:
             return None, why
         trip = Walk(found, base)
-        for name in pages:
-            trip.visit(name)
-        trip.links(site)
-        if (site / "search.json").exists():
-            for name, place in functions(site):
-                trip.search(name, place.split("#")[0])
-            trip.keyboard(functions(site)[0][0])
-            trip.theme()
-        if weights is not None:
+        while True:
+            try:
+                errand = errands.get_nowait()
+            except queue.Empty:
+                return trip, None
+            errand(trip)
+
+
+def walk(site, names=None, weights=None, windows=2):
+    """What is wrong with the site, one line each; None and the reason if no browser can walk it.
+
+    A dictionary given as `weights` receives the bytes that each page loads. Each of `windows` is
+    a browser in a thread of its own; they share the pages between them.
+    """
+    site = Path(site)
+    if names is None:
+        names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    errands = queue.SimpleQueue()
+    errands.put(partial(whole_site, site))
+    for name in names:
+        errands.put(methodcaller("visit", name))
+    windows = max(1, min(windows, len(names)))
+    with served(site) as base, ThreadPoolExecutor(windows) as pool:
+        trips = []
+        for job in [pool.submit(stroll, base, errands) for _ in range(windows)]:
+            trip, why = job.result()
+            if why:
+                return None, why
+            trips.append(trip)
+        pages = {name: found for trip in trips for name, found in trip.pages.items()}
+        problems = [line for trip in trips for line in trip.problems]
+        problems += links(site, base, pages)
+    if weights is not None:
+        for trip in trips:
             weights.update(trip.weights)
-        return list(dict.fromkeys(trip.problems)), len(pages)
+    return sorted(dict.fromkeys(problems)), len(names)
 
 
 def near_limit(weights):

@@ -1,6 +1,7 @@
 """Build the wheel, install it into an empty folder and ask it for its version, its command and its embedded data."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,22 @@ def data_files():
     }
 
 
+def copy_sources(folder):
+    "What a wheel is made of, away from the checkout: building writes beside it."
+    for name in ("unipre3d", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    return folder
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        call(*pip, "wheel", "--no-deps", "-w", folder, ROOT, cwd=folder)
+        source = copy_sources(folder / "source")
+        call(*pip, "wheel", "--no-deps", "-w", folder, source, cwd=folder)
         (wheel,) = folder.glob("*.whl")
         inside = set(zipfile.ZipFile(wheel).namelist())
         modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "unipre3d").rglob("*.py")}

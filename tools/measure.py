@@ -18,7 +18,7 @@ LOOPS = "zero_grad"  # what every training loop calls
 
 # A package may import from itself and from what stands before it.
 LAYERS = (
-    ("core", "records"),
+    ("core", "files", "values", "records"),
     ("geometry", "kernels"),
     ("backbones", "image", "losses", "gaussians", "released"),
     ("fusion", "render", "viewer"),
@@ -38,7 +38,7 @@ SHARED = {"heads", "metrics", "scenes"}  # in tasks: what siblings may import
 def modules(package):
     "Every module of a package and its text, by its dotted name below the package."
     for path in sorted(Path(package).rglob("*.py")):
-        if path.name in ("__init__.py", "__main__.py", "_modidx.py"):
+        if path.name in ("__init__.py", "__main__.py", "_modidx.py", "_options.py"):
             continue
         yield (
             ".".join(path.relative_to(package).with_suffix("").parts),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "_executed"
+# Imported once, before the processes fork; all of the package's own modules are imported by each notebook.
 PRELOAD = [
     "numpy",
     "matplotlib.pyplot",
@@ -27,7 +28,27 @@ PRELOAD = [
     "nbdev.process",
     "nbdev.frontmatter",
     "execnb.shell",
+    "numba",
+    "scipy.optimize",
+    "scipy.spatial",
+    "scipy.stats",
+    "torchmetrics.functional.image",
+    "accelerate",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "h5py",
+    "plyfile",
+    "trimesh",
 ]
+# Started first, so that no process is left alone with a long one at the end.
+LONG = (
+    "60_pretrain",
+    "80_results",
+    "78_reproduce",
+    "67_autoencoder",
+    "idea",
+    "90_cli",
+    "62_compare",
+)
 
 
 def notebooks(names=()):
@@ -36,6 +57,11 @@ def notebooks(names=()):
     found = [p for p in found if not any(part.startswith((".", "_")) for part in p.parts)]
     picked = [p for p in found if not names or any(n in str(p) for n in names)]
     return sorted(picked, key=lambda p: (p.name != "00_core.ipynb", p.name))
+
+
+def longest_first(paths):
+    "The same notebooks in the order in which they are started."
+    return sorted(paths, key=lambda p: LONG.index(p.stem) if p.stem in LONG else len(LONG))
 
 
 def package_key():
@@ -83,7 +109,7 @@ def with_outputs(source, ran):
 
 
 def execute(path, flags, key, limit):
-    "Run one notebook in this process; return its seconds and, where it failed, what went wrong."
+    "Run one notebook in this process; return its seconds, those of processors, and what went wrong."
     os.environ |= {
         "IN_TEST": "1",
         "ACCELERATE_USE_CPU": "1",
@@ -146,7 +172,8 @@ def execute(path, flags, key, limit):
     )
     if not error:
         copy.with_suffix(".key").write_text(key)
-    return time.time() - start, error
+    computed = sum(os.times()[:4])  # of this process and those that it started
+    return time.time() - start, computed, error
 
 
 def main():
@@ -176,7 +203,7 @@ def main():
     if not paths:
         sys.exit(f"run_notebooks: no notebook's path contains {' or '.join(args.names)}")
     keys = {p: key_of(p, base, args.flags) for p in paths}
-    todo = [p for p in paths if args.fresh or not is_current(p, keys[p])]
+    todo = longest_first(p for p in paths if args.fresh or not is_current(p, keys[p]))
     for path in sorted(set(paths) - set(todo)):
         print(f"  kept   {path} (unchanged)")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
@@ -184,20 +211,26 @@ def main():
     os.environ.setdefault("MPLBACKEND", "agg")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    failed = []
+    failed, total = [], 0.0
     with ProcessPoolExecutor(args.workers, mp_context=context, max_tasks_per_child=1) as pool:
         jobs = {pool.submit(execute, p, args.flags, keys[p], args.limit): p for p in todo}
         for job in as_completed(jobs):
             try:
-                seconds, error = job.result()
+                seconds, computed, error = job.result()
             except Exception as fault:
-                seconds, error = 0.0, f"{type(fault).__name__}: {fault}"
-            print(f"  {'FAILED' if error else 'passed'} {jobs[job]} in {seconds:.1f} s", flush=True)
+                seconds, computed, error = 0.0, 0.0, f"{type(fault).__name__}: {fault}"
+            print(
+                f"  {'FAILED' if error else 'passed'} {jobs[job]} in {seconds:.1f} s"
+                f" (processors: {computed:.1f} s)",
+                flush=True,
+            )
+            total += computed
             if error:
                 failed.append(str(jobs[job]))
                 print(error, file=sys.stderr, flush=True)
     print(
         f"notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}"
+        f" ({total:.0f} s of processor time)"
     )
     sys.exit(bool(failed))
 

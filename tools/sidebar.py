@@ -27,6 +27,8 @@ CORE = {
 WORKSHOP = {
     "Tutorials": ["tutorials/meshes", "tutorials/labels", "tutorials/backbone"],
     "Data": [
+        "02_files",
+        "03_values",
         "data/19_readers",
         "data/17_objects",
         "data/22_shapenet",
@@ -35,6 +37,7 @@ WORKSHOP = {
         "data/17_augment",
         "data/26_samples",
         "data/29_loading",
+        "data/29_accepted",
     ],
     "Worlds": [
         "worlds/18_mesh",

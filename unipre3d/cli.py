@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import inspect
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from importlib import metadata
@@ -18,11 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
-__all__ = ['default_recipe', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options', 'backbone_keywords',
-           'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'RunOptions', 'newest_run',
-           'parse_recipe', 'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command',
-           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
-           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'data_command', 'doctor_command', 'usage', 'main']
+__all__ = ['default_recipe', 'Row', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options',
+           'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'recipe_rows',
+           'value_words', 'option_help', 'check_options', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable',
+           'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
+           'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
+           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'CheckOptions', 'check_command', 'rooms_command',
+           'data_command', 'doctor_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -196,10 +201,88 @@ def with_own_terms(recipe: Any) -> Any:
     terms = {name: weight for name, weight in recipe.objective.terms.items() if weight}
     return replace(recipe, objective=replace(recipe.objective, terms=terms))
 
-# %% ../nbs/90_cli.ipynb #99397b95
+# %% ../nbs/90_cli.ipynb #90a00002
 default_recipe = "object-transformer-mini"
+Row = tuple[str, str, str, str]  # path of an option, its type, its default as text, what it is
 
 
+def recipe_rows(
+    name: str,  # of a recipe, or a command such as "data rooms"
+    args: Sequence[str] = (),  # as they were typed; another backbone has other options
+) -> list[Row]:
+    "The options as the list has them."
+    from unipre3d._options import BACKBONES, OPTIONS, ROWS
+
+    rows = [ROWS[n] for n in OPTIONS[name]]
+    words = full_options(args, [path for path, *_ in rows])
+    usual = next((default for path, _, default, _ in rows if path == "model.backbone"), None)
+    for option, value in zip(words, words[1:]):
+        if option == "--model.backbone" and value in BACKBONES and value != usual:
+            rows = [row for row in rows if not row[0].startswith("model.backbone-options.")]
+            rows += [ROWS[n] for n in BACKBONES[value]]
+    return rows
+
+
+def value_words(
+    kind: str,  # a type, such as "tuple[int, ...]"
+) -> str:
+    "What is typed for a value of this type, such as INT ..."
+    inner = kind.removeprefix("tuple[").removesuffix("]") if kind.startswith("tuple[") else kind
+    words = inner.split(", ")
+    plain = {"int": "INT", "float": "FLOAT", "str": "TEXT", "...": "..."}
+    return " ".join(plain[word] for word in words) if set(words) <= set(plain) else kind
+
+
+def option_help(
+    prog: str,  # how the command is called
+    about: str,
+    rows: Sequence[Row],
+) -> str:
+    "What --help prints."
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [f"usage: {prog} [--key value ...]", "", *textwrap.wrap(f"{about}.", width)]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[0].rpartition(".")[0], []).append(row)
+    for group, own in groups.items():
+        lines += ["", group or "options"]
+        for path, kind, default, comment in own:
+            last = path.rpartition(".")[2]
+            off = f"| --{path.removesuffix(last)}no-{last}"
+            option = f"  --{path} {off if kind == 'bool' else value_words(kind)}"
+            note = textwrap.wrap(f"{comment} (default: {default})".strip(), max(20, width - 46))
+            if len(option) > 44:
+                lines.append(option)
+                option = ""
+            lines += [f"{option:46}{note[0]}", *(" " * 46 + more for more in note[1:])]
+    return "\n".join(lines)
+
+
+def check_options(
+    args: Sequence[str],  # as they were typed
+    rows: Sequence[Row],  # the options that there are
+    prog: str,  # how the command is called
+) -> None:
+    """Refuse an option that does not exist.
+
+    Raises: ValueError that names the nearest one.
+    """
+    paths = [path for path, *_ in rows]
+    known = set(paths)
+    for path, kind, *_ in rows:
+        last = path.rpartition(".")[2]
+        if kind == "bool":
+            known.add(f"{path.removesuffix(last)}no-{last}")
+    for arg in full_options(args, paths):
+        name = arg.removeprefix("--").partition("=")[0]
+        if not arg.startswith("--") or name in known:
+            continue
+        last = name.rpartition(".")[2]
+        near = difflib.get_close_matches(last, [path.rpartition(".")[2] for path in paths], 1)
+        hint = f"did you mean --{near[0]}? " if near else ""
+        raise ValueError(f"--{name}: there is no such option; {hint}{prog} --help lists them")
+
+# %% ../nbs/90_cli.ipynb #99397b95
 @dataclass(frozen=True)
 class RunOptions:
     "Where a run goes, and where it starts."
@@ -314,27 +397,49 @@ def refuse_changes(
 
 def train_command(
     command: str,  # "pretrain" or "finetune"
-    known: dict[str, Any],  # its recipes by name
-    args: list[str],
+    args: list[str],  # a recipe's name, options
 ) -> int:
-    "Run a recipe of the command and show what came out."
-    from unipre3d.recipes import find_recipe, read_recipe
-    from unipre3d.runs.run import run_recipe
+    """Run a recipe of the command and show what came out.
+
+    Raises: ValueError for a recipe or an option that does not exist, before torch is imported.
+    """
+    from unipre3d._options import ABOUT
 
     name, *rest = args
-    usual = find_recipe(name, known)
+    known = ABOUT[command]
+    if name not in known:
+        raise ValueError(f'recipe: expected one of {", ".join(known)}; got "{name}"')
+    prog = f"unipre3d {command} {name}"
+    rows = recipe_rows(name, rest)
+    if {"-h", "--help"} & set(rest):
+        print(option_help(prog, known[name], rows))
+        raise SystemExit(0)
+    check_options(rest, rows, prog)
+    from unipre3d.recipes import finetune_recipes, read_recipe, recipes
+    from unipre3d.runs.recipe import check_changes, check_recipe
+    from unipre3d.runs.run import run_recipe
+
+    usual = (recipes | finetune_recipes)[name]
     recipe, options = parse_recipe(command, name, usual, rest)
     folder = options.out
     if options.resume:
         refuse_changes(recipe, usual, options)
         folder = resumable(Path(options.out) if options.out else newest_run(name))
         name, recipe, _ = read_recipe(folder)
+    else:
+        check_recipe(recipe)
+        check_changes(recipe, usual)
+        coverage = [getattr(r.model, "min_coverage", 1.0) for r in (usual, recipe)]
+        if options.init == "none" and coverage[0] != coverage[1]:
+            raise ValueError(f"min-coverage: counts only with --init; got {coverage[1]}")
     if options.force and not options.resume:
         raise ValueError("--force: expected --resume beside it, which it is about")
     how = dict(init=options.init, resume=options.resume, force=options.force, device=options.device)
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
         return 130
+    if done.ended == "diverged":
+        return 1
     if done.record is not None:
         print(describe_result(done.record["metrics"]))
         pictures = ", ".join(str(path) for path in sorted(done.folder.glob("*.png")))
@@ -366,32 +471,35 @@ def describe_result(
 
 def pretrain_command(args: list[str]) -> int:
     "unipre3d pretrain [RECIPE] [--key value ...]: pre-train and write a run folder."
-    from unipre3d.recipes import recipes
-
     named = bool(args) and not args[0].startswith("-")
-    return train_command("pretrain", recipes, args if named else [default_recipe, *args])
+    return train_command("pretrain", args if named else [default_recipe, *args])
 
 # %% ../nbs/90_cli.ipynb #2bdac9c7
 def finetune_command(args: list[str]) -> int:
     "unipre3d finetune RECIPE --init CHECKPOINT [--key value ...]: fine-tune on a task and write a run folder."
-    from unipre3d.recipes import finetune_recipes
+    from unipre3d._options import ABOUT
 
+    known = ABOUT["finetune"]
     if args[:1] in (["-h"], ["--help"]):
         print("usage: unipre3d finetune RECIPE [--init CHECKPOINT] [--key value ...]")
         print("\nrecipes (unipre3d finetune RECIPE --help lists the options of one):")
-        for name, recipe in finetune_recipes.items():
-            print(f"  {name:26} {recipe.about}")
+        for name, about in known.items():
+            print(f"  {name:26} {about}")
         return 0
     if not args or args[0].startswith("-"):
         raise ValueError(
-            f"finetune: expected a recipe first, one of {', '.join(finetune_recipes)}; "
+            f"finetune: expected a recipe first, one of {', '.join(known)}; "
             "as in: unipre3d finetune cls-shapes-mini --init runs/object-transformer-mini"
         )
-    return train_command("finetune", finetune_recipes, args)
+    return train_command("finetune", args)
 
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
     "unipre3d reproduce mini | full [--list] [--only CLAIM]: run the study behind the tables; goes on where it was stopped."
+    if {"-h", "--help"} & set(args):
+        about = "Run the rows of the study that are not recorded, or list them"
+        print(option_help("unipre3d reproduce mini | full", about, recipe_rows("reproduce")))
+        raise SystemExit(0)
     from unipre3d.reproduce import run
 
     return run.reproduce_command(args, parse)
@@ -548,16 +656,48 @@ def prepare_command(args: list[str]) -> int:
     return 0
 
 
-def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | rooms | furniture | autoencoder: draw your meshes; compose rooms; rebuild what the package embeds."
+@dataclass(frozen=True)
+class CheckOptions:
+    "Read every cloud of a data set, and say what is accepted, dropped and refused."
+
+    views: bool = True  # also every image
+    depth_scale: float = 1000.0  # of rooms with frames: stored units of depth in a metre
+
+
+def check_command(args: list[str]) -> int:
+    "unipre3d data check FOLDER [--no-views]: what a data set holds; exit status 1 where something is refused."
+    example = "a data set, as in: unipre3d data check scannet"
+    folder, options = parse_after(CheckOptions, args, "unipre3d data check FOLDER", example)
+    from unipre3d.data.check import check_data, find_readers
+
+    report = check_data(find_readers(folder, options.depth_scale), options.views)
+    print(report.table.to_string())
+    print(*report.lines, sep="\n")
+    return int(bool(report.refused.total()))
+
+
+def rooms_command(args: list[str]) -> int:
+    "unipre3d data rooms [--key value ...]: rooms composed from the embedded furniture."
+    prog = "unipre3d data rooms"
+    rows = recipe_rows("data rooms")
+    if {"-h", "--help"} & set(args):
+        about = "Rooms composed from the embedded furniture, in ScanNet's layout"
+        print(option_help(prog, about, rows))
+        raise SystemExit(0)
+    check_options(args, rows, prog)
     from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
-    kinds = {
-        "prepare": PrepareOptions,
-        "rooms": RoomsOptions,
-        "furniture": FurnitureOptions,
-        "autoencoder": AutoencoderOptions,
-    }
+    options = parse(RoomsOptions, args, prog)
+    for name in ("rooms", "frames", "workers"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    print(f"wrote {make_rooms(**asdict(options))}")
+    return 0
+
+
+def data_command(args: list[str]) -> int:
+    "unipre3d data prepare | check | rooms | furniture | autoencoder: draw your meshes; check a data set; compose rooms; rebuild what the package embeds."
+    kinds = ("prepare", "check", "rooms", "furniture", "autoencoder")
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
         print(f"usage: unipre3d data {' | '.join(kinds)} [--help]")
@@ -566,14 +706,23 @@ def data_command(args: list[str]) -> int:
         raise ValueError(f"data: expected one of {', '.join(kinds)}, got {kind}")
     if kind == "prepare":
         return prepare_command(args[1:])
-    options = parse(kinds[kind], args[1:], f"unipre3d data {kind}")
+    if kind == "check":
+        return check_command(args[1:])
     if kind == "rooms":
-        path = make_rooms(**asdict(options))
-    elif kind == "autoencoder":
+        return rooms_command(args[1:])
+    if kind == "autoencoder":
+        options = parse(AutoencoderOptions, args[1:], "unipre3d data autoencoder")
         from unipre3d.tasks.autoencoder import train_mini
 
         path = train_mini(options.out, steps=options.steps, seed=options.seed)
-    elif options.unpack:
+        print(f"wrote {path}")
+        return 0
+    options = parse(FurnitureOptions, args[1:], "unipre3d data furniture")
+    if options.workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {options.workers}")
+    if options.unpack and options != FurnitureOptions(out=options.out, unpack=True):
+        raise ValueError("--deb, --workers: count only without --unpack")
+    if options.unpack:
         from unipre3d.data.shapenet import ShapeNetViews, export_objects
 
         path = export_objects(ShapeNetViews(), options.out)
@@ -587,15 +736,12 @@ def data_command(args: list[str]) -> int:
 
 def doctor_command(args: list[str]) -> int:
     "unipre3d doctor: which backends, data and weights are here."
-    import shutil
-
+    parse(make_dataclass("Doctor", []), args, "unipre3d doctor")
     import torch
 
     from unipre3d.core import data_dir
     from unipre3d.recipes import recipes
     from unipre3d.records import code_version, hardware
-
-    parse(make_dataclass("Doctor", []), args, "unipre3d doctor")
 
     def have(module):
         return importlib.util.find_spec(module) is not None
@@ -643,17 +789,23 @@ commands = {
 
 def usage() -> str:
     "What a newcomer reads first."
-    from unipre3d.recipes import finetune_recipes, recipes
+    from unipre3d._options import ABOUT
 
     lines = ["UniPre3D: pre-train point cloud backbones by rendering Gaussians.", "", "commands:"]
     for command in commands.values():
         form, _, text = command.__doc__.partition(":")
         lines.append(f"  {form:52} {text.strip().rstrip('.')}")
-    for title, known in (("to pre-train:", recipes), ("to fine-tune:", finetune_recipes)):
+    for title, command in (("to pre-train:", "pretrain"), ("to fine-tune:", "finetune")):
         lines += ["", title]
-        lines += [f"  {name:26} {recipe.about}" for name, recipe in known.items()]
+        lines += [f"  {name:26} {about}" for name, about in ABOUT[command].items()]
     lines += ["", "start with:  unipre3d pretrain      (then: unipre3d COMMAND --help)"]
     return "\n".join(lines)
+
+
+def spin_briefly() -> None:
+    "Waiting threads of OpenMP give way after microseconds; counts before torch is imported. What the user set stays."
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def main(
@@ -661,6 +813,7 @@ def main(
 ) -> int:
     "Run a command; a mistake is one line on standard error and exit status 2."
     args = sys.argv[1:] if args is None else args
+    spin_briefly()
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())

@@ -17,6 +17,7 @@ from plyfile import PlyData, PlyElement
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .files import read_ply, reading
 from .core import GaussianBatch, PointBatch
 
 # %% ../nbs/50_gaussians.ipynb #c47101f3
@@ -230,14 +231,10 @@ def load_ply(
 
     Raises: FileNotFoundError; ValueError of one line for a file that holds no Gaussians.
     """
-    try:
-        vertex = PlyData.read(str(path))["vertex"]
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a PLY file of Gaussians, could not read it ({error})"
-        ) from error
+    expected = "a PLY file of Gaussians"
+    ply = read_ply(path, expected)
+    with reading(path, expected):
+        vertex = ply["vertex"]
     found = {p.name for p in vertex.properties}
     needed = {"x", "y", "z", "opacity", *numbered("f_dc", 3)}
     needed |= {*numbered("scale", 3), *numbered("rot", 4)}
@@ -248,7 +245,8 @@ def load_ply(
         )
 
     def columns(names):
-        values = [np.asarray(vertex[name], dtype=np.float32) for name in names]
+        with reading(path, f"numbers of {names[0]} at each Gaussian"):
+            values = [np.asarray(vertex[name], dtype=np.float32) for name in names]
         return torch.from_numpy(np.stack(values, 1))
 
     k = sum(name.startswith("f_rest_") for name in found) // 3

@@ -4,7 +4,8 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import json, os, warnings
+import hashlib, json, os, warnings
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,10 +14,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .core import data_dir
+from .files import Found, check_weights, read_json, reading, regular_file
+from .records import ArrayFile, code_hash, open_arrays
 
 # %% auto #0
-__all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'load_autoencoder', 'last_up_block',
-           'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'rgb_features']
+__all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'autoencoder_folder', 'load_autoencoder',
+           'last_up_block', 'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'LazyEncoder',
+           'CachedFeatures', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -74,21 +78,24 @@ def check_autoencoder_folder(
 ) -> None:
     "Raise a one-line error that names the missing file, or what in config.json does not fit."
     config = folder / "config.json"
+    remedy = "copy it there or name another folder"
     for file in (config, folder / "diffusion_pytorch_model.safetensors"):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: expected an autoencoder in diffusers' layout, found no such file; "
-                "copy it there or name another folder"
-            )
-    try:
-        kind = json.loads(config.read_text()).get("_class_name", "AutoencoderKL")
-    except ValueError as error:
-        raise ValueError(f"{config}: expected JSON, found {error}; copy the file again") from None
+        regular_file(file, "an autoencoder in diffusers' layout", remedy)
+    kind = read_json(config).get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise ValueError(
             f"{config}: expected _class_name AutoencoderKL, found {kind}; "
             "name a folder with that kind of autoencoder"
         )
+
+
+def autoencoder_folder(
+    source: str | os.PathLike,  # "mini" or a folder
+    subfolder: str = "",  # where it lies inside the source
+) -> Path:
+    "Where an autoencoder's two files should be."
+    folder = data_dir() / "autoencoder-mini" if source == "mini" else Path(source).expanduser()
+    return folder / subfolder
 
 
 def load_autoencoder(
@@ -101,19 +108,17 @@ def load_autoencoder(
     # imported here: it takes seconds, and most of the package does not need it
     from diffusers import AutoencoderKL
 
-    folder = data_dir() / "autoencoder-mini" if source == "mini" else Path(source).expanduser()
-    folder = folder / subfolder
+    folder = autoencoder_folder(source, subfolder)
     if source == "mini" or folder.is_dir():
         check_autoencoder_folder(folder)
-        try:
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        with reading(weights, "weights that fit config.json beside them", "copy both files again"):
             vae = AutoencoderKL.from_pretrained(
                 folder, local_files_only=True, torch_dtype=torch.float32
             )
-        except Exception as error:
-            raise ValueError(
-                f"autoencoder {str(folder)!r}: expected weights that fit its config.json, "
-                f"found {' '.join(str(error).split())[:200]}; copy both files again"
-            ) from None
+            if lack := [name for name, tensor in vae.state_dict().items() if tensor.is_meta]:
+                raise Found(f"no {lack[0]} in it")
+        check_weights(vae.state_dict(), weights)
     elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
         vae = download_autoencoder(source, subfolder=subfolder, torch_dtype=torch.float32)
     else:
@@ -166,7 +171,7 @@ class KLImageEncoder(nn.Module):
         self,
         vae: nn.Module,  # diffusers' AutoencoderKL for colour images
         *,
-        chunk: int = 32,  # images that go through at once; bounds memory, does not change the result
+        chunk: int = 8,  # images that go through at once; bounds memory, changes the last bits alone
     ):
         super().__init__()
         if chunk < 1:
@@ -180,7 +185,7 @@ class KLImageEncoder(nn.Module):
         | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
         *,
         subfolder: str = "",  # where the autoencoder lies inside the source
-        chunk: int = 32,  # images that go through at once
+        chunk: int = 8,  # images that go through at once
     ) -> KLImageEncoder:
         "The encoder with trained weights; see `load_autoencoder` for the sources and errors."
         return cls(load_autoencoder(source, subfolder=subfolder), chunk=chunk)
@@ -213,6 +218,115 @@ class KLImageEncoder(nn.Module):
             return rgb.new_zeros(0, self.width, h, w)
         maps = torch.cat([last_up_block(self.vae, part) for part in x.split(self.chunk)])
         return maps[..., :h, :w].to(rgb.dtype)
+
+# %% ../nbs/30_image.ipynb #30cac42e
+def model_hash(
+    net: nn.Module,  # on its own, or a `LazyEncoder`
+) -> str:  # 16 hexadecimal digits
+    "A name for what a frozen model computes: its weights, its settings, the code and the threads."
+    settings = [net.chunk, metadata.version("diffusers"), torch.__version__]
+    settings += [torch.get_num_threads(), code_hash("unipre3d.image")]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    if isinstance(net, LazyEncoder):
+        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+            digest.update((net.folder / file).read_bytes())
+        return digest.hexdigest()[:16]
+    digest.update(json.dumps(dict(net.vae.config), default=str, sort_keys=True).encode())
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class LazyEncoder(nn.Module):
+    "The encoder of a folder, loaded with its library when the first image has no map yet: 100 MB and seconds later."
+
+    def __init__(
+        self,
+        source: str | os.PathLike = "mini",  # "mini" or a folder in diffusers' layout
+        *,
+        subfolder: str = "",  # where the autoencoder lies inside the source
+        chunk: int = 8,  # images that go through at once
+    ):
+        super().__init__()
+        self.folder = autoencoder_folder(source, subfolder)
+        check_autoencoder_folder(self.folder)
+        config = json.loads((self.folder / "config.json").read_text())
+        self.width = config.get("block_out_channels", [64])[0]
+        self.chunk = chunk
+        self.net: KLImageEncoder | None = None
+
+    def forward(
+        self,
+        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+    ) -> Float[Tensor, "v c h w"]:  # c = width
+        "As the encoder. Raises: as `load_autoencoder`, with the first images."
+        if self.net is None:
+            self.net = KLImageEncoder(load_autoencoder(self.folder), chunk=self.chunk)
+            self.net.to(rgb.device)
+        return self.net(rgb)
+
+
+class CachedFeatures(nn.Module):
+    "A frozen encoder whose maps are computed once for each image; on a GPU, and for other types than float32, every time."
+
+    def __init__(
+        self,
+        net: KLImageEncoder | LazyEncoder,
+        limit: int,  # bytes on disk
+        folder: str | Path | None = None,  # of the files; None means `cache_dir()`
+    ):
+        super().__init__()
+        self.net = net
+        self.limit = limit
+        self.folder = folder
+        self.width = net.width
+        self.files: dict[tuple[int, ...], ArrayFile | None] = {}  # shape of a map -> its file
+        self.name = ""  # of the model, as soon as it is needed
+
+    def file(self, shape: tuple[int, ...]) -> ArrayFile | None:
+        "The file for maps of one shape, where it can be opened."
+        if shape not in self.files:
+            self.name = self.name or model_hash(self.net)
+            self.files[shape] = open_arrays(
+                "feature", self.name, shape, "float32", self.limit, self.folder
+            )
+        return self.files[shape]
+
+    def compute(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v c h w"]:
+        "Maps from full chunks: the last one is filled up with black images."
+        fill = -len(rgb) % self.net.chunk
+        full = F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, fill))
+        return self.net(full)[: len(rgb)]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+    ) -> Float[Tensor, "v c h w"]:  # c = width
+        "The maps, from the file where they are there. Raises: ValueError as the encoder."
+        check_images(rgb)
+        if rgb.device.type != "cpu" or rgb.dtype != torch.float32:
+            return self.net(rgb)
+        file = self.file((self.width, *rgb.shape[2:]))
+        if file is None:
+            return self.compute(rgb)
+        pixels = rgb.contiguous().numpy()
+        keys = [hashlib.blake2b(image, digest_size=16).digest() for image in pixels]
+        maps = rgb.new_empty(len(rgb), *file.shape)
+        absent = []
+        for i, key in enumerate(keys):
+            known = file.get(key)
+            if known is None:
+                absent.append(i)
+            else:
+                maps[i] = torch.from_numpy(known)
+        if absent:
+            made = self.compute(rgb[absent])
+            maps[absent] = made
+            for i, one in zip(absent, made.numpy()):
+                file.put(keys[i], one)
+        return maps
 
 # %% ../nbs/30_image.ipynb #7aba952a
 def rgb_features(

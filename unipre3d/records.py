@@ -4,24 +4,26 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys
+import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
 
 import unipre3d
 from .core import data_dir
+from .files import read_json, reading
 
 # %% auto #0
-__all__ = ['PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash',
-           'data_hash', 'cache_dir', 'cached', 'flush', 'written_whole', 'write_json', 'read_config', 'check_record',
-           'read_record', 'read_records']
+__all__ = ['PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb',
+           'code_hash', 'data_hash', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
+           'flush', 'written_whole', 'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -134,6 +136,147 @@ def cached(
             os.replace(part, path)
     return path
 
+# %% ../nbs/01_records.ipynb #5107f12e
+PLACES = 8  # of a key; more fill the file more evenly
+HEAD = 24  # bytes before an array: 16 of the key, 8 of the sum
+
+
+class ArrayFile:
+    "Arrays of one shape by key, in a file of bounded size that processes share; a damaged array counts as absent."
+
+    def __init__(
+        self,
+        path: str | Path,  # of the file; made where there is none
+        shape: tuple[int, ...],  # of an array
+        dtype: str = "float32",
+        limit: int = 2**30,  # bytes of the file, at most; it holds at least one array
+    ):
+        self.path = Path(path)
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.record = HEAD + math.prod(shape) * self.dtype.itemsize
+        self.count = max(1, limit // self.record)
+        self.hits = self.misses = 0
+        self.writes = True  # False after an error of the disk
+        self._file = self._pid = None  # of this process
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None, "_pid": None}
+
+    @property
+    def file(self):
+        "The open file, one for each process."
+        if self._pid != os.getpid():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.fdopen(
+                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0
+            )
+            self._pid = os.getpid()
+        return self._file
+
+    def places(self, key: bytes) -> list[int]:
+        "Where an array may lie, as offsets in the file."
+        first = int.from_bytes(key[:8], "little")
+        return [(first + k) % self.count * self.record for k in range(min(PLACES, self.count))]
+
+    def heads(self, key: bytes) -> list[tuple[int, bytes]]:
+        "Each place with what stands at its head, as far as the key."
+        found = []
+        for place in self.places(key):
+            self.file.seek(place)
+            head = self.file.read(HEAD)
+            found.append((place, head))
+            if head[:16] in (key, b"", bytes(16)):
+                break
+        return found
+
+    def get(
+        self,
+        key: bytes,  # 16 bytes, not all zero
+    ) -> np.ndarray | None:  # None where it is absent or damaged
+        "The array of a key."
+        place, head = self.heads(key)[-1]
+        if head[:16] == key:
+            data = np.empty(self.shape, self.dtype)
+            size = self.file.readinto(memoryview(data).cast("B"))
+            if size == data.nbytes and checksum(data) == head[16:]:
+                self.hits += 1
+                return data
+        self.misses += 1
+        return None
+
+    def put(
+        self,
+        key: bytes,  # 16 bytes, not all zero
+        data: np.ndarray,
+    ) -> None:
+        "Keep an array; a warning says once that the disk does not take it."
+        if not self.writes:
+            return
+        data = np.ascontiguousarray(data, self.dtype).reshape(self.shape)
+        place, head = self.heads(key)[-1]
+        if head[:16] not in (key, b"", bytes(16)):
+            place = self.places(key)[0]  # all are taken: the first goes
+        try:
+            self.file.seek(place)
+            self.file.write(key + checksum(data) + data.tobytes())
+        except OSError as problem:
+            self.writes = False
+            warnings.warn(f"{self.path}: nothing more is cached ({problem})", stacklevel=2)
+
+
+def checksum(
+    data: np.ndarray,
+) -> bytes:  # 8
+    "The sum of all bytes, as they would be added in eight columns."
+    flat = data.reshape(-1).view(np.uint8)
+    whole = len(flat) // 8 * 8
+    total = flat[:whole].view(np.uint64).sum(dtype=np.uint64) + flat[whole:].sum(dtype=np.uint64)
+    return total.tobytes()
+
+
+def trim_cache(
+    folder: Path,
+    pattern: str,  # of the files
+    keep: Path,  # this file stays
+    limit: int,  # bytes that all files may have together
+) -> None:
+    "Delete the files that were opened longest ago, until the others fit."
+    files = []
+    for path in folder.glob(pattern):
+        facts = path.stat()
+        files.append((facts.st_mtime, getattr(facts, "st_blocks", 0) * 512, path))
+    used = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if used > limit and path != keep:
+            path.unlink(missing_ok=True)
+            used -= size
+
+
+def open_arrays(
+    kind: str,  # "feature" or "image": begins the file's name and the option that bounds it
+    values: Any,  # what decides the arrays beside their keys, as plain values
+    shape: tuple[int, ...],  # of an array
+    dtype: str,
+    limit: int,  # bytes of all files of this kind
+    folder: str | Path | None = None,  # None means `cache_dir()`
+) -> ArrayFile | None:  # None, after a warning, where it cannot be opened
+    "The file for arrays of one origin and shape; of other origins only so many stay as fit."
+    digest = hashlib.sha256(json.dumps([values, limit], sort_keys=True).encode()).hexdigest()[:16]
+    size = "x".join(map(str, shape))
+    folder = Path(folder or cache_dir())
+    path = folder / f"{kind}-{digest}-{size}-{dtype}.bin"
+    arrays = ArrayFile(path, shape, dtype, limit)
+    try:
+        arrays.file.seek(0)
+        os.utime(path)
+        trim_cache(folder, f"{kind}-*.bin", path, limit)
+    except OSError as problem:
+        hint = f"set UNIPRE3D_CACHE to another folder, or pass --{kind}-cache-mb 0"
+        warnings.warn(f"{path}: nothing is cached there ({problem}); {hint}", stacklevel=4)
+        return None
+    return arrays
+
 # %% ../nbs/01_records.ipynb #5b0c2e17
 def flush(
     path: str | Path,  # a file, or a folder whose names should be on the disk too
@@ -200,12 +343,10 @@ def read_config(
 ) -> dict:  # the recipe's name and values; of a fine-tuning also task, start and class_names
     """What a run said of itself when it began.
 
-    Raises: FileNotFoundError, where the folder is not a run.
+    Raises: FileNotFoundError, where the folder is not a run; ValueError for another file.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the config.json of a run, there is no such file")
-    return json.loads(path.read_text())
+    return read_json(path, needs=dict(name=str), what="the config.json of a run")
 
 
 def check_record(
@@ -237,10 +378,9 @@ def read_record(
     Raises: FileNotFoundError where there is none, ValueError where it is incomplete.
     """
     path = Path(name) if Path(name).suffix == ".json" else data_dir() / "records" / f"{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a record, there is no such file")
-    record = json.loads(path.read_text())
-    check_record(record, path.name)
+    record = read_json(path, what="the record of a run")
+    with reading(path, "the record of a run, with metrics by name"):
+        check_record(record, path.name)
     return record
 
 

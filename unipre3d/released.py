@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones.backbone import Source, match_released
+from unipre3d.files import (
+    check_unpacked,
+    check_weights,
+    read_safetensors,
+    reading,
+    regular_file,
+    stand_in,
+)
 
 # %% auto #0
-__all__ = ['PARTS', 'flat_tensors', 'Inert', 'read_around', 'read_checkpoint', 'refused_object', 'count_roots', 'best_root',
-           'predictor_layout', 'layouts', 'Report', 'begins', 'family', 'find_layout', 'compare_released',
+__all__ = ['PARTS', 'flat_tensors', 'Inert', 'load_plain', 'read_around', 'read_checkpoint', 'refused_object', 'count_roots',
+           'best_root', 'predictor_layout', 'layouts', 'Report', 'begins', 'family', 'find_layout', 'compare_released',
            'load_released']
 
 # %% ../nbs/backbones/48_released.ipynb #de953d81
@@ -44,6 +51,13 @@ class Inert(dict):
         pass
 
 
+def load_plain(
+    file: Path,  # that torch.save wrote
+) -> Any:
+    "What PyTorch's restricted reader gives: tensors and plain values."
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def read_around(
     file: Path,  # that PyTorch's restricted reader stopped at
 ) -> Any:  # what it holds, `Inert` where objects were; None if it cannot be read so
@@ -51,7 +65,7 @@ def read_around(
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return load_plain(file)
     except Exception:
         return None  # another form of file, or something that even so would have to run
 
@@ -60,23 +74,18 @@ def read_checkpoint(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # flat, on the CPU
     "The tensors of a file, objects left out; nothing of it is run. Raises: FileNotFoundError, ValueError."
-    file, refused = Path(file), ""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file}: expected a checkpoint (.safetensors, .pth, .pt), "
-            f"found {'a folder' if file.is_dir() else 'nothing'}"
-        )
+    file, refused = regular_file(file, "a checkpoint (.safetensors, .pth, .pt)"), ""
+    expected = "a checkpoint that torch.save or safetensors wrote"
     with file.open("rb") as stream:
-        safe = stream.read(9)[8:] == b"{"
-    try:
-        tree = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        tree, refused = read_around(file), refused_object(problem)
-    except Exception as problem:  # a damaged file fails in a dozen ways
-        raise ValueError(
-            f"{file}: expected a checkpoint that torch.save or safetensors wrote, could not read it "
-            f"({(str(problem) or type(problem).__name__).splitlines()[0][:80]})"
-        ) from None
+        start = stream.read(500)
+    with reading(file, expected):
+        if stand_in(start):
+            raise ValueError
+        try:
+            safe = start[8:9] == b"{"
+            tree = read_safetensors(file)[0] if safe else load_plain(file)
+        except pickle.UnpicklingError as problem:
+            tree, refused = read_around(file), refused_object(problem)
     tensors = dict(flat_tensors(tree)) if isinstance(tree, Mapping) else {}
     if refused and not tensors:
         raise ValueError(
@@ -85,6 +94,10 @@ def read_checkpoint(
         )
     if not isinstance(tree, Mapping):
         raise ValueError(f"{file}: expected a dictionary of tensors, found a {type(tree).__name__}")
+    for name, tensor in tensors.items():  # a view may repeat what is stored
+        size = tensor.numel() * tensor.element_size()
+        check_unpacked(size, tensor.untyped_storage().nbytes(), f"{file}: {name}")
+    check_weights(tensors, file)
     return tensors
 
 

@@ -5,8 +5,6 @@
 # %% ../nbs/52_render.ipynb #4affc90b
 from __future__ import annotations
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,8 +20,8 @@ from .gaussians import evaluate_sh, rotation_from_quat, select_rows
 
 # %% auto #0
 __all__ = ['EPS2D', 'ROWS', 'Render', 'project_centres', 'project_gaussians', 'pixel_alpha', 'composite', 'footprints',
-           'from_camera', 'front_to_back', 'render_one', 'render_dense', 'in_threads', 'view_strips', 'Drawing',
-           'draw_views', 'draw_views_backward', 'Splat', 'render_cpu', 'render_gsplat', 'check_render', 'render']
+           'from_camera', 'front_to_back', 'render_one', 'render_dense', 'view_strips', 'Drawing', 'draw_views',
+           'draw_views_backward', 'Splat', 'render_cpu', 'render_gsplat', 'check_render', 'render']
 
 # %% ../nbs/52_render.ipynb #cd60ca16
 EPS2D = 0.3  # pixels^2 added to the diagonal of every 2-D covariance
@@ -214,30 +212,7 @@ def render_dense(
     return Render(*(torch.stack(images).to(g.mean.dtype) for images in zip(*views)))
 
 # %% ../nbs/52_render.ipynb #3477ed2b
-def in_threads(
-    task: Callable[..., None],  # must release the interpreter lock to gain anything
-    jobs: list[tuple],  # called as task(*job); a thread that is free takes the next one
-) -> None:
-    "Run every job on as many threads as torch uses, the caller included; none outlives the call."
-    queue = iter(jobs)
-    errors = []
-
-    def work():
-        try:
-            for job in queue:
-                task(*job)
-        except BaseException as error:
-            errors.append(error)
-
-    count = min(torch.get_num_threads(), len(jobs)) - 1
-    helpers = [threading.Thread(target=work) for _ in range(count)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if errors:
-        raise errors[0]
+from .kernels.threads import in_threads
 
 # %% ../nbs/52_render.ipynb #9bab315c
 def view_strips(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Shaped
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core import PointBatch
+from ..files import check_weights, read_json, read_safetensors, reading, regular_file
 from ..geometry.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d
 
 # %% auto #0
@@ -231,22 +232,17 @@ class Backbone(nn.Module):
         "The saved model, in evaluation mode. Raises: FileNotFoundError or ValueError in one line."
         config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for file in (config_file, weights_file):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file}: expected a file that save_pretrained wrote, found none"
-                )
-        config = json.loads(config_file.read_text())
+            regular_file(file, "a file that save_pretrained wrote")
+        config = read_json(config_file)
         kind = config.pop("backbone", None)
         if kind != cls.__name__:
             raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
-        model = cls(**{k: freeze(v) for k, v in config.items()})
-        try:
-            model.load_state_dict(load_file(weights_file))
-        except RuntimeError as problem:
-            raise ValueError(
-                f"{weights_file}: expected the weights of the model in {config_file.name}, "
-                f"they do not fit ({str(problem).splitlines()[-1].strip()})"
-            ) from None
+        with reading(config_file, f"the arguments of {kind}"):
+            model = cls(**{k: freeze(v) for k, v in config.items()})
+        weights, _ = read_safetensors(weights_file)
+        check_weights(weights, weights_file)
+        with reading(weights_file, f"the weights of the model in {config_file.name}"):
+            model.load_state_dict(weights)
         return model.eval()
 
 # %% ../../nbs/backbones/39_backbone.ipynb #5a7d20e3

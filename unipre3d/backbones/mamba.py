@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .backbone import Source
 from .layers import drop_path
+from ..core import check_shapes
+from ..kernels.threads import in_threads
 
 # %% auto #0
-__all__ = ['selective_scan_reference', 'ChunkedScan', 'selective_scan', 'SSM', 'Mamba', 'taps_first', 'released_mamba_weight',
-           'MambaBlock']
+__all__ = ['selective_scan_reference', 'ChunkedScan', 'channel_groups', 'CompiledScan', 'selective_scan', 'SSM', 'Mamba',
+           'taps_first', 'released_mamba_weight', 'MambaBlock']
 
 # %% ../../nbs/backbones/43_mamba.ipynb #68d6eb31
 def selective_scan_reference(
@@ -79,7 +82,7 @@ class ChunkedScan(torch.autograd.Function):
         return torch.cat(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y: Float[Tensor, "l b d"]):
         u, delta, A, B, C, *starts = ctx.saved_tensors
         grad_A, later = torch.zeros_like(A), torch.zeros_like(starts[0])
@@ -104,6 +107,71 @@ class ChunkedScan(torch.autograd.Function):
         grad_u, grad_delta, grad_B, grad_C = (torch.cat(x[::-1]) for x in zip(*parts))
         return grad_u, grad_delta, grad_A, grad_B, grad_C, None
 
+# %% ../../nbs/backbones/43_mamba.ipynb #c3a91f03
+def channel_groups(
+    n_clouds: int,  # clouds of the call
+    blocks: int,  # blocks of eight channels
+) -> list[tuple[int, int]]:  # first and last block of each group
+    """The channels in parts, so that few clouds still keep several threads busy.
+
+    They depend on the number of clouds, never on that of threads.
+    """
+    parts = max(1, min(blocks, -(-8 // max(n_clouds, 1))))
+    edges = [blocks * i // parts for i in range(parts + 1)]
+    return list(zip(edges[:-1], edges[1:]))
+
+
+class CompiledScan(torch.autograd.Function):
+    "The whole scan on the CPU in float32; contiguous inputs, channels a multiple of eight."
+
+    @staticmethod
+    def forward(
+        ctx,
+        u: Float[Tensor, "b l d"],
+        delta: Float[Tensor, "b l d"],
+        A: Float[Tensor, "d n"],
+        B: Float[Tensor, "b l n"],
+        C: Float[Tensor, "b l n"],
+        D: Float[Tensor, "d"],
+    ) -> Float[Tensor, "b l d"]:
+        from unipre3d.kernels import scan
+
+        b, length, d = u.shape
+        blocks, n = d // scan.LANES, A.shape[1]
+        in_bits = (A / math.log(2)).unflatten(0, (blocks, scan.LANES)).mT.contiguous()
+        inputs = [x.numpy() for x in (u, delta, in_bits, B, C, D)]
+        chunks = -(-length // scan.CHUNK) if any(ctx.needs_input_grad) else 0
+        starts = u.new_empty(b, chunks, blocks, n, scan.LANES)
+        y = torch.empty_like(u)
+        outputs = y.numpy(), starts.numpy()
+
+        def walk(cloud, first, last):
+            scan.scan(cloud, first, last, *inputs, *outputs)
+
+        in_threads(walk, [(i, *g) for i in range(b) for g in channel_groups(b, blocks)])
+        ctx.save_for_backward(u, delta, in_bits, B, C, D, starts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Float[Tensor, "b l d"]):
+        from unipre3d.kernels import scan
+
+        u, delta, A, B, C, D, starts = ctx.saved_tensors
+        b, length, d = u.shape
+        groups = channel_groups(b, len(A))
+        inputs = [x.numpy() for x in (*ctx.saved_tensors, grad_y.contiguous())]
+        g_u, g_delta = torch.empty_like(u), torch.empty_like(delta)
+        g_A, g_D = A.new_empty(b, *A.shape), D.new_empty(b, d)
+        g_B, g_C = (x.new_empty(len(groups), *x.shape) for x in (B, C))
+        outputs = [x.numpy() for x in (g_u, g_delta, g_A, g_B, g_C, g_D)]
+
+        def walk_back(cloud, group):
+            scan.scan_backward(cloud, *groups[group], group, *inputs, *outputs)
+
+        in_threads(walk_back, [(i, g) for i in range(b) for g in range(len(groups))])
+        return g_u, g_delta, g_A.sum(0).mT.flatten(0, 1), g_B.sum(0), g_C.sum(0), g_D.sum(0)
+
 # %% ../../nbs/backbones/43_mamba.ipynb #3e4fadd5
 @cache
 def _kernel() -> Callable | None:
@@ -114,6 +182,52 @@ def _kernel() -> Callable | None:
     return module.selective_scan_fn if getattr(module, "selective_scan_cuda", None) else None
 
 
+def _check_scan(backend: str, u: Tensor, single: bool, kernel: Callable | None) -> None:
+    "Refuse a backend that is not there."
+    if backend not in ("auto", "cpu", "torch", "mamba_ssm"):
+        raise ValueError(
+            "selective_scan.backend: expected 'auto', 'cpu', 'torch' or 'mamba_ssm', "
+            f"got {backend!r}"
+        )
+    if backend == "mamba_ssm" and kernel is None:
+        raise ValueError(
+            "selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm "
+            "and tensors on a GPU; use 'torch'"
+        )
+    if backend == "cpu" and not (u.device.type == "cpu" and single):
+        raise ValueError(
+            "selective_scan.backend: 'cpu' needs tensors on the CPU of at most 32 bits, "
+            f"found {u.dtype} on {u.device}; use 'torch'"
+        )
+
+
+def _by_mamba_ssm(kernel: Callable, *tensors: Tensor) -> Tensor:
+    "mamba-ssm's scan; it wants time last."
+    u, delta, A, B, C, D = tensors
+    u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
+    return kernel(u, delta, A, B, C, D).transpose(1, 2)
+
+
+def _compiled(*tensors: Tensor) -> Tensor:
+    "The compiled scan, with channels of zeros up to a multiple of eight."
+    u, delta, A, B, C, D = tensors
+    d = len(D)
+    if more := -d % 8:
+        u, delta, D = (F.pad(x, (0, more)) for x in (u, delta, D))
+        A = F.pad(A, (0, 0, 0, more))
+    y = CompiledScan.apply(*(x.contiguous() for x in (u, delta, A, B, C, D)))
+    return y[..., :d]
+
+
+def _in_chunks(chunk: int | None, *tensors: Tensor) -> Tensor:
+    "The scan in plain PyTorch; time goes first."
+    u, delta, A, B, C, D = tensors
+    chunk = chunk or max(8, 2**18 // (u.shape[0] * A.numel()))
+    u_, delta_, B_, C_ = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
+    y = ChunkedScan.apply(u_, delta_, A.T.contiguous(), B_, C_, chunk)
+    return torch.addcmul(y.transpose(0, 1), u, D)
+
+
 def selective_scan(
     u: Float[Tensor, "b l d"],  # input
     delta: Float[Tensor, "b l d"],  # step sizes, > 0
@@ -122,32 +236,40 @@ def selective_scan(
     C: Float[Tensor, "b l n"],  # what a token reads
     D: Float[Tensor, "d"],  # weight of the direct path
     *,
-    backend: str = "auto",  # "torch", "mamba_ssm" (a GPU and that package), "auto": the latter where it can run
+    backend: str = "auto",  # "cpu" (compiled, float32), "torch" or "mamba_ssm" (a GPU and that package)
     chunk: int | None = None,  # tokens computed together by "torch"; None fits a chunk to the cache
 ) -> Float[Tensor, "b l d"]:  # of u's dtype; computed in float32 or better
-    "The selective scan (Mamba, algorithm 2), causal along l; equal to `selective_scan_reference`. Raises: ValueError."
-    if backend not in ("auto", "torch", "mamba_ssm"):
-        raise ValueError(
-            f"selective_scan.backend: expected 'auto', 'torch' or 'mamba_ssm', got {backend!r}"
-        )
+    """The selective scan (Mamba, algorithm 2), causal along l; equal to `selective_scan_reference`.
+
+    "auto" takes the compiled one that can run, else "torch"; so it does where a chunk is given.
+    Differentiable once. Raises: ValueError of one line.
+    """
+    single = torch.promote_types(u.dtype, torch.float32) == torch.float32
     kernel = _kernel() if u.is_cuda else None
-    if backend == "mamba_ssm" and kernel is None:
-        raise ValueError(
-            "selective_scan.backend: 'mamba_ssm' needs the package mamba-ssm "
-            "and tensors on a GPU; use 'torch'"
-        )
+    _check_scan(backend, u, single, kernel)
+    check_shapes(
+        "selective_scan",
+        u=(u, "b l d"),
+        delta=(delta, "b l d"),
+        A=(A, "d n"),
+        B=(B, "b l n"),
+        C=(C, "b l n"),
+        D=(D, "d"),
+    )
     if not u.numel():
         return torch.zeros_like(u)
-    out, exact = u.dtype, torch.promote_types(u.dtype, torch.float32)
-    u, delta, A, B, C, D = (x.to(exact) for x in (u, delta, A, B, C, D))
-    if kernel and (backend == "mamba_ssm" or (backend, exact) == ("auto", torch.float32)):
-        u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
-        return kernel(u, delta, A, B, C, D).transpose(1, 2).to(out)
-    chunk = chunk or max(8, 2**18 // (u.shape[0] * A.numel()))
-    u_, delta_, B_, C_ = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
+    if backend == "auto" and single and chunk is None:
+        backend = "mamba_ssm" if kernel else "cpu" if u.device.type == "cpu" else "torch"
+    exact = torch.float32 if single else u.dtype
+    tensors = [x.to(exact) for x in (u, delta, A, B, C, D)]
     with torch.autocast(u.device.type, enabled=False):
-        y = ChunkedScan.apply(u_, delta_, A.T.contiguous(), B_, C_, chunk)
-    return torch.addcmul(y.transpose(0, 1), u, D).to(out)
+        if backend == "mamba_ssm":
+            y = _by_mamba_ssm(kernel, *tensors)
+        elif backend == "cpu":
+            y = _compiled(*tensors)
+        else:
+            y = _in_chunks(chunk, *tensors)
+    return y.to(u.dtype)
 
 # %% ../../nbs/backbones/43_mamba.ipynb #b0f23169
 class SSM(nn.Module):

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .backbone import Backbone, Source
+from .backbone import Backbone
 from .layers import GroupMax, farthest_fraction, gather_rows, shared_mlp
-from ..core import PointBatch, offsets, to_padded
-from ..geometry.pointops import knn, squared_distance
+from ..core import PointBatch
+from ..geometry.pointops import interpolate, knn
 
 # %% auto #0
-__all__ = ['anchor_points', 'knn_columns', 'interpolate_columns', 'cloud_deviation', 'Residual', 'residuals', 'Stage', 'Rise',
-           'PointMLP']
+__all__ = ['anchor_points', 'cloud_deviation', 'Residual', 'residuals', 'Stage', 'Rise', 'PointMLP']
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #426d5bff
 def anchor_points(
@@ -33,46 +32,6 @@ def anchor_points(
     if three_in_memory:
         place = columns.reshape(-1)[: 3 * len(columns)].view(-1, 3)
     return farthest_fraction(place, batch, size, reduce)
-
-# %% ../../nbs/backbones/42_pointmlp.ipynb #df5ba850
-@torch.no_grad()
-def knn_columns(
-    query: Float[Tensor, "m d"],  # packed queries
-    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
-    columns: Float[Tensor, "n d"],  # packed points
-    batch: Int[Tensor, "n"],  # sorted cloud index
-    size: int,  # number of clouds B
-    k: int,  # neighbours for each query
-) -> Int[Tensor, "m k"]:  # rows, nearest first; a cloud of fewer than k points repeats the nearest
-    "The k nearest points of the query's own cloud, all columns counted."
-    if columns.shape[1] == 3:
-        return knn(query, query_batch, columns, batch, size, k)
-    queries, real = to_padded(query, query_batch, size)
-    table, mask = to_padded(columns, batch, size)
-    d2 = squared_distance(queries[..., :3], table[..., :3])
-    for more in range(3, columns.shape[1]):
-        d2 += (queries[..., :, None, more] - table[..., None, :, more]).square()
-    d2 = d2.masked_fill_(~mask[:, None], torch.inf)
-    near, index = d2.topk(min(k, table.shape[1]), largest=False)
-    index = torch.where(near.isinf(), index[..., :1], index)
-    index = torch.cat([index, index[..., :1].expand(*index.shape[:2], k - index.shape[-1])], -1)
-    return (index + offsets(batch, size)[:-1, None, None])[real]
-
-
-def interpolate_columns(
-    query: Float[Tensor, "m d"],  # packed queries
-    query_batch: Int[Tensor, "m"],  # sorted cloud of each query
-    columns: Float[Tensor, "n d"],  # packed points with features
-    feat: Float[Tensor, "n c"],  # the features
-    batch: Int[Tensor, "n"],  # sorted cloud index
-    size: int,  # number of clouds B
-) -> Float[Tensor, "m c"]:
-    "Mean of the three nearest features, weighted by one over the squared distance in all columns."
-    index = knn_columns(query, query_batch, columns, batch, size, k=3)
-    weight = 1 / ((query[:, None] - columns[index]).square().sum(-1) + 1e-8)
-    known = torch.bincount(batch, minlength=size)[query_batch]
-    weight = weight * (torch.arange(3, device=feat.device) < known[:, None])
-    return ((weight / weight.sum(1, keepdim=True))[..., None] * feat[index]).sum(1)
 
 # %% ../../nbs/backbones/42_pointmlp.ipynb #2ad2cdfc
 def cloud_deviation(
@@ -149,7 +108,7 @@ class Stage(nn.Module):
     ) -> Float[Tensor, "m width"]:
         "Features of the anchors."
         owner = batch[anchor]
-        near = knn_columns(columns[anchor], owner, columns, batch, size, self.neighbours)
+        near = knn(columns[anchor], owner, columns, batch, size, self.neighbours)
         groups = gather_rows(x, near) - x[anchor][:, None]
         sigma = cloud_deviation(groups, owner, size)[:, None]
         scale = self.alpha * (sigma > 1e-6) / (sigma + 1e-5)
@@ -284,7 +243,7 @@ class PointMLP(Backbone):
             columns, batch = columns[anchor], batch[anchor]
         for rise in self.up:
             above, known, owner = levels.pop()
-            propagated = interpolate_columns(above, owner, columns, x, batch, p.size)
+            propagated = interpolate(above, owner, columns, x, batch, p.size)
             x = rise(known, propagated)
             columns, batch = above, owner
         return p.with_feat(x)

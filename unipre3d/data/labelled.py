@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/24_labelled.ipynb #161a1e64
 from __future__ import annotations
-import json, os
+import io, json, os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from ..files import h5_dataset, open_h5, read_json, read_words, reading
 from unipre3d.data.readers import (
     RADIUS,
     Cache,
@@ -20,12 +21,11 @@ from unipre3d.data.readers import (
     Layout,
     RoomReader,
     Store,
-    check_columns,
     check_option,
-    check_whole,
     fit_radius,
     found_at,
 )
+from ..values import check_array, check_labels, check_normals, check_points, store_column
 
 # %% auto #0
 __all__ = ['SCANOBJECTNN', 'MODELNET40', 'SHAPENETPART', 'PART_COUNTS', 'S3DIS_LAYOUT', 'y_up_to_z_up', 'z_up_to_y_up',
@@ -52,25 +52,16 @@ def read_text(
     columns: int,
     layout: Layout,
     delimiter: str | None = None,  # None is white space
-) -> Float[np.ndarray, "n columns"]:  # float32
+) -> Float[np.ndarray, "n columns"]:  # float64
     """Numbers of a text file, one point a line.
 
     Raises: FileNotFoundError or ValueError that say what the file should be."""
-    if not path.is_file():
-        raise FileNotFoundError(layout.say(path, "this file", found_at(path)))
-    if not path.read_bytes().strip():
+    text = read_words(path, "this file", layout.hint)
+    if not text.strip():
         raise ValueError(layout.say(path, "at least one point", "an empty file"))
-    try:
-        rows = np.loadtxt(path, delimiter=delimiter, dtype=np.float32, ndmin=2)
-    except ValueError as problem:
-        raise ValueError(
-            layout.say(
-                path,
-                f"{columns} numbers a line",
-                f"a line that is not ({str(problem).splitlines()[0]})",
-            )
-        ) from None
-    return check_columns(rows, columns, path, layout)
+    with reading(path, f"{columns} numbers a line", layout.hint):
+        rows = np.loadtxt(io.StringIO(text), delimiter=delimiter, ndmin=2)
+    return check_array(rows, path, columns, hint=layout.hint)
 
 
 class H5:
@@ -97,44 +88,36 @@ class H5:
     def file(self) -> h5py.File:
         "The open file."
         if self._pid != os.getpid():
-            try:
-                self._file = h5py.File(self.path, "r")
-            except OSError as problem:
-                raise ValueError(
-                    self.layout.say(
-                        self.path,
-                        "an h5 file",
-                        f"{found_at(self.path)} that does not open ({str(problem).splitlines()[0]})",
-                    )
-                ) from None
+            self._file = open_h5(self.path, self.layout.hint)
             self._pid = os.getpid()
         return self._file
 
     def array(self, key: str, shape: tuple) -> h5py.Dataset:
         "One array, not read yet, of this shape; None stands for any size."
-        if key not in self.file:
-            raise ValueError(
-                self.layout.say(self.path, f"an array {key!r}", ", ".join(self.file) or "none")
-            )
-        found = self.file[key]
-        have = list(getattr(found, "shape", []))  # a group has none
+        found = h5_dataset(self.file, key, self.path, self.layout.hint)
+        have = list(found.shape)
         same = all(size in (None, real) for size, real in zip(shape, have))
         if len(have) != len(shape) or not same:
             sizes = " ".join("n" if size is None else str(size) for size in shape)
             raise ValueError(self.layout.say(self.path, f"{key} of shape [{sizes}]", str(have)))
         return found
 
+    def read(self, key: str, shape: tuple) -> np.ndarray:
+        "One array."
+        with reading(self.path, f"an array {key!r}", self.layout.hint):
+            return self.array(key, shape)[:]
+
     def whole(self, key: str, shape: tuple) -> np.ndarray:
         "One array, read at the first call and held."
         if key not in self._held:
-            self._held[key] = self.array(key, shape)[:]
+            self._held[key] = self.read(key, shape)
         return self._held[key]
 
     def labels(self, classes: int, n: int) -> Int[np.ndarray, "n"]:
         "`label` as [n] int32, from [n] or [n 1]."
-        column = "label" in self.file and self.file["label"].ndim == 2
-        labels = self.array("label", (n, 1) if column else (n,))[:].reshape(-1)
-        return check_whole(labels, 0, classes, self.path, self.layout)
+        column = h5_dataset(self.file, "label", self.path, self.layout.hint).ndim == 2
+        labels = self.read("label", (n, 1) if column else (n,)).reshape(-1)
+        return check_labels(labels, self.path, classes, unlabelled=False, hint=self.layout.hint)
 
 # %% ../../nbs/data/24_labelled.ipynb #r24object
 class ObjectReader(FileReader):
@@ -161,14 +144,17 @@ class ObjectReader(FileReader):
         return found[0]
 
     def _object(self, rows, where) -> Float[np.ndarray, "n c"]:
-        "Points and perhaps normals, y up -> the same columns, z up, in the radius."
-        columns = [y_up_to_z_up(rows[:, k : k + 3]) for k in range(0, rows.shape[1], 3)]
+        "Points, perhaps normals and more, y up -> the same columns, z up, in the radius."
+        xyz, real = check_points(rows[:, :3], where, self.layout.hint)
         try:
-            columns[0] = fit_radius(columns[0], self.radius)
+            columns = [fit_radius(y_up_to_z_up(xyz), self.radius)]
         except ValueError:
             raise ValueError(
                 self.layout.say(where, "points in more than one place", "all in one")
             ) from None
+        if rows.shape[1] > 3:
+            normal = check_normals(rows[real, 3:6], where, self.layout.hint)
+            columns += [y_up_to_z_up(normal), rows[real, 6:]]
         return np.concatenate(columns, 1, dtype=np.float32)
 
     def rows(self, i: int) -> Cloud:
@@ -228,12 +214,13 @@ class ScanObjectNN(ObjectReader):
     def _read(self, i):
         where = f"{self.h5.path} object {i}"
         xyz = self.h5.whole("data", (len(self), None, 3))[i]
-        return self._object(check_columns(xyz, 3, where, self.layout), where)
+        return self._object(xyz, where)
 
     def mask(self, i: int) -> Int[np.ndarray, "n"]:
         "1 on the object, 0 on what stands around it, for each of its points: int32."
-        points = self.h5.array("data", (len(self), None, 3)).shape[1]
-        return (self.h5.whole("mask", (len(self), points))[i] != -1).astype(np.int32)
+        xyz = self.h5.whole("data", (len(self), None, 3))
+        _, real = check_points(xyz[i], f"{self.h5.path} object {i}", self.layout.hint)
+        return (self.h5.whole("mask", xyz.shape[:2])[i] != -1).astype(np.int32)[real]
 
 
 def write_scanobjectnn(
@@ -254,7 +241,7 @@ def write_scanobjectnn(
         mask = np.ones(xyz.shape[:2])
     with h5py.File(path, "w") as file:
         file["data"] = np.stack([z_up_to_y_up(cloud) for cloud in xyz]).astype(np.float32)
-        file["label"] = np.asarray(label, dtype=np.int32)
+        file["label"] = check_labels(label, str(path), len(ScanObjectNN.classes), unlabelled=False)
         file["mask"] = np.where(mask, 0, -1).astype(np.int32)
     return path
 
@@ -311,7 +298,7 @@ class ModelNet40(ObjectReader):
                     path, "this list", f"{found_at(path)}; {self.root} is {found_at(self.root)}"
                 )
             )
-        return path.read_text().split()
+        return read_words(path, "this list", self.layout.hint).split()
 
     def _text_items(self, split):
         listed, items = f"modelnet40_{split}.txt", []
@@ -328,7 +315,7 @@ class ModelNet40(ObjectReader):
         listed = self.root / f"{split}_files.txt"
         paths = sorted(self.root.glob(f"ply_data_{split}*.h5"))
         if listed.is_file():
-            paths = [self.root / Path(line).name for line in listed.read_text().split()]
+            paths = [self.root / Path(line).name for line in self._lines(listed.name)]
         if not paths:
             raise FileNotFoundError(
                 self.layout.say(
@@ -351,7 +338,7 @@ class ModelNet40(ObjectReader):
         rows = h5.whole("data", (None, None, 3))[k]
         if "normal" in h5.file:
             rows = np.concatenate([rows, h5.whole("normal", h5.file["data"].shape)[k]], 1)
-        return self._object(check_columns(rows, rows.shape[1], where, self.layout), where)
+        return self._object(rows, where)
 
 
 def write_modelnet40(
@@ -452,7 +439,8 @@ class ShapeNetPart(ObjectReader):
     def _categories(self):
         "synset -> category."
         path = self.root / "synsetoffset2category.txt"
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        text = read_words(path, "this list", self.layout.hint)
+        rows = [line.split() for line in text.splitlines() if line.strip()]
         for row in rows:
             if len(row) != 2 or row[0] not in self.parts:
                 raise ValueError(
@@ -472,20 +460,9 @@ class ShapeNetPart(ObjectReader):
                     path, "this list", f"{found_at(path)}; {path.parent} is {found_at(path.parent)}"
                 )
             )
-        try:
-            entries = json.loads(path.read_text())
-        except ValueError as problem:
-            raise ValueError(
-                self.layout.say(path, "a JSON list", f"text that does not parse ({problem})")
-            ) from None
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(
-                self.layout.say(
-                    path,
-                    "a JSON list of objects",
-                    "an empty list" if entries == [] else type(entries).__name__,
-                )
-            )
+        entries = read_json(path, list, remedy=self.layout.hint)
+        if not entries:
+            raise ValueError(self.layout.say(path, "a JSON list of objects", "an empty list"))
         items = []
         for entry in entries:
             _, synset, model = [*str(entry).split("/"), "", ""][:3]
@@ -504,8 +481,9 @@ class ShapeNetPart(ObjectReader):
         rows = read_text(path, 7, self.layout)
         kind = self.classes[label]
         own = self.parts[kind]
-        check_whole(rows[:, 6], own[0], own[-1] + 1, path, self.layout, f"parts of a {kind}")
-        return np.concatenate([self._object(rows[:, :6], path), rows[:, 6:]], 1)
+        known = dict(low=own[0], unlabelled=False, what=f"parts of a {kind}")
+        check_labels(rows[:, 6], path, own[-1] + 1, **known, hint=self.layout.hint)
+        return self._object(rows, path)
 
     def rows(self, i: int) -> Cloud:
         "`xyz` and `normal` [n 3] float32, `part` [n] int32 in 0..49."
@@ -596,10 +574,9 @@ def write_s3dis(
     **arrays: np.ndarray,  # coord [n 3] metres, color [n 3] 0..255, segment [n], instance [n]; perhaps normal [n 3]
 ) -> Path:  # the room's folder
     "A room in the layout of Pointcept's preprocessing."
+    columns = {k: store_column(k, array, f"write_s3dis: {room}") for k, array in arrays.items()}
     folder = Path(root) / room
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
-    for name, array in arrays.items():
-        rows = np.asarray(array).astype(kinds.get(name, np.int16))
+    for name, rows in columns.items():
         np.save(folder / f"{name}.npy", rows.reshape(len(rows), -1))
     return folder

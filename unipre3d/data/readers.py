@@ -12,16 +12,38 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import PIL
 import torch
-from jaxtyping import Bool, Float, Int, Integer, Num, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from ..core import CameraBatch, ViewBatch
-from ..records import data_hash
+from unipre3d.files import (
+    decode_array,
+    decode_text,
+    open_zip,
+    read_file,
+    read_member,
+    reading,
+    regular_file,
+)
+from ..records import ArrayFile, code_hash, data_hash, open_arrays
+from unipre3d.values import (
+    check_array,
+    check_colors,
+    check_depth,
+    check_intrinsics,
+    check_labels,
+    check_normals,
+    check_points,
+    check_poses,
+    refusal,
+    unit_colors,
+)
 
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
-           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache', 'Layout',
-           'found_at', 'check_columns', 'check_whole', 'check_option', 'FileReader', 'RoomReader']
+           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache',
+           'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -50,8 +72,8 @@ class Reader(Protocol):
         "Class of the whole cloud; None for a room."
 
     def rows(self, i: int) -> Cloud:
-        """`xyz` [n 3] float32 always, z up; where known `normal` [n 3] float32, `color` [n 3] uint8 or float32 in 0..1,
-        `segment`, `instance` [n] int32 with -1 = no label, `part` [n] int32 as the data set numbers it."""
+        """`xyz` [n 3] float32, or float64 where float32 would round; z up. Where known `normal` [n 3] float32, `color` [n 3] uint8
+        or float32 in 0..1, `segment`, `instance` [n] int32 with -1 = no label, `part` [n] int32 as the data set numbers it."""
 
     def fingerprint(self) -> str:
         "sha256 of what was read."
@@ -84,15 +106,22 @@ def as_views(
     depth: Float[np.ndarray, "v h w"] | None = None,  # metres
     mask: Bool[np.ndarray, "v h w"] | None = None,
 ) -> ViewBatch:
-    "Images and cameras as tensors."
+    """Images and cameras as tensors.
+
+    Raises: ValueError of one line for a pose that is not rigid, no focal length, or depth in another unit."""
+    rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, "as_views: rgb")
     images = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    K = np.broadcast_to(K, (len(rgb), 3, 3)).astype(np.float32)
-    poses = torch.from_numpy(np.asarray(world_to_cam, dtype=np.float32))
+    poses = check_poses(world_to_cam, "as_views: world_to_cam", "world-to-camera")
+    poses = torch.from_numpy(poses.astype(np.float32))
+    each = [
+        check_intrinsics(one, rgb.shape[1:3], "as_views: K") for one in np.reshape(K, (-1, 3, 3))
+    ]
+    K = np.broadcast_to(each, (len(rgb), 3, 3)).astype(np.float32)
     camera = CameraBatch(poses, torch.from_numpy(K), rgb.shape[1:3], torch.from_numpy(batch))
     if depth is not None:
-        depth = torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))
+        depth = torch.from_numpy(check_depth(depth, "as_views: depth"))
     if mask is not None:
         mask = torch.from_numpy(mask)
     return ViewBatch(camera, images, depth, mask)
@@ -194,8 +223,13 @@ class Concat:
     "Readers of the same classes, one after the other."
 
     def __init__(self, *readers: Reader):
+        """Raises: ValueError where classes differ: a number would mean two things."""
         self.readers = readers
         self.classes = readers[0].classes
+        other = next((r.classes for r in readers if list(r.classes) != list(self.classes)), None)
+        if other is not None:
+            expected = f"readers of the classes {', '.join(self.classes)}"
+            raise refusal("Concat", expected, f"one of {', '.join(other)}", "number them alike")
         self.places = [(reader, i) for reader in readers for i in range(len(reader))]
 
     def __len__(self):
@@ -332,16 +366,11 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        if not self.root.exists():
-            raise FileNotFoundError(
-                f"{self.root}: expected a folder or a zip of data, found nothing there"
-            )
-        self.is_zip = self.root.is_file()
-        if self.is_zip and not zipfile.is_zipfile(self.root):
-            raise ValueError(
-                f"{self.root}: expected a folder or a zip archive, found another kind of file"
-            )
+        self.is_zip = not self.root.is_dir()
         self._zip = self._pid = self._tree = None  # of this process
+        if self.is_zip:
+            regular_file(self.root, "a folder or a zip of data")
+            self.names()
 
     def __getstate__(self):
         return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
@@ -350,45 +379,46 @@ class Store:
     def zip(self) -> zipfile.ZipFile:
         "The archive, opened once in each process."
         if self._pid != os.getpid():
-            self._zip = zipfile.ZipFile(self.root)
+            self._zip = open_zip(self.root, "a folder or a zip archive")
             self._pid = os.getpid()
         return self._zip
 
+    def where(self, name: str) -> str:
+        "What messages call a file: its path, or `archive.zip: member`."
+        return f"{self.root}: {name}" if self.is_zip else str(self.root / name)
+
     def open(self, name: str) -> io.BufferedIOBase:
         "One file to read from; of a plain file only what is wanted is read."
-        try:
-            return io.BytesIO(self.zip.read(name)) if self.is_zip else open(self.root / name, "rb")
-        except (KeyError, FileNotFoundError):
-            raise FileNotFoundError(
-                f"{self.root / name}: expected this file, found nothing there"
-            ) from None
-        except zipfile.BadZipFile as problem:
-            raise ValueError(
-                f"{self.root / name}: expected an intact member of the archive, found {problem}"
-            ) from None
+        if self.is_zip:
+            return io.BytesIO(self.read(name))
+        with reading(self.where(name), "this file"):
+            return open(regular_file(self.root / name, "this file"), "rb")
 
     def read(self, name: str) -> bytes:
         "The bytes of one file."
-        with self.open(name) as file:
-            return file.read()
+        return (
+            read_member(self.zip, name) if self.is_zip else read_file(self.root / name, "this file")
+        )
 
     def text(self, name: str) -> str:
-        "One file as text; what is not UTF-8 becomes replacement characters."
-        return self.read(name).decode("utf8", "replace")
+        "One file as text."
+        return decode_text(self.read(name), self.where(name))
 
-    def array(self, name: str) -> np.ndarray:
-        "One `.npy` file."
-        try:
-            return np.load(io.BytesIO(self.read(name)), allow_pickle=False)
-        except (ValueError, EOFError) as problem:
-            raise ValueError(
-                f"{self.root / name}: expected a numpy array, "
-                f"found a file that does not load ({str(problem).splitlines()[0]})"
-            ) from None
+    def array(self, name: str, remedy: str = "copy or download it again") -> np.ndarray:
+        "One `.npy` file; the remedy ends a message."
+        return decode_array(self.read(name), self.where(name), remedy)
 
     def has(self, name: str) -> bool:
         "Whether there is such a file."
         return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
+
+    def stamp(self, name: str) -> str:
+        "What changes when a file does: in a zip the sum of its bytes, in a folder its size and time."
+        if self.is_zip:
+            member = self.zip.getinfo(name)
+            return f"{name} {member.file_size} {member.CRC}"
+        facts = (self.root / name).stat()
+        return f"{self.root.resolve() / name} {facts.st_size} {facts.st_mtime_ns}"
 
     def folders(self, folder: str = "") -> list[str]:
         "Folders in a folder, sorted; of a zip those that hold something."
@@ -403,7 +433,7 @@ class Store:
         if self._tree is None:
             self._tree = {}
             for name in self.zip.namelist():
-                parts = name.rstrip("/").split("/")
+                parts = name.rstrip("/").split("/", 16)  # deeper folders are none
                 for k, part in enumerate(parts):
                     self._tree.setdefault("/".join(parts[:k]), set()).add(part)
         return self._tree.get(folder, set())
@@ -432,6 +462,43 @@ class Cache:
             while self.used > self.limit:
                 self.used -= self.items.popitem(last=False)[1].nbytes
         return value
+
+# %% ../../nbs/data/19_readers.ipynb #r19decoded
+class DecodedImages:
+    "Decoded, scaled images on disk, for all processes and runs."
+
+    def __init__(
+        self,
+        limit: int,  # bytes on disk
+        folder: str | Path | None = None,  # None means `cache_dir()`
+    ):
+        self.limit = limit
+        self.folder = folder
+        self.files: dict[tuple, ArrayFile | None] = {}  # of one shape, type and code
+
+    def get(
+        self,
+        stamp: str,  # of the file; see `Store.stamp`
+        how: str,  # what else decides the pixels, such as the resampling
+        code: str,  # module that decodes
+        shape: tuple[int, ...],
+        dtype: str,
+        make: Callable[[], np.ndarray],  # decodes
+    ) -> np.ndarray:
+        "The pixels of one image."
+        place = (code, shape, dtype)
+        if place not in self.files:
+            values = [code_hash(code), PIL.__version__]
+            self.files[place] = open_arrays("image", values, shape, dtype, self.limit, self.folder)
+        file = self.files[place]
+        if file is None:
+            return make()
+        key = hashlib.blake2b(f"{stamp} {how}".encode(), digest_size=16).digest()
+        pixels = file.get(key)
+        if pixels is None:
+            pixels = make()
+            file.put(key, pixels)
+        return pixels
 
 # %% ../../nbs/data/19_readers.ipynb #r19layout
 @dataclass(frozen=True)
@@ -473,56 +540,6 @@ def found_at(
         return "an empty folder"
     more = f" and {len(names) - show} more" if len(names) > show else ""
     return f"a folder with {', '.join(names[:show])}{more}"
-
-
-def check_columns(
-    rows: Num[np.ndarray, "..."],
-    columns: int,  # 0 for a plain list
-    where: str | Path,  # the file, for messages
-    layout: Layout,
-    n: int | None = None,  # points of the cloud
-) -> np.ndarray:  # [n columns] or [n]
-    """An array of a cloud.
-
-    Raises: ValueError unless it has its shape, at least one row, and finite numbers."""
-    if not columns and rows.ndim == 2 and rows.shape[1] == 1:
-        rows = rows[:, 0]
-    want = ["n" if n is None else n] + [columns] * bool(columns)
-    if rows.ndim != len(want) or list(rows.shape[1:]) != want[1:] or n not in (None, len(rows)):
-        raise ValueError(
-            layout.say(
-                where,
-                f"an array [{' '.join(map(str, want))}]{'' if n is None else ' as in coord.npy'}",
-                str(list(rows.shape)),
-            )
-        )
-    if not len(rows):
-        raise ValueError(layout.say(where, "at least one point", "an empty cloud"))
-    if rows.dtype.kind not in "fiu":
-        raise ValueError(layout.say(where, "finite numbers", str(rows.dtype)))
-    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
-        wrong = int((~np.isfinite(rows)).sum())
-        raise ValueError(layout.say(where, "finite numbers", f"{wrong} that are not"))
-    return rows
-
-
-def check_whole(
-    labels: Num[np.ndarray, "..."],
-    low: int,
-    high: int,  # not included
-    where: str | Path,  # the file, for messages
-    layout: Layout,
-    what: str = "labels",
-) -> Int[np.ndarray, "..."]:  # int32
-    """Labels of a cloud.
-
-    Raises: ValueError unless all are whole numbers in `low .. high - 1`."""
-    wrong = (labels < low) | (labels >= high) | (labels != np.round(labels))
-    if wrong.any():
-        raise ValueError(
-            layout.say(where, f"{what} in {low}..{high - 1}", f"{labels[wrong].flat[0]:g}")
-        )
-    return labels.astype(np.int32)
 
 
 def check_option(
@@ -576,6 +593,10 @@ class RoomReader(FileReader):
     limits: dict[str, int]  # file of labels -> one above the largest label
     segment: str | None  # file with the class of each point; None: rows without labels
 
+    def __init__(self, root: str | Path, cache_bytes: int):
+        super().__init__(root, cache_bytes)
+        self.real = {}  # room -> rows in its files, and which of them are points
+
     def folder(self, i: int) -> str:
         "Folder of a room below the root."
         return self.name(i)
@@ -585,7 +606,7 @@ class RoomReader(FileReader):
         return self.store.has(f"{self.folder(i)}/{name}.npy")
 
     def array(self, i: int, name: str) -> np.ndarray:
-        """One array of a room: coord and normal [n 3] float32 (metres), color [n 3] uint8; labels [n] int32, -1 = none.
+        """One array of a room: coord [n 3] float32 or float64 (metres), normal [n 3] float32, color [n 3] uint8; labels [n] int32, -1 = none.
 
         Raises: FileNotFoundError or ValueError that name the file."""
         return self.cache.get((name, i), lambda: self._read_array(i, name))
@@ -601,31 +622,20 @@ class RoomReader(FileReader):
                     "none; leave out the features or labels that need it",
                 )
             )
-        try:
-            rows = self.store.array(path)
-        except ValueError as problem:
-            raise ValueError(f"{problem}; {self.layout.hint}") from None
-        n = None if name == "coord" else len(self.array(i, "coord"))
-        rows = check_columns(rows, self.columns[name], where, self.layout, n)
+        rows = self.store.array(path, self.layout.hint)
+        if name == "coord":
+            points, real = check_points(rows, where, self.layout.hint)
+            self.real[i] = len(rows), real
+            return points
+        self.array(i, "coord")
+        count, real = self.real[i]
+        shape = dict(count=count, like="coord.npy", hint=self.layout.hint)
+        rows = check_array(rows, where, self.columns[name], **shape)[real]
         if name == "color":
-            return self._colors(rows, where)
-        if self.columns[name]:
-            return np.ascontiguousarray(rows, dtype=np.float32)
-        if rows.dtype.kind != "u":
-            rows = rows.clip(min=-1)
-        return check_whole(rows, -1, self.limits.get(name, 2**31), where, self.layout)
-
-    def _colors(self, rows, where):
-        low, high = rows.min(), rows.max()
-        if low < 0 or high > 255:
-            raise ValueError(self.layout.say(where, "colours in 0..255", f"{low}..{high}"))
-        if high <= 1 and (rows % 1).any():
-            raise ValueError(
-                self.layout.say(
-                    where, "colours in 0..255", f"fractions up to {high:.3g}; multiply by 255"
-                )
-            )
-        return np.ascontiguousarray(np.round(rows), dtype=np.uint8)
+            return check_colors(rows, where, self.layout.hint)
+        if name == "normal":
+            return check_normals(rows, where, self.layout.hint)
+        return check_labels(rows, where, self.limits.get(name), hint=self.layout.hint)
 
     def rows(self, i: int) -> Cloud:
         "`xyz` metres, and where there are files `color` (uint8) and `normal`; with labels `segment` and `instance`."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math, warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,20 @@ from .readers import Cache, Reader, Views
 from .scannet import ScanNetFrames
 from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
+from unipre3d.values import (
+    check_cloud,
+    check_depth,
+    check_intrinsics,
+    check_labels,
+    check_poses,
+    refusal,
+    unit_colors,
+)
 
 # %% auto #0
-__all__ = ['FEATURES', 'STORED', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples',
-           'Labelled', 'CloudSamples', 'pack_views', 'has_views', 'ViewSamples']
+__all__ = ['FEATURES', 'STORED', 'FLIP', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples',
+           'Labelled', 'CloudSamples', 'meeting', 'other_readings', 'check_meeting', 'pack_views', 'has_views',
+           'ViewSamples']
 
 # %% ../../nbs/data/26_samples.ipynb #ac60612d
 def choose_views(
@@ -226,8 +236,18 @@ class Samples(Dataset):
         return self.source.name(self.places[index])
 
     def rows(self, index: int) -> Cloud:
-        "The columns of a cloud, as the reader gives them."
-        return self.source.rows(self.places[index])
+        "The columns of a cloud, checked: see `check_cloud`."
+        rows = self.source.rows(self.places[index])
+        return check_cloud(rows, self.name(index), len(self.source.classes))
+
+    def class_of(self, index: int) -> int | None:
+        "The class of a cloud, checked; None where the reader has none."
+        label = self.source.label(self.places[index])
+        if label is None:
+            return None
+        classes = len(self.source.classes)
+        (label,) = check_labels([label], f"{self.name(index)}: label", classes, unlabelled=False)
+        return int(label)
 
     def rng(self, index: int, draw: int) -> np.random.Generator:
         "The generator of one sample."
@@ -352,11 +372,104 @@ class CloudSamples(Samples):
 
     def classes(self, indices: Sequence[int]) -> Int[Tensor, "b"]:
         "The class of each cloud."
-        return torch.tensor([self.source.label(i) for i in indices])
+        return torch.tensor([self.class_of(i) for i in indices])
 
     def column(self, clouds: Sequence[Cloud], name: str) -> Int[Tensor, "n"]:
         "A label of each point."
         return torch.from_numpy(np.concatenate([cloud[name] for cloud in clouds])).long()
+
+# %% ../../nbs/data/26_samples.ipynb #v26meet
+FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's camera axes: y up, z backward
+
+
+def meeting(
+    xyz: Float[np.ndarray, "n 3"],
+    views: PosedViews,  # of that cloud
+    some: int = 200,  # pixels or points of each view that are tried, about
+) -> float:  # 0..1; 1 where no pixel has depth
+    "The fraction of pixels near a point; without depth, of points on the mask; without either, of views that show a point."
+    if views.depth is None:
+        return _points_on_mask(xyz[:: max(1, len(xyz) // some)], views)
+    h, w = views.depth.shape[1:]
+    step = max(1, round(math.sqrt(h * w / some)))
+    v, u = np.mgrid[step // 2 : h : step, step // 2 : w : step]
+    depth = views.depth[:, v, u][..., None]
+    pixels = np.stack([u + 0.5, v + 0.5, np.ones(u.shape)], -1)
+    camera = np.einsum("vij,hwj->vhwi", np.linalg.inv(views.K), pixels) * depth
+    pose = np.linalg.inv(views.world_to_cam.astype(np.float64))
+    world = np.einsum("vij,vhwj->vhwi", pose[:, :3, :3], camera) + pose[:, None, None, :3, 3]
+    world = world[depth[..., 0] > 0]
+    if not len(world):
+        return 1.0
+    from scipy.spatial import cKDTree  # imported here: it takes long
+
+    tree = cKDTree(xyz[:: max(1, len(xyz) // 10_000)])
+    apart, _ = tree.query(tree.data[:: max(1, tree.n // 500)], k=2)
+    reach = 3 * np.median(apart[:, 1]) + 0.01 * float(np.linalg.norm(np.ptp(xyz, axis=0)))
+    return float(np.isfinite(tree.query(world, distance_upper_bound=reach)[0]).mean())
+
+
+def _points_on_mask(xyz, views):
+    h, w = views.rgb.shape[1:3]
+    camera = np.einsum("vij,nj->vni", views.world_to_cam[:, :3, :3], xyz)
+    camera = camera + views.world_to_cam[:, None, :3, 3]
+    flat = np.einsum("vij,vnj->vni", views.K, camera)
+    u, v = np.moveaxis(flat[..., :2] / np.where(flat[..., 2:] > 0, flat[..., 2:], np.inf), -1, 0)
+    inside = (camera[..., 2] > 0) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
+    if views.mask is not None:
+        view = np.arange(len(views.mask))[:, None]
+        inside &= views.mask[
+            view, np.where(inside, v, 0).astype(int), np.where(inside, u, 0).astype(int)
+        ]
+        return float(inside.mean())
+    return float(inside.any(1).mean())  # of a large room a view shows little
+
+
+def other_readings(
+    views: PosedViews,
+    depth_scale: float | None = None,  # units of depth in a metre, as they were read; None: unknown
+) -> dict[str, PosedViews]:  # what to do -> the views as they would be
+    "The same files with poses inverted, with other axes, or with depth in another unit."
+    inverse = np.linalg.inv(views.world_to_cam)
+    found = {
+        "poses that are inverted": replace(views, world_to_cam=inverse),
+        "OpenGL axes (y up, z backward)": replace(views, world_to_cam=FLIP @ views.world_to_cam),
+        "inverted poses with OpenGL axes": replace(views, world_to_cam=FLIP @ inverse),
+    }
+    if views.depth is not None:
+        for factor in (0.001, 0.1, 0.2, 10.0, 1000.0):
+            text = f"depth multiplied by {factor:g}"
+            if depth_scale:
+                text = f"a depth scale of {depth_scale / factor:g} units a metre (--depth-scale)"
+            found[text] = replace(views, depth=views.depth * factor)
+    return found
+
+
+def check_meeting(
+    xyz: Float[np.ndarray, "n 3"],
+    views: PosedViews,  # of that cloud
+    where: str,  # the cloud's name
+    depth_scale: float | None = None,  # units of depth in a metre, as they were read; None: unknown
+) -> None:
+    """Refuse views that do not show their cloud.
+
+    Raises: ValueError of one line that says which reading of the files would fit.
+    """
+    fit = meeting(xyz, views)
+    if fit > 0.7:
+        return
+    others = {text: meeting(xyz, v) for text, v in other_readings(views, depth_scale).items()}
+    best = max(others, key=others.get)
+    better = others[best] > max(0.7, 1.5 * fit)
+    if fit > 0.05 and not better:
+        return
+    what = "points on their views" if views.depth is None else "pixels near a point of the cloud"
+    hint = (
+        f"{best} would fit: {others[best]:.0%}"
+        if better
+        else "no other reading of poses or depth fits"
+    )
+    raise refusal(where, f"views that show the cloud ({what})", f"{fit:.1%}", hint)
 
 # %% ../../nbs/data/26_samples.ipynb #18c02fd3
 def pack_views(
@@ -428,6 +541,7 @@ class ViewSamples(Samples):
         )
         self.n_ref, self.n_target, self.max_gap = n_ref, n_target, max_gap
         self.center = center
+        self.seen = set()  # clouds whose views were checked
         self.places = self._with_views(n_ref + n_target if max_gap is None else 2)
 
     def _with_views(self, needed):
@@ -467,6 +581,8 @@ class ViewSamples(Samples):
     def _about_origin(self, index):
         # a room is moved in double precision, an object in that of the batch
         rows, pose = self.rows(index), self.source.world_to_cam(self.places[index])
+        if "origin" in rows:
+            pose = move_cameras(pose, shift=-rows["origin"])
         if not self.center:
             return rows, pose.astype(np.float32)
         origin = rows["xyz"].mean(0, dtype=np.float64)
@@ -486,10 +602,26 @@ class ViewSamples(Samples):
         i = self.places[index]
         views = [self.source.view(i, number) for number in numbers]
         images = ([getattr(view, name) for view in views] for name in ("rgb", "depth", "mask"))
-        images = (None if one[0] is None else np.stack(one) for one in images)
+        rgb, depth, mask = (None if one[0] is None else np.stack(one) for one in images)
+        rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, f"{self.name(index)}: rgb")
+        depth = None if depth is None else check_depth(depth, f"{self.name(index)}: depth")
         K = np.tile(self.source.K(i), (len(views), 1, 1))
         places = np.searchsorted(self.source.frames(i), numbers)
-        return PosedViews(*images, pose[places], K)
+        return PosedViews(rgb, depth, mask, pose[places], K)
+
+    def _check_views(self, index, numbers, views):
+        "Cameras that are none, or that do not show the cloud, are refused at a cloud's first use."
+        if index in self.seen:
+            return
+        i, name, rows = self.places[index], self.name(index), self.rows(index)
+        places = np.searchsorted(self.source.frames(i), numbers)
+        poses = self.source.world_to_cam(i)[places]  # of the files' own world, as the points
+        poses = check_poses(poses, f"{name}: world_to_cam", "world-to-camera")
+        check_intrinsics(views.K[0], views.rgb.shape[1:3], f"{name}: K")
+        stored = replace(views, world_to_cam=poses)
+        scale = getattr(self.source, "depth_scale", None)
+        check_meeting(rows["xyz"] + rows.get("origin", 0), stored, name, scale)
+        self.seen.add(index)
 
     def _one(self, index, draw):
         rng = self.rng(index, draw)
@@ -498,6 +630,7 @@ class ViewSamples(Samples):
         keep = self.keep(index, len(rows["xyz"]), rng)
         cloud = self.take(rows, ("xyz", *(STORED.get(k, k) for k in self.features)), keep)
         views = self._views(index, ref + target, pose)
+        self._check_views(index, ref + target, views)
         return *augment_views(cloud, views, rng, self.augment), len(ref)
 
     def batch(self, keys: list[tuple[int, int]]) -> Sample:
@@ -505,7 +638,7 @@ class ViewSamples(Samples):
         indices = [index for index, _ in keys]
         self.search(indices)
         clouds, views, refs = zip(*(self._one(*key) for key in keys))
-        labels = [self.source.label(self.places[i]) for i in indices]
+        labels = [self.class_of(i) for i in indices]
         return Sample(
             self.pack(indices, clouds),
             pack_views(views, [slice(0, n) for n in refs]),

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/23_scannet.ipynb #af670149
 from __future__ import annotations
-import csv, io, json, os, struct, warnings, zlib
+import csv, io, os, re, struct, warnings, zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,18 +15,29 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped, UInt8, UInt16
 from PIL import Image
-from plyfile import PlyData, PlyParseError
 from tqdm.auto import tqdm
 
 from ..core import data_dir
-from .readers import Layout, RoomReader, Store, View, check_option
+from unipre3d.files import (
+    Found,
+    check_unpacked,
+    decode_picture,
+    read_json,
+    read_ply,
+    read_table,
+    read_words,
+    reading,
+    regular_file,
+)
+from .readers import DecodedImages, Layout, RoomReader, Store, View, check_option
 from .shapenet import read_pose
+from ..values import check_colors, check_labels, store_column
 
 # %% auto #0
-__all__ = ['FOCAL', 'COLUMNS', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'NYU40', 'read_intrinsics', 'scale_intrinsics',
-           'standard_intrinsics', 'resize_nearest', 'read_color', 'read_depth', 'ImageHeader', 'read_header',
-           'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color', 'box_cameras', 'box_cloud',
-           'box_frame', 'write_box_rooms', 'LabelSet', 'scannet_labels', 'ScanNetFrames', 'SensHeader',
+__all__ = ['FOCAL', 'COLUMNS', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'FRAME_NAME', 'NYU40', 'read_intrinsics',
+           'scale_intrinsics', 'standard_intrinsics', 'resize_nearest', 'read_color', 'read_depth', 'ImageHeader',
+           'read_header', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color', 'box_cameras',
+           'box_cloud', 'box_frame', 'write_box_rooms', 'LabelSet', 'scannet_labels', 'ScanNetFrames', 'SensHeader',
            'read_sens_header', 'read_sens_frames', 'scannet20', 'vertex_normals', 'read_mesh', 'read_categories',
            'read_labels', 'read_alignment', 'convert_scans']
 
@@ -97,19 +108,6 @@ def resize_nearest(
     return image[rows[:, None], columns]
 
 
-def _decode(data, formats, name, expected, prepare=lambda image: None) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-        prepare(image)
-        image.load()
-    except Exception as problem:
-        raise ValueError(
-            f"{name}: expected {expected}, "
-            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        ) from None
-    return image
-
-
 def read_color(
     data: bytes,  # JPEG or PNG
     hw: tuple[int, int],  # size wanted
@@ -125,7 +123,7 @@ def read_color(
         if resample == "box":
             image.draft("RGB", size)
 
-    image = _decode(data, ("JPEG", "PNG"), name, "a JPEG or PNG image", reduce).convert("RGB")
+    image = decode_picture(data, name, ("JPEG", "PNG"), reduce).convert("RGB")
     if image.size != size:
         image = image.resize(size, Image.BOX if resample == "box" else Image.BICUBIC)
     return np.array(image)
@@ -139,7 +137,7 @@ def read_depth(
     """A depth image at the size wanted, by nearest pixel.
 
     Raises: ValueError unless it decodes, TypeError unless it has one channel of 16 bits."""
-    image = _decode(data, ("PNG",), name, "a PNG image")
+    image = decode_picture(data, name, ("PNG",))
     if not image.mode.startswith("I"):
         raise TypeError(
             f"{name}: expected one channel of 16 bits (depth in millimetres)"
@@ -164,13 +162,8 @@ def read_header(
     """The front of an image file, and whether its end is there.
 
     Raises: ValueError unless it begins like an image of these formats."""
-    try:
+    with reading(name, f"a {' or '.join(formats)} image"):
         image = Image.open(file, formats=formats)  # reads the header
-    except Exception:
-        raise ValueError(
-            f"{name}: expected a {' or '.join(formats)} image, "
-            "found a file that does not begin like one"
-        ) from None
     w, h = image.size
     length = file.seek(0, 2)
     file.seek(-min(8, length), 2)
@@ -191,20 +184,17 @@ def write_cloud(
 ) -> Path:  # the scene's folder
     """`<root>/<split>/<scene>/*.npy`.
 
-    Raises: ValueError for other arrays, or colours out of range."""
+    Raises: ValueError for other arrays, or values that a reader would drop or refuse."""
     unknown = sorted(set(arrays) - set(COLUMNS))
     if unknown:
         raise ValueError(f"write_cloud: expected some of {', '.join(COLUMNS)}, got {unknown[0]}")
-    color = np.asarray(arrays.get("color", 0))
-    if color.size and not 0 <= color.min() <= color.max() <= 255:
-        raise ValueError(f"write_cloud: color: expected 0..255, got {color.min()}..{color.max()}")
+    columns = {name: store_column(name, array, "write_cloud") for name, array in arrays.items()}
     folder = Path(root) / split / scene
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = dict(coord=np.float32, color=np.uint8, normal=np.float32)
-    for name, array in arrays.items():
+    for name, column in columns.items():
         part = folder / f"{name}.npy.part"
         with open(part, "wb") as file:
-            np.save(file, np.asarray(array).astype(kinds.get(name, np.int16)))
+            np.save(file, column)
         os.replace(part, folder / f"{name}.npy")  # there as a whole or not at all
     return folder
 
@@ -392,8 +382,11 @@ SCANNET = Layout(
     "www.scan-net.org, then Pointcept's preprocess_scannet.py or our convert_scans",
 )
 FRAME_FILES = dict(
-    color=(".jpg", ".png"), depth=(".png",), pose=(".txt",)
-)  # of N.jpg and N.png the first counts
+    color=(".jpg", ".jpeg", ".png"), depth=(".png",), pose=(".txt",)
+)  # of N.jpg and N.png the first counts; letter case does not
+FRAME_NAME = re.compile(
+    r"(?:frame[-_]?)?(\d+)(?:\.(?:color|depth|pose))?", re.I
+)  # 20, frame-000020.color
 
 
 class _Skip(Exception):
@@ -440,6 +433,7 @@ class ScanNetFrames(RoomReader):
                 f"depth_scale: expected stored units in a metre, above 0, got {depth_scale}"
             )
         super().__init__(root, cache_bytes)
+        self.decoded: DecodedImages | None = None  # frames on disk, where a recipe wants it
         self.split = split
         self.hw = tuple(hw)
         self.intrinsics = intrinsics
@@ -491,8 +485,9 @@ class ScanNetFrames(RoomReader):
                     f"{self.root / folder}: expected the scene's frames N{suffixes[0]}, found none"
                 )
             for path in map(Path, sorted(names, reverse=True)):
-                if path.suffix in suffixes and path.stem.isdecimal():
-                    found.setdefault(int(path.stem), {})[kind] = f"{folder}/{path.name}"
+                number = FRAME_NAME.fullmatch(path.stem)
+                if path.suffix.lower() in suffixes and number:
+                    found.setdefault(int(number[1]), {})[kind] = f"{folder}/{path.name}"
         return found
 
     def _stored_intrinsics(self, i, size):
@@ -645,9 +640,15 @@ class ScanNetFrames(RoomReader):
             )
 
         def pixels(kind):
-            return self.cache.get(
-                (kind, i, frame), lambda: self._pixels(kind, film.files[frame][kind])
-            )
+            path = film.files[frame][kind]
+            if self.decoded:
+                shape = (*self.hw, 3) if kind == "color" else self.hw
+                dtype = "uint8" if kind == "color" else "uint16"
+                what = (f"{kind} {self.resample}", "unipre3d.data.scannet", shape, dtype)
+                return self.decoded.get(
+                    self.store.stamp(path), *what, lambda: self._pixels(kind, path)
+                )
+            return self.cache.get((kind, i, frame), lambda: self._pixels(kind, path))
 
         try:
             return View(pixels("color"), self._metres(pixels("depth")))
@@ -712,6 +713,7 @@ def read_sens_header(
             f"found {depth_w} x {depth_h} and {scale:g} a metre"
         )
     K = read_intrinsics(" ".join(map(repr, matrices[32:48])), (depth_h, depth_w), name)
+    check_unpacked(2 * depth_w * depth_h, 0, name)
     return SensHeader(K, (color_h, color_w), (depth_h, depth_w), scale, count)
 
 
@@ -746,14 +748,10 @@ def read_sens_frames(
                 f"{here}: expected {length} bytes of images, "
                 f"found {len(color) + len(packed)}; the file is cut off"
             )
-        try:
-            depth = np.frombuffer(zlib.decompress(packed), dtype="<u2").reshape(header.depth_hw)
-        except (zlib.error, ValueError) as problem:
-            raise ValueError(
-                f"{here}: "
-                f"expected depth of {header.depth_hw[1]} x {header.depth_hw[0]}, "
-                f"found bytes that do not unpack to it ({problem})"
-            ) from None
+        h, w = header.depth_hw
+        with reading(here, f"depth of {w} x {h}", data=packed):
+            unpacked = zlib.decompressobj().decompress(packed, 2 * h * w + 1)
+            depth = np.frombuffer(unpacked, dtype="<u2").reshape(h, w)
         yield number, color, depth, np.array(pose).reshape(4, 4)
 
 # %% ../../nbs/data/23_scannet.ipynb #559c1c0b
@@ -766,9 +764,9 @@ def scannet20(
     nyu40: Int[np.ndarray, "n"],  # NYU40 numbers
 ) -> Int[np.ndarray, "n"]:  # 0..19, -1 for what is not evaluated
     "ScanNet's 20 classes."
-    table = np.full(max(int(np.max(nyu40, initial=0)), 39) + 1, -1)
+    table = np.full(41, -1)
     table[NYU40] = np.arange(20)
-    return table[nyu40]
+    return table[np.where((nyu40 >= 0) & (nyu40 < 40), nyu40, 40)]
 
 
 def vertex_normals(
@@ -787,22 +785,19 @@ def vertex_normals(
 
 def read_mesh(
     path: str | Path,  # <scene>_vh_clean_2.ply
-) -> dict[str, np.ndarray]:  # coord [n 3] float32 metres, color [n 3] uint8, normal [n 3] float32
+) -> dict[
+    str, np.ndarray
+]:  # coord [n 3] float32 or float64 metres, color [n 3] uint8, normal [n 3] float32
     """Vertices of a reconstructed mesh.
 
     Raises: FileNotFoundError or ValueError unless it has coloured vertices and triangles of them."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected the scene's mesh, found no such file")
-    try:
-        ply = PlyData.read(str(path))
+    ply = read_ply(path, "the scene's mesh, a PLY file")
+    with reading(path, "a PLY file with vertices"):
         vertex = ply["vertex"]
-    except (PlyParseError, KeyError, OSError) as problem:
-        raise ValueError(f"{path}: expected a PLY mesh, could not read it ({problem})") from None
     names = [p.name for p in vertex.properties]
     lack = sorted({"x", "y", "z", "red", "green", "blue"} - set(names))
     if lack:
         raise ValueError(f"{path}: expected vertices with {lack[0]}, found {', '.join(names)}")
-    xyz = np.stack([vertex[k] for k in "xyz"], 1, dtype=np.float32)
     lists = {p.name for p in ply["face"].properties} if "face" in ply else set()
     lists &= {"vertex_indices", "vertex_index"}
     if not lists:
@@ -810,15 +805,20 @@ def read_mesh(
             f"{path}: expected triangles (face with vertex_indices), "
             f"found {', '.join(e.name for e in ply.elements)} only"
         )
-    face = ply["face"][lists.pop()]
-    faces = np.stack(list(face)) if len(face) else np.zeros((0, 3), dtype=int)
+    with reading(path, "numbers at each vertex, and faces of three vertices"):
+        xyz = np.stack([vertex[k] for k in "xyz"], 1)
+        color = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
+        face = ply["face"][lists.pop()]
+        faces = np.stack(list(face)) if len(face) else np.zeros((0, 3), dtype=int)
+        if faces.shape[1:] != (3,) or faces.dtype.kind not in "iu" or color.dtype.kind not in "iuf":
+            raise Found(f"faces {list(faces.shape)} of {faces.dtype}, colours of {color.dtype}")
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(xyz):
         raise ValueError(
             f"{path}: expected triangles of vertices 0..{len(xyz) - 1}, "
             f"found {faces.min()}..{faces.max()}"
         )
-    color = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
-    return dict(coord=xyz, color=color, normal=vertex_normals(xyz, faces))
+    xyz = store_column("coord", xyz, path)
+    return dict(coord=xyz, color=check_colors(color, path), normal=vertex_normals(xyz, faces))
 
 
 def read_categories(
@@ -829,18 +829,8 @@ def read_categories(
     """ScanNet's table of names.
 
     Raises: FileNotFoundError or ValueError unless it has columns raw_category, id and nyu40id."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: expected ScanNet's table scannetv2-labels.combined.tsv, found no such file"
-        )
-    with open(path, newline="", encoding="utf8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    columns = rows[0].keys() if rows else {}
-    if not {"raw_category", "id", "nyu40id"} <= set(columns):
-        found = ", ".join(map(str, columns)) or "no rows"
-        raise ValueError(
-            f"{path}: expected tab-separated columns raw_category, id and nyu40id, found {found}"
-        )
+    what = "ScanNet's table scannetv2-labels.combined.tsv"
+    rows = read_table(path, ("raw_category", "id", "nyu40id"), what, short_lines=True)
     by_id = {number: k for k, number in enumerate(scannet_labels(200).ids)}
 
     def number(text):
@@ -872,24 +862,17 @@ def read_labels(
         for end in ("_vh_clean_2.labels.ply", ".aggregation.json", "_vh_clean_2.0.010000.segs.json")
     )
     if labels.is_file():
-        try:
-            nyu40 = np.asarray(PlyData.read(str(labels))["vertex"]["label"]).astype(int)
-        except (PlyParseError, KeyError, ValueError) as problem:
-            expected = "expected a PLY file with a label at each vertex"
-            why = str(problem).splitlines()[0]
-            raise ValueError(f"{labels}: {expected}, could not read it ({why})") from None
-        found["segment20"] = scannet20(nyu40)
+        ply = read_ply(labels)
+        with reading(labels, "a PLY file with a label at each vertex"):
+            nyu40 = np.asarray(ply["vertex"]["label"])
+        found["segment20"] = scannet20(check_labels(nyu40, labels, unlabelled=False))
     if groups.is_file() and segments.is_file():
-        try:
-            segment = np.array(json.loads(segments.read_text())["segIndices"])
-            objects = json.loads(groups.read_text())["segGroups"]
-        except (ValueError, KeyError) as problem:
-            raise ValueError(
-                f"{groups} and {segments.name}: "
-                "expected JSON with segGroups and segIndices"
-                f", could not read it ({problem})"
-            ) from None
-        found |= _object_labels(segment, objects, categories)
+        segment = read_json(segments, needs=dict(segIndices=list))["segIndices"]
+        objects = read_json(groups, needs=dict(segGroups=list))["segGroups"]
+        with reading(segments, "a list of whole numbers, segIndices"):
+            segment = np.array([index.__index__() for index in segment], dtype=np.int64)
+        with reading(groups, "objects with a whole objectId and their segments"):
+            found |= _object_labels(segment, objects, categories)
     for name, rows in found.items():
         if len(rows) != n:
             raise ValueError(
@@ -904,7 +887,7 @@ def _object_labels(segment, objects, categories):
     found = {name: np.full(len(segment), -1) for name in names}
     for one in objects:
         rows = np.isin(segment, one["segments"])
-        numbers = (one["objectId"], *(categories or {}).get(one.get("label"), (-1, -1)))
+        numbers = (one["objectId"].__index__(), *(categories or {}).get(one.get("label"), (-1, -1)))
         for name, number in zip(names, numbers):
             found[name][rows] = number
     return found
@@ -919,12 +902,7 @@ def read_alignment(
 
     Raises: FileNotFoundError or ValueError where it is missing."""
     hint = "convert without align"
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: expected the scene's description with axisAlignment"
-            f", found no such file; {hint}"
-        )
-    for line in Path(path).read_text().splitlines():
+    for line in read_words(path, "the scene's description with axisAlignment", hint).splitlines():
         name, _, numbers = line.partition("=")
         if name.strip() == "axisAlignment":
             return read_pose(numbers, f"{path}, axisAlignment")
@@ -988,16 +966,12 @@ def _listed(scenes: list[str] | str | Path) -> list[str]:
     "Scenes of a split, from the list or from a text file of them."
     if not isinstance(scenes, (str, Path)):
         return scenes
-    if not Path(scenes).is_file():
-        raise FileNotFoundError(
-            f"{scenes}: expected a list of scenes such as scannetv2_train.txt, found nothing there"
-        )
-    return Path(scenes).read_text().split()
+    return read_words(scenes, "a list of scenes such as scannetv2_train.txt").split()
 
 
 def _convert_film(film, out, scene, every, hw, world):
     "Intrinsics, and each frame that is kept: colour, depth in millimetres, pose in the rotated world."
-    with open(film, "rb") as file, np.errstate(invalid="ignore"):
+    with open(regular_file(film, "the scene's film"), "rb") as file, np.errstate(invalid="ignore"):
         header = read_sens_header(file, film)
         K = scale_intrinsics(header.intrinsics, header.depth_hw, hw)
         write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", K)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/22_shapenet.ipynb #d590c323
 from __future__ import annotations
-import csv, hashlib, io, json, warnings
+import csv, hashlib, json, warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,13 +17,23 @@ from tqdm.auto import tqdm
 
 from ..core import data_dir
 from .objects import FOV, orbit_poses, unpack_cloud
-from .readers import Cache, Cloud, Store, View, fit_radius, object_scale
+from unipre3d.data.readers import (
+    Cache,
+    Cloud,
+    DecodedImages,
+    Store,
+    View,
+    fit_radius,
+    object_scale,
+)
+from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
+from ..values import check_labels, check_normals, check_points, check_poses, unit_colors
 
 # %% auto #0
-__all__ = ['HALF_TURN', 'SPLITS', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image', 'released_points',
-           'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews', 'export_objects']
+__all__ = ['HALF_TURN', 'SPLITS', 'CONVENTION', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image',
+           'released_points', 'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #c447608f
 def read_pose(
@@ -39,18 +49,7 @@ def read_pose(
         raise ValueError(f"{name}: expected 16 numbers, found other text") from None
     if len(numbers) != 16:
         raise ValueError(f"{name}: expected 16 numbers (4 x 4, row by row), found {len(numbers)}")
-    if not np.isfinite(numbers).all():
-        wrong = numbers[~np.isfinite(numbers)][0]
-        raise ValueError(f"{name}: expected finite numbers, found {wrong}")
-    pose = numbers.reshape(4, 4)
-    R = pose[:3, :3]
-    off = max(np.abs(R.T @ R - np.eye(3)).max(), np.abs(pose[3] - [0, 0, 0, 1]).max())
-    if off > 1e-3 or np.linalg.det(R) < 0:
-        raise ValueError(
-            f"{name}: expected a rigid camera-to-world matrix (last row 0 0 0 1), "
-            f"found one that is off by {off:.3g}, determinant {np.linalg.det(R):.3g}"
-        )
-    return pose
+    return check_poses(numbers.reshape(4, 4), name)
 
 
 def read_orbit(
@@ -83,14 +82,7 @@ def decode_image(
     """An image, wholly decoded.
 
     Raises: ValueError unless it decodes and has three or four channels."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
-        image.load()
-    except Exception as problem:
-        raise ValueError(
-            f"{name}: expected an image, "
-            f"found {len(data)} bytes that do not decode ({str(problem).splitlines()[0]})"
-        ) from None
+    image = decode_picture(data, name, ("PNG", "WEBP"))
     if image.mode not in ("RGB", "RGBA"):
         raise ValueError(
             f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}"
@@ -225,6 +217,11 @@ def split_objects(
     return out
 
 # %% ../../nbs/data/22_shapenet.ipynb #42edb24e
+CONVENTION = dict(
+    points=str, images=str, cameras=str, suffix=str, views=int, fov=(int, float)
+)  # what `convention.json` must hold
+
+
 class ShapeNetViews:
     """Objects with posed views. Rows: `xyz`, perhaps `normal`, `color` (0..1), `part` (0 = none; names in `parts`).
 
@@ -257,6 +254,7 @@ class ShapeNetViews:
         self.z_up = z_up
         self.radius = radius
         self.cache = Cache(cache_bytes)
+        self.decoded: DecodedImages | None = None  # views on disk, where a recipe wants it
         self.facts = Cache(
             2**29
         )  # poses and farthest points, whatever cache_bytes is: 5 kB for an object of 24 views
@@ -265,9 +263,7 @@ class ShapeNetViews:
         self.n_views = views or self.convention["views"]
         self.fov = self.convention["fov"]
         self.table = self._read_table()
-        self.parts = (
-            json.loads(self.store.read("parts.json")) if self.store.has("parts.json") else {}
-        )
+        self.parts = self._read_json("parts.json", {}) if self.store.has("parts.json") else {}
         self.everything = sorted(self.table) or self._models()
         if not self.everything:
             raise FileNotFoundError(
@@ -295,12 +291,16 @@ class ShapeNetViews:
                 "expected convention.json (files that this package wrote); "
                 "for the released files pass --convention released"
             )
-        return json.loads(self.store.read("convention.json"))
+        return self._read_json("convention.json", CONVENTION)
+
+    def _read_json(self, name, needs):
+        return decode_json(self.store.read(name), self.store.where(name), needs=needs)
 
     def _read_table(self):
         if not self.store.has("objects.csv"):
             return {}
-        rows = csv.DictReader(io.StringIO(self.store.read("objects.csv").decode()))
+        where = self.store.where("objects.csv")
+        rows = decode_table(self.store.read("objects.csv"), where, ("class", "id", "split"))
         return {(row["class"], row["id"]): row for row in rows}
 
     def _models(self):
@@ -438,7 +438,7 @@ class ShapeNetViews:
     @cached_property
     def hw(self) -> tuple[int, int]:
         "Height and width of the images; where they keep their size, that of the first."
-        return self.pixels(0, 0).shape[1:] if self.size is None else (self.size, self.size)
+        return self.stored_hw(0) if self.size is None else (self.size, self.size)
 
     def frames(self, i: int) -> list[int]:
         "All views: an object that lacks one is left out."
@@ -457,8 +457,10 @@ class ShapeNetViews:
         return self.facts.get(("world_to_cam", i), read)
 
     def K(self, i: int) -> Float[np.ndarray, "3 3"]:
-        "float64, pixels."
-        return intrinsics_from_fov(self.fov, self.hw).double().numpy()
+        "float64, pixels of images of size `hw`; the field of view is that of the stored width."
+        h, w = self.stored_hw(i)
+        K = intrinsics_from_fov(self.fov, (h, w)).double().numpy()
+        return np.diag([self.hw[1] / w, self.hw[0] / h, 1.0]) @ K
 
     def view(self, i: int, frame: int) -> View:
         "Colour on black, and where the object is."
@@ -470,7 +472,7 @@ class ShapeNetViews:
         return f"{'/'.join(item)}/pts/{'-'.join(item)}.npy"
 
     def _read_cloud(self, i) -> Float[np.ndarray, "n c"]:
-        "xyz and perhaps normals, colours and parts, float32."
+        "xyz and perhaps normals, colours and parts, float32, or float64 where that would round."
         name = self._cloud_file(self.items[i])
         rows, where = self.store.array(name), self.store.root / name
         if self.convention["points"] == "packed":
@@ -486,16 +488,16 @@ class ShapeNetViews:
                 f"{where}: expected an array [n {' or '.join(map(str, widths))}]"
                 f", found {list(rows.shape)}"
             )
-        if not len(rows):
-            raise ValueError(f"{where}: expected at least one point, found an empty cloud")
-        if not np.isfinite(rows).all():
-            wrong = int((~np.isfinite(rows)).sum())
-            raise ValueError(f"{where}: expected finite coordinates, found {wrong} that are not")
+        xyz, real = check_points(rows[:, :3], where)
         if self.released:
-            rows = released_points(rows.astype(np.float32))
-            if self.z_up:
-                rows = rows @ HALF_TURN[:3, :3].T
-        return rows.astype(np.float32)
+            xyz = released_points(xyz)
+            return (xyz @ HALF_TURN[:3, :3].T if self.z_up else xyz).astype(np.float32)
+        if rows.shape[1] == 3:
+            return xyz
+        normal = check_normals(rows[real, 3:6], f"{where}: normal")
+        color = unit_colors(rows[real, 6:9], f"{where}: color")
+        part = check_labels(rows[real, 9], f"{where}: part")
+        return np.concatenate([xyz, normal, color, part[:, None]], 1, dtype=xyz.dtype)
 
     def cam_to_world(self, i: int) -> Float[np.ndarray, "v 4 4"]:
         "The files' poses: float64, OpenCV axes, of all views."
@@ -503,7 +505,7 @@ class ShapeNetViews:
         if self.convention["cameras"] == "orbit":
             name = f"{folder}/rendering_metadata.txt"
             where = self.store.root / name
-            poses = read_orbit(self.store.read(name).decode(), str(where))
+            poses = read_orbit(self.store.text(name), str(where))
             if len(poses) != self.n_views:
                 raise ValueError(f"{where}: expected {self.n_views} lines, found {len(poses)}")
             return poses
@@ -515,16 +517,37 @@ class ShapeNetViews:
         "The image of view `k`."
         return f"{self.name(i)}/easy/{k:02d}{self.convention['suffix']}"
 
+    def stored_hw(self, i: int) -> tuple[int, int]:
+        "Height and width of an object's views as they are stored."
+        name = self.image_file(i, 0)
+
+        def read():
+            return np.array(decode_image(self.store.read(name), str(self.store.root / name)).size)
+
+        w, h = self.facts.get(("size", i), read).tolist()
+        return h, w
+
     def pixels(self, i: int, k: int) -> UInt8[np.ndarray, "4 h w"]:
         "Colour on black and mask (0 or 255) of view `k`."
         name = self.image_file(i, k)
 
         def read():
             image = decode_image(self.store.read(name), str(self.store.root / name))
+            w, h = image.size
+            wanted = self.stored_hw(i) if self.size else self.hw
+            if (h, w) != wanted:
+                raise ValueError(
+                    f"{self.store.root / name}: expected {wanted[1]} x {wanted[0]} pixels "
+                    f"as the first view, found {w} x {h}"
+                )
             return resize_image(
                 image, self.size, self.resample, self.convention["images"] == "on black"
             )
 
+        if self.decoded and self.size:
+            how = f"{self.resample} {self.convention['images']}"
+            what = (how, "unipre3d.data.shapenet", (4, self.size, self.size), "uint8")
+            return self.decoded.get(self.store.stamp(name), *what, read)
         return self.cache.get(("view", i, k), read)
 
 # %% ../../nbs/data/22_shapenet.ipynb #a18abd84

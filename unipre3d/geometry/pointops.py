@@ -7,21 +7,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import offsets, to_padded
+from ..kernels.threads import in_threads
 
 # %% auto #0
 __all__ = ['farthest_point_sample', 'squared_distance', 'knn', 'ball_query', 'three_nn', 'interpolate', 'voxelize', 'voxel_mean']
 
 # %% ../../nbs/geometry/11_pointops.ipynb #bfbd5749
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
 def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
     "Farthest points of padded clouds [B n 3], as places [B k]; one repeats where no points are left."
     x, y, z = (axis.contiguous() for axis in xyz.unbind(-1))
@@ -40,6 +37,64 @@ def _farthest_padded(xyz: Tensor, mask: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, 1)
 
 
+def _farthest_torch(xyz: Tensor, batch: Tensor, size: int, k: int) -> Tensor:
+    "Farthest points in plain torch, every cloud in full at every step."
+    padded, mask = to_padded(xyz, batch, size)
+    k = min(k, padded.shape[1])
+    if not k:
+        return batch.new_zeros(0)
+    index = _farthest_padded(padded, mask, k) + offsets(batch, size)[:-1, None]
+    return index[torch.arange(k, device=mask.device) < mask.sum(1, keepdim=True)]
+
+# %% ../../nbs/geometry/11_pointops.ipynb #7d1f0a03
+def _array(x: Tensor) -> np.ndarray:
+    "The values of a tensor for compiled functions."
+    return x.detach().contiguous().numpy()
+
+
+def _tree(points: np.ndarray, leaf: int = 32) -> tuple:
+    """The k-d tree of one cloud [n d].
+
+    Columns [d n] and rows [n] in the order of the leaves, box and lowest row of each node, levels below the root.
+    """
+    from unipre3d.kernels.points import grow
+
+    n, columns = points.shape
+    depth = max(0, math.ceil(math.log2(n / leaf)))
+    nodes = 2 ** (depth + 1) - 1
+    table, rows = np.empty((columns, n), points.dtype), np.empty(n, np.int32)
+    box, lowest = np.empty((nodes, 6), points.dtype), np.empty(nodes, np.int32)
+    grow(points, table, rows, box, lowest, depth)
+    return table, rows, box, lowest, depth
+
+
+def _farthest_trees(xyz: Tensor, batch: Tensor, size: int, k: int) -> Tensor:
+    "Farthest points on the processor, one tree for each cloud."
+    from unipre3d.kernels.points import farthest
+
+    points, start = _array(xyz), offsets(batch, size).tolist()
+    found = [np.empty(min(k, stop - at), np.int64) for at, stop in zip(start, start[1:])]
+
+    def sample(b):
+        farthest(*_tree(points[start[b] : start[b + 1]], leaf=128), start[b], found[b])
+
+    in_threads(sample, [(b,) for b in range(size) if len(found[b])])
+    return torch.from_numpy(np.concatenate(found))
+
+# %% ../../nbs/geometry/11_pointops.ipynb #7d1f0a06
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _compiled(*places: Tensor) -> bool:
+    "Whether the compiled functions take these points: finite ones on the CPU; torch takes all others."
+    kinds = {(place.device.type, place.dtype) for place in places}
+    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.float64)}):
+        return False
+    return all(bool(place.isfinite().all()) for place in places)
+
+
 @torch.no_grad()
 def farthest_point_sample(
     xyz: Float[Tensor, "n 3"],  # packed points, any length unit
@@ -51,24 +106,23 @@ def farthest_point_sample(
 ]:  # packed row numbers, cloud after cloud, min(k, points of the cloud) for each
     """Well spread points of every cloud, in the order in which they are taken, from its first point on.
 
-    `batch[index]` says which cloud each belongs to. Raises: ValueError of one line for k below 1.
+    Of points with equal gaps the lowest row is taken. `batch[index]` says which cloud each belongs to.
+    Points that are not finite are found as any others. Raises: ValueError of one line for k below 1.
     """
     _check_count("farthest_point_sample.k", k)
-    padded, mask = to_padded(xyz, batch, size)
-    k = min(k, padded.shape[1])
-    if not k:
+    if not len(xyz):
         return batch.new_zeros(0)
-    index = _farthest_padded(padded, mask, k) + offsets(batch, size)[:-1, None]
-    return index[torch.arange(k, device=mask.device) < mask.sum(1, keepdim=True)]
+    sample = _farthest_trees if _compiled(xyz) else _farthest_torch
+    return sample(xyz, batch, size, k)
 
 # %% ../../nbs/geometry/11_pointops.ipynb #56eefe5d
 def squared_distance(
-    a: Float[Tensor, "*b m 3"],
-    b: Float[Tensor, "*b n 3"],
+    a: Float[Tensor, "*b m d"],
+    b: Float[Tensor, "*b n d"],
 ) -> Float[Tensor, "*b m n"]:
     "All squared distances, as sums of squared differences (exact zeros for equal points)."
     d2 = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
-    for axis in (1, 2):
+    for axis in range(1, a.shape[-1]):
         step = a[..., :, None, axis] - b[..., None, :, axis]
         d2.addcmul_(step, step)
     return d2
@@ -78,6 +132,24 @@ def _widen(index: Tensor, k: int) -> Tensor:
     "Repeat the first column until there are k."
     first = index[..., :1].expand(*index.shape[:-1], k - index.shape[-1])
     return torch.cat([index, first], -1)
+
+
+def _nearest_of(d2: Tensor, k: int) -> Tensor:
+    "The k lowest of each row; an infinite one is replaced by the lowest."
+    near, index = d2.topk(min(k, d2.shape[-1]), largest=False)
+    return _widen(torch.where(near.isinf(), index[..., :1], index), k)
+
+
+def _first_of(d2: Tensor, radius: float, k: int) -> Tensor:
+    "The first k of each row below the squared radius, or else the lowest."
+    n = d2.shape[-1]
+    place = torch.arange(n, device=d2.device, dtype=torch.float)
+    place = torch.where(d2 < radius**2, place, float(n))
+    place = place.topk(min(k, n), largest=False).values.long()
+    first = place[..., :1]
+    if (first == n).any():
+        first = torch.where(first == n, d2.argmin(-1, keepdim=True), first)
+    return _widen(torch.where(place == n, first, place), k)
 
 
 def _search(
@@ -92,12 +164,6 @@ def _search(
     "Packed places that `pick` chooses from tables [b m n] of squared distances, infinite for no point."
     points, mask = to_padded(xyz, batch, size)
     queries, wanted = to_padded(query, query_batch, size)
-    empty = wanted.any(1) & ~mask.any(1)
-    if empty.any():
-        raise ValueError(
-            "neighbour search: expected points in every cloud that has a query, "
-            f"cloud {int(empty.nonzero()[0])} is empty"
-        )
     ragged = not mask.all()
     rows = max(1, chunk // max(1, size * points.shape[1]))
     found = []
@@ -106,31 +172,92 @@ def _search(
         if ragged:
             d2.masked_fill_(~mask[:, None], torch.inf)
         found.append(pick(d2))
-    return (torch.cat(found, 1) + offsets(batch, size)[:-1, None, None])[wanted]
+    place = torch.cat(found, 1)
+    known = mask.sum(1)[:, None, None]
+    place = torch.where(place < known, place, 0)  # padding, for a query that is near to nothing
+    return (place + offsets(batch, size)[:-1, None, None])[wanted]
+
+# %% ../../nbs/geometry/11_pointops.ipynb #7d1f0a08
+_PIECE = 1024  # queries of one job
+_SORTED = 8192  # from so many queries of a cloud on, those close by follow one another
+_HEAD = 256  # points of a cloud that a ball tries first
+
+
+def _search_trees(
+    query: Tensor,
+    query_batch: Tensor,
+    xyz: Tensor,
+    batch: Tensor,
+    size: int,
+    k: int,
+    radius: float | None = None,  # of the balls; None: the nearest
+) -> Tensor:
+    "Packed places [m k] that compiled functions find in the trees of the clouds."
+    from unipre3d.kernels.points import nearest, within
+
+    queries, points = _array(query), _array(xyz)
+    first, start = offsets(query_batch, size).tolist(), offsets(batch, size).tolist()
+    busy = [b for b in range(size) if first[b] < first[b + 1]]
+    trees, orders = {}, {}
+    found = np.empty((len(queries), k), np.int64)
+
+    def plant(b):
+        trees[b] = _tree(points[start[b] : start[b + 1]])
+
+    def arrange(b):
+        order = np.arange(first[b], first[b + 1])
+        if len(order) >= _SORTED:
+            order = order[_tree(queries[first[b] : first[b + 1]])[1]]
+        orders[b] = order
+
+    def search(b, at):
+        part = orders[b][at : at + _PIECE]
+        if radius is None:
+            nearest(queries, part, *trees[b], start[b], found)
+            return
+        head = np.ascontiguousarray(points[start[b] : start[b + 1]][:_HEAD].T)
+        within(queries, part, points.dtype.type(radius**2), head, *trees[b], start[b], found)
+
+    in_threads(lambda task, b: task(b), [(task, b) for task in (plant, arrange) for b in busy])
+    in_threads(search, [(b, at) for b in busy for at in range(0, len(orders[b]), _PIECE)])
+    return torch.from_numpy(found)
 
 # %% ../../nbs/geometry/11_pointops.ipynb #f5cd0c1e
+def _check_neighbours(
+    owner: str, query: Tensor, query_batch: Tensor, xyz: Tensor, batch: Tensor, size: int, k: int
+) -> None:
+    _check_count(f"{owner}.k", k)
+    wanted = torch.bincount(query_batch, minlength=size) > 0
+    empty = wanted & (torch.bincount(batch, minlength=size) == 0)
+    if empty.any():
+        raise ValueError(
+            "neighbour search: expected points in every cloud that has a query, "
+            f"cloud {int(empty.nonzero()[0])} is empty"
+        )
+
+
 @torch.no_grad()
 def knn(
-    query: Float[Tensor, "m 3"],  # packed places
+    query: Float[Tensor, "m d"],  # packed places, and further columns that count, d >= 3
     query_batch: Int[Tensor, "m"],  # sorted cloud of each query
-    xyz: Float[Tensor, "n 3"],  # packed points, same unit
+    xyz: Float[Tensor, "n d"],  # packed points, same columns and unit
     batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
     k: int,  # neighbours for each query
 ) -> Int[Tensor, "m k"]:  # packed row numbers, nearest first
     """The k nearest points of the query's own cloud; a cloud of fewer points repeats the nearest.
 
+    On a processor the lowest row comes first where points are equally near. A place that is not finite
+    is near to nothing: the rows found for it belong to its cloud, and mean nothing.
     Raises: ValueError of one line for k below 1 or a query in a cloud without points.
     """
-    _check_count("knn.k", k)
-
-    def pick(d2):
-        near, index = d2.topk(min(k, d2.shape[-1]), largest=False)
-        return _widen(torch.where(near.isinf(), index[..., :1], index), k)
-
+    place = query, query_batch, xyz, batch, size
+    _check_neighbours("knn", *place, k)
     if not len(query):
         return batch.new_zeros(0, k)
-    return _search(query, query_batch, xyz, batch, size, pick)
+    if _compiled(query, xyz):
+        return _search_trees(*place, k)
+    return _search(*place, lambda d2: _nearest_of(d2, k))
 
 
 @torch.no_grad()
@@ -147,21 +274,13 @@ def ball_query(
 
     Raises: ValueError of one line for k below 1 or a centre in a cloud without points.
     """
-    _check_count("ball_query.k", k)
-
-    def pick(d2):
-        n = d2.shape[-1]
-        place = torch.arange(n, device=d2.device, dtype=torch.float)
-        place = torch.where(d2 < radius**2, place, float(n))
-        place = place.topk(min(k, n), largest=False).values.long()
-        first = place[..., :1]
-        if (first == n).any():
-            first = torch.where(first == n, d2.argmin(-1, keepdim=True), first)
-        return _widen(torch.where(place == n, first, place), k)
-
+    place = query, query_batch, xyz, batch, size
+    _check_neighbours("ball_query", *place, k)
     if not len(query):
         return batch.new_zeros(0, k)
-    return _search(query, query_batch, xyz, batch, size, pick)
+    if _compiled(query, xyz):
+        return _search_trees(*place, k, radius)
+    return _search(*place, lambda d2: _first_of(d2, radius, k))
 
 # %% ../../nbs/geometry/11_pointops.ipynb #f6b9bb5e
 def three_nn(
@@ -176,10 +295,23 @@ def three_nn(
     return index, (query[:, None] - xyz[index]).square().sum(-1)
 
 
+def _weighted_rows(weight: Tensor, feat: Tensor, index: Tensor, chunk: int = 2**22) -> Tensor:
+    "The sums [m c] of weighted rows of `feat`; no more than `chunk` values are gathered at once."
+    rows = max(1, chunk // max(1, index.shape[1] * feat.shape[1]))
+    recorded = torch.is_grad_enabled() and (weight.requires_grad or feat.requires_grad)
+    if recorded or len(index) <= rows:
+        return (weight[..., None] * feat[index]).sum(1)
+    dtype = torch.result_type(weight, feat)
+    out = torch.empty(len(index), feat.shape[1], dtype=dtype, device=feat.device)
+    for part, w, i in zip(out.split(rows), weight.split(rows), index.split(rows)):
+        torch.sum(w[..., None] * feat[i], 1, out=part)
+    return out
+
+
 def interpolate(
-    query: Float[Tensor, "m 3"],  # packed places that want a value
+    query: Float[Tensor, "m d"],  # packed places that want a value; columns as for `knn`
     query_batch: Int[Tensor, "m"],  # sorted cloud of each query
-    xyz: Float[Tensor, "n 3"],  # packed points whose values are known
+    xyz: Float[Tensor, "n d"],  # packed points whose values are known
     feat: Float[Tensor, "n c"],  # the values
     batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
@@ -196,7 +328,7 @@ def interpolate(
     known = torch.bincount(batch, minlength=size)[query_batch]
     weight = weight * (torch.arange(k, device=xyz.device) < known[:, None])
     weight = weight / weight.sum(1, keepdim=True)
-    return (weight[..., None] * feat[index]).sum(1)
+    return _weighted_rows(weight, feat, index)
 
 # %% ../../nbs/geometry/11_pointops.ipynb #ecf87898
 def voxelize(

@@ -11,19 +11,22 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core import PointBatch, check_shapes, full_precision
 from .pointops import voxel_mean, voxelize
 from .serialization import grid_coordinates
+from ..kernels.threads import in_threads
 
 # %% auto #0
-__all__ = ['Triple', 'cell_numbers', 'SparseTensor', 'neighbour_table', 'RowBlock', 'Rulebook', 'Rules', 'sparse_conv',
-           'submanifold_rules', 'Origin', 'strided_rules', 'SubMConv3d', 'SparseConv3d', 'SparseInverseConv3d',
-           'merge_voxels', 'point_cells']
+__all__ = ['Triple', 'PARTS', 'cell_numbers', 'SparseTensor', 'neighbour_table', 'RowBlock', 'Plan', 'Rulebook', 'Rules',
+           'CompiledConv', 'sparse_conv', 'submanifold_rules', 'Origin', 'strided_rules', 'SubMConv3d', 'SparseConv3d',
+           'SparseInverseConv3d', 'merge_voxels', 'point_cells']
 
 # %% ../../nbs/geometry/13_sparse.ipynb #5285fd24
 Triple = tuple[int, int, int]
@@ -131,12 +134,8 @@ class SparseTensor:
         return SparseTensor(self.feat.to(device), self.index.to(device), self.shape, self.size)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #3eac46d8
-def neighbour_table(
-    number: Int[Tensor, "n"],  # long, rising: cells in a block with the window's margin around it
-    shape: Triple,  # of that block, margin included
-    kernel: Triple,  # odd widths of the window
-) -> Int[Tensor, "k n"]:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 for none
-    "Which cells lie in the window around each cell."
+def _table_in_torch(number: Tensor, shape: Triple, kernel: Triple) -> Tensor:
+    "`neighbour_table` on any device."
     n, volume, lines = len(number), math.prod(kernel), kernel[0] * kernel[1]
     # the last column takes what was not found
     table = torch.full((volume, n + 1), -1, dtype=torch.int32, device=number.device)
@@ -155,6 +154,21 @@ def neighbour_table(
             place, want = place + hit, want + 1
     return table[:, :n]
 
+
+def neighbour_table(
+    number: Int[Tensor, "n"],  # long, rising: cells in a block with the window's margin around it
+    shape: Triple,  # of that block, margin included
+    kernel: Triple,  # odd widths of the window
+) -> Int[Tensor, "k n"]:  # [k0 k1 k2, n] int32: place of the neighbour in `number`, -1 for none
+    "Which cells lie in the window around each cell."
+    if number.device.type != "cpu":
+        return _table_in_torch(number, shape, kernel)
+    from unipre3d.kernels import conv
+
+    table = torch.empty(math.prod(kernel), len(number), dtype=torch.int32)
+    conv.fill_table(number.numpy(), shape[1] * shape[2], shape[2], kernel, table.numpy())
+    return table
+
 # %% ../../nbs/geometry/13_sparse.ipynb #e4a235f8
 class RowBlock(NamedTuple):
     "A piece of the work: some output rows, and all pairs that end in them."
@@ -166,6 +180,55 @@ class RowBlock(NamedTuple):
     start: Int[Tensor, "r"]  # where in `order` each output row begins
 
 
+class Plan(NamedTuple):
+    "A rulebook for the compiled convolution: rows by their place in the order of the work."
+
+    src: np.ndarray  # [p] int32 place of the input row of each pair
+    dst: np.ndarray  # [p] int32 place of the output row of each pair
+    pieces: (
+        np.ndarray
+    )  # [blocks, k + 1] where the pairs of each offset begin, and where the last ones end
+    edges: np.ndarray  # [blocks + 1] places of the output rows of each block
+    inputs: Int[Tensor, "n"]  # input row at each place
+    outputs: Int[Tensor, "m"]  # output row at each place
+
+
+def _place_of(rows: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    "The place of each row."
+    places = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    return torch.empty_like(places).index_copy_(0, rows.long(), places)
+
+
+def _cut(table: Tensor, side: int) -> tuple[Tensor, ...]:
+    "Row and column of each pair, counts [blocks k], order of the pairs and start of the columns in each block."
+    volume, m = table.shape
+    table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side)
+    table = table.transpose(0, 1).contiguous()
+    hit = table >= 0
+    pair = hit.view(-1).nonzero()[:, 0]
+    place = hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit)
+    order = place.mT.flatten().index_select(0, hit.mT.flatten().nonzero()[:, 0]) - 1
+    many = hit.sum(1, dtype=torch.int32)
+    start = many.cumsum(1, dtype=torch.int32) - many
+    counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1)
+    column = pair % side + pair.div(volume * side, rounding_mode="floor") * side
+    return table.view(-1).index_select(0, pair), column, counts, order, start.flatten()
+
+
+def _cut_compiled(table: Tensor, side: int) -> tuple[Tensor, ...]:
+    "The same on a processor."
+    from unipre3d.kernels import conv
+
+    volume, m = table.shape
+    pairs = int((table >= 0).sum())
+    src, dst, order = torch.empty(3, pairs, dtype=torch.int32)
+    counts = torch.empty(-(-m // side), volume, dtype=torch.int32)
+    start = torch.empty(m, dtype=torch.int32)
+    found = src, dst, counts, order, start
+    conv.cut_table(table.contiguous().numpy(), side, *(array.numpy() for array in found))
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Rulebook:
     "Who contributes to whom, through which offset."
@@ -174,6 +237,24 @@ class Rulebook:
     dst: Int[Tensor, "p"]  # int32 output row of each pair
     blocks: list[RowBlock]  # together they hold each output row once
     rows: int  # output rows m
+    inputs: Int[
+        Tensor, "n"
+    ]  # input row at each place: rows near one another are worked on together
+
+    @cached_property
+    def plan(self) -> Plan:
+        "The same pairs for the compiled convolution."
+        outputs = torch.cat([block.rows for block in self.blocks])
+        counts = np.array([[block.pairs.start, *block.counts] for block in self.blocks])
+        sizes = [len(block.rows) for block in self.blocks]
+        return Plan(
+            src=_place_of(self.inputs).index_select(0, self.src).numpy(),
+            dst=_place_of(outputs).index_select(0, self.dst).numpy(),
+            pieces=counts.cumsum(1),
+            edges=np.cumsum([0, *sizes]),
+            inputs=self.inputs,
+            outputs=outputs,
+        )
 
     @classmethod
     def from_table(
@@ -185,28 +266,20 @@ class Rulebook:
         "Cut a table into blocks."
         volume, m = table.shape
         if not m:
-            return cls(src_rows[:0].int(), dst_rows[:0].int(), [], 0)
-        most = 2048 if table.device.type == "cpu" else 2**17
+            return cls(src_rows[:0].int(), dst_rows[:0].int(), [], 0, src_rows)
+        most = 512 if table.device.type == "cpu" else 2**17
         side = -(-m // -(-m // most))  # blocks of one size
-        table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side)
-        table = table.transpose(0, 1).contiguous()
-        hit = table >= 0
-        pair = hit.view(-1).nonzero()[:, 0]
-        place = hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit)
-        order = place.mT.flatten().index_select(0, hit.mT.flatten().nonzero()[:, 0]) - 1
-        many = hit.sum(1, dtype=torch.int32)
-        start = many.cumsum(1, dtype=torch.int32) - many
-        counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1).tolist()
+        cut = _cut_compiled if table.device.type == "cpu" else _cut
+        src, dst, counts, order, start = cut(table, side)
         blocks, done = [], 0
-        for i, count in enumerate(counts):
+        for i, count in enumerate(counts.tolist()):
             pairs = slice(done, done + sum(count))
-            rows = dst_rows[i * side : (i + 1) * side]
-            blocks.append(RowBlock(pairs, count, rows, order[pairs], start[i, : len(rows)]))
+            own = slice(i * side, (i + 1) * side)
+            blocks.append(RowBlock(pairs, count, dst_rows[own], order[pairs], start[own]))
             done = pairs.stop
-        src = src_rows.int().index_select(0, table.view(-1).index_select(0, pair))
-        column = pair % side + pair.div(volume * side, rounding_mode="floor") * side
-        dst = F.pad(dst_rows.int(), (0, -m % side)).index_select(0, column)
-        return cls(src, dst, blocks, m)
+        src = src_rows.int().index_select(0, src)
+        dst = dst_rows.int().index_select(0, dst)
+        return cls(src, dst, blocks, m, src_rows)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #e2567c01
 @dataclass(frozen=True, eq=False)
@@ -230,6 +303,23 @@ class Rules:
         table[offset.to(device), self.forth.src.long()] = self.forth.dst
         places = torch.arange(self.forth.rows, device=device)
         return Rulebook.from_table(table, places, torch.arange(self.inputs, device=device))
+
+    def check(
+        self,
+        rows: int,  # of the features
+        offsets: int,  # matrices of the weights
+    ) -> None:
+        "Refuse features or weights that these rules are not of. Raises: ValueError of one line."
+        if rows != self.inputs:
+            raise ValueError(
+                f"sparse_conv.feat: expected {self.inputs} rows as in the rules, got {rows}"
+            )
+        blocks = self.forth.blocks
+        if blocks and offsets != len(blocks[0].counts):
+            raise ValueError(
+                f"sparse_conv.weight: expected {len(blocks[0].counts)} offsets as in the rules, "
+                f"got {offsets}"
+            )
 
     def reversed(self) -> Rules:
         "The rules of a strided convolution, from its outputs to its inputs."
@@ -267,7 +357,7 @@ class _SparseConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         feat, weight = ctx.saved_tensors
         want_feat, want_weight, _ = ctx.needs_input_grad
@@ -295,13 +385,95 @@ class _SparseConv(torch.autograd.Function):
         return of_feat, of_weight, None
 
 
+def _columns16(x: Tensor) -> Tensor:
+    "With columns of zeros up to a multiple of 16."
+    return F.pad(x, (0, -x.shape[-1] % 16)).contiguous()
+
+
+def _convolve(feat: Tensor, weight: Tensor, book: Rulebook) -> Tensor:
+    "The compiled convolution along one book; the rows of `feat` in the order of the work."
+    from unipre3d.kernels import conv
+
+    out = feat.new_empty(book.rows, weight.shape[2])
+    src, dst, pieces, edges, _, outputs = book.plan
+    inputs = feat.numpy(), _columns16(weight).numpy(), src, dst, pieces, edges
+
+    def work(block):
+        conv.convolve(block, *inputs, outputs.numpy(), out.numpy())
+
+    in_threads(work, [(block,) for block in range(len(pieces))])
+    return out
+
+
+PARTS = 8  # of the blocks, each with a sum of its own: more keep more threads busy
+
+
+def _weight_gradient(feat: Tensor, grad: Tensor, weight: Tensor, rules: Rules) -> Tensor:
+    "The gradient of the weights; the rows of both in the order of the work."
+    from unipre3d.kernels import conv
+
+    grad = _columns16(grad)
+    src, dst, pieces, *_ = rules.back.plan
+    count = min(PARTS, len(pieces))
+    edges = [len(pieces) * i // count for i in range(count + 1)]
+    sums = weight.new_empty(count, *weight.shape[:2], grad.shape[1])
+    arrays = feat.numpy(), grad.numpy(), src, dst, pieces
+
+    def work(i):
+        conv.weight_gradient(edges[i], edges[i + 1], rules.mirror, *arrays, sums[i].numpy())
+
+    in_threads(work, [(i,) for i in range(count)])
+    return sums.sum(0)[..., : weight.shape[2]]
+
+
+class CompiledConv(torch.autograd.Function):
+    "The convolution on the CPU in float32: one compiled call a block."
+
+    @staticmethod
+    def forward(
+        ctx,
+        feat: Float[Tensor, "n c"],
+        weight: Float[Tensor, "k c out"],
+        rules: Rules,
+    ) -> Float[Tensor, "m out"]:
+        ctx.save_for_backward(feat, weight)
+        ctx.rules = rules
+        near = feat.index_select(0, rules.forth.inputs)
+        return _convolve(near, weight, rules.forth)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Float[Tensor, "m out"]):
+        feat, weight = ctx.saved_tensors
+        rules, book = ctx.rules, ctx.rules.back
+        grad = grad.index_select(0, book.inputs)
+        of_feat, of_weight = None, None
+        if ctx.needs_input_grad[0]:
+            transposed = weight.mT.flip(0) if rules.mirror else weight.mT
+            of_feat = _convolve(grad, transposed, book)
+        if ctx.needs_input_grad[1]:
+            near = feat.index_select(0, book.plan.outputs)
+            of_weight = _weight_gradient(near, grad, weight, rules)
+        return of_feat, of_weight, None
+
+
 def sparse_conv(
     feat: Float[Tensor, "n c"],  # input rows
     weight: Float[Tensor, "out k0 k1 k2 c"],  # spconv's layout; kernel axes as in the index
     rules: Rules,  # of this resolution and kernel
+    *,
+    compiled: bool = True,  # where it can be: float32 on the CPU; False: plain torch
 ) -> Float[Tensor, "m out"]:
-    "Convolve along the pairs of a rulebook; differentiable once in features and weights."
+    """Convolve along the pairs of a rulebook; differentiable once in features and weights.
+
+    Raises: ValueError of one line, where a shape does not fit.
+    """
+    check_shapes("sparse_conv", feat=(feat, "n c"), weight=(weight, "out k0 k1 k2 c"))
     matrices = weight.to(feat.dtype).flatten(1, 3).permute(1, 2, 0).contiguous()
+    rules.check(len(feat), len(matrices))
+    single = feat.dtype == torch.float32 and feat.device.type == "cpu"
+    if single and compiled and rules.forth.rows and rules.inputs:
+        return CompiledConv.apply(feat, matrices, rules)
     return _SparseConv.apply(feat.contiguous(), matrices, rules)
 
 # %% ../../nbs/geometry/13_sparse.ipynb #96c15d7c

@@ -539,6 +539,16 @@ def min8(typing, a, b):
 
 
 @intrinsic
+def max8(typing, a, b):
+    "The larger of the two; b where one is NaN."
+
+    def code(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return float8(a, b), code
+
+
+@intrinsic
 def abs8(typing, a):
     "|a|"
 

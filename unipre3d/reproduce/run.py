@@ -212,9 +212,12 @@ def run_row(
     if run.exists() and not resume:
         shutil.rmtree(run)  # of other values, or its record was taken away: it starts anew
     init = "none" if row.start == "none" else run_path(row.start, folder)
-    record = run_recipe(row.recipe, recipe, run, init=init, resume=resume, say=say).record
+    done = run_recipe(row.recipe, recipe, run, init=init, resume=resume, say=say)
+    record = done.record
     if record is None:
         return None
+    if done.ended == "diverged":
+        raise ValueError(f"{row.key}: expected a run with finite losses, see {run / 'record.json'}")
     record["start"]["init"] = row.start
     record["row"] = recorded(row)
     if row.needs:
@@ -471,6 +474,9 @@ def reproduce_command(
             f"--workers: expected at least 1, or 0 for one a GPU, got {options.workers}"
         )
     data = {name: getattr(options, name) for name in SOURCES}
+    for name, folder in data.items():
+        if folder and budget == "mini":
+            raise ValueError(f"--{name}: counts only in the full plan; got {folder}")
     rows = select(plan(budget, data), options.only)
     if options.list or budget == "full":
         print(plan_table(rows, options.out))

@@ -16,10 +16,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..files import check_weights, decode_json, read_safetensors
 from ..records import check_record, flush, written_whole
 
 # %% auto #0
@@ -66,27 +66,16 @@ def load_tensors(
 
     Raises: FileNotFoundError where there is no file, ValueError for one that is no checkpoint or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a checkpoint, there is no such file; "
-            "name a run folder that has saved, or its checkpoint.safetensors"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            values = file.metadata() or {}
-            text = values.get("json", "{}")
-            meta = json.loads(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a safetensors checkpoint, could not read it ({error})"
-        ) from error
+    remedy = "name a run folder that has saved, or its checkpoint.safetensors"
+    tensors, values = read_safetensors(path, "a safetensors checkpoint", remedy)
+    check_weights(tensors, path)
+    text = values.get("json", "{}")
     if values.get("sha256", "") not in ("", content_hash(tensors, text)):
         raise ValueError(
             f"{path}: expected the content that was written, found another hash; "
             "the file is damaged: copy it again, or take an earlier one"
         )
+    meta = decode_json(text.encode(), path, what="the values of a run in its checkpoint")
     return tensors, meta
 
 # %% ../../nbs/57_checkpoint.ipynb #985cd8b2
@@ -295,7 +284,8 @@ def run_history(
     every: int = 25,  # steps of one mean
 ) -> dict[str, dict[str, Any]]:
     "The course of a run in short: means of the training columns over `every` steps, and each validation."
-    table = pd.read_csv(metrics)
+    table = pd.read_csv(metrics, on_bad_lines="skip").apply(pd.to_numeric, errors="coerce")
+    table = table.dropna(subset="step")
     scores = [
         column for column in table if column.startswith("val_") and table[column].notna().any()
     ]

@@ -40,9 +40,9 @@ from unipre3d.runs.checkpoint import (
 from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
-__all__ = ['Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests', 'steady',
-           'new_accelerator', 'processes', 'own_part', 'gathered', 'take_step', 'Progress', 'check_task', 'is_due',
-           'fit']
+__all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
+           'steady', 'new_accelerator', 'processes', 'own_part', 'gathered', 'take_step', 'Progress', 'check_task',
+           'is_due', 'fit']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -308,6 +308,9 @@ def take_step(
     return norm, not finite or accelerator.optimizer_step_was_skipped
 
 # %% ../../nbs/58_fit.ipynb #dc148b38
+MOST_SKIPPED = 20  # steps in a row; more are no accident, and the run ends
+
+
 @dataclass
 class Progress:
     "How far a run is, and how it ended."
@@ -318,7 +321,8 @@ class Progress:
     best_step: int = 0  # step of the weights in checkpoint.safetensors
     waited: int = 0  # validations since then
     skipped: int = 0  # steps whose loss or gradient was not finite
-    ended: str = "finished"  # or "interrupted" (and saved), or "patience"
+    in_a_row: int = 0  # of these the latest, without a good step between
+    ended: str = "finished"  # or "interrupted" (and saved), "patience" or "diverged"
 
 
 def check_task(
@@ -417,7 +421,7 @@ def fit(
             chosen.update({k: v.detach().clone() for k, v in kept.state_dict().items()})
 
     def save():
-        if not task.choose:
+        if not task.choose or (now.ended == "diverged" and now.best is None):
             keep()
         if not main:
             return
@@ -471,6 +475,7 @@ def fit(
                 loss, scores = task.loss(wrapped, to_device(batch, device))
             norm, skipped = take_step(loss, wrapped, adamw, accelerator, optimiser.clip)
             now.step += 1
+            now.in_a_row = now.in_a_row + 1 if skipped else 0
             if skipped:
                 now.skipped += 1
                 for buffer, value in zip(model.buffers(), statistics):
@@ -484,7 +489,9 @@ def fit(
             shown = dict(zip(scores, means)) | validate()
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
-            if run.patience and now.waited >= run.patience:
+            if now.in_a_row >= MOST_SKIPPED:
+                now.ended = "diverged"
+            elif run.patience and now.waited >= run.patience:
                 now.ended = "patience"
             elif (
                 any_process(stopping()) and now.step < run.steps

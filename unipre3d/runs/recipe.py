@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +17,9 @@ from torch import nn
 from ..data.augment import Augment
 
 # %% auto #0
-__all__ = ['OLD_NAMES', 'Data', 'Model', 'Objective', 'Optimiser', 'Run', 'Recipe', 'groups', 'change', 'freeze', 'to_values',
-           'augment_of', 'from_values', 'learning_rate', 'check_recipe']
+__all__ = ['Limit', 'Condition', 'NEVER', 'LIMITS', 'CONDITIONS', 'OLD_NAMES', 'Data', 'Model', 'Objective', 'Optimiser', 'Run',
+           'within', 'above', 'one_of', 'reads', 'Recipe', 'groups', 'change', 'freeze', 'to_values', 'augment_of',
+           'from_values', 'learning_rate', 'value_of', 'check_recipe', 'check_changes', 'names_embedded']
 
 # %% ../../nbs/56_recipe.ipynb #1c52b752
 @dataclass(frozen=True)
@@ -76,6 +78,78 @@ class Run:
     save_every: int = 500  # steps between saves; 0 is off, but for the last
     picture_every: int = 0  # steps between pictures; 0 is off, but for the last
 
+# %% ../../nbs/56_recipe.ipynb #56a00002
+Limit = tuple[str, Callable[[Any], bool]]  # what is expected, in words and as a test of the value
+Condition = tuple[str, Callable[[Any], bool]]  # when a value counts, the same of the recipe
+
+
+def within(
+    low: float,
+    high: float = math.inf,
+) -> Limit:
+    "Finite numbers of a range, both ends included."
+    words = f"at least {low}" if high == math.inf else f"{low}..{high}"
+    return words, lambda value: low <= value <= high and math.isfinite(value)
+
+
+def above(
+    low: float,
+    high: float = math.inf,
+) -> Limit:
+    "Finite numbers above the first, at most the second."
+    words = f"above {low}" + ("" if high == math.inf else f" and at most {high}")
+    return words, lambda value: low < value <= high and math.isfinite(value)
+
+
+def one_of(*known: Any) -> Limit:
+    "Some values and no others."
+    words = [f'"{value}"' if isinstance(value, str) else str(value) for value in known]
+    return " or ".join([", ".join(words[:-1]), words[-1]]), lambda value: value in known
+
+
+def reads(layout: str, *sources: str) -> Condition:
+    "When a value counts: with one layout, and with some of its sources if they are named."
+    words = f"with --layout {layout}" + "".join(f" and --data {source}" for source in sources)
+    return (
+        words,
+        lambda recipe: (
+            recipe.data.layout == layout and (not sources or recipe.data.source in sources)
+        ),
+    )
+
+
+NEVER: Condition = ("with other recipes", lambda recipe: False)
+LIMITS: dict[str, Limit] = {
+    "n_points": within(0),
+    "augment": ("distances of at least 0", lambda how: min(how.translate, how.jitter) >= 0),
+    "workers": within(0),
+    "min_coverage": within(0, 1),
+    "lr": above(0),
+    "schedule": one_of("cosine", "step"),
+    "warmup": within(0),
+    "decay_every": within(1),
+    "decay": above(0, 1),
+    "weight_decay": within(0),
+    "layer_decay": above(0, 1),
+    "clip": above(0),
+    "ema": ("a decay, at least 0 and below 1", lambda value: 0 <= value < 1),
+    "mixed_precision": one_of("no", "bf16", "fp16"),
+    "frozen_steps": within(0),
+    "steps": within(1),
+    "batch_size": within(1),
+    "seed": within(0),
+    "validate_every": within(0),
+    "patience": within(0),
+    "save_every": within(0),
+    "picture_every": within(0),
+}  # of the values that every recipe has
+CONDITIONS: dict[str, Condition] = {
+    "decay": ("with --schedule step", lambda recipe: recipe.optimiser.schedule == "step"),
+    "decay_every": ("with --schedule step", lambda recipe: recipe.optimiser.schedule == "step"),
+    "layer_decay": ("without --probe", lambda recipe: not recipe.optimiser.probe),
+    "patience": ("with --validate-every", lambda recipe: recipe.run.validate_every > 0),
+}  # of the values that every recipe has
+
 # %% ../../nbs/56_recipe.ipynb #91513b13
 @dataclass(frozen=True)
 class Recipe:
@@ -92,6 +166,8 @@ class Recipe:
     kind: ClassVar[str] = "finetune"  # of the record
     command: ClassVar[str] = "finetune"  # of the command line
     old_names: ClassVar[dict[str, str]] = {}  # of values, in files of earlier versions
+    limits: ClassVar[dict[str, Limit]] = LIMITS  # of its values
+    conditions: ClassVar[dict[str, Condition]] = CONDITIONS  # of values that do not always count
 
     def build_model(self, classes: int) -> nn.Module:
         "The model with weights drawn from the seed; `classes` is the number of labels, where there are labels."
@@ -228,30 +304,63 @@ def learning_rate(
     raise ValueError(f'schedule: expected "cosine" or "step", got "{optimiser.schedule}"')
 
 
+def value_of(
+    recipe: Recipe,
+    name: str,  # of a value
+) -> Any:
+    "A value by its last name."
+    return getattr(getattr(recipe, groups(recipe)[name]), name)
+
+
 def check_recipe(
     recipe: Recipe,
 ) -> None:
-    """Refuse numbers that no run can have.
+    """Refuse values that no run can have.
 
     Raises: ValueError that names the value.
     """
-    lowest = {"steps": 1, "batch_size": 1, "decay_every": 1}
-    counts = ("steps", "batch_size", "decay_every", "warmup", "workers", "n_points", "frozen_steps")
-    every = ("save_every", "validate_every", "picture_every", "patience")
     known = groups(recipe)
-    for name in (*counts, *every):
-        if name not in known:
-            continue
-        value = getattr(getattr(recipe, known[name]), name)
-        if value < lowest.get(name, 0):
-            raise ValueError(f"{name}: expected at least {lowest.get(name, 0)}, got {value}")
-    if not 0 <= recipe.optimiser.ema < 1:
-        raise ValueError(
-            f"ema: expected a decay, at least 0 and below 1, got {recipe.optimiser.ema}"
-        )
+    for name, (words, fits) in recipe.limits.items():
+        if name in known and not fits(value_of(recipe, name)):
+            raise ValueError(f"{name}: expected {words}, got {value_of(recipe, name)!r}")
     if recipe.optimiser.probe and recipe.optimiser.frozen_steps:
         raise ValueError(
             "frozen_steps: expected 0 with probe, which freezes the backbone for the whole run; "
             f"got {recipe.optimiser.frozen_steps}"
         )
-    learning_rate(0, recipe.run.steps, recipe.optimiser)
+
+
+def check_changes(
+    recipe: Recipe,
+    usual: Recipe,  # it before values were changed
+) -> None:
+    """Refuse changes without an effect; a value that stays as it was is never refused.
+
+    Raises: ValueError that names the value and says when it counts.
+    """
+    known = groups(recipe)
+    for name, (when, counts) in recipe.conditions.items():
+        if name not in known or counts(recipe):
+            continue
+        before, now = value_of(usual, name), value_of(recipe, name)
+        if now != before:
+            option = name.replace("_", "-")
+            raise ValueError(f"{option}: counts only {when}; expected {before!r}, got {now!r}")
+
+
+def names_embedded(
+    source: str,  # the value of a recipe
+    *names: str,  # of data that the package makes or embeds
+) -> bool:
+    """Whether a source is one of the package's own.
+
+    Raises: ValueError where a folder of that name is here too.
+    """
+    if source not in names:
+        return False
+    if Path(source).exists():
+        raise ValueError(
+            f"data: {source} is a folder here and also the name of data of the package; "
+            f"pass --data ./{source} for the folder, or rename it for the other"
+        )
+    return True

@@ -43,8 +43,8 @@ from .starts import check_init, start_from, start_summary
 
 # %% auto #0
 __all__ = ['SMALL_BACKBONES', 'LOCK', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder', 'held',
-           'first_does', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions', 'prepare_run',
-           'run_recipe', 'read_run', 'load_model']
+           'own_folder', 'from_first', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions',
+           'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -237,22 +237,40 @@ def held(
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def first_does(
-    action: Callable[[], Any],  # gives a plain value
+@contextmanager
+def own_folder(
+    folder: str | Path,  # wanted
+    exact: bool = False,  # as for `claim_folder`
+) -> Iterator[Path]:
+    """Within it, a folder for a new run that nobody else has.
+
+    Raises: as `claim_folder` and `held`.
+    """
+    claimed = claim_folder(folder, exact)
+    with held(claimed):
+        check_free(claimed)  # now that nobody else can change it
+        yield claimed
+
+
+def from_first(
+    work: Callable[[], Any],  # what the first process does; its result can be pickled
 ) -> Any:
-    "What the first process's action gives, in every process; its error is everybody's, so nobody waits."
+    """What the call gives in the first process, in every process.
+
+    Raises: what it raises there, in every process, so that none waits for another.
+    """
     rank, world = processes()
-    if world == 1:
-        return action()
-    value = problem = None
+    outcome: tuple[Any, Exception | None] = None, None
     if rank == 0:
         try:
-            value = action()
+            outcome = work(), None
         except (ValueError, OSError) as error:
-            problem = error
-    value, problem = broadcast_object_list([value, problem])
-    if problem is not None:
-        raise problem
+            outcome = None, error
+    if world > 1:
+        outcome = broadcast_object_list([outcome])[0]
+    value, error = outcome
+    if error is not None:
+        raise error
     return value
 
 # %% ../../nbs/59_run.ipynb #d6909213
@@ -264,7 +282,7 @@ class Outcome:
     record: (
         dict | None
     )  # None where it was interrupted, and in all but the first of several processes
-    ended: str  # "finished", "interrupted" (and saved) or "patience"
+    ended: str  # "finished", "interrupted" (and saved), "patience" or "diverged"
 
 
 def describe_data(
@@ -336,7 +354,7 @@ def prepare_run(
                 f"--resume: {folder} began with {'; '.join(changed)}: the numbers would not be those of one run; "
                 "make it as it was, or pass --force and the record will say so"
             )
-        first_does(lambda: until_end.enter_context(held(folder)))
+        from_first(lambda: until_end.enter_context(held(folder)))
         return Path(folder), config.get("start", {"kind": "none", "init": "none"}), changed
     backbone = getattr(task.model, "backbone", None)
     if backbone is None and str(init) != "none":
@@ -347,12 +365,9 @@ def prepare_run(
 
     def claim():
         wanted = Path(folder) if folder else Path("runs") / name
-        claimed = claim_folder(wanted, exact=folder is not None)
-        until_end.enter_context(held(claimed))
-        check_free(claimed)  # now that nobody else can change it
-        return str(claimed)
+        return until_end.enter_context(own_folder(wanted, exact=folder is not None))
 
-    claimed = Path(first_does(claim))
+    claimed = from_first(claim)
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
@@ -380,11 +395,11 @@ def run_recipe(
     check_recipe(recipe)
     if not resume:
         check_init(init)
-        if folder is not None:
-            check_free(folder)
     wall, cpu, code = time.time(), time.process_time(), code_version()
     device, why = recipe.choose_device(device)
     accelerator = new_accelerator(recipe.optimiser.mixed_precision, device)
+    if folder is not None and not resume:
+        from_first(lambda: check_free(folder))
     rank, world = processes()
     own_batch, rest = divmod(recipe.run.batch_size, world)
     if rest:
@@ -433,6 +448,12 @@ def run_recipe(
             accelerator=accelerator,
             say=say,
         )
+        if done.ended == "diverged" and rank == 0:
+            say(
+                f"stopped after step {done.step}: no loss or gradient of {done.in_a_row} steps in a row was finite; "
+                f"lower --lr, or check the values (unipre3d data check FOLDER); "
+                f"the weights before are in {folder}"
+            )
         if done.skipped and rank == 0:
             say(
                 f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite"
@@ -448,7 +469,7 @@ def run_recipe(
         weights, chosen = load_tensors(folder / "checkpoint.safetensors")
         model = accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)  # tested in float32
         model.load_state_dict(weights)
-        metrics, details = task.test(model, folder)
+        metrics, details = ({}, {}) if done.ended == "diverged" else task.test(model, folder)
         if rank:
             return Outcome(folder, None, done.ended)
         backend = getattr(recipe.objective, "backend", "auto")
@@ -463,6 +484,7 @@ def run_recipe(
             "start": start,
             "steps": done.step,
             "skipped": done.skipped,
+            "ended": done.ended,
             "chosen": chosen,
             "data": task.data,
             "classes": task.classes,

@@ -5,7 +5,6 @@
 # %% ../../nbs/tasks/70_transfer.ipynb #3c5043f7
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone, match_released
+from ..files import read_json
 from ..records import data_hash
 from .checkpoint import load_tensors
 
@@ -206,6 +206,6 @@ def start_summary(
     config = file.parent / "config.json"
     recipe = None
     if start.kind == "run" and config.is_file():
-        recipe = json.loads(config.read_text()).get("name")
+        recipe = read_json(config).get("name")
     found = {"init": start.init, "kind": start.kind, "coverage": start.coverage}
     return found | {"recipe": recipe, "sha256": data_hash(file)}

@@ -23,7 +23,19 @@ from ..image import check_images, downscale_factor, load_autoencoder, pad_to_mul
 from ..losses import psnr
 from ..runs.checkpoint import has_state
 from ..runs.fit import Task, processes
-from ..runs.recipe import Optimiser, Recipe, Run, change  # inherited fields name them
+from unipre3d.runs.recipe import (  # inherited fields name Optimiser and Run
+    CONDITIONS,
+    LIMITS,
+    NEVER,
+    Condition,
+    Limit,
+    Optimiser,
+    Recipe,
+    Run,
+    change,
+    names_embedded,
+    within,
+)
 from ..runs.run import run_recipe
 
 # %% auto #0
@@ -218,6 +230,22 @@ class AutoencoderRecipe(Recipe):
     task: ClassVar[str] = "autoencoder"
     kind: ClassVar[str] = "train"
     command: ClassVar[str] = "pretrain"
+    limits: ClassVar[dict[str, Limit]] = LIMITS | {
+        "views": within(0),
+        "patch": within(8),
+        "channels": ("counts of at least 1", lambda counts: bool(counts) and min(counts) >= 1),
+        "latent_channels": within(1),
+        "kl_weight": within(0),
+        "edge_weight": within(0),
+    }
+    conditions: ClassVar[dict[str, Condition]] = CONDITIONS | {
+        "validate_every": NEVER,
+        "patience": NEVER,
+        "picture_every": NEVER,
+        "layer_decay": NEVER,
+        "frozen_steps": NEVER,
+        "probe": NEVER,
+    }
 
     def build_model(self, classes: int = 0) -> nn.Module:
         "diffusers' AutoencoderKL, with weights drawn from the seed."
@@ -226,7 +254,7 @@ class AutoencoderRecipe(Recipe):
 
     def build_task(self, device: str | torch.device = "cpu") -> Task:
         "Images, model, loss and scores of an autoencoder."
-        root = None if self.data.source == "furniture" else self.data.source
+        root = None if names_embedded(self.data.source, "furniture") else self.data.source
         views = self.data.views or None
         readers = {split: ShapeNetViews(root, split=split) for split in ("train", "val")}
         rank, _ = processes()

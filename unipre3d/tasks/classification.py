@@ -30,16 +30,32 @@ from unipre3d.data.readers import (
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered, processes
-from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
+from unipre3d.runs.recipe import (
+    CONDITIONS,
+    LIMITS,
+    Condition,
+    Data,
+    Limit,
+    Model,
+    Optimiser,
+    Recipe,
+    Run,
+    change,
+    names_embedded,
+    one_of,
+    reads,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import LabelObjective, accuracy, label_loss, own_batches, pool
 from .metrics import ClassScore, draw_confusion
 from ..worlds.scans import Scans, embedded_scans
 
 # %% auto #0
-__all__ = ['DATA_SETS', 'MINI', 'FULL', 'classification_recipes', 'ClassificationModel', 'Episode', 'draw_episode',
-           'class_probabilities', 'score_classes', 'evaluate_classes', 'vote', 'ClassData', 'ClassHead', 'ClassRun',
-           'read_clouds', 'read_splits', 'class_samples', 'save_confusion', 'ClassificationRecipe']
+__all__ = ['DATA_SETS', 'CLASS_LIMITS', 'CLASS_CONDITIONS', 'MINI', 'FULL', 'classification_recipes', 'ClassificationModel',
+           'Episode', 'draw_episode', 'class_probabilities', 'score_classes', 'evaluate_classes', 'vote', 'ClassData',
+           'ClassHead', 'ClassRun', 'read_clouds', 'read_splits', 'class_samples', 'save_confusion', 'validates',
+           'ClassificationRecipe']
 
 # %% ../../nbs/tasks/72_classification.ipynb #1e2ce3af
 class ClassificationModel(nn.Module):
@@ -223,6 +239,11 @@ def read_clouds(
     Raises: ValueError for values that do not fit the layout.
     """
     if data.layout == "furniture":
+        if not names_embedded(data.source or "furniture", "furniture"):
+            raise ValueError(
+                f'data: layout "furniture" is the embedded furniture, expected "furniture", got "{data.source}"; '
+                f"for a folder pass --layout {' or '.join(DATA_SETS)}"
+            )
         radius = recipe_radius(data.radius, made_here=True)
         return ShapeNetViews(split=split, classes=list(data.classes) or None, radius=radius)
     if data.layout == "scans":
@@ -230,7 +251,7 @@ def read_clouds(
             raise ValueError(
                 f"radius: scans are made with {RADIUS}, expected that, got {data.radius}"
             )
-        if data.source not in ("shapes", "furniture"):
+        if not names_embedded(data.source, "shapes", "furniture"):
             raise ValueError(
                 f'data: expected "shapes" or "furniture" for scans, got "{data.source}"'
             )
@@ -334,6 +355,53 @@ def save_confusion(
     return Path(path)
 
 
+CLASS_LIMITS: dict[str, Limit] = LIMITS | {
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+    "validation": one_of("split", "share", "none"),
+    "validation_fraction": ("a fraction above 0 and below 1", lambda value: 0 < value < 1),
+    "shots": within(0),
+    "ways": within(0),
+    "queries": within(1),
+    "episode": within(0),
+    "radius": within(0),
+    "sampling": one_of("random", "fps"),
+    "hidden": within(0),
+    "dropout": within(0, 1),
+    "smoothing": within(0, 1),
+    "votes": ("0 (off) or at least 2", lambda value: value == 0 or value >= 2),
+}
+
+
+def validates(recipe: Recipe) -> bool:
+    "Whether validation chooses the checkpoint."
+    return recipe.data.validation != "none"
+
+
+CLASS_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    "variant": (
+        "with --layout scans or scanobjectnn",
+        lambda recipe: recipe.data.layout in ("scans", "scanobjectnn"),
+    ),
+    "per_class": reads("scans", "shapes"),
+    "validation_fraction": (
+        "with --validation share",
+        lambda recipe: recipe.data.validation == "share",
+    ),
+    "queries": ("with --ways", lambda recipe: recipe.data.ways > 0),
+    "episode": ("with --ways or --shots", lambda recipe: recipe.data.ways or recipe.data.shots),
+    "hidden": ("without --probe", lambda recipe: not recipe.optimiser.probe),
+    "dropout": (
+        "with a hidden layer",
+        lambda recipe: recipe.model.hidden and not recipe.optimiser.probe,
+    ),
+    "validate_every": ("with --validation split or share", validates),
+    "patience": (
+        "with validation and --validate-every",
+        lambda r: validates(r) and r.run.validate_every,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class ClassificationRecipe(Recipe):
     "One classification, as plain values."
@@ -345,6 +413,8 @@ class ClassificationRecipe(Recipe):
 
     task: ClassVar[str] = "classification"
     old_names: ClassVar[dict[str, str]] = {"share": "validation_fraction"}
+    limits: ClassVar[dict[str, Limit]] = CLASS_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = CLASS_CONDITIONS
 
     def build_model(self, classes: int) -> ClassificationModel:
         "Backbone and head, with weights drawn from the seed; a probe's head is linear."

@@ -14,11 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from matplotlib.figure import Figure
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
@@ -27,11 +22,19 @@ from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.scannet import LabelSet, scannet_labels
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import Model, Optimiser, change  # inherited fields name Optimiser
+from unipre3d.runs.recipe import (  # inherited fields name Optimiser
+    Limit,
+    Model,
+    Optimiser,
+    above,
+    change,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import accuracy, label_loss
 from .metrics import InstanceScore, Instances
 from unipre3d.tasks.scenes import (
+    SCENE_LIMITS,
     SceneData,
     SceneRun,
     ROOM_MINI,
@@ -90,6 +93,9 @@ def components(
     pairs: Int[np.ndarray, "p 2"],  # edges
 ) -> Int[np.ndarray, "n"]:
     "Which nodes hang together."
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (n, n))
     return connected_components(graph, directed=False)[1]
 
@@ -103,6 +109,8 @@ def radius_groups(
 
     Raises: ValueError for a radius that is not above 0.
     """
+    from scipy.spatial import cKDTree
+
     if not radius > 0:
         raise ValueError(f"radius: expected a length above 0, got {radius}")
     group = np.full(len(xyz), -1)
@@ -120,7 +128,10 @@ def radius_groups(
     found = components(len(cell), edges)
     more = []
     for a, b in near[found[near[:, 0]] != found[near[:, 1]]]:
-        if (cdist(points[a], points[b], "sqeuclidean") <= radius**2).any():
+        gap, row = cKDTree(points[a]).query(points[b])
+        closest = gap.argmin()
+        step = points[b][closest] - points[a][row[closest]]
+        if (step**2).sum() <= radius**2:
             more.append((a, b))
     edges = np.concatenate([edges, np.array(more, dtype=near.dtype).reshape(-1, 2)])
     found = components(len(cell), edges)[node]
@@ -315,9 +326,11 @@ def save_instances(
     title: str = "",
 ) -> Path:
     "Write `instances.png`: colours, true things, found things."
+    from matplotlib.figure import Figure  # no global state, no display
+
     own = label_palette(int(truth.max(initial=0)) + 1)[:-1]
     table = np.concatenate([own, [[130, 0, 0], [225, 225, 225]]]).astype(np.uint8)
-    figure = Figure(figsize=(11, 3.8))  # no global state, no display
+    figure = Figure(figsize=(11, 3.8))
     columns = {
         "colours": room_colors(cloud),
         "true things": table[truth],
@@ -382,6 +395,11 @@ class InstanceRecipe(SceneRecipe):
     model: InstanceHeads = InstanceHeads()
 
     task: ClassVar[str] = "instance segmentation"
+    limits: ClassVar[dict[str, Limit]] = SCENE_LIMITS | {
+        "radius": above(0),
+        "min_points": within(1),
+        "overlap": within(0, 1),
+    }
     old_names: ClassVar[dict[str, str]] = SceneRecipe.old_names | {
         "least": "min_points",
         "both": "group_unmoved",
@@ -407,7 +425,7 @@ class InstanceRecipe(SceneRecipe):
     def build_task(self, device: str | torch.device = "cpu") -> Task:
         "Readers, model, loss and scores of an instance segmentation."
         model = self.build_model(self.data.labels)
-        train, val, final = split_rooms(self.data)
+        train, val, final = split_rooms(self.data, "instance")
         labels = scannet_labels(self.data.labels)
         things = thing_classes(labels)
 

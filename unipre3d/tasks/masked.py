@@ -19,7 +19,23 @@ from ..data.augment import Augment
 from ..data.samples import CloudSamples
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered
-from ..runs.recipe import Data, Model, Objective, Optimiser, Recipe, Run, change
+from unipre3d.runs.recipe import (
+    CONDITIONS,
+    LIMITS,
+    NEVER,
+    Condition,
+    Data,
+    Limit,
+    Model,
+    Objective,
+    Optimiser,
+    Recipe,
+    Run,
+    change,
+    names_embedded,
+    one_of,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import own_batches
 
@@ -115,10 +131,10 @@ def read_shapes(
 
     Raises: ValueError for another source.
     """
+    if not names_embedded(data.source, "furniture", "shapes"):
+        raise ValueError(f'data: expected "shapes" or "furniture", got "{data.source}"')
     if data.source == "furniture":
         return ShapeNetViews(split=split, classes=list(data.classes) or None)
-    if data.source != "shapes":
-        raise ValueError(f'data: expected "shapes" or "furniture", got "{data.source}"')
     from unipre3d.worlds.shapes import embedded_shapes
 
     path = embedded_shapes(categories=list(data.classes) or None, per_category=data.per_class)
@@ -135,6 +151,18 @@ class MaskedRecipe(Recipe):
     task: ClassVar[str] = "masked reconstruction"
     command: ClassVar[str] = "pretrain"
     old_names: ClassVar[dict[str, str]] = {"share": "masked_fraction"}
+    limits: ClassVar[dict[str, Limit]] = LIMITS | {
+        "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+        "masked_fraction": within(0, 1),
+        "decoder_depth": within(1),
+    }
+    conditions: ClassVar[dict[str, Condition]] = CONDITIONS | {
+        "layout": NEVER,
+        "per_class": ("with --data shapes", lambda recipe: recipe.data.source == "shapes"),
+        "validate_every": NEVER,
+        "patience": NEVER,
+        "picture_every": NEVER,
+    }
 
     def build_model(self, classes: int = 0) -> MaskedModel:
         "Backbone and decoder, with weights drawn from the seed."

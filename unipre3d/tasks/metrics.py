@@ -8,13 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from matplotlib.axes import Axes
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..core import check_shapes
 
@@ -82,10 +79,9 @@ class Confusion:
         keep = is_scored(truth, self.ignore)
         pred, truth = pred[keep], truth[keep]
         check_labels(f"{name} pred", pred, self.classes)
-        count = multiclass_confusion_matrix(
-            pred.long(), truth.long(), self.classes, validate_args=False
-        )
-        self.matrix += count.cpu()
+        pairs = truth.long() * self.classes + pred.long()
+        count = torch.bincount(pairs.flatten(), minlength=self.classes**2)
+        self.matrix += count.view(self.classes, self.classes).cpu()
         return self
 
     def compute(self) -> dict[str, Any]:
@@ -146,12 +142,14 @@ def draw_confusion(
     matrix: Int[Tensor, "k k"],  # rows are true classes
     names: list[str],  # K
     *,
-    ax: Axes | None = None,  # drawn into; None means new ones
+    ax: Any = None,  # matplotlib axes, drawn into; None means new ones
     counts: bool = True,  # write the numbers
-) -> Axes:
+) -> Any:  # the axes
     "A confusion matrix as an image, each row coloured by its fractions."
     check_shapes("draw_confusion", matrix=(matrix, f"{len(names)} {len(names)}"))
     if ax is None:
+        import matplotlib.pyplot as plt
+
         ax = plt.subplots(figsize=(1.5 + 0.34 * len(names),) * 2)[1]
     fraction = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     ax.imshow(fraction.numpy(), cmap="Blues", vmin=0, vmax=1)

@@ -31,7 +31,22 @@ from unipre3d.data.readers import (
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
+from unipre3d.runs.recipe import (
+    CONDITIONS,
+    LIMITS,
+    Condition,
+    Data,
+    Limit,
+    Model,
+    Optimiser,
+    Recipe,
+    Run,
+    change,
+    names_embedded,
+    one_of,
+    reads,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import LabelObjective, accuracy, label_loss, own_batches, pool, propagate
 from .metrics import PartScore, own_parts
@@ -39,10 +54,10 @@ from ..worlds.scans import CATEGORIES, Scans, embedded_part_shapes
 from ..worlds.shapes import PARTS
 
 # %% auto #0
-__all__ = ['COLORS', 'MINI', 'part_recipes', 'PartModel', 'number_parts', 'PartClouds', 'with_names', 'LabelledParts',
-           'PartSamples', 'predict_parts', 'PartTable', 'evaluate_parts', 'Majority', 'spread', 'draw_parts',
-           'save_parts', 'PartData', 'PartHead', 'part_names', 'read_parts', 'split_parts', 'part_samples',
-           'PartRecipe']
+__all__ = ['COLORS', 'PART_LIMITS', 'PART_CONDITIONS', 'MINI', 'part_recipes', 'PartModel', 'number_parts', 'PartClouds',
+           'with_names', 'LabelledParts', 'PartSamples', 'predict_parts', 'PartTable', 'evaluate_parts', 'Majority',
+           'spread', 'draw_parts', 'save_parts', 'PartData', 'PartHead', 'part_names', 'read_parts', 'split_parts',
+           'part_samples', 'validates', 'PartRecipe']
 
 # %% ../../nbs/tasks/73_parts.ipynb #e31e7f13
 class PartModel(nn.Module):
@@ -455,6 +470,11 @@ def read_parts(
         radius = recipe_radius(data.radius)
         reader = ShapeNetPart(data.source, split=split, radius=radius)
         return PartClouds(reader, names, numbered=True)
+    if not names_embedded(data.source or data.layout, data.layout):
+        raise ValueError(
+            f'data: layout "{data.layout}" is made here, expected "{data.layout}", got "{data.source}"; '
+            "for a folder pass --layout shapenetpart"
+        )
     if data.radius != RADIUS:
         raise ValueError(
             f"radius: {data.layout} are made with {RADIUS}, expected that, got {data.radius}"
@@ -500,6 +520,39 @@ def part_samples(
     )
 
 
+PART_LIMITS: dict[str, Limit] = LIMITS | {
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+    "radius": within(0),
+    "stored": within(1),
+    "validation": one_of("split", "none"),
+    "shots": within(0),
+    "hidden": within(0),
+    "dropout": within(0, 1),
+    "smoothing": within(0, 1),
+}
+
+
+def validates(recipe: Recipe) -> bool:
+    "Whether validation chooses the checkpoint."
+    return recipe.data.validation != "none"
+
+
+PART_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    "per_class": reads("shapes"),
+    "stored": reads("shapes"),
+    "hidden": ("without --probe", lambda recipe: not recipe.optimiser.probe),
+    "dropout": (
+        "with a hidden layer",
+        lambda recipe: recipe.model.hidden and not recipe.optimiser.probe,
+    ),
+    "validate_every": ("with --validation split", validates),
+    "patience": (
+        "with validation and --validate-every",
+        lambda r: validates(r) and r.run.validate_every,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class PartRecipe(Recipe):
     "One part segmentation, as plain values."
@@ -509,6 +562,8 @@ class PartRecipe(Recipe):
     objective: LabelObjective = LabelObjective()
 
     task: ClassVar[str] = "part segmentation"
+    limits: ClassVar[dict[str, Limit]] = PART_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = PART_CONDITIONS
 
     def build_model(self, classes: int) -> PartModel:
         """Backbone and head, with weights drawn from the seed; a probe's head is linear.

@@ -21,22 +21,48 @@ from ..backbones.backbone import Backbone
 from ..core import GaussianBatch, PointBatch, Sample, ViewBatch, collate, full_precision
 from ..data.augment import Augment
 from ..data.loading import eval_loader
+from ..data.readers import DecodedImages
 from ..data.samples import ViewSamples
 from ..data.scannet import ScanNetFrames
 from ..data.shapenet import ShapeNetViews
 from ..gaussians import GaussianHead
-from ..image import KLImageEncoder, rgb_features
+from unipre3d.image import (
+    CachedFeatures,
+    KLImageEncoder,
+    LazyEncoder,
+    autoencoder_folder,
+    rgb_features,
+)
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
 from ..render import render
 from ..runs.fit import Task, gathered, processes
-from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
+from unipre3d.runs.recipe import (
+    CONDITIONS,
+    LIMITS,
+    NEVER,
+    Condition,
+    Data,
+    Limit,
+    Model,
+    Optimiser,
+    Recipe,
+    Run,
+    above,
+    change,
+    names_embedded,
+    one_of,
+    reads,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
+from ..values import refusal
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET', 'HEIGHT', 'FROM_SHAPENET',
-           'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views', 'evaluate', 'constant_baselines',
-           'ViewData', 'GaussianModel', 'build_image_net', 'build_fusion', 'read_views', 'PretrainRecipe',
+__all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET',
+           'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
+           'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
+           'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe',
            'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
@@ -73,7 +99,14 @@ def predict(
     | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]
     model: nn.Module,  # a `UniPre3D`
 ) -> GaussianBatch:
-    "Points and reference images to Gaussians; without an image model there is no fusion."
+    """Points and reference images to Gaussians; without an image model there is no fusion.
+
+    Raises: ValueError outside training for coordinates that are not finite; in training the step is skipped."""
+    if not model.training and not bool(points.xyz.isfinite().all()):
+        wrong = int((~points.xyz.isfinite()).sum())
+        raise refusal(
+            "predict: points.xyz", "finite numbers", f"{wrong} that are not", "drop those points"
+        )
     maps = None
     if image_net is not None:
         with torch.no_grad():
@@ -151,7 +184,9 @@ def evaluate(
         target = sample.target
         gaussians = predict(sample.points, sample.ref, image_net, model)
         rgb = render(gaussians, target.camera, colour, backend=backend).rgb
-        scores = {"psnr": psnr(rgb, target.rgb), "ssim": ssim(rgb, target.rgb)}
+        few = zip(rgb.split(16), target.rgb.split(16))  # the windows of all would fill the memory
+        similarity = torch.cat([ssim(*pair) for pair in few])
+        scores = {"psnr": psnr(rgb, target.rgb), "ssim": similarity}
         if target.mask is not None:
             scores["psnr_foreground"] = psnr(rgb, target.rgb, target.mask)
         scores = {name: value.cpu() for name, value in scores.items()}
@@ -211,7 +246,9 @@ class ViewData(Data):
     intrinsics: str = (
         "files"  # scenes: "standard" for ScanNet's usual ones, where a folder has none
     )
-    cache_mb: int = 320  # memory for decoded images, for each loader process; 0 is off
+    depth_scale: float = 1000.0  # scenes: stored units of depth in a metre, such as 5000 of TUM's
+    cache_mb: int = 320  # memory for decoded clouds and images, for each loader process; 0 is off
+    image_cache_mb: int = 1024  # disk for decoded images, shared by all processes; 0 is off
     augment: Augment = Augment(rotate="up")  # points and cameras together
     workers: int = 1  # loader processes
 
@@ -228,6 +265,9 @@ class GaussianModel(Model):
     sh_degree: int = 1  # degree of the colour harmonics; 1 makes 23 numbers a point
     max_offset: float = 0.2  # largest distance per axis of a Gaussian from its point, world units
     initial_scale: float = 0.05  # standard deviation of the Gaussians before training, world units
+    feature_cache_mb: int = (
+        4096  # disk for the maps of the image model; 0 computes them in every step
+    )
     min_scale: float = 0.0  # floor of the standard deviation; the released code has 0.37
     max_scale: float = 100.0  # its ceiling, world units; the released code has e^20
 
@@ -249,6 +289,19 @@ def build_image_net(
     if model.image == "rgb":
         return rgb_features
     return KLImageEncoder.from_pretrained(model.image, subfolder=model.image_subfolder)
+
+
+def cached_image_net(
+    model: GaussianModel,
+) -> nn.Module | Callable | None:  # as `build_image_net`
+    "The frozen image model with its maps cached, for a run that meets the same images again."
+    source, subfolder = model.image, model.image_subfolder
+    limit = model.feature_cache_mb * 2**20
+    if limit and model.fusion != "NoFusion" and source not in ("none", "rgb"):
+        if source == "mini" or autoencoder_folder(source, subfolder).is_dir():
+            return CachedFeatures(LazyEncoder(source, subfolder=subfolder), limit)
+        return CachedFeatures(build_image_net(model), limit)
+    return build_image_net(model)
 
 
 def build_fusion(
@@ -284,6 +337,20 @@ def read_views(
     data: ViewData,
     split: str,  # "train", "val" or "test"
 ) -> ShapeNetViews | ScanNetFrames:
+    """The reader of one split, which keeps decoded images; shapes and rooms are made on first use.
+
+    Raises: as `open_views`.
+    """
+    reader = open_views(data, split)
+    if data.image_cache_mb:
+        reader.decoded = DecodedImages(data.image_cache_mb * 2**20)
+    return reader
+
+
+def open_views(
+    data: ViewData,
+    split: str,  # "train", "val" or "test"
+) -> ShapeNetViews | ScanNetFrames:
     """The reader of one split; shapes and rooms are made on first use.
 
     Raises: ValueError for values that do not fit the layout, FileNotFoundError for data that are not there.
@@ -297,10 +364,16 @@ def read_views(
             f"classes: expected none with data={data.source}; "
             "only generated shapes (--data shapes) are picked by class"
         )
+    if data.depth_scale != 1000 and data.layout != "scannet":
+        raise ValueError(
+            f"depth_scale: expected 1000 with layout {data.layout}, whose views have no depth, "
+            f"got {data.depth_scale:g}"
+        )
     cache_bytes = data.cache_mb * 2**20
     root = data.source
     if data.layout == "shapenet":
-        if root == "shapes":
+        embedded = names_embedded(root, "furniture", "shapes")
+        if embedded and root == "shapes":
             from unipre3d.worlds.shapes import embedded_shapes
 
             categories = list(data.classes) or None
@@ -314,16 +387,73 @@ def read_views(
             size=data.resolution,
             cache_bytes=cache_bytes,
         )
-    if root == "rooms":
+    if names_embedded(root, "rooms"):
         from unipre3d.worlds.rooms.disk import embedded_rooms
 
         root = embedded_rooms(rooms=data.rooms)
     hw = (data.resolution, data.resolution * 4 // 3)
     return ScanNetFrames(
-        root, split=split, hw=hw, intrinsics=data.intrinsics, cache_bytes=cache_bytes
+        root,
+        split=split,
+        hw=hw,
+        intrinsics=data.intrinsics,
+        depth_scale=data.depth_scale,
+        cache_bytes=cache_bytes,
     )
 
 # %% ../../nbs/60_pretrain.ipynb #2d4b9a42
+VIEW_LIMITS: dict[str, Limit] = LIMITS | {
+    "convention": one_of("", "released"),
+    "rooms": within(1),
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+    "sampling": one_of("random", "fps"),
+    "resolution": within(6),
+    "n_ref": within(1),
+    "n_target": within(1),
+    "max_gap": within(1),
+    "intrinsics": one_of("files", "standard"),
+    "depth_scale": above(0),
+    "cache_mb": within(0),
+    "image_cache_mb": within(0),
+    "feature_cache_mb": within(0),
+    "sh_degree": within(0, 3),
+    "max_offset": within(0),
+    "initial_scale": above(0),
+    "min_scale": within(0),
+    "max_scale": above(0),
+    "background": ("three fractions in 0..1", lambda rgb: all(0 <= value <= 1 for value in rgb)),
+    "foreground_weight": within(0),
+    "background_weight": within(0),
+}
+
+
+def joins_images(recipe: Recipe) -> bool:
+    "Whether there is a fusion, which reads the image model."
+    return recipe.model.fusion != "NoFusion"
+
+
+def weighs_foreground(recipe: Recipe) -> bool:
+    "Whether the foreground is weighed: there is a colour term, and the views have masks."
+    return bool(recipe.objective.terms.get("colour")) and recipe.data.layout == "shapenet"
+
+
+VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    "convention": reads("shapenet"),
+    "rooms": reads("scannet", "rooms"),
+    "classes": reads("shapenet", "shapes"),
+    "per_class": reads("shapenet", "shapes"),
+    "max_gap": reads("scannet"),
+    "intrinsics": reads("scannet"),
+    "depth_scale": reads("scannet"),
+    "image": ("with a fusion", joins_images),
+    "image_subfolder": ("with a fusion", joins_images),
+    "feature_cache_mb": ("with a fusion", joins_images),
+    "foreground_weight": ("with a colour term and views with masks", weighs_foreground),
+    "background_weight": ("with a colour term and views with masks", weighs_foreground),
+    "patience": NEVER,
+}
+
+
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
     "One pre-training by rendering, as plain values."
@@ -335,6 +465,8 @@ class PretrainRecipe(Recipe):
     task: ClassVar[str] = "pre-training"
     kind: ClassVar[str] = "pretrain"
     command: ClassVar[str] = "pretrain"
+    limits: ClassVar[dict[str, Limit]] = VIEW_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = VIEW_CONDITIONS
 
     def build_predictor(
         self,
@@ -398,7 +530,7 @@ def pretrain_task(
     check_objective(recipe.objective)
     train = build_views(recipe, "train")
     held_out = build_views(recipe, "val")
-    image_net = build_image_net(recipe.model)
+    image_net = cached_image_net(recipe.model)
     if isinstance(image_net, nn.Module):
         image_net.to(device)
     model = recipe.build_predictor(getattr(image_net, "width", 0))
@@ -467,6 +599,8 @@ PAPER = dict(
     source="",
     workers=8,
     image="stabilityai/sd-vae-ft-mse",
+    feature_cache_mb=0,
+    image_cache_mb=0,
     lr=1e-4,
     warmup=0,
     schedule="step",

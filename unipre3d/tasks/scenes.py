@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
@@ -27,13 +26,31 @@ from ..data.samples import CloudSamples, Labelled
 from ..data.scannet import ScanNetFrames
 from ..geometry.pointops import voxelize
 from ..geometry.sparse import merge_voxels
-from ..runs.recipe import Data, Model, Optimiser, Recipe, Run, change
+from ..values import refusal
+from unipre3d.runs.recipe import (
+    CONDITIONS,
+    LIMITS,
+    Condition,
+    Data,
+    Limit,
+    Model,
+    Optimiser,
+    Recipe,
+    Run,
+    above,
+    change,
+    names_embedded,
+    one_of,
+    reads,
+    within,
+)
 from .heads import LabelObjective, propagate
 
 # %% auto #0
-__all__ = ['ROOM_MINI', 'SCENE_FULL', 'one_per_voxel', 'crop_rows', 'LabelledScenes', 'WholeScene', 'ScenePoints', 'PointModel',
-           'lovasz_loss', 'paint_room', 'room_colors', 'paint_columns', 'SceneData', 'SceneObjective', 'SceneRun',
-           'SceneRecipe', 'read_rooms', 'split_rooms', 'scene_samples', 'describe_rooms']
+__all__ = ['SCENE_LIMITS', 'SCENE_CONDITIONS', 'ROOM_MINI', 'SCENE_FULL', 'one_per_voxel', 'crop_rows', 'LabelledScenes',
+           'WholeScene', 'ScenePoints', 'PointModel', 'lovasz_loss', 'paint_room', 'room_colors', 'paint_columns',
+           'SceneData', 'SceneObjective', 'SceneRun', 'validates', 'SceneRecipe', 'read_rooms', 'check_labelled',
+           'split_rooms', 'scene_samples', 'describe_rooms']
 
 # %% ../../nbs/tasks/66_scenes.ipynb #66a00009
 def one_per_voxel(
@@ -246,7 +263,7 @@ def room_colors(
 
 
 def paint_columns(
-    figure: Figure,  # drawn into
+    figure: Any,  # a matplotlib figure, drawn into
     cloud: Cloud,  # xyz, perhaps normal
     columns: dict[str, UInt8[np.ndarray, "n 3"]],  # name -> colours; three of them
     bottom: float,  # of the pictures, 0..1 of the figure
@@ -291,6 +308,48 @@ class SceneRun(Run):
     votes: int = 0  # views of a test room that are averaged, beside the score without; 0 is off
 
 
+SCENE_LIMITS: dict[str, Limit] = LIMITS | {
+    "labels": one_of(20, 200),
+    "rooms": within(1),
+    "validation": one_of("split", "share", "none"),
+    "validation_fraction": ("a fraction above 0 and below 1", lambda value: 0 < value < 1),
+    "test_split": one_of("train", "val", "test"),
+    "test_area": within(1, 6),
+    "val_area": within(1, 6),
+    "voxel_size": above(0),
+    "crop": one_of("ball", "column"),
+    "smoothing": within(0, 1),
+    "lovasz": within(0),
+    "votes": ("0 (off) or at least 2", lambda value: value == 0 or value >= 2),
+}
+
+
+def validates(recipe: Recipe) -> bool:
+    "Whether validation chooses the checkpoint."
+    return recipe.data.validation != "none"
+
+
+SCENE_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    "labels": reads("scannet"),
+    "rooms": reads("scannet", "rooms"),
+    "validation_fraction": (
+        "with --validation share",
+        lambda recipe: recipe.data.validation == "share",
+    ),
+    "test_area": reads("s3dis"),
+    "val_area": (
+        "with --layout s3dis and --validation split",
+        lambda recipe: recipe.data.layout == "s3dis" and recipe.data.validation == "split",
+    ),
+    "crop": ("with --n-points", lambda recipe: recipe.data.n_points > 0),
+    "validate_every": ("with --validation split or share", validates),
+    "patience": (
+        "with validation and --validate-every",
+        lambda r: validates(r) and r.run.validate_every,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class SceneRecipe(Recipe):
     "What the recipes of rooms have in common."
@@ -300,6 +359,8 @@ class SceneRecipe(Recipe):
     run: SceneRun = SceneRun()
 
     old_names: ClassVar[dict[str, str]] = {"share": "validation_fraction", "asked": "test_split"}
+    limits: ClassVar[dict[str, Limit]] = SCENE_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = SCENE_CONDITIONS
 
 
 ROOM_MINI: dict[str, Any] = dict(
@@ -352,15 +413,32 @@ def read_rooms(
         val_area = data.val_area if data.validation == "split" else None
         return S3DIS(data.source, split=split, test_area=data.test_area, val_area=val_area)
     root = data.source
-    if root == "rooms":  # composing needs a ray tracer, reading does not
+    if names_embedded(root, "rooms"):  # composing needs a ray tracer, reading does not
         from unipre3d.worlds.rooms.disk import embedded_rooms
 
         root = embedded_rooms(rooms=data.rooms)
     return ScanNetFrames(root, split=split, labels=data.labels)
 
 
+def check_labelled(
+    reader: Reader,  # of rooms
+    where: str,  # what they are for
+    column: str = "segment",  # or "instance"
+) -> None:
+    """Refuse rooms of which none has labels; scores of them would mean nothing.
+
+    Raises: ValueError of one line.
+    """
+    for i in range(len(reader)):
+        if (reader.rows(i)[column] >= 0).any():
+            return
+    found = f"none in {len(reader)} rooms, such as {reader.name(0)}"
+    raise refusal(where, f"rooms with labels ({column})", found, "name a split that has them")
+
+
 def split_rooms(
     data: SceneData,
+    column: str = "segment",  # that each split must have labels in
 ) -> tuple[Reader, Reader | None, Reader]:  # training, validation (None: none), test
     """The readers of a run.
 
@@ -382,7 +460,11 @@ def split_rooms(
         names = [train.name(i) for i in range(len(train))]
         kept, held_out = hold_out_places(names, data.validation_fraction)
         train, val = Subset(train, kept), Subset(train, held_out)
-    return train, val, read_rooms(data, data.test_split)
+    test = read_rooms(data, data.test_split)
+    for role, reader in dict(training=train, validation=val, test=test).items():
+        if reader is not None:
+            check_labelled(reader, f"{data.source}: {role}", column)
+    return train, val, test
 
 
 def scene_samples(

@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.samples import Labelled
 from ..data.scannet import scannet_labels
+from ..files import read_arrays
 from ..runs.fit import Task, gathered, own_part, processes
 from ..runs.recipe import Model, Optimiser, change  # inherited fields name them
 from ..runs.run import SMALL_BACKBONES, build_backbone
@@ -99,7 +98,7 @@ def evaluate_semantic(
     score = SemanticScore(len(samples.source.classes), groups=groups)
     for index in own_part(len(samples)):
         found = point_probabilities(model, samples, index, votes=votes or 1, device=device)
-        truth = torch.from_numpy(samples.source.rows(index)["segment"]).long()
+        truth = torch.from_numpy(samples.rows(index)["segment"]).long()
         score.update(found.argmax(1), truth)
     score.matrix = sum(gathered([score.matrix]))
     suffix = f"_voting{votes}" if votes else ""
@@ -114,9 +113,12 @@ def save_room(
     title: str = "",
 ) -> Path:
     "Write `room.png`: colours, truth, prediction; the names of the classes that occur below."
+    from matplotlib.figure import Figure  # no global state, no display
+    from matplotlib.lines import Line2D
+
     table = label_palette(len(names))
     truth = cloud["segment"]
-    figure = Figure(figsize=(11, 4.2))  # no global state, no display
+    figure = Figure(figsize=(11, 4.2))
     columns = {"colours": room_colors(cloud), "truth": table[truth], "prediction": table[found]}
     paint_columns(figure, cloud, columns, bottom=0.17, height=0.74)
     kinds = [k for k in np.unique(np.concatenate([truth, found])) if k >= 0][:30]
@@ -167,8 +169,7 @@ def show_voxels(
     names: list[str],  # of the classes
 ) -> str:  # HTML
     "The viewer of a test room: prediction, truth and colours."
-    with np.load(path) as file:
-        room = dict(file)
+    room = read_arrays(path, ("cell", "color", "normal", "truth", "found", "voxel_size"))
     count = len(room["cell"])
     some = np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(int)
     size = float(room["voxel_size"])

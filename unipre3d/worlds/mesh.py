@@ -4,21 +4,36 @@
 
 # %% ../../nbs/worlds/18_mesh.ipynb #5017cd67
 from __future__ import annotations
-import math
+import importlib.util, io, math, os, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
 from ..data.objects import DISTANCE, FOV, RADIUS
+from unipre3d.files import (
+    check_ply,
+    check_unpacked,
+    decode_json,
+    decode_picture,
+    decode_text,
+    read_file,
+    reading,
+    regular_file,
+)
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh',
-           'face_vectors', 'unit', 'smooth_normals', 'face_materials', 'read_mesh', 'normalise', 'true_size',
-           'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays',
-           'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE',
+           'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals', 'find_beside', 'picture_name',
+           'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material', 'vertex_tint', 'face_materials',
+           'check_gltf', 'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture',
+           'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views',
+           'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -41,6 +56,9 @@ class Mesh:
     part: np.ndarray  # [f] index into `parts`
     materials: list[Material]
     parts: list[str]  # names
+    tint: np.ndarray | None = (
+        None  # [f 3 4] float32, multiplies colour (in linear light) and opacity
+    )
 
 
 def plain_mesh(
@@ -111,6 +129,173 @@ def smooth_normals(
     out[crowded] = np.repeat(flat, 3, axis=0)[crowded]
     return unit(out, 1e-30).reshape(-1, 3, 3)
 
+# %% ../../nbs/worlds/18_mesh.ipynb #m18beside
+FOLDERS = (".", "textures", "texture", "images", "maps", "../textures", "../images")  # of pictures
+PICTURES = tuple(".png .jpg .jpeg .webp .bmp .tga .tif .tiff .gif .dds".split())
+MTL_OPTION = r"-(?:[ost](?:\s+[-+.\d]+){1,3}|mm\s+\S+\s+\S+|\w+\s+\S+)\s+"  # before a name
+
+
+@lru_cache(maxsize=64)
+def _names(folder: str, when: int) -> dict[str, str]:
+    "Names of a folder's entries by their small letters; `when` it was changed."
+    return {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
+
+
+def _inside(folder, parts):
+    "The file below a folder, whatever the case of its letters; None where there is none."
+    for part in parts:
+        if not (folder / part).exists():
+            if not folder.is_dir():
+                return None
+            part = _names(str(folder), folder.stat().st_mtime_ns).get(part.lower(), "")
+        if not part:
+            return None
+        folder = folder / part
+    return folder if folder.is_file() else None
+
+
+def find_beside(
+    path: str | Path,  # a mesh file
+    name: str,  # of a file, as the mesh file has it
+) -> Path | None:  # None: there is none
+    "The file that a mesh file names, as viewers find it."
+    path = Path(path)
+    homes = dict.fromkeys([path.parent, path.resolve().parent])  # of a link and of its target
+    for text in dict.fromkeys([name.strip().strip('"'), unquote(name.strip())]):
+        if os.path.isabs(text) and os.path.isfile(text):
+            return Path(text)
+        text = re.sub(r"^(file:/*)?([A-Za-z]:)?", "", text.replace("\\", "/"))
+        parts = [part for part in text.split("/") if part not in ("", ".")][-16:]
+        for k in range(len(parts)):
+            for home in homes:
+                for folder in FOLDERS:
+                    if found := _inside(home, [*folder.split("/"), *parts[k:]]):
+                        return found
+    return None
+
+
+def picture_name(
+    text: str,  # what follows map_Kd in an MTL file
+) -> str:
+    "The name of a picture without the options before it."
+    return re.sub(f"^(?:{MTL_OPTION})+", "", text.strip())
+
+
+class Beside:
+    "The files that a mesh file names, for trimesh; `missing` lists those that are not there or damaged."
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.file_name = self.path.name
+        self.missing = []
+
+    def get(self, name: str) -> bytes:
+        "The bytes of a file; of an MTL file with plain names of pictures."
+        try:
+            found = find_beside(self.path, name)
+            if found is None:
+                raise FileNotFoundError(name)
+            data = read_file(found)
+            if found.suffix.lower() == ".mtl":
+                lines = decode_text(data, found).splitlines()
+                return "\n".join(map(self._plain, lines)).encode()
+            if found.suffix.lower() in PICTURES:
+                decode_picture(data, found, formats=None)
+            return data
+        except (OSError, ValueError):
+            self.missing.append(name)
+            raise
+
+    __getitem__ = get
+
+    def _plain(self, line):
+        key, _, text = line.strip().partition(" ")
+        return f"{key} {picture_name(text)}" if key.lower() == "map_kd" else line
+
+# %% ../../nbs/worlds/18_mesh.ipynb #m18light
+def to_linear(
+    color: np.ndarray,  # [...] sRGB in 0..1
+) -> np.ndarray:  # [...] in 0..1
+    "The amount of light of a screen's value."
+    return np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(
+    light: np.ndarray,  # [...] in 0..1
+) -> np.ndarray:  # [...] in 0..1
+    "The inverse of `to_linear`."
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+
+# %% ../../nbs/worlds/18_mesh.ipynb #m18colors
+def texture_pixels(
+    image,  # PIL.Image.Image
+) -> np.ndarray:  # [h w 4] uint8
+    "The pixels of a texture. Raises: ValueError for more than fit into memory."
+    check_unpacked(4 * image.width * image.height, 0, "texture")
+    return np.asarray(image.convert("RGBA"))
+
+
+def gltf_material(
+    material,  # trimesh's PBRMaterial
+    textured: bool,  # whether the mesh has texture coordinates
+) -> Material:
+    "Factor times texture in linear light, opacity by the alpha mode: what glTF says of its colours."
+    color = material.baseColorFactor
+    factor = np.ones(4) if color is None else np.asarray(color) / 255
+    cutoff = 0.5 if material.alphaCutoff is None else material.alphaCutoff
+    modes = dict(MASK=lambda alpha: (alpha >= cutoff) * 1.0, BLEND=lambda alpha: alpha)
+    opacity = modes.get(material.alphaMode, np.ones_like)
+    if material.baseColorTexture is None or not textured:
+        return Material(tuple(to_srgb(factor[:3]).tolist()), float(opacity(factor[3])))
+    levels = np.arange(256) / 255
+    tables = [to_srgb(to_linear(levels) * f) for f in factor[:3]] + [opacity(levels * factor[3])]
+    pixels = texture_pixels(material.baseColorTexture)
+    channels = [np.round(255 * table)[pixels[..., k]] for k, table in enumerate(tables)]
+    return Material(texture=np.stack(channels, -1).astype(np.uint8))
+
+
+def vertex_tint(
+    mesh,  # trimesh.Trimesh
+) -> np.ndarray | None:  # [f 3 4] float32
+    "The colours that a glTF file gives vertices beside a material."
+    colors = getattr(mesh.visual, "vertex_attributes", {}).get("color")
+    if colors is None or len(colors) != len(mesh.vertices) or np.ndim(colors) != 2:
+        return None
+    whole = np.iinfo(colors.dtype).max if colors.dtype.kind == "u" else 1
+    tint = np.ones((len(colors), 4), np.float32)
+    tint[:, : colors.shape[1]] = colors[:, :4] / whole
+    if mesh.visual.material.alphaMode != "BLEND":
+        tint[:, 3] = 1
+    return tint.clip(0, 1)[mesh.faces]
+
+
+def face_materials(
+    mesh,  # trimesh.Trimesh
+    linear: bool = False,  # its own colours are in linear light, as in glTF
+) -> tuple[np.ndarray, np.ndarray, list[Material]]:  # uv [f 3 2], material [f], the materials
+    "The texture or the material of a mesh, or the colours of faces and vertices in 32 steps a channel."
+    visual = mesh.visual
+    uv = np.zeros((len(mesh.faces), 3, 2), np.float32)
+    first = np.zeros(len(mesh.faces), int)
+    if visual.kind == "texture":
+        material = getattr(visual, "material", None)
+        if visual.uv is not None:
+            uv = np.asarray(visual.uv, np.float32)[mesh.faces]
+        if hasattr(material, "baseColorFactor"):
+            return uv, first, [gltf_material(material, visual.uv is not None)]
+        if getattr(material, "image", None) is not None and visual.uv is not None:
+            return uv, first, [Material(texture=texture_pixels(material.image))]
+        color = [178, 178, 178] if material is None else material.main_color
+        return uv, first, [Material(tuple((np.asarray(color)[:3] / 255).tolist()))]
+    if visual.kind is None:
+        return uv, first, [Material()]
+    colors = np.asarray(visual.face_colors)[:, :3]
+    if linear:
+        colors = np.round(255 * to_srgb(colors / 255)).astype(np.uint8)
+    rounded = colors >> 3
+    colors, which = np.unique(rounded, axis=0, return_inverse=True)
+    return uv, which.reshape(-1), [Material(tuple((c / 31).tolist())) for c in colors]
+
 # %% ../../nbs/worlds/18_mesh.ipynb #9179be05
 TO_Z_UP = dict(
     z=np.eye(3),
@@ -119,63 +304,85 @@ TO_Z_UP = dict(
 )  # rows of a rotation
 
 
-def face_materials(
-    mesh,  # trimesh.Trimesh
-) -> tuple[np.ndarray, np.ndarray, list[Material]]:  # uv [f 3 2], material [f], the materials
-    "The texture or the material of a mesh, or the colours of faces and vertices in 32 steps a channel."
-    visual = mesh.visual
-    uv = np.zeros((len(mesh.faces), 3, 2), np.float32)
-    first = np.zeros(len(mesh.faces), int)
-    if visual.kind == "texture":
-        material = getattr(visual, "material", None)
-        image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
-        if image is not None and visual.uv is not None:
-            uv = np.asarray(visual.uv, np.float32)[mesh.faces]
-            return uv, first, [Material(texture=np.asarray(image.convert("RGBA")))]
-        color = [178, 178, 178] if material is None else material.main_color
-        return uv, first, [Material(tuple((np.asarray(color)[:3] / 255).tolist()))]
-    if visual.kind is None:
-        return uv, first, [Material()]
-    rounded = np.asarray(visual.face_colors)[:, :3] >> 3
-    colors, which = np.unique(rounded, axis=0, return_inverse=True)
-    return uv, which.reshape(-1), [Material(tuple((c / 31).tolist())) for c in colors]
+def check_gltf(
+    path: Path,  # .glb or .gltf
+    data: bytes,
+) -> None:
+    """Compare what a glTF file declares with its length.
+
+    Raises: ValueError that names the file."""
+    if data[:4] == b"glTF":
+        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
+    header = decode_json(data, path, what="a glTF file")
+    with reading(path, "a glTF file"):
+        items = sum(int(accessor["count"]) for accessor in header.get("accessors", []))
+    check_unpacked(8 * items, 8 * path.stat().st_size, path)
+
+
+def load_scene(
+    path: Path,  # a mesh file
+    beside: Beside,  # the files that it names
+) -> list[Any]:  # trimesh.Trimesh of each part, in its place
+    """The triangles of a mesh file.
+
+    Raises: OSError or ValueError that names the file."""
+    import trimesh
+
+    kind = path.suffix.lower().lstrip(".")
+    if kind == "ply":
+        check_ply(path, "a mesh")
+    data = read_file(path, "a mesh file")
+    if kind in ("glb", "gltf"):
+        check_gltf(path, data)
+    with reading(path, "a mesh that trimesh can read", data=data):
+        scene = trimesh.load_scene(io.BytesIO(data), kind, resolver=beside, process=False)
+        shown = [
+            scene.geometry[name] for _, name in map(scene.graph.get, scene.graph.nodes_geometry)
+        ]
+        faces = sum(len(getattr(part, "faces", ())) for part in shown)
+        check_unpacked(150 * faces, 8 * len(data), path)
+        parts = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
+        for part in parts:  # a copy loses the colours of textured vertices
+            own = getattr(scene.geometry[part.metadata["name"]].visual, "vertex_attributes", {})
+            if "color" in own:
+                part.visual.vertex_attributes["color"] = own["color"]
+        return parts
 
 
 def read_mesh(
     path: str | Path,  # anything trimesh reads
     up: str = "y",  # the file's upward axis: "x", "y" (usual for OBJ and GLB) or "z"
 ) -> Mesh:  # in the file's unit, z up
-    "A mesh file as triangles with materials. Raises: ImportError, FileNotFoundError or ValueError, in one line."
-    try:
-        import trimesh
-    except ImportError:
-        raise ImportError(
-            "trimesh: needed to read meshes, found nothing; pip install trimesh"
-        ) from None
+    """A mesh file as triangles with materials; a picture that is missing or damaged is left out with a warning.
+
+    Raises: ImportError, FileNotFoundError or ValueError, in one line."""
+    if importlib.util.find_spec("trimesh") is None:
+        raise ImportError("trimesh: needed to read meshes, found nothing; pip install trimesh")
     if up not in TO_Z_UP:
         raise ValueError(f"up: expected 'x', 'y' or 'z', got {up!r}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected a mesh file, found none")
-    try:
-        scene = trimesh.load_scene(path, process=False)
-    except Exception as problem:
-        raise ValueError(
-            f"{path}: expected a mesh that trimesh can read, got "
-            f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
-        ) from problem
-    meshes = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
+    path = regular_file(path, "a mesh file")
+    beside = Beside(path)
+    meshes = load_scene(path, beside)
+    if beside.missing:
+        names = ", ".join(sorted(set(beside.missing)))
+        warnings.warn(f"{path}: left out what it names and cannot be read: {names}", stacklevel=2)
     if not meshes:
         hint = "found none; a point cloud needs a surface first"
         raise ValueError(f"{path}: expected triangles, {hint}")
-    corners = np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes])
+    linear = path.suffix.lower() in (".glb", ".gltf")
+    with reading(path, "a mesh whose faces, textures and colours fit together"):
+        corners = np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes])
+        uv, material, materials = zip(*(face_materials(m, linear) for m in meshes))
+        tints = [vertex_tint(m) for m in meshes]
     corners = corners @ TO_Z_UP[up].T
     if bad := int((~np.isfinite(corners)).sum()):
         raise ValueError(f"{path}: expected finite vertices, found {bad} numbers that are not")
     if not np.ptp(corners.reshape(-1, 3), axis=0).any():
         hint = "found all corners in one place"
         raise ValueError(f"{path}: expected a mesh with some extent, {hint}")
-    uv, material, materials = zip(*map(face_materials, meshes))
     first = np.cumsum([0, *map(len, materials)])
+    plain = [np.ones((len(m.faces), 3, 4), np.float32) for m in meshes]
+    joined = np.concatenate([p if t is None else t for t, p in zip(tints, plain)])
     return Mesh(
         corners=corners,
         uv=np.concatenate(uv),
@@ -184,6 +391,7 @@ def read_mesh(
         part=np.zeros(len(corners), int),
         materials=sum(materials, []),
         parts=["object"],
+        tint=None if all(t is None for t in tints) else joined,
     )
 
 # %% ../../nbs/worlds/18_mesh.ipynb #67008488
@@ -283,6 +491,10 @@ def surface(
         else:
             rgba = look_up_texture(material.texture, uv[mine])
             color[mine], opacity[mine] = rgba[:, :3], rgba[:, 3]
+    if mesh.tint is not None:
+        tint = on_surface(mesh.tint, face, bary)
+        color = to_srgb(to_linear(color) * tint[:, :3])
+        opacity = opacity * tint[:, 3]
     return color, opacity, unit(on_surface(mesh.normal, face, bary))
 
 

@@ -4,7 +4,9 @@
 
 # %% ../../nbs/worlds/25_prepare.ipynb #b083cc6d
 from __future__ import annotations
-import os, zipfile, zlib
+import os, warnings, zipfile, zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from unipre3d.worlds.mesh import (
 )
 
 # %% auto #0
-__all__ = ['MESHES', 'prepare_own', 'find_meshes', 'prepare_meshes']
+__all__ = ['MESHES', 'prepare_own', 'files_below', 'find_meshes', 'named', 'tell', 'prepare_meshes']
 
 # %% ../../nbs/worlds/25_prepare.ipynb #947bf2af
 def prepare_own(
@@ -57,20 +59,59 @@ def prepare_own(
 MESHES = (".obj", ".ply", ".stl", ".glb", ".gltf", ".off")  # read without further packages
 
 
+def files_below(
+    folder: Path,
+    above: frozenset[str] = frozenset(),  # folders that it lies in
+) -> Iterator[Path]:
+    "Every file, links followed; what is hidden, or a link back to where it lies, is left out."
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith((".", "__MACOSX")):
+            continue
+        if entry.is_dir():
+            yield from files_below(folder / entry.name, above | {place})
+        elif entry.is_file():
+            yield folder / entry.name
+
+
 def find_meshes(
     folder: str | Path,  # with mesh files, or with a folder of them for each class
 ) -> list[Path]:  # sorted
-    "Every mesh file in a folder and the folders below it. Raises: FileNotFoundError or ValueError where there is none."
+    """Every mesh file in a folder and the folders below it, links followed, hidden files left out.
+
+    Raises: FileNotFoundError or ValueError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise FileNotFoundError(f"{folder}: expected a folder of meshes, found {found}")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MESHES and p.is_file())
+    found = sorted(p for p in files_below(folder) if p.suffix.lower() in MESHES)
     if not found:
         raise ValueError(f"{folder}: expected files that end in {', '.join(MESHES)}, found none")
     return found
 
 # %% ../../nbs/worlds/25_prepare.ipynb #8bb6444f
+def named(
+    problem: Exception,
+    path: Path,
+) -> str:
+    "An error's line, with the file in front where it does not begin with it."
+    text = " ".join(str(problem).split())
+    return text if text.startswith(str(path)) else f"{path}: {text}"
+
+
+def tell(
+    lines: list[str],  # one for each file
+    count: str,  # what is said of them together
+    show: int = 20,  # lines that are shown
+) -> None:
+    "One warning for all of them; none for no lines."
+    if lines:
+        more = [f"and {len(lines) - show} more"] * (len(lines) > show)
+        warnings.warn("\n  ".join([count, *lines[:show], *more]), stacklevel=3)
+
+
 def prepare_meshes(
     files: list[str | Path],  # each in a folder that is named like its class
     out: str | Path,  # the data set, a zip
@@ -83,7 +124,8 @@ def prepare_meshes(
     seed: int = 0,  # of the splits
 ) -> Path:  # for `ShapeNetViews`, and for `--data` on the command line
     """Mesh files to a data set for pre-training; written at once or not at all.
-    Raises: ValueError for names that repeat, fractions that do not add up to 1, or a file that is no mesh."""
+    A file that is no mesh is left out; a warning at the end counts and names such files.
+    Raises: ValueError for names that repeat, fractions that do not add up to 1, or where no file is a mesh."""
     files, out = [Path(f) for f in files], Path(out)
     if not files:
         raise ValueError("prepare_meshes: files: expected at least one mesh, got none")
@@ -92,9 +134,10 @@ def prepare_meshes(
         raise ValueError(f"prepare_meshes: split: {wanted}, got {split}")
     if out.suffix != ".zip":
         raise ValueError(f"prepare_meshes: out: expected a name that ends in .zip, got {out}")
-    keys = [(f.resolve().parent.name, f.stem) for f in files]
-    if twice := [k for k in keys if keys.count(k) > 1]:
-        name, many = "/".join(twice[0]), keys.count(twice[0])
+    keys = [(Path(os.path.abspath(f)).parent.name, f.stem) for f in files]
+    (most, many), *_ = Counter(keys).most_common(1)
+    if many > 1:
+        name = "/".join(most)
         raise ValueError(
             f"prepare_meshes: files: expected one {name}, found {many}; rename all but one"
         )
@@ -102,18 +145,30 @@ def prepare_meshes(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(f".{os.getpid()}.part")
     order = sorted(zip(keys, files))
-    rows = []
+    how = dict(views=views, size=size, points=points)
+    rows, skipped, without = [], [], []
     try:
         with zipfile.ZipFile(part, "w") as z:
             for (kind, name), path in tqdm(order, "meshes", unit="mesh", disable=None):
-                mesh = read_mesh(path, up)
-                made, facts = prepare_own(mesh, name, kind, views=views, size=size, points=points)
+                try:
+                    with warnings.catch_warnings(record=True) as said:
+                        warnings.simplefilter("always", UserWarning)
+                        mesh = read_mesh(path, up)
+                    made, facts = prepare_own(mesh, name, kind, **how)
+                except (ValueError, OSError) as problem:
+                    skipped.append(named(problem, path))
+                    continue
+                without += [str(one.message) for one in said]
                 for member, data in made.items():
                     add_member(z, member, data)
                 row = {"id": name, "class": kind, "split": splits[kind, name], "family": name}
                 rows.append(row | facts)
+            if not rows:
+                raise ValueError(f"{skipped[0]}; none of {len(files)} files is a mesh")
             add_tables(z, convention(".png", views, size), rows, {})
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
+    tell(skipped, f"{out}: left out {len(skipped)} of {len(files)} files")
+    tell(without, f"{out}: {len(without)} of {len(files)} meshes lack a file that they name")
     return out

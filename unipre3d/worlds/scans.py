@@ -4,12 +4,11 @@
 
 # %% ../../nbs/worlds/28_scans.ipynb #1f548aa5
 from __future__ import annotations
-import json, math, os, zipfile, zlib
+import json, math, os, zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from ..core import data_dir
@@ -17,6 +16,7 @@ from ..data.labelled import ScanObjectNN
 from ..data.objects import map_jobs, read_csv
 from ..data.readers import fit_radius
 from ..data.shapenet import SPLITS, ShapeNetViews
+from ..files import decode_json, read_arrays
 from ..records import code_hash, data_hash, cached
 from .mesh import Mesh, Tracer, normalise, plain_mesh, visible_cloud
 from .sensor import depth_images, merge_views, sensor_depth
@@ -46,6 +46,8 @@ def surfels(
     cover: float = 0.75,  # half edge of a square over the distance to the fourth neighbour
 ) -> Mesh:
     "A cloud as squares that overlap a little."
+    from scipy.spatial import cKDTree
+
     gap = cKDTree(xyz).query(xyz, 5)[0][:, 4]
     half = cover * np.minimum(gap, 2 * np.median(gap))[:, None]
     helper = np.where(np.abs(normal[:, 2:]) < 0.9, [[0, 0, 1.0]], [[1.0, 0, 0]])
@@ -345,25 +347,20 @@ class Scans:
     Rows: `xyz`, `mask` (1 = object), `part` (0 = none; names in `parts`).
     Raises: FileNotFoundError or ValueError for a file that does not load, or that has too few points."""
 
+    columns = dict(xyz="f", mask=("b", "u"), part=("i", "u"), label="i", name="U")  # numpy's kinds
+
     def __init__(
         self,
         path: str | Path,  # as `write_scans` wrote it
         points: int | None = None,  # the first so many of each, a random choice; None keeps all
     ):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"{path}: expected a file of scans, found nothing there; make it with make_scans"
-            )
-        try:
-            with np.load(path, allow_pickle=False) as z:
-                self.arrays = {k: z[k] for k in ("xyz", "mask", "part", "label", "name")}
-                self.about = json.loads(str(z["about"]))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as problem:
-            raise ValueError(
-                f"{path}: expected scans as make_scans writes them, "
-                f"found a file that does not load ({str(problem).splitlines()[0]})"
-            ) from None
+        self.arrays = read_arrays(
+            path, (*self.columns, "about"), "a file of scans as make_scans writes it"
+        )
+        about = str(self.arrays.pop("about")).encode()
+        self.about = decode_json(about, f"{path}: about", needs=dict(classes=list, parts=dict))
+        self._check_shapes()
         have = self.arrays["xyz"].shape[1]
         if points is not None and not 0 < points <= have:
             raise ValueError(f"points: expected 1..{have}, the points of {path}, got {points}")
@@ -371,6 +368,19 @@ class Scans:
         self.classes = self.about["classes"]
         self.parts = self.about["parts"]
         self.items = list(zip(self.arrays["name"].tolist(), self.arrays["label"].tolist()))
+
+    def _check_shapes(self):
+        n, points = (*self.arrays["xyz"].shape, 0, 0)[:2]
+        each = dict(xyz=(n, points, 3), mask=(n, points), part=(n, points), label=(n,), name=(n,))
+        for key, shape in each.items():
+            if (
+                self.arrays[key].shape != shape
+                or self.arrays[key].dtype.kind not in self.columns[key]
+            ):
+                found = f"{self.arrays[key].dtype} {list(self.arrays[key].shape)}"
+                raise ValueError(
+                    f"{self.path}: expected {key} of shape {list(shape)}, found {found}"
+                )
 
     def __len__(self):
         return len(self.items)

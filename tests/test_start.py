@@ -1,0 +1,114 @@
+"A command that only prints, or that is mistyped, does not wait for torch."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+EACH = """
+import contextlib, io, json, sys
+from unipre3d.cli import main
+
+heavy = {"accelerate", "diffusers", "h5py", "matplotlib", "numba", "pandas", "scipy", "torch", "torchmetrics", "trimesh"}
+for words in json.loads(sys.argv[1]):
+    said, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
+        try:
+            status = main(words.split())
+        except SystemExit as end:
+            status = end.code
+    print(json.dumps([status, said.getvalue(), error.getvalue(), sorted(heavy & set(sys.modules))]))
+"""
+
+
+def outcomes(words):
+    "Of each command: exit status, what was printed, the error, and which of the heavy libraries are imported by then."
+    run = [sys.executable, "-c", EACH, json.dumps(words)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    found = dict(zip(words, map(json.loads, done.stdout.splitlines())))
+    assert list(found) == words, done.stderr
+    return found
+
+
+def test_the_list_of_options_is_that_of_the_recipes():
+    import options
+
+    assert options.FILE.read_text(encoding="utf-8") == options.text(), "run tools/options.py"
+
+
+HELP = {
+    "--help": "object-transformer-mini",
+    "pretrain --help": "--run.batch-size INT",
+    "pretrain object-transformer-mini --steps 3 -h": "colour behind everything, 0..1",
+    "pretrain scene-ptv3-mini --help": "--data.max-gap INT",
+    "pretrain object-transformer --backbone PointMLP --help": "--model.backbone-options.embed-width INT",
+    "finetune --help": "sem-s3dis",
+    "finetune inst-rooms-mini --help": "--model.min-points INT",
+    "reproduce --help": "--shapenet TEXT",
+    "render --help": "--frames INT",
+    "data --help": "prepare | check | rooms",
+    "data prepare --help": "--views INT",
+    "data rooms --help": "--frames INT",
+    "data furniture --help": "--unpack",
+    "data autoencoder --help": "--steps",
+    "doctor --help": "usage: unipre3d doctor",
+}
+MISTAKES = {
+    "pretrain object-transformer-min": "expected one of object-transformer-mini, ",
+    "finetune cls-unicorn": "expected one of cls-furniture-mini, ",
+    "finetune": "expected a recipe first",
+    "fly": "expected a command",
+    "pretrain --stepz 3": "did you mean --steps?",
+    "pretrain --no-steps": "there is no such option",
+    "pretrain --backbone-options.embed-width 8": "there is no such option",
+    "finetune sem-s3dis --data.rooom 3": "did you mean --rooms?",
+    "data roomz": "expected one of prepare, check, rooms",
+    "data rooms --frame 3": "did you mean --frames?",
+}
+
+
+def test_help_imports_nothing_heavy():
+    for words, (status, said, error, heavy) in outcomes(list(HELP)).items():
+        assert (status, error, heavy) == (0, "", []), words
+        assert HELP[words] in " ".join(said.split()), words
+
+
+def test_a_mistyped_word_is_named_at_once():
+    for words, (status, said, error, heavy) in outcomes(list(MISTAKES)).items():
+        assert (status, said, heavy) == (2, "", []), words
+        assert MISTAKES[words] in error and len(error.splitlines()) == 1, words
+
+
+def test_recipes_do_not_import_plotting_and_signal_processing():
+    code = (
+        "import sys, unipre3d.recipes; "
+        "print(*sorted({'diffusers', 'matplotlib', 'scipy', 'torchmetrics', 'trimesh'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [], done.stderr
+
+
+SPIN = "import os; from unipre3d.cli import main; main(['doctor']); print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_waiting_threads_give_way_unless_the_user_says_otherwise(given, spins):
+    "What libgomp itself reports when torch loads it."
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    run = [sys.executable, "-c", SPIN]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("another OpenMP than libgomp")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
+    assert done.stdout.split()[-1] == str(given.get("GOMP_SPINCOUNT", None if given else "1000"))
