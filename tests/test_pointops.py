@@ -265,7 +265,6 @@ def test_coordinates_that_are_not_finite_change_no_other_row(bad):
             assert torch.equal(batch[found], batch[:, None].expand_as(found))
         rows = farthest_point_sample(broken, batch, size, k)
         assert torch.equal(rows, _farthest_torch(broken, batch, size, k))
-        assert rows.unique().numel() == len(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
