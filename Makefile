@@ -43,8 +43,8 @@ site: .venv/dev
 docs: site  ## build the documentation site into _docs/ and walk its pages in a browser
 	$(BIN)/python tools/check_site.py
 
-bench: .venv/dev  ## time the renderer beside a plain torch one
-	$(BIN)/python benchmarks/render.py
+bench: .venv/dev  ## time training steps; ARGS="--against REV" runs an older commit alternately
+	$(BIN)/python benchmarks/steps.py $(ARGS)
 
 wheel: .venv/dev  ## build a wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .

@@ -69,6 +69,7 @@ class Task:
         None  # model, step, folder: writes a picture
     )
     min_clouds: int = 1  # clouds that a batch of one process needs
+    remarks: tuple[str, ...] = ()  # lines for the user before the run begins
 
 # %% ../../nbs/58_fit.ipynb #7e8bc1ef
 def units(

@@ -423,6 +423,8 @@ def run_recipe(
                 f"{name}: {describe_data(task.data, bool(task.choose))}; {size:,} parameters, "
                 f"on {accelerator.device}{why}; writing to {folder}"
             )
+            for remark in task.remarks:
+                say(remark)
             if task.draw is not None and not resume:
                 task.draw(task.model.to(accelerator.device), 0, folder)
 

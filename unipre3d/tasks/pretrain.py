@@ -35,6 +35,7 @@ from unipre3d.image import (
 )
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
+from ..records import cache_dir
 from ..render import render
 from ..runs.fit import Task, gathered, processes
 from unipre3d.runs.recipe import (
@@ -63,7 +64,7 @@ __all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAP
            'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
            'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
            'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe',
-           'build_views', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
+           'build_views', 'cache_remarks', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -522,6 +523,17 @@ def build_views(
     )
 
 
+def cache_remarks(
+    recipe: PretrainRecipe,
+) -> tuple[str, ...]:
+    "What a user should know about the disk that a run takes."
+    limit = recipe.model.feature_cache_mb + recipe.data.image_cache_mb
+    return (
+        f"decoded images and maps of the image model are kept in {cache_dir()}, at most {limit} MB; "
+        "--feature-cache-mb 0 --image-cache-mb 0 keeps none",
+    )
+
+
 def pretrain_task(
     recipe: PretrainRecipe,
     device: str | torch.device = "cpu",
@@ -587,6 +599,7 @@ def pretrain_task(
         columns=tuple(columns),
         validate=validate,
         draw=draw,
+        remarks=cache_remarks(recipe) if isinstance(image_net, CachedFeatures) else (),
     )
 
 # %% ../../nbs/60_pretrain.ipynb #1cbf7cf1
