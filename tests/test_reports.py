@@ -305,9 +305,12 @@ def test_a_camera_note_about_rotation_moves_no_pixel(tmp_path):
     source = ScanNetFrames(root, split="val", hw=(24, 32))
     want = source.view(0, source.frames(0)[0])
     (path,) = (root / "2D" / "color" / source.name(0)).glob("0.jpg")
-    image = Image.open(path)
     note = Image.Exif()
     note[0x0112] = 3  # to be shown upside down
-    image.save(path, quality="keep", exif=note)
+    data, segment = path.read_bytes(), note.tobytes()
+    path.write_bytes(
+        data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(segment)) + segment + data[2:]
+    )
+    assert Image.open(path).getexif()[0x0112] == 3
     found = ScanNetFrames(root, split="val", hw=(24, 32)).view(0, source.frames(0)[0])
     assert (found.rgb == want.rgb).all() and (found.depth == want.depth).all()
