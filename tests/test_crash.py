@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -219,10 +220,44 @@ def test_a_curve_that_is_gone_costs_no_weights(stopped, tmp_path):
 
 def test_half_a_record_is_no_record(stopped, tmp_path):
     recipe, folder = copied(stopped, tmp_path)
-    (folder / "record.json").write_text('{"kind": "finetu')
-    assert not is_finished(folder)
+    for text in ('{"kind": "finetu', "[]", "3", "null", '{"kind": []}', ""):
+        (folder / "record.json").write_text(text)
+        assert not is_finished(folder)
     done = run_recipe("cls-furniture-mini", recipe, folder, resume=True, device="cpu", say=print)
     assert is_finished(folder) and done.record["resumed"]
+
+
+@pytest.mark.parametrize("words", [["finetune", "cls-shapes-mini"], ["pretrain"]])
+def test_a_run_does_not_go_on_under_another_recipe(stopped, capsys, words):
+    from unipre3d.cli import main
+
+    _, folder = stopped
+    assert main([*words, "--resume", "--out", str(folder), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"found one of cls-furniture-mini; go on with: unipre3d finetune cls-furniture-mini --resume --out {folder}"
+        in said
+    )
+
+
+def test_an_interrupt_in_the_test_says_how_to_go_on(tmp_path):
+    usual = finetune_recipes["cls-furniture-mini"]
+
+    class Interrupted(type(usual)):
+        def build_task(self, device="cpu"):
+            return replace(super().build_task(device), test=interrupt)
+
+    def interrupt(model, folder):
+        raise KeyboardInterrupt
+
+    groups = {group.name: getattr(usual, group.name) for group in fields(usual)}
+    recipe = change(Interrupted(**groups), **SMALL | dict(steps=1))
+    folder = tmp_path / "a run"
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=said.append)
+    assert said[-1].endswith(f"finetune cls-furniture-mini --resume --out '{folder}'")
+    assert has_state(folder) and not is_finished(folder)
 
 
 def test_what_changed_since_a_run_began_is_said(stopped, tmp_path):

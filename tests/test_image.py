@@ -259,6 +259,16 @@ def test_what_is_missing_does_not_depend_on_its_neighbours(mini, images, tmp_pat
     assert torch.equal(alone, CachedFeatures(mini, 2**22, tmp_path / "b")(images)[3:4])
 
 
+def test_a_run_in_bfloat16_leaves_no_coarse_maps(mini, images, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = mini(images)
+        cached = CachedFeatures(mini, 2**22, tmp_path)(images)
+    plain = mini(images)
+    assert not torch.equal(coarse, plain)
+    assert torch.equal(cached, plain)
+    assert torch.equal(CachedFeatures(mini, 2**22, tmp_path)(images), plain)  # a later run
+
+
 def test_a_damaged_map_is_made_again(mini, images, tmp_path):
     cached = CachedFeatures(mini, 2**22, tmp_path)
     plain = cached(images)

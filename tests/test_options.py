@@ -139,6 +139,8 @@ REFUSED = {
     "pretrain object-transformer-mini --decay .5": "decay: counts only with --schedule step",
     "pretrain object-transformer-mini --background 255 255 255": "background: expected three fractions in 0..1",
     "pretrain object-transformer-mini --ema 2": "ema: expected a decay, at least 0 and below 1, got 2.0",
+    "pretrain object-transformer-mini --mixed-precision fp16": 'mixed_precision: expected "no" or "bf16" on a processor',
+    "pretrain object-transformer-mini --steps": "unipre3d: Missing value for argument '--run.steps'",
     "pretrain object-transformer-mini --layer-decay 2": "layer_decay: expected above 0 and at most 1, got 2.0",
     "pretrain object-transformer-mini --foreground-weight -1": "foreground_weight: expected at least 0",
     "pretrain object-transformer-mini --min-coverage .5": "min-coverage: counts only with --init",

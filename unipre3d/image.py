@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .core import data_dir
+from .core import data_dir, full_precision
 from .files import Found, check_weights, read_json, reading, regular_file
 from .records import ArrayFile, code_hash, open_arrays
 
@@ -268,7 +268,9 @@ class LazyEncoder(nn.Module):
 
 
 class CachedFeatures(nn.Module):
-    "A frozen encoder whose maps are computed once for each image; on a GPU, and for other types than float32, every time."
+    """A frozen encoder whose maps are computed once for each image; on a GPU, and for other types than float32, every time.
+
+    What is kept is always computed in float32, also under autocast."""
 
     def __init__(
         self,
@@ -297,7 +299,8 @@ class CachedFeatures(nn.Module):
         "Maps from full chunks: the last one is filled up with black images."
         fill = -len(rgb) % self.net.chunk
         full = F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, fill))
-        return self.net(full)[: len(rgb)]
+        with full_precision(rgb):
+            return self.net(full)[: len(rgb)]
 
     @torch.no_grad()
     def forward(

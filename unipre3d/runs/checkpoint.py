@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import check_weights, decode_json, read_safetensors
-from ..records import check_record, flush, written_whole
+from ..records import flush, read_record, written_whole
 
 # %% auto #0
 __all__ = ['STATE', 'STATE_BEFORE', 'STATE_NEW', 'BOOKKEEPING', 'content_hash', 'save_tensors', 'load_tensors', 'parameter_names',
@@ -163,7 +163,7 @@ def is_finished(
 ) -> bool:
     "Whether a run has a whole record; half a one does not count."
     try:
-        check_record(json.loads((Path(folder) / "record.json").read_text()))
+        read_record(Path(folder) / "record.json")
     except (OSError, ValueError):
         return False
     return True

@@ -250,7 +250,7 @@ def new_accelerator(
 ) -> Accelerator:
     """One for a run; an earlier run of this process may have had another precision or device.
 
-    Raises: ValueError for another device.
+    Raises: ValueError for another device, or for fp16 without a GPU.
     """
     if device not in ("auto", "cpu"):
         raise ValueError(
@@ -261,6 +261,10 @@ def new_accelerator(
         timeout=timedelta(hours=4)
     )  # the first process may work alone
     cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and mixed_precision == "fp16":
+        raise ValueError(
+            'mixed_precision: expected "no" or "bf16" on a processor, got "fp16", which needs a GPU'
+        )
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[patience])
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/59_run.ipynb #ec860ff0
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -313,13 +314,13 @@ def changed_conditions(
     "What is not as it was, in words."
     found = []
     for name, value in before.items():
-        if value == now[name]:
+        if value == now.get(name):
             continue
         if name == "data":
             changed = [k for k in value if value[k] != now[name].get(k)]
             found.append(f"data ({', '.join(changed)} changed)")
         else:
-            found.append(f"{name} {value}, now {now[name]}")
+            found.append(f"{name} {value}, now {now.get(name)}")
     return found
 
 
@@ -428,6 +429,8 @@ def run_recipe(
             if task.draw is not None and not resume:
                 task.draw(task.model.to(accelerator.device), 0, folder)
 
+        go_on = f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
+
         def batches(first, stop):
             seeds = dict(seed=recipe.run.seed, num_workers=recipe.data.workers)
             return make_loader(
@@ -462,16 +465,18 @@ def run_recipe(
             )
         if done.ended == "interrupted":
             if rank == 0:
-                say(
-                    f"stopped after step {done.step} of {recipe.run.steps}; go on with: "
-                    f"unipre3d {recipe.command} {name} --resume --out {folder}"
-                )
+                say(f"stopped after step {done.step} of {recipe.run.steps}; go on with: {go_on}")
             return Outcome(folder, None, done.ended)
         accelerator.wait_for_everyone()
         weights, chosen = load_tensors(folder / "checkpoint.safetensors")
         model = accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)  # tested in float32
         model.load_state_dict(weights)
-        metrics, details = ({}, {}) if done.ended == "diverged" else task.test(model, folder)
+        try:
+            metrics, details = ({}, {}) if done.ended == "diverged" else task.test(model, folder)
+        except KeyboardInterrupt:
+            if rank == 0:
+                say(f"stopped in the test, after the last step; go on with: {go_on}")
+            raise
         if rank:
             return Outcome(folder, None, done.ended)
         backend = getattr(recipe.objective, "backend", "auto")
