@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import io
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -22,9 +23,9 @@ from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
 __all__ = ['default_recipe', 'Row', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options',
-           'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'recipe_rows',
-           'value_words', 'option_help', 'check_options', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable',
-           'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
+           'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value',
+           'recipe_rows', 'value_words', 'option_help', 'check_options', 'RunOptions', 'newest_run', 'parse_recipe',
+           'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
            'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
            'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'CheckOptions', 'check_command', 'rooms_command',
            'data_command', 'doctor_command', 'usage', 'spin_briefly', 'main']
@@ -33,15 +34,15 @@ __all__ = ['default_recipe', 'Row', 'commands', 'one_line', 'parse', 'parse_afte
 def one_line(
     boxed: str,  # tyro's message, drawn in a box
 ) -> str:
-    "The sentence of a boxed message: from the first line with a colon to the next rule, as one line."
-    lines = [line.strip("│| ") for line in boxed.splitlines()]
-    start = next((i for i, line in enumerate(lines) if ": " in line), 0)
+    "The sentence of a boxed message, as one line: what stands between the title and the next rule."
     sentence = []
-    for line in lines[start:]:
-        if not line.strip("─-╰╯ "):
+    for line in boxed.splitlines()[1:]:
+        line = line.strip("│| ")
+        if line.strip("─-╰╯ "):
+            sentence.append(line)
+        elif sentence:
             break
-        sentence.append(line)
-    return " ".join(sentence) or boxed.strip()
+    return " ".join(sentence) or " ".join(boxed.split())
 
 
 def parse(
@@ -206,6 +207,19 @@ default_recipe = "object-transformer-mini"
 Row = tuple[str, str, str, str]  # path of an option, its type, its default as text, what it is
 
 
+def typed_value(
+    words: Sequence[str],  # options with their full names, and values
+    option: str,  # such as --model.backbone
+) -> str:  # empty where it is not typed
+    "What is typed for an option, the last time that it is there: after it, or behind an equals sign."
+    found = ""
+    for word, following in zip(words, [*words[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
 def recipe_rows(
     name: str,  # of a recipe, or a command such as "data rooms"
     args: Sequence[str] = (),  # as they were typed; another backbone has other options
@@ -216,10 +230,10 @@ def recipe_rows(
     rows = [ROWS[n] for n in OPTIONS[name]]
     words = full_options(args, [path for path, *_ in rows])
     usual = next((default for path, _, default, _ in rows if path == "model.backbone"), None)
-    for option, value in zip(words, words[1:]):
-        if option == "--model.backbone" and value in BACKBONES and value != usual:
-            rows = [row for row in rows if not row[0].startswith("model.backbone-options.")]
-            rows += [ROWS[n] for n in BACKBONES[value]]
+    backbone = typed_value(words, "--model.backbone")
+    if backbone in BACKBONES and backbone != usual:
+        rows = [row for row in rows if not row[0].startswith("model.backbone-options.")]
+        rows += [ROWS[n] for n in BACKBONES[backbone]]
     return rows
 
 
@@ -338,11 +352,10 @@ def parse_recipe(
     import tyro
 
     plain = full_options(args, [*option_paths(recipe), *option_paths(RunOptions())])
-    if "--model.backbone" in plain[:-1]:  # another backbone has other options
-        backbone = plain[plain.index("--model.backbone") + 1]
-        if backbone != recipe.model.backbone:
-            model = replace(recipe.model, backbone=backbone, backbone_options={})
-            recipe = replace(recipe, model=model)
+    backbone = typed_value(plain, "--model.backbone")
+    if backbone and backbone != recipe.model.backbone:  # another backbone has other options
+        model = replace(recipe.model, backbone=backbone, backbone_options={})
+        recipe = replace(recipe, model=model)
     recipe = with_all_terms(recipe)
     shape = recipe_shape(recipe)
     whole = [
@@ -419,13 +432,20 @@ def train_command(
     from unipre3d.runs.recipe import check_changes, check_recipe
     from unipre3d.runs.run import run_recipe
 
-    usual = (recipes | finetune_recipes)[name]
+    every = recipes | finetune_recipes
+    usual = every[name]
     recipe, options = parse_recipe(command, name, usual, rest)
-    folder = options.out
+    folder = Path(options.out).expanduser() if options.out else None
     if options.resume:
         refuse_changes(recipe, usual, options)
-        folder = resumable(Path(options.out) if options.out else newest_run(name))
+        folder = resumable(folder or newest_run(name))
+        typed = name
         name, recipe, _ = read_recipe(folder)
+        if name != typed and name in every:
+            raise ValueError(
+                f"--resume: expected a run of {typed} in {folder}, found one of {name}; go on with: "
+                f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
+            )
     else:
         check_recipe(recipe)
         check_changes(recipe, usual)
@@ -434,7 +454,8 @@ def train_command(
             raise ValueError(f"min-coverage: counts only with --init; got {coverage[1]}")
     if options.force and not options.resume:
         raise ValueError("--force: expected --resume beside it, which it is about")
-    how = dict(init=options.init, resume=options.resume, force=options.force, device=options.device)
+    init = os.path.expanduser(options.init)
+    how = dict(init=init, resume=options.resume, force=options.force, device=options.device)
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
         return 130
@@ -445,7 +466,7 @@ def train_command(
         pictures = ", ".join(str(path) for path in sorted(done.folder.glob("*.png")))
         print(f"record: {done.folder / 'record.json'}   pictures: {pictures or 'none'}")
         if "psnr" in done.record["metrics"]:
-            print(f"next: unipre3d render {done.folder}")
+            print(f"next: unipre3d render {shlex.quote(str(done.folder))}")
     return 0
 
 
@@ -652,7 +673,7 @@ def prepare_command(args: list[str]) -> int:
     files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
     print(f"wrote {path}: {len(files)} meshes")
-    print(f"next: unipre3d pretrain {default_recipe} --data {path}")
+    print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
     return 0
 
 
