@@ -1,13 +1,16 @@
 """Times the CPU sparse convolutions beside an obvious one in plain torch, forward and backward, in one run.
 
-    python benchmarks/sparse_conv.py [--workloads S32 S64 S96 stem down U10 U50] [--repeats 7] [--json PATH]
+    python benchmarks/sparse_conv.py [--workloads M24 M32 M48 S32 S64 S96 stem down U10 U50] [--repeats 7] [--json PATH]
 
 Workloads (float32, rows in random order): S is a sphere of about 50,000 surface voxels; S32, S64 and S96 are submanifold convolutions
 of width 3 with as many channels in and out, stem has width 5 and goes from 6 to 32 channels (its input wants no gradient), down is a
 strided convolution 32 to 64 and the inverse one back. U10 and U50 are a training step of the small SparseUNet in rooms of about
 10,000 and 50,000 voxels, from points to gradients, rulebooks included.
 
-The obvious one gathers, multiplies and `index_add`s for each offset and leaves the rest to autograd; it is given the same pairs.
+M24, M32 and M48 are layers of the three levels of scene-sparseunet-mini in a room of 6,000 points.
+
+`products` are the bare matrix products of a layer's forward and backward pass, one for each offset, on rows that lie ready; `share` is
+their time over that of the layer. The obvious one gathers, multiplies and `index_add`s for each offset and leaves the rest to autograd; it is given the same pairs.
 """
 
 import argparse
@@ -28,6 +31,8 @@ from unipre3d.geometry.sparse import (
     SparseInverseConv3d,
     SparseTensor,
     SubMConv3d,
+    merge_voxels,
+    point_cells,
     strided_rules,
     submanifold_rules,
 )
@@ -36,6 +41,7 @@ from unipre3d.records import hardware
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     "unipre3d/geometry/sparse.py",
+    "unipre3d/kernels/conv.py",
     "unipre3d/backbones/sparseunet.py",
     "benchmarks/sparse_conv.py",
 ]
@@ -72,7 +78,20 @@ def room(voxel_size, n=400_000, seed=0):
     return PointBatch(xyz, torch.cat([xyz, xyz], 1), torch.zeros(n, dtype=torch.long), 1)
 
 
+def level(number, voxel_size=0.07):
+    "The cells of one level of a small room."
+    voxels, _ = merge_voxels(room(voxel_size, n=6000), voxel_size)
+    cells = point_cells(voxels, voxel_size)
+    for _ in range(number):
+        cells, _ = strided_rules(cells, 2, 2)
+    return cells.index, cells.shape
+
+
+LEVELS = {"M24": 0, "M32": 1, "M48": 2}
 LAYERS = {
+    "M24": (SubMConv3d, 24, 24, 3),
+    "M32": (SubMConv3d, 32, 32, 3),
+    "M48": (SubMConv3d, 48, 48, 3),
     "S32": (SubMConv3d, 32, 32, 3),
     "S64": (SubMConv3d, 64, 64, 3),
     "S96": (SubMConv3d, 96, 96, 3),
@@ -99,6 +118,21 @@ def pairs_of(book, volume):
         [torch.arange(volume).repeat_interleave(torch.tensor(b.counts)) for b in book.blocks]
     )
     return [(book.src[offset == k].long(), book.dst[offset == k].long()) for k in range(volume)]
+
+
+def products(pairs, c_in, c_out, want_feat):
+    "The matrix products of a layer and nothing else: seconds of the forward and of the backward pass."
+    most = max(len(src) for src, _ in pairs)
+    x, y, w = torch.ones(most, c_in), torch.ones(most, c_out), torch.ones(c_in, c_out)
+    start = time.perf_counter()
+    for src, _ in pairs:
+        torch.mm(x[: len(src)], w)
+    middle = time.perf_counter()
+    for src, _ in pairs:
+        torch.mm(x[: len(src)].T, y[: len(src)])
+        if want_feat:
+            torch.mm(y[: len(src)], w.T)
+    return middle - start, time.perf_counter() - middle
 
 
 # ------------------------------------------------------------------------------------------------------------------------ timing
@@ -145,7 +179,7 @@ def seconds(function):
 def time_layer(name, repeats):
     "One row of the record."
     kind, cin, cout, width = LAYERS[name]
-    index, shape = sphere()
+    index, shape = level(LEVELS[name]) if name in LEVELS else sphere()
     g = torch.Generator().manual_seed(1)
     fresh = lambda: SparseTensor(torch.randn(len(index), cin, generator=g), index, shape, 1)
 
@@ -188,6 +222,11 @@ def time_layer(name, repeats):
         )
         row["inverse_s"] = up_f + up_b
     pairs = pairs_of(forth, width**3)
+    for key, threads in (("", torch.get_num_threads()), ("one_thread_", 1)):
+        bare = lambda: products(pairs, cin, cout, x.feat.requires_grad)
+        parts, used = with_threads(threads, best_of, repeats, bare)
+        row[f"{key}products_s"] = sum(parts)
+        row[f"{key}share"] = used / row[f"{key}processor_s"]
     with torch.no_grad():
         row["distance"] = float(
             (obvious(x.feat, layer.weight, pairs, forth.rows) - layer(x).feat).norm()
@@ -276,8 +315,9 @@ def main():
     print(
         "limit: the arithmetic at that speed; torch: the obvious one, faster of one and all threads; ratios: wall time, processor time with one thread"
     )
+    print("share: processor time of the bare matrix products over that of the layer, one thread")
     print(
-        f"{'':5} {'cells':>7} {'pairs':>9} {'rulebook':>9} {'forward':>8} {'backward':>9} {'sum':>6} {'1 thread':>9} {'limit':>6} {'torch':>6} {'ratio':>6} {'processor':>10}"
+        f"{'':5} {'cells':>7} {'pairs':>9} {'rulebook':>9} {'forward':>8} {'backward':>9} {'sum':>6} {'1 thread':>9} {'limit':>6} {'torch':>6} {'ratio':>6} {'processor':>10} {'share':>6}"
     )
     for name in args.workloads:
         row = time_layer(name, args.repeats) if name in LAYERS else time_step(name, args.repeats)
@@ -287,7 +327,7 @@ def main():
             row["limit_s"] = row["flops"] / record["peak_gflops"] / 1e9
             print(
                 f"{name:5} {row['cells']:7,} {row['pairs']:9,} {ms('rulebook_s'):>9} {ms('forward_s'):>8} {ms('backward_s'):>9} {ms('total_s'):>6} {ms('one_thread_s'):>9} {ms('limit_s'):>6} "
-                f"{min(row['torch_s'].values()) * 1e3:6.0f} {row['ratio']:6.1f} {row['ratio_processor']:10.1f}"
+                f"{min(row['torch_s'].values()) * 1e3:6.0f} {row['ratio']:6.1f} {row['ratio_processor']:10.1f} {row['one_thread_share']:6.2f}"
                 + (f"   and back up {ms('inverse_s')}" if "inverse_s" in row else ""),
                 flush=True,
             )

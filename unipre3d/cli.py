@@ -762,7 +762,7 @@ def doctor_command(args: list[str]) -> int:
 
     from unipre3d.core import data_dir
     from unipre3d.recipes import recipes
-    from unipre3d.records import code_version, hardware
+    from unipre3d.records import cache_dir, code_version, hardware
 
     def have(module):
         return importlib.util.find_spec(module) is not None
@@ -790,6 +790,7 @@ def doctor_command(args: list[str]) -> int:
         "renderer, CUDA": gsplat,
         "objects": size(folder / "furniture.zip"),
         "small autoencoder": size(weights),
+        "made data and maps": str(cache_dir()),
         "ffmpeg (MP4)": "ready" if shutil.which("ffmpeg") else "not found (GIF is used)",
         "recipes": ", ".join(recipes),
     }

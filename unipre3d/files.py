@@ -17,8 +17,8 @@ __all__ = ['REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'VALUE', 'ARRAY', 'H5FILE
            'WEIGHTS', 'regular_file', 'stand_in', 'reason_of', 'Found', 'file_error', 'reading', 'unpack_bound',
            'check_unpacked', 'check_declared', 'encoding_of', 'decode_text', 'read_file', 'read_words', 'check_values',
            'decode_table', 'read_table', 'decode_json', 'read_json', 'decode_array', 'read_array', 'open_zip',
-           'read_member', 'read_arrays', 'open_h5', 'h5_dataset', 'decode_picture', 'check_ply', 'read_ply',
-           'read_safetensors', 'check_weights']
+           'read_member', 'read_arrays', 'open_h5', 'h5_dataset', 'decode_picture', 'eight_bits', 'check_ply',
+           'plain_ply', 'read_ply', 'read_safetensors', 'check_weights']
 
 # %% ../nbs/02_files.ipynb #f02regular
 def regular_file(
@@ -468,6 +468,17 @@ def decode_picture(
         image.load()
     return image
 
+
+def eight_bits(
+    image: Any,  # PIL.Image.Image
+) -> Any:  # PIL.Image.Image
+    "A grey picture of 16 bits as one of 8, where Pillow would cut at 255; others as they are."
+    if not image.mode.startswith("I"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+
 # %% ../nbs/02_files.ipynb #f02ply
 PLY_SIZES = dict(char=1, uchar=1, short=2, ushort=2, int=4, uint=4, float=4, double=8) | dict(
     int8=1, uint8=1, int16=2, uint16=2, int32=4, uint32=4, float32=4, float64=8
@@ -485,7 +496,7 @@ def check_ply(
     Raises: OSError or ValueError that names the file."""
     with reading(path, expected), open(regular_file(path, expected), "rb") as file:
         head, mark, _ = file.read(PLY_HEADER).partition(b"end_header")
-        lines = [line.split() for line in head.decode("ascii").splitlines()]
+        lines = [line.split() for line in head.decode("latin-1").splitlines()]
         if not head.startswith(b"ply") or not mark:
             raise ValueError("it does not begin with the header of a PLY file")
         text = [b"ascii"] == head.split()[2:3]
@@ -503,6 +514,21 @@ def check_ply(
         check_unpacked(PLY_LIST * lists, there, path)
 
 
+def plain_ply(
+    data: bytes,  # of a PLY file
+    encoding: str = "ascii",  # that the header gets
+) -> bytes:
+    "The file with a header that its libraries can read, whatever letters stand in the remarks."
+    head, mark, rows = data.partition(b"end_header")
+    if head.isascii():
+        return data
+    try:
+        text = head.decode()
+    except UnicodeDecodeError:
+        text = head.decode("latin-1")
+    return text.encode(encoding, "replace") + mark + rows
+
+
 def read_ply(
     path: str | Path,
     expected: str = "a PLY file",
@@ -514,7 +540,9 @@ def read_ply(
 
     check_ply(path, expected)
     with reading(path, expected):
-        return PlyData.read(str(path))
+        data = read_file(path, expected)
+        plain = plain_ply(data)
+        return PlyData.read(str(path) if plain is data else io.BytesIO(plain))
 
 # %% ../nbs/02_files.ipynb #f02weights
 WEIGHTS = "a safetensors file of weights"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import io, json, os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import h5py
 import numpy as np
@@ -315,7 +315,7 @@ class ModelNet40(ObjectReader):
         listed = self.root / f"{split}_files.txt"
         paths = sorted(self.root.glob(f"ply_data_{split}*.h5"))
         if listed.is_file():
-            paths = [self.root / Path(line).name for line in self._lines(listed.name)]
+            paths = [self.root / PureWindowsPath(line).name for line in self._lines(listed.name)]
         if not paths:
             raise FileNotFoundError(
                 self.layout.say(

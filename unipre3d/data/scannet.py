@@ -22,6 +22,7 @@ from unipre3d.files import (
     Found,
     check_unpacked,
     decode_picture,
+    eight_bits,
     read_json,
     read_ply,
     read_table,
@@ -123,7 +124,7 @@ def read_color(
         if resample == "box":
             image.draft("RGB", size)
 
-    image = decode_picture(data, name, ("JPEG", "PNG"), reduce).convert("RGB")
+    image = eight_bits(decode_picture(data, name, ("JPEG", "PNG"), reduce)).convert("RGB")
     if image.size != size:
         image = image.resize(size, Image.BOX if resample == "box" else Image.BICUBIC)
     return np.array(image)
@@ -939,7 +940,14 @@ def convert_scans(
             ", found none; request ScanNet at www.scan-net.org"
         )
     split = {split: here} if isinstance(split, str) else split
-    wanted = {scene: name for name, scenes in split.items() for scene in _listed(scenes)}
+    listed = [(scene, name) for name, scenes in split.items() for scene in _listed(scenes)]
+    wanted = dict(listed)
+    for scene, name in listed:
+        if wanted[scene] != name:
+            raise ValueError(
+                f"split: expected each scene in one of {', '.join(split)}, "
+                f"found {scene} in {name} and {wanted[scene]}"
+            )
     lack = sorted(set(wanted) - set(here))
     if lack:
         raise FileNotFoundError(

@@ -301,7 +301,12 @@ class ShapeNetViews:
             return {}
         where = self.store.where("objects.csv")
         rows = decode_table(self.store.read("objects.csv"), where, ("class", "id", "split"))
-        return {(row["class"], row["id"]): row for row in rows}
+        table = {(row["class"], row["id"]): row for row in rows}
+        if len(table) < len(rows):
+            ((twice, count),) = Counter((row["class"], row["id"]) for row in rows).most_common(1)
+            found = f"{count} with class and id {'/'.join(twice)}"
+            raise ValueError(f"{where}: expected one row for each object, found {found}")
+        return table
 
     def _models(self):
         "Every `(synset, model)`: two levels of folders."

@@ -34,7 +34,7 @@ from unipre3d.image import (
 )
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
-from ..records import cache_dir, written_whole
+from ..records import written_whole
 from ..render import render
 from ..runs.fit import Task, gathered, processes
 from unipre3d.runs.recipe import (
@@ -529,8 +529,8 @@ def cache_remarks(
     "What a user should know about the disk that a run takes."
     limit = recipe.model.feature_cache_mb + recipe.data.image_cache_mb
     return (
-        f"decoded images and maps of the image model are kept in {cache_dir()}, at most {limit} MB; "
-        "--feature-cache-mb 0 --image-cache-mb 0 keeps none",
+        f"decoded images and maps of the image model are kept for later, at most {limit} MB (unipre3d doctor "
+        "says where); --feature-cache-mb 0 --image-cache-mb 0 keeps none",
     )
 
 

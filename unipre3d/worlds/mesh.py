@@ -4,7 +4,7 @@
 
 # %% ../../nbs/worlds/18_mesh.ipynb #5017cd67
 from __future__ import annotations
-import importlib.util, io, math, os, re, warnings
+import importlib.util, io, json, logging, math, os, re, struct, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,18 +22,23 @@ from unipre3d.files import (
     decode_json,
     decode_picture,
     decode_text,
+    eight_bits,
+    plain_ply,
     read_file,
     reading,
     regular_file,
 )
+from ..values import color_scale
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE',
-           'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals', 'find_beside', 'picture_name',
-           'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material', 'vertex_tint', 'face_materials',
-           'check_gltf', 'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture',
-           'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views',
-           'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
+           'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals',
+           'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material',
+           'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates', 'gltf_numbers',
+           'check_gltf', 'readable_gltf', 'fraction_colors', 'off_colors', 'load_scene', 'read_mesh', 'normalise',
+           'true_size', 'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer',
+           'camera_rays', 'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud',
+           'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -197,8 +202,7 @@ class Beside:
                 raise FileNotFoundError(name)
             data = read_file(found)
             if found.suffix.lower() == ".mtl":
-                lines = decode_text(data, found).splitlines()
-                return "\n".join(map(self._plain, lines)).encode()
+                return self._plain_names(data)
             if found.suffix.lower() in PICTURES:
                 decode_picture(data, found, formats=None)
             return data
@@ -207,6 +211,14 @@ class Beside:
             raise
 
     __getitem__ = get
+
+    def _plain_names(self, data):
+        "An MTL file in its own encoding, with plain names of pictures."
+        try:
+            text, encoding = decode_text(data, self.path), "utf-8"
+        except ValueError:  # an older encoding
+            text, encoding = data.decode("latin-1"), "latin-1"
+        return "\n".join(map(self._plain, text.splitlines())).encode(encoding)
 
     def _plain(self, line):
         key, _, text = line.strip().partition(" ")
@@ -232,7 +244,7 @@ def texture_pixels(
 ) -> np.ndarray:  # [h w 4] uint8
     "The pixels of a texture. Raises: ValueError for more than fit into memory."
     check_unpacked(4 * image.width * image.height, 0, "texture")
-    return np.asarray(image.convert("RGBA"))
+    return np.asarray(eight_bits(image).convert("RGBA"))
 
 
 def gltf_material(
@@ -269,6 +281,14 @@ def vertex_tint(
     return tint.clip(0, 1)[mesh.faces]
 
 
+def mtl_opacity(
+    material,  # trimesh's SimpleMaterial
+) -> float:  # in 0..1
+    "The line `d` of an MTL file; `Tr` means its opposite in some programs and is passed over."
+    dissolve = getattr(material, "kwargs", {}).get("d")
+    return 1.0 if dissolve is None else float(np.clip(float(np.ravel(dissolve)[0]), 0, 1))
+
+
 def face_materials(
     mesh,  # trimesh.Trimesh
     linear: bool = False,  # its own colours are in linear light, as in glTF
@@ -283,10 +303,13 @@ def face_materials(
             uv = np.asarray(visual.uv, np.float32)[mesh.faces]
         if hasattr(material, "baseColorFactor"):
             return uv, first, [gltf_material(material, visual.uv is not None)]
+        opacity = mtl_opacity(material)
         if getattr(material, "image", None) is not None and visual.uv is not None:
-            return uv, first, [Material(texture=texture_pixels(material.image))]
+            pixels = texture_pixels(material.image)
+            solid = [1, 1, 1, max(GLASS, opacity)]
+            return uv, first, [Material(texture=np.round(pixels * solid).astype(np.uint8))]
         color = [178, 178, 178] if material is None else material.main_color
-        return uv, first, [Material(tuple((np.asarray(color)[:3] / 255).tolist()))]
+        return uv, first, [Material(tuple((np.asarray(color)[:3] / 255).tolist()), opacity)]
     if visual.kind is None:
         return uv, first, [Material()]
     colors = np.asarray(visual.face_colors)[:, :3]
@@ -296,27 +319,157 @@ def face_materials(
     colors, which = np.unique(rounded, axis=0, return_inverse=True)
     return uv, which.reshape(-1), [Material(tuple((c / 31).tolist())) for c in colors]
 
+# %% ../../nbs/worlds/18_mesh.ipynb #m18numbers
+NUMBERS = "UNIPRE3D_numbers"  # what `readable_gltf` adds to each part, for `gltf_numbers`
+
+
+def readable_extensions() -> set[str]:
+    "Extensions that a glTF file may require, beside those of materials."
+    packed = {"KHR_draco_mesh_compression"} if importlib.util.find_spec("DracoPy") else set()
+    return packed | {"KHR_texture_transform", "KHR_mesh_quantization", "EXT_texture_webp"}
+
+
+def move_coordinates(
+    uv: np.ndarray,  # [n 2] of a picture, v down
+    moved: dict[
+        str, Any
+    ],  # offset, rotation (radians) and scale, as KHR_texture_transform has them
+) -> np.ndarray:  # [n 2] float32
+    "Picture coordinates scaled, rotated counter-clockwise and shifted."
+    sine, cosine = math.sin(moved.get("rotation", 0)), math.cos(moved.get("rotation", 0))
+    rotation = np.array([[cosine, sine], [-sine, cosine]])
+    scaled = np.asarray(uv, float) * moved.get("scale", [1, 1])
+    return (scaled @ rotation.T + moved.get("offset", [0, 0])).astype(np.float32)
+
+
+def gltf_numbers(
+    context: dict[str, Any],  # of trimesh: a part of a mesh, and all arrays of the file
+) -> None:
+    "Whole numbers that mean fractions become fractions; picture coordinates are moved."
+    own, arrays = context["data"], context["accessors"]
+    attributes = context["primitive"]["attributes"]
+    for name in ("POSITION", "TEXCOORD_0"):
+        place = attributes.get(name)
+        if place is not None and arrays[place].dtype.kind in "iu":
+            whole = np.iinfo(arrays[place].dtype).max if place in own["normalized"] else 1
+            arrays[place] = (arrays[place] / whole).astype(np.float32)
+    if own["moved"] and "TEXCOORD_0" in attributes:
+        uv = arrays[attributes["TEXCOORD_0"]]
+        attributes["TEXCOORD_0"] = len(arrays)
+        arrays.append(move_coordinates(uv, own["moved"]))
+
+
+def check_gltf(
+    path: Path,  # .glb or .gltf
+    data: bytes,
+) -> dict[str, Any]:  # its header
+    """Compare what a glTF file declares with its length.
+
+    Raises: ValueError that names the file, also where it needs an extension that is not read."""
+    if data[:4] == b"glTF":
+        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
+    header = decode_json(data, path, what="a glTF file")
+    with reading(path, "a glTF file"):
+        items = sum(int(accessor["count"]) for accessor in header.get("accessors", []))
+        required = set(header.get("extensionsRequired", [])) - readable_extensions()
+    check_unpacked(8 * items, 8 * path.stat().st_size, path)
+    for name in sorted(required):
+        if not name.startswith("KHR_materials_"):
+            remedy = "export it without compression or extensions"
+            raise ValueError(
+                f"{path}: expected a glTF file as the standard has it, found one that needs {name}; {remedy}"
+            )
+    return header
+
+
+def readable_gltf(
+    path: Path,  # .glb or .gltf
+    data: bytes,
+    beside: Beside,  # gets what is missing
+) -> bytes:  # the file with another header
+    """A glTF file whose numbers trimesh reads as they are meant.
+
+    Raises: ValueError that names the file."""
+    from trimesh.exchange.gltf.extensions import register_handler
+
+    register_handler(NUMBERS, "primitive_preprocess")(gltf_numbers)
+    header = check_gltf(path, data)
+    with reading(path, "a glTF file"):
+        accessors = header.get("accessors", [])
+        normalized = [k for k, accessor in enumerate(accessors) if accessor.get("normalized")]
+        for mesh in header.get("meshes", []):
+            for part in mesh["primitives"]:
+                _add_numbers(part, header, normalized)
+        for texture in header.get("textures", []):
+            formats = texture.get("extensions", {})
+            if "source" not in texture and "EXT_texture_webp" not in formats:
+                beside.missing.append(f"a picture in {min(formats, default='no format')}")
+        text = json.dumps(header).encode()
+    if data[:4] != b"glTF":
+        return text
+    text += b" " * (-len(text) % 4)
+    rest = data[20 + int.from_bytes(data[12:16], "little") :]
+    sizes = struct.pack("<II", 20 + len(text) + len(rest), len(text))
+    return data[:8] + sizes + data[16:20] + text + rest
+
+
+def _add_numbers(part, header, normalized):
+    "Choose the set of picture coordinates, and leave word for `gltf_numbers`."
+    texture = {}
+    if "material" in part:
+        surface = header["materials"][part["material"]].get("pbrMetallicRoughness", {})
+        texture = surface.get("baseColorTexture", {})
+    moved = texture.get("extensions", {}).get("KHR_texture_transform", {})
+    used = moved.get("texCoord", texture.get("texCoord", 0))
+    if used:
+        part["attributes"]["TEXCOORD_0"] = part["attributes"][f"TEXCOORD_{used}"]
+    own = dict(normalized=normalized, moved=moved)
+    part["extensions"] = part.get("extensions", {}) | {NUMBERS: own}
+
+# %% ../../nbs/worlds/18_mesh.ipynb #m18text
+COLORED = rb"(?m)^v[ \t]+((?:[^\s#]+[ \t]+){3})([^\s#]+(?:[ \t]+[^\s#]+){2})[ \t]*\r?$"  # a vertex with its colour
+
+
+def fraction_colors(
+    data: bytes,  # of an OBJ file
+    path: Path,  # the file, for messages
+) -> bytes:
+    """The file with colours of vertices in 0..1, if they are in 0..255.
+
+    Raises: ValueError of one line for colours that are neither."""
+    found = [colors for _, colors in re.findall(COLORED, data)]
+    if not found:
+        return data
+    with reading(path, "an OBJ file with numbers", data=data):
+        values = np.array([one.split() for one in found], float)
+    if values.max() < 2:
+        return data
+    scale = color_scale(values, path)
+
+    def divided(match):
+        color = [b"%.6g" % (float(number) / scale) for number in match[2].split()]
+        return b"v " + match[1] + b" ".join(color)
+
+    return re.sub(COLORED, divided, data)
+
+
+def off_colors(
+    data: bytes,  # of an OFF file
+) -> bool:
+    "Whether its vertices or its faces have colours."
+    lines = data.strip()
+    last = (
+        lines.rpartition(b"\n")[2].partition(b"#")[0].split()
+    )  # a face: its corners behind their number
+    more = bool(last) and last[0].isdigit() and len(last) > 1 + int(last[0])
+    return more or b"C" in lines[:10].partition(b"OFF")[0]
+
 # %% ../../nbs/worlds/18_mesh.ipynb #9179be05
 TO_Z_UP = dict(
     z=np.eye(3),
     y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
     x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
 )  # rows of a rotation
-
-
-def check_gltf(
-    path: Path,  # .glb or .gltf
-    data: bytes,
-) -> None:
-    """Compare what a glTF file declares with its length.
-
-    Raises: ValueError that names the file."""
-    if data[:4] == b"glTF":
-        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
-    header = decode_json(data, path, what="a glTF file")
-    with reading(path, "a glTF file"):
-        items = sum(int(accessor["count"]) for accessor in header.get("accessors", []))
-    check_unpacked(8 * items, 8 * path.stat().st_size, path)
 
 
 def load_scene(
@@ -328,12 +481,20 @@ def load_scene(
     Raises: OSError or ValueError that names the file."""
     import trimesh
 
+    logging.getLogger("trimesh").addHandler(logging.NullHandler())  # warnings are given here
     kind = path.suffix.lower().lstrip(".")
     if kind == "ply":
         check_ply(path, "a mesh")
     data = read_file(path, "a mesh file")
     if kind in ("glb", "gltf"):
-        check_gltf(path, data)
+        data = readable_gltf(path, data, beside)
+    if kind == "ply":
+        data = plain_ply(data, "utf-8")
+    if kind == "obj":
+        data = fraction_colors(data, path)
+    if kind == "off" and off_colors(data):
+        said = "left out its colours, which are not read from OFF; save it as PLY"
+        warnings.warn(f"{path}: {said}", stacklevel=3)
     with reading(path, "a mesh that trimesh can read", data=data):
         scene = trimesh.load_scene(io.BytesIO(data), kind, resolver=beside, process=False)
         shown = [

@@ -1,0 +1,316 @@
+"""Files that users of other programs reported: read as they are meant, or named in one line."""
+
+import json
+import struct
+import warnings
+from io import BytesIO
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from unipre3d.data.labelled import ModelNet40, write_modelnet40
+from unipre3d.data.scannet import (
+    ScanNetFrames,
+    convert_scans,
+    read_categories,
+    read_color,
+    read_labels,
+    write_box_rooms,
+)
+from unipre3d.data.scannet import read_mesh as read_scan
+from unipre3d.data.shapenet import ShapeNetViews, export_objects
+from unipre3d.worlds.mesh import read_mesh
+from unipre3d.worlds.prepare import prepare_meshes
+
+CORNERS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1]], np.float32)
+UV = np.array([[0.1, 0.2], [0.9, 0.2], [0.9, 0.6], [0.1, 0.6]])
+OBJ = "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 1\nvt 0 0\n"
+OBJ += "usemtl wood\nf 1/1 2/1 3/1\nf 1/1 3/1 4/1\n"
+HEAD = "ply\nformat binary_little_endian 1.0\nelement vertex 4\n"
+PLY = HEAD + "{xyz}{rgb}element face 2\n{list}end_header\n"
+
+
+def one_line(call, *words):
+    with pytest.raises((ValueError, OSError)) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 800, text
+    for word in words:
+        assert str(word) in text, text
+
+
+def png(color, mode="RGB"):
+    with BytesIO() as file:
+        Image.new(mode, (8, 8), color).save(file, "PNG")
+        return file.getvalue()
+
+
+def deep(value):
+    "A grey PNG of 16 bits."
+    with BytesIO() as file:
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(file, "PNG")
+        return file.getvalue()
+
+
+def glb(path, uv=UV, corners=CORNERS, second=None, texture=None, picture=None, **header):
+    "Two triangles with a picture; arrays of whole numbers stand for fractions."
+    kinds = {"f": 5126, "B": 5121, "H": 5123}
+    arrays = [corners, uv.astype(np.float32) if uv.dtype == float else uv]
+    arrays += [] if second is None else [second.astype(np.float32)]
+    names = ["POSITION", "TEXCOORD_0", "TEXCOORD_1"][: len(arrays)]
+    blob, views, accessors = b"", [], []
+    for array in arrays:
+        wide = -(-array.shape[1] * array.itemsize // 4) * 4  # bytes of a row, a multiple of four
+        rows = np.zeros((4, wide // array.itemsize), array.dtype)
+        rows[:, : array.shape[1]] = array
+        views.append(dict(buffer=0, byteOffset=len(blob), byteLength=rows.nbytes, byteStride=wide))
+        kind = dict(componentType=kinds[array.dtype.char], type=f"VEC{array.shape[1]}")
+        normalized = dict(normalized=True) if array.dtype.kind == "u" else {}
+        accessors.append(dict(bufferView=len(views) - 1, count=4) | kind | normalized)
+        blob += rows.tobytes()
+    for data in (np.array([0, 1, 2, 0, 2, 3], np.uint32).tobytes(), picture or png((200, 30, 30))):
+        views.append(dict(buffer=0, byteOffset=len(blob), byteLength=len(data)))
+        blob += data + b"\0" * (-len(data) % 4)
+    accessors.append(dict(bufferView=len(views) - 2, componentType=5125, count=6, type="SCALAR"))
+    part = dict(attributes={n: k for k, n in enumerate(names)}, indices=len(names), material=0)
+    base = dict(pbrMetallicRoughness=dict(baseColorTexture=dict(index=0) | (texture or {})))
+    tree = dict(
+        asset=dict(version="2.0"),
+        scene=0,
+        scenes=[dict(nodes=[0])],
+        nodes=[dict(mesh=0)],
+        meshes=[dict(primitives=[part])],
+        materials=[base],
+        textures=[dict(source=0)],
+        images=[dict(bufferView=len(views) - 1, mimeType="image/png")],
+        accessors=accessors,
+        bufferViews=views,
+        buffers=[dict(byteLength=len(blob))],
+    )
+    text = json.dumps(tree | header).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = struct.pack("<I", len(text)) + b"JSON" + text
+    chunks += struct.pack("<I", len(blob)) + b"BIN\0" + blob
+    path.write_bytes(b"glTF" + struct.pack("<II", 2, 12 + len(chunks)) + chunks)
+    return path
+
+
+def picture_places(mesh):
+    "Picture coordinates of the four corners, v down."
+    uv = mesh.uv.reshape(-1, 2)[[0, 1, 2, 5]]
+    return np.stack([uv[:, 0], 1 - uv[:, 1]], 1)
+
+
+def obj(folder, mtl, text=OBJ, **files):
+    (folder / "a.obj").write_text(text)
+    (folder / "a.mtl").write_bytes(mtl if isinstance(mtl, bytes) else mtl.encode())
+    for name, data in files.items():
+        (folder / f"{name}.png").write_bytes(data)
+    return folder / "a.obj"
+
+
+def scan(path, remark=b"", lines="\n", order="<", kind="float"):
+    "A coloured PLY of two triangles in bytes."
+    xyz = "".join(f"property {kind} {axis}\n" for axis in "xyz")
+    rgb = "".join(f"property uchar {name}\n" for name in ("red", "green", "blue", "alpha"))
+    head = PLY.format(xyz=xyz, rgb=rgb, list="property list uchar int vertex_indices\n").encode()
+    head = head.replace(b" 1.0\n", b" 1.0\n" + remark, 1).replace(b"\n", lines.encode())
+    head = head.replace(b"little", b"big") if order == ">" else head
+    row = order + ("3d" if kind == "double" else "3f") + "4B"
+    body = b"".join(struct.pack(row, *corner, 200, 30, 30, 255) for corner in CORNERS)
+    body += b"".join(struct.pack(order + "B3i", 3, *face) for face in ((0, 1, 2), (0, 2, 3)))
+    path.write_bytes(head + body)
+    return path
+
+
+# ---------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize("kind", (np.uint8, np.uint16))
+def test_fractions_that_are_stored_as_whole_numbers(tmp_path, kind):
+    "glTF: normalised integers, as optimisers of files write them."
+    whole = np.iinfo(kind).max
+    packed = glb(tmp_path / "a.glb", np.round(UV * whole).astype(kind))
+    np.testing.assert_allclose(picture_places(read_mesh(packed)), UV, atol=1 / whole)
+    packed = glb(tmp_path / "b.glb", corners=(CORNERS * whole).astype(kind))
+    np.testing.assert_allclose(np.ptp(read_mesh(packed).corners, (0, 1)), 1, atol=1e-6)
+
+
+def test_a_material_that_moves_its_picture(tmp_path):
+    "glTF: scale, rotation and offset of a texture, and the second set of its coordinates."
+    moved = dict(offset=[0, 1], rotation=np.pi / 2, scale=[0.5, 0.25])
+    moved = dict(extensions=dict(KHR_texture_transform=moved))
+    mesh = read_mesh(glb(tmp_path / "a.glb", texture=moved))
+    want = np.stack([0.25 * UV[:, 1], 1 - 0.5 * UV[:, 0]], 1)
+    np.testing.assert_allclose(picture_places(mesh), want, atol=1e-6)
+    mesh = read_mesh(glb(tmp_path / "b.glb", second=UV / 3, texture=dict(texCoord=1)))
+    np.testing.assert_allclose(picture_places(mesh), UV / 3, atol=1e-6)
+
+
+def test_what_a_gltf_file_needs_and_is_not_read(tmp_path):
+    "glTF: required compression is refused, a picture in another format is counted."
+    packed = glb(tmp_path / "a.glb", extensionsRequired=["EXT_meshopt_compression"])
+    one_line(lambda: read_mesh(packed), packed, "found one that needs EXT_meshopt_compression")
+    textures = [dict(extensions=dict(KHR_texture_basisu=dict(source=0)))]
+    with pytest.warns(UserWarning, match="b.glb: left out .* a picture in KHR_texture_basisu"):
+        read_mesh(glb(tmp_path / "b.glb", textures=textures))
+    files = []
+    for name in ("a.glb", "c.glb", "d.glb", "e.glb"):
+        (tmp_path / "boxes").mkdir(exist_ok=True)
+        files.append(tmp_path / "boxes" / name)
+        trimesh.creation.box().export(files[-1])
+    files[0].write_bytes(packed.read_bytes())
+    how = dict(views=2, size=16, points=64)
+    with pytest.warns(UserWarning, match="left out 1 of 4 files") as said:
+        prepare_meshes(files, tmp_path / "boxes.zip", **how)
+    assert "EXT_meshopt_compression" in str(said[-1].message)
+
+
+def test_grey_pictures_of_16_bits(tmp_path):
+    "Textures and frames that are cut at 255 become white."
+    mesh = read_mesh(obj(tmp_path, "newmtl wood\nmap_Kd wood.png\n", wood=deep(100 * 257)))
+    assert (mesh.materials[0].texture == [100, 100, 100, 255]).all()
+    mesh = read_mesh(glb(tmp_path / "a.glb", picture=deep(100 * 257)))
+    assert (mesh.materials[0].texture == [100, 100, 100, 255]).all()
+    assert (read_color(deep(100 * 257), (4, 4)) == 100).all()
+
+
+def test_glass_in_an_mtl_file(tmp_path):
+    "The line `d`; `Tr`, which programs write for opaque and for clear, changes nothing."
+    mesh = read_mesh(obj(tmp_path, "newmtl wood\nKd .2 .2 .2\nd 0.75\n"))
+    assert mesh.materials[0].opacity == 0.75
+    mesh = read_mesh(obj(tmp_path, "newmtl wood\nKd .2 .2 .2\nTr 1.0\n"))
+    assert mesh.materials[0].opacity == 1
+    mtl = "newmtl wood\nd 0.75\nmap_Kd wood.png\n"
+    mesh = read_mesh(obj(tmp_path, mtl, wood=png((200, 30, 30))))
+    assert (mesh.materials[0].texture == [200, 30, 30, 191]).all()
+
+
+def test_an_mtl_file_in_an_older_encoding(tmp_path):
+    "Letters of a remark decide nothing: colours stay."
+    mtl = "# Möbel\nnewmtl wood\nKd 0.2 0.4 0.6\n".encode("latin-1")
+    mesh = read_mesh(obj(tmp_path, mtl))
+    np.testing.assert_allclose(mesh.materials[0].color, (0.2, 0.4, 0.6), atol=0.01)
+
+
+@pytest.mark.parametrize("remark", ("Möbel".encode("latin-1"), "点云".encode()))
+def test_a_ply_file_with_letters_in_its_remarks(tmp_path, remark):
+    "Programs write the path of the source into the header."
+    path = scan(tmp_path / "a.ply", b"comment " + remark + b"\n")
+    assert (read_scan(path)["color"] == [200, 30, 30]).all()
+    np.testing.assert_allclose(read_mesh(path).materials[0].color, [0.8, 0.1, 0.1], atol=0.02)
+
+
+@pytest.mark.parametrize("how", (dict(lines="\r\n"), dict(order=">"), dict(kind="double")))
+def test_a_ply_file_of_another_program(tmp_path, how):
+    "Windows line ends before bytes, the other byte order, doubles."
+    path = scan(tmp_path / "a.ply", **how)
+    rows = read_scan(path)
+    np.testing.assert_array_equal(rows["coord"], CORNERS)
+    assert (rows["color"] == [200, 30, 30]).all()
+    np.testing.assert_array_equal(read_mesh(path, "z").corners[0], CORNERS[:3])
+
+
+def test_colours_of_an_obj_file_in_bytes(tmp_path):
+    "`v x y z r g b` with 0..255 was white."
+    lines = "".join(f"v {x} {y} {z} {{}}\n" for x, y, z in CORNERS) + "f 1 2 3\nf 1 3 4\n"
+    for color in ("200 30 30", "0.784 0.118 0.118"):
+        (tmp_path / "a.obj").write_text(lines.replace("{}", color))
+        color = read_mesh(tmp_path / "a.obj").materials[0].color
+        np.testing.assert_allclose(color, [0.8, 0.1, 0.1], atol=0.02)
+
+
+@pytest.mark.parametrize("first", ("OFF\n4 2 0", "OFF4 2 0", "OFF\n# mine\n\n4 2 0"))
+def test_variants_of_off_files(tmp_path, first):
+    "Counts on the first line, remarks, empty lines; colours are said to be left out."
+    rows = "\n0 0 0\n1 0 0\n1 1 0\n0 1 1\n3 0 1 2\n3 0 2 3"
+    (tmp_path / "a.off").write_text(first + rows + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_mesh(tmp_path / "a.off", "z").corners[0], CORNERS[:3])
+    (tmp_path / "b.off").write_text(first + rows + " 255 0 0\n")
+    with pytest.warns(UserWarning, match="b.off: left out its colours"):
+        read_mesh(tmp_path / "b.off")
+
+
+def test_a_missing_picture_of_a_ply_file_is_one_warning(tmp_path, capfd):
+    "No traceback of another package between the lines."
+    path = scan(tmp_path / "a.ply", b"comment TextureFile gone.png\n")
+    with pytest.warns(UserWarning, match="a.ply: left out .* gone.png"):
+        read_mesh(path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def test_an_object_or_a_scene_in_two_splits(tmp_path):
+    "Training on what is tested."
+    source = ShapeNetViews(classes=["lamp"], split="train")
+    root = export_objects(source, tmp_path / "mine", "unipre3d", [0, 1])
+    table = (root / "objects.csv").read_text()
+    line = table.splitlines()[1]
+    (root / "objects.csv").write_text(table + line.replace("train", "test") + "\n")
+    one_line(lambda: ShapeNetViews(root), "objects.csv: expected one row for each object", "lamp/")
+    for scene in ("scene0000_00", "scene0001_00"):
+        (tmp_path / "scans" / scene).mkdir(parents=True)
+        (tmp_path / "scans" / scene / f"{scene}.sens").touch()
+    split = dict(train=["scene0000_00", "scene0001_00"], val=["scene0001_00"])
+    one_line(
+        lambda: convert_scans(tmp_path / "scans", tmp_path / "out", split=split),
+        "split: expected each scene in one of train, val",
+        "scene0001_00",
+    )
+
+
+def test_lists_that_were_written_on_windows(tmp_path):
+    "Backslashes between folders, and line ends of two characters."
+    rows = np.random.default_rng(0).normal(size=(8, 64, 6))
+    clouds = [("chair", one) for one in rows]
+    write_modelnet40(tmp_path, clouds, ["bed", "chair"], split="train", form="ply_hdf5")
+    listed = tmp_path / "train_files.txt"
+    listed.write_bytes(listed.read_bytes().replace(b"/", b"\\").replace(b"\n", b"\r\n"))
+    data = ModelNet40(tmp_path, split="train")
+    assert [data.label(i) for i in range(len(data))] == [1] * 8
+
+
+def test_a_control_character_in_a_text_of_points(tmp_path):
+    "A published data set has such lines: the file is named."
+    rows = np.random.default_rng(0).normal(size=(64, 6))
+    write_modelnet40(tmp_path, [("bed", rows)], ["bed"], split="train")
+    path = tmp_path / "bed" / "bed_0001.txt"
+    path.write_bytes(path.read_bytes().replace(b".", b".\x10", 1))
+    one_line(lambda: ModelNet40(tmp_path, split="train").rows(0), path)
+
+
+def test_labels_of_scannet_outside_its_table(tmp_path):
+    "Published label files hold 50 and 149; rows of the table end early or say None."
+    labels = np.array([1, 50, 149, 39], np.uint16)
+    head = HEAD + "property ushort label\nend_header\n"
+    (tmp_path / "s_vh_clean_2.labels.ply").write_bytes(head.encode() + labels.tobytes())
+    assert read_labels(tmp_path, "s", 4)["segment20"].tolist() == [0, -1, -1, 19]
+    table = (
+        "id\traw_category\tnyu40id\tModelNet40\n2\tchair\t5\n1\twall\t1\tNone\n9\tthing\tNone\t\n"
+    )
+    (tmp_path / "labels.tsv").write_text(table)
+    found = read_categories(tmp_path / "labels.tsv")
+    assert found["chair"][0] == 4 and found["wall"][0] == 0 and found["thing"][0] == -1
+
+
+def test_a_camera_note_about_rotation_moves_no_pixel(tmp_path):
+    "Depth and cameras belong to the stored pixels, whatever EXIF says of showing them."
+    root = write_box_rooms(tmp_path, n_frames=2, hw=(24, 32), spacing=0.4)
+    source = ScanNetFrames(root, split="val", hw=(24, 32))
+    want = source.view(0, source.frames(0)[0])
+    (path,) = (root / "2D" / "color" / source.name(0)).glob("0.jpg")
+    note = Image.Exif()
+    note[0x0112] = 3  # to be shown upside down
+    data, segment = path.read_bytes(), note.tobytes()
+    path.write_bytes(
+        data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(segment)) + segment + data[2:]
+    )
+    assert Image.open(path).getexif()[0x0112] == 3
+    found = ScanNetFrames(root, split="val", hw=(24, 32)).view(0, source.frames(0)[0])
+    assert (found.rgb == want.rgb).all() and (found.depth == want.depth).all()
