@@ -281,13 +281,15 @@ def open_arrays(
     dtype: str,
     limit: int,  # bytes of all files of this kind
     folder: str | Path | None = None,  # None means `cache_dir()`
+    share: int = 1,  # files of one run that share the limit
 ) -> ArrayFile | None:  # None, after a warning, where it cannot be opened
     "The file for arrays of one origin and shape; of other origins only so many stay as fit."
-    digest = hashlib.sha256(json.dumps([values, limit], sort_keys=True).encode()).hexdigest()[:16]
+    own = limit // share
+    digest = hashlib.sha256(json.dumps([values, own], sort_keys=True).encode()).hexdigest()[:16]
     size = "x".join(map(str, shape))
     folder = Path(folder or cache_dir())
     path = folder / f"{kind}-{digest}-{size}-{dtype}.bin"
-    arrays = ArrayFile(path, shape, dtype, limit)
+    arrays = ArrayFile(path, shape, dtype, own)
     try:
         arrays.file.seek(0)
         os.utime(path)

@@ -344,7 +344,8 @@ def read_views(
     """
     reader = open_views(data, split)
     if data.image_cache_mb:
-        reader.decoded = DecodedImages(data.image_cache_mb * 2**20)
+        kinds = 2 if data.layout == "scannet" else 1  # colour and depth
+        reader.decoded = DecodedImages(data.image_cache_mb * 2**20, kinds=kinds)
     return reader
 
 
