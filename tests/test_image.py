@@ -297,6 +297,20 @@ def test_other_weights_have_other_maps(mini, images, tmp_path):
     assert torch.equal(CachedFeatures(other, 2**22, tmp_path)(images), other(images))
 
 
+def test_another_kind_of_processor_has_maps_of_its_own():
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("a processor of one kind alone")
+    code = (
+        "from unipre3d.image import LazyEncoder, model_hash; print(model_hash(LazyEncoder('mini')))"
+    )
+    names = []
+    for kind in ({}, {"ATEN_CPU_CAPABILITY": "default"}):
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, env=os.environ | kind)
+        names.append(done.stdout.strip())
+    assert len(names[0]) == 16 and names[0] != names[1]
+
+
 def test_the_bound_is_kept(mini, tmp_path):
     record = 24 + 16 * 16 * 16 * 4
     cached = CachedFeatures(mini, 10 * record, tmp_path)

@@ -223,9 +223,10 @@ class KLImageEncoder(nn.Module):
 def model_hash(
     net: nn.Module,  # on its own, or a `LazyEncoder`
 ) -> str:  # 16 hexadecimal digits
-    "A name for what a frozen model computes: its weights, its settings, the code and the threads."
+    "A name for what a frozen model computes: its weights, its settings, the code, the threads and the kind of processor."
     settings = [net.chunk, metadata.version("diffusers"), torch.__version__]
-    settings += [torch.get_num_threads(), code_hash("unipre3d.image")]
+    settings += [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+    settings += [code_hash("unipre3d.image")]
     digest = hashlib.sha256(json.dumps(settings).encode())
     if isinstance(net, LazyEncoder):
         for file in ("config.json", "diffusion_pytorch_model.safetensors"):
