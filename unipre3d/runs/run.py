@@ -455,7 +455,8 @@ def run_recipe(
         )
         if done.ended == "diverged" and rank == 0:
             say(
-                f"stopped after step {done.step}: no loss or gradient of {done.in_a_row} steps in a row was finite; "
+                f"failed after step {done.step}: no loss or gradient of {done.skipped} steps was finite, "
+                f"at the end of {done.in_a_row} steps in a row; "
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
