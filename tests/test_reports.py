@@ -145,6 +145,8 @@ def test_a_material_that_moves_its_picture(tmp_path):
     mesh = read_mesh(glb(tmp_path / "a.glb", texture=moved))
     want = np.stack([0.25 * UV[:, 1], 1 - 0.5 * UV[:, 0]], 1)
     np.testing.assert_allclose(picture_places(mesh), want, atol=1e-6)
+    wrong = dict(extensions=dict(KHR_texture_transform=dict(scale=[1, 2, 3])))
+    one_line(lambda: read_mesh(glb(tmp_path / "c.glb", texture=wrong)), "c.glb: expected a glTF")
     mesh = read_mesh(glb(tmp_path / "b.glb", second=UV / 3, texture=dict(texCoord=1)))
     np.testing.assert_allclose(picture_places(mesh), UV / 3, atol=1e-6)
 

@@ -371,7 +371,7 @@ def check_gltf(
     header = decode_json(data, path, what="a glTF file")
     with reading(path, "a glTF file"):
         items = sum(int(accessor["count"]) for accessor in header.get("accessors", []))
-        required = set(header.get("extensionsRequired", [])) - readable_extensions()
+        required = set(map(str, header.get("extensionsRequired", []))) - readable_extensions()
     check_unpacked(8 * items, 8 * path.stat().st_size, path)
     for name in sorted(required):
         if not name.startswith("KHR_materials_"):
@@ -423,6 +423,7 @@ def _add_numbers(part, header, normalized):
     used = moved.get("texCoord", texture.get("texCoord", 0))
     if used:
         part["attributes"]["TEXCOORD_0"] = part["attributes"][f"TEXCOORD_{used}"]
+    move_coordinates(np.zeros((1, 2)), moved)  # raises for what is no scale, rotation and offset
     own = dict(normalized=normalized, moved=moved)
     part["extensions"] = part.get("extensions", {}) | {NUMBERS: own}
 
