@@ -224,6 +224,12 @@ def test_colours_of_an_obj_file_in_bytes(tmp_path):
         np.testing.assert_allclose(color, [0.8, 0.1, 0.1], atol=0.02)
 
 
+def test_vertices_of_two_numbers_are_named(tmp_path):
+    "An OBJ that was cut, or a drawing in a plane."
+    (tmp_path / "a.obj").write_text("v 0 0\nv 1 0\nv 1 1\nf 1 2 3\n")
+    one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "vertices of 2 numbers")
+
+
 @pytest.mark.parametrize("first", ("OFF\n4 2 0", "OFF4 2 0", "OFF\n# mine\n\n4 2 0"))
 def test_variants_of_off_files(tmp_path, first):
     "Counts on the first line, remarks, empty lines; colours are said to be left out."
