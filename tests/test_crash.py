@@ -1,21 +1,27 @@
 """What kills, signals, flipped bits and full disks leave of a run."""
 
+import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from unipre3d.recipes import finetune_recipes
+from unipre3d.records import ArrayFile, cached
 from unipre3d.runs.checkpoint import (
     STATE,
     STATE_BEFORE,
+    MetricsFile,
     has_state,
     is_finished,
     load_state,
@@ -234,10 +240,8 @@ def test_a_run_does_not_go_on_under_another_recipe(stopped, capsys, words):
     _, folder = stopped
     assert main([*words, "--resume", "--out", str(folder), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert (
-        f"found one of cls-furniture-mini; go on with: unipre3d finetune cls-furniture-mini --resume --out {folder}"
-        in said
-    )
+    assert "found one of cls-furniture-mini; go on with: unipre3d finetune" in said
+    assert said.endswith(f"finetune cls-furniture-mini --resume --out {folder}\n")
 
 
 def test_an_interrupt_in_the_test_says_how_to_go_on(tmp_path):
@@ -287,6 +291,56 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert load_state(tmp_path)[1] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
+
+
+def test_a_picture_that_finds_no_room_is_named(tmp_path, monkeypatch):
+    from unipre3d.recipes import find_recipe
+    from unipre3d.tasks.pretrain import build_views, save_views
+
+    sample = build_views(change(find_recipe("object-transformer-mini"), image_cache_mb=0), "val")[0]
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="views.png: expected to write it, found No space"):
+        save_views(sample, sample.target.rgb, tmp_path / "views.png")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    assert save_views(sample, sample.target.rgb, tmp_path / "views.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_row_that_finds_no_room_is_named(tmp_path):
+    log = MetricsFile(tmp_path / "metrics.csv", ("step", "loss"))
+    log.close()
+    log.file = open("/dev/full", "w")
+    log.writer = csv.DictWriter(log.file, ("step", "loss"))
+    with pytest.raises(OSError, match="metrics.csv: expected to write it, found No space"):
+        log.write(step=1, loss=0.5)
+    with suppress(OSError):
+        log.file.close()
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="expected a folder to keep toys-.*set UNIPRE3D_CACHE"):
+        cached("toys.txt", 1, lambda path: path.write_text("made"), tmp_path / "file" / "cache")
+    assert cached("toys.txt", 1, lambda path: path.write_text("made"), tmp_path).is_file()
+
+
+def test_kept_arrays_survive_a_disk_that_fails(tmp_path):
+    "A file that is gone, and a folder in its place: the run goes on without it."
+    key = bytes(range(16))
+    arrays = ArrayFile(tmp_path / "arrays.bin", (2, 3), limit=1000)
+    arrays.put(key, np.ones((2, 3)))
+    other = pickle.loads(pickle.dumps(arrays))  # as in a process that reads data
+    (tmp_path / "arrays.bin").unlink()
+    (tmp_path / "arrays.bin").mkdir()
+    with pytest.warns(UserWarning, match="arrays.bin: nothing more is cached"):
+        assert other.get(key) is None
+    other.put(key, np.ones((2, 3)))
+    assert other.get(key) is None and arrays.get(key) is not None
 
 
 def test_files_are_as_readable_as_the_user_wants(tmp_path):

@@ -442,6 +442,24 @@ def test_decoded_images_are_those_of_the_files(tmp_path):
         assert file.path.stat().st_size <= 2**20 and not reader.cache.items
 
 
+def test_colour_and_depth_share_the_bound_and_stay(tmp_path):
+    pixels = {
+        "color": np.full((40, 60, 3), 7, np.uint8),
+        "depth": np.full((40, 60), 9, np.uint16),
+    }
+    limit = 250_000  # less than all sixty take
+    for turn in range(2):
+        decoded = DecodedImages(limit, tmp_path, kinds=2)
+        for number in range(30):
+            for kind, image in pixels.items():
+                what = ("unipre3d.data.scannet", image.shape, image.dtype.name, lambda: image)
+                assert np.array_equal(decoded.get(f"{kind} {number}", "", *what), image)
+        sizes = [file.path.stat().st_size for file in decoded.files.values()]
+        assert len(sizes) == 2 and sum(sizes) <= limit
+        if turn:  # a later run does not throw one away for the other
+            assert all(file.hits > 5 for file in decoded.files.values())
+
+
 def test_a_replaced_image_is_decoded_again(tmp_path):
     root = export_objects(ShapeNetViews(split="val"), tmp_path / "data", indices=[0])
     reader = ShapeNetViews(root, size=32)

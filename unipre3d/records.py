@@ -23,7 +23,8 @@ from .files import read_json, reading
 # %% auto #0
 __all__ = ['PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb',
            'code_hash', 'data_hash', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
-           'flush', 'written_whole', 'write_json', 'read_config', 'check_record', 'read_record', 'read_records']
+           'flush', 'write_error', 'written_whole', 'write_json', 'read_config', 'check_record', 'read_record',
+           'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 def code_version() -> str:
@@ -128,12 +129,22 @@ def cached(
     path = Path(cache or cache_dir()) / f"{Path(name).stem}-{key}{Path(name).suffix}"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # a second process waits for the first
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"{path.parent}: expected a folder to keep {path.name} in, found "
+            f"{error.strerror or error}; set UNIPRE3D_CACHE to another folder"
+        ) from error
+    try:  # a second process waits for the first
         if not path.exists():
             part = Path(f"{path}.part")
             make(part)
             os.replace(part, path)
+    finally:
+        lock.release()
     return path
 
 # %% ../nbs/01_records.ipynb #5107f12e
@@ -195,13 +206,16 @@ class ArrayFile:
         key: bytes,  # 16 bytes, not all zero
     ) -> np.ndarray | None:  # None where it is absent or damaged
         "The array of a key."
-        place, head = self.heads(key)[-1]
-        if head[:16] == key:
-            data = np.empty(self.shape, self.dtype)
-            size = self.file.readinto(memoryview(data).cast("B"))
-            if size == data.nbytes and checksum(data) == head[16:]:
-                self.hits += 1
-                return data
+        try:
+            _, head = self.heads(key)[-1]
+            if head[:16] == key:
+                data = np.empty(self.shape, self.dtype)
+                size = self.file.readinto(memoryview(data).cast("B"))
+                if size == data.nbytes and checksum(data) == head[16:]:
+                    self.hits += 1
+                    return data
+        except OSError as problem:
+            self.stop_writing(problem)
         self.misses += 1
         return None
 
@@ -214,15 +228,20 @@ class ArrayFile:
         if not self.writes:
             return
         data = np.ascontiguousarray(data, self.dtype).reshape(self.shape)
-        place, head = self.heads(key)[-1]
-        if head[:16] not in (key, b"", bytes(16)):
-            place = self.places(key)[0]  # all are taken: the first goes
         try:
+            place, head = self.heads(key)[-1]
+            if head[:16] not in (key, b"", bytes(16)):
+                place = self.places(key)[0]  # all are taken: the first goes
             self.file.seek(place)
             self.file.write(key + checksum(data) + data.tobytes())
         except OSError as problem:
-            self.writes = False
-            warnings.warn(f"{self.path}: nothing more is cached ({problem})", stacklevel=2)
+            self.stop_writing(problem)
+
+    def stop_writing(self, problem: OSError) -> None:
+        "After an error of the disk: what can be read is, nothing more is kept."
+        if self.writes:
+            warnings.warn(f"{self.path}: nothing more is cached ({problem})", stacklevel=3)
+        self.writes = False
 
 
 def checksum(
@@ -244,8 +263,10 @@ def trim_cache(
     "Delete the files that were opened longest ago, until the others fit."
     files = []
     for path in folder.glob(pattern):
-        facts = path.stat()
-        files.append((facts.st_mtime, getattr(facts, "st_blocks", 0) * 512, path))
+        with suppress(FileNotFoundError):  # another process was first
+            facts = path.stat()
+            blocks = getattr(facts, "st_blocks", facts.st_size / 512)  # Windows counts none
+            files.append((facts.st_mtime, blocks * 512, path))
     used = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
         if used > limit and path != keep:
@@ -260,13 +281,15 @@ def open_arrays(
     dtype: str,
     limit: int,  # bytes of all files of this kind
     folder: str | Path | None = None,  # None means `cache_dir()`
+    share: int = 1,  # files of one run that share the limit
 ) -> ArrayFile | None:  # None, after a warning, where it cannot be opened
     "The file for arrays of one origin and shape; of other origins only so many stay as fit."
-    digest = hashlib.sha256(json.dumps([values, limit], sort_keys=True).encode()).hexdigest()[:16]
+    own = limit // share
+    digest = hashlib.sha256(json.dumps([values, own], sort_keys=True).encode()).hexdigest()[:16]
     size = "x".join(map(str, shape))
     folder = Path(folder or cache_dir())
     path = folder / f"{kind}-{digest}-{size}-{dtype}.bin"
-    arrays = ArrayFile(path, shape, dtype, limit)
+    arrays = ArrayFile(path, shape, dtype, own)
     try:
         arrays.file.seek(0)
         os.utime(path)
@@ -291,6 +314,17 @@ def flush(
         os.close(number)
 
 
+def write_error(
+    path: str | Path,  # the file that is wanted
+    error: OSError,
+) -> OSError:  # to raise
+    "One line for a file that cannot be written."
+    return OSError(
+        f"{path}: expected to write it, found {error.strerror or error}; "
+        "make room or name another folder: what was saved before is whole"
+    )
+
+
 @contextmanager
 def written_whole(
     path: str | Path,  # the file that is wanted
@@ -309,10 +343,7 @@ def written_whole(
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: expected to write it, found {error.strerror or error}; "
-            "make room or name another folder: what was saved before is whole"
-        ) from error
+        raise write_error(path, error) from error
 
 # %% ../nbs/01_records.ipynb #70ae8754
 _SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds

@@ -78,7 +78,7 @@ def leave_signals(
         os.setpgrp()
 
 
-class LoaderLost(RuntimeError):
+class LoaderLost(ChildProcessError):
     "A process that reads data was killed from outside."
 
 
@@ -140,7 +140,10 @@ class Loader:
             plain = plain_error(error)
             cut_off = isinstance(error, (EOFError, ConnectionError)) and plain is error
             if cut_off or any(not reader.is_alive() for reader in readers):
-                raise LoaderLost("a process that reads data was killed from outside") from error
+                raise LoaderLost(
+                    "a process that reads data was killed from outside, perhaps for want of memory "
+                    "(--workers 0 needs the least)"
+                ) from error
             if plain is error:
                 raise
             raise plain from error

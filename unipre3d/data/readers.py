@@ -471,9 +471,11 @@ class DecodedImages:
         self,
         limit: int,  # bytes on disk
         folder: str | Path | None = None,  # None means `cache_dir()`
+        kinds: int = 1,  # shapes and types that share the limit: colour and depth are two
     ):
         self.limit = limit
         self.folder = folder
+        self.kinds = kinds
         self.files: dict[tuple, ArrayFile | None] = {}  # of one shape, type and code
 
     def get(
@@ -489,7 +491,9 @@ class DecodedImages:
         place = (code, shape, dtype)
         if place not in self.files:
             values = [code_hash(code), PIL.__version__]
-            self.files[place] = open_arrays("image", values, shape, dtype, self.limit, self.folder)
+            self.files[place] = open_arrays(
+                "image", values, shape, dtype, self.limit, self.folder, self.kinds
+            )
         file = self.files[place]
         if file is None:
             return make()

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import check_weights, decode_json, read_safetensors
-from ..records import flush, read_record, written_whole
+from ..records import flush, read_record, write_error, written_whole
 
 # %% auto #0
 __all__ = ['STATE', 'STATE_BEFORE', 'STATE_NEW', 'BOOKKEEPING', 'content_hash', 'save_tensors', 'load_tensors', 'parameter_names',
@@ -252,14 +252,18 @@ class MetricsFile:
             writer = csv.DictWriter(new, columns)
             writer.writeheader()
             writer.writerows(rows)
+        self.path = path
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, columns)
 
     def write(self, **values) -> None:
-        "Append one row and flush it."
+        "Append one row and flush it. Raises: OSError in one line where the disk is full."
         text = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in values.items()}
-        self.writer.writerow(text)
-        self.file.flush()
+        try:
+            self.writer.writerow(text)
+            self.file.flush()
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
     def close(self) -> None:
         "Close the file."

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from unipre3d.image import (
 )
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
+from ..records import written_whole
 from ..render import render
 from ..runs.fit import Task, gathered, processes
 from unipre3d.runs.recipe import (
@@ -137,7 +137,9 @@ def save_views(
     path: str | Path,  # PNG file to write
     title: str = "",  # what to write above
 ) -> Path:
-    "Write `views.png`: reference, true and rendered views side by side."
+    """Write `views.png`: reference, true and rendered views side by side.
+
+    Raises: OSError in one line where it cannot be written."""
     from matplotlib.figure import Figure  # no global state, no display
 
     image = rows_of_views(sample, rendered)
@@ -155,9 +157,8 @@ def save_views(
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     path = Path(path)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     return path
 
 # %% ../../nbs/60_pretrain.ipynb #5c4a381a
@@ -343,7 +344,8 @@ def read_views(
     """
     reader = open_views(data, split)
     if data.image_cache_mb:
-        reader.decoded = DecodedImages(data.image_cache_mb * 2**20)
+        kinds = 2 if data.layout == "scannet" else 1  # colour and depth
+        reader.decoded = DecodedImages(data.image_cache_mb * 2**20, kinds=kinds)
     return reader
 
 
