@@ -207,6 +207,15 @@ def meshes(folder):
     (folder / "gltf").mkdir()
     for name, data in trimesh.exchange.gltf.export_gltf(trimesh.Scene([box])).items():
         (folder / "gltf" / name).write_bytes(data)
+    moved = dict(KHR_texture_transform=dict(offset=[0.1, 0.2], rotation=1.0, scale=[2, 3]))
+    tree = json.loads((folder / "gltf" / "model.gltf").read_text())
+    tree["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]["extensions"] = moved
+    (folder / "gltf" / "model.gltf").write_text(json.dumps(tree))
+    corners = ("0 0 0", "1 0 0", "1 1 0", "0 1 1")
+    lines = [f"v {corner} 200 30 30" for corner in corners] + ["f 1 2 3", "f 1 3 4"]
+    (folder / "h.obj").write_text("\n".join(lines))
+    lines = ["COFF", "4 2 0", *corners, "3 0 1 2 255 0 0", "3 0 2 3 255 0 0"]
+    (folder / "i.off").write_text("\n".join(lines))
 
 
 def open_meshes(folder):

@@ -145,6 +145,8 @@ def test_a_material_that_moves_its_picture(tmp_path):
     mesh = read_mesh(glb(tmp_path / "a.glb", texture=moved))
     want = np.stack([0.25 * UV[:, 1], 1 - 0.5 * UV[:, 0]], 1)
     np.testing.assert_allclose(picture_places(mesh), want, atol=1e-6)
+    wrong = dict(extensions=dict(KHR_texture_transform=dict(scale=[1, 2, 3])))
+    one_line(lambda: read_mesh(glb(tmp_path / "c.glb", texture=wrong)), "c.glb: expected a glTF")
     mesh = read_mesh(glb(tmp_path / "b.glb", second=UV / 3, texture=dict(texCoord=1)))
     np.testing.assert_allclose(picture_places(mesh), UV / 3, atol=1e-6)
 
@@ -220,6 +222,12 @@ def test_colours_of_an_obj_file_in_bytes(tmp_path):
         (tmp_path / "a.obj").write_text(lines.replace("{}", color))
         color = read_mesh(tmp_path / "a.obj").materials[0].color
         np.testing.assert_allclose(color, [0.8, 0.1, 0.1], atol=0.02)
+
+
+def test_vertices_of_two_numbers_are_named(tmp_path):
+    "An OBJ that was cut, or a drawing in a plane."
+    (tmp_path / "a.obj").write_text("v 0 0\nv 1 0\nv 1 1\nf 1 2 3\n")
+    one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "vertices of 2 numbers")
 
 
 @pytest.mark.parametrize("first", ("OFF\n4 2 0", "OFF4 2 0", "OFF\n# mine\n\n4 2 0"))

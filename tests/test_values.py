@@ -339,6 +339,11 @@ def test_a_run_ends_after_some_bad_steps_in_a_row(tmp_path):
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_a_run_of_mostly_bad_steps_has_failed(tmp_path):
+    model, done = spoiled("PointNet2", tmp_path, bad=[k for k in range(40) if k % 3], steps=40)
+    assert (done.ended, done.step, done.skipped) == ("diverged", 40, 26)
+
+
 def test_a_run_that_diverges_ends_with_a_failing_status(tmp_path, capsys):
     words = "finetune cls-furniture-mini --device cpu --steps 40 --batch-size 8 --n-points 64"
     words += f" --workers 0 --lr 1e30 --clip 1e38 --warmup 0 --out {tmp_path / 'run'}"

@@ -313,7 +313,7 @@ def take_step(
     return norm, not finite or accelerator.optimizer_step_was_skipped
 
 # %% ../../nbs/58_fit.ipynb #dc148b38
-MOST_SKIPPED = 20  # steps in a row; more are no accident, and the run ends
+MOST_SKIPPED = 20  # steps in a row, or more than half of all: no accident, and the run has failed
 
 
 @dataclass
@@ -494,7 +494,8 @@ def fit(
             shown = dict(zip(scores, means)) | validate()
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
-            if now.in_a_row >= MOST_SKIPPED:
+            mostly = now.step == run.steps and 2 * now.skipped > run.steps
+            if now.in_a_row >= MOST_SKIPPED or (mostly and now.skipped >= MOST_SKIPPED):
                 now.ended = "diverged"
             elif run.patience and now.waited >= run.patience:
                 now.ended = "patience"

@@ -430,7 +430,6 @@ def run_recipe(
                 task.draw(task.model.to(accelerator.device), 0, folder)
 
         go_on = f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
-        go_on += f" (in {world} processes)" if world > 1 else ""
 
         def batches(first, stop):
             seeds = dict(seed=recipe.run.seed, num_workers=recipe.data.workers)
@@ -456,7 +455,8 @@ def run_recipe(
         )
         if done.ended == "diverged" and rank == 0:
             say(
-                f"stopped after step {done.step}: no loss or gradient of {done.in_a_row} steps in a row was finite; "
+                f"failed after step {done.step}: no loss or gradient of {done.skipped} steps was finite, "
+                f"at the end of {done.in_a_row} steps in a row; "
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )

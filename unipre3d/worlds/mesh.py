@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..data.objects import DISTANCE, FOV, RADIUS
 from unipre3d.files import (
+    Found,
     check_ply,
     check_unpacked,
     decode_json,
@@ -371,7 +372,7 @@ def check_gltf(
     header = decode_json(data, path, what="a glTF file")
     with reading(path, "a glTF file"):
         items = sum(int(accessor["count"]) for accessor in header.get("accessors", []))
-        required = set(header.get("extensionsRequired", [])) - readable_extensions()
+        required = set(map(str, header.get("extensionsRequired", []))) - readable_extensions()
     check_unpacked(8 * items, 8 * path.stat().st_size, path)
     for name in sorted(required):
         if not name.startswith("KHR_materials_"):
@@ -423,6 +424,7 @@ def _add_numbers(part, header, normalized):
     used = moved.get("texCoord", texture.get("texCoord", 0))
     if used:
         part["attributes"]["TEXCOORD_0"] = part["attributes"][f"TEXCOORD_{used}"]
+    move_coordinates(np.zeros((1, 2)), moved)  # raises for what is no scale, rotation and offset
     own = dict(normalized=normalized, moved=moved)
     part["extensions"] = part.get("extensions", {}) | {NUMBERS: own}
 
@@ -461,7 +463,7 @@ def off_colors(
     last = (
         lines.rpartition(b"\n")[2].partition(b"#")[0].split()
     )  # a face: its corners behind their number
-    more = bool(last) and last[0].isdigit() and len(last) > 1 + int(last[0])
+    more = bool(last) and last[0][:9].isdigit() and len(last) > 1 + int(last[0][:9])
     return more or b"C" in lines[:10].partition(b"OFF")[0]
 
 # %% ../../nbs/worlds/18_mesh.ipynb #9179be05
@@ -533,6 +535,8 @@ def read_mesh(
     linear = path.suffix.lower() in (".glb", ".gltf")
     with reading(path, "a mesh whose faces, textures and colours fit together"):
         corners = np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes])
+        if corners.shape[1:] != (3, 3):
+            raise Found(f"vertices of {corners.shape[-1]} numbers")
         uv, material, materials = zip(*(face_materials(m, linear) for m in meshes))
         tints = [vertex_tint(m) for m in meshes]
     corners = corners @ TO_Z_UP[up].T

@@ -170,5 +170,8 @@ def prepare_meshes(
     finally:
         part.unlink(missing_ok=True)
     tell(skipped, f"{out}: left out {len(skipped)} of {len(files)} files")
-    tell(without, f"{out}: {len(without)} of {len(files)} meshes lack a file that they name")
+    tell(
+        without,
+        f"{out}: {len(without)} of {len(files)} meshes are read without something that they name or hold",
+    )
     return out
