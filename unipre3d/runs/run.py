@@ -430,6 +430,7 @@ def run_recipe(
                 task.draw(task.model.to(accelerator.device), 0, folder)
 
         go_on = f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
+        go_on += f" (in {world} processes)" if world > 1 else ""
 
         def batches(first, stop):
             seeds = dict(seed=recipe.run.seed, num_workers=recipe.data.workers)
