@@ -65,6 +65,11 @@ def small_run(folder, **values):
     return run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=lambda text: None)
 
 
+def hear_hangups():
+    "Whatever started the tests may ignore them, as nohup does, and a child inherits that."
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def started(folder, *options):
     "A fine-tuning in a process group of its own that has made a few steps."
     names = ["--classes", "bed", "lamp", "--n-points", "64", "--batch-size", "4"]
@@ -76,6 +81,7 @@ def started(folder, *options):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_hangups,
     )
     metrics = folder / "metrics.csv"
     deadline = time.monotonic() + 300
@@ -92,7 +98,10 @@ def started(folder, *options):
 def test_a_signal_to_the_whole_group_saves_the_run(tmp_path, workers, number):
     run = started(tmp_path / "run", "--workers", str(workers))
     os.killpg(run.pid, number)
-    text = run.communicate(timeout=120)[0]
+    try:
+        text = run.communicate(timeout=120)[0]
+    finally:
+        run.kill()
     assert run.returncode == 130 and "go on with: unipre3d finetune" in text
     assert "Traceback" not in text
     state, meta = load_state(tmp_path / "run")
