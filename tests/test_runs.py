@@ -180,12 +180,18 @@ def test_of_processes_that_want_one_folder_at_once_one_gets_it(tmp_path, empty):
 
 
 LAUNCH = """
-import sys
+import os, sys, time
+from pathlib import Path
 from unipre3d.cli import main
 
 words = "finetune cls-furniture-mini --classes bed lamp --n-points 64 --depth 1 --num-groups 8 --group-size 8"
 words += " --device cpu --steps 1 --batch-size 4 --validate-every 0 --save-every 0 --out"
-sys.exit(main([*words.split(), sys.argv[1]]))
+status = main([*words.split(), sys.argv[1]])
+ended = Path(sys.argv[2])
+(ended / os.environ["RANK"]).touch()
+while len(list(ended.iterdir())) < 2:  # the launcher kills the other as soon as one has failed
+    time.sleep(0.05)
+sys.exit(status)
 """
 
 
@@ -195,7 +201,8 @@ def test_where_the_first_process_refuses_the_others_end_too(tmp_path):
     script = tmp_path / "launch.py"
     script.write_text(LAUNCH)
     words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    run = [sys.executable, "-m", *words, str(tmp_path / "taken")]
+    (tmp_path / "ended").mkdir()
+    run = [sys.executable, "-m", *words, str(tmp_path / "taken"), str(tmp_path / "ended")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, capture_output=True, text=True, timeout=240, env=env)
     refusals = [line for line in done.stderr.splitlines() if line.startswith("unipre3d: --out")]

@@ -112,3 +112,12 @@ def test_waiting_threads_give_way_unless_the_user_says_otherwise(given, spins):
         pytest.skip("another OpenMP than libgomp")
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
     assert done.stdout.split()[-1] == str(given.get("GOMP_SPINCOUNT", None if given else "1000"))
+
+
+def test_a_run_that_goes_on_takes_no_value_not_even_the_usual_one(tmp_path):
+    from unipre3d.cli import refuse_changes
+
+    refuse_changes(["--resume", "--out", str(tmp_path), "--force", "--device=cpu"])
+    for typed in (["--steps", "1000"], ["--run.steps=1000"], ["--no-probe"], ["--init", "none"]):
+        with pytest.raises(ValueError, match=f"expected no {typed[0].partition('=')[0]} beside it"):
+            refuse_changes(["--resume", *typed])

@@ -296,7 +296,7 @@ def test_a_class_outside_the_list_is_refused(label):
 # ---------------------------------------------------------------- runs
 
 
-def spoiled(name, tmp_path, bad, steps):
+def spoiled(name, tmp_path, bad, steps, resume=False):
     "A fit of a small backbone whose batches of some steps are no numbers."
     options = SMALL_BACKBONES[name]
     options = options | dict(voxel_size=0.1) if name in ("SparseUNet", "PTv3") else options
@@ -318,7 +318,7 @@ def spoiled(name, tmp_path, bad, steps):
 
     task = Task("bad", model, None, loss, lambda m, f: ({}, {}), data={})
     how = dict(optimiser=Optimiser(ema=0.5, lr=1e-4), run=Run(steps=steps, save_every=0))
-    return model, fit(task, batches, tmp_path, **how)
+    return model, fit(task, batches, tmp_path, resume=resume, **how)
 
 
 @pytest.mark.parametrize("name", SMALL_BACKBONES)
@@ -342,6 +342,8 @@ def test_a_run_ends_after_some_bad_steps_in_a_row(tmp_path):
 def test_a_run_of_mostly_bad_steps_has_failed(tmp_path):
     model, done = spoiled("PointNet2", tmp_path, bad=[k for k in range(40) if k % 3], steps=40)
     assert (done.ended, done.step, done.skipped) == ("diverged", 40, 26)
+    model, done = spoiled("PointNet2", tmp_path, bad=(), steps=40, resume=True)
+    assert (done.ended, done.step) == ("diverged", 40)  # its record had been cut short
 
 
 def test_a_run_that_diverges_ends_with_a_failing_status(tmp_path, capsys):

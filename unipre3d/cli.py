@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options',
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options',
            'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value',
            'recipe_rows', 'value_words', 'option_help', 'check_options', 'RunOptions', 'newest_run', 'parse_recipe',
            'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
@@ -387,24 +387,22 @@ def resumable(
     return folder
 
 
+GOES_ON = ("resume", "force", "out", "device")  # options of a run that goes on
+
+
 def refuse_changes(
-    recipe: Any,  # as it was typed
-    usual: Any,  # as it is without options
-    options: RunOptions,
+    args: Sequence[str],  # as they were typed, after the recipe's name
 ) -> None:
     """A run goes on with its own values.
 
     Raises: ValueError that names an option which would be ignored.
     """
-    from unipre3d.runs.recipe import to_values
-
-    given = to_values(recipe) | {"init": options.init}
-    known = to_values(usual) | {"init": "none"}
-    for name, value in given.items():
-        if value != known[name]:
+    for arg in args:
+        name = arg.removeprefix("--").partition("=")[0].replace("_", "-")
+        if arg.startswith("--") and name.rpartition(".")[2].removeprefix("no-") not in GOES_ON:
             raise ValueError(
                 "--resume: the run goes on with the values it began with; "
-                f"expected no --{name.replace('_', '-')} beside it"
+                f"expected no --{name} beside it"
             )
 
 
@@ -437,7 +435,7 @@ def train_command(
     recipe, options = parse_recipe(command, name, usual, rest)
     folder = Path(options.out).expanduser() if options.out else None
     if options.resume:
-        refuse_changes(recipe, usual, options)
+        refuse_changes(rest)
         folder = resumable(folder or newest_run(name))
         typed = name
         name, recipe, _ = read_recipe(folder)

@@ -441,6 +441,10 @@ def fit(
         meta = {"step": now.best_step, "chosen_by": task.choose or "last", "score": now.best}
         save_tensors(folder / "checkpoint.safetensors", chosen or kept.state_dict(), meta)
 
+    def has_failed():
+        mostly = now.step == run.steps and 2 * now.skipped > run.steps
+        return now.in_a_row >= MOST_SKIPPED or (mostly and now.skipped >= MOST_SKIPPED)
+
     def validate():
         if task.validate is None or not is_due(now.step, run.validate_every, run.steps):
             return {}
@@ -458,7 +462,10 @@ def fit(
     if resume and main:
         write_checkpoint()  # a kill may have come between the state and the checkpoint
     start = now.step
-    if run.patience and now.waited >= run.patience:  # it had ended, and its test was cut short
+    if has_failed():  # it had ended, and its record was cut short
+        now.ended = "diverged"
+        start = run.steps
+    elif run.patience and now.waited >= run.patience:
         now.ended = "patience"
         start = run.steps
     with (
@@ -494,8 +501,7 @@ def fit(
             shown = dict(zip(scores, means)) | validate()
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
-            mostly = now.step == run.steps and 2 * now.skipped > run.steps
-            if now.in_a_row >= MOST_SKIPPED or (mostly and now.skipped >= MOST_SKIPPED):
+            if has_failed():
                 now.ended = "diverged"
             elif run.patience and now.waited >= run.patience:
                 now.ended = "patience"
