@@ -33,7 +33,7 @@ from unipre3d.runs.recipe import change
 from unipre3d.runs.run import run_recipe
 
 HERE = Path(__file__).parent
-LONG = int(os.environ.get("UNIPRE3D_CRASH", 0))  # kills of the long run; 300 take an hour
+LONG = int(os.environ.get("UNIPRE3D_CRASH", 0))  # kills of the long run, such as 300
 KINDS = ["pre-training", "classification", "parts", "semantic", "instances"]
 SMALL = dict(
     classes=("bed", "lamp"),
