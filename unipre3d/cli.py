@@ -636,9 +636,8 @@ class FeatureOptions:
     Reads PLY, PCD, NPY, NPZ, XYZ, CSV, LAS, LAZ, E57, and meshes as OBJ, OFF, STL, GLB.
     """
 
-    weights: Annotated[str, called("from")] = (
-        "objects"  # weights: "objects", "rooms", a run folder, a folder of weights, or owner/name on the hub
-    )
+    # "objects", "rooms", a run folder, a folder of weights, or owner/name on the hub
+    weights: Annotated[str, called("from")] = "objects"
     out: str | None = None  # .npz to write, its .ply beside it; default: CLOUD-features.npz here
     similar: int | None = None  # colour by likeness to this point, counted from 0 as in the file
     nearest: int | None = None  # of a folder: name so many clouds most like each
@@ -651,7 +650,8 @@ class FeatureOptions:
 class PredictOptions:
     "Class, parts, labels of points or things, by a fine-tuned run, of a cloud or of a folder of clouds."
 
-    weights: Annotated[str, called("from")] = ""  # the run folder
+    # the run folder
+    weights: Annotated[str, called("from")] = ""
     out: str = "predictions"  # folder for predictions.csv, and a .npz and a .ply of each cloud
     category: str | None = None  # of an object whose parts are wanted, such as chair
     unit: str | None = None  # of coordinates: m, cm, mm, in or ft; counts for rooms
@@ -666,11 +666,13 @@ def cloud_paths(
 
     Raises: FileNotFoundError or ValueError where there is none.
     """
-    from unipre3d.data.clouds import find_clouds
+    from unipre3d.files import regular_file
 
     place = Path(given).expanduser()
     if not place.is_dir():
-        return {place.stem: place}
+        return {place.stem: regular_file(place, "a cloud file, or a folder of them")}
+    from unipre3d.data.clouds import find_clouds
+
     found = {}
     for path in find_clouds(place):
         name = "-".join(path.relative_to(place).with_suffix("").parts)
