@@ -98,6 +98,14 @@ def test_points_that_coincide_and_small_clouds():
         extractor(np.ones((5, 3)))
 
 
+def test_an_object_of_very_many_points():
+    extractor = FeatureExtractor(small("StandardTransformer"), Transform(n_points=256))
+    ball = RNG.normal(size=(140_000, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    order = RNG.permutation(len(ball))
+    assert np.array_equal(extractor(ball[order]), extractor(ball)[order])
+
+
 def test_unit_axes_and_place_of_an_object_have_no_effect():
     extractor = FeatureExtractor(small("StandardTransformer"), Transform(n_points=512))
     feat = extractor(XYZ)
