@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'GOES_ON', 'commands', 'one_line', 'parse', 'parse_after', 'option_paths', 'full_options',
-           'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value',
-           'recipe_rows', 'value_words', 'option_help', 'check_options', 'RunOptions', 'newest_run', 'parse_recipe',
-           'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
-           'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
-           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'CheckOptions', 'check_command', 'rooms_command',
-           'data_command', 'doctor_command', 'usage', 'spin_briefly', 'main']
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line', 'did_you_mean', 'parse',
+           'parse_after', 'option_paths', 'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape',
+           'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
+           'check_options', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe',
+           'train_command', 'describe_result', 'pretrain_command', 'finetune_command', 'reproduce_command',
+           'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
+           'prepare_command', 'CheckOptions', 'check_command', 'rooms_command', 'data_command', 'cache_text',
+           'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words',
+           'completion_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -43,6 +45,15 @@ def one_line(
         elif sentence:
             break
     return " ".join(sentence) or " ".join(boxed.split())
+
+
+def did_you_mean(
+    word: str,  # as it was typed
+    known: Sequence[str],  # what there is
+) -> str:  # "; did you mean ...?", or nothing where no name is near
+    "The end of a message about a name that does not exist."
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(
@@ -244,6 +255,7 @@ def value_words(
     inner = kind.removeprefix("tuple[").removesuffix("]") if kind.startswith("tuple[") else kind
     words = inner.split(", ")
     plain = {"int": "INT", "float": "FLOAT", "str": "TEXT", "...": "..."}
+    plain |= {f"{kind} | None": word for kind, word in plain.items()}
     return " ".join(plain[word] for word in words) if set(words) <= set(plain) else kind
 
 
@@ -292,9 +304,9 @@ def check_options(
         if not arg.startswith("--") or name in known:
             continue
         last = name.rpartition(".")[2]
-        near = difflib.get_close_matches(last, [path.rpartition(".")[2] for path in paths], 1)
-        hint = f"did you mean --{near[0]}? " if near else ""
-        raise ValueError(f"--{name}: there is no such option; {hint}{prog} --help lists them")
+        hint = did_you_mean(last, [path.rpartition(".")[2] for path in paths])
+        hint = hint.replace("mean ", "mean --")
+        raise ValueError(f"--{name}: there is no such option ({prog} --help lists them){hint}")
 
 # %% ../nbs/90_cli.ipynb #99397b95
 @dataclass(frozen=True)
@@ -311,9 +323,7 @@ class RunOptions:
     force: bool = (
         False  # with --resume: also where data, code, threads or processes are not the same
     )
-    device: str = (
-        "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cpu"
-    )
+    device: str = "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cuda"; "cpu"
 
 
 def newest_run(
@@ -406,6 +416,21 @@ def refuse_changes(
             )
 
 
+def unknown_recipe(
+    command: str,  # "pretrain" or "finetune"
+    name: str,  # that it does not know
+) -> str:
+    "What is wrong with a recipe's name, in one line."
+    from unipre3d._options import ABOUT
+
+    known = ABOUT[command]
+    hint = did_you_mean(name, known)
+    for other, names in ABOUT.items():
+        if name in names:
+            hint = f"; did you mean: unipre3d {other} {name}?"
+    return f'recipe: got "{name}"{hint or ";"} expected one of {", ".join(known)}'
+
+
 def train_command(
     command: str,  # "pretrain" or "finetune"
     args: list[str],  # a recipe's name, options
@@ -419,7 +444,7 @@ def train_command(
     name, *rest = args
     known = ABOUT[command]
     if name not in known:
-        raise ValueError(f'recipe: expected one of {", ".join(known)}; got "{name}"')
+        raise ValueError(unknown_recipe(command, name))
     prog = f"unipre3d {command} {name}"
     rows = recipe_rows(name, rest)
     if {"-h", "--help"} & set(rest):
@@ -714,15 +739,18 @@ def rooms_command(args: list[str]) -> int:
     return 0
 
 
+DATA_KINDS = ("prepare", "check", "rooms", "furniture", "autoencoder")
+
+
 def data_command(args: list[str]) -> int:
     "unipre3d data prepare | check | rooms | furniture | autoencoder: draw your meshes; check a data set; compose rooms; rebuild what the package embeds."
-    kinds = ("prepare", "check", "rooms", "furniture", "autoencoder")
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
-        print(f"usage: unipre3d data {' | '.join(kinds)} [--help]")
+        print(f"usage: unipre3d data {' | '.join(DATA_KINDS)} [--help]")
         return 0
-    if kind not in kinds:
-        raise ValueError(f"data: expected one of {', '.join(kinds)}, got {kind}")
+    if kind not in DATA_KINDS:
+        hint = did_you_mean(kind, DATA_KINDS)
+        raise ValueError(f"data: expected one of {', '.join(DATA_KINDS)}, got {kind}{hint}")
     if kind == "prepare":
         return prepare_command(args[1:])
     if kind == "check":
@@ -751,6 +779,23 @@ def data_command(args: list[str]) -> int:
         path = build_furniture(options.deb, options.out, workers=options.workers)
     print(f"wrote {path}")
     return 0
+
+
+def cache_text(
+    folder: Path,  # from `cache_dir`
+) -> str:
+    "What the cache holds, by kind, and how to free it."
+    sizes: dict[str, int] = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            kind = path.relative_to(folder).parts[0].partition("-")[0]
+            facts = path.stat()
+            blocks = getattr(facts, "st_blocks", facts.st_size / 512)  # Windows counts none
+            sizes[kind] = sizes.get(kind, 0) + int(blocks * 512)
+    if not sizes:
+        return f"{folder} (empty)"
+    kinds = ", ".join(f"{kind} {size / 2**20:,.0f} MB" for kind, size in sorted(sizes.items()))
+    return f"{folder}: {kinds}; delete any of it while nothing runs, it is made again"
 
 
 def doctor_command(args: list[str]) -> int:
@@ -788,13 +833,161 @@ def doctor_command(args: list[str]) -> int:
         "renderer, CUDA": gsplat,
         "objects": size(folder / "furniture.zip"),
         "small autoencoder": size(weights),
-        "made data and maps": str(cache_dir()),
+        "made data and maps": cache_text(cache_dir()),
         "ffmpeg (MP4)": "ready" if shutil.which("ffmpeg") else "not found (GIF is used)",
         "recipes": ", ".join(recipes),
     }
     for name, value in lines.items():
         print(f"{name:18} {value}")
     return int(any(value.startswith("MISSING") for value in lines.values()))
+
+# %% ../nbs/90_cli.ipynb #90b00002
+def changed_values(
+    values: dict[str, Any],  # of a run, nested as in config.json
+    usual: dict[str, Any],  # of the recipe
+    prefix: str = "",
+) -> list[str]:  # such as "--run.steps 40 (recipe: 1000)"
+    "Where a run's values differ from its recipe's, as they would be typed."
+    found = []
+    for name in usual | values:
+        path = prefix + name.replace("_", "-")
+        value, other = values.get(name), usual.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += changed_values(value, other, f"{path}.")
+        elif value != other and name != "about":
+            found.append(f"--{path} {value_text(value)} (recipe: {value_text(other)})")
+    return found
+
+
+def value_text(
+    value: Any,  # of a recipe
+) -> str:
+    "A value as it would be typed."
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "''"
+    return "none" if value is None else str(value) or "''"
+
+
+def run_state_text(
+    folder: Path,  # of a run
+    steps: int,  # that its recipe wants
+) -> str:
+    "How far a run came, and how it goes on."
+    from unipre3d.records import read_record
+    from unipre3d.runs.checkpoint import has_state, is_finished, run_history
+
+    if is_finished(folder):
+        record = read_record(folder / "record.json")
+        return f"{record.get('ended', 'finished')} after {record['steps']} of {steps} steps"
+    metrics = folder / "metrics.csv"
+    done = run_history(metrics, every=1)["train"]["step"] if metrics.is_file() else []
+    done = f"at step {done[-1]:.0f} of {steps}" if done else "before its first step"
+    if has_state(folder):
+        return f"not finished, {done}; it runs, or goes on with --resume --out {shlex.quote(str(folder))}"
+    return f"not finished, {done}; nothing is saved yet"
+
+
+def info_command(args: list[str]) -> int:
+    "unipre3d info RUN: what a run folder holds, and what to do with it."
+    if {"-h", "--help"} & set(args):
+        print("usage: unipre3d info RUN\n\nWhat a run folder holds, and what to do with it.")
+        return 0
+    if len(args) != 1 or args[0].startswith("-"):
+        raise ValueError(
+            "info: expected a run folder, as in: unipre3d info runs/object-transformer-mini"
+        )
+    folder = Path(args[0]).expanduser()
+    from unipre3d.recipes import finetune_recipes, read_recipe, recipes
+    from unipre3d.records import read_record
+    from unipre3d.runs.checkpoint import is_finished
+
+    name, recipe, classes = read_recipe(folder)
+    usual = (recipes | finetune_recipes).get(name)
+    lines = {
+        "recipe": f"{name}: {recipe.about}",
+        "state": run_state_text(folder, recipe.run.steps),
+        "changed": "; ".join(changed_values(asdict(recipe), asdict(usual))) if usual else "",
+        "classes": f"{len(classes)}: {', '.join(classes)}" if classes else "",
+    }
+    if is_finished(folder):
+        record = read_record(folder / "record.json")
+        data, machine = record["data"], record["hardware"]
+        counts = ", ".join(f"{n} {split}" for split, n in data.items() if isinstance(n, int))
+        lines["data"] = f"{data['name']} ({counts}); sha256 {data['sha256'][:16]}"
+        lines["code"] = record["code"]
+        lines["machine"] = (
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['gpu'] or 'no GPU'}"
+        )
+        lines["time"] = f"{record['wall_seconds'] / 60:.1f} minutes"
+        lines["scores"] = ", ".join(
+            f"{key} {value:.4g}" for key, value in record["metrics"].items()
+        )
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    lines["files"] = ", ".join(
+        f"{path.name} ({path.stat().st_size / 2**20:.1f} MB)" for path in files
+    )
+    for key, value in lines.items():
+        if value:
+            print(f"{key:8} {value}")
+    return 0
+
+# %% ../nbs/90_cli.ipynb #90c00001
+SHELLS = {
+    "bash": """_unipre3d() {
+    local words="$(unipre3d completion words "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)"
+    COMPREPLY=($(compgen -o default -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _unipre3d unipre3d""",
+    "fish": "complete -c unipre3d -a '(unipre3d completion words (commandline -opc)[2..] 2>/dev/null)'",
+}
+SHELLS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SHELLS["bash"]
+
+
+def completion_words(
+    words: Sequence[str],  # whole words after `unipre3d`
+) -> list[str]:  # what may follow
+    "What a shell offers next: commands, then recipes or kinds, then options."
+    from unipre3d._options import ABOUT, OPTIONS
+
+    if not words:
+        return list(commands)
+    command, *rest = words
+    if command in ABOUT and not rest:
+        return [*ABOUT[command]]
+    kinds = {"data": DATA_KINDS, "reproduce": ("mini", "full"), "completion": tuple(SHELLS)}
+    if command in kinds and not rest:
+        return list(kinds[command])
+    name = (
+        rest[0]
+        if command in ABOUT
+        else " ".join([command, *rest[:1]])
+        if command == "data"
+        else command
+    )
+    if name not in OPTIONS:
+        return []
+    paths = [path for path, *_ in recipe_rows(name, rest[1:])]
+    last_names = [path.rpartition(".")[2] for path in paths]
+    once = [name for name in last_names if last_names.count(name) == 1]
+    return [f"--{path}" for path in dict.fromkeys([*once, *paths])]
+
+
+def completion_command(args: list[str]) -> int:
+    "unipre3d completion bash | zsh | fish: a script with which the shell completes commands, recipes and options."
+    if {"-h", "--help"} & set(args[:1]):
+        print(
+            'usage: unipre3d completion bash | zsh | fish\n\nas in: eval "$(unipre3d completion bash)"'
+        )
+        return 0
+    if args[:1] == ["words"]:
+        print(*completion_words(args[1:]), sep="\n")
+        return 0
+    if len(args) != 1 or args[0] not in SHELLS:
+        raise ValueError(
+            f"completion: expected one of {', '.join(SHELLS)}, got {' '.join(args) or 'nothing'}"
+        )
+    print(SHELLS[args[0]])
+    return 0
 
 # %% ../nbs/90_cli.ipynb #de9420f3
 commands = {
@@ -803,7 +996,9 @@ commands = {
     "reproduce": reproduce_command,
     "render": render_command,
     "data": data_command,
+    "info": info_command,
     "doctor": doctor_command,
+    "completion": completion_command,
 }
 
 
@@ -842,8 +1037,14 @@ def main(
             print(f"unipre3d {metadata.version('unipre3d')}")
             return 0
         if args[0] not in commands:
-            raise ValueError(f'expected a command, one of {", ".join(commands)}; got "{args[0]}"')
+            hint = did_you_mean(args[0], list(commands))
+            raise ValueError(
+                f'expected a command, one of {", ".join(commands)}; got "{args[0]}"{hint}'
+            )
         return commands[args[0]](args[1:])
+    except BrokenPipeError:  # the reader of our lines has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         print(f"unipre3d: {error}", file=sys.stderr)
         return 2

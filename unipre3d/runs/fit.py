@@ -246,15 +246,20 @@ def steady(
 # %% ../../nbs/58_fit.ipynb #1f562091
 def new_accelerator(
     mixed_precision: str = "no",  # "no", "bf16" or "fp16"
-    device: str = "auto",  # "auto" takes a GPU if there is one; "cpu"
+    device: str = "auto",  # "auto" takes a GPU if there is one; "cuda"; "cpu"
 ) -> Accelerator:
     """One for a run; an earlier run of this process may have had another precision or device.
 
-    Raises: ValueError for another device, or for fp16 without a GPU.
+    Raises: ValueError for another device or one that is not there, or for fp16 without a GPU.
     """
-    if device not in ("auto", "cpu"):
+    if device not in ("auto", "cuda", "cpu"):
         raise ValueError(
-            f'device: expected "auto" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU is seen'
+            f'device: expected "auto", "cuda" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU '
+            "is seen, and there are no kernels for other kinds"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            'device: expected "cpu" or "auto" where PyTorch finds no CUDA GPU, got "cuda"'
         )
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     patience = InitProcessGroupKwargs(
