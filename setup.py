@@ -30,6 +30,7 @@ def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
+EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare")
 statuses = [
     "1 - Planning",
     "2 - Pre-Alpha",
@@ -56,7 +57,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     include_package_data=False,
     install_requires=requirements(""),
-    extras_require={extra: requirements(extra) for extra in ("dev", "docs", "gpu", "prepare")},
+    extras_require={extra: requirements(extra) for extra in EXTRAS},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
