@@ -1043,7 +1043,7 @@ def main(
             )
         return commands[args[0]](args[1:])
     except BrokenPipeError:  # the reader of our lines has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError) as error:
         print(f"unipre3d: {error}", file=sys.stderr)
