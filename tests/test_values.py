@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from unipre3d.data.check import check_data, find_readers
 from unipre3d.data.labelled import (
     S3DIS,
     ModelNet40,
+    ShapeNetPart,
     write_modelnet40,
     write_s3dis,
     write_scanobjectnn,
@@ -33,8 +35,9 @@ from unipre3d.geometry.cameras import project
 from unipre3d.recipes import find_recipe, finetune_recipes
 from unipre3d.runs.checkpoint import load_tensors
 from unipre3d.runs.fit import MOST_SKIPPED, Task, fit
-from unipre3d.runs.recipe import Optimiser, Run, change
-from unipre3d.runs.run import SMALL_BACKBONES, backbone_class
+from unipre3d.runs.recipe import Optimiser, Recipe, Run, change
+from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, build_backbone, run_recipe
+from unipre3d.tasks.parts import PartClouds, PartSamples
 from unipre3d.tasks.pretrain import predict
 from unipre3d.tasks.scenes import ScenePoints
 from unipre3d.values import check_cloud, check_labels, color_scale
@@ -276,6 +279,25 @@ def test_three_numbers_mean_not_labelled():
     assert check_labels(np.array([255]), "200 classes and more", 300) == 255
 
 
+def test_parts_may_be_not_labelled(tmp_path):
+    rows = np.concatenate([TRUE[:64], np.tile([0, 0, 1.0], (64, 1)), np.zeros((64, 1))], 1)
+    rows[:, 6] = np.resize([-1, -100, 255, 12], 64)
+    shapes = dict(train=[("03001627", "a", rows)])
+    write_shapenetpart(tmp_path, shapes, dict(Chair="03001627"))
+    reader = ShapeNetPart(tmp_path, split="train")
+    assert set(reader.rows(0)["part"].tolist()) == {-1, 12}
+    names = {kind: [str(n) for n in range(len(own))] for kind, own in reader.parts.items()}
+    batch = PartSamples(PartClouds(reader, names, numbered=True), n_points=None)[0]
+    assert sorted(set(batch.label.tolist())) == [-1, 12]
+    rows[5, 6] = 16  # of a lamp
+    write_shapenetpart(tmp_path, shapes, dict(Chair="03001627"))
+    one_line(lambda: ShapeNetPart(tmp_path, split="train").rows(0), "a.txt", "12..15", "found 16")
+    own = Own(["a", "b"], xyz=TRUE[:64], part=np.resize([-1, -100, 255, 0, 2], 64))
+    found = PartClouds(own, dict(a=["top", "leg"], b=["all"])).rows(0)["part"]
+    assert found[:5].tolist() == [-1, -1, -1, -1, 1]
+    one_line(lambda: PartClouds(own, dict(a=["top"], b=["all"])).rows(0), "my cloud: part", "-1..1")
+
+
 def test_large_numbers_of_objects_survive_writing(tmp_path):
     instance = np.resize([-1, 36_001, 40_000], 500)
     for folder in (
@@ -355,6 +377,63 @@ def test_a_run_that_diverges_ends_with_a_failing_status(tmp_path, capsys):
     assert MOST_SKIPPED <= record["skipped"] <= record["steps"] < 40
     said = capsys.readouterr().out
     assert "20 steps in a row" in said and "lower --lr" in said
+
+
+class Six:
+    "Six clouds, one of which a model cannot take."
+
+    classes = ["a"]
+
+    def __len__(self):
+        return 6
+
+    def name(self, i):
+        return f"cloud {i}"
+
+    def label(self, i):
+        return 0
+
+    def rows(self, i):
+        return dict(xyz=TRUE[i : i + 100] * (30 if i == 4 else 0.1))
+
+    def fingerprint(self):
+        return "six"
+
+
+@dataclass(frozen=True)
+class Fragile(Recipe):
+    "A loss that is not finite for large clouds."
+
+    task: ClassVar[str] = "fragile"
+
+    def build_model(self, classes):
+        model = torch.nn.Module()
+        model.backbone = build_backbone(self)
+        return model
+
+    def build_task(self, device="cpu"):
+        samples = CloudSamples(Six(), n_points=64)
+
+        def loss(model, batch):
+            far = batch.points.xyz.abs().amax()
+            return model.backbone(batch.points).feat.square().mean() * (0 * far.exp()).exp(), {}
+
+        data = dict(name="six", sha256="six", train=6, val=0, test=0)
+        test = lambda model, folder: ({}, {})
+        return Task(self.task, self.build_model(1), samples, loss, test, data=data, classes=["a"])
+
+
+def test_the_cloud_of_steps_that_are_skipped_is_named(tmp_path):
+    options = SMALL_BACKBONES["StandardTransformer"]
+    recipe = change(Fragile(), backbone_options=options, steps=12, batch_size=2)
+    said = []
+    record = run_recipe("fragile", recipe, tmp_path / "run", device="cpu", say=said.append).record
+    first, *others = record["suspects"]
+    assert record["skipped"] == record["suspects"][first] == 4 and first == "cloud 4"
+    assert all(record["suspects"][name] < 4 for name in others)
+    assert any("4 of 12 steps were skipped" in line and "cloud 4 (4)" in line for line in said)
+    clean = change(recipe, steps=1, seed=1)
+    assert run_recipe("fragile", clean, tmp_path / "b", device="cpu").record["suspects"] == {}
 
 
 def test_one_missing_point_costs_a_point_and_no_step():

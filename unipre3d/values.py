@@ -220,7 +220,7 @@ def check_labels(
     """
     labels = np.asarray(labels)
     top = 2**31 if high is None else high
-    bottom = -1 if unlabelled else low
+    bottom = -1 if unlabelled and low <= 0 else low
     if low <= 0 and labels.dtype.kind != "f" and _within(labels, bottom, top):
         return labels.astype(np.int32, copy=False)
     none = np.isin(labels, [-1, -100, *([255] if top <= 255 else [])]) & unlabelled

@@ -328,6 +328,9 @@ class Progress:
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these the latest, without a good step between
     ended: str = "finished"  # or "interrupted" (and saved), "patience" or "diverged"
+    bad_steps: list[int] = field(
+        default_factory=list, repr=False
+    )  # the first of the skipped, 1 is the first step; in float16, where some overflow, none
 
 
 def check_task(
@@ -490,6 +493,8 @@ def fit(
             now.in_a_row = now.in_a_row + 1 if skipped else 0
             if skipped:
                 now.skipped += 1
+                if scaler is None and len(now.bad_steps) < MOST_SKIPPED:
+                    now.bad_steps.append(now.step)
                 for buffer, value in zip(model.buffers(), statistics):
                     buffer.copy_(value)
             elif optimiser.ema:
