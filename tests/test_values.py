@@ -41,9 +41,11 @@ from unipre3d.tasks.parts import PartClouds, PartSamples
 from unipre3d.tasks.pretrain import predict
 from unipre3d.tasks.scenes import ScenePoints
 from unipre3d.values import check_cloud, check_labels, color_scale
+from unipre3d.worlds.mesh import read_mesh as own_mesh
 
 RNG = np.random.default_rng(0)
 TRUE = RNG.uniform(0, 4, (2000, 3))
+COLORS = ("red", "green", "blue")
 UTM = TRUE + [500_000.0, 5_400_000.0, 300.0]
 TINTS = RNG.random((500, 3)).astype(np.float32)
 BYTES = np.round(255 * TINTS).astype(np.uint8)
@@ -162,6 +164,32 @@ def test_rooms_on_a_map_keep_their_views(tmp_path):
     assert torch.allclose(*poses, atol=1e-5)
 
 
+def test_meshes_that_lost_their_differences_are_refused(tmp_path):
+    "A scan and an own mesh in map coordinates of single precision; in double precision they are read."
+    for kind in ("f8", "f4"):
+        vertex = np.empty(2000, [(n, kind) for n in "xyz"] + [(n, "u1") for n in COLORS])
+        for name, column in zip(("x", "y", "z", *COLORS), [*UTM.T, *[np.full(2000, 9)] * 3]):
+            vertex[name] = column
+        face = np.empty(3, dtype=[("vertex_indices", "i4", (3,))])
+        face["vertex_indices"] = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+        path = tmp_path / f"{kind}.ply"
+        PlyData([PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face")]).write(
+            str(path)
+        )
+    assert largest_error(read_mesh(tmp_path / "f8.ply")["coord"]) < 1e-6
+    corners = own_mesh(tmp_path / "f8.ply", "z").corners.reshape(-1, 3)
+    assert largest_error(corners, TRUE[:9]) < 1e-6
+    for call in (read_mesh, own_mesh):
+        one_line(lambda: call(path), path, "coordinates that keep their differences")
+    far = UTM[:500].copy()
+    one_line(
+        lambda: write_cloud(tmp_path, "train", "a", coord=far.astype(np.float32)),
+        "coord: expected coordinates that keep their differences",
+    )
+    (tmp_path / "far.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1e20 0\nf 1 2 3\n")
+    one_line(lambda: own_mesh(tmp_path / "far.obj"), "far.obj: expected finite vertices below")
+
+
 def test_numbers_that_lost_their_differences_are_refused(tmp_path):
     reader = scene(tmp_path, coord=UTM.astype(np.float32))
     one_line(lambda: reader.rows(0), tmp_path / "train/room/coord.npy", "steps of 0.5", "float64")
@@ -269,6 +297,20 @@ def test_labels_are_never_cut_or_wrapped(tmp_path, wrong):
     one_line(lambda: rooms.rows(0), "segment.npy", "labels in -1..12", f"found {wrong:g}")
     own = Own(classes=range(13), xyz=TRUE, segment=segment, instance=np.zeros(2000))
     one_line(lambda: ScenePoints(own, features=("xyz",))[0], "my cloud: segment")
+
+
+@pytest.mark.parametrize("kind", ("i1", "i2", "i4", "i8", "u1", "u2", "u8", "f4", "f8"))
+def test_not_labelled_in_every_type(tmp_path, kind):
+    "-1 put into bytes was 255 again."
+    none = [n for n in (-1, -100, 255) if np.float64(np.array(n).astype(kind)) == n]
+    segment = np.resize([*none, 3], 2000).astype(kind)
+    want = set(segment[segment != 3].tolist()) and {-1, 3}
+    rooms = areas(tmp_path, coord=TRUE, segment=segment, instance=np.resize([0, 40_000], 2000))
+    rows = rooms.rows(0)
+    assert set(rows["segment"].tolist()) == want
+    assert set(rows["instance"].tolist()) == {0, 40_000}
+    own = Own(classes=range(13), xyz=TRUE, segment=segment, instance=segment)
+    assert set(ScenePoints(own, voxel_size=1e-3, features=("xyz",))[0].label.tolist()) == want
 
 
 def test_three_numbers_mean_not_labelled():
@@ -518,8 +560,8 @@ def test_an_object_with_views_of_two_sizes_is_refused(tmp_path):
     one_line(lambda: reader.view(0, 1), path, "expected 128 x 128", "found 128 x 96")
 
 
-def five(path):
-    depth = np.asarray(Image.open(path)).astype(np.int64) * 5
+def five(path, factor=5):
+    depth = np.round(np.asarray(Image.open(path)) * factor).astype(np.int64)
     Image.fromarray(depth.clip(0, 65535).astype(np.uint16)).save(path)
 
 
@@ -534,6 +576,8 @@ def rewrite_pose(change):
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 WRONG = {
     "depth": (five, "5000 units a metre (--depth-scale)"),
+    "depth of Matterport": (lambda path: five(path, 4), "4000 units a metre (--depth-scale)"),
+    "depth of Replica": (lambda path: five(path, 6.5535), "6553.5 units a metre (--depth-scale)"),
     "inverse": (rewrite_pose(np.linalg.inv), "poses that are inverted would fit"),
     "axes": (rewrite_pose(lambda pose: pose @ FLIP), "OpenGL axes (y up, z backward) would fit"),
     "both": (
@@ -549,7 +593,7 @@ def test_views_that_miss_their_cloud_name_the_reading_that_fits(tmp_path, name):
     how = dict(n_points=800, n_ref=2, n_target=2, max_gap=5, center=True)
     assert ViewSamples(ScanNetFrames(root, split="train", hw=(30, 40)), **how)[0]
     edit, text = WRONG[name]
-    for path in (root / "2D" / ("depth" if name == "depth" else "pose")).glob("*/*"):
+    for path in (root / "2D" / ("depth" if "depth" in name else "pose")).glob("*/*"):
         edit(path)
     samples = ViewSamples(ScanNetFrames(root, split="train", hw=(30, 40)), **how)
     one_line(lambda: samples[0], "box0000_00: expected views that show the cloud", text)

@@ -230,7 +230,9 @@ def check_labels(
     if wrong.any():
         expected = f"{what} in {bottom}..{top - 1}"
         raise refusal(where, expected, f"{labels[wrong].flat[0]:g}", hint)
-    return np.where(none, -1, labels).astype(np.int32)
+    found = labels.astype(np.int32)  # first: -1 is 255 in uint8
+    found[none] = -1
+    return found
 
 
 def _within(values, low, high) -> bool:
@@ -352,7 +354,8 @@ def store_column(
         if not _peak(values) < FAR:
             remedy = "leave those points out of every array"
             raise refusal(where, f"finite numbers below {FAR:g}", "others", remedy)
-        return narrow_points(values)
+        points, _ = check_points(values, where)
+        return points
     if name == "color":
         return check_colors(values, where)
     if name == "normal":

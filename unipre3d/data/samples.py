@@ -32,9 +32,9 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['FEATURES', 'STORED', 'FLIP', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples',
-           'Labelled', 'CloudSamples', 'meeting', 'other_readings', 'check_meeting', 'pack_views', 'has_views',
-           'ViewSamples']
+__all__ = ['FEATURES', 'STORED', 'FLIP', 'FACTORS', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk',
+           'Samples', 'Labelled', 'CloudSamples', 'meeting', 'other_readings', 'check_meeting', 'pack_views',
+           'has_views', 'ViewSamples']
 
 # %% ../../nbs/data/26_samples.ipynb #ac60612d
 def choose_views(
@@ -380,6 +380,15 @@ class CloudSamples(Samples):
 
 # %% ../../nbs/data/26_samples.ipynb #v26meet
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's camera axes: y up, z backward
+FACTORS = (
+    0.001,
+    0.1,
+    1 / 6.5535,
+    0.2,
+    0.25,
+    10.0,
+    1000.0,
+)  # from millimetres: Replica has 6553.5 a metre, TUM 5000, Matterport 4000
 
 
 def meeting(
@@ -437,7 +446,7 @@ def other_readings(
         "inverted poses with OpenGL axes": replace(views, world_to_cam=FLIP @ inverse),
     }
     if views.depth is not None:
-        for factor in (0.001, 0.1, 0.2, 10.0, 1000.0):
+        for factor in FACTORS:
             text = f"depth multiplied by {factor:g}"
             if depth_scale:
                 text = f"a depth scale of {depth_scale / factor:g} units a metre (--depth-scale)"

@@ -30,12 +30,19 @@ from unipre3d.data.readers import (
 from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
-from ..values import check_labels, check_normals, check_points, check_poses, unit_colors
+from unipre3d.values import (
+    check_labels,
+    check_normals,
+    check_points,
+    check_poses,
+    refusal,
+    unit_colors,
+)
 
 # %% auto #0
-__all__ = ['VIEW_ENDS', 'DARK', 'HALF_TURN', 'SPLITS', 'CONVENTION', 'read_pose', 'read_orbit', 'decode_image', 'clear_black',
-           'resize_image', 'released_points', 'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews',
-           'export_objects']
+__all__ = ['VIEW_ENDS', 'DARK', 'HALF_TURN', 'SPLITS', 'CONVENTION', 'MOST_VIEWS', 'read_pose', 'read_orbit', 'decode_image',
+           'clear_black', 'resize_image', 'released_points', 'turntable', 'choose_splits', 'split_objects',
+           'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #c447608f
 def read_pose(
@@ -229,6 +236,9 @@ CONVENTION = dict(
 )  # what `convention.json` must hold
 
 
+MOST_VIEWS = 9999  # of an object
+
+
 def _other_name(name, there):
     "What stands in the place of a view's file: in capitals, or another kind of picture."
     stem, end = name.split(".")
@@ -306,7 +316,12 @@ class ShapeNetViews:
                 "expected convention.json (files that this package wrote); "
                 "for the released files pass --convention released"
             )
-        return self._read_json("convention.json", CONVENTION)
+        found = self._read_json("convention.json", CONVENTION)
+        if not (0 < found["fov"] < 180 and 0 < found["views"] <= MOST_VIEWS):
+            said = f"{found['fov']} and {found['views']}"
+            expected = f"a fov in 0..180 degrees and 1..{MOST_VIEWS} views"
+            raise refusal(self.store.where("convention.json"), expected, said)
+        return found
 
     def _read_json(self, name, needs):
         return decode_json(self.store.read(name), self.store.where(name), needs=needs)
@@ -333,7 +348,8 @@ class ShapeNetViews:
         if self.table:
             known = sorted({row["split"] for row in self.table.values()})
             if split not in known:
-                raise ValueError(f"split: expected one of {known}, got {split!r}")
+                where = self.store.where("objects.csv")
+                raise ValueError(f"split: expected one of {known} (of {where}), got {split!r}")
             keep = {item for item, row in self.table.items() if row["split"] == split}
         elif any(self.store.has(f"{s}.txt") for s in (split, *SPLITS)):
             keep = self._listed(split)

@@ -29,7 +29,7 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from ..values import check_colors, color_scale
+from ..values import FAR, check_colors, check_points, color_scale
 
 # %% auto #0
 __all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
@@ -554,9 +554,9 @@ def read_mesh(
     if beside.missing:
         names = ", ".join(sorted(set(beside.missing)))
         warnings.warn(f"{path}: left out what it names and cannot be read: {names}", stacklevel=2)
-    if not meshes:
-        hint = "found none; a point cloud needs a surface first"
-        raise ValueError(f"{path}: expected triangles, {hint}")
+    with reading(path, "triangles", "a point cloud needs a surface first"):
+        if not meshes:
+            raise Found("none")
     linear = path.suffix.lower() in (".glb", ".gltf")
     with reading(path, "a mesh whose faces, textures and colours fit together"):
         corners = np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes])
@@ -565,8 +565,12 @@ def read_mesh(
         uv, material, materials = zip(*(face_materials(m, linear) for m in meshes))
         tints = [vertex_tint(m) for m in meshes]
     corners = corners @ TO_Z_UP[up].T
-    if bad := int((~np.isfinite(corners)).sum()):
-        raise ValueError(f"{path}: expected finite vertices, found {bad} numbers that are not")
+    if bad := int((~(np.abs(corners) < FAR)).sum()):
+        expected = f"finite vertices below {FAR:g}"
+        raise ValueError(f"{path}: expected {expected}, found {bad} numbers that are not")
+    single = corners.astype(np.float32).reshape(-1, 3)
+    if path.suffix.lower() != ".obj" and (single == corners.reshape(-1, 3)).all():
+        check_points(single, path)  # refuses map coordinates that were rounded
     if not np.ptp(corners.reshape(-1, 3), axis=0).any():
         hint = "found all corners in one place"
         raise ValueError(f"{path}: expected a mesh with some extent, {hint}")
