@@ -887,6 +887,7 @@ def read_labels(
             segment = np.array([index.__index__() for index in segment], dtype=np.int64)
         with reading(groups, "objects with a whole objectId and their segments"):
             found |= _object_labels(segment, objects, categories)
+        check_labels(found["instance"], groups, what="objectId")
     for name, rows in found.items():
         if len(rows) != n:
             raise ValueError(
