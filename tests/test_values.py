@@ -357,6 +357,31 @@ def test_a_class_outside_the_list_is_refused(label):
     one_line(lambda: CloudSamples(Own(label=label, xyz=TRUE))[0], "my cloud: label", "0..1")
 
 
+@pytest.mark.parametrize(
+    "rows, label, text",
+    (
+        (dict(xyz=TRUE.tolist()), np.array([1]), ""),
+        (dict(xyz=torch.from_numpy(TRUE)), torch.tensor(1), ""),
+        (dict(xyz=TRUE.astype(">f4"), normal=UTM.astype(">f8")), 1.0, ""),
+        (dict(xyz=[[1, 2, 3], [1, 2]]), 0, "xyz: expected an array of numbers"),
+        (dict(xyz=torch.ones(4, 3, requires_grad=True)), 0, "xyz: expected an array of numbers"),
+        (dict(xyz=np.ma.masked_less(TRUE, 3)), 0, "xyz: expected finite numbers below"),
+        (dict(xyz=UTM.astype(">f4")), 0, "coordinates that keep their differences"),
+        (dict(xyz=TRUE), "a", "label: expected finite numbers, found <U1"),
+        (dict(xyz=TRUE), [0, 1], "label: expected an array [1] as in one object, found [2]"),
+        (dict(xyz=TRUE), 2**70, "label: expected"),
+        (dict(xyz=TRUE, segment=["wall"] * 2000), 0, "segment: expected finite numbers"),
+    ),
+)
+def test_rows_of_an_own_reader_in_other_forms(rows, label, text):
+    "Lists, tensors, other byte orders; what is no array is one line with the cloud."
+    samples = CloudSamples(Own(label=label, **rows), n_points=None)
+    if text:
+        return one_line(lambda: samples[0], "my cloud: ", text)
+    assert samples[0].label.tolist() == [1] and samples[0].points.xyz.dtype == torch.float32
+    assert largest_error(samples[0].points.xyz.numpy()) < 1e-5
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -659,6 +684,36 @@ def test_cameras_and_depth_of_an_own_reader_are_checked(tmp_path, monkeypatch, n
     monkeypatch.setattr(reader, "view" if name == "depth" else name, wrong)
     samples = ViewSamples(reader, n_points=100, n_ref=1, n_target=1, max_gap=3)
     one_line(lambda: samples[0], "box0000_00: " if name != "depth" else "box0000_00", text)
+
+
+@pytest.mark.parametrize(
+    "name, change, text",
+    (
+        ("view", lambda v: replace(v, rgb=v.rgb[..., 0]), "rgb: expected an array [30, 40, 3]"),
+        ("view", lambda v: replace(v, rgb=v.rgb[:20]), "rgb: expected an array [30, 40, 3]"),
+        ("view", lambda v: replace(v, depth=v.depth[:20]), "depth: expected an array [30, 40]"),
+        ("view", lambda v: replace(v, rgb=v.rgb * np.nan), "rgb: expected colours in 0..255"),
+        ("K", lambda K: np.tile(K, (4, 1, 1)), "K: expected one matrix of 3 x 3, found [4, 3, 3]"),
+        ("world_to_cam", lambda pose: pose[:1], "expected one pose for each of 4 frames, found 1"),
+        ("world_to_cam", lambda pose: pose[:, :3], "world_to_cam: expected matrices of 4 x 4"),
+        ("world_to_cam", lambda pose: pose.tolist(), ""),
+        ("K", lambda K: K.astype(np.float32).tolist(), ""),
+        ("view", lambda v: replace(v, rgb=v.rgb / 255, depth=v.depth.astype(float)), ""),
+        ("view", lambda v: replace(v, mask=np.uint8(255) * (v.depth > 0)), ""),
+    ),
+)
+def test_views_of_an_own_reader_in_other_forms(tmp_path, monkeypatch, name, change, text):
+    "What is meant is taken; anything else is one line with the room, at the first batch."
+    root = write_box_rooms(tmp_path, n_frames=4, hw=(30, 40), spacing=0.2)
+    reader = ScanNetFrames(root, split="train", hw=(30, 40))
+    right = getattr(reader, name)
+    monkeypatch.setattr(reader, name, lambda i, *frame: change(right(i, *frame)))
+    samples = ViewSamples(reader, n_points=100, n_ref=1, n_target=1, max_gap=3)
+    if text:
+        return one_line(lambda: samples[0], "box0000_00: ", text)
+    ref = samples[0].ref
+    assert ref.rgb.shape == (1, 3, 30, 40) and ref.camera.K.shape == (1, 3, 3)
+    assert ref.mask is None or ref.mask.dtype == torch.bool
 
 
 # ---------------------------------------------------------------- the command

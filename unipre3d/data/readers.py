@@ -41,9 +41,10 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['Cloud', 'RADIUS', 'HIDDEN', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'check_apart',
-           'class_labels', 'hold_out', 'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius',
-           'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader', 'RoomReader']
+__all__ = ['Cloud', 'RADIUS', 'HIDDEN', 'View', 'check_view', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat',
+           'check_apart', 'class_labels', 'hold_out', 'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius',
+           'fit_radius', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader',
+           'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -56,6 +57,19 @@ class View:
     rgb: UInt8[np.ndarray, "h w 3"]
     depth: Float[np.ndarray, "h w"] | None = None  # float32 metres along z, 0 = missing
     mask: Bool[np.ndarray, "h w"] | None = None  # where the image shows the cloud; None: everywhere
+
+
+def check_view(
+    view: View,
+    hw: tuple[int, int],  # of the reader
+    where: str,  # which view, for messages
+) -> None:
+    """Raises: ValueError of one line for an image of another size, or with another number of channels."""
+    for part, wanted in dict(rgb=(*hw, 3), depth=tuple(hw), mask=tuple(hw)).items():
+        found = getattr(view, part)
+        if found is not None and np.shape(found) != wanted:
+            expected = f"an array {list(wanted)}"
+            raise refusal(f"{where}: {part}", expected, str(list(np.shape(found))))
 
 
 class Reader(Protocol):
@@ -109,6 +123,8 @@ def as_views(
     """Images and cameras as tensors.
 
     Raises: ValueError of one line for a pose that is not rigid, no focal length, or depth in another unit."""
+    if np.ndim(rgb) != 4 or rgb.shape[3] != 3:
+        raise refusal("as_views: rgb", "an array [v h w 3]", str(list(np.shape(rgb))))
     rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, "as_views: rgb")
     images = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
     if images.dtype == torch.uint8:
