@@ -254,12 +254,13 @@ def load_ply(
     if k:
         rest = columns(numbered("f_rest", 3 * k)).reshape(-1, 3, k)
         sh = torch.cat([sh, rest.permute(0, 2, 1)], 1)
-    return GaussianBatch(
-        mean=columns(["x", "y", "z"]),
-        scale=columns(numbered("scale", 3)).exp(),
-        quat=F.normalize(columns(numbered("rot", 4)), dim=1),
-        opacity=columns(["opacity"])[:, 0].sigmoid(),
-        sh=sh,
-        batch=torch.zeros(vertex.count, dtype=torch.long),
-        size=1,
-    )
+    with reading(path, expected):
+        return GaussianBatch(
+            mean=columns(["x", "y", "z"]),
+            scale=columns(numbered("scale", 3)).exp(),
+            quat=F.normalize(columns(numbered("rot", 4)), dim=1),
+            opacity=columns(["opacity"])[:, 0].sigmoid(),
+            sh=sh,
+            batch=torch.zeros(vertex.count, dtype=torch.long),
+            size=1,
+        )

@@ -30,8 +30,16 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from .readers import DecodedImages, Layout, RoomReader, Store, View, check_option
-from .shapenet import read_pose
+from unipre3d.data.readers import (
+    DecodedImages,
+    Layout,
+    RoomReader,
+    Store,
+    View,
+    check_apart,
+    check_option,
+)
+from .shapenet import SPLITS, read_pose
 from ..values import check_colors, check_labels, store_column
 
 # %% auto #0
@@ -464,8 +472,9 @@ class ScanNetFrames(RoomReader):
                 f"request it at {SCANNET.source}"
             )
         self.store = Store(self.root)
-        names = self.store.names(self.split)
-        found = sorted(name for name in names if self.store.names(f"{self.split}/{name}"))
+        scenes = {s: self._scenes_of(s) for s in dict.fromkeys((*SPLITS, self.split))}
+        check_apart({str(self.root / s): names for s, names in scenes.items()}, "scene")
+        found = scenes[self.split]
         if not found:
             holds = ", ".join(sorted(self.store.names())[:6]) or "nothing"
             raise FileNotFoundError(
@@ -474,6 +483,10 @@ class ScanNetFrames(RoomReader):
                 f"; {self.root} holds {holds}"
             )
         return found
+
+    def _scenes_of(self, split):
+        names = self.store.names(split)
+        return sorted(name for name in names if self.store.names(f"{split}/{name}"))
 
     def _frame_files(self, i):
         "{number: {kind: path}} of all frames."
@@ -874,6 +887,7 @@ def read_labels(
             segment = np.array([index.__index__() for index in segment], dtype=np.int64)
         with reading(groups, "objects with a whole objectId and their segments"):
             found |= _object_labels(segment, objects, categories)
+        check_labels(found["instance"], groups, what="objectId")
     for name, rows in found.items():
         if len(rows) != n:
             raise ValueError(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 
 from .. import backbones
 from ..backbones.backbone import Backbone
-from ..data.loading import make_loader
+from ..data.loading import StepSampler, make_loader
 from ..data.samples import FEATURES
 from unipre3d.records import (
     check_record,
@@ -43,9 +44,9 @@ from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
 
 # %% auto #0
-__all__ = ['SMALL_BACKBONES', 'LOCK', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder', 'held',
-           'own_folder', 'from_first', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions',
-           'prepare_run', 'run_recipe', 'read_run', 'load_model']
+__all__ = ['SMALL_BACKBONES', 'LOCK', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder',
+           'held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects', 'run_conditions',
+           'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -295,6 +296,24 @@ def describe_data(
     return f"{data['train']} training clouds, {data['val'] or 'no'} validation clouds{role}, {data['test']} test clouds"
 
 
+SUSPECTS = 12  # clouds that a record names, at most
+
+
+def suspects(
+    samples: Any,  # of a `Task`
+    steps: Sequence[int],  # that were skipped, 1 is the first
+    batch_size: int,  # of all processes together
+    seed: int,  # of the order
+) -> dict[
+    str, int
+]:  # name of a cloud -> in how many of these steps it was; the most frequent first
+    "Clouds of steps whose numbers were not finite: the one that is to blame was in most of them."
+    order = StepSampler(len(samples), batch_size, seed)
+    clouds = Counter(index for step in steps for index, _ in order.batch(step - 1))
+    named = getattr(samples, "name", "cloud {}".format)
+    return {named(index): count for index, count in clouds.most_common(SUSPECTS)}
+
+
 def run_conditions(
     task: Task,
 ) -> dict[str, Any]:
@@ -461,9 +480,12 @@ def run_recipe(
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
+        blamed = suspects(task.samples, done.bad_steps, recipe.run.batch_size, recipe.run.seed)
         if done.skipped and rank == 0:
+            some = [f"{cloud} ({count})" for cloud, count in list(blamed.items())[:5]]
+            clouds = f"; clouds that were in most of them: {', '.join(some)}" if some else ""
             say(
-                f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite"
+                f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite{clouds}"
             )
         if done.ended == "interrupted":
             if rank == 0:
@@ -493,6 +515,7 @@ def run_recipe(
             "start": start,
             "steps": done.step,
             "skipped": done.skipped,
+            "suspects": blamed,
             "ended": done.ended,
             "chosen": chosen,
             "data": task.data,

@@ -29,16 +29,16 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from ..values import color_scale
+from ..values import FAR, check_colors, check_points, color_scale
 
 # %% auto #0
 __all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
            'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals',
            'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material',
            'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates', 'gltf_numbers',
-           'check_gltf', 'readable_gltf', 'fraction_colors', 'off_colors', 'load_scene', 'read_mesh', 'normalise',
-           'true_size', 'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer',
-           'camera_rays', 'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud',
+           'check_gltf', 'readable_gltf', 'fraction_colors', 'ply_colors', 'off_colors', 'load_scene', 'read_mesh',
+           'normalise', 'true_size', 'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing',
+           'Tracer', 'camera_rays', 'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud',
            'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
@@ -219,6 +219,12 @@ class Beside:
             text, encoding = decode_text(data, self.path), "utf-8"
         except ValueError:  # an older encoding
             text, encoding = data.decode("latin-1"), "latin-1"
+        names = {"map_kd": set(), "map_d": set()}
+        for line in text.splitlines():
+            key, _, name = line.strip().partition(" ")
+            names.get(key.lower(), set()).add(picture_name(name))
+        holes = sorted(names["map_d"] - names["map_kd"])
+        self.missing += [f"{name} (map_d: where it has holes)" for name in holes]
         return "\n".join(map(self._plain, text.splitlines())).encode(encoding)
 
     def _plain(self, line):
@@ -349,10 +355,11 @@ def gltf_numbers(
     "Whole numbers that mean fractions become fractions; picture coordinates are moved."
     own, arrays = context["data"], context["accessors"]
     attributes = context["primitive"]["attributes"]
-    for name in ("POSITION", "TEXCOORD_0"):
+    for name in ("POSITION", "TEXCOORD_0", "COLOR_0"):
         place = attributes.get(name)
         if place is not None and arrays[place].dtype.kind in "iu":
-            whole = np.iinfo(arrays[place].dtype).max if place in own["normalized"] else 1
+            fractions = place in own["normalized"] or name == "COLOR_0"
+            whole = np.iinfo(arrays[place].dtype).max if fractions else 1
             arrays[place] = (arrays[place] / whole).astype(np.float32)
     if own["moved"] and "TEXCOORD_0" in attributes:
         uv = arrays[attributes["TEXCOORD_0"]]
@@ -455,6 +462,22 @@ def fraction_colors(
     return re.sub(COLORED, divided, data)
 
 
+def ply_colors(
+    part: Any,  # trimesh.Trimesh of a PLY file, changed in place
+    path: Path,  # the file, for messages
+) -> None:
+    """Colours of vertices or faces that are no bytes become bytes.
+
+    Raises: ValueError of one line for colours that are neither fractions nor in 0..255."""
+    for name, element in part.metadata.get("_ply_raw", {}).items():
+        channels = {"red", "green", "blue"} & set(element["properties"])
+        if name != part.visual.kind or len(channels) < 3:
+            continue
+        color = np.column_stack([element["data"][k] for k in ("red", "green", "blue")])
+        if color.dtype != np.uint8:
+            setattr(part.visual, f"{name}_colors", check_colors(color, path))
+
+
 def off_colors(
     data: bytes,  # of an OFF file
 ) -> bool:
@@ -504,6 +527,8 @@ def load_scene(
         ]
         faces = sum(len(getattr(part, "faces", ())) for part in shown)
         check_unpacked(150 * faces, 8 * len(data), path)
+        for part in scene.geometry.values():
+            ply_colors(part, path)
         parts = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
         for part in parts:  # a copy loses the colours of textured vertices
             own = getattr(scene.geometry[part.metadata["name"]].visual, "vertex_attributes", {})
@@ -529,9 +554,9 @@ def read_mesh(
     if beside.missing:
         names = ", ".join(sorted(set(beside.missing)))
         warnings.warn(f"{path}: left out what it names and cannot be read: {names}", stacklevel=2)
-    if not meshes:
-        hint = "found none; a point cloud needs a surface first"
-        raise ValueError(f"{path}: expected triangles, {hint}")
+    with reading(path, "triangles", "a point cloud needs a surface first"):
+        if not meshes:
+            raise Found("none")
     linear = path.suffix.lower() in (".glb", ".gltf")
     with reading(path, "a mesh whose faces, textures and colours fit together"):
         corners = np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes])
@@ -540,8 +565,12 @@ def read_mesh(
         uv, material, materials = zip(*(face_materials(m, linear) for m in meshes))
         tints = [vertex_tint(m) for m in meshes]
     corners = corners @ TO_Z_UP[up].T
-    if bad := int((~np.isfinite(corners)).sum()):
-        raise ValueError(f"{path}: expected finite vertices, found {bad} numbers that are not")
+    if bad := int((~(np.abs(corners) < FAR)).sum()):
+        expected = f"finite vertices below {FAR:g}"
+        raise ValueError(f"{path}: expected {expected}, found {bad} numbers that are not")
+    single = corners.astype(np.float32).reshape(-1, 3)
+    if path.suffix.lower() != ".obj" and (single == corners.reshape(-1, 3)).all():
+        check_points(single, path)  # refuses map coordinates that were rounded
     if not np.ptp(corners.reshape(-1, 3), axis=0).any():
         hint = "found all corners in one place"
         raise ValueError(f"{path}: expected a mesh with some extent, {hint}")
