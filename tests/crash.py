@@ -9,6 +9,7 @@ was stopped goes on with its next run. It forks, so torch has one thread.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -17,12 +18,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    os.environ |= one_thread | {"NUMBA_THREADING_LAYER": "workqueue"}  # which survives a fork
 
 import torch
 
@@ -101,6 +104,7 @@ def recipe_of(kind, **values):
 
 def attempt(kind, folder, prepare=lambda: None, **values):
     "Run, or go on, in a process of its own; its process id. What it says goes into a file beside the folder."
+    warm(kind)
     child = os.fork()
     if child:
         return child
@@ -110,6 +114,8 @@ def attempt(kind, folder, prepare=lambda: None, **values):
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
             name, recipe = recipe_of(kind, **values)
+            task = warm(kind)
+            type(recipe).build_task = lambda self, device="cpu": task
             prepare()
             how = dict(resume=has_state(folder), device="cpu")
             done = run_recipe(name, recipe, folder, say=lambda text: print(text, file=file), **how)
@@ -172,13 +178,16 @@ def ended(folder, straight):
 
 @functools.cache
 def warm(kind):
-    "Import what a kind of run needs, so that its children need not."
-    recipe_of(kind)[1].build_task()
+    "A run in this process: what it imports and compiles, its children need not. A task for them, as it is when it is built."
+    name, recipe = recipe_of(kind)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stderr(nowhere):
+            run_recipe(name, recipe, Path(folder) / "run", device="cpu", say=lambda text: None)
+    return recipe.build_task()
 
 
 def straight_run(kind, folder):
-    "An undisturbed run of a kind, and its seconds; before it code is compiled and caches are filled."
-    warm(kind)
+    "An undisturbed run of a kind, and its seconds."
     straight, clock = folder / f"{kind}-straight", folder / f"{kind}-seconds.json"
     if not clock.exists():
         again = folder / f"{kind}-again"
@@ -364,7 +373,7 @@ def little_room(folder, size):
 
 
 def filled(part, folder, kind="classification"):
-    "A run on a disk with a part (%) of the room that it needs; then it goes on where there is room."
+    "A run on a disk with a part (%) of the room that it needs; then it goes on where there is room. A row of the record."
     straight, _ = straight_run(kind, folder)
     sizes = {path.name: path.stat().st_size for path in straight.iterdir()}
     most = sum(sizes.values()) + 2 * sizes["resume.safetensors"]  # the one before, and a new one
@@ -378,12 +387,14 @@ def filled(part, folder, kind="classification"):
     finally:
         if mounted:
             subprocess.run(["umount", str(run)], check=True)
+    found = {"bytes": size, "disk": "tmpfs" if mounted else "stand-in"}
     if code == 0:
-        return ended(rescued, straight)
+        return found | {"outcome": ended(rescued, straight)}
     if code != 2 or len(text.splitlines()) != 1 or str(run) not in text:
-        return f"ended with {code}: {text}"
+        return found | {"outcome": f"ended with {code}: {text}"}
     finish(kind, rescued)
-    return REFUSED if same_end(rescued, straight) == [] else ended(rescued, straight)
+    equal = same_end(rescued, straight) == []
+    return found | {"outcome": REFUSED if equal else ended(rescued, straight)}
 
 
 def flip_a_bit(path, rng):
@@ -453,7 +464,8 @@ def wanted_twice(folder, kind="classification"):
     home = folder / "terminals"
     home.mkdir()
     name, recipe = recipe_of(kind)
-    children = []
+    task, children = warm(kind), []
+    type(recipe).build_task = lambda self, device="cpu": task
     for _ in range(2):
         child = os.fork()
         if not child:
@@ -485,7 +497,7 @@ def outcome(group, case, folder, args):
         name, loaders = case.split(", ")
         return {"outcome": signalled(name, int(loaders.split()[0]), folder)}
     if group == "full disk":
-        return {"outcome": filled(int(case.split()[0]), folder)}
+        return filled(int(case.split()[0]), folder)
     if group == "flipped bit":
         return {"outcome": flipped(case, folder, args.flips)}
     scenes = {"removed": removed, "claimed twice": claimed_twice, "wanted twice": wanted_twice}

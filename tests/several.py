@@ -26,8 +26,8 @@ from unipre3d.runs.run import run_recipe
 STEPS = 3
 SHORT = dict(steps=STEPS, warmup=20, batch_size=4, workers=0, save_every=0)
 OBJECTS = SHORT | dict(n_points=160, resolution=16, n_target=2, image="rgb", picture_every=0)
-TRANSFORMER = dict(num_groups=8, group_size=8, depth=2, encoder_widths=(8, 16, 16), width=16)
-TRANSFORMER |= dict(encoder_dims=16, num_heads=2, drop_path_rate=0.0)
+GROUPS = dict(num_groups=8, group_size=8, depth=2, encoder_widths=(8, 16, 16), width=16)
+TRANSFORMER = GROUPS | dict(encoder_dims=16, num_heads=2, drop_path_rate=0.0)
 UNET = dict(base_channels=8, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1))
 POINTMLP = dict(embed_width=8, decoder_widths=(16, 16, 16, 16))
 CURVES = dict(drop_path=0.0, shuffle_orders=False)
@@ -36,7 +36,7 @@ BACKBONES = {
     "PointNet2": ("pointnet2", dict(centres=(24, 8), radii=(0.3, 0.6), neighbours=(8, 8))),
     "PointMLP": ("pointmlp", POINTMLP),
     "PCM": ("pcm", dict(embed_dim=16, prompt_width=16, out_channels=16)),
-    "Mamba3D": ("mamba3d", TRANSFORMER | dict(depth=1)),
+    "Mamba3D": ("mamba3d", GROUPS | dict(drop_path_rate=0.0)),
     "SparseUNet": ("sparseunet", UNET | dict(voxel_size=0.15)),
     "PTv3": ("ptv3", dict(voxel_size=0.15, enc_patch_size=16, dec_patch_size=16) | CURVES),
 }
