@@ -20,7 +20,7 @@ from ..files import reading
 # %% auto #0
 __all__ = ['Limit', 'Condition', 'NEVER', 'LIMITS', 'CONDITIONS', 'OLD_NAMES', 'Data', 'Model', 'Objective', 'Optimiser', 'Run',
            'within', 'above', 'one_of', 'reads', 'Recipe', 'groups', 'change', 'freeze', 'to_values', 'augment_of',
-           'same_kind', 'from_values', 'learning_rate', 'value_of', 'check_recipe', 'check_changes', 'names_embedded']
+           'value_of', 'same_kind', 'from_values', 'learning_rate', 'check_recipe', 'check_changes', 'names_embedded']
 
 # %% ../../nbs/56_recipe.ipynb #1c52b752
 @dataclass(frozen=True)
@@ -258,6 +258,14 @@ def augment_of(
     return None
 
 
+def value_of(
+    recipe: Recipe,
+    name: str,  # of a value
+) -> Any:
+    "A value by its last name."
+    return getattr(getattr(recipe, groups(recipe)[name]), name)
+
+
 def same_kind(
     value: Any,  # of a file, frozen
     usual: Any,  # what a recipe has in its place
@@ -331,14 +339,6 @@ def learning_rate(
     if optimiser.schedule == "step":
         return warm * optimiser.decay ** (step // optimiser.decay_every)
     raise ValueError(f'schedule: expected "cosine" or "step", got "{optimiser.schedule}"')
-
-
-def value_of(
-    recipe: Recipe,
-    name: str,  # of a value
-) -> Any:
-    "A value by its last name."
-    return getattr(getattr(recipe, groups(recipe)[name]), name)
 
 
 def check_recipe(
