@@ -71,6 +71,7 @@ WORKSHOP = {
         "01_records",
         "56_recipe",
         "57_checkpoint",
+        "04_processes",
         "58_fit",
         "tasks/70_transfer",
         "59_run",

@@ -28,7 +28,7 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands
            'check_options', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe',
            'train_command', 'describe_result', 'pretrain_command', 'finetune_command', 'reproduce_command',
            'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
-           'prepare_command', 'CheckOptions', 'check_command', 'rooms_command', 'data_command', 'cache_text',
+           'why_not', 'prepare_command', 'CheckOptions', 'check_command', 'rooms_command', 'data_command', 'cache_text',
            'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words',
            'completion_command', 'usage', 'spin_briefly', 'main']
 
@@ -330,16 +330,17 @@ def newest_run(
     name: str,  # a recipe's name
     root: str | Path = "runs",
 ) -> Path:
-    """The newest run folder of a recipe that can go on.
+    """The newest run folder of a recipe that can go on, and on which nobody works.
 
     Raises: FileNotFoundError where there is none.
     """
     from unipre3d.records import read_config
     from unipre3d.runs.checkpoint import has_state, is_finished
+    from unipre3d.runs.run import is_held
 
     found = []
     for folder in Path(root).glob(f"{name}*"):
-        goes_on = has_state(folder) and not is_finished(folder)
+        goes_on = has_state(folder) and not is_finished(folder) and not is_held(folder)
         if goes_on and read_config(folder)["name"] == name:
             found.append(folder)
     if not found:
@@ -687,6 +688,23 @@ class PrepareOptions:
     seed: int = 0  # of the splits
 
 
+def why_not(
+    path: Path,  # a data set of objects
+) -> str:  # "" where it can
+    "Why the default recipe cannot pre-train on a data set."
+    from unipre3d.recipes import recipes
+    from unipre3d.runs.recipe import change
+    from unipre3d.tasks.pretrain import build_views
+
+    recipe = change(recipes[default_recipe], source=str(path), image_cache_mb=0)
+    try:
+        for split in ("train", "val"):
+            build_views(recipe, split)
+    except (ValueError, OSError) as problem:
+        return str(problem)
+    return ""
+
+
 def prepare_command(args: list[str]) -> int:
     "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
     example = "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip"
@@ -696,7 +714,11 @@ def prepare_command(args: list[str]) -> int:
     files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
     print(f"wrote {path}: {len(files)} meshes")
-    print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
+    problem = why_not(path)
+    if problem:
+        print(f"{default_recipe} does not read it: {problem}; change --split or --views")
+    else:
+        print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
     return 0
 
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..backbones.backbone import Backbone, decay_names
 from ..core import PointBatch, to_device
 from ..data.loading import LoaderLost
+from ..processes import gathered, own_part, processes, share_norms
 from unipre3d.runs.checkpoint import (
     MetricsFile,
     load_run_state,
@@ -41,8 +42,7 @@ from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
-           'steady', 'new_accelerator', 'processes', 'own_part', 'gathered', 'take_step', 'Progress', 'check_task',
-           'is_due', 'fit']
+           'steady', 'new_accelerator', 'take_step', 'Progress', 'check_task', 'is_due', 'fit']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -272,34 +272,6 @@ def new_accelerator(
         )
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[patience])
 
-
-def processes() -> tuple[int, int]:  # rank, world size
-    "Which of how many processes this one is."
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def own_part(
-    n: int,  # things that there are
-) -> range:
-    "The numbers of the things that this process works on: every k-th of k processes."
-    rank, world = processes()
-    return range(rank, n, world)
-
-
-def gathered(
-    own: list[Any],  # results for `own_part(n)`, in order; things that can be pickled
-) -> list[Any]:  # [n] results of all processes, in order
-    "The results of all processes."
-    _, world = processes()
-    if world == 1:
-        return own
-    parts: list[list[Any]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(parts, own)
-    longest = max(map(len, parts))
-    return [part[k] for k in range(longest) for part in parts if k < len(part)]
-
 # %% ../../nbs/58_fit.ipynb #27a40784
 def take_step(
     loss: Tensor,
@@ -333,6 +305,9 @@ class Progress:
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these the latest, without a good step between
     ended: str = "finished"  # or "interrupted" (and saved), "patience" or "diverged"
+    bad_steps: list[int] = field(
+        default_factory=list, repr=False
+    )  # the first of the skipped, 1 is the first step; in float16, where some overflow, none
 
 
 def check_task(
@@ -394,6 +369,7 @@ def fit(
     main = accelerator.is_main_process
     device = accelerator.device
     model = task.model.to(device)
+    share_norms(model)
     frozen_steps = run.steps if optimiser.probe else optimiser.frozen_steps
 
     def frozen_at(step):
@@ -495,6 +471,8 @@ def fit(
             now.in_a_row = now.in_a_row + 1 if skipped else 0
             if skipped:
                 now.skipped += 1
+                if scaler is None and len(now.bad_steps) < MOST_SKIPPED:
+                    now.bad_steps.append(now.step)
                 for buffer, value in zip(model.buffers(), statistics):
                     buffer.copy_(value)
             elif optimiser.ema:

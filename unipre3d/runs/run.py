@@ -9,7 +9,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from ..data.samples import FEATURES
 from unipre3d.records import (
     check_record,
     code_version,
+    contents_hash,
     data_hash,
     hardware,
     peak_memory_mb,
     read_config,
+    write_config,
     write_json,
 )
 from unipre3d.runs.checkpoint import (
@@ -39,13 +41,14 @@ from unipre3d.runs.checkpoint import (
     remove_leftovers,
     run_history,
 )
+from ..processes import launch_remark
 from .fit import Task, check_task, fit, new_accelerator, processes
 from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
 
 # %% auto #0
 __all__ = ['SMALL_BACKBONES', 'LOCK', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder',
-           'held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects', 'run_conditions',
+           'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects', 'run_conditions',
            'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
@@ -235,8 +238,23 @@ def held(
         remove_leftovers(folder)
         yield
     finally:
+        with suppress(OSError):  # on Windows the release removes it
+            Path(lock.lock_file).unlink()  # while it is held: after that another may hold it
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def is_held(
+    folder: str | Path,  # of a run
+) -> bool:
+    "Whether a process works in the folder."
+    path = Path(folder) / LOCK
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager
@@ -316,11 +334,15 @@ def suspects(
 
 def run_conditions(
     task: Task,
+    source: str = "",  # of its data: a folder or a file, or a name
 ) -> dict[str, Any]:
     "What beside the recipe decides the numbers of a run, to the last bit."
+    data = dict(task.data)
+    if source and Path(source).exists():
+        data["contents"] = contents_hash(source)
     return {
         "code": code_version(),
-        "data": task.data,
+        "data": data,
         "threads": torch.get_num_threads(),
         "processes": processes()[1],
     }
@@ -368,7 +390,10 @@ def prepare_run(
                     f"--resume: expected {value} = {before[value]!r}, with which {folder} began, got {now!r}"
                 )
         config = read_config(folder)
-        changed = changed_conditions(config.get("conditions", {}), run_conditions(task))
+        began = config.get("conditions", {})
+        changed = from_first(
+            lambda: changed_conditions(began, run_conditions(task, recipe.data.source))
+        )
         if changed and not force:
             raise ValueError(
                 f"--resume: {folder} began with {'; '.join(changed)}: the numbers would not be those of one run; "
@@ -391,8 +416,8 @@ def prepare_run(
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
-        config["conditions"] = run_conditions(task)
-        write_json(claimed / "config.json", config | to_values(recipe))
+        config["conditions"] = run_conditions(task, recipe.data.source)
+        write_config(claimed, config | to_values(recipe))
     return claimed, summary, []
 
 
@@ -443,7 +468,7 @@ def run_recipe(
                 f"{name}: {describe_data(task.data, bool(task.choose))}; {size:,} parameters, "
                 f"on {accelerator.device}{why}; writing to {folder}"
             )
-            for remark in task.remarks:
+            for remark in filter(None, (launch_remark(world), *task.remarks)):
                 say(remark)
             if task.draw is not None and not resume:
                 task.draw(task.model.to(accelerator.device), 0, folder)

@@ -30,6 +30,7 @@ from unipre3d.data.readers import (
 )
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
+from ..records import written_whole
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (
     CONDITIONS,
@@ -402,7 +403,8 @@ def save_parts(
                 draw_parts(ax, query.points.xyz[mine], local)
                 ax.set_title(title, fontsize=7, pad=1)
             place += 1
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     return Path(path)
 
 # %% ../../nbs/tasks/73_parts.ipynb #13bdeb0f
