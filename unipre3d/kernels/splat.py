@@ -7,8 +7,9 @@ The chapter `52_render` teaches what is computed here; this file is about doing 
 2. `strip_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in
    which rows exactly.
 3. `draw` walks over tiles of 8 x 64 pixels. Its inner loop, `blend`, adds one Gaussian to one row of
-   8 pixels at a time. It is written with explicit vectors of eight floats (`Float8` below). A compiler
-   that finds vectors by itself may stop to do so unnoticed, and scalar code is many times slower.
+   8 pixels at a time, or to two rows where registers hold sixteen floats. It is written with explicit
+   vectors (`vectors` below). A compiler that finds vectors by itself may stop to do so unnoticed, and
+   scalar code is many times slower.
    A pass draws four channels; more of them take several passes.
 4. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray.
    Nothing but the images is needed from the forward pass, and there is no division by the
@@ -31,6 +32,7 @@ does not see edits to a callee in another one.
 import math
 import operator
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import config, float64, njit, types
@@ -38,8 +40,11 @@ from numba.extending import intrinsic, models, overload, register_model
 
 f32, u64 = np.float32, np.uint64
 
-TILE_W, TILE_H = 8, 64  # pixels of a tile: one vector wide
-ROW = 6 * TILE_W  # floats of a tile row in the working buffer: six images
+TILE_W, TILE_H = 8, 64  # pixels of a tile
+WIDE = llvm.get_host_cpu_features().get("avx512f", False) and not config.CPU_NAME
+LANES = 16 if WIDE else 8  # floats of a vector: one or two rows of a tile
+PAIR = LANES // TILE_W
+BAND = 6 * LANES  # floats of PAIR rows in the working buffer: six images
 N_REC, N_SUM = 7, 10  # numbers that describe a 2-D Gaussian; sums that its backward leaves
 CHANNELS = 4  # of one pass
 CHUNK = 4096  # Gaussians of one job of `project`
@@ -73,8 +78,9 @@ EXP2 = (
     9.18861184e-03,
     9.38788340e-04,
 )  # 2^x on [-1, 0]
-# where `table` keeps the largest alpha, log2 of the smallest, the light of a finished pixel, and 1
-CAP, FAINT, DARK, LIGHT = 56, 64, 72, 80
+# where `table` keeps rows, 2^x, the largest alpha, log2 of the smallest, the light of a finished pixel, and 1
+BELOW, POWER = LANES, 2 * LANES
+CAP, FAINT, DARK, LIGHT = 8 * LANES, 9 * LANES, 10 * LANES, 11 * LANES
 
 # real spherical harmonics up to degree 4
 S0 = math.sqrt(1 / (4 * math.pi))
@@ -507,225 +513,238 @@ def settle(counts, ids, rec, colour, shape, order, span, end):
     return m
 
 
-# --------------------------------------------------------------------------- eight floats at a time
+# ------------------------------------------------------------------------------- vectors of floats
 
 
-class Float8(types.Type):
-    "Eight float32 in a vector register (two of them where registers have 128 bits)."
-
-    def __init__(self):
-        super().__init__(name="float8")
-
-
-float8 = Float8()
-V8 = ir.VectorType(ir.FloatType(), 8)
-V8I = ir.VectorType(ir.IntType(32), 8)
 FUSE = ("contract",)  # a product and a sum may become one instruction
 
 
-@register_model(Float8)
-class Float8Model(models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, V8)
+def vectors(lanes):
+    """A vector register of so many float32, and its operations; arithmetic works on it, too.
 
+    A processor whose registers are narrower takes several of them.
+    """
+    kind = ir.VectorType(ir.FloatType(), lanes)
+    whole_kind = ir.VectorType(ir.IntType(32), lanes)
 
-def constant(value, kind=V8):
-    return ir.Constant(kind, [value] * 8)
+    class Vector(types.Type):
+        def __init__(self):
+            super().__init__(name=f"float32 x {lanes}")
 
+    vector = Vector()
 
-def pointer(context, builder, signature, args):
-    "Address of array[index] as a vector pointer."
-    array = context.make_array(signature.args[0])(context, builder, args[0])
-    return builder.bitcast(builder.gep(array.data, [args[1]]), V8.as_pointer())
+    @register_model(Vector)
+    class VectorModel(models.PrimitiveModel):
+        def __init__(self, manager, of):
+            super().__init__(manager, of, kind)
 
+    def constant(value, of=kind):
+        return ir.Constant(of, [value] * lanes)
 
-@intrinsic
-def read8(typing, array, index):
-    "array[index : index + 8] of a contiguous float32 array."
-
-    def code(context, builder, signature, args):
-        return builder.load(pointer(context, builder, signature, args), align=4)
-
-    return float8(array, index), code
-
-
-@intrinsic
-def write8(typing, array, index, value):
-    "array[index : index + 8] = value"
-
-    def code(context, builder, signature, args):
-        builder.store(args[2], pointer(context, builder, signature, args), align=4)
-        return context.get_dummy_value()
-
-    return types.void(array, index, value), code
-
-
-load8 = read8
-store8 = write8
-if config.BOUNDSCHECK:
-
-    @part
-    def load8(array, index):
-        "`read8` that refuses what lies outside the array."
-        if not (index >= 0 and index + 8 <= len(array)):
-            raise IndexError("load8: outside the array")
-        return read8(array, index)
-
-    @part
-    def store8(array, index, value):
-        "`write8` that refuses what lies outside the array."
-        if not (index >= 0 and index + 8 <= len(array)):
-            raise IndexError("store8: outside the array")
-        write8(array, index, value)
-
-
-@intrinsic
-def splat8(typing, value):
-    "One float32 in all eight places."
-
-    def code(context, builder, signature, args):
-        nothing = ir.Constant(V8, ir.Undefined)
-        one = builder.insert_element(nothing, args[0], ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(one, nothing, constant(0, V8I))
-
-    return float8(types.float32), code
-
-
-def arithmetic(op, name):
-    "Teach the compiler `op` between two float8."
+    def pointer(context, builder, signature, args):
+        "Address of array[index] as a vector pointer."
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.bitcast(builder.gep(array.data, [args[1]]), kind.as_pointer())
 
     @intrinsic
-    def apply(typing, a, b):
+    def read(typing, array, index):
+        "array[index : index + lanes] of a contiguous float32 array."
+
         def code(context, builder, signature, args):
-            return getattr(builder, name)(*args, flags=FUSE)
+            return builder.load(pointer(context, builder, signature, args), align=4)
 
-        return float8(a, b), code
+        return vector(array, index), code
 
-    @overload(op)
-    def implementation(a, b):
-        if a is float8 and b is float8:
-            return lambda a, b: apply(a, b)
+    @intrinsic
+    def write(typing, array, index, value):
+        "array[index : index + lanes] = value"
+
+        def code(context, builder, signature, args):
+            builder.store(args[2], pointer(context, builder, signature, args), align=4)
+            return context.get_dummy_value()
+
+        return types.void(array, index, value), code
+
+    load, store = read, write
+    if config.BOUNDSCHECK:
+
+        @part
+        def load(array, index):
+            "`read` that refuses what lies outside the array."
+            if not (index >= 0 and index + lanes <= len(array)):
+                raise IndexError("load: outside the array")
+            return read(array, index)
+
+        @part
+        def store(array, index, value):
+            "`write` that refuses what lies outside the array."
+            if not (index >= 0 and index + lanes <= len(array)):
+                raise IndexError("store: outside the array")
+            write(array, index, value)
+
+    @intrinsic
+    def splat(typing, value):
+        "One float32 in all places."
+
+        def code(context, builder, signature, args):
+            nothing = ir.Constant(kind, ir.Undefined)
+            one = builder.insert_element(nothing, args[0], ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(one, nothing, constant(0, whole_kind))
+
+        return vector(types.float32), code
+
+    def arithmetic(op, name):
+        "Teach the compiler `op` between two vectors."
+
+        @intrinsic
+        def apply(typing, a, b):
+            def code(context, builder, signature, args):
+                return getattr(builder, name)(*args, flags=FUSE)
+
+            return vector(a, b), code
+
+        @overload(op)
+        def implementation(a, b):
+            if a is vector and b is vector:
+                return lambda a, b: apply(a, b)
+
+    arithmetic(operator.add, "fadd")
+    arithmetic(operator.sub, "fsub")
+    arithmetic(operator.mul, "fmul")
+    arithmetic(operator.truediv, "fdiv")
+
+    @intrinsic
+    def pick(typing, a, b, yes, no):
+        "yes where a >= b, else no"
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
+
+        return vector(a, b, yes, no), code
+
+    @intrinsic
+    def keep(typing, a, b, value):
+        "value where a >= b, else 0"
+
+        def code(context, builder, signature, args):
+            chosen = builder.fcmp_ordered(">=", args[0], args[1])
+            return builder.select(chosen, args[2], constant(0.0))
+
+        return vector(a, b, value), code
+
+    @intrinsic
+    def smaller(typing, a, b):
+        "The smaller of the two."
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+        return vector(a, b), code
+
+    @intrinsic
+    def larger(typing, a, b):
+        "The larger of the two; b where one is NaN."
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+        return vector(a, b), code
+
+    @intrinsic
+    def size(typing, a):
+        "|a|"
+
+        def code(context, builder, signature, args):
+            digits = constant(2**31 - 1, whole_kind)
+            return builder.bitcast(builder.and_(builder.bitcast(args[0], whole_kind), digits), kind)
+
+        return vector(a), code
+
+    @intrinsic
+    def dead(typing, a):
+        "-|a|"
+
+        def code(context, builder, signature, args):
+            sign = constant(-(2**31), whole_kind)
+            return builder.bitcast(builder.or_(builder.bitcast(args[0], whole_kind), sign), kind)
+
+        return vector(a), code
+
+    @intrinsic
+    def any_alive(typing, a):
+        "Is any of them without a minus sign?"
+
+        def code(context, builder, signature, args):
+            bits = builder.bitcast(args[0], whole_kind)
+            mask = builder.icmp_signed(">=", bits, constant(0, whole_kind))
+            number = ir.IntType(lanes)
+            return builder.icmp_unsigned(
+                "!=", builder.bitcast(mask, number), ir.Constant(number, 0)
+            )
+
+        return types.boolean(a), code
+
+    @intrinsic
+    def whole(typing, a):
+        "The whole part of a, towards zero."
+
+        def code(context, builder, signature, args):
+            return builder.sitofp(builder.fptosi(args[0], whole_kind), kind)
+
+        return vector(a), code
+
+    @intrinsic
+    def scale(typing, a, power):
+        "a * 2^power for whole numbers in `power` that leave a normal number."
+
+        def code(context, builder, signature, args):
+            up = builder.shl(builder.fptosi(args[1], whole_kind), constant(23, whole_kind))
+            return builder.bitcast(builder.add(up, builder.bitcast(args[0], whole_kind)), kind)
+
+        return vector(a, power), code
+
+    memory = load, store, splat
+    return memory, (pick, keep, smaller, larger, size, dead, any_alive, whole, scale)
 
 
-arithmetic(operator.add, "fadd")
-arithmetic(operator.sub, "fsub")
-arithmetic(operator.mul, "fmul")
-arithmetic(operator.truediv, "fdiv")
-
-
-@intrinsic
-def pick8(typing, a, b, yes, no):
-    "yes where a >= b, else no"
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
-
-    return float8(a, b, yes, no), code
-
-
-@intrinsic
-def keep8(typing, a, b, value):
-    "value where a >= b, else 0"
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], constant(0.0))
-
-    return float8(a, b, value), code
-
-
-@intrinsic
-def min8(typing, a, b):
-    "The smaller of the two."
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered("<", *args), *args)
-
-    return float8(a, b), code
-
-
-@intrinsic
-def max8(typing, a, b):
-    "The larger of the two; b where one is NaN."
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return float8(a, b), code
-
-
-@intrinsic
-def abs8(typing, a):
-    "|a|"
-
-    def code(context, builder, signature, args):
-        bits = builder.and_(builder.bitcast(args[0], V8I), constant(2**31 - 1, V8I))
-        return builder.bitcast(bits, V8)
-
-    return float8(a), code
-
-
-@intrinsic
-def dead8(typing, a):
-    "-|a|"
-
-    def code(context, builder, signature, args):
-        bits = builder.or_(builder.bitcast(args[0], V8I), constant(-(2**31), V8I))
-        return builder.bitcast(bits, V8)
-
-    return float8(a), code
-
-
-@intrinsic
-def any_alive8(typing, a):
-    "Is any of the eight without a minus sign?"
-
-    def code(context, builder, signature, args):
-        mask = builder.icmp_signed(">=", builder.bitcast(args[0], V8I), constant(0, V8I))
-        byte = ir.IntType(8)
-        return builder.icmp_unsigned("!=", builder.bitcast(mask, byte), ir.Constant(byte, 0))
-
-    return types.boolean(a), code
-
-
-@intrinsic
-def whole8(typing, a):
-    "The whole part of a, towards zero."
-
-    def code(context, builder, signature, args):
-        return builder.sitofp(builder.fptosi(args[0], V8I), V8)
-
-    return float8(a), code
-
-
-@intrinsic
-def scale8(typing, a, power):
-    "a * 2^power for whole numbers in `power` that leave a normal number."
-
-    def code(context, builder, signature, args):
-        up = builder.shl(builder.fptosi(args[1], V8I), constant(23, V8I))
-        return builder.bitcast(builder.add(up, builder.bitcast(args[0], V8I)), V8)
-
-    return float8(a, power), code
+(load8, store8, splat8), eight = vectors(8)
+pick8, keep8, min8, max8, abs8, dead8, any_alive8, whole8, scale8 = eight
+(load, store, all_of), several = (load8, store8, splat8), eight
+if LANES != 8:
+    (load, store, all_of), several = vectors(LANES)
+pick, keep, smaller, _, _, dead, any_alive, whole, scale = several
 
 
 def table():
-    """Constants of the inner loops, eight of each: read from memory they cost no instruction of their own.
+    """Constants of the inner loops, LANES of each: read from memory they cost no instruction of their own.
 
-    Pixel centres of a tile row; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of
+    Pixel centres and rows of a vector; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of
     the smallest, the light of a finished pixel, and 1.
     """
     numbers = [*EXP2, ALPHA_MAX, -LOG2_255, np.nextafter(f32(T_MIN), f32(1)), 1.0]
-    return np.concatenate([np.arange(TILE_W) + 0.5, np.repeat(numbers, 8)]).astype(np.float32)
+    pixel, row = np.arange(LANES) % TILE_W + 0.5, np.arange(LANES) // TILE_W
+    whole = aligned(LANES * (2 + len(numbers)))
+    whole[:] = np.concatenate([pixel, row, np.repeat(numbers, LANES)])
+    return whole
+
+
+@kernel
+def aligned(n):
+    "So many zeros that begin where a line of the cache does: no vector of them lies in two."
+    room = np.zeros(n + 16, np.float32)
+    skip = -room.ctypes.data % 64 // 4
+    return room[skip : skip + n]
 
 
 @part
-def exp2_8(a, C):
+def exp2(a, C):
     "2^a for -126 < a <= 0: the whole part goes into the exponent, a polynomial gives the rest."
-    n = whole8(a)
+    n = whole(a)
     x = a - n
     xx = x * x
-    p = (load8(C, 48) * x + load8(C, 40)) * xx + (load8(C, 32) * x + load8(C, 24))
-    return scale8(p * xx + (load8(C, 16) * x + load8(C, 8)), n)
+    high = (load(C, POWER + 5 * LANES) * x + load(C, POWER + 4 * LANES)) * xx
+    p = high + (load(C, POWER + 3 * LANES) * x + load(C, POWER + 2 * LANES))
+    return scale(p * xx + (load(C, POWER + LANES) * x + load(C, POWER)), n)
 
 
 # -------------------------------------------------------------------------------------------- tiles
@@ -806,37 +825,53 @@ def strip_lists(m, rec, order, span, begin, end, H):
 @part
 def alive(buf, rows):
     "Does any pixel of the first rows of a tile still take light?"
-    for y in range(rows):
-        if any_alive8(load8(buf, y * ROW)):
+    for at in range(0, -(-rows // PAIR) * BAND, BAND):
+        if any_alive(load(buf, at)):
             return True
     return False
 
 
 @part
-def blend(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z):
-    """Add one Gaussian to some rows of a tile.
+def place(y):
+    "Where the working buffer keeps the light of row y of a tile; LANES further on, the next image."
+    return y // PAIR * BAND + y % PAIR * TILE_W
 
-    A row of the buffer holds light, red, green, blue, depth, alpha of 8 pixels.
+
+@part
+def start_of(local, i, x0, y):
+    "Of ellipse i: its triangle, opacity, and y1, y2 at the left end of row y of the image."
+    e, f, h, lo = f32(local[i, 2]), f32(local[i, 3]), f32(local[i, 4]), f32(local[i, 5])
+    dx, dy = x0 - local[i, 0], y + 0.5 - local[i, 1]
+    return e, f, h, lo, f32(e * dx + f * dy), f32(h * dy)
+
+
+@part
+def blend(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z):
+    """Add one Gaussian to some bands of a tile.
+
+    A band of the buffer holds light, red, green, blue, depth, alpha of LANES pixels.
     """
-    y1 = splat8(e) * load8(C, 0) + splat8(k1)
-    y2, f, h, lo = splat8(k2), splat8(f), splat8(h), splat8(lo)
-    r, g, b, z = splat8(r), splat8(g), splat8(b), splat8(z)
-    for _ in range(rows):
-        T = load8(buf, at)
-        if any_alive8(T):
+    down = load(C, BELOW)
+    y1 = all_of(e) * load(C, 0) + all_of(f) * down + all_of(k1)
+    y2 = all_of(h) * down + all_of(k2)
+    f, h, lo = all_of(f * f32(PAIR)), all_of(h * f32(PAIR)), all_of(lo)
+    r, g, b, z = all_of(r), all_of(g), all_of(b), all_of(z)
+    for _ in range(bands):
+        T = load(buf, at)
+        if any_alive(T):
             q = lo - y1 * y1 - y2 * y2
-            alpha = min8(exp2_8(q, C), load8(C, CAP))
-            alpha = keep8(q, load8(C, FAINT), alpha)
+            alpha = smaller(exp2(q, C), load(C, CAP))
+            alpha = keep(q, load(C, FAINT), alpha)
             w = T * alpha
             left = T - w
-            w = keep8(left, load8(C, DARK), w)
-            store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
-            store8(buf, at + 8, load8(buf, at + 8) + w * r)
-            store8(buf, at + 16, load8(buf, at + 16) + w * g)
-            store8(buf, at + 24, load8(buf, at + 24) + w * b)
-            store8(buf, at + 32, load8(buf, at + 32) + w * z)
-            store8(buf, at + 40, load8(buf, at + 40) + w)
-        y1, y2, at = y1 + f, y2 + h, at + ROW
+            w = keep(left, load(C, DARK), w)
+            store(buf, at, pick(left, load(C, DARK), left, dead(T)))
+            store(buf, at + LANES, load(buf, at + LANES) + w * r)
+            store(buf, at + 2 * LANES, load(buf, at + 2 * LANES) + w * g)
+            store(buf, at + 3 * LANES, load(buf, at + 3 * LANES) + w * b)
+            store(buf, at + 4 * LANES, load(buf, at + 4 * LANES) + w * z)
+            store(buf, at + 5 * LANES, load(buf, at + 5 * LANES) + w)
+        y1, y2, at = y1 + f, y2 + h, at + BAND
 
 
 @part
@@ -866,9 +901,9 @@ def draw(C, colour, lists, begin, end, back, expected, rgb, alpha, depth, light)
         splat8(back[2]),
         splat8(back[3]),
     )
-    one, tiny = load8(C, LIGHT), splat8(TINY)
+    one, tiny, outside = splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
     tint = rows_of(colour, own)
-    buf = np.empty(ROW * TILE_H, np.float32)
+    buf = aligned(BAND * TILE_H // PAIR)
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
@@ -877,90 +912,98 @@ def draw(C, colour, lists, begin, end, back, expected, rgb, alpha, depth, light)
             for i in range(len(buf)):
                 buf[i] = ZERO
             for y in range(y1 - y0):
-                store8(buf, y * ROW, one)
+                store8(buf, place(y), one)
+            for y in range(y1 - y0, TILE_H):
+                store8(buf, place(y), outside)
             for t in range(starts[c - begin], ends[c - begin]):
                 r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xFFFF, y1)
                 if r0 >= r1:
                     continue
                 i = entry[t, 0]
-                e, f, h, lo = f32(local[i, 2]), f32(local[i, 3]), f32(local[i, 4]), f32(local[i, 5])
                 r, g, b, z = tint[i, 0], tint[i, 1], tint[i, 2], tint[i, 3]
-                dx, dy = x0 - local[i, 0], r0 + 0.5 - local[i, 1]
-                k1, k2 = f32(e * dx + f * dy), f32(h * dy)
-                first, rows = (r0 - y0) * ROW, r1 - r0
-                blend(buf, first, rows, C, e, f, h, lo, k1, k2, r, g, b, z)
+                r0 -= (r0 - y0) % PAIR
+                e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
+                at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
+                blend(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
             for y in range(y0, y1):
-                p, at = (y - y0) * ROW, y * W + x0
-                T, A = abs8(load8(buf, p)), load8(buf, p + 40)
-                Z = load8(buf, p + 32) + T * back_z
+                p, at = place(y - y0), y * W + x0
+                T, A = abs8(load8(buf, p)), load8(buf, p + 5 * LANES)
+                Z = load8(buf, p + 4 * LANES) + T * back_z
                 if expected:
                     Z = Z / pick8(A, tiny, A, tiny)
                 store8(light, at, T)
                 store8(alpha, at, A)
                 store8(depth, at, Z)
-                store8(rgb, at, load8(buf, p + 8) + T * back_r)
-                store8(rgb, at + H * W, load8(buf, p + 16) + T * back_g)
-                store8(rgb, at + 2 * H * W, load8(buf, p + 24) + T * back_b)
+                store8(rgb, at, load8(buf, p + LANES) + T * back_r)
+                store8(rgb, at + H * W, load8(buf, p + 2 * LANES) + T * back_g)
+                store8(rgb, at + 2 * H * W, load8(buf, p + 3 * LANES) + T * back_b)
 
 
 # ----------------------------------------------------------------------------------------- backward
 
 
 @part
-def blend_backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
-    """The same rows again, from the front.
+def add_to(lanes, at, value):
+    "lanes[at : at + LANES] += value"
+    store(lanes, at, load(lanes, at) + value)
 
-    A row of the buffer holds light, what is still to come along the ray times its gradient, and the
-    gradients of red, green, blue and depth. Adds to lanes[own : own + 80] ten sums, eight parts each:
+
+@part
+def blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
+    """The same bands again, from the front.
+
+    A band of the buffer holds light, what is still to come along the ray times its gradient, and the
+    gradients of red, green, blue and depth. Adds to `lanes` from `own` on ten sums, LANES parts each:
     v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red,
     green, blue, depth.
 
-    Within a column of pixels y1 = a + ratio * y2 with constant a, so three sums with v are enough until
-    the end.
+    Within one place of the vectors y1 = a + ratio * y2 with constant a, so three sums with v are enough
+    until the end.
     """
-    y1 = splat8(e) * load8(C, 0) + splat8(k1)
-    y2, f, h, lo = splat8(k2), splat8(f), splat8(h), splat8(lo)
-    r, g, b, z, zero = splat8(r), splat8(g), splat8(b), splat8(z), splat8(ZERO)
+    down = load(C, BELOW)
+    y1 = all_of(e) * load(C, 0) + all_of(f) * down + all_of(k1)
+    y2 = all_of(h) * down + all_of(k2)
+    ratio = all_of(f) / all_of(h)
+    f, h, lo = all_of(f * f32(PAIR)), all_of(h * f32(PAIR)), all_of(lo)
+    r, g, b, z, zero = all_of(r), all_of(g), all_of(b), all_of(z), all_of(ZERO)
     s, s2, s22, cr, cg, cb, cz = zero, zero, zero, zero, zero, zero, zero
-    ratio = f / h
     a = y1 - ratio * y2
-    for _ in range(rows):
-        T = load8(buf, at)
-        if any_alive8(T):
+    for _ in range(bands):
+        T = load(buf, at)
+        if any_alive(T):
             q = lo - y1 * y1 - y2 * y2
-            full = exp2_8(q, C)
-            alpha = min8(full, load8(C, CAP))
-            alpha = keep8(q, load8(C, FAINT), alpha)
+            full = exp2(q, C)
+            alpha = smaller(full, load(C, CAP))
+            alpha = keep(q, load(C, FAINT), alpha)
             w = T * alpha
             left = T - w
-            w = keep8(left, load8(C, DARK), w)
-            store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
-            gr, gg = load8(buf, at + 16), load8(buf, at + 24)
-            gb, gz = load8(buf, at + 32), load8(buf, at + 40)
+            w = keep(left, load(C, DARK), w)
+            store(buf, at, pick(left, load(C, DARK), left, dead(T)))
+            gr, gg = load(buf, at + 2 * LANES), load(buf, at + 3 * LANES)
+            gb, gz = load(buf, at + 4 * LANES), load(buf, at + 5 * LANES)
             mine = w * (gr * r + gg * g + gb * b + gz * z)
-            rest = load8(buf, at + 8) - mine
-            store8(buf, at + 8, rest)
+            rest = load(buf, at + LANES) - mine
+            store(buf, at + LANES, rest)
             cr, cg, cb, cz = cr + w * gr, cg + w * gg, cb + w * gb, cz + w * gz
-            v = mine - keep8(left, load8(C, DARK), rest * (alpha / (load8(C, LIGHT) - alpha)))
-            v = keep8(load8(C, CAP), full, v)
+            v = mine - keep(left, load(C, DARK), rest * (alpha / (load(C, LIGHT) - alpha)))
+            v = keep(load(C, CAP), full, v)
             v2 = v * y2
             s, s2, s22 = s + v, s2 + v2, s22 + v2 * y2
-        y1, y2, at = y1 + f, y2 + h, at + ROW
+        y1, y2, at = y1 + f, y2 + h, at + BAND
     s1, s12 = a * s + ratio * s2, a * s2 + ratio * s22
-    s11 = a * s1 + ratio * s12
-    store8(lanes, own, load8(lanes, own) + s)
-    store8(lanes, own + 8, load8(lanes, own + 8) + s1)
-    store8(lanes, own + 16, load8(lanes, own + 16) + s2)
-    store8(lanes, own + 24, load8(lanes, own + 24) + s11)
-    store8(lanes, own + 32, load8(lanes, own + 32) + s12)
-    store8(lanes, own + 40, load8(lanes, own + 40) + s22)
-    store8(lanes, own + 48, load8(lanes, own + 48) + cr)
-    store8(lanes, own + 56, load8(lanes, own + 56) + cg)
-    store8(lanes, own + 64, load8(lanes, own + 64) + cb)
-    store8(lanes, own + 72, load8(lanes, own + 72) + cz)
+    add_to(lanes, own, s)
+    add_to(lanes, own + LANES, s1)
+    add_to(lanes, own + 2 * LANES, s2)
+    add_to(lanes, own + 3 * LANES, a * s1 + ratio * s12)
+    add_to(lanes, own + 4 * LANES, s12)
+    add_to(lanes, own + 5 * LANES, s22)
+    add_to(lanes, own + 6 * LANES, cr)
+    add_to(lanes, own + 7 * LANES, cg)
+    add_to(lanes, own + 8 * LANES, cb)
+    add_to(lanes, own + 9 * LANES, cz)
 
 
 @kernel
@@ -992,18 +1035,22 @@ def draw_backward(
     depth, light = depth.reshape(-1), light.reshape(-1)
     g_rgb, g_alpha, g_depth = g_rgb.reshape(-1), g_alpha.reshape(-1), g_depth.reshape(-1)
     tint = rows_of(colour, own)
-    buf = np.empty(ROW * TILE_H, np.float32)
-    lanes = np.zeros(k * 8 * N_SUM, np.float32)
+    buf = aligned(BAND * TILE_H // PAIR)
+    lanes = aligned(k * LANES * N_SUM)
     ends8 = np.empty(8 * CHANNELS, np.float32)
-    zero, tiny = splat8(ZERO), splat8(TINY)
+    zero, one, tiny, outside = splat8(ZERO), splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
     back_r, back_g, back_b, back_z = zero, zero, zero, zero
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
             y1 = min(y0 + TILE_H, H)
             seen = 0
+            for y in range(y1 - y0, TILE_H):
+                store8(buf, place(y), outside)
+                for j in range(1, 6):
+                    store8(buf, place(y) + j * LANES, zero)
             for y in range(y0, y1):
-                p, at = (y - y0) * ROW, y * W + x0
+                p, at = place(y - y0), y * W + x0
                 A, T, Z, gz = (
                     load8(alpha, at),
                     load8(light, at),
@@ -1021,25 +1068,24 @@ def draw_backward(
                 else:
                     rest = rest + gz * Z
                     back_z = back_z + gz * T
-                store8(buf, p, load8(C, LIGHT))
-                store8(buf, p + 8, rest - T * lost)
-                store8(buf, p + 16, gr)
-                store8(buf, p + 24, gg)
-                store8(buf, p + 32, gb)
-                store8(buf, p + 40, gz)
+                store8(buf, p, one)
+                store8(buf, p + LANES, rest - T * lost)
+                store8(buf, p + 2 * LANES, gr)
+                store8(buf, p + 3 * LANES, gg)
+                store8(buf, p + 4 * LANES, gb)
+                store8(buf, p + 5 * LANES, gz)
                 back_r, back_g, back_b = back_r + gr * T, back_g + gg * T, back_b + gb * T
             for t in range(starts[c - begin], ends[c - begin]):
                 r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xFFFF, y1)
                 if r0 >= r1:
                     continue
                 i = entry[t, 0]
-                e, f, h, lo = f32(local[i, 2]), f32(local[i, 3]), f32(local[i, 4]), f32(local[i, 5])
                 r, g, b, z = tint[i, 0], tint[i, 1], tint[i, 2], tint[i, 3]
-                dx, dy = x0 - local[i, 0], r0 + 0.5 - local[i, 1]
-                k1, k2 = f32(e * dx + f * dy), f32(h * dy)
-                first, rows = (r0 - y0) * ROW, r1 - r0
-                at = i * 8 * N_SUM
-                blend_backward(buf, first, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, at)
+                r0 -= (r0 - y0) % PAIR
+                e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
+                at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
+                sums_at = i * LANES * N_SUM
+                blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, sums_at)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
@@ -1048,20 +1094,20 @@ def draw_backward(
     store8(ends8, 16, back_b)
     store8(ends8, 24, back_z)
     for j in range(CHANNELS):
-        g_back[j] = sum_of_eight(ends8, j)
+        g_back[j] = sum_of(ends8, 8 * j, 8)
     sums = np.empty((k, N_SUM), np.float32)
     for i in range(k):
         for j in range(N_SUM):
-            sums[i, j] = sum_of_eight(lanes, i * N_SUM + j)
+            sums[i, j] = sum_of(lanes, (i * N_SUM + j) * LANES, LANES)
     return sums
 
 
 @part
-def sum_of_eight(lanes, i):
-    "The sum of the eight parts of number i."
+def sum_of(lanes, at, count):
+    "The sum of lanes[at : at + count]."
     total = ZERO
-    for o in range(8):
-        total += lanes[8 * i + o]
+    for o in range(count):
+        total += lanes[at + o]
     return total
 
 
