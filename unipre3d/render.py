@@ -376,7 +376,7 @@ def draw_views_backward(
     e: Ellipses,
     d: Drawing,
     g_rgb: np.ndarray,  # gradients of the images of `d`, same shapes
-    g_last: np.ndarray,
+    g_last: np.ndarray,  # these two may have no pixels, [passes v 0 0] and [v 0 0]: they are zero
     g_alpha: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The compiled backward pass of `draw_views`.
@@ -392,7 +392,7 @@ def draw_views_backward(
     parts = {}
     sums = np.zeros((e.base[-1], splat.N_SUM + splat.CHANNELS * (passes - 1)))
     g_back = np.empty((n, passes, len(strips), 4), np.float32)
-    nothing = np.zeros_like(g_alpha[0])
+    nothing = np.empty((0, 0), np.float32)
 
     def draw(v, s):
         for p in range(passes):
@@ -482,8 +482,10 @@ class Splat(torch.autograd.Function):
         margin = d.alpha.shape[-1] - ctx.width
         wide = []
         for grad, image in zip(grads, (d.rgb[0], d.alpha, d.last[0])):
-            if grad is None:
+            if grad is None and image.ndim == 4:
                 wide.append(np.zeros_like(image))
+            elif grad is None:
+                wide.append(np.empty((len(image), 0, 0), np.float32))
             else:
                 padded = F.pad(grad, (0, margin)) if margin else grad
                 wide.append(padded.contiguous().numpy())

@@ -703,16 +703,28 @@ def vectors(lanes):
 
         return vector(a, power), code
 
+    @intrinsic
+    def add_pairs(typing, a, b):
+        "Sums of neighbours: first those of a, then those of b."
+
+        def code(context, builder, signature, args):
+            even = ir.Constant(whole_kind, list(range(0, 2 * lanes, 2)))
+            odd = ir.Constant(whole_kind, list(range(1, 2 * lanes, 2)))
+            left, right = builder.shuffle_vector(*args, even), builder.shuffle_vector(*args, odd)
+            return builder.fadd(left, right)
+
+        return vector(a, b), code
+
     memory = load, store, splat
-    return memory, (pick, keep, smaller, larger, size, dead, any_alive, whole, scale)
+    return memory, (pick, keep, smaller, larger, size, dead, any_alive, whole, scale, add_pairs)
 
 
 (load8, store8, splat8), eight = vectors(8)
-pick8, keep8, min8, max8, abs8, dead8, any_alive8, whole8, scale8 = eight
+pick8, keep8, min8, max8, abs8, dead8, any_alive8, whole8, scale8, _ = eight
 (load, store, all_of), several = (load8, store8, splat8), eight
 if LANES != 8:
     (load, store, all_of), several = vectors(LANES)
-pick, keep, smaller, _, _, dead, any_alive, whole, scale = several
+pick, keep, smaller, _, _, dead, any_alive, whole, scale, add_pairs = several
 
 
 def table():
@@ -946,17 +958,26 @@ def draw(C, colour, lists, begin, end, back, expected, rgb, alpha, depth, light)
 
 
 @part
-def add_to(lanes, at, value):
-    "lanes[at : at + LANES] += value"
-    store(lanes, at, load(lanes, at) + value)
+def add_sums(sums, at, a, b, c, d, e, f, g, h, i, j):
+    "Add the sum of each of ten vectors to sums[at : at + 10]; what follows up to 16 is no sum."
+    abcd = add_pairs(add_pairs(a, b), add_pairs(c, d))
+    efgh = add_pairs(add_pairs(e, f), add_pairs(g, h))
+    ij = add_pairs(i, j)
+    ij = add_pairs(ij, ij)
+    first, rest = add_pairs(abcd, efgh), add_pairs(ij, ij)
+    if LANES == 16:
+        store(sums, at, load(sums, at) + add_pairs(first, rest))
+    else:
+        store(sums, at, load(sums, at) + first)
+        store(sums, at + 8, load(sums, at + 8) + rest)
 
 
 @part
-def blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
+def blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, sums, own):
     """The same bands again, from the front.
 
     A band of the buffer holds light, what is still to come along the ray times its gradient, and the
-    gradients of red, green, blue and depth. Adds to `lanes` from `own` on ten sums, LANES parts each:
+    gradients of red, green, blue and depth. Adds to `sums` from `own` on:
     v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red,
     green, blue, depth.
 
@@ -994,16 +1015,8 @@ def blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, ow
             s, s2, s22 = s + v, s2 + v2, s22 + v2 * y2
         y1, y2, at = y1 + f, y2 + h, at + BAND
     s1, s12 = a * s + ratio * s2, a * s2 + ratio * s22
-    add_to(lanes, own, s)
-    add_to(lanes, own + LANES, s1)
-    add_to(lanes, own + 2 * LANES, s2)
-    add_to(lanes, own + 3 * LANES, a * s1 + ratio * s12)
-    add_to(lanes, own + 4 * LANES, s12)
-    add_to(lanes, own + 5 * LANES, s22)
-    add_to(lanes, own + 6 * LANES, cr)
-    add_to(lanes, own + 7 * LANES, cg)
-    add_to(lanes, own + 8 * LANES, cb)
-    add_to(lanes, own + 9 * LANES, cz)
+    s11 = a * s1 + ratio * s12
+    add_sums(sums, own, s, s1, s2, s11, s12, s22, cr, cg, cb, cz)
 
 
 @kernel
@@ -1025,8 +1038,8 @@ def draw_backward(
 ):
     """Gradients of tile columns begin..end of one view.
 
-    Returns sums [k 10] of the ellipses that `lists` names: six of their shape, four of their channels.
-    Written: g_back [4].
+    `g_alpha` and `g_depth` may have no rows, which counts as zero. Returns sums [k 16] of the ellipses that
+    `lists` names: six of their shape, four of their channels, six that mean nothing. Written: g_back [4].
     """
     own, local, starts, ends, entry = lists
     H, W = alpha.shape
@@ -1036,7 +1049,7 @@ def draw_backward(
     g_rgb, g_alpha, g_depth = g_rgb.reshape(-1), g_alpha.reshape(-1), g_depth.reshape(-1)
     tint = rows_of(colour, own)
     buf = aligned(BAND * TILE_H // PAIR)
-    lanes = aligned(k * LANES * N_SUM)
+    sums = aligned(16 * k)
     ends8 = np.empty(8 * CHANNELS, np.float32)
     zero, one, tiny, outside = splat8(ZERO), splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
     back_r, back_g, back_b, back_z = zero, zero, zero, zero
@@ -1051,16 +1064,12 @@ def draw_backward(
                     store8(buf, place(y) + j * LANES, zero)
             for y in range(y0, y1):
                 p, at = place(y - y0), y * W + x0
-                A, T, Z, gz = (
-                    load8(alpha, at),
-                    load8(light, at),
-                    load8(depth, at),
-                    load8(g_depth, at),
-                )
+                A, T, Z = load8(alpha, at), load8(light, at), load8(depth, at)
+                gz = load8(g_depth, at) if len(g_depth) else zero
+                lost = load8(g_alpha, at) if len(g_alpha) else zero
                 green, blue = at + H * W, at + 2 * H * W
                 gr, gg, gb = load8(g_rgb, at), load8(g_rgb, green), load8(g_rgb, blue)
                 rest = gr * load8(rgb, at) + gg * load8(rgb, green) + gb * load8(rgb, blue)
-                lost = load8(g_alpha, at)
                 if expected:
                     gz = keep8(A, tiny, gz / pick8(A, tiny, A, tiny))
                     lost = lost - gz * Z
@@ -1084,8 +1093,7 @@ def draw_backward(
                 r0 -= (r0 - y0) % PAIR
                 e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
                 at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
-                sums_at = i * LANES * N_SUM
-                blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, sums_at)
+                blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, sums, 16 * i)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
@@ -1094,26 +1102,15 @@ def draw_backward(
     store8(ends8, 16, back_b)
     store8(ends8, 24, back_z)
     for j in range(CHANNELS):
-        g_back[j] = sum_of(ends8, 8 * j, 8)
-    sums = np.empty((k, N_SUM), np.float32)
-    for i in range(k):
-        for j in range(N_SUM):
-            sums[i, j] = sum_of(lanes, (i * N_SUM + j) * LANES, LANES)
-    return sums
-
-
-@part
-def sum_of(lanes, at, count):
-    "The sum of lanes[at : at + count]."
-    total = ZERO
-    for o in range(count):
-        total += lanes[at + o]
-    return total
+        g_back[j] = ZERO
+        for o in range(8):
+            g_back[j] += ends8[8 * j + o]
+    return sums.reshape(k, 16)
 
 
 @kernel
 def add_rows(own, sums, total, channel):
-    "Add the sums [k 10] of one strip and pass to `total` [rows 6 + channels] of its view."
+    "Add the sums [k 16] of one strip and pass to `total` [rows 6 + channels] of its view."
     shape = N_SUM - CHANNELS
     for p in range(len(own)):
         i = own[p]
