@@ -54,7 +54,8 @@ WORKSHOP = {
         "worlds/36_rooms_cloud",
         "worlds/37_rooms_disk",
     ],
-    "More geometry": ["geometry/12_serialization", "geometry/13_sparse", "54_viewer"],
+    "More geometry": ["geometry/12_serialization", "geometry/13_sparse"],
+    "More rendering": ["52_rasterization", "54_formats", "54_viewer"],
     "More backbones": [
         "backbones/39_layers",
         "backbones/41_pointnet2",
