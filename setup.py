@@ -30,7 +30,8 @@ def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
-EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare")
+EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds")
+
 statuses = [
     "1 - Planning",
     "2 - Pre-Alpha",

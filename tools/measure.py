@@ -29,7 +29,8 @@ LAYERS = (
     ("runs",),
     ("tasks",),
     ("recipes",),
-    ("reproduce",),
+    ("features",),
+    ("predictions", "reproduce"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -246,6 +246,7 @@ class Backbone(nn.Module):
             regular_file(file, "a file that save_pretrained wrote")
         config = read_json(config_file)
         kind = config.pop("backbone", None)
+        config.pop("transform", None)  # of the clouds that it knows
         if kind != cls.__name__:
             raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
         weights, _ = read_safetensors(weights_file)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num
 
 # %% auto #0
-__all__ = ['Cloud', 'about_z', 'random_rotation', 'rotate', 'mirror', 'rescale', 'translate', 'drop_points', 'recolor',
+__all__ = ['Cloud', 'BLANK', 'about_z', 'random_rotation', 'rotate', 'mirror', 'rescale', 'translate', 'drop_points', 'recolor',
            'move_cameras', 'PosedViews', 'move_views', 'mirror_views', 'recolor_views', 'Augment', 'augment',
            'augment_views']
 
@@ -161,6 +161,9 @@ def recolor_views(
     return replace(views, rgb=np.where(mask, recolor(rgb, gain, shift), rgb))
 
 # %% ../../nbs/data/17_augment.ipynb #31f620ae
+BLANK = dict(color=0.5, normal=0.0)  # what stands where a cloud lacks a column
+
+
 @dataclass(frozen=True)
 class Augment:
     "How training clouds vary. Raises: ValueError where a value has no meaning."
@@ -173,6 +176,7 @@ class Augment:
     jitter: float = 0.0  # sigma of the noise of each point, units of the cloud; at most 3 sigma
     drop: float = 0.0  # largest fraction of points to drop
     color: float = 0.0  # largest change of contrast and brightness
+    blank: float = 0.0  # chance that a cloud has no colours, and the same that it has no normals
 
     def __post_init__(self):
         if self.rotate not in ("none", "up", "all"):
@@ -185,7 +189,7 @@ class Augment:
             raise ValueError(
                 f"augment.stretch: expected augment.scale to say by how much, got {self.scale}"
             )
-        for name in ("drop", "color"):
+        for name in ("drop", "color", "blank"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"augment.{name}: expected a fraction, at least 0 and below 1, got {getattr(self, name)}"
@@ -241,4 +245,7 @@ def augment_views(
         views = views and recolor_views(views, gain, shift)
     if how.mirror and rng.random() < 0.5:
         cloud, views = mirror(cloud), views and mirror_views(views)
+    for name in BLANK if how.blank else ():
+        if name in cloud and rng.random() < how.blank:
+            cloud = cloud | {name: np.full_like(cloud[name], BLANK[name])}
     return cloud, views

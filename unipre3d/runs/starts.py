@@ -15,13 +15,14 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone, match_released
-from ..files import read_json
+from ..core import data_dir
+from ..files import check_weights, read_json, read_safetensors
 from ..records import data_hash
 from .checkpoint import load_tensors
 
 # %% auto #0
-__all__ = ['percent', 'Start', 'own_tensors', 'start_table', 'load_weights', 'backbone_tensors', 'start_released', 'check_init',
-           'start_from', 'start_summary']
+__all__ = ['WEIGHTS_FILE', 'percent', 'Start', 'own_tensors', 'start_table', 'load_weights', 'shipped', 'backbone_tensors',
+           'start_released', 'check_init', 'start_from', 'start_summary']
 
 # %% ../../nbs/tasks/70_transfer.ipynb #9274e44e
 def percent(
@@ -114,14 +115,33 @@ def load_weights(
     return start
 
 # %% ../../nbs/tasks/70_transfer.ipynb #b36ef0d2
+WEIGHTS_FILE = "model.safetensors"  # of a backbone without a run
+
+
+def shipped(
+    init: str | Path,
+) -> str | Path:  # their folder, or what was given
+    "The folder of weights that the package ships, by name; anything that is there comes first."
+    folder = data_dir() / "weights" / str(init)
+    named = str(init) != "none" and not Path(init).exists() and Path(init).name == str(init)
+    return folder if named and (folder / WEIGHTS_FILE).is_file() else init
+
+
 def backbone_tensors(
-    checkpoint: str | Path,  # a run folder, or the safetensors file in it
+    checkpoint: str | Path,  # a run folder, the safetensors file in it, or a folder of weights
 ) -> dict[str, Tensor]:  # without the prefix
-    """The backbone of a run.
+    """The backbone of a run, or one that was saved alone.
 
     Raises: ValueError for a file without one.
     """
     path = Path(checkpoint)
+    if (path / WEIGHTS_FILE).is_file():
+        state, _ = read_safetensors(path / WEIGHTS_FILE)
+        check_weights(state, path / WEIGHTS_FILE)
+        return {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in state.items()
+        }
     if path.is_dir():
         path = path / "checkpoint.safetensors"
     weights, _ = load_tensors(path)
@@ -162,7 +182,7 @@ def check_init(
 
     Raises: FileNotFoundError.
     """
-    if str(init) != "none" and not Path(init).exists():
+    if str(init) != "none" and not Path(shipped(init)).exists():
         raise FileNotFoundError(
             f'--init: expected "none", a run folder or a checkpoint, found nothing at {init}'
         )
@@ -182,7 +202,7 @@ def start_from(
         states = dict.fromkeys(own_tensors(backbone), "random")
         return Start("none", "none", start_table(backbone, states))
     check_init(init)
-    path = Path(init)
+    path = Path(shipped(init))
     if path.is_file() and path.name != "checkpoint.safetensors":
         return start_released(backbone, path, min_coverage)
     return load_weights(backbone, backbone_tensors(path), init=str(init), min_coverage=min_coverage)
@@ -201,8 +221,10 @@ def start_summary(
             "recipe": None,
             "sha256": None,
         }
-    path = Path(start.init)
-    file = path / "checkpoint.safetensors" if path.is_dir() else path
+    path = Path(shipped(start.init))
+    names = ("checkpoint.safetensors", WEIGHTS_FILE)
+    held = [path / name for name in names if (path / name).is_file()]
+    file = held[0] if held else path
     config = file.parent / "config.json"
     recipe = None
     if start.kind == "run" and config.is_file():

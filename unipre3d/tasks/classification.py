@@ -54,9 +54,9 @@ from ..worlds.scans import Scans, embedded_scans
 
 # %% auto #0
 __all__ = ['DATA_SETS', 'CLASS_LIMITS', 'CLASS_CONDITIONS', 'MINI', 'FULL', 'classification_recipes', 'ClassificationModel',
-           'Episode', 'draw_episode', 'class_probabilities', 'score_classes', 'evaluate_classes', 'vote', 'ClassData',
-           'ClassHead', 'ClassRun', 'read_clouds', 'read_splits', 'class_samples', 'save_confusion', 'validates',
-           'ClassificationRecipe']
+           'Episode', 'draw_episode', 'class_probabilities', 'score_classes', 'evaluate_classes', 'vote',
+           'nearest_probabilities', 'cloud_rows', 'evaluate_nearest', 'ClassData', 'ClassHead', 'ClassRun',
+           'read_clouds', 'read_splits', 'class_samples', 'save_confusion', 'validates', 'ClassificationRecipe']
 
 # %% ../../nbs/tasks/72_classification.ipynb #1e2ce3af
 class ClassificationModel(nn.Module):
@@ -184,6 +184,59 @@ def vote(
     scores = score_classes(mean, found[0][1])
     return {f"{name}_voting{votes}": value for name, value in scores.items()}
 
+# %% ../../nbs/tasks/72_classification.ipynb #72c00002
+def nearest_probabilities(
+    known: Float[Tensor, "n c"],  # features of training objects
+    label: Int[Tensor, "n"],  # their classes
+    query: Float[Tensor, "m c"],
+    classes: int,  # K
+    k: int = 20,  # neighbours that vote
+    temperature: float = 0.07,  # of their weights
+) -> Float[Tensor, "m k"]:
+    "Probabilities of classes from the nearest known objects."
+    middle, spread = known.mean(0), known.std(0).clamp_min(1e-9)
+
+    def direction(rows):
+        return nn.functional.normalize((rows - middle) / spread, dim=1)
+
+    cosine, near = (direction(query) @ direction(known).T).topk(min(k, len(known)), 1)
+    weight = ((cosine - cosine[:, :1]) / temperature).exp()
+    votes = query.new_zeros(len(query), classes).scatter_add(1, label[near], weight)
+    return votes / votes.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def cloud_rows(
+    backbone: Backbone,
+    samples: CloudSamples,  # not augmented
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+) -> tuple[Float[Tensor, "n c"], Int[Tensor, "n"]]:  # pooled features and classes, on the CPU
+    "One row of features for each object."
+    backbone.eval()
+    own = []
+    for batch in own_batches(samples, batch_size):
+        rows = pool(backbone(batch.points.to(device))).float().cpu()
+        own.append((rows, batch.label))
+    found = gathered(own)
+    return torch.cat([rows for rows, _ in found]), torch.cat([label for _, label in found])
+
+
+def evaluate_nearest(
+    backbone: Backbone,
+    train: CloudSamples,  # not augmented
+    test: CloudSamples,
+    k: int,  # neighbours that vote
+    **how,  # batch_size, device
+) -> dict[str, Any]:
+    "Scores of the k nearest training objects; every name says so."
+    known, label = cloud_rows(backbone, train, **how)
+    query, truth = cloud_rows(backbone, test, **how)
+    classes = len(train.source.classes)
+    scores = score_classes(nearest_probabilities(known, label, query, classes, k), truth)
+    return {f"{name}_nearest{k}": value for name, value in scores.items()}
+
 # %% ../../nbs/tasks/72_classification.ipynb #d2763a7b
 @dataclass(frozen=True)
 class ClassData(Data):
@@ -226,6 +279,7 @@ class ClassRun(Run):
     "A run whose test may also vote."
 
     votes: int = 0  # augmented draws that are averaged, beside the score without; 0 is off
+    neighbours: int = 0  # nearest training objects that vote, beside the head; 0 is off
 
 
 DATA_SETS = {"scanobjectnn": ScanObjectNN, "modelnet40": ModelNet40}  # layouts that need a folder
@@ -371,6 +425,7 @@ CLASS_LIMITS: dict[str, Limit] = LIMITS | {
     "dropout": within(0, 1),
     "smoothing": within(0, 1),
     "votes": ("0 (off) or at least 2", lambda value: value == 0 or value >= 2),
+    "neighbours": within(0),
 }
 
 
@@ -444,6 +499,10 @@ class ClassificationRecipe(Recipe):
             if self.run.votes:
                 varied = class_samples(self.data, final, seed)
                 scores |= vote(model, varied, self.run.votes, device=device)
+            if self.run.neighbours:
+                pair = class_samples(self.data, train), class_samples(self.data, final)
+                how = dict(k=self.run.neighbours, device=device)
+                scores |= evaluate_nearest(model.backbone, *pair, **how)
             metrics = {k: v for k, v in scores.items() if isinstance(v, float)}
             title = ", ".join(f"{k} {v:.1%}" for k, v in metrics.items())
             if processes()[0] == 0:

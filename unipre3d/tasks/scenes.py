@@ -181,16 +181,20 @@ class ScenePoints(CloudSamples):
 
 # %% ../../nbs/tasks/66_scenes.ipynb #66a00017
 class PointModel(nn.Module):
-    "Any backbone of the package and one linear layer."
+    "Any backbone of the package and one linear layer, or a light decoder."
 
     def __init__(
         self,
         backbone: Backbone,
         classes: int,  # K
+        hidden: int = 0,  # width of a hidden layer before the last one; 0 is none
     ):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.width, classes)
+        self.head = nn.Linear(hidden or backbone.width, classes)
+        if hidden:
+            first = [nn.Linear(backbone.width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+            self.head = nn.Sequential(*first, self.head)
 
     def features(self, points: PointBatch) -> Float[Tensor, "n c"]:
         "Features of the backbone at each point."

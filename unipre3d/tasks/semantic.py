@@ -22,7 +22,14 @@ from ..data.scannet import scannet_labels
 from ..files import read_arrays
 from ..records import written_whole
 from ..runs.fit import Task, gathered, own_part, processes
-from ..runs.recipe import Model, Optimiser, change  # inherited fields name them
+from unipre3d.runs.recipe import (  # inherited fields name Optimiser
+    Condition,
+    Limit,
+    Model,
+    Optimiser,
+    change,
+    within,
+)
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import accuracy, label_loss
 from .metrics import SemanticScore
@@ -30,6 +37,8 @@ from unipre3d.tasks.scenes import (
     SceneData,
     SceneRun,
     ROOM_MINI,
+    SCENE_CONDITIONS,
+    SCENE_LIMITS,
     SCENE_FULL,
     PointModel,
     SceneObjective,
@@ -47,7 +56,7 @@ from ..viewer import MOST_POINTS, label_palette, point_viewer
 
 # %% auto #0
 __all__ = ['MINI', 'FULL', 'semantic_recipes', 'semantic_loss', 'point_probabilities', 'evaluate_semantic', 'save_room',
-           'save_voxels', 'show_voxels', 'class_details', 'save_example', 'final_scores', 'SemanticRecipe']
+           'save_voxels', 'show_voxels', 'class_details', 'save_example', 'final_scores', 'PointHead', 'SemanticRecipe']
 
 # %% ../../nbs/tasks/74_semantic.ipynb #2c07fcca
 def semantic_loss(
@@ -261,14 +270,28 @@ def final_scores(
 
 # %% ../../nbs/tasks/74_semantic.ipynb #cf7aec3f
 @dataclass(frozen=True)
+class PointHead(Model):
+    "A backbone and an answer for each point."
+
+    hidden: int = 0  # width of a hidden layer of the head; 0 makes it linear
+
+
+@dataclass(frozen=True)
 class SemanticRecipe(SceneRecipe):
     "One semantic segmentation, as plain values."
 
+    model: PointHead = PointHead()
+
+    limits: ClassVar[dict[str, Limit]] = SCENE_LIMITS | {"hidden": within(0)}
+    conditions: ClassVar[dict[str, Condition]] = SCENE_CONDITIONS | {
+        "hidden": ("without --probe", lambda recipe: not recipe.optimiser.probe)
+    }
     task: ClassVar[str] = "semantic segmentation"
 
     def build_model(self, classes: int) -> PointModel:
-        "Backbone and head, with weights drawn from the seed."
-        return PointModel(build_backbone(self), classes)
+        "Backbone and head, with weights drawn from the seed; a probe's head is linear."
+        hidden = 0 if self.optimiser.probe else self.model.hidden
+        return PointModel(build_backbone(self), classes, hidden)
 
     def build_task(self, device: str | torch.device = "cpu") -> Task:
         "Readers, model, loss and scores of a semantic segmentation."

@@ -1,0 +1,530 @@
+"""Features of clouds from outside: independent of order, unit, axes and bytes; in tiles as in one; and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plyfile import PlyData, PlyElement
+from torch import nn
+
+from unipre3d import backbones
+from unipre3d.backbones.adapter import PointAdapter, as_pyg
+from unipre3d.cli import main
+from unipre3d.core import PointBatch
+from unipre3d.data.augment import Augment, augment
+from unipre3d.data.clouds import read_cloud, write_cloud
+from unipre3d.data.shapenet import ShapeNetViews
+from unipre3d.data.transform import Transform, estimate_normals
+from unipre3d.features import (
+    FeatureExtractor,
+    cut_tiles,
+    fetch_weights,
+    find_weights,
+    in_tiles,
+    load_weights,
+    shipped_weights,
+    transform_of,
+)
+from unipre3d.predictions import Predictor
+from unipre3d.recipes import finetune_recipes, recipes
+from unipre3d.records import write_json
+from unipre3d.runs.checkpoint import save_tensors
+from unipre3d.runs.recipe import change, to_values
+from unipre3d.runs.run import SMALL_BACKBONES, backbone_class
+from unipre3d.runs.starts import start_from, start_summary
+from unipre3d.tasks.classification import class_samples, read_clouds
+
+NOBODY = "http://127.0.0.1:9"  # a port that nobody listens on
+RNG = np.random.default_rng(0)
+CHAIR = ShapeNetViews(split="train", classes=["chair"]).rows(0)
+XYZ = CHAIR["xyz"].astype(np.float64)
+VOXELS = {"SparseUNet": dict(voxel_size=0.04), "PTv3": dict(voxel_size=0.04)}
+
+
+def small(name, **options):
+    torch.manual_seed(0)
+    return backbone_class(name)(**SMALL_BACKBONES[name] | VOXELS.get(name, {}) | options)
+
+
+def room_net():
+    return small("SparseUNet", voxel_size=0.07, in_channels=6)
+
+
+ROOM = Transform(
+    features=("normal", "color_signed"), radius=0.0, centre="mean", n_points=0, voxel_size=0.07
+)
+
+
+def box_room(n=8000, seed=0):
+    "Points on the walls, floor and ceiling of a room of 5 x 4 x 2.5 metres."
+    rng = np.random.default_rng(seed)
+    xyz, side = rng.random((n, 3)), rng.integers(0, 6, n)
+    xyz[np.arange(n), side % 3] = side // 3
+    return xyz * [5.0, 4.0, 2.5], rng.integers(0, 256, (n, 3)).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ invariance
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_BACKBONES))
+def test_rows_go_with_their_points(name):
+    xyz = XYZ[::4]
+    extractor = FeatureExtractor(small(name, in_channels=3), Transform(n_points=256))
+    feat = extractor(xyz)
+    assert feat.shape == (len(xyz), extractor.width) and np.isfinite(feat).all()
+    order = RNG.permutation(len(xyz))
+    assert np.array_equal(extractor(xyz[order]), feat[order])
+
+
+def test_points_that_coincide_and_small_clouds():
+    extractor = FeatureExtractor(small("StandardTransformer"), Transform())
+    twice = np.concatenate([XYZ[:300], XYZ[:300]])
+    feat = extractor(twice)
+    assert np.array_equal(feat[:300], feat[300:])
+    order = RNG.permutation(600)
+    assert np.array_equal(extractor(twice[order]), feat[order])
+    grid = np.stack(np.meshgrid(*[np.arange(6.0)] * 3), -1).reshape(-1, 3)  # equal distances
+    order = RNG.permutation(len(grid))
+    assert np.array_equal(extractor(grid[order]), extractor(grid)[order])
+    assert extractor(XYZ[:2]).shape == (2, 96)
+    with pytest.raises(ValueError, match="expected points in more than one place"):
+        extractor(np.ones((5, 3)))
+
+
+def test_unit_axes_and_place_of_an_object_have_no_effect():
+    extractor = FeatureExtractor(small("StandardTransformer"), Transform(n_points=512))
+    feat = extractor(XYZ)
+    order = RNG.permutation(len(XYZ))
+    assert np.array_equal(extractor.summary(XYZ[order]), extractor.summary(XYZ))
+    y_up = np.stack([XYZ[:, 0], XYZ[:, 2], -XYZ[:, 1]], 1)
+    for other in (
+        extractor(1000 * XYZ),
+        extractor(1000 * XYZ, scale=0.001),
+        extractor(XYZ + [512.0, -256.0, 64.0]),
+        extractor(y_up, up="y"),
+    ):
+        assert np.abs(other - feat).max() < 1e-5
+
+
+def test_millimetres_of_a_room():
+    extractor = FeatureExtractor(room_net(), ROOM)
+    xyz, rgb = box_room()
+    normal = estimate_normals(xyz, inside=True)
+    feat = extractor(xyz, rgb, normal)
+    order = RNG.permutation(len(xyz))
+    again = extractor(1000 * xyz[order], rgb[order], normal[order], scale=0.001)
+    assert np.abs(again - feat[order]).max() < 1e-5
+    assert np.abs(extractor(xyz, rgb / 255, normal) - feat).max() < 1e-4
+    assert np.abs(extractor(xyz, rgb, normals="estimate") - feat).max() < 1e-3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_bytes_of_a_file_have_no_effect(tmp_path, order):
+    extractor = FeatureExtractor(small("StandardTransformer"), Transform(n_points=256))
+    table = np.rec.fromarrays(XYZ.T, dtype=[(axis, "f8") for axis in "xyz"])
+    PlyData([PlyElement.describe(table, "vertex")], byte_order=order).write(str(tmp_path / "a.ply"))
+    assert np.array_equal(extractor(read_cloud(tmp_path / "a.ply").xyz), extractor(XYZ))
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+
+def test_missing_columns_are_refused_filled_or_estimated():
+    both = Transform(features=("xyz", "normal", "color_signed"))
+    extractor = FeatureExtractor(small("StandardTransformer", in_channels=9), both)
+    with pytest.raises(ValueError, match="color: these weights read colours.*add them") as problem:
+        extractor(XYZ, normal=CHAIR["normal"])
+    assert "\n" not in str(problem.value)
+    with pytest.raises(ValueError, match="--normals estimate"):
+        extractor(XYZ, CHAIR["color"])
+    assert np.isfinite(extractor(XYZ, CHAIR["color"], normals="estimate")).all()
+    lenient = replace(both, optional=("color", "normal"))
+    extractor = FeatureExtractor(extractor.backbone, lenient)
+    grey, none = np.full_like(XYZ, 0.5), np.zeros_like(XYZ)
+    assert np.array_equal(extractor(XYZ), extractor(XYZ, grey, none))
+    assert np.abs(extractor(XYZ) - extractor(XYZ, CHAIR["color"], CHAIR["normal"])).max() > 1e-3
+    with pytest.raises(ValueError, match="normals: these weights read xyz"):
+        FeatureExtractor(small("StandardTransformer"), Transform())(XYZ, normals="estimate")
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(xyz=XYZ[:, :2]), r"cloud: xyz: expected an array \[n 3\]"),
+        (dict(xyz=np.zeros((0, 3))), "expected at least one point"),
+        (dict(xyz=np.concatenate([XYZ, [[np.nan] * 3]])), "found 1 points that are not"),
+        (dict(xyz=XYZ, color=CHAIR["color"][:5]), r"cloud: color: expected an array"),
+        (dict(xyz=XYZ, up="w"), "up: expected"),
+        (dict(xyz=XYZ, scale=0.0), "scale: expected a factor above 0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::unipre3d.values.MissingPoints")
+def test_values_that_no_cloud_has(given, says):
+    with pytest.raises(ValueError, match=says) as problem:
+        FeatureExtractor(small("StandardTransformer"), Transform())(**given)
+    assert "\n" not in str(problem.value)
+
+
+def test_estimated_normals():
+    ball = RNG.normal(size=(3000, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    normal = estimate_normals(ball)
+    assert (normal * ball).sum(1).min() > 0.9
+    assert np.array_equal(normal, estimate_normals(ball.astype(np.float32)))
+    two = np.concatenate([ball, ball + [5.0, 0, -7.0]])  # pieces that no neighbour joins
+    assert (estimate_normals(two) * np.concatenate([ball, ball])).sum(1).min() > 0.9
+    xyz, _ = box_room()
+    inward = (estimate_normals(xyz, inside=True) * (xyz.mean(0) - xyz)).sum(1)
+    assert (inward > 0).mean() > 0.99
+    assert not estimate_normals(ball[:2]).any()
+
+
+def test_clouds_lose_columns_in_training():
+    cloud = dict(xyz=CHAIR["xyz"], normal=CHAIR["normal"], color=CHAIR["color"] / np.float32(255))
+    draws = [augment(cloud, np.random.default_rng(k), Augment(blank=0.5)) for k in range(40)]
+    grey = [bool((draw["color"] == 0.5).all()) for draw in draws]
+    flat = [not draw["normal"].any() for draw in draws]
+    assert 8 < sum(grey) < 32 and 8 < sum(flat) < 32 and grey != flat
+    assert augment(cloud, np.random.default_rng(0), Augment()) is cloud
+    with pytest.raises(ValueError, match="augment.blank: expected a fraction"):
+        Augment(blank=1.0)
+    data = change(
+        recipes["object-transformer-mini"], features=("xyz", "color"), augment=Augment(blank=0.2)
+    )
+    net = small("StandardTransformer", in_channels=6)
+    assert transform_of(data, net).optional == ("color",)
+
+
+# ------------------------------------------------------------------------------------------------ as trained
+
+
+def test_the_transform_reads_what_training_read():
+    recipe = change(finetune_recipes["cls-furniture-mini"], n_points=0)
+    samples = class_samples(recipe.data, read_clouds(recipe.data, "val"))
+    transform = transform_of(recipe, small("StandardTransformer"))
+    trained = samples[3].points.xyz
+    read = transform.prepare(samples.rows(3)["xyz"]).read.xyz
+    apart = torch.cdist(trained, read).amin(1)
+    assert len(read) == len(trained) and apart.max() < 0.05  # the box of points, not of the mesh
+
+
+def test_a_room_is_read_as_its_task_reads_it():
+    from unipre3d.data.readers import Cache, FileReader
+    from unipre3d.tasks.scenes import ScenePoints
+
+    xyz, rgb = box_room()
+    normal = estimate_normals(xyz, inside=True)
+
+    class One(FileReader):
+        classes = ["wall"]
+        items = [("room", None, None)]
+
+        def __init__(self):
+            self.cache = Cache(0)
+
+        def rows(self, i):
+            nobody = np.zeros(len(xyz), np.int32)
+            return dict(xyz=xyz, color=rgb, normal=normal, segment=nobody, instance=nobody)
+
+    transform = transform_of(finetune_recipes["sem-rooms-mini"], room_net())
+    scene = ScenePoints(One(), voxel_size=0.07).scene(0)
+    prepared = transform.prepare(xyz, rgb, normal)
+    mine = prepared.read.feat[prepared.row][np.argsort(prepared.order)]
+    assert len(prepared.read) == len(scene.points)
+    assert torch.allclose(mine, scene.points.feat[scene.inverse], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def test_tiles_give_what_the_whole_cloud_gives():
+    net = room_net().eval()
+    xyz = RNG.random((12_000, 3)) * [16.0, 12.0, 0.3]
+    read = replace(ROOM, features=("normal",)).prepare(xyz, normal=np.ones_like(xyz)).read
+    read = read.with_feat(torch.randn(len(read), 6))
+    sizes = []
+
+    @torch.no_grad()
+    def run(points):
+        sizes.append(len(points))
+        return net(points).feat
+
+    whole = in_tiles(run, read, 0.07)
+    tiled = in_tiles(run, read, 0.07, most=2000)
+    assert torch.allclose(whole, tiled, atol=1e-5)
+    assert len(sizes) > 4 and max(sizes[1:]) < sizes[0]
+    with torch.no_grad():
+        narrow = in_tiles(run, read, 0.07, most=2000, margin=0)
+    assert not torch.allclose(whole, narrow, atol=1e-4)  # what the margin is for
+
+
+def test_tiles_cut_every_cell_once():
+    cell = torch.randint(0, 50, (5000, 3)).unique(dim=0)
+    tiles = cut_tiles(cell, 300)
+    assert torch.cat(tiles).sort().values.equal(torch.arange(len(cell)))
+    assert max(map(len, tiles)) <= 300 and min(map(len, tiles)) > 50
+    line = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 1]])
+    assert sorted(map(len, cut_tiles(line, 1))) == [1, 2]  # equal cells stay together
+
+
+def test_memory_of_a_large_cloud_is_bounded():
+    "Beyond what comes in and goes out, features take at most 500 bytes a point."
+    script = (
+        "import numpy as np, resource, torch\n"
+        "from tests.test_features import FeatureExtractor, ROOM, room_net\n"
+        "extractor = FeatureExtractor(room_net(), ROOM)\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "def cloud(n):\n"
+        "    xyz = np.random.default_rng(0).random((n, 3)) * [12.0, 12.0, 0.05]\n"
+        "    return xyz, np.zeros((n, 3), np.uint8), np.tile(np.float32([0, 0, 1]), (n, 1))\n"
+        "extractor(*cloud(30_000))\n"
+        "large = cloud(300_000)\n"
+        "before = peak()\n"
+        "feat = extractor(*large)\n"
+        "print((peak() - before - feat.nbytes) / len(feat))\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 500
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def test_weights_come_back(tmp_path):
+    extractor = FeatureExtractor(small("PointNet2"), Transform(n_points=300, optional=("color",)))
+    feat = extractor(XYZ)
+    for half, most in ((False, 0.0), (True, 0.01)):
+        folder = extractor.save_pretrained(tmp_path / str(half), half=half)
+        again = FeatureExtractor.from_pretrained(folder)
+        assert again.transform == extractor.transform
+        assert np.abs(again(XYZ) - feat).max() <= most
+        assert "library_name: unipre3d" in (folder / "README.md").read_text()
+    alone = backbones.PointNet2.from_pretrained(tmp_path / "False")  # the backbone without the rest
+    assert alone.config == extractor.backbone.config
+    start = start_from(small("PointNet2"), tmp_path / "False")
+    assert start.coverage == 1 and start_summary(start)["sha256"]
+    config = json.loads((tmp_path / "False" / "config.json").read_text())
+    config["transform"]["flavour"] = 1
+    (tmp_path / "False" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="unknown values flavour"):
+        load_weights(tmp_path / "False")
+
+
+def save_run(name, folder, classes=()):
+    recipe = (recipes | finetune_recipes)[name]
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    state = recipe.build_model(len(classes)).state_dict()
+    save_tensors(folder / "checkpoint.safetensors", state, {"step": 0})
+    values = {"name": name, "task": recipe.task, "class_names": list(classes)}
+    write_json(folder / "config.json", values | to_values(recipe))
+    return folder
+
+
+def test_a_run_has_features(tmp_path):
+    folder = save_run("object-transformer-mini", tmp_path / "run")
+    for where in (folder, folder / "checkpoint.safetensors", str(folder)):
+        extractor = FeatureExtractor.from_pretrained(where)
+        assert extractor(XYZ).shape == (len(XYZ), 96)
+    assert extractor.transform == Transform()
+
+
+def test_where_there_are_no_weights(tmp_path, monkeypatch):
+    for where, says in (
+        ("nothing-here", "found nothing there"),
+        (tmp_path, "config.json: expected the config.json of weights"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=says):
+            load_weights(where)
+    with pytest.raises(
+        FileNotFoundError, match="no-owner/no-name: expected weights .* found neither"
+    ):
+        fetch_weights("no-owner/no-name", NOBODY)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_weights("owner/name") == Path("owner/name")  # a folder comes first
+
+
+def test_a_hub_that_does_not_answer():
+    extractor = FeatureExtractor(small("PointNet2"), Transform())
+    with pytest.raises(OSError, match="owner/name: expected to write it on the hub") as problem:
+        extractor.push_to_hub("owner/name", endpoint=NOBODY)
+    assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_weights()))
+def test_shipped_weights(name):
+    folder = shipped_weights()[name]
+    assert (folder / "model.safetensors").stat().st_size <= 4 * 2**20
+    extractor = FeatureExtractor.from_pretrained(name)
+    assert extractor.transform.optional == ("color", "normal")
+    card = (folder / "README.md").read_text()
+    for words in ("Trained", "Held-out scores", "Data", "CC BY", "Not good for"):
+        assert words in card
+    torch.manual_seed(0)
+    fresh = type(extractor.backbone)(**extractor.backbone.config)
+    assert start_from(fresh, name).coverage == 1
+    if extractor.transform.radius:
+        feat = extractor(XYZ, CHAIR["color"], CHAIR["normal"])
+        order = RNG.permutation(len(XYZ))
+        mixed = extractor(XYZ[order], CHAIR["color"][order], CHAIR["normal"][order])
+        assert np.array_equal(mixed, feat[order]) and feat.std(0).min() > 0
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def run_cli(*words):
+    return main([str(word) for word in words])
+
+
+def test_features_from_a_shell(tmp_path, monkeypatch, capsys):
+    folder = save_run("object-transformer-mini", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    write_cloud(tmp_path / "chair.ply", XYZ, CHAIR["color"])
+    assert run_cli("features", "chair.ply", "--from", folder) == 0
+    found = np.load(tmp_path / "chair-features.npz")
+    assert np.array_equal(found["feat"], FeatureExtractor.from_pretrained(folder)(found["xyz"]))
+    shown = read_cloud(tmp_path / "chair-features.ply")
+    assert np.allclose(shown.xyz, XYZ) and len(np.unique(shown.color, axis=0)) > 100
+    assert run_cli("features", "chair.ply", "--from", folder, "--similar", 9, "--out", "s.npz") == 0
+    assert read_cloud(tmp_path / "s.ply").scalars["likeness"].argmax() == 9
+    (tmp_path / "many").mkdir()
+    for k in range(3):
+        write_cloud(tmp_path / "many" / f"{k}.ply", XYZ * [1, 1, 1 + k])
+    assert run_cli("features", "many", "--from", folder, "--nearest", 2) == 0
+    found = np.load(tmp_path / "many-features.npz")
+    assert found["name"].tolist() == ["0", "1", "2"] and found["nearest"].shape == (3, 2)
+    capsys.readouterr()
+    for words, says in (
+        (["nothing.ply"], "found nothing there"),
+        (["chair.ply", "--nearest", 1], "--nearest: counts only for a folder"),
+        (["many", "--nearest", 3], "--nearest: expected 1..2 of 3 clouds"),
+        (["chair.ply", "--similar", 10**6], "--similar: expected a point in"),
+        (["chair.ply", "--out", "a.txt"], "expected a name that ends in .npz"),
+        (["chair.ply", "--unit", "miles"], "--unit: expected one of m, cm"),
+        (["chair.ply", "--from", "nowhere"], "found nothing there"),
+        ([], "expected a cloud file or a folder of them"),
+    ):
+        words = [*words] if "--from" in words or not words else [*words, "--from", folder]
+        assert run_cli("features", *words) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_room_in_millimetres_is_named(tmp_path, capsys):
+    folder = save_run("scene-sparseunet-mini", tmp_path / "run")
+    xyz, rgb = box_room(3000)
+    normal = estimate_normals(xyz, inside=True)
+    write_cloud(tmp_path / "mm.ply", 1000 * xyz, rgb, normal=normal)
+    words = ("features", tmp_path / "mm.ply", "--from", folder, "--out", tmp_path / "a.npz")
+    assert run_cli(*words) == 2
+    assert "a room in metres" in capsys.readouterr().err
+    assert run_cli(*words, "--unit", "mm") == 0
+    assert len(np.load(tmp_path / "a.npz")["feat"]) == 3000
+
+
+def test_predictions_from_a_shell(tmp_path, capsys):
+    names = [f"c{k}" for k in range(15)]
+    folder = save_run("cls-shapes-mini", tmp_path / "cls", names)
+    (tmp_path / "many").mkdir()
+    for k in range(2):
+        write_cloud(tmp_path / "many" / f"{k}.ply", XYZ * [1, 1, 1 + k])
+    out = tmp_path / "said"
+    assert run_cli("predict", tmp_path / "many", "--from", folder, "--out", out) == 0
+    table = (out / "predictions.csv").read_text().splitlines()
+    assert table[0] == "cloud,label,probability" and len(table) == 7
+    assert np.isclose(np.load(out / "1.npz")["probability"].sum(), 1, atol=1e-5)
+    from unipre3d.data.scannet import scannet_labels
+
+    xyz, rgb = box_room(3000)
+    write_cloud(tmp_path / "room.ply", xyz, rgb, normal=estimate_normals(xyz, inside=True))
+    for name in ("sem-rooms-mini", "inst-rooms-mini"):
+        folder = save_run(name, tmp_path / name, scannet_labels(20).names)
+        assert run_cli("predict", tmp_path / "room.ply", "--from", folder, "--out", out / name) == 0
+        cloud = read_cloud(out / name / "room.ply")
+        answer = Predictor.from_run(folder)(
+            xyz.astype(np.float32), rgb, estimate_normals(xyz, inside=True)
+        )
+        assert (cloud.scalars["label"] == answer.label).mean() > 0.99
+    capsys.readouterr()
+    run = save_run("object-transformer-mini", tmp_path / "pre")
+    for words, says in (
+        (["room.ply"], "--from: expected the folder of a fine-tuned run"),
+        (["room.ply", "--from", run], "--from: expected a fine-tuned run"),
+        (
+            ["many/0.ply", "--from", tmp_path / "cls", "--category", "chair"],
+            "--category: counts only for parts",
+        ),
+    ):
+        assert run_cli("predict", tmp_path / words[0], *words[1:]) == 2
+        assert says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ networks of others
+
+
+class Mean(nn.Module):
+    "A network in PyTorch Geometric's signature: each point beside the mean of its cloud."
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 8)
+
+    def forward(self, x, pos, batch):
+        mean = torch.zeros(int(batch.max()) + 1, 3).index_add(0, batch, x)
+        mean = mean / torch.bincount(batch)[:, None]
+        return self.linear(torch.cat([x, mean[batch]], 1))
+
+
+def test_networks_of_others_are_backbones():
+    torch.manual_seed(0)
+    net = PointAdapter(Mean(), 8)
+    clouds = [torch.rand(30, 3), torch.rand(20, 3)]
+    both = PointBatch.pack(clouds, clouds)
+    alone = PointBatch.pack(clouds[1:], clouds[1:])
+    assert torch.allclose(net(both).feat[30:], net(alone).feat, atol=1e-6)
+    order = torch.randperm(20)
+    mixed = PointBatch.pack([clouds[1][order]], [clouds[1][order]])
+    assert torch.allclose(net(mixed).feat, net(alone).feat[order], atol=1e-6)
+    assert torch.equal(net(both).feat, net.norm(net.body(net.stem(both)).feat))
+    assert any(name.startswith("module.") for name, _ in net.named_parameters())
+    feat = FeatureExtractor(net, Transform(n_points=100))(XYZ)
+    assert feat.shape == (len(XYZ), 8)
+    with pytest.raises(ValueError, match="expected a backbone of this package"):
+        net.save_pretrained("anywhere")
+
+
+def test_answers_that_are_no_features():
+    cloud = PointBatch.pack([torch.rand(5, 3)], [torch.rand(5, 3)])
+    for answer, says in (
+        (torch.zeros(5, 7), r"module.x: expected shape \[n 8\]"),
+        ((torch.zeros(4, 8), torch.zeros(5, 3), cloud.batch), "module.pos: expected shape"),
+        ((torch.zeros(2, 8), torch.zeros(2, 3), torch.tensor([1, 0])), "sorted"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            PointAdapter(lambda x, pos, batch, answer=answer: answer, 8)(cloud)
+
+
+@pytest.mark.parametrize("name", ["StandardTransformer", "PointNet2", "SparseUNet"])
+def test_ours_in_the_signature_of_others(name):
+    net = small(name, in_channels=3).eval()
+    clouds = [torch.rand(300, 3), torch.rand(250, 3)]
+    both = PointBatch.pack(clouds, clouds)
+    x, pos, batch = as_pyg(net)(None, both.xyz, both.batch)
+    ours = net(both)
+    assert (
+        torch.equal(x, ours.feat) and torch.equal(pos, ours.xyz) and torch.equal(batch, ours.batch)
+    )
+    one = as_pyg(net)(clouds[0], clouds[0])
+    assert len(one[0]) == int((batch == 0).sum())

@@ -1,0 +1,82 @@
+"""Train the weights that the package ships, from embedded data, and write them to data/weights/NAME with record and card.
+
+    python tools/ship.py objects [--steps N] [--run FOLDER]
+    python tools/ship.py rooms
+
+A run folder that is finished already is not trained again: its weights are taken. The run of `--run` goes on where it was stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from unipre3d.data.augment import Augment  # noqa: E402
+from unipre3d.features import FeatureExtractor, load_weights  # noqa: E402
+from unipre3d.recipes import recipes  # noqa: E402
+from unipre3d.records import read_record  # noqa: E402
+from unipre3d.runs.checkpoint import has_state, is_finished  # noqa: E402
+from unipre3d.runs.recipe import Recipe, change  # noqa: E402
+from unipre3d.runs.run import run_recipe  # noqa: E402
+
+SHIPPED: dict[str, Recipe] = {
+    "objects": change(
+        recipes["object-transformer-mini"],
+        about="features of objects: the default Transformer, which also reads normals and colours",
+        features=("xyz", "normal", "color_signed"),
+        sampling="fps",
+        augment=Augment(rotate="up", blank=0.4),
+        steps=400,
+        workers=0,
+        picture_every=0,
+    ),
+    "rooms": change(
+        recipes["scene-sparseunet-mini"],
+        about="features of rooms: the small SparseUNet",
+        augment=Augment(rotate="up", blank=0.25),
+        steps=250,
+        workers=0,
+        picture_every=0,
+    ),
+}
+LARGEST = 4 * 2**20  # bytes of the weights
+KEPT = """kind recipe task values code seed steps ended data processes hardware train_seconds
+    peak_memory_mb metrics""".split()  # of a run's record
+
+
+def train(name: str, steps: int | None, folder: Path) -> Path:
+    "A finished run of the recipe."
+    recipe = SHIPPED[name] if steps is None else change(SHIPPED[name], steps=steps)
+    if not is_finished(folder):
+        done = run_recipe(f"weights-{name}", recipe, folder, resume=has_state(folder))
+        if done.ended != "finished":
+            sys.exit(f"ship: the run in {folder} is {done.ended}")
+    return folder
+
+
+def ship(name: str, folder: Path, target: Path) -> None:
+    "The backbone of a run as shipped weights."
+    backbone, transform, _ = load_weights(folder)
+    record = read_record(folder / "record.json")
+    kept = {key: record[key] for key in KEPT if key in record}
+    FeatureExtractor(backbone, transform, kept).save_pretrained(target)
+    size = (target / "model.safetensors").stat().st_size
+    if size > LARGEST:
+        sys.exit(f"ship: {name} weighs {size / 2**20:.1f} MB, expected at most 4; make it smaller")
+    print(f"{target.relative_to(ROOT)}: {size / 2**20:.2f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=SHIPPED)
+    parser.add_argument("--steps", type=int, help="other than the recipe's")
+    parser.add_argument("--run", type=Path, help="run folder; default: runs/weights-NAME")
+    args = parser.parse_args()
+    folder = args.run or ROOT / "runs" / f"weights-{args.name}"
+    ship(args.name, train(args.name, args.steps, folder), ROOT / "data" / "weights" / args.name)
+
+
+if __name__ == "__main__":
+    main()
