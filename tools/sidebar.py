@@ -76,6 +76,7 @@ WORKSHOP = {
         "01_records",
         "56_recipe",
         "57_checkpoint",
+        "05_tracking",
         "04_processes",
         "58_fit",
         "tasks/70_transfer",

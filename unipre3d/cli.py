@@ -334,6 +334,7 @@ class RunOptions:
         False  # with --resume: also where data, code, threads or processes are not the same
     )
     device: str = "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cuda"; "cpu"
+    tracker: str = "none"  # "tensorboard", "trackio" or "wandb" show the run in a browser; metrics.csv is always written
 
 
 def newest_run(
@@ -408,7 +409,7 @@ def resumable(
     return folder
 
 
-GOES_ON = ("resume", "force", "out", "device")  # options of a run that goes on
+GOES_ON = ("resume", "force", "out", "device", "tracker")  # options of a run that goes on
 
 
 def refuse_changes(
@@ -489,7 +490,13 @@ def train_command(
     if options.force and not options.resume:
         raise ValueError("--force: expected --resume beside it, which it is about")
     init = os.path.expanduser(options.init)
-    how = dict(init=init, resume=options.resume, force=options.force, device=options.device)
+    how = dict(
+        init=init,
+        resume=options.resume,
+        force=options.force,
+        device=options.device,
+        tracker=options.tracker,
+    )
     done = run_recipe(name, recipe, folder, **how)
     if done.ended == "interrupted":
         return 130

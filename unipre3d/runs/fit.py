@@ -38,6 +38,7 @@ from unipre3d.runs.checkpoint import (
     save_tensors,
     with_prefix,
 )
+from .tracking import RunTracker
 from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
@@ -358,6 +359,8 @@ def fit(
     resume: bool = False,  # go on from the saved state
     accelerator: Accelerator | None = None,
     say: Callable[[str], None] = print,  # where messages go
+    tracker: RunTracker
+    | None = None,  # of the first process; gets what metrics.csv gets, and the pictures
 ) -> Progress:
     """Train a task's model in place; checkpoint.safetensors has the weights that validation chose, or the last.
 
@@ -484,6 +487,8 @@ def fit(
             shown = dict(zip(scores, means)) | validate()
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
+                if tracker is not None:
+                    tracker.pictures(now.step, sorted(folder.glob("*.png")))
             if has_failed():
                 now.ended = "diverged"
             elif run.patience and now.waited >= run.patience:
@@ -498,6 +503,8 @@ def fit(
                 log.write(
                     step=now.step, **row, frozen=int(bool(frozen)), seconds=now.seconds, **shown
                 )
+                if tracker is not None:
+                    tracker.log(now.step, row | shown)
                 values = {name: f"{value:.3g}" for name, value in shown.items()}
                 if now.skipped:
                     values["skipped"] = str(now.skipped)

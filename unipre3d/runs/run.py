@@ -37,6 +37,7 @@ from unipre3d.records import (
 from unipre3d.runs.checkpoint import (
     STATE_BEFORE,
     has_state,
+    load_state,
     load_tensors,
     remove_leftovers,
     run_history,
@@ -45,6 +46,7 @@ from ..processes import launch_remark
 from .fit import Task, check_task, fit, new_accelerator, processes
 from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
+from .tracking import RunTracker, check_tracker
 
 # %% auto #0
 __all__ = ['SMALL_BACKBONES', 'LOCK', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder',
@@ -430,7 +432,8 @@ def run_recipe(
     | Path = "none",  # first weights of the backbone: "none", a run folder or a checkpoint
     resume: bool = False,  # go on with the run in `folder`; its own start counts
     force: bool = False,  # go on although data, code, threads or processes are not the same
-    device: str = "auto",  # "auto" or "cpu"
+    device: str = "auto",  # "auto", "cuda" or "cpu"
+    tracker: str = "none",  # "tensorboard", "trackio" or "wandb" show the run in a browser
     say: Callable[[str], None] = print,  # where messages go
 ) -> Outcome:
     """Run a recipe: start, train, choose by validation, test once, write the record.
@@ -438,6 +441,7 @@ def run_recipe(
     Raises: ValueError for values that no run can have, FileNotFoundError for data or weights that are not there.
     """
     check_recipe(recipe)
+    check_tracker(tracker)
     if not resume:
         check_init(init)
     wall, cpu, code = time.time(), time.process_time(), code_version()
@@ -473,6 +477,12 @@ def run_recipe(
             if task.draw is not None and not resume:
                 task.draw(task.model.to(accelerator.device), 0, folder)
 
+        follow = None
+        if tracker != "none" and rank == 0:
+            done_steps = load_state(folder, lambda text: None)[1]["step"] if resume else 0
+            follow = RunTracker(tracker, folder, name, to_values(recipe), done_steps)
+            until_end.callback(follow.finish)
+
         go_on = f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
         go_on += f" (in {world} processes)" if world > 1 else ""
 
@@ -497,6 +507,7 @@ def run_recipe(
             resume=resume,
             accelerator=accelerator,
             say=say,
+            tracker=follow,
         )
         if done.ended == "diverged" and rank == 0:
             say(
@@ -528,6 +539,8 @@ def run_recipe(
             raise
         if rank:
             return Outcome(folder, None, done.ended)
+        if follow is not None:
+            follow.log(done.step, {f"test/{key}": value for key, value in metrics.items()})
         backend = getattr(recipe.objective, "backend", "auto")
         usual = "gsplat" if accelerator.device.type == "cuda" else "cpu"
         record = {
