@@ -95,7 +95,8 @@ def main():
             trees.append(tree)
         if args.edit_b:
             patch = Path(args.edit_b).resolve()
-            subprocess.run(["patch", "-p1", "-i", str(patch)], cwd=trees[1], check=True)
+            command = ["patch", "-p1", "-s", "-i", str(patch)]
+            subprocess.run(command, cwd=trees[1], check=True)
         for name in args.recipes:
             found = []
             for tree, revision, more in zip(trees, args.revisions, options):
