@@ -280,6 +280,7 @@ def test_gltf_multiplies_light_and_keeps_its_alpha_modes(tmp_path):
     assert color("OPAQUE", 64, picture=picture) == pytest.approx((0.5405, 1), abs=3e-3)
     assert color("MASK", 255, picture=picture)[1] == 0
     assert color("BLEND", 128, picture=picture)[1] == pytest.approx(64 * 128 / 255**2, abs=3e-3)
+    assert [color("MASK", 255, vertex=[9, 9, 9, alpha])[1] for alpha in (100, 200)] == [0, 1]
     tinted = color("OPAQUE", 255, vertex=[128, 128, 128, 255], picture=picture)
     assert tinted == pytest.approx((0.3911, 1), abs=3e-3)
 

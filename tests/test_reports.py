@@ -29,7 +29,7 @@ from unipre3d.data.scannet import (
 )
 from unipre3d.data.scannet import read_mesh as read_scan
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
-from unipre3d.worlds.mesh import read_mesh, surface
+from unipre3d.worlds.mesh import read_mesh, surface, to_linear, to_srgb
 from unipre3d.worlds.prepare import prepare_meshes
 
 CORNERS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1]], np.float32)
@@ -312,6 +312,30 @@ def test_vertex_colours_of_a_gltf_file_in_every_type(tmp_path, kind, material):
     mesh = read_mesh(tmp_path / "a.gltf")
     rgb, _, _ = surface(mesh, np.array([0]), np.array([[0.3, 0.3]]))
     np.testing.assert_allclose(rgb[0], 0.7354, atol=1 / 31)  # half of the light on a screen
+
+
+def test_a_gltf_material_of_the_older_kind(tmp_path):
+    "It was white, whatever colour and picture it had."
+    older = dict(diffuseFactor=[0.5, 0.5, 0.5, 1], diffuseTexture=dict(index=0))
+    material = dict(extensions=dict(KHR_materials_pbrSpecularGlossiness=older))
+    mesh = read_mesh(glb(tmp_path / "a.glb", materials=[material]))
+    want = 255 * to_srgb(to_linear(np.array([200, 30, 30]) / 255) / 2)
+    np.testing.assert_allclose(mesh.materials[0].texture[0, 0, :3], want, atol=1)
+
+
+def test_what_a_gltf_file_holds_and_cannot_be_drawn_is_said(tmp_path):
+    plain = dict(pbrMetallicRoughness=dict(baseColorTexture=dict(index=0)))
+    wrong = {
+        "picture 0": dict(picture=b"no picture"),
+        "texture 7": dict(texture=dict(index=7)),
+        "light of its own": dict(materials=[plain | dict(emissiveFactor=[1, 0, 0])]),
+    }
+    for words, how in wrong.items():
+        with pytest.warns(UserWarning, match=f"a.glb: left out .*{words}"):
+            read_mesh(glb(tmp_path / "a.glb", **how))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_mesh(glb(tmp_path / "a.glb"))
 
 
 def test_holes_in_a_picture_of_their_own(tmp_path):

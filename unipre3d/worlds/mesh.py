@@ -4,7 +4,7 @@
 
 # %% ../../nbs/worlds/18_mesh.ipynb #5017cd67
 from __future__ import annotations
-import importlib.util, io, json, logging, math, os, re, struct, warnings
+import base64, importlib.util, io, json, logging, math, os, re, struct, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,14 +32,14 @@ from unipre3d.files import (
 from ..values import FAR, check_colors, check_points, color_scale
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'GLOSSY', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
            'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals',
            'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material',
            'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates', 'gltf_numbers',
-           'check_gltf', 'readable_gltf', 'fraction_colors', 'ply_colors', 'off_colors', 'load_scene', 'read_mesh',
-           'normalise', 'true_size', 'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing',
-           'Tracer', 'camera_rays', 'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud',
-           'visible_cloud']
+           'check_gltf', 'plain_materials', 'lost_pictures', 'readable_gltf', 'fraction_colors', 'ply_colors',
+           'off_colors', 'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture',
+           'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views',
+           'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -283,7 +283,11 @@ def vertex_tint(
     whole = np.iinfo(colors.dtype).max if colors.dtype.kind == "u" else 1
     tint = np.ones((len(colors), 4), np.float32)
     tint[:, : colors.shape[1]] = colors[:, :4] / whole
-    if mesh.visual.material.alphaMode != "BLEND":
+    material = mesh.visual.material
+    if material.alphaMode == "MASK":
+        cutoff = 0.5 if material.alphaCutoff is None else material.alphaCutoff
+        tint[:, 3] = tint[:, 3] >= cutoff
+    elif material.alphaMode != "BLEND":
         tint[:, 3] = 1
     return tint.clip(0, 1)[mesh.faces]
 
@@ -390,6 +394,50 @@ def check_gltf(
     return header
 
 
+GLOSSY = "KHR_materials_pbrSpecularGlossiness"  # an older way to say what colour a material has
+
+
+def plain_materials(
+    header: dict[str, Any],  # of a glTF file, changed in place
+) -> list[str]:  # what is left out, in words
+    "Materials of the older kind as others; what they name and cannot be drawn."
+    lost = []
+    for material in header.get("materials", []):
+        if older := material.get("extensions", {}).pop(GLOSSY, None):
+            names = dict(diffuseFactor="baseColorFactor", diffuseTexture="baseColorTexture")
+            own = {names[key]: value for key, value in older.items() if key in names}
+            material["pbrMetallicRoughness"] = own
+        if any(material.get("emissiveFactor", [])):
+            lost.append("light of its own (emissiveFactor)")
+        texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
+        if texture.get("index", -1) >= len(header.get("textures", [])):
+            lost.append(f"texture {texture['index']}")
+    return lost
+
+
+def lost_pictures(
+    header: dict[str, Any],  # of a glTF file
+    binary: bytes,  # what follows it in a .glb
+    path: Path,  # the file, for messages
+) -> list[str]:  # their names
+    "Pictures inside a glTF file that do not decode; trimesh passes them over."
+    lost = []
+    for number, image in enumerate(header.get("images", [])):
+        kind, _, text = image.get("uri", "").partition(";base64,")
+        data = base64.b64decode(text) if text else b""
+        if "bufferView" in image and binary:
+            place = header["bufferViews"][image["bufferView"]]
+            first = place.get("byteOffset", 0)
+            data = binary[first : first + place["byteLength"]]
+        elif not kind.startswith("data:"):
+            continue  # a file beside it, or in a buffer that is one
+        try:
+            decode_picture(data, path, formats=None)
+        except ValueError:
+            lost.append(image.get("name") or f"picture {number}")
+    return lost
+
+
 def readable_gltf(
     path: Path,  # .glb or .gltf
     data: bytes,
@@ -402,7 +450,11 @@ def readable_gltf(
 
     register_handler(NUMBERS, "primitive_preprocess")(gltf_numbers)
     header = check_gltf(path, data)
+    packed = data[:4] == b"glTF"
+    rest = data[20 + int.from_bytes(data[12:16], "little") :] if packed else b""
     with reading(path, "a glTF file"):
+        beside.missing += plain_materials(header)
+        beside.missing += lost_pictures(header, rest[8:], path)
         accessors = header.get("accessors", [])
         normalized = [k for k, accessor in enumerate(accessors) if accessor.get("normalized")]
         for mesh in header.get("meshes", []):
@@ -413,10 +465,9 @@ def readable_gltf(
             if "source" not in texture and "EXT_texture_webp" not in formats:
                 beside.missing.append(f"a picture in {min(formats, default='no format')}")
         text = json.dumps(header).encode()
-    if data[:4] != b"glTF":
+    if not packed:
         return text
     text += b" " * (-len(text) % 4)
-    rest = data[20 + int.from_bytes(data[12:16], "little") :]
     sizes = struct.pack("<II", 20 + len(text) + len(rest), len(text))
     return data[:8] + sizes + data[16:20] + text + rest
 
