@@ -1,5 +1,6 @@
 """Features of clouds from outside: independent of order, unit, axes and bytes; in tiles as in one; and what is refused."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,10 +36,10 @@ from unipre3d.predictions import Predictor
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.records import write_json
 from unipre3d.runs.checkpoint import save_tensors
-from unipre3d.runs.recipe import change, to_values
-from unipre3d.runs.run import SMALL_BACKBONES, backbone_class
+from unipre3d.runs.recipe import change, check_changes, to_values
+from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, run_recipe
 from unipre3d.runs.starts import start_from, start_summary
-from unipre3d.tasks.classification import class_samples, read_clouds
+from unipre3d.tasks.classification import class_samples, nearest_probabilities, read_clouds
 
 NOBODY = "http://127.0.0.1:9"  # a port that nobody listens on
 RNG = np.random.default_rng(0)
@@ -380,6 +381,81 @@ def test_shipped_weights(name):
         order = RNG.permutation(len(XYZ))
         mixed = extractor(XYZ[order], CHAIR["color"][order], CHAIR["normal"][order])
         assert np.array_equal(mixed, feat[order]) and feat.std(0).min() > 0
+
+
+# ------------------------------------------------------------------------------------------------ probes
+
+
+def test_probes_start_from_shipped_weights_by_name(tmp_path):
+    columns = FeatureExtractor.from_pretrained("objects").transform.features
+    recipe = change(
+        finetune_recipes["cls-furniture-mini"],
+        features=columns,
+        n_points=96,
+        batch_size=4,
+        steps=2,
+        warmup=0,
+        probe=True,
+        validation="none",
+        neighbours=3,
+    )
+    done = run_recipe("probe", recipe, tmp_path / "run", init="objects", say=lambda text: None)
+    scores = done.record["metrics"]
+    assert done.record["start"]["coverage"] == 1 and done.record["start"]["sha256"]
+    assert scores["oa_nearest3"] > 0.25 and set(scores) >= {"oa", "macc", "macc_nearest3"}
+
+
+def test_neighbours_vote():
+    known = torch.cat([torch.randn(20, 6) + 4 * k for k in range(3)])
+    label = torch.arange(3).repeat_interleave(20)
+    found = nearest_probabilities(known, label, known + 0.01, 3, k=1)
+    assert found.argmax(1).equal(label) and torch.allclose(found.sum(1), torch.ones(60))
+    stretched = known * torch.tensor([1.0, 10, 100, 1, 1, 1000])  # units of columns do not matter
+    again = nearest_probabilities(stretched, label, stretched, 3, k=5)
+    assert torch.allclose(again, nearest_probabilities(known, label, known, 3, k=5), atol=1e-4)
+    assert nearest_probabilities(known[:2], label[:2], known, 3, k=50).shape == (60, 3)
+
+
+def test_a_light_decoder_for_rooms():
+    recipe = change(finetune_recipes["sem-rooms-mini"], hidden=24)
+    assert [type(part).__name__ for part in recipe.build_model(20).head][0] == "Linear"
+    assert recipe.build_model(20).head[-1].in_features == 24
+    assert isinstance(change(recipe, probe=True).build_model(20).head, nn.Linear)
+    with pytest.raises(ValueError, match="hidden: counts only without --probe"):
+        check_changes(change(recipe, probe=True), finetune_recipes["sem-rooms-mini"])
+
+
+def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    for k in range(6):
+        corners = np.array(np.meshgrid([0, 1], [0, 1], [0, 1])).reshape(3, -1).T * [1, 1 + k, 2]
+        faces = np.array([[0, 1, 3], [0, 3, 2], [4, 5, 7], [4, 7, 6], [0, 1, 5], [0, 5, 4]])
+        uv = (65535 * corners[:, :2] / corners[:, :2].max(0)).astype(np.uint16)
+        arrays = dict(vertices=corners.astype(np.float32), faces=faces.astype(np.uint16), uv=uv)
+        np.savez(tmp_path / f"{k}.npz", **arrays)
+        Image.new("RGB", (8, 8), (40 * k, 100, 200 - 30 * k)).save(tmp_path / f"{k}.jpg")
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "retrieval.py"
+    spec = importlib.util.spec_from_file_location("benchmark_retrieval", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "POINTS", (300, 300, 200))
+    words = ["retrieval.py", "--data", str(tmp_path), "--json", str(tmp_path / "record.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    module.main()
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["data"]["objects"] == 6 and record["chance"] == round(1 / 6, 4)
+    fractions = [
+        v
+        for row in record["rows"].values()
+        for one in row.values()
+        for v in one["300 points"].values()
+    ]
+    assert len(fractions) == 12 and all(0 <= value <= 1 for value in fractions)
+    meshes = [module.read_object(path) for path in sorted(tmp_path.glob("*.npz"))]
+    clouds = [[module.sample(mesh, 300, 0)] * 3 for mesh in meshes]  # asked with the gallery itself
+    found = module.scores(FeatureExtractor.from_pretrained("objects"), clouds, ("normal", "color"))
+    assert found == {"300 points": dict(top1=1, top5=1), "200 points": dict(top1=1, top5=1)}
 
 
 # ------------------------------------------------------------------------------------------------ the command line
