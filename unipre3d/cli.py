@@ -27,8 +27,8 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'commands', 'one_line', 'parse', 
            'recipe_rows', 'value_words', 'option_help', 'check_options', 'RunOptions', 'newest_run', 'parse_recipe',
            'resumable', 'refuse_changes', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
            'reproduce_command', 'RenderOptions', 'write_film', 'render_command', 'FurnitureOptions',
-           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'CheckOptions', 'check_command', 'rooms_command',
-           'data_command', 'doctor_command', 'usage', 'spin_briefly', 'main']
+           'AutoencoderOptions', 'PrepareOptions', 'prepare_command', 'import_command', 'CheckOptions', 'check_command',
+           'rooms_command', 'data_command', 'doctor_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -660,6 +660,7 @@ class PrepareOptions:
     size: int = 128  # pixels along an edge
     points: int = 4096  # of each cloud
     seed: int = 0  # of the splits
+    workers: int = 2  # processes; a job that was stopped goes on where it was
 
 
 def prepare_command(args: list[str]) -> int:
@@ -672,6 +673,25 @@ def prepare_command(args: list[str]) -> int:
     path = prepare_meshes(files, **asdict(options))
     print(f"wrote {path}: {len(files)} meshes")
     print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
+    return 0
+
+
+def import_command(args: list[str]) -> int:
+    "unipre3d data import FOLDER [--key value ...]: posed images of other programs to scenes for pre-training."
+    prog = "unipre3d data import FOLDER"
+    rows = recipe_rows("data import")
+    if {"-h", "--help"} & set(args):
+        about = "Posed images of COLMAP, transforms.json, TUM RGB-D or images/<split> as scenes"
+        print(option_help(prog, about, rows))
+        raise SystemExit(0)
+    check_options([arg for arg in args if arg.startswith("--")], rows, prog)
+    from unipre3d.data.imports import ImportOptions, import_posed
+
+    example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
+    folder, options = parse_after(ImportOptions, args, prog, example)
+    print(*import_posed(folder, options=options), sep="\n")
+    recipe = "scene-sparseunet-mini"
+    print(f"next: unipre3d pretrain {recipe} --data {shlex.quote(options.out)}")
     return 0
 
 
@@ -715,8 +735,8 @@ def rooms_command(args: list[str]) -> int:
 
 
 def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | check | rooms | furniture | autoencoder: draw your meshes; check a data set; compose rooms; rebuild what the package embeds."
-    kinds = ("prepare", "check", "rooms", "furniture", "autoencoder")
+    "unipre3d data prepare | check | rooms | import | furniture | autoencoder: draw meshes; check data; compose rooms; read posed images; rebuild embedded data."
+    kinds = ("prepare", "check", "rooms", "import", "furniture", "autoencoder")
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
         print(f"usage: unipre3d data {' | '.join(kinds)} [--help]")
@@ -725,6 +745,8 @@ def data_command(args: list[str]) -> int:
         raise ValueError(f"data: expected one of {', '.join(kinds)}, got {kind}")
     if kind == "prepare":
         return prepare_command(args[1:])
+    if kind == "import":
+        return import_command(args[1:])
     if kind == "check":
         return check_command(args[1:])
     if kind == "rooms":
