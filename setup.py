@@ -56,7 +56,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     include_package_data=False,
     install_requires=requirements(""),
-    extras_require={extra: requirements(extra) for extra in ("dev", "docs", "gpu", "prepare")},
+    extras_require={extra: requirements(extra) for extra in ("dev", "docs", "gpu", "prepare", "vision")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -667,11 +667,14 @@ def prepare_command(args: list[str]) -> int:
     "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
     example = "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip"
     folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", example)
+    from unipre3d.data.shapenet import ShapeNetViews
     from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
     files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
-    print(f"wrote {path}: {len(files)} meshes")
+    kept = ShapeNetViews(path)
+    count = f"{len(kept)} objects of {len(kept.classes)} classes"
+    print(f"wrote {path}: {count}, from {len(files)} files")
     print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
     return 0
 
@@ -735,7 +738,7 @@ def rooms_command(args: list[str]) -> int:
 
 
 def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | check | rooms | import | furniture | autoencoder: draw meshes; check data; compose rooms; read posed images; rebuild embedded data."
+    "unipre3d data prepare | check | rooms | import | furniture | autoencoder: meshes, a check, made rooms, posed images, embedded data."
     kinds = ("prepare", "check", "rooms", "import", "furniture", "autoencoder")
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
