@@ -439,7 +439,7 @@ def test_package_imports_only_what_it_requires():
 
     always, optional = (
         required("requirements"),
-        required("requirements", "gpu_requirements", "prepare_requirements"),
+        required("requirements", "gpu_requirements", "prepare_requirements", "vision_requirements"),
     )
 
     def modules(nodes):

@@ -37,6 +37,8 @@ WORKSHOP = {
         "data/24_labelled",
         "data/17_augment",
         "data/26_samples",
+        "data/27_posed",
+        "data/28_import",
         "data/28_transform",
         "data/29_loading",
         "data/29_accepted",

@@ -29,9 +29,9 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands
            'train_command', 'describe_result', 'pretrain_command', 'finetune_command', 'reproduce_command',
            'RenderOptions', 'write_film', 'render_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths',
            'features_command', 'folder_features', 'predict_command', 'FurnitureOptions', 'AutoencoderOptions',
-           'PrepareOptions', 'why_not', 'prepare_command', 'CheckOptions', 'check_command', 'rooms_command',
-           'data_command', 'cache_text', 'doctor_command', 'changed_values', 'value_text', 'run_state_text',
-           'info_command', 'completion_words', 'completion_command', 'usage', 'spin_briefly', 'main']
+           'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command',
+           'rooms_command', 'data_command', 'cache_text', 'doctor_command', 'changed_values', 'value_text',
+           'run_state_text', 'info_command', 'completion_words', 'completion_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -669,9 +669,8 @@ class FeatureOptions:
     Reads PLY, PCD, NPY, NPZ, XYZ, CSV, LAS, LAZ, E57, and meshes as OBJ, OFF, STL, GLB.
     """
 
-    weights: Annotated[str, called("from")] = (
-        "objects"  # weights: "objects", "rooms", a run folder, a folder of weights, or owner/name on the hub
-    )
+    # "objects", "rooms", a run folder, a folder of weights, or owner/name on the hub
+    weights: Annotated[str, called("from")] = "objects"
     out: str | None = None  # .npz to write, its .ply beside it; default: CLOUD-features.npz here
     similar: int | None = None  # colour by likeness to this point, counted from 0 as in the file
     nearest: int | None = None  # of a folder: name so many clouds most like each
@@ -684,7 +683,8 @@ class FeatureOptions:
 class PredictOptions:
     "Class, parts, labels of points or things, by a fine-tuned run, of a cloud or of a folder of clouds."
 
-    weights: Annotated[str, called("from")] = ""  # the run folder
+    # the run folder
+    weights: Annotated[str, called("from")] = ""
     out: str = "predictions"  # folder for predictions.csv, and a .npz and a .ply of each cloud
     category: str | None = None  # of an object whose parts are wanted, such as chair
     unit: str | None = None  # of coordinates: m, cm, mm, in or ft; counts for rooms
@@ -699,11 +699,13 @@ def cloud_paths(
 
     Raises: FileNotFoundError or ValueError where there is none.
     """
-    from unipre3d.data.clouds import find_clouds
+    from unipre3d.files import regular_file
 
     place = Path(given).expanduser()
     if not place.is_dir():
-        return {place.stem: place}
+        return {place.stem: regular_file(place, "a cloud file, or a folder of them")}
+    from unipre3d.data.clouds import find_clouds
+
     found = {}
     for path in find_clouds(place):
         name = "-".join(path.relative_to(place).with_suffix("").parts)
@@ -848,6 +850,7 @@ class PrepareOptions:
     size: int = 128  # pixels along an edge
     points: int = 4096  # of each cloud
     seed: int = 0  # of the splits
+    workers: int = 2  # processes; a job that was stopped goes on where it was
 
 
 def why_not(
@@ -871,16 +874,38 @@ def prepare_command(args: list[str]) -> int:
     "unipre3d data prepare FOLDER [--key value ...]: mesh files to a data set for pre-training."
     example = "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip"
     folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", example)
+    from unipre3d.data.shapenet import ShapeNetViews
     from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
     files = find_meshes(folder)
     path = prepare_meshes(files, **asdict(options))
-    print(f"wrote {path}: {len(files)} meshes")
+    kept = ShapeNetViews(path)
+    count = f"{len(kept)} objects of {len(kept.classes)} classes"
+    print(f"wrote {path}: {count}, from {len(files)} files")
     problem = why_not(path)
     if problem:
         print(f"{default_recipe} does not read it: {problem}; change --split or --views")
     else:
         print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
+    return 0
+
+
+def import_command(args: list[str]) -> int:
+    "unipre3d data import FOLDER [--key value ...]: posed images of other programs to scenes for pre-training."
+    prog = "unipre3d data import FOLDER"
+    rows = recipe_rows("data import")
+    if {"-h", "--help"} & set(args):
+        about = "Posed images of COLMAP, transforms.json, TUM RGB-D or images/<split> as scenes"
+        print(option_help(prog, about, rows))
+        raise SystemExit(0)
+    check_options([arg for arg in args if arg.startswith("--")], rows, prog)
+    from unipre3d.data.imports import ImportOptions, import_posed
+
+    example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
+    folder, options = parse_after(ImportOptions, args, prog, example)
+    print(*import_posed(folder, options=options), sep="\n")
+    recipe = "scene-sparseunet-mini"
+    print(f"next: unipre3d pretrain {recipe} --data {shlex.quote(options.out)}")
     return 0
 
 
@@ -923,11 +948,11 @@ def rooms_command(args: list[str]) -> int:
     return 0
 
 
-DATA_KINDS = ("prepare", "check", "rooms", "furniture", "autoencoder")
+DATA_KINDS = ("prepare", "check", "rooms", "import", "furniture", "autoencoder")
 
 
 def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | check | rooms | furniture | autoencoder: draw your meshes; check a data set; compose rooms; rebuild what the package embeds."
+    "unipre3d data prepare | check | rooms | import | furniture | autoencoder: meshes, a check, made rooms, posed images, embedded data."
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
         print(f"usage: unipre3d data {' | '.join(DATA_KINDS)} [--help]")
@@ -937,6 +962,8 @@ def data_command(args: list[str]) -> int:
         raise ValueError(f"data: expected one of {', '.join(DATA_KINDS)}, got {kind}{hint}")
     if kind == "prepare":
         return prepare_command(args[1:])
+    if kind == "import":
+        return import_command(args[1:])
     if kind == "check":
         return check_command(args[1:])
     if kind == "rooms":

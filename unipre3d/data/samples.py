@@ -493,9 +493,13 @@ def pack_views(
     "Some images and cameras of each cloud as tensors, float32."
 
     def join(name):
-        if getattr(views[0], name) is not None:
-            arrays = [getattr(one, name)[part] for one, part in zip(views, parts)]
+        arrays = [getattr(one, name) for one in views]
+        if not any(array is None for array in arrays):
+            arrays = [array[part] for array, part in zip(arrays, parts)]
             return torch.from_numpy(np.concatenate(arrays))
+        if not all(array is None for array in arrays):
+            remedy = "keep films with and without it in folders of their own"
+            raise refusal("views", f"{name} in all clouds of a batch, or in none", "some", remedy)
 
     pixels = join("rgb")
     rgb = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -49,9 +49,9 @@ from .starts import check_init, start_from, start_summary
 from .tracking import RunTracker, check_tracker
 
 # %% auto #0
-__all__ = ['SMALL_BACKBONES', 'LOCK', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder',
-           'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects', 'run_conditions',
-           'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
+__all__ = ['SMALL_BACKBONES', 'LOCK', 'FIRST', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free',
+           'claim_folder', 'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects',
+           'run_conditions', 'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -187,7 +187,7 @@ def check_free(
     folder = Path(folder)
     if not folder.exists() or is_unsaved(folder):
         return
-    if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or any(path.name not in FIRST for path in folder.iterdir()):
         raise ValueError(
             f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
         )
@@ -218,6 +218,7 @@ def claim_folder(
 
 
 LOCK = "running.lock"
+FIRST = (LOCK, "config.json.partial")  # what a run that was killed at once may leave
 
 
 @contextmanager
