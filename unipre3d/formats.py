@@ -31,7 +31,7 @@ from .gaussians import load_ply, ply_mode, save_ply, sh_basis
 # %% auto #0
 __all__ = ['AXES', 'SPZ_HEADER', 'SPZ_COLOUR', 'SPLATS', 'FLOAT', 'POINTS', 'INTEGERS', 'WIDTHS', 'half_rotation', 'check_one',
            'one_cloud', 'spz_bytes', 'pack_rotations', 'unpack_rotations', 'save_spz', 'load_spz', 'harmonic_names',
-           'linear_colour', 'save_glb', 'read_accessor', 'load_glb', 'load_gaussians', 'save_gaussians']
+           'linear_colour', 'about_z', 'save_glb', 'read_accessor', 'load_glb', 'load_gaussians', 'save_gaussians']
 
 # %% ../nbs/54_formats.ipynb #54f00007
 AXES = {".ply": (1, 1, 1), ".spz": (1, -1, -1), ".glb": (-1, -1, 1)}  # of a file, in ours
@@ -176,6 +176,8 @@ def load_spz(
     expected = "an SPZ file of Gaussians, version 2 or 3"
     packed = read_file(path, expected)
     with reading(path, expected, data=packed):
+        if packed[:4] == b"NGSP":
+            raise Found("version 4, whose compression (zstd) is not read; write it as version 3")
         file = gzip.GzipFile(fileobj=io.BytesIO(packed))
         magic, version, n, degree, bits, flags, _ = SPZ_HEADER.unpack(file.read(SPZ_HEADER.size))
         if magic != b"NGSP" or version not in (2, 3) or degree > 3 or bits > 24:
@@ -232,6 +234,14 @@ def linear_colour(
     return torch.cat([light, gaussians.opacity[:, None]], 1)
 
 
+def about_z(
+    quat: Tensor,  # [n 4] wxyz
+) -> Tensor:  # [n 4]
+    "The rotation, then half a rotation about z; twice is the rotation again."
+    w, x, y, z = quat.unbind(1)
+    return torch.stack([-z, -y, x, w], 1)
+
+
 def save_glb(
     gaussians: GaussianBatch,  # one cloud, harmonics of degree 0 to 3
     path: str | Path,  # file to write
@@ -246,7 +256,7 @@ def save_glb(
         raise ValueError("save_glb: expected at least one Gaussian, got none")
     g = half_rotation(gaussians.to("cpu"), AXES[".glb"])
     degree = math.isqrt(g.sh.shape[1]) - 1
-    quat = F.normalize(g.quat, dim=1)
+    quat = about_z(F.normalize(gaussians.to("cpu").quat, dim=1))
     columns = {
         "POSITION": g.mean,
         "COLOR_0": linear_colour(g),
@@ -360,7 +370,9 @@ def load_glb(
             sh=np.stack([column(name) for name in harmonic_names(degree)], 1),
         )
         mode = scene["asset"].get("extras", {}).get("SplatRenderMode")
-    return half_rotation(one_cloud(columns), AXES[".glb"]), mode == "mip"
+    cloud = one_cloud(columns)
+    quat = about_z(cloud.quat)
+    return half_rotation(cloud, AXES[".glb"]).derive(quat=quat), mode == "mip"
 
 # %% ../nbs/54_formats.ipynb #54f00019
 def load_gaussians(
