@@ -30,7 +30,7 @@ def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
-EXTRAS = ("dev", "docs", "gpu", "prepare", "clouds")
+EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds", "vision")
 
 statuses = [
     "1 - Planning",

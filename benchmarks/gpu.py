@@ -1,27 +1,38 @@
-"""Checks and times the CUDA backend of the renderer (gsplat) on a machine with a GPU; needs no network.
+"""Checks and times what is written for GPUs on a machine that has one; needs no network and at most 12 minutes.
 
-    python benchmarks/gpu.py [--json PATH] [--repeats 20]
+    python benchmarks/gpu.py [--json PATH] [--repeats 20] [--minutes 12] [--dry-run]
 
-What it does, in one run of a few minutes: builds gsplat's kernels (it compiles them at first use: set TORCH_CUDA_ARCH_LIST to the
-architecture of the card, for example 9.0, and MAX_JOBS to shorten that), compares images and gradients with the CPU renderer and
-with the float64 reference on ragged scenes and on the five workloads of `render.py`, times both, and writes one record.
+In this order, until the time is up: builds gsplat's kernels (it compiles them at first use: set TORCH_CUDA_ARCH_LIST to the
+architecture of the card, for example 9.0, and MAX_JOBS to shorten that); compares images and gradients with the CPU renderer and
+with the float64 reference on ragged scenes and on the five workloads of `render.py`, and times both, and a batch beside a loop over
+its views; attention of packed sequences beside padded ones; sparse convolution beside spconv; training steps of objects and rooms
+in float32 and bfloat16, compiled and not, with the share of loading and the memory. One record holds all.
 It ends with exit status 0 if everything agrees, 1 if something does not, 2 if there is no CUDA device or no gsplat.
+`--dry-run` does the same on a processor, in small, with the CPU renderer in gsplat's place.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from render import NAMES, WORKLOADS, image_gradient, leaves, objects, provenance, time_ours
 
-from unipre3d.core import CameraBatch, GaussianBatch
+from unipre3d.backbones.ptv3 import attend, attend_rectangle, cut_patches, packed_kernel
+from unipre3d.core import CameraBatch, GaussianBatch, PointBatch, to_device
+from unipre3d.data.loading import make_loader
+from unipre3d.geometry.sparse import SubMConv3d, merge_voxels, point_cells, spconv_build
+from unipre3d.recipes import recipes
 from unipre3d.render import render
+from unipre3d.runs.fit import new_accelerator, parameter_groups
+from unipre3d.runs.recipe import change
 
 # Relative to the norm. Single pixels whose alpha sits on a threshold differ between any two float32 renderers.
 IMAGE_TOLERANCE, GRADIENT_TOLERANCE, PIXEL_TOLERANCE = 1e-4, 5e-3, 1e-3
@@ -169,6 +180,176 @@ def time_cuda(name, repeats):
     }
 
 
+def median_ms(device, work, repeats):
+    "Median milliseconds of a call, after three that do not count."
+    times = []
+    for _ in range(repeats + 3):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return torch.tensor(times[3:], dtype=torch.float64).median().item() * 1e3
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mb(device):
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+
+
+def relative(a, b):
+    "The distance of two tensors, relative to the norm of the second."
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def batch_or_loop(device, backend, small, repeats):
+    "All views of a batch at once, and one view after another: milliseconds of forward and backward."
+    views = 4 if small else 32
+    gaussians, cameras = objects(0.1, counts=(64,) * views, views=(1,) * views, hw=(64, 64))
+    g, _ = leaves(gaussians, device)
+    cameras = cameras.to(device)
+    black = torch.zeros(3, device=device)
+    single = [cameras.select(torch.tensor([v], device=device)) for v in range(views)]
+
+    def whole():
+        render(g, cameras, black, backend=backend).rgb.sum().backward()
+
+    def loop():
+        for camera in single:
+            render(g, camera, black, backend=backend).rgb.sum().backward()
+
+    times = {
+        "batch_ms": median_ms(device, whole, repeats),
+        "loop_ms": median_ms(device, loop, repeats),
+    }
+    return {"views": views} | times
+
+
+def attention(device, small, repeats):
+    "Packed attention beside the padded rectangle, in patches of unequal length: values, gradients, milliseconds."
+    rows = [500, 30, 800] if small else [60_000, 900, 40_000, 17]
+    half = torch.bfloat16 if device == "cuda" else torch.float32
+    patches = cut_patches(
+        torch.arange(sum(rows), device=device), torch.tensor(rows, device=device), 1024
+    )
+    torch.manual_seed(0)
+    qkv = torch.randn(len(patches.rows), 3, 4, 16, device=device, dtype=half).requires_grad_()
+    into = torch.randn(len(patches.rows), 4, 16, device=device, dtype=half)
+    found = {}
+    for name, function in (("packed", attend), ("rectangle", attend_rectangle)):
+        out = function(qkv, patches)
+        found[name] = out, torch.autograd.grad(out, qkv, into)[0]
+    value, gradient = (relative(*pair) for pair in zip(found["packed"], found["rectangle"]))
+    row = {
+        "kernel": packed_kernel() is not None and device == "cuda",
+        "value": value,
+        "gradient": gradient,
+    }
+    for name, function in (("packed", attend), ("rectangle", attend_rectangle)):
+        row[f"{name}_ms"] = median_ms(
+            device, lambda: function(qkv, patches).backward(into), repeats
+        )
+    return row | {"passed": max(value, gradient) < 2e-2}
+
+
+def sparse(device, small, repeats):
+    "A submanifold convolution by our rulebooks beside spconv, where that is built for the device."
+    g = torch.Generator().manual_seed(0)
+    xyz = F.normalize(torch.randn(4_000 if small else 400_000, 3, generator=g), dim=1)
+    xyz = xyz * (0.4 if small else 1.1)
+    points = PointBatch(xyz, xyz, torch.zeros(len(xyz), dtype=torch.long), 1).to(device)
+    voxels, _ = merge_voxels(points, 0.02)
+    cells = point_cells(voxels, 0.02)
+    torch.manual_seed(0)
+    feat = torch.randn(len(cells), 32, device=device).requires_grad_()
+    layer = SubMConv3d(32, 64).to(device)
+    row = {"voxels": len(cells), "spconv": spconv_build() or "not installed"}
+    found = {}
+    backends = ["torch"] + ["spconv"] * (device == "cuda" and spconv_build() == "CUDA")
+    for backend in backends:
+        layer.backend = backend
+
+        def step():
+            x = cells.with_feat(feat)
+            layer(x).feat.square().sum().backward()
+
+        feat.grad = None
+        step()
+        found[backend] = feat.grad.clone()
+        row[f"{backend}_ms"] = median_ms(device, step, repeats)
+    if len(found) == 2:
+        row["gradient"] = relative(found["spconv"], found["torch"])
+    return row | {"passed": row.get("gradient", 0.0) < 1e-3}
+
+
+def training(device, small, recipe, precision, compiled, steps):
+    "Steps of a recipe as a run takes them: milliseconds, the share that loading would take alone, memory."
+    recipe = change(recipe, mixed_precision=precision, steps=steps, workers=0)
+    accelerator = new_accelerator(precision, "cpu" if device == "cpu" else "cuda")
+    task = recipe.build_task(accelerator.device)
+    model = task.model.to(device)
+    if compiled:
+        model.backbone = torch.compile(model.backbone, dynamic=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loader = make_loader(task.samples, 0, steps, batch_size=recipe.run.batch_size)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loading, stepping, losses = [], [], []
+    batches = iter(loader)
+    for _ in range(steps):
+        start = time.perf_counter()
+        batch = to_device(next(batches), accelerator.device)
+        wait(device)
+        loading.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        with accelerator.autocast():
+            loss, _ = task.loss(model, batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        wait(device)
+        stepping.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    seconds = (
+        torch.tensor([loading, stepping], dtype=torch.float64)[:, steps // 3 :].median(1).values
+    )
+    return {
+        "precision": precision,
+        "compiled": compiled,
+        "loading_ms": seconds[0].item() * 1e3,
+        "step_ms": seconds[1].item() * 1e3,
+        "first_step_s": stepping[0],
+        "memory_mb": peak_mb(device),
+        "loss": [losses[0], losses[-1]],
+        "passed": all(map(math.isfinite, losses)),
+    }
+
+
+def recipes_here(small):
+    "The recipes whose steps are timed, on data that the package has."
+    if small:
+        short = dict(batch_size=2, n_target=1)
+        return {
+            "object-transformer-mini": change(
+                recipes["object-transformer-mini"], **short, n_points=128
+            ),
+            "scene-sparseunet-mini": change(recipes["scene-sparseunet-mini"], **short, rooms=3),
+        }
+    objects = dict(source="furniture", image="mini", convention="", workers=0)
+    return {
+        "object-transformer-mini": recipes["object-transformer-mini"],
+        "object-transformer": change(recipes["object-transformer"], **objects),
+        "scene-sparseunet-mini": change(recipes["scene-sparseunet-mini"], rooms=12),
+        "scene-ptv3-mini": change(recipes["scene-ptv3-mini"], rooms=12),
+    }
+
+
 def build():
     "Seconds until gsplat's kernels have drawn and differentiated a first image."
     start = time.perf_counter()
@@ -193,24 +374,22 @@ def main():
     parser.add_argument(
         "--cpu-repeats", type=int, default=3, help="timed runs on the CPU; the best counts"
     )
-    parser.add_argument(
-        "--json", type=Path, default=Path("render_gpu.json"), help="write the record here"
-    )
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="write the record here")
+    parser.add_argument("--minutes", type=float, default=12, help="no part begins after that")
+    parser.add_argument("--steps", type=int, default=30, help="training steps of each setting")
+    parser.add_argument("--dry-run", action="store_true", help="on a processor, in small")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        stop("no CUDA device here; the CPU renderer is timed by benchmarks/render.py")
-    try:
-        installed = version("gsplat")
-    except PackageNotFoundError:
-        stop(
-            "gsplat is not installed; pip install -e '.[gpu]', or bring its wheel (pure Python, compiled at first use)"
-        )
+    small = args.dry_run
+    device = "cpu" if small else "cuda"
+    installed = None if small else gsplat_version()
+    end = time.perf_counter() + 60 * args.minutes
     torch.backends.cuda.matmul.allow_tf32 = False
     record = {
-        "benchmark": "render_gpu",
+        "benchmark": "gpu",
+        "dry_run": small,
         **provenance(),
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
+        "gpu": None if small else torch.cuda.get_device_name(),
+        "capability": None if small else list(torch.cuda.get_device_capability()),
         "cuda": torch.version.cuda,
         "gsplat": installed,
         "tolerance": {
@@ -218,36 +397,76 @@ def main():
             "gradient": GRADIENT_TOLERANCE,
             "odd_pixels": PIXEL_TOLERANCE,
         },
+        "left_out": [],
     }
-    record["build_s"] = build()
-    print(
-        f"{record['gpu']}, gsplat {installed}, torch {torch.__version__}: ready after {record['build_s']:.0f} s",
-        flush=True,
-    )
-    record["scenes"] = check_scenes("gsplat", "cuda")
-    record["rows"] = []
-    for name in WORKLOADS:
-        forward, backward, _ = time_ours(*WORKLOADS[name](), args.cpu_repeats)
-        row = {
-            **check_workload(name, "gsplat", "cuda"),
-            **time_cuda(name, args.repeats),
-            "cpu_s": forward + backward,
-        }
-        record["rows"].append(row)
-        print(
-            f"{name:4} gpu {row['forward_ms']:.1f} + {row['backward_ms']:.1f} ms, cpu {row['cpu_s'] * 1e3:.0f} ms, image {row['images']['rgb']:.1e}, "
-            f"worst gradient {max(row['gradients'].values()):.1e}",
-            flush=True,
-        )
-    failed = [
-        r.get("scene", r.get("workload"))
-        for r in record["scenes"] + record["rows"]
-        if not r["passed"]
-    ]
+    for name, part in parts(device, small, args):
+        if time.perf_counter() > end:
+            record["left_out"].append(name)
+            continue
+        start = time.perf_counter()
+        record[name] = part()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    failed = [name for name in record if not passed(record[name])]
     record["passed"] = not failed
     args.json.write_text(json.dumps(record, indent=1) + "\n")
     print("all agree" if not failed else f"DIFFERENT: {', '.join(failed)}", "-> ", args.json)
+    if record["left_out"]:
+        print(f"no time was left for {', '.join(record['left_out'])}; --minutes gives more")
     raise SystemExit(bool(failed))
+
+
+def gsplat_version():
+    "Of the installed package; ends the script where it, or a GPU, is not there."
+    if not torch.cuda.is_available():
+        stop(
+            "no CUDA device here; the CPU renderer is timed by benchmarks/render.py (--dry-run tries the script)"
+        )
+    try:
+        return version("gsplat")
+    except PackageNotFoundError:
+        stop(
+            "gsplat is not installed; pip install -e '.[gpu]', or bring its wheel (pure Python, compiled at first use)"
+        )
+
+
+def passed(part):
+    "Whether everything in a part of the record that says so has passed."
+    if isinstance(part, dict):
+        return part.get("passed", True) and all(map(passed, part.values()))
+    return all(map(passed, part)) if isinstance(part, list) else True
+
+
+def workload(name, device, repeats, cpu_repeats):
+    "A workload of the renderer: how well it agrees, and its times beside the CPU's."
+    forward, backward, _ = time_ours(*WORKLOADS[name](), cpu_repeats)
+    agreement = check_workload(name, "gsplat", device)
+    return {**agreement, **time_cuda(name, repeats), "cpu_s": forward + backward}
+
+
+def parts(device, small, args):
+    "Names and work, in order of importance."
+    backend = "cpu" if small else "gsplat"
+    repeats = 1 if small else args.repeats
+    steps = 3 if small else args.steps
+    if not small:
+        yield "build_s", build
+    yield "scenes", lambda: check_scenes(backend, device)
+    for name in [] if small else WORKLOADS:
+        yield (
+            f"workload {name}",
+            lambda name=name: workload(name, device, repeats, args.cpu_repeats),
+        )
+    for name, recipe in recipes_here(small).items():
+        for precision in ("no", "bf16"):
+            work = lambda r=recipe, p=precision: training(device, small, r, p, False, steps)
+            yield f"steps {name} {precision}", work
+    yield "attention", lambda: attention(device, small, repeats)
+    yield "sparse", lambda: sparse(device, small, repeats)
+    yield "batch or loop", lambda: batch_or_loop(device, backend, small, repeats)
+    for name, recipe in [] if small else recipes_here(small).items():
+        work = lambda r=recipe: training(device, small, r, "bf16", True, steps)
+        yield f"steps {name} bf16 compiled", work
 
 
 if __name__ == "__main__":

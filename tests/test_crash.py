@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
+import crash
 import numpy as np
 import pytest
 import torch
 
 from unipre3d.recipes import finetune_recipes
-from unipre3d.records import ArrayFile, cached
+from unipre3d.records import ArrayFile, cached, read_config, write_config
 from unipre3d.runs.checkpoint import (
     STATE,
     STATE_BEFORE,
@@ -33,8 +34,11 @@ from unipre3d.runs.recipe import change
 from unipre3d.runs.run import run_recipe
 
 HERE = Path(__file__).parent
-LONG = int(os.environ.get("UNIPRE3D_CRASH", 0))  # kills of the long run, such as 300
-KINDS = ["pre-training", "classification", "parts", "semantic", "instances"]
+RECORD = HERE.parent / "data" / "records" / "outcomes" / "crash.json"
+LONG = int(
+    os.environ.get("UNIPRE3D_CRASH", 0)
+)  # kills of the long run, which writes the record: 300
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 SMALL = dict(
     classes=("bed", "lamp"),
     n_points=64,
@@ -44,20 +48,52 @@ SMALL = dict(
 )
 
 
-def killed(kind, kills, folder):
-    "The table of runs that were killed so often."
-    command = [sys.executable, str(HERE / "crash.py"), kind, str(kills), "0", str(folder)]
+def outcomes(folder, *words):
+    "The rows that crash.py writes."
+    path = folder / "outcomes.json"
+    command = [sys.executable, str(HERE / "crash.py"), str(folder), "--record", str(path), *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(path.read_text())["rows"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize("kind", KINDS if LONG else ["classification"])
-def test_killed_runs_end_as_undisturbed_ones(kind, tmp_path):
-    table = killed(kind, LONG // len(KINDS) if LONG else 5, tmp_path)
-    print(table)
-    assert table["moments"] + table["inside"] >= 5 and table["different"] == []
+@FORKS
+def test_killed_runs_end_as_undisturbed_ones(tmp_path):
+    words = ["--only", "classification", "--kills", str(5 * len(crash.KINDS))]
+    (row,) = outcomes(tmp_path, *words)
+    assert row["moments"] + row["inside"] >= 5 and crash.accepted(row), row
+
+
+@FORKS
+def test_other_disturbances_end_equal_or_in_one_line(tmp_path):
+    cases = [f"{part} % of the room it needs" for part in (2, 40, 75)]
+    cases += ["config.json", "metrics.csv", "resume.safetensors", "removed", "wanted twice"]
+    rows = outcomes(tmp_path, "--only", *cases, "SIGTERM, 1 loaders", "--flips", "2")
+    assert len(rows) == len(cases) + 1
+    assert all(map(crash.accepted, rows)), [row for row in rows if not crash.accepted(row)]
+
+
+@FORKS
+@pytest.mark.skipif(not LONG, reason="hours; UNIPRE3D_CRASH=300 writes the record")
+def test_the_long_run(tmp_path):
+    command = [sys.executable, str(HERE / "crash.py"), str(tmp_path), "--kills", str(LONG)]
+    subprocess.run([*command, "--record", str(RECORD)], check=True)
+
+
+def test_the_record_has_every_case_and_no_loss():
+    rows = json.loads(RECORD.read_text())["rows"]
+    assert [(row["group"], row["case"]) for row in rows] == list(crash.rows())
+    assert all(map(crash.accepted, rows)), [row for row in rows if not crash.accepted(row)]
+    kills = [row["moments"] + row["inside"] for row in rows if row["group"] == "killed"]
+    assert sum(kills) >= 300 and sum(row.get("inside", 0) for row in rows) >= 100
+
+
+def test_a_loss_is_no_accepted_outcome():
+    for outcome in ("different: metrics.csv", "ended with 1: KeyError: 3", "not noticed"):
+        assert not crash.accepted({"group": "full disk", "case": "2 %", "outcome": outcome})
+    flipped = {"group": "flipped bit", "outcome": "1 of 2: equal; 1 of 2: not noticed"}
+    assert crash.accepted(flipped | {"case": "record.json"})
+    assert not crash.accepted(flipped | {"case": "config.json"})
 
 
 def small_run(folder, **values):
@@ -275,10 +311,10 @@ def test_an_interrupt_in_the_test_says_how_to_go_on(tmp_path):
 
 def test_what_changed_since_a_run_began_is_said(stopped, tmp_path):
     recipe, folder = copied(stopped, tmp_path)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     threads = config["conditions"]["threads"]
     config["conditions"] |= {"code": "0.0.1", "threads": threads + 1}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, config)
     how = dict(resume=True, device="cpu", say=lambda text: None)
     with pytest.raises(ValueError, match="began with code 0.0.1, now .*threads.*--force"):
         run_recipe("cls-furniture-mini", recipe, folder, **how)

@@ -508,7 +508,7 @@ def test_shapenetpart_refuses(partset, tmp_path):
         lambda: ShapeNetPart(root, split="all"), "split: expected one of train, val, test, trainval"
     )
     plane.write_text("0 0 0 0 0 1 0\n1 0 0 0 0 1 36\n")
-    refuses_data(lambda: make().rows(0), plane, "parts of a Airplane in 0..3", "found 36")
+    refuses_data(lambda: make().rows(0), plane, "parts of a Airplane in -1..3", "found 36")
     plane.write_text("0 0 0 0 0 1 0\n1 0 0 0 0 1 0.5\n")
     refuses_data(lambda: make().rows(0), plane, "found 0.5")
     plane.write_text("0 0 0 0\n1 0 0 0\n")

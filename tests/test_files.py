@@ -20,7 +20,7 @@ from unipre3d.files import reading
 from unipre3d.image import load_autoencoder
 from unipre3d.records import read_config, read_record
 from unipre3d.released import load_released, read_checkpoint
-from unipre3d.runs.checkpoint import load_tensors, save_tensors
+from unipre3d.runs.checkpoint import load_tensors, readable_rows, save_tensors
 from unipre3d.worlds.mesh import read_mesh
 from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
@@ -84,6 +84,21 @@ def test_a_table_that_a_spreadsheet_saved(objects, change):
 def test_a_damaged_table_is_named(objects, name, data, words):
     (objects / name).write_bytes(data)
     refuses(lambda: ShapeNetViews(objects), objects / name, words, kind=ValueError)
+
+
+@pytest.mark.parametrize(
+    "change", (dict(fov=255), dict(fov=-1), dict(views=0), dict(views=99_999_999_999))
+)
+def test_a_convention_that_no_camera_has_is_named(objects, change):
+    path = objects / "convention.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refuses(lambda: ShapeNetViews(objects), path, "fov in 0..180", *change.values())
+
+
+def test_a_line_of_metrics_without_an_end_is_no_row(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n" + "2," * 10**5 + "\n2,0.4\n")
+    rows = readable_rows(tmp_path / "metrics.csv", ["step", "loss"], 2)
+    assert [row["loss"] for row in rows] == ["0.5", "0.4"]
 
 
 def test_members_of_an_archive_are_named(objects, tmp_path):
@@ -265,6 +280,7 @@ def test_gltf_multiplies_light_and_keeps_its_alpha_modes(tmp_path):
     assert color("OPAQUE", 64, picture=picture) == pytest.approx((0.5405, 1), abs=3e-3)
     assert color("MASK", 255, picture=picture)[1] == 0
     assert color("BLEND", 128, picture=picture)[1] == pytest.approx(64 * 128 / 255**2, abs=3e-3)
+    assert [color("MASK", 255, vertex=[9, 9, 9, alpha])[1] for alpha in (100, 200)] == [0, 1]
     tinted = color("OPAQUE", 255, vertex=[128, 128, 128, 255], picture=picture)
     assert tinted == pytest.approx((0.3911, 1), abs=3e-3)
 
@@ -306,6 +322,14 @@ def test_a_loop_of_links_ends(tmp_path):
     boxes(tmp_path / "chair", 1, np.random.default_rng(0))
     (tmp_path / "chair" / "up").symlink_to(tmp_path)
     assert [p.name for p in find_meshes(tmp_path)] == ["chair0.ply"]
+
+
+def test_a_web_page_in_the_place_of_a_mesh(tmp_path):
+    "A text that OBJ takes for nothing: what it is stands in the line."
+    (tmp_path / "a.obj").write_bytes(b"<!DOCTYPE html><html><title>Log in</title></html>")
+    refuses(lambda: read_mesh(tmp_path / "a.obj"), "a.obj", "found a web page", "download")
+    (tmp_path / "b.obj").write_text("v 0 0 0\nv 1 0 0\n")
+    refuses(lambda: read_mesh(tmp_path / "b.obj"), "triangles, found none; a point cloud needs")
 
 
 def test_bad_files_are_left_out_and_named(tmp_path):

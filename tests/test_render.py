@@ -1,6 +1,7 @@
 """The renderer: every rule of its semantics, gradients against the float64 reference, ragged batches, repeatability, vector code."""
 
 import importlib.util
+import json
 import math
 import multiprocessing
 import platform
@@ -742,6 +743,23 @@ def test_the_gpu_script_ends_with_one_line_without_a_gpu():
         and len(done.stderr.strip().splitlines()) == 1
         and "CUDA" in done.stderr
     )
+
+
+def test_the_gpu_script_runs_in_small_on_a_processor(tmp_path):
+    path = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--json", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    record = json.loads(path.read_text())
+    assert record["passed"] and record["left_out"] == []
+    assert record["attention"]["gradient"] < 1e-5 and record["sparse"]["voxels"] > 1000
+    for recipe in ("object-transformer-mini", "scene-sparseunet-mini"):
+        for precision in ("no", "bf16"):
+            row = record[f"steps {recipe} {precision}"]
+            assert row["step_ms"] > 0 and row["loading_ms"] > 0
 
 
 def test_the_torch_renderer_of_the_benchmark_agrees(monkeypatch):

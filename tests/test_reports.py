@@ -1,6 +1,8 @@
 """Files that users of other programs reported: read as they are meant, or named in one line."""
 
+import base64
 import json
+import shutil
 import struct
 import warnings
 from io import BytesIO
@@ -10,7 +12,12 @@ import pytest
 import trimesh
 from PIL import Image
 
-from unipre3d.data.labelled import ModelNet40, write_modelnet40
+from unipre3d.data.labelled import (
+    ModelNet40,
+    ShapeNetPart,
+    write_modelnet40,
+    write_shapenetpart,
+)
 from unipre3d.data.scannet import (
     ScanNetFrames,
     convert_scans,
@@ -18,10 +25,11 @@ from unipre3d.data.scannet import (
     read_color,
     read_labels,
     write_box_rooms,
+    write_cloud,
 )
 from unipre3d.data.scannet import read_mesh as read_scan
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
-from unipre3d.worlds.mesh import read_mesh
+from unipre3d.worlds.mesh import read_mesh, surface, to_linear, to_srgb
 from unipre3d.worlds.prepare import prepare_meshes
 
 CORNERS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1]], np.float32)
@@ -251,6 +259,97 @@ def test_a_missing_picture_of_a_ply_file_is_one_warning(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ("uchar", "ushort", "float", "double", "fractions"))
+@pytest.mark.parametrize("where", ("vertex", "face"))
+def test_colours_of_a_ply_file_in_every_type(tmp_path, kind, where):
+    "Floats up to 255 were white, and numbers of 16 bits wrapped."
+    scale = dict(ushort=257, fractions=1 / 255).get(kind, 1)
+    rgb = " ".join(f"{scale * value:.6g}" for value in (200, 30, 90))
+    names = ("red", "green", "blue")
+    kind = "float" if kind == "fractions" else kind
+    rows = "".join(f"property {kind} {name}\n" for name in names)
+    xyz = "".join(f"property float {axis}\n" for axis in "xyz")
+    own = {"vertex": (rows, "", f" {rgb}", ""), "face": ("", rows, "", f" {rgb}")}[where]
+    text = "ply\nformat ascii 1.0\nelement vertex 3\n" + xyz + own[0] + "element face 1\n"
+    text += "property list uchar int vertex_indices\n" + own[1] + "end_header\n"
+    text += "".join(f"{corner}{own[2]}\n" for corner in ("0 0 0", "1 0 0", "0 1 0"))
+    (tmp_path / "a.ply").write_text(text + f"3 0 1 2{own[3]}\n")
+    mesh = read_mesh(tmp_path / "a.ply")
+    np.testing.assert_allclose(mesh.materials[0].color, np.array([200, 30, 90]) / 255, atol=1 / 31)
+
+
+@pytest.mark.parametrize("kind", ("B", "H", "f"))
+@pytest.mark.parametrize("material", (False, True))
+def test_vertex_colours_of_a_gltf_file_in_every_type(tmp_path, kind, material):
+    "A half in 16 bits was black where there is no material."
+    half = {"B": 128, "H": 32_768, "f": 0.5}[kind]
+    corners = np.float32([[0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    colors = np.full((3, 4), half, kind)
+    arrays = (corners, colors, np.arange(3, dtype=np.uint32))
+    codes = {"f": 5126, "B": 5121, "H": 5123, "I": 5125}
+    accessors, views, blob = [], [], b""
+    for array, form in zip(arrays, ("VEC3", "VEC4", "SCALAR")):
+        views.append(dict(buffer=0, byteOffset=len(blob), byteLength=array.nbytes))
+        one = dict(bufferView=len(views) - 1, count=3, type=form)
+        normalized = dict(normalized=True) if array.dtype.char in "BH" else {}
+        accessors.append(one | dict(componentType=codes[array.dtype.char]) | normalized)
+        blob += array.tobytes()
+    part = dict(attributes=dict(POSITION=0, COLOR_0=1), indices=2)
+    uri = "data:application/octet-stream;base64," + base64.b64encode(blob).decode()
+    tree = dict(
+        asset=dict(version="2.0"),
+        scene=0,
+        scenes=[dict(nodes=[0])],
+        nodes=[dict(mesh=0)],
+        meshes=[dict(primitives=[part | (dict(material=0) if material else {})])],
+        accessors=accessors,
+        bufferViews=views,
+        buffers=[dict(byteLength=len(blob), uri=uri)],
+    )
+    if material:
+        tree["materials"] = [dict(pbrMetallicRoughness=dict(baseColorFactor=[1, 1, 1, 1]))]
+    (tmp_path / "a.gltf").write_text(json.dumps(tree))
+    mesh = read_mesh(tmp_path / "a.gltf")
+    rgb, _, _ = surface(mesh, np.array([0]), np.array([[0.3, 0.3]]))
+    np.testing.assert_allclose(rgb[0], 0.7354, atol=1 / 31)  # half of the light on a screen
+
+
+def test_a_gltf_material_of_the_older_kind(tmp_path):
+    "It was white, whatever colour and picture it had."
+    older = dict(diffuseFactor=[0.5, 0.5, 0.5, 1], diffuseTexture=dict(index=0))
+    material = dict(extensions=dict(KHR_materials_pbrSpecularGlossiness=older))
+    mesh = read_mesh(glb(tmp_path / "a.glb", materials=[material]))
+    want = 255 * to_srgb(to_linear(np.array([200, 30, 30]) / 255) / 2)
+    np.testing.assert_allclose(mesh.materials[0].texture[0, 0, :3], want, atol=1)
+
+
+def test_what_a_gltf_file_holds_and_cannot_be_drawn_is_said(tmp_path):
+    plain = dict(pbrMetallicRoughness=dict(baseColorTexture=dict(index=0)))
+    wrong = {
+        "picture 0": dict(picture=b"no picture"),
+        "texture 7": dict(texture=dict(index=7)),
+        "light of its own": dict(materials=[plain | dict(emissiveFactor=[1, 0, 0])]),
+    }
+    for words, how in wrong.items():
+        with pytest.warns(UserWarning, match=f"a.glb: left out .*{words}"):
+            read_mesh(glb(tmp_path / "a.glb", **how))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_mesh(glb(tmp_path / "a.glb"))
+
+
+def test_holes_in_a_picture_of_their_own(tmp_path):
+    "Leaves are cut out by map_d, which is not read: one warning, unless it is the picture itself."
+    leaf = "newmtl wood\nKd 1 1 1\nmap_Kd leaf.png\nmap_d {}\n"
+    path = obj(tmp_path, leaf.format("leaf.png"), leaf=png((9, 200, 9, 0), "RGBA"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_mesh(path)
+    obj(tmp_path, leaf.format("-o 0 0 holes.png"), holes=png((0, 0, 0)))
+    with pytest.warns(UserWarning, match=r"a.obj: left out .* holes.png \(map_d"):
+        read_mesh(path)
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -271,6 +370,76 @@ def test_an_object_or_a_scene_in_two_splits(tmp_path):
         "split: expected each scene in one of train, val",
         "scene0001_00",
     )
+
+
+def two_lists(root, layout):
+    "A data set whose test split has an object or a scene of its training split."
+    rows = np.random.default_rng(0).normal(size=(3, 64, 7))
+    if layout == "released":
+        source = ShapeNetViews(classes=["lamp"], split="train")
+        export_objects(source, root, "released", [0, 1])
+        names = [source.name(i).replace("/", "-") for i in (0, 1)]
+        (root / "train.txt").write_text("\n".join(names))
+        (root / "test.txt").write_text(f"{names[1]}.npy\r\n")
+        return lambda: ShapeNetViews(root, split="train", convention="released"), names[1]
+    if layout in ("normal_resampled", "ply_hdf5"):
+        for split in ("train", "test"):
+            clouds = [("bed", one[:, :6]) for one in rows]
+            write_modelnet40(root, clouds, ["bed"], split=split, form=layout)
+        assert len(ModelNet40(root, split="test")) == 3
+        (root / "test_files.txt").write_text("data\\ply_data_train0.h5\n")
+        (root / "modelnet40_test.txt").write_text("bed_0004\r\nbed_0001\r\n")
+        first = "ply_data_train0.h5" if layout == "ply_hdf5" else "bed_0001"
+        return lambda: ModelNet40(root, split="train"), first
+    if layout == "shapenetpart":
+        rows[..., 6] = 12
+        own = [("03001627", name, one) for name, one in zip("abc", rows)]
+        shapes = dict(train=own[:2], val=own[1:2], test=own[2:])
+        write_shapenetpart(root, shapes, dict(Chair="03001627"))
+        return lambda: ShapeNetPart(root, split="test"), "03001627-b"
+    for split in ("train", "val"):
+        write_cloud(root, split, "scene0000_00", coord=rows[0, :, :3])
+    return lambda: ScanNetFrames(root, split="train"), "scene0000_00"
+
+
+@pytest.mark.parametrize(
+    "layout", ("released", "normal_resampled", "ply_hdf5", "shapenetpart", "scannet")
+)
+def test_one_thing_in_two_splits_is_refused_in_every_layout(tmp_path, layout):
+    call, name = two_lists(tmp_path, layout)
+    what = "scene" if layout == "scannet" else "object"
+    one_line(call, f": expected each {what} in one split, found {name}, which ", " has too")
+
+
+@pytest.mark.parametrize("end", (".PNG", ".JPG", ".jpeg", ".webp"))
+@pytest.mark.parametrize("convention", ("released", "unipre3d"))
+def test_views_of_objects_under_the_names_that_people_have(tmp_path, end, convention):
+    source = ShapeNetViews(classes=["lamp"])
+    root = export_objects(source, tmp_path / "set", convention, [0])
+    how = dict(convention="released") if convention == "released" else {}
+    want = ShapeNetViews(root, **how).view(0, 3)
+    for path in root.rglob("easy/*.png"):
+        image = Image.open(path)
+        path.unlink()
+        other = path.with_suffix(end)
+        if end == ".PNG":
+            image.save(other, "PNG")
+        else:
+            kept = dict(lossless=True) if end == ".webp" else dict(quality=95)
+            image.convert("RGB").save(other, **kept)
+    for path in root.rglob("easy/*.txt"):
+        path.rename(path.with_suffix(".TXT"))
+    (root / ".git" / "objects").mkdir(parents=True)  # what systems add is no class and no object
+    (root / "__MACOSX" / "lamp").mkdir(parents=True)
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", root)
+    for place in (root, packed):
+        reader = ShapeNetViews(place, **how)
+        assert (len(reader), reader.classes) == (1, ["lamp"])
+        found = reader.view(0, 3)
+        apart = np.abs(found.rgb.astype(int) - want.rgb)[want.mask].mean()
+        assert apart < (3 if end.startswith(".j") or end == ".JPG" else 1)
+        assert (found.mask & want.mask).sum() > 0.95 * (found.mask | want.mask).sum()
+        assert len(reader.world_to_cam(0)) == 24
 
 
 def test_lists_that_were_written_on_windows(tmp_path):

@@ -1,6 +1,7 @@
 "Sparse convolution: equal to dense convolution in values and gradients, at any number of threads, in any order of rows."
 
 import gc
+import importlib.machinery
 import sys
 import types
 import weakref
@@ -580,6 +581,22 @@ def imitate_spconv(monkeypatch):
     monkeypatch.setitem(sys.modules, "spconv", package)
     monkeypatch.setitem(sys.modules, "spconv.pytorch", module)
     monkeypatch.setattr(sparse, "_use_spconv", lambda owner, backend, x: backend != "torch")
+
+
+def test_spconv_built_for_processors_is_not_taken(monkeypatch):
+    from unipre3d.geometry import sparse
+
+    for built, cpu_only in (("CPU", True), ("CUDA", False)):
+        package, facts = types.ModuleType("spconv"), types.ModuleType("spconv.cppconstants")
+        package.__spec__ = importlib.machinery.ModuleSpec("spconv", None)
+        facts.CPU_ONLY_BUILD = cpu_only
+        monkeypatch.setitem(sys.modules, "spconv", package)
+        monkeypatch.setitem(sys.modules, "spconv.cppconstants", facts)
+        sparse.spconv_build.cache_clear()
+        assert sparse.spconv_build() == built
+    sparse.spconv_build.cache_clear()
+    monkeypatch.undo()
+    sparse.spconv_build.cache_clear()
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -424,6 +424,9 @@ def test_constraints_pin_every_requirement():
 DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126"}
 
 
+EXTRAS = ("gpu", "prepare", "clouds", "vision")  # of what a user may install beside the package
+
+
 def test_package_imports_only_what_it_requires():
     from configparser import ConfigParser
 
@@ -439,7 +442,7 @@ def test_package_imports_only_what_it_requires():
 
     always, optional = (
         required("requirements"),
-        required("requirements", "gpu_requirements", "prepare_requirements", "clouds_requirements"),
+        required("requirements", *(f"{extra}_requirements" for extra in EXTRAS)),
     )
 
     def modules(nodes):

@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from unipre3d.data.check import check_data, find_readers
 from unipre3d.data.labelled import (
     S3DIS,
     ModelNet40,
+    ShapeNetPart,
     write_modelnet40,
     write_s3dis,
     write_scanobjectnn,
@@ -33,14 +35,17 @@ from unipre3d.geometry.cameras import project
 from unipre3d.recipes import find_recipe, finetune_recipes
 from unipre3d.runs.checkpoint import load_tensors
 from unipre3d.runs.fit import MOST_SKIPPED, Task, fit
-from unipre3d.runs.recipe import Optimiser, Run, change
-from unipre3d.runs.run import SMALL_BACKBONES, backbone_class
+from unipre3d.runs.recipe import Optimiser, Recipe, Run, change
+from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, build_backbone, run_recipe
+from unipre3d.tasks.parts import PartClouds, PartSamples
 from unipre3d.tasks.pretrain import predict
 from unipre3d.tasks.scenes import ScenePoints
 from unipre3d.values import check_cloud, check_labels, color_scale
+from unipre3d.worlds.mesh import read_mesh as own_mesh
 
 RNG = np.random.default_rng(0)
 TRUE = RNG.uniform(0, 4, (2000, 3))
+COLORS = ("red", "green", "blue")
 UTM = TRUE + [500_000.0, 5_400_000.0, 300.0]
 TINTS = RNG.random((500, 3)).astype(np.float32)
 BYTES = np.round(255 * TINTS).astype(np.uint8)
@@ -159,6 +164,32 @@ def test_rooms_on_a_map_keep_their_views(tmp_path):
     assert torch.allclose(*poses, atol=1e-5)
 
 
+def test_meshes_that_lost_their_differences_are_refused(tmp_path):
+    "A scan and an own mesh in map coordinates of single precision; in double precision they are read."
+    for kind in ("f8", "f4"):
+        vertex = np.empty(2000, [(n, kind) for n in "xyz"] + [(n, "u1") for n in COLORS])
+        for name, column in zip(("x", "y", "z", *COLORS), [*UTM.T, *[np.full(2000, 9)] * 3]):
+            vertex[name] = column
+        face = np.empty(3, dtype=[("vertex_indices", "i4", (3,))])
+        face["vertex_indices"] = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+        path = tmp_path / f"{kind}.ply"
+        PlyData([PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face")]).write(
+            str(path)
+        )
+    assert largest_error(read_mesh(tmp_path / "f8.ply")["coord"]) < 1e-6
+    corners = own_mesh(tmp_path / "f8.ply", "z").corners.reshape(-1, 3)
+    assert largest_error(corners, TRUE[:9]) < 1e-6
+    for call in (read_mesh, own_mesh):
+        one_line(lambda: call(path), path, "coordinates that keep their differences")
+    far = UTM[:500].copy()
+    one_line(
+        lambda: write_cloud(tmp_path, "train", "a", coord=far.astype(np.float32)),
+        "coord: expected coordinates that keep their differences",
+    )
+    (tmp_path / "far.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1e20 0\nf 1 2 3\n")
+    one_line(lambda: own_mesh(tmp_path / "far.obj"), "far.obj: expected finite vertices below")
+
+
 def test_numbers_that_lost_their_differences_are_refused(tmp_path):
     reader = scene(tmp_path, coord=UTM.astype(np.float32))
     one_line(lambda: reader.rows(0), tmp_path / "train/room/coord.npy", "steps of 0.5", "float64")
@@ -268,12 +299,45 @@ def test_labels_are_never_cut_or_wrapped(tmp_path, wrong):
     one_line(lambda: ScenePoints(own, features=("xyz",))[0], "my cloud: segment")
 
 
+@pytest.mark.parametrize("kind", ("i1", "i2", "i4", "i8", "u1", "u2", "u8", "f4", "f8"))
+def test_not_labelled_in_every_type(tmp_path, kind):
+    "-1 put into bytes was 255 again."
+    none = [n for n in (-1, -100, 255) if np.float64(np.array(n).astype(kind)) == n]
+    segment = np.resize([*none, 3], 2000).astype(kind)
+    want = set(segment[segment != 3].tolist()) and {-1, 3}
+    rooms = areas(tmp_path, coord=TRUE, segment=segment, instance=np.resize([0, 40_000], 2000))
+    rows = rooms.rows(0)
+    assert set(rows["segment"].tolist()) == want
+    assert set(rows["instance"].tolist()) == {0, 40_000}
+    own = Own(classes=range(13), xyz=TRUE, segment=segment, instance=segment)
+    assert set(ScenePoints(own, voxel_size=1e-3, features=("xyz",))[0].label.tolist()) == want
+
+
 def test_three_numbers_mean_not_labelled():
     segment = np.resize([-1, -100, 255, 3], 2000)
     own = Own(classes=range(13), xyz=TRUE, segment=segment, instance=segment)
     batch = ScenePoints(own, voxel_size=1e-3, features=("xyz",))[0]
     assert set(batch.label.tolist()) == {-1, 3} and set(batch.instance.tolist()) == {-1, 3, 255}
     assert check_labels(np.array([255]), "200 classes and more", 300) == 255
+
+
+def test_parts_may_be_not_labelled(tmp_path):
+    rows = np.concatenate([TRUE[:64], np.tile([0, 0, 1.0], (64, 1)), np.zeros((64, 1))], 1)
+    rows[:, 6] = np.resize([-1, -100, 255, 12], 64)
+    shapes = dict(train=[("03001627", "a", rows)])
+    write_shapenetpart(tmp_path, shapes, dict(Chair="03001627"))
+    reader = ShapeNetPart(tmp_path, split="train")
+    assert set(reader.rows(0)["part"].tolist()) == {-1, 12}
+    names = {kind: [str(n) for n in range(len(own))] for kind, own in reader.parts.items()}
+    batch = PartSamples(PartClouds(reader, names, numbered=True), n_points=None)[0]
+    assert sorted(set(batch.label.tolist())) == [-1, 12]
+    rows[5, 6] = 16  # of a lamp
+    write_shapenetpart(tmp_path, shapes, dict(Chair="03001627"))
+    one_line(lambda: ShapeNetPart(tmp_path, split="train").rows(0), "a.txt", "12..15", "found 16")
+    own = Own(["a", "b"], xyz=TRUE[:64], part=np.resize([-1, -100, 255, 0, 2], 64))
+    found = PartClouds(own, dict(a=["top", "leg"], b=["all"])).rows(0)["part"]
+    assert found[:5].tolist() == [-1, -1, -1, -1, 1]
+    one_line(lambda: PartClouds(own, dict(a=["top"], b=["all"])).rows(0), "my cloud: part", "-1..1")
 
 
 def test_large_numbers_of_objects_survive_writing(tmp_path):
@@ -291,6 +355,31 @@ def test_large_numbers_of_objects_survive_writing(tmp_path):
 @pytest.mark.parametrize("label", (2, -1, 0.5))
 def test_a_class_outside_the_list_is_refused(label):
     one_line(lambda: CloudSamples(Own(label=label, xyz=TRUE))[0], "my cloud: label", "0..1")
+
+
+@pytest.mark.parametrize(
+    "rows, label, text",
+    (
+        (dict(xyz=TRUE.tolist()), np.array([1]), ""),
+        (dict(xyz=torch.from_numpy(TRUE)), torch.tensor(1), ""),
+        (dict(xyz=TRUE.astype(">f4"), normal=UTM.astype(">f8")), 1.0, ""),
+        (dict(xyz=[[1, 2, 3], [1, 2]]), 0, "xyz: expected an array of numbers"),
+        (dict(xyz=torch.ones(4, 3, requires_grad=True)), 0, "xyz: expected an array of numbers"),
+        (dict(xyz=np.ma.masked_less(TRUE, 3)), 0, "xyz: expected finite numbers below"),
+        (dict(xyz=UTM.astype(">f4")), 0, "coordinates that keep their differences"),
+        (dict(xyz=TRUE), "a", "label: expected finite numbers, found <U1"),
+        (dict(xyz=TRUE), [0, 1], "label: expected an array [1] as in one object, found [2]"),
+        (dict(xyz=TRUE), 2**70, "label: expected"),
+        (dict(xyz=TRUE, segment=["wall"] * 2000), 0, "segment: expected finite numbers"),
+    ),
+)
+def test_rows_of_an_own_reader_in_other_forms(rows, label, text):
+    "Lists, tensors, other byte orders; what is no array is one line with the cloud."
+    samples = CloudSamples(Own(label=label, **rows), n_points=None)
+    if text:
+        return one_line(lambda: samples[0], "my cloud: ", text)
+    assert samples[0].label.tolist() == [1] and samples[0].points.xyz.dtype == torch.float32
+    assert largest_error(samples[0].points.xyz.numpy()) < 1e-5
 
 
 # ---------------------------------------------------------------- runs
@@ -355,6 +444,63 @@ def test_a_run_that_diverges_ends_with_a_failing_status(tmp_path, capsys):
     assert MOST_SKIPPED <= record["skipped"] <= record["steps"] < 40
     said = capsys.readouterr().out
     assert "20 steps in a row" in said and "lower --lr" in said
+
+
+class Six:
+    "Six clouds, one of which a model cannot take."
+
+    classes = ["a"]
+
+    def __len__(self):
+        return 6
+
+    def name(self, i):
+        return f"cloud {i}"
+
+    def label(self, i):
+        return 0
+
+    def rows(self, i):
+        return dict(xyz=TRUE[i : i + 100] * (30 if i == 4 else 0.1))
+
+    def fingerprint(self):
+        return "six"
+
+
+@dataclass(frozen=True)
+class Fragile(Recipe):
+    "A loss that is not finite for large clouds."
+
+    task: ClassVar[str] = "fragile"
+
+    def build_model(self, classes):
+        model = torch.nn.Module()
+        model.backbone = build_backbone(self)
+        return model
+
+    def build_task(self, device="cpu"):
+        samples = CloudSamples(Six(), n_points=64)
+
+        def loss(model, batch):
+            far = batch.points.xyz.abs().amax()
+            return model.backbone(batch.points).feat.square().mean() * (0 * far.exp()).exp(), {}
+
+        data = dict(name="six", sha256="six", train=6, val=0, test=0)
+        test = lambda model, folder: ({}, {})
+        return Task(self.task, self.build_model(1), samples, loss, test, data=data, classes=["a"])
+
+
+def test_the_cloud_of_steps_that_are_skipped_is_named(tmp_path):
+    options = SMALL_BACKBONES["StandardTransformer"]
+    recipe = change(Fragile(), backbone_options=options, steps=12, batch_size=2)
+    said = []
+    record = run_recipe("fragile", recipe, tmp_path / "run", device="cpu", say=said.append).record
+    first, *others = record["suspects"]
+    assert record["skipped"] == record["suspects"][first] == 4 and first == "cloud 4"
+    assert all(record["suspects"][name] < 4 for name in others)
+    assert any("4 of 12 steps were skipped" in line and "cloud 4 (4)" in line for line in said)
+    clean = change(recipe, steps=1, seed=1)
+    assert run_recipe("fragile", clean, tmp_path / "b", device="cpu").record["suspects"] == {}
 
 
 def test_one_missing_point_costs_a_point_and_no_step():
@@ -439,8 +585,8 @@ def test_an_object_with_views_of_two_sizes_is_refused(tmp_path):
     one_line(lambda: reader.view(0, 1), path, "expected 128 x 128", "found 128 x 96")
 
 
-def five(path):
-    depth = np.asarray(Image.open(path)).astype(np.int64) * 5
+def five(path, factor=5):
+    depth = np.round(np.asarray(Image.open(path)) * factor).astype(np.int64)
     Image.fromarray(depth.clip(0, 65535).astype(np.uint16)).save(path)
 
 
@@ -455,6 +601,8 @@ def rewrite_pose(change):
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 WRONG = {
     "depth": (five, "5000 units a metre (--depth-scale)"),
+    "depth of Matterport": (lambda path: five(path, 4), "4000 units a metre (--depth-scale)"),
+    "depth of Replica": (lambda path: five(path, 6.5535), "6553.5 units a metre (--depth-scale)"),
     "inverse": (rewrite_pose(np.linalg.inv), "poses that are inverted would fit"),
     "axes": (rewrite_pose(lambda pose: pose @ FLIP), "OpenGL axes (y up, z backward) would fit"),
     "both": (
@@ -470,7 +618,7 @@ def test_views_that_miss_their_cloud_name_the_reading_that_fits(tmp_path, name):
     how = dict(n_points=800, n_ref=2, n_target=2, max_gap=5, center=True)
     assert ViewSamples(ScanNetFrames(root, split="train", hw=(30, 40)), **how)[0]
     edit, text = WRONG[name]
-    for path in (root / "2D" / ("depth" if name == "depth" else "pose")).glob("*/*"):
+    for path in (root / "2D" / ("depth" if "depth" in name else "pose")).glob("*/*"):
         edit(path)
     samples = ViewSamples(ScanNetFrames(root, split="train", hw=(30, 40)), **how)
     one_line(lambda: samples[0], "box0000_00: expected views that show the cloud", text)
@@ -536,6 +684,36 @@ def test_cameras_and_depth_of_an_own_reader_are_checked(tmp_path, monkeypatch, n
     monkeypatch.setattr(reader, "view" if name == "depth" else name, wrong)
     samples = ViewSamples(reader, n_points=100, n_ref=1, n_target=1, max_gap=3)
     one_line(lambda: samples[0], "box0000_00: " if name != "depth" else "box0000_00", text)
+
+
+@pytest.mark.parametrize(
+    "name, change, text",
+    (
+        ("view", lambda v: replace(v, rgb=v.rgb[..., 0]), "rgb: expected an array [30, 40, 3]"),
+        ("view", lambda v: replace(v, rgb=v.rgb[:20]), "rgb: expected an array [30, 40, 3]"),
+        ("view", lambda v: replace(v, depth=v.depth[:20]), "depth: expected an array [30, 40]"),
+        ("view", lambda v: replace(v, rgb=v.rgb * np.nan), "rgb: expected colours in 0..255"),
+        ("K", lambda K: np.tile(K, (4, 1, 1)), "K: expected one matrix of 3 x 3, found [4, 3, 3]"),
+        ("world_to_cam", lambda pose: pose[:1], "expected one pose for each of 4 frames, found 1"),
+        ("world_to_cam", lambda pose: pose[:, :3], "world_to_cam: expected matrices of 4 x 4"),
+        ("world_to_cam", lambda pose: pose.tolist(), ""),
+        ("K", lambda K: K.astype(np.float32).tolist(), ""),
+        ("view", lambda v: replace(v, rgb=v.rgb / 255, depth=v.depth.astype(float)), ""),
+        ("view", lambda v: replace(v, mask=np.uint8(255) * (v.depth > 0)), ""),
+    ),
+)
+def test_views_of_an_own_reader_in_other_forms(tmp_path, monkeypatch, name, change, text):
+    "What is meant is taken; anything else is one line with the room, at the first batch."
+    root = write_box_rooms(tmp_path, n_frames=4, hw=(30, 40), spacing=0.2)
+    reader = ScanNetFrames(root, split="train", hw=(30, 40))
+    right = getattr(reader, name)
+    monkeypatch.setattr(reader, name, lambda i, *frame: change(right(i, *frame)))
+    samples = ViewSamples(reader, n_points=100, n_ref=1, n_target=1, max_gap=3)
+    if text:
+        return one_line(lambda: samples[0], "box0000_00: ", text)
+    ref = samples[0].ref
+    assert ref.rgb.shape == (1, 3, 30, 40) and ref.camera.K.shape == (1, 3, 3)
+    assert ref.mask is None or ref.mask.dtype == torch.bool
 
 
 # ---------------------------------------------------------------- the command

@@ -18,10 +18,11 @@ LOOPS = "zero_grad"  # what every training loop calls
 
 # A package may import from itself and from what stands before it.
 LAYERS = (
-    ("core", "files", "values", "records"),
+    ("core", "files", "values", "records", "processes"),
     ("geometry", "kernels"),
     ("backbones", "image", "losses", "gaussians", "released"),
-    ("fusion", "render", "viewer"),
+    ("fusion", "render", "viewer", "formats"),
+    ("rasterization",),
     ("objective",),
     ("data",),
     ("worlds",),

@@ -87,6 +87,7 @@ def keyword_type(backbone, name):
 def collect() -> dict[str, Any]:
     "What the file holds."
     from unipre3d.cli import RunOptions, backbone_keywords, with_all_terms
+    from unipre3d.data.imports import ImportOptions
     from unipre3d.recipes import finetune_recipes, recipes
     from unipre3d.reproduce.run import StudyOptions
     from unipre3d.worlds.rooms.disk import RoomsOptions
@@ -103,6 +104,7 @@ def collect() -> dict[str, Any]:
                 for key, (_, default) in backbone_keywords(backbone).items()
             ]
     whole["data rooms"] = list(rows(RoomsOptions()))
+    whole["data import"] = list(rows(ImportOptions()))
     whole["reproduce"] = list(rows(StudyOptions()))
     distinct = sorted({row for own in [*whole.values(), *backbones.values()] for row in own})
     number = {row: n for n, row in enumerate(distinct)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'rotation_from_quat', 'covariance', 'sh_basis', 'evaluate_sh', 'GaussianHead', 'select_rows',
-           'select_cloud', 'numbered', 'save_ply', 'load_ply']
+           'select_cloud', 'numbered', 'save_ply', 'load_ply', 'ply_mode']
 
 # %% ../nbs/50_gaussians.ipynb #9e15f8bf
 import math
@@ -200,6 +200,8 @@ def numbered(
 def save_ply(
     gaussians: GaussianBatch,  # one cloud
     path: str | Path,  # file to write
+    *,
+    antialiased: bool = False,  # made for that mode of the renderer; noted in the header
 ) -> Path:
     """Write one cloud of Gaussians as a standard 3DGS PLY.
 
@@ -220,7 +222,8 @@ def save_ply(
     names += [*numbered("scale", 3), *numbered("rot", 4)]
     rows = torch.cat(columns, 1).detach().numpy().astype("<f4")
     table = np.rec.fromarrays(rows.T, dtype=[(name, "<f4") for name in names])
-    PlyData([PlyElement.describe(table, "vertex")]).write(str(path))
+    mode = "SplatRenderMode: mip" if antialiased else "SplatRenderMode: default"
+    PlyData([PlyElement.describe(table, "vertex")], comments=[mode]).write(str(path))
     return Path(path)
 
 
@@ -254,12 +257,30 @@ def load_ply(
     if k:
         rest = columns(numbered("f_rest", 3 * k)).reshape(-1, 3, k)
         sh = torch.cat([sh, rest.permute(0, 2, 1)], 1)
-    return GaussianBatch(
-        mean=columns(["x", "y", "z"]),
-        scale=columns(numbered("scale", 3)).exp(),
-        quat=F.normalize(columns(numbered("rot", 4)), dim=1),
-        opacity=columns(["opacity"])[:, 0].sigmoid(),
-        sh=sh,
-        batch=torch.zeros(vertex.count, dtype=torch.long),
-        size=1,
-    )
+    with reading(path, expected):
+        return GaussianBatch(
+            mean=columns(["x", "y", "z"]),
+            scale=columns(numbered("scale", 3)).exp(),
+            quat=F.normalize(columns(numbered("rot", 4)), dim=1),
+            opacity=columns(["opacity"])[:, 0].sigmoid(),
+            sh=sh,
+            batch=torch.zeros(vertex.count, dtype=torch.long),
+            size=1,
+        )
+
+
+def ply_mode(
+    path: str | Path,  # a 3DGS PLY
+) -> bool:  # made for the antialiased mode of the renderer
+    """What a remark in the header says, `SplatRenderMode: mip` or `antialiased 1`; False if there is none.
+
+    Raises: FileNotFoundError; ValueError of one line for a file that is no PLY.
+    """
+    comments = read_ply(path, "a PLY file of Gaussians").comments
+    words = [comment.lower().replace(":", " ").split() for comment in comments]
+    modes = [
+        w[1] in ("mip", "1")
+        for w in words
+        if w[:1] in (["splatrendermode"], ["antialiased"]) and w[1:]
+    ]
+    return bool(modes and modes[-1])

@@ -4,7 +4,8 @@
 
 # %% ../nbs/30_image.ipynb #56d22b24
 from __future__ import annotations
-import hashlib, json, os, warnings
+import hashlib, importlib, json, os, re, warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from .files import Found, check_weights, read_json, reading, regular_file
 from .records import ArrayFile, code_hash, open_arrays
 
 # %% auto #0
-__all__ = ['check_images', 'download_autoencoder', 'check_autoencoder_folder', 'autoencoder_folder', 'load_autoencoder',
-           'last_up_block', 'downscale_factor', 'pad_to_multiple', 'KLImageEncoder', 'model_hash', 'LazyEncoder',
-           'CachedFeatures', 'rgb_features']
+__all__ = ['IMAGENET', 'KINDS', 'check_images', 'download_autoencoder', 'check_autoencoder_folder', 'autoencoder_folder',
+           'load_autoencoder', 'last_up_block', 'downscale_factor', 'pad_to_multiple', 'FrozenEncoder',
+           'KLImageEncoder', 'TinyImageEncoder', 'PatchImageEncoder', 'load_patches', 'image_config', 'kind_of',
+           'load_image_encoder', 'find_callable', 'model_hash', 'LazyEncoder', 'CachedFeatures', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -47,23 +49,25 @@ def check_images(
 # %% ../nbs/30_image.ipynb #52130912
 def download_autoencoder(
     source: str,  # id on the model hub, "owner/name"
+    kind: str = "AutoencoderKL",  # diffusers' class
     **options,  # for diffusers, such as subfolder
-) -> nn.Module:  # diffusers' AutoencoderKL
+) -> nn.Module:  # of diffusers
     "From the local cache if it is there, else from the hub. Raises: FileNotFoundError if neither has it."
-    from diffusers import AutoencoderKL
+    import diffusers
     from huggingface_hub import HfApi
 
+    autoencoder = getattr(diffusers, kind)
     with warnings.catch_warnings():
         # between those two libraries
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
         try:
-            return AutoencoderKL.from_pretrained(source, local_files_only=True, **options)
+            return autoencoder.from_pretrained(source, local_files_only=True, **options)
         except OSError:
             pass
         try:
             # one quick knock: a download without a network would retry for half a minute
             HfApi().model_info(source, timeout=5)
-            return AutoencoderKL.from_pretrained(source, **options)
+            return autoencoder.from_pretrained(source, **options)
         except Exception as problem:
             raise FileNotFoundError(
                 f"autoencoder {source!r}: not in the local cache and not obtainable from the hub "
@@ -75,6 +79,7 @@ def download_autoencoder(
 
 def check_autoencoder_folder(
     folder: Path,  # should hold an autoencoder in diffusers' layout
+    expected: str = "AutoencoderKL",  # diffusers' class
 ) -> None:
     "Raise a one-line error that names the missing file, or what in config.json does not fit."
     config = folder / "config.json"
@@ -82,9 +87,9 @@ def check_autoencoder_folder(
     for file in (config, folder / "diffusion_pytorch_model.safetensors"):
         regular_file(file, "an autoencoder in diffusers' layout", remedy)
     kind = read_json(config).get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
+    if kind != expected:
         raise ValueError(
-            f"{config}: expected _class_name AutoencoderKL, found {kind}; "
+            f"{config}: expected _class_name {expected}, found {kind}; "
             "name a folder with that kind of autoencoder"
         )
 
@@ -103,24 +108,25 @@ def load_autoencoder(
     | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
     *,
     subfolder: str = "",  # where it lies inside the source, such as "vae" in a whole diffusion model
-) -> nn.Module:  # diffusers' AutoencoderKL in float32
+    kind: str = "AutoencoderKL",  # diffusers' class
+) -> nn.Module:  # of diffusers, in float32
     "Load an autoencoder. Raises: FileNotFoundError or ValueError in one line that names what is wrong."
     # imported here: it takes seconds, and most of the package does not need it
-    from diffusers import AutoencoderKL
+    import diffusers
 
     folder = autoencoder_folder(source, subfolder)
     if source == "mini" or folder.is_dir():
-        check_autoencoder_folder(folder)
+        check_autoencoder_folder(folder, kind)
         weights = folder / "diffusion_pytorch_model.safetensors"
         with reading(weights, "weights that fit config.json beside them", "copy both files again"):
-            vae = AutoencoderKL.from_pretrained(
+            vae = getattr(diffusers, kind).from_pretrained(
                 folder, local_files_only=True, torch_dtype=torch.float32
             )
             if lack := [name for name, tensor in vae.state_dict().items() if tensor.is_meta]:
                 raise Found(f"no {lack[0]} in it")
         check_weights(vae.state_dict(), weights)
     elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
-        vae = download_autoencoder(source, subfolder=subfolder, torch_dtype=torch.float32)
+        vae = download_autoencoder(source, kind, subfolder=subfolder, torch_dtype=torch.float32)
     else:
         raise FileNotFoundError(
             f'autoencoder {str(source)!r}: expected "mini", an existing folder or a hub id '
@@ -164,19 +170,80 @@ def pad_to_multiple(
     return F.pad(x, (0, -w % factor, 0, -h % factor), mode="replicate")
 
 # %% ../nbs/30_image.ipynb #108b568f
-class KLImageEncoder(nn.Module):
-    "Frozen features of images at full resolution; any callable [v 3 h w] -> [v c h w] with a `width` may replace it."
+class FrozenEncoder(nn.Module):
+    "What frozen image models share. A kind of model says what it takes, what its maps are, and reads its facts from a config."
+
+    library = "diffusers"  # whose version decides the numbers
+    weights = "diffusion_pytorch_model.safetensors"  # file beside config.json
 
     def __init__(
         self,
-        vae: nn.Module,  # diffusers' AutoencoderKL for colour images
+        model: nn.Module,  # with `config` and `dtype`
         *,
         chunk: int = 8,  # images that go through at once; bounds memory, changes the last bits alone
     ):
         super().__init__()
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1 image at once, got {chunk}")
-        self.vae, self.chunk = vae.eval().requires_grad_(False), chunk
+        self.model = model.eval().requires_grad_(False)
+        self.chunk = chunk
+        self.train()
+
+    @staticmethod
+    def width_of(config: dict) -> int:
+        "Channels of the maps of a model with these values."
+        raise NotImplementedError
+
+    @staticmethod
+    def map_hw_of(config: dict, hw: tuple[int, int]) -> tuple[int, int]:
+        "Height and width of the maps of images of this size; a map covers the whole image."
+        return tuple(hw)
+
+    def prepare(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v 3 H W"]:
+        "Colour in 0..1 as the model takes it."
+        raise NotImplementedError
+
+    def maps(self, x: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c m n"]:
+        "Maps of what `prepare` gave; rows and columns beyond `map_hw_of` are cut off."
+        raise NotImplementedError
+
+    @property
+    def config(self) -> dict:
+        "The model's values."
+        config = self.model.config
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    @property
+    def width(self) -> int:
+        "Channels of the feature map."
+        return self.width_of(self.config)
+
+    def map_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        "Height and width of the maps of images of this size."
+        return self.map_hw_of(self.config, hw)
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        "Stay in evaluation mode, whatever the model around it does."
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
+    ) -> Float[Tensor, "v c m n"]:  # c = width, dtype of rgb
+        "Features all over each image. Raises: ValueError if `rgb` is not a batch of colour images in 0..1."
+        check_images(rgb)
+        h, w = self.map_hw(tuple(rgb.shape[-2:]))
+        if not len(rgb):
+            return rgb.new_zeros(0, self.width, h, w)
+        exact = torch.promote_types(rgb.dtype, torch.float32)
+        x = self.prepare(rgb.to(exact)).to(self.model.dtype)
+        maps = torch.cat([self.maps(part) for part in x.split(self.chunk)])
+        return maps[..., :h, :w].to(rgb.dtype)
+
+
+class KLImageEncoder(FrozenEncoder):
+    "Frozen features of images at full resolution; any callable [v 3 h w] -> [v c m n] with a `width` may replace it."
 
     @classmethod
     def from_pretrained(
@@ -190,49 +257,227 @@ class KLImageEncoder(nn.Module):
         "The encoder with trained weights; see `load_autoencoder` for the sources and errors."
         return cls(load_autoencoder(source, subfolder=subfolder), chunk=chunk)
 
+    @staticmethod
+    def width_of(config: dict) -> int:
+        "Channels of the last up block."
+        return config.get("block_out_channels", [64])[0]
+
     @property
-    def width(self) -> int:
-        "Channels of the feature map."
-        return self.vae.config.block_out_channels[0]
+    def vae(self) -> nn.Module:
+        "diffusers' AutoencoderKL."
+        return self.model
 
     @property
     def factor(self) -> int:
         "Images of other sizes are padded to a multiple of it."
-        return downscale_factor(self.vae)
+        return downscale_factor(self.model)
 
-    def train(self, mode: bool = True) -> KLImageEncoder:
-        "Stay in evaluation mode, whatever the model around it does."
-        return super().train(False)
+    def prepare(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v 3 H W"]:
+        "Colour in -1..1, padded."
+        return pad_to_multiple(rgb * 2 - 1, self.factor)
 
-    @torch.no_grad()
-    def forward(
-        self,
-        rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
-    ) -> Float[Tensor, "v c h w"]:  # c = width, dtype of rgb
-        "Features of each pixel. Raises: ValueError if `rgb` is not a batch of colour images in 0..1."
-        check_images(rgb)
-        h, w = rgb.shape[-2:]
-        exact = torch.promote_types(rgb.dtype, torch.float32)
-        x = pad_to_multiple(rgb.to(exact) * 2 - 1, self.factor).to(self.vae.dtype)
-        if not len(x):
-            return rgb.new_zeros(0, self.width, h, w)
-        maps = torch.cat([last_up_block(self.vae, part) for part in x.split(self.chunk)])
-        return maps[..., :h, :w].to(rgb.dtype)
+    def maps(self, x: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c H W"]:
+        "The last up block."
+        return last_up_block(self.model, x)
+
+# %% ../nbs/30_image.ipynb #30c_kinds
+class TinyImageEncoder(FrozenEncoder):
+    "The small autoencoder that stands in for Stable Diffusion's: diffusers' AutoencoderTiny."
+
+    @staticmethod
+    def width_of(config: dict) -> int:
+        "Channels before the last convolution."
+        return config.get("decoder_block_out_channels", [64])[-1]
+
+    def prepare(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v 3 H W"]:
+        "Colour in -1..1, padded."
+        return pad_to_multiple(rgb * 2 - 1, 2 ** (len(self.config["num_encoder_blocks"]) - 1))
+
+    def maps(self, x: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c H W"]:
+        "The decoder up to its last convolution, from latents that are bounded as it bounds them."
+        z = torch.tanh(self.model.encode(x).latents / 3) * 3
+        return self.model.decoder.layers[:-1](z)
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of colours in 0..1
+
+
+class PatchImageEncoder(FrozenEncoder):
+    "A vision transformer of the transformers library: one feature a patch."
+
+    library, weights = "transformers", "model.safetensors"
+    classes = {
+        "dinov2": "Dinov2Model",
+        "dinov2_with_registers": "Dinov2WithRegistersModel",
+        "siglip": "SiglipVisionModel",
+        "siglip_vision_model": "SiglipVisionModel",
+    }  # model_type -> class
+
+    @staticmethod
+    def vision(config: dict) -> dict:
+        "The values of the image model; SigLIP's whole model has those of its text model beside them."
+        return config.get("vision_config", config)
+
+    @classmethod
+    def width_of(cls, config: dict) -> int:
+        "Channels of a patch."
+        return cls.vision(config).get("hidden_size", 768)
+
+    @classmethod
+    def map_hw_of(cls, config: dict, hw: tuple[int, int]) -> tuple[int, int]:
+        "Patches of images of this size, when the shorter side is as long as in training, at most 224."
+        values = cls.vision(config)
+        patch = values.get("patch_size", 16)
+        short = max(1, min(values.get("image_size", 224), 224) // patch)
+        return tuple(max(short, round(short * side / min(hw))) for side in hw)
+
+    def prepare(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v 3 H W"]:
+        "Whole patches, with the mean and the deviation that the model was trained with."
+        patch = self.vision(self.config)["patch_size"]
+        size = [patch * side for side in self.map_hw(tuple(rgb.shape[-2:]))]
+        x = F.interpolate(rgb, size, mode="bilinear", antialias=True)
+        usual = IMAGENET if "dinov2" in self.config["model_type"] else ((0.5,) * 3, (0.5,) * 3)
+        mean, deviation = (x.new_tensor(values)[:, None, None] for values in usual)
+        return (x - mean) / deviation
+
+    def maps(self, x: Float[Tensor, "v 3 H W"]) -> Float[Tensor, "v c m n"]:
+        "The last layer, without the tokens that are no patch."
+        siglip = "siglip" in self.config["model_type"]
+        more = dict(interpolate_pos_encoding=True) if siglip else {}
+        rows = self.model(pixel_values=x, **more).last_hidden_state
+        patch = self.vision(self.config)["patch_size"]
+        h, w = (side // patch for side in x.shape[-2:])
+        return rows[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
+
+
+KINDS = {"AutoencoderKL": KLImageEncoder, "AutoencoderTiny": TinyImageEncoder}
+KINDS |= dict.fromkeys(
+    PatchImageEncoder.classes, PatchImageEncoder
+)  # what config.json says -> class
+
+
+def load_patches(
+    source: str | os.PathLike,  # a folder, or an id on the hub
+    kind: str,  # model_type of its config.json
+    subfolder: str = "",
+) -> nn.Module:  # of transformers
+    "A vision transformer. Raises: ImportError, FileNotFoundError or ValueError in one line."
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            f"image {str(source)!r}: expected the package transformers, which reads {kind}, "
+            "found none; pip install 'unipre3d[vision]'"
+        ) from None
+
+    model = getattr(transformers, PatchImageEncoder.classes[kind])
+    folder = autoencoder_folder(source, subfolder)
+    options = dict(dtype=torch.float32) | ({"subfolder": subfolder} if subfolder else {})
+    if not folder.is_dir():
+        return model.from_pretrained(source, **options)
+    weights = regular_file(folder / PatchImageEncoder.weights, f"the weights of {kind}")
+    with reading(weights, "weights that fit config.json beside them", "copy both files again"):
+        net, found = model.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        if lack := sorted(found["missing_keys"]):
+            raise Found(f"no {lack[0]} in it")
+    check_weights(net.state_dict(), weights)
+    return net
+
+
+def image_config(
+    source: str | os.PathLike,  # "mini", a folder, or an id on the hub
+    subfolder: str = "",  # where the model lies inside the source
+) -> dict:
+    "The config.json of an image model. Raises: FileNotFoundError or ValueError in one line."
+    folder = autoencoder_folder(source, subfolder)
+    if source == "mini" or folder.is_dir():
+        return read_json(regular_file(folder / "config.json", "the config.json of an image model"))
+    named = isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
+    if not named:
+        raise FileNotFoundError(
+            f'image {str(source)!r}: expected "mini", an existing folder, a hub id "owner/name" or '
+            '"module:name", found no such folder; check the path'
+        )
+    from huggingface_hub import HfApi, hf_hub_download
+
+    place = dict(repo_id=source, filename="config.json", subfolder=subfolder or None)
+    try:
+        return read_json(hf_hub_download(**place, local_files_only=True))
+    except OSError:
+        pass
+    try:
+        HfApi().model_info(source, timeout=5)  # one quick knock, as above
+        return read_json(hf_hub_download(**place))
+    except Exception as problem:
+        raise FileNotFoundError(
+            f"image {source!r}: its {subfolder}{'/' * bool(subfolder)}config.json is not in the local "
+            f"cache and not obtainable from the hub ({type(problem).__name__}); put it and the weights "
+            'into a folder and pass that path, or use "mini"'
+        ) from None
+
+
+def kind_of(
+    config: dict,  # of `image_config`
+    where: str,  # its source, for messages
+) -> str:  # of KINDS
+    "Which kind of model it is. Raises: ValueError for another one."
+    kind = config.get("_class_name") or config.get("model_type") or "AutoencoderKL"
+    if kind not in KINDS:
+        raise ValueError(f"image {where}: expected one of {', '.join(KINDS)}, found {kind}")
+    return kind
+
+
+def load_image_encoder(
+    source: str | os.PathLike = "mini",  # "mini", a folder, an id on the hub, or "module:name"
+    *,
+    subfolder: str = "",  # where the model lies inside the source, such as "vae"
+    chunk: int = 8,  # images that go through at once
+) -> Callable:  # images [v 3 h w] in 0..1 to maps [v c m n]; has `width`
+    "Any frozen image model by name. Raises: ImportError, FileNotFoundError or ValueError in one line."
+    if re.fullmatch(r"[\w.]+:\w+", str(source)):
+        return find_callable(str(source))
+    kind = kind_of(image_config(source, subfolder), repr(str(source)))
+    if KINDS[kind] is PatchImageEncoder:
+        return PatchImageEncoder(load_patches(source, kind, subfolder), chunk=chunk)
+    return KINDS[kind](load_autoencoder(source, subfolder=subfolder, kind=kind), chunk=chunk)
+
+
+def find_callable(
+    name: str,  # "module:name"
+) -> Callable:
+    "A callable of an importable module. Raises: ValueError where there is none, or it has no width."
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as problem:
+        raise ValueError(
+            f"image {name!r}: expected a callable in an importable module, found {problem}"
+        ) from None
+    if not callable(found) or not isinstance(getattr(found, "width", None), int):
+        raise ValueError(
+            f"image {name!r}: expected a callable with a width, the channels of its maps, "
+            f"found {type(found).__name__}"
+        )
+    return found
 
 # %% ../nbs/30_image.ipynb #30cac42e
 def model_hash(
     net: nn.Module,  # on its own, or a `LazyEncoder`
 ) -> str:  # 16 hexadecimal digits
     "A name for what a frozen model computes: its weights, its settings, the code, the threads and the kind of processor."
-    settings = [net.chunk, metadata.version("diffusers"), torch.__version__]
+    settings = [type(net).__name__, net.chunk, metadata.version(net.library), torch.__version__]
     settings += [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
     settings += [code_hash("unipre3d.image")]
+    if isinstance(net, LazyEncoder):
+        settings[0] = net.kind.__name__
     digest = hashlib.sha256(json.dumps(settings).encode())
     if isinstance(net, LazyEncoder):
-        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        for file in ("config.json", net.kind.weights):
             digest.update((net.folder / file).read_bytes())
         return digest.hexdigest()[:16]
-    digest.update(json.dumps(dict(net.vae.config), default=str, sort_keys=True).encode())
+    digest.update(json.dumps(net.config, default=str, sort_keys=True).encode())
     for name, value in net.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -244,26 +489,32 @@ class LazyEncoder(nn.Module):
 
     def __init__(
         self,
-        source: str | os.PathLike = "mini",  # "mini" or a folder in diffusers' layout
+        source: str | os.PathLike = "mini",  # "mini" or a folder with config.json and weights
         *,
-        subfolder: str = "",  # where the autoencoder lies inside the source
+        subfolder: str = "",  # where the model lies inside the source
         chunk: int = 8,  # images that go through at once
     ):
         super().__init__()
         self.folder = autoencoder_folder(source, subfolder)
-        check_autoencoder_folder(self.folder)
-        config = json.loads((self.folder / "config.json").read_text())
-        self.width = config.get("block_out_channels", [64])[0]
+        self.config = image_config(self.folder)
+        self.kind = KINDS[kind_of(self.config, repr(str(source)))]
+        self.library = self.kind.library
+        regular_file(self.folder / self.kind.weights, "the weights of an image model")
+        self.width = self.kind.width_of(self.config)
         self.chunk = chunk
-        self.net: KLImageEncoder | None = None
+        self.net: FrozenEncoder | None = None
+
+    def map_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        "Height and width of the maps of images of this size."
+        return self.kind.map_hw_of(self.config, hw)
 
     def forward(
         self,
         rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
-    ) -> Float[Tensor, "v c h w"]:  # c = width
-        "As the encoder. Raises: as `load_autoencoder`, with the first images."
+    ) -> Float[Tensor, "v c m n"]:  # c = width
+        "As the encoder. Raises: as `load_image_encoder`, with the first images."
         if self.net is None:
-            self.net = KLImageEncoder(load_autoencoder(self.folder), chunk=self.chunk)
+            self.net = load_image_encoder(self.folder, chunk=self.chunk)
             self.net.to(rgb.device)
         return self.net(rgb)
 
@@ -275,7 +526,7 @@ class CachedFeatures(nn.Module):
 
     def __init__(
         self,
-        net: KLImageEncoder | LazyEncoder,
+        net: FrozenEncoder | LazyEncoder,
         limit: int,  # bytes on disk
         folder: str | Path | None = None,  # of the files; None means `cache_dir()`
     ):
@@ -296,7 +547,7 @@ class CachedFeatures(nn.Module):
             )
         return self.files[shape]
 
-    def compute(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v c h w"]:
+    def compute(self, rgb: Float[Tensor, "v 3 h w"]) -> Float[Tensor, "v c m n"]:
         "Maps from full chunks: the last one is filled up with black images."
         fill = -len(rgb) % self.net.chunk
         full = F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, fill))
@@ -312,7 +563,7 @@ class CachedFeatures(nn.Module):
         check_images(rgb)
         if rgb.device.type != "cpu" or rgb.dtype != torch.float32:
             return self.net(rgb)
-        file = self.file((self.width, *rgb.shape[2:]))
+        file = self.file((self.width, *self.net.map_hw(tuple(rgb.shape[2:]))))
         if file is None:
             return self.compute(rgb)
         pixels = rgb.contiguous().numpy()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .core import GaussianBatch, ViewBatch
 from .losses import ssim, weighted_mse
+from .processes import shared_count
 from .render import Render, render
 
 # %% auto #0
@@ -51,7 +52,7 @@ def depth_term(image: Render, target: ViewBatch, values: RenderObjective) -> Flo
         raise ValueError("depth: expected views with depth, these have none; leave the term out")
     known = (target.depth > 0) & (image.alpha > 0.5)
     error = (image.depth - target.depth).abs() * known
-    return error.sum() / known.sum().clamp(min=1)
+    return error.sum() / shared_count(known.sum())
 
 
 def ssim_term(image: Render, target: ViewBatch, values: RenderObjective) -> Float[Tensor, ""]:

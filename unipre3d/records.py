@@ -5,7 +5,7 @@
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
 import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +21,10 @@ from .core import data_dir
 from .files import read_json, reading
 
 # %% auto #0
-__all__ = ['PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'code_version', 'hardware', 'peak_memory_mb',
-           'code_hash', 'data_hash', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
-           'flush', 'write_error', 'written_whole', 'write_json', 'read_config', 'check_record', 'read_record',
+__all__ = ['END', 'MOST_OPENED', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES', 'CONFIG_TYPES',
+           'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash', 'cache_dir',
+           'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays', 'flush', 'write_error', 'written_whole',
+           'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record', 'read_record',
            'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
@@ -100,6 +101,33 @@ def data_hash(
     files = [file for file in path.glob(pattern) if file.is_file()]
     found = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in files)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+# %% ../nbs/01_records.ipynb #r01contentexp
+END = 2**14  # bytes that are read at the beginning of a file, and at its end
+MOST_OPENED = 20_000  # files of a folder that are opened
+
+
+def contents_hash(
+    path: str | Path,  # a file, or a folder
+) -> str:  # 64 hexadecimal digits
+    """sha256 of names, sizes and bytes, the same wherever the folder lies.
+
+    Raises: OSError for a file that cannot be read.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    every = -(-len(files) // MOST_OPENED)
+    digest = hashlib.sha256()
+    for number, file in enumerate(files):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()} {size} ".encode())
+        if number % every:
+            continue
+        with open(file, "rb") as opened:
+            digest.update(opened.read(END))
+            opened.seek(max(END, size - END))
+            digest.update(opened.read(END))
+    return digest.hexdigest()
 
 # %% ../nbs/01_records.ipynb #93730242
 def cache_dir() -> Path:
@@ -357,6 +385,33 @@ FIELDS = {
     "train": FINETUNE,  # what is no fine-tuning, such as that of the image model
     "autoencoder": AUTOENCODER,  # of an earlier version
 }
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(
+        "values data hardware metrics history start chosen details settings".split(), dict
+    ),
+    **dict.fromkeys("recipe task code backend".split(), str),
+    **dict.fromkeys("seed steps processes".split(), int),
+    **dict.fromkeys("train_seconds wall_seconds cpu_seconds seconds".split(), (int, float)),
+    "classes": list,
+    "resumed": bool,
+}  # of fields, where a record has them
+CONFIG_TYPES = {"task": str, "start": dict, "conditions": dict, "class_names": list}  # the same
+
+
+def check_types(
+    values: dict,  # of a file
+    types: Mapping[str, type | tuple[type, ...]],  # of some of its values, where it has them
+    name: str | Path,  # of the file, for messages
+) -> None:
+    """Raises: ValueError of one line for a value of another type."""
+    for key, kind in types.items():
+        if key in values and not isinstance(values[key], kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            words = " or ".join(one.__name__ for one in kinds)
+            found = str(values[key])[:60]
+            raise ValueError(
+                f"{name}: expected {key!r} to be of type {words}, found {found}; the file is damaged"
+            )
 
 
 def write_json(
@@ -369,15 +424,38 @@ def write_json(
         partial.write_text(text)
 
 
+def values_hash(
+    values: dict,  # plain
+) -> str:  # 64 hexadecimal digits
+    "sha256 of plain values, in whatever order."
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_config(
+    folder: str | Path,  # a run folder
+    config: dict,  # as `read_config`
+) -> None:
+    "What a run says of itself when it begins, with a hash of it."
+    write_json(Path(folder) / "config.json", config | {"sha256": values_hash(config)})
+
+
 def read_config(
     folder: str | Path,  # a run folder
 ) -> dict:  # the recipe's name and values; of a fine-tuning also task, start and class_names
     """What a run said of itself when it began.
 
-    Raises: FileNotFoundError, where the folder is not a run; ValueError for another file.
+    Raises: FileNotFoundError, where the folder is not a run; ValueError for another file, or one that was changed.
     """
     path = Path(folder) / "config.json"
-    return read_json(path, needs=dict(name=str), what="the config.json of a run")
+    config = read_json(path, needs=dict(name=str), what="the config.json of a run")
+    check_types(config, CONFIG_TYPES, path)
+    wanted = config.pop("sha256", None)  # earlier versions wrote none
+    if wanted not in (None, values_hash(config)):
+        raise ValueError(
+            f"{path}: expected the values that were written, found others; copy it again, "
+            "or take sha256 out of it if the change was meant"
+        )
+    return config
 
 
 def check_record(
@@ -412,6 +490,7 @@ def read_record(
     record = read_json(path, what="the record of a run")
     with reading(path, "the record of a run, with metrics by name"):
         check_record(record, path.name)
+    check_types(record, TYPES, path)
     return record
 
 

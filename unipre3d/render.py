@@ -20,8 +20,9 @@ from .gaussians import evaluate_sh, rotation_from_quat, select_rows
 
 # %% auto #0
 __all__ = ['EPS2D', 'ROWS', 'Render', 'project_centres', 'project_gaussians', 'pixel_alpha', 'composite', 'footprints',
-           'from_camera', 'front_to_back', 'render_one', 'render_dense', 'view_strips', 'Drawing', 'draw_views',
-           'draw_views_backward', 'Splat', 'render_cpu', 'render_gsplat', 'check_render', 'render']
+           'from_camera', 'front_to_back', 'render_one', 'render_dense', 'view_strips', 'Ellipses', 'camera_arrays',
+           'project_views', 'Drawing', 'draw_views', 'draw_views_backward', 'project_views_backward', 'Splat',
+           'render_cpu', 'render_gsplat', 'check_render', 'render']
 
 # %% ../nbs/52_render.ipynb #cd60ca16
 EPS2D = 0.3  # pixels^2 added to the diagonal of every 2-D covariance
@@ -229,129 +230,227 @@ def view_strips(
 
 # %% ../nbs/52_render.ipynb #ddac6b14
 @dataclass(frozen=True)
-class Drawing:
-    "What the backward pass needs from the forward pass beside the images."
+class Ellipses:
+    "The Gaussians of every view in two dimensions: rows, one view behind another."
 
-    arrays: list[np.ndarray]  # mean, quat, scale, opacity, sh
-    pose: np.ndarray  # [v 4 4] float64
-    K: np.ndarray  # [v 3 3] float64
-    cloud: np.ndarray  # [v] whose Gaussians a view shows
-    start: np.ndarray  # [B + 1] first Gaussian of each cloud
-    hw: tuple[int, int]
-    antialiased: bool
-    base: np.ndarray  # [v + 1] where each view keeps its ellipses
+    base: np.ndarray  # [v + 1] where the rows of each view may begin
     count: np.ndarray  # [v] how many it has
-    ids: np.ndarray  # [rows] Gaussian of each ellipse
-    xy: np.ndarray  # [rows 2] its centre
-    rec: np.ndarray  # [rows 8] its shape, opacity, colour, depth
-    lists: dict  # (view, first column) -> the ellipses that touch the columns of the strip
+    ids: np.ndarray  # [rows] Gaussian of each, rising within a view
+    rec: (
+        np.ndarray
+    )  # [rows 7] centre, shape, opacity, depth, as the kernel `project` describes them
+    colour: np.ndarray  # [rows 4] red, green, blue, depth
+    shape: np.ndarray  # [rows 3] factor of the opacity and two radii; or no rows
+    order: np.ndarray  # [rows] from near to far, counted within a view
+    span: np.ndarray  # [rows 2] columns of pixels that each reaches, in that order
 
     def rows(self, v: int) -> slice:
-        "Where view v keeps its ellipses."
+        "Where view v keeps its rows."
         return slice(self.base[v], self.base[v] + self.count[v])
+
+    def packed(self) -> Ellipses:
+        "The same without gaps between the views."
+        ranges = [np.arange(self.base[v], self.base[v] + n) for v, n in enumerate(self.count)]
+        at = np.concatenate(ranges)
+        names = ("ids", "rec", "colour", "order", "span")
+        kept = {name: getattr(self, name)[at] for name in names}
+        shape = self.shape[at] if len(self.shape) else self.shape
+        base = np.concatenate([[0], np.cumsum(self.count)])
+        return Ellipses(base=base, count=self.count, shape=shape, **kept)
+
+
+def camera_arrays(
+    pose: Float[Tensor, "v 4 4"],  # world to camera
+    K: Float[Tensor, "v 3 3"],  # intrinsics, pixels
+    hw: tuple[int, int],  # image height and width
+) -> tuple:  # pose, K, centre in the world [v 3], height, width
+    "The views as the compiled functions take them, in float64."
+    pose = pose.detach().double().contiguous()
+    centre = torch.linalg.solve(pose[:, :3, :3], -pose[:, :3, 3])
+    K = K.detach().double().contiguous()
+    return pose.numpy(), K.numpy(), centre.numpy(), *hw
+
+
+def project_views(
+    cloud: tuple,  # mean, quat, scale, covariance (or no rows), opacity, sh: arrays of all clouds
+    camera: tuple,  # as `camera_arrays` made it
+    rules: tuple,  # near, far, eps2d, smallest radius, antialiased, orthographic
+    start: np.ndarray,  # [B + 1] first Gaussian of each cloud
+    owner: np.ndarray,  # [v] whose Gaussians a view shows, rising
+    *,
+    shape: bool = False,  # note factors of opacities and radii, too
+) -> Ellipses:
+    "The compiled projection of every view."
+    from unipre3d.kernels import splat
+
+    first, size = start[owner], start[owner + 1] - start[owner]
+    base = np.concatenate([[0], np.cumsum(size)])
+    rows = base[-1]
+    e = Ellipses(
+        base=base,
+        count=np.zeros(len(owner), np.int64),
+        ids=np.empty(rows, np.int32),
+        rec=np.empty((rows, splat.N_REC)),
+        colour=np.empty((rows, splat.CHANNELS), np.float32),
+        shape=np.empty((rows if shape else 0, 3)),
+        order=np.empty(rows, np.int32),
+        span=np.empty((rows, 2), np.int32),
+    )
+    kept = [np.zeros(-(-n // splat.CHUNK), np.int64) for n in size]
+
+    def project(v, chunk):
+        begin = chunk * splat.CHUNK
+        end = min(begin + splat.CHUNK, size[v])
+        own = slice(base[v] + begin, base[v] + end)
+        span = first[v] + begin, first[v] + end
+        out = e.ids[own], e.rec[own], e.colour[own], e.shape[own]
+        kept[v][chunk] = splat.project(v, *span, cloud, camera, rules, *out)
+
+    def settle(v):
+        own = slice(base[v], base[v + 1])
+        rows = e.ids[own], e.rec[own], e.colour[own], e.shape[own], e.order[own], e.span[own]
+        columns = -(-camera[-1] // splat.TILE_W)
+        e.count[v] = splat.settle(kept[v], *rows, columns)
+
+    in_threads(project, [(v, chunk) for v in range(len(owner)) for chunk in range(len(kept[v]))])
+    in_threads(settle, [(v,) for v in range(len(owner))])
+    return e
+
+# %% ../nbs/52_render.ipynb #5e1a0c73
+@dataclass(frozen=True)
+class Drawing:
+    "What the backward pass needs from the forward pass; images have the width of whole columns."
+
+    colours: np.ndarray  # [passes rows 4] four channels of each pass
+    lists: dict  # (view, first column of a strip) -> the ellipses that touch its columns
+    expected: bool  # the last channel is divided by alpha
+    rgb: np.ndarray  # [passes v 3 h w] the first three channels of each pass
+    last: np.ndarray  # [passes v h w] the fourth
+    alpha: np.ndarray  # [v h w]
+    light: np.ndarray  # [v h w] what is left of it
 
 
 def draw_views(
-    arrays: list[np.ndarray],  # mean, quat, scale, opacity, sh in float32
-    cameras: CameraBatch,
-    start: np.ndarray,  # [B + 1] first Gaussian of each cloud
-    background: np.ndarray,  # [v 3]
-    antialiased: bool,
-    near: float,
-    far: float,
-) -> tuple[Drawing, list[np.ndarray]]:
-    "The compiled forward pass; rgb [v 3 h w], alpha, depth, light left [v h w], w a multiple of 8."
+    e: Ellipses,
+    colours: np.ndarray,  # [passes rows 4]
+    background: np.ndarray,  # [v passes 4]
+    hw: tuple[int, int],  # image height and width
+    *,
+    expected: bool,  # divide the last channel by alpha
+) -> Drawing:
+    "The compiled blending of every view, four channels a pass."
     from unipre3d.kernels import splat
 
-    n = len(cameras)
-    H, W = cameras.hw
-    columns = -(-W // splat.TILE_W)
-    cloud = cameras.batch.numpy()
-    base = np.concatenate([[0], np.cumsum(start[cloud + 1] - start[cloud])])
-    rows = base[-1]
+    n, passes = len(e.count), len(colours)
+    columns = -(-hw[1] // splat.TILE_W)
+    shape = (n, hw[0], columns * splat.TILE_W)
     d = Drawing(
-        arrays=arrays,
-        pose=cameras.world_to_cam.detach().double().contiguous().numpy(),
-        K=cameras.K.detach().double().contiguous().numpy(),
-        cloud=cloud,
-        start=start,
-        hw=cameras.hw,
-        antialiased=antialiased,
-        base=base,
-        count=np.zeros(n, np.int64),
-        ids=np.empty(rows, np.int32),
-        xy=np.empty((rows, 2)),
-        rec=np.empty((rows, splat.N_REC), np.float32),
+        colours=colours,
         lists={},
+        expected=expected,
+        rgb=np.empty((passes, n, 3, *shape[1:]), np.float32),
+        last=np.empty((passes, *shape), np.float32),
+        alpha=np.empty(shape, np.float32),
+        light=np.empty(shape, np.float32),
     )
-    order = np.empty(rows, np.int32)
     table = splat.table()
-    shape = (H, columns * splat.TILE_W)
-    images = [np.empty((n, *channels, *shape), np.float32) for channels in ((3,), (), (), ())]
-
-    def project(v):
-        own = slice(base[v], base[v + 1])
-        first, last = start[cloud[v]], start[cloud[v] + 1]
-        limits = near, far, EPS2D, antialiased
-        kept = d.ids[own], d.xy[own], d.rec[own], order[own]
-        d.count[v] = splat.project(v, *arrays, first, last, d.pose, d.K, H, W, *limits, *kept)
 
     def draw(v, strip):
-        at = d.rows(v)
-        xy, rec = d.xy[at], d.rec[at]
-        lists = splat.column_lists(d.count[v], xy, rec, order[at], *strip, H)
+        at = e.rows(v)
+        rows = e.rec[at], e.order[at], e.span[at]
+        lists = splat.strip_lists(e.count[v], *rows, *strip, hw[0])
         d.lists[v, strip[0]] = lists
-        splat.draw(table, xy, rec, *lists, *strip, background[v], *(image[v] for image in images))
+        for p in range(passes):
+            images = d.rgb[p, v], d.alpha[v], d.last[p, v], d.light[v]
+            behind = background[v, p], expected
+            splat.draw(table, colours[p, at], lists, *strip, *behind, *images)
 
-    in_threads(project, [(v,) for v in range(n)])
     in_threads(draw, list(product(range(n), view_strips(n, columns))))
-    return d, images
+    return d
 
 # %% ../nbs/52_render.ipynb #a11ad7ab
 ROWS = 1024  # Gaussians of one job of the backward projection
 
 
 def draw_views_backward(
+    e: Ellipses,
     d: Drawing,
-    images: list[np.ndarray],  # as `draw_views` made them
-    grads: list[np.ndarray],  # gradients of rgb, alpha, depth, same shapes
-) -> tuple[list[np.ndarray], np.ndarray]:
-    "The compiled backward pass: gradients of the arrays of `d`, and of the background [v 3]."
+    g_rgb: np.ndarray,  # gradients of the images of `d`, same shapes
+    g_last: np.ndarray,  # these two may have no pixels, [passes v 0 0] and [v 0 0]: they are zero
+    g_alpha: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The compiled backward pass of `draw_views`.
+
+    Returns sums [rows 6 + 4 passes] for each ellipse, six of its shape and the gradients of its channels,
+    and the gradient of the background [v passes 4].
+    """
     from unipre3d.kernels import splat
 
-    n = len(d.cloud)
-    strips = view_strips(n, images[1].shape[-1] // splat.TILE_W)
+    n, passes = len(e.count), len(d.colours)
+    strips = view_strips(n, d.alpha.shape[-1] // splat.TILE_W)
     table = splat.table()
-    sums = np.empty((len(strips), d.base[-1], splat.N_SUM), np.float32)
-    g_back = np.empty((n, len(strips), 3), np.float32)
-    g_arrays = [np.zeros_like(a) for a in d.arrays]
+    parts = {}
+    sums = np.zeros((e.base[-1], splat.N_SUM + splat.CHANNELS * (passes - 1)))
+    g_back = np.empty((n, passes, len(strips), 4), np.float32)
+    nothing = np.empty((0, 0), np.float32)
 
     def draw(v, s):
-        at = d.rows(v)
-        lists = d.lists[v, strips[s][0]]
-        view = [image[v] for image in (*images, *grads)]
-        out = sums[s, at], g_back[v, s]
-        splat.draw_backward(table, d.xy[at], d.rec[at], *lists, *strips[s], *view, *out)
+        for p in range(passes):
+            colour, lists = d.colours[p, e.rows(v)], d.lists[v, strips[s][0]]
+            images = d.rgb[p, v], d.alpha[v], d.last[p, v], d.light[v]
+            grads = g_rgb[p, v], nothing if p else g_alpha[v], g_last[p, v], g_back[v, p, s]
+            view = table, colour, lists, *strips[s], d.expected, *images
+            parts[v, s, p] = splat.draw_backward(*view, *grads)
 
-    def project(first, last, view_first, view_last):
-        span = first, last, view_first, view_last
-        camera = d.pose, d.K, *d.hw, EPS2D, d.antialiased
-        ellipses = d.base, d.count, d.ids, d.rec, sums
-        splat.project_backward(*span, *d.arrays, *camera, *ellipses, *g_arrays)
+    def add(v):
+        for s, p in product(range(len(strips)), range(passes)):
+            own = d.lists[v, strips[s][0]][0]
+            splat.add_rows(own, parts.pop((v, s, p)), sums[e.rows(v)], splat.CHANNELS * p)
 
     in_threads(draw, list(product(range(n), range(len(strips)))))
-    views = np.searchsorted(d.cloud, np.arange(len(d.start)))
+    in_threads(add, [(v,) for v in range(n)])
+    return sums, g_back.sum(2)
+
+
+def project_views_backward(
+    e: Ellipses,
+    cloud: tuple,  # these five as in `project_views`
+    camera: tuple,
+    rules: tuple,
+    start: np.ndarray,
+    owner: np.ndarray,
+    sums: np.ndarray,  # [rows 10] as `draw_views_backward` leaves them after one pass
+    *,
+    cameras: bool = False,  # gradients of the cameras, too
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The compiled backward pass of `project_views`: gradients of the arrays of `cloud`, and of cameras.
+
+    Those are [v 15]: nine of the rotation, three of the translation, three of the centre; zeros if not wanted.
+    """
+    from unipre3d.kernels import splat
+
+    grads = [np.zeros_like(array) for array in cloud]
+    views = np.searchsorted(owner, np.arange(len(start)))
     jobs = []
-    for b in np.unique(d.cloud):
-        for first in range(d.start[b], d.start[b + 1], ROWS):
-            last = min(first + ROWS, d.start[b + 1])
-            jobs.append((first, last, views[b], views[b + 1]))
+    for b in np.unique(owner):
+        for first in range(start[b], start[b + 1], ROWS):
+            last = min(first + ROWS, start[b + 1])
+            g_view = np.zeros((views[b + 1] - views[b] if cameras else 0, 15))
+            jobs.append((first, last, views[b], views[b + 1], g_view))
+
+    def project(*job):
+        ellipses = e.base, e.count, e.ids, e.rec, e.colour, sums
+        splat.project_backward(*job[:4], cloud, camera, rules, *ellipses, tuple(grads), job[4])
+
     in_threads(project, jobs)
-    return g_arrays, g_back.sum(1)
+    g_camera = np.zeros((len(owner), 15))
+    for _, _, view_first, view_last, g_view in jobs if cameras else ():
+        g_camera[view_first:view_last] += g_view
+    return grads, g_camera
 
 # %% ../nbs/52_render.ipynb #814890ba
 class Splat(torch.autograd.Function):
-    "The two compiled passes as one differentiable operation."
+    "The compiled passes as one differentiable operation."
 
     @staticmethod
     def forward(
@@ -359,32 +458,42 @@ class Splat(torch.autograd.Function):
     ):
         "Colour, alpha and depth."
         arrays = [t.detach().contiguous().numpy() for t in (mean, quat, scale, opacity, sh)]
-        back = background.detach().contiguous().numpy()
-        ctx.drawing, drawn = draw_views(arrays, cameras, start, back, antialiased, near, far)
-        images = [torch.from_numpy(image) for image in drawn]
+        cloud = (*arrays[:3], np.empty((0, 3, 3), np.float32), *arrays[3:])
+        camera = camera_arrays(cameras.world_to_cam, cameras.K, cameras.hw)
+        rules = float(near), float(far), EPS2D, -1.0, antialiased, False
+        ctx.views = cloud, camera, rules, start, cameras.batch.numpy()
+        ctx.ellipses = e = project_views(*ctx.views)
+        behind = F.pad(background.detach(), (0, 1))[:, None].numpy()
+        ctx.drawing = d = draw_views(e, e.colour[None], behind, cameras.hw, expected=True)
+        images = [torch.from_numpy(image) for image in (d.rgb[0], d.alpha, d.last[0])]
         ctx.save_for_backward(mean, scale, quat, opacity, sh, *images)
         ctx.set_materialize_grads(False)
-        width = cameras.hw[1]
-        if images[0].shape[-1] == width:
-            return tuple(images[:3])
-        return tuple(image[..., :width].contiguous() for image in images[:3])
+        ctx.width = cameras.hw[1]
+        if d.alpha.shape[-1] == ctx.width:
+            return tuple(images)
+        return tuple(image[..., : ctx.width].contiguous() for image in images)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         "Gradients of the six tensors; there is none of what follows them."
-        images = [t.numpy() for t in ctx.saved_tensors[5:]]
-        margin = images[0].shape[-1] - ctx.drawing.hw[1]
+        ctx.saved_tensors  # refuses what was changed in place since
+        d = ctx.drawing
+        margin = d.alpha.shape[-1] - ctx.width
         wide = []
-        for grad, image in zip(grads, images):
-            if grad is None:
-                wide.append(np.broadcast_to(np.zeros_like(image[:1]), image.shape))
+        for grad, image in zip(grads, (d.rgb[0], d.alpha, d.last[0])):
+            if grad is None and image.ndim == 4:
+                wide.append(np.zeros_like(image))
+            elif grad is None:
+                wide.append(np.empty((len(image), 0, 0), np.float32))
             else:
                 padded = F.pad(grad, (0, margin)) if margin else grad
                 wide.append(padded.contiguous().numpy())
-        arrays, background = draw_views_backward(ctx.drawing, images, wide)
-        mean, quat, scale, opacity, sh = arrays
-        found = mean, scale, quat, opacity, sh, background
+        g_rgb, g_alpha, g_last = wide
+        sums, g_back = draw_views_backward(ctx.ellipses, d, g_rgb[None], g_last[None], g_alpha)
+        g_cloud, _ = project_views_backward(ctx.ellipses, *ctx.views, sums)
+        mean, quat, scale, _, opacity, sh = g_cloud
+        found = mean, scale, quat, opacity, sh, g_back[:, 0, :3]
         return *(torch.from_numpy(g) for g in found), *[None] * 5
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num, UInt8
 
 # %% auto #0
-__all__ = ['FAR', 'NEAR', 'refusal', 'check_array', 'MissingPoints', 'narrow_points', 'check_points', 'centre_points',
-           'color_scale', 'check_colors', 'unit_colors', 'check_normals', 'check_labels', 'narrow_labels',
-           'check_poses', 'check_intrinsics', 'check_depth', 'check_cloud', 'store_column']
+__all__ = ['FAR', 'NEAR', 'refusal', 'plain_array', 'check_array', 'MissingPoints', 'narrow_points', 'check_points',
+           'centre_points', 'color_scale', 'check_colors', 'unit_colors', 'check_normals', 'check_labels',
+           'narrow_labels', 'check_poses', 'check_intrinsics', 'check_depth', 'check_cloud', 'store_column']
 
 # %% ../nbs/03_values.ipynb #9eb16949
 def refusal(
@@ -27,6 +27,22 @@ def refusal(
     return ValueError(
         f"{where}: expected {expected}, found {found}" + (f"; {hint}" if hint else "")
     )
+
+
+def plain_array(
+    values: Any,  # an array, or what numpy makes one of
+    where: str,  # the file or the cloud, and its column
+) -> np.ndarray:  # in the byte order of this machine, NaN where numbers are masked
+    """An array of any type.
+
+    Raises: ValueError of one line for what is none."""
+    try:
+        if np.ma.isMaskedArray(values):
+            values = values.astype(np.float64).filled(np.nan)
+        values = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as problem:
+        raise refusal(where, "an array of numbers", " ".join(str(problem).split())[:160]) from None
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def check_array(
@@ -42,7 +58,7 @@ def check_array(
 
     Raises: ValueError of one line for another shape, another number of rows, none, or something that is no number.
     """
-    values = np.asarray(values)
+    values = plain_array(values, where)
     if not columns and values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     want = ["n" if count is None else count] + [columns] * bool(columns)
@@ -193,7 +209,7 @@ def check_normals(
     Raises: ValueError of one line for numbers that are not finite.
     """
     normal = normal.astype(np.float32, copy=False)
-    square = np.einsum("nc,nc->n", normal, normal)
+    square = np.einsum("nc,nc->n", normal, normal, dtype=np.float64)  # of 1e30 too
     if not np.isfinite(square).all():
         wrong = int((~np.isfinite(normal)).sum())
         hint = hint or "write zeros where there is no normal"
@@ -201,7 +217,8 @@ def check_normals(
     off = (np.abs(square - 1) > 0.02) & (square > 0)
     if not off.any():
         return np.ascontiguousarray(normal)
-    return np.where(off[:, None], normal / np.sqrt(np.where(off, square, 1))[:, None], normal)
+    length = np.sqrt(np.where(off, square, 1))[:, None]
+    return np.where(off[:, None], normal / length, normal).astype(np.float32)
 
 # %% ../nbs/03_values.ipynb #e4dff3b6
 def check_labels(
@@ -218,9 +235,14 @@ def check_labels(
 
     Raises: ValueError of one line for one that is cut, or out of range.
     """
-    labels = np.asarray(labels)
+    labels = plain_array(labels, where)
+    if labels.dtype.kind not in "biuf":
+        some = str(labels.flat[0])[:40] if labels.size else "nothing"
+        raise refusal(where, f"{what} as whole numbers", f"{labels.dtype} such as {some}", hint)
+    if labels.dtype.kind == "f":
+        labels = labels.astype(np.float64, copy=False)  # 16 bits end at 65504
     top = 2**31 if high is None else high
-    bottom = -1 if unlabelled else low
+    bottom = -1 if unlabelled and low <= 0 else low
     if low <= 0 and labels.dtype.kind != "f" and _within(labels, bottom, top):
         return labels.astype(np.int32, copy=False)
     none = np.isin(labels, [-1, -100, *([255] if top <= 255 else [])]) & unlabelled
@@ -230,7 +252,9 @@ def check_labels(
     if wrong.any():
         expected = f"{what} in {bottom}..{top - 1}"
         raise refusal(where, expected, f"{labels[wrong].flat[0]:g}", hint)
-    return np.where(none, -1, labels).astype(np.int32)
+    found = labels.astype(np.int32)  # first: -1 is 255 in uint8
+    found[none] = -1
+    return found
 
 
 def _within(values, low, high) -> bool:
@@ -352,7 +376,8 @@ def store_column(
         if not _peak(values) < FAR:
             remedy = "leave those points out of every array"
             raise refusal(where, f"finite numbers below {FAR:g}", "others", remedy)
-        return narrow_points(values)
+        points, _ = check_points(values, where)
+        return points
     if name == "color":
         return check_colors(values, where)
     if name == "normal":

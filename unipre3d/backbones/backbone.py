@@ -5,7 +5,7 @@
 # %% ../../nbs/backbones/39_backbone.ipynb #5f6f3c4d
 from __future__ import annotations
 import inspect, json, re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core import PointBatch
-from ..files import check_weights, read_json, read_safetensors, reading, regular_file
+from ..files import Found, check_weights, read_json, read_safetensors, reading, regular_file
 from ..geometry.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d
 
 # %% auto #0
-__all__ = ['Source', 'MATRIX_LAYERS', 'as_ours', 'Match', 'match_released', 'freeze', 'Backbone', 'decay_names']
+__all__ = ['Source', 'MATRIX_LAYERS', 'as_ours', 'Match', 'match_released', 'freeze', 'whole_numbers', 'Backbone', 'decay_names']
 
 # %% ../../nbs/backbones/39_backbone.ipynb #0216a98f
 def as_ours(
@@ -76,6 +76,17 @@ def freeze(
 ) -> Any:
     "Lists become tuples, so that a configuration that was read equals the one that was written."
     return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+
+
+def whole_numbers(
+    value: Any,  # plain values at any depth
+) -> Iterator[int]:
+    "All whole numbers in it."
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from whole_numbers(one)
 
 
 class Backbone(nn.Module):
@@ -238,10 +249,15 @@ class Backbone(nn.Module):
         config.pop("transform", None)  # of the clouds that it knows
         if kind != cls.__name__:
             raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
-        with reading(config_file, f"the arguments of {kind}"):
-            model = cls(**{k: freeze(v) for k, v in config.items()})
         weights, _ = read_safetensors(weights_file)
         check_weights(weights, weights_file)
+        count = sum(weight.numel() for weight in weights.values())
+        with reading(config_file, f"the arguments of {kind}"):
+            if (
+                max(whole_numbers(config), default=0) > count
+            ):  # no layer is so wide, no stack so deep
+                raise Found(f"{max(whole_numbers(config))} beside {count} weights")
+            model = cls(**{k: freeze(v) for k, v in config.items()})
         with reading(weights_file, f"the weights of the model in {config_file.name}"):
             model.load_state_dict(weights)
         return model.eval()

@@ -5,6 +5,7 @@
 # %% ../../nbs/backbones/47_ptv3.ipynb #7a49b532
 from __future__ import annotations
 import functools, importlib, importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from ..geometry.serialization import hilbert_code, z_code
 from ..geometry.sparse import SparseTensor, SubMConv3d, merge_voxels, point_cells
 
 # %% auto #0
-__all__ = ['CURVES', 'curve_digits', 'curve_codes', 'Patches', 'cut_patches', 'attend_rectangle', 'flash_kernel', 'attend',
+__all__ = ['CURVES', 'curve_digits', 'curve_codes', 'Patches', 'cut_patches', 'attend_rectangle', 'packed_kernel', 'attend',
            'Level', 'finest_level', 'coarser_level', 'Down', 'Up', 'PatchAttention', 'PatchBlock', 'PTv3']
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #9dd4c0a5
@@ -110,8 +111,17 @@ def attend_rectangle(
 
 
 @functools.cache
-def flash_kernel():
-    "flash-attention's function for packed sequences; None where the package is not installed."
+def packed_kernel() -> (
+    Callable | None
+):  # (qkv, starts, longest) -> as `attend`; None where there is none
+    "Attention of sequences of any length laid end to end, in half precision on a GPU: torch's own, else flash-attention's."
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+        def attend_packed(qkv, starts, longest):
+            return varlen(*qkv.unbind(1), starts, starts, longest, longest)
+
+        return attend_packed
     if importlib.util.find_spec("flash_attn") is None:
         return None
     return getattr(importlib.import_module("flash_attn"), "flash_attn_varlen_qkvpacked_func", None)
@@ -121,9 +131,10 @@ def attend(
     qkv: Float[Tensor, "s 3 heads d"],  # queries, keys and values at the places of the patches
     patches: Patches,
 ) -> Float[Tensor, "s heads d"]:
-    "Softmax attention within each patch: flash-attention where it can run, else `attend_rectangle`."
-    packed = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and flash_kernel()
-    if not packed:
+    "Softmax attention within each patch: a kernel for packed sequences where one can run, else `attend_rectangle`."
+    half = qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16)
+    packed = packed_kernel() if half and qkv.shape[-1] % 8 == 0 else None
+    if packed is None:
         return attend_rectangle(qkv, patches)
     starts = F.pad(patches.lengths.cumsum(0), (1, 0)).int()
     return packed(qkv.contiguous(), starts, patches.longest)

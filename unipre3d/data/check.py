@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .augment import PosedViews
 from .labelled import S3DIS, ModelNet40, ScanObjectNN, ShapeNetPart
-from .readers import Reader, Store, found_at
+from .readers import Reader, Store, check_view, found_at
 from .samples import check_meeting
 from .scannet import ScanNetFrames
 from .shapenet import ShapeNetViews
@@ -165,6 +165,7 @@ def check_frames(
     kept = []
     for k, frame in enumerate(frames):
         view = reader.view(i, frame)
+        check_view(view, reader.hw, f"{name}: frame {frame}")
         if view.depth is not None:
             check_depth(view.depth, f"{name}: depth of frame {frame}")
         if k in some:

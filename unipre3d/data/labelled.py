@@ -21,6 +21,7 @@ from unipre3d.data.readers import (
     Layout,
     RoomReader,
     Store,
+    check_apart,
     check_option,
     fit_radius,
     found_at,
@@ -300,7 +301,14 @@ class ModelNet40(ObjectReader):
             )
         return read_words(path, "this list", self.layout.hint).split()
 
+    def _apart(self, pattern, names):
+        "Compare the lists of both splits, where both are there."
+        files = [self.root / pattern.format(split) for split in ("train", "test")]
+        if all(file.is_file() for file in files):
+            check_apart({str(file): names(file.name) for file in files}, "object")
+
     def _text_items(self, split):
+        self._apart("modelnet40_{}.txt", self._lines)
         listed, items = f"modelnet40_{split}.txt", []
         for name in self._lines(listed):
             kind = name.rpartition("_")[0]
@@ -312,10 +320,14 @@ class ModelNet40(ObjectReader):
         return items
 
     def _h5_items(self, split):
+        def names(listed):
+            return [PureWindowsPath(line).name for line in self._lines(listed)]
+
+        self._apart("{}_files.txt", names)
         listed = self.root / f"{split}_files.txt"
         paths = sorted(self.root.glob(f"ply_data_{split}*.h5"))
         if listed.is_file():
-            paths = [self.root / PureWindowsPath(line).name for line in self._lines(listed.name)]
+            paths = [self.root / name for name in names(listed.name)]
         if not paths:
             raise FileNotFoundError(
                 self.layout.say(
@@ -351,7 +363,7 @@ def write_modelnet40(
     split: str,  # "train" or "test"
     form: str = "normal_resampled",  # or "ply_hdf5"
 ) -> Path:  # the folder
-    "One split in one of ModelNet40's two forms."
+    "One split in one of ModelNet40's two forms; objects are numbered on from the other split."
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / ModelNet40.forms[form]).write_text("\n".join(classes) + "\n")
@@ -368,7 +380,10 @@ def write_modelnet40(
             file["normal"] = np.stack(y_up)[..., 3:]
             file["label"] = np.uint8([[classes.index(kind)] for kind in kinds])
         return root
-    names = [f"{kind}_{k + 1:04d}" for k, kind in enumerate(kinds)]
+    other = root / f"modelnet40_{'test' if split == 'train' else 'train'}.txt"
+    taken = other.read_text().split() if other.is_file() else []
+    first = 1 + max((int(name.rpartition("_")[2]) for name in taken), default=0)
+    names = [f"{kind}_{first + k:04d}" for k, kind in enumerate(kinds)]
     (root / f"modelnet40_{split}.txt").write_text("\n".join(names) + "\n")
     for name, kind, rows in zip(names, kinds, y_up):
         (root / kind).mkdir(exist_ok=True)
@@ -432,9 +447,11 @@ class ShapeNetPart(ObjectReader):
         self.parts = shapenet_parts()  # category -> part numbers
         self.classes = list(self.parts)
         self.synsets = self._categories()
-        self.items = (
-            self._list("train") + self._list("val") if split == "trainval" else self._list(split)
-        )
+        own = ("train", "val") if split == "trainval" else (split,)
+        others = [other for other in ("train", "val", "test") if self._listed(other).is_file()]
+        items = {name: self._list(name) for name in dict.fromkeys((*own, *others))}
+        check_apart({str(self._listed(k)): [one[0] for one in items[k]] for k in items})
+        self.items = [item for name in own for item in items[name]]
 
     def _categories(self):
         "synset -> category."
@@ -452,8 +469,11 @@ class ShapeNetPart(ObjectReader):
                 )
         return {synset: name for name, synset in rows}
 
+    def _listed(self, split):
+        return self.root / "train_test_split" / f"shuffled_{split}_file_list.json"
+
     def _list(self, split):
-        path = self.root / "train_test_split" / f"shuffled_{split}_file_list.json"
+        path = self._listed(split)
         if not path.is_file():
             raise FileNotFoundError(
                 self.layout.say(
@@ -481,12 +501,12 @@ class ShapeNetPart(ObjectReader):
         rows = read_text(path, 7, self.layout)
         kind = self.classes[label]
         own = self.parts[kind]
-        known = dict(low=own[0], unlabelled=False, what=f"parts of a {kind}")
-        check_labels(rows[:, 6], path, own[-1] + 1, **known, hint=self.layout.hint)
+        known = dict(low=own[0], what=f"parts of a {kind}", hint=self.layout.hint)
+        rows[:, 6] = check_labels(rows[:, 6], path, own[-1] + 1, **known)
         return self._object(rows, path)
 
     def rows(self, i: int) -> Cloud:
-        "`xyz` and `normal` [n 3] float32, `part` [n] int32 in 0..49."
+        "`xyz` and `normal` [n 3] float32, `part` [n] int32 in 0..49, -1 = not labelled."
         xyz, normal, part = np.split(self.cache.get(i, lambda: self._read(i)), (3, 6), 1)
         return dict(xyz=xyz, normal=normal, part=part[:, 0].astype(np.int32))
 

@@ -41,9 +41,10 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['Cloud', 'RADIUS', 'View', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat', 'class_labels', 'hold_out',
-           'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius', 'fit_radius', 'Store', 'Cache',
-           'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader', 'RoomReader']
+__all__ = ['Cloud', 'RADIUS', 'HIDDEN', 'View', 'check_view', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat',
+           'check_apart', 'class_labels', 'hold_out', 'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius',
+           'fit_radius', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader',
+           'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -56,6 +57,19 @@ class View:
     rgb: UInt8[np.ndarray, "h w 3"]
     depth: Float[np.ndarray, "h w"] | None = None  # float32 metres along z, 0 = missing
     mask: Bool[np.ndarray, "h w"] | None = None  # where the image shows the cloud; None: everywhere
+
+
+def check_view(
+    view: View,
+    hw: tuple[int, int],  # of the reader
+    where: str,  # which view, for messages
+) -> None:
+    """Raises: ValueError of one line for an image of another size, or with another number of channels."""
+    for part, wanted in dict(rgb=(*hw, 3), depth=tuple(hw), mask=tuple(hw)).items():
+        found = getattr(view, part)
+        if found is not None and np.shape(found) != wanted:
+            expected = f"an array {list(wanted)}"
+            raise refusal(f"{where}: {part}", expected, str(list(np.shape(found))))
 
 
 class Reader(Protocol):
@@ -109,6 +123,8 @@ def as_views(
     """Images and cameras as tensors.
 
     Raises: ValueError of one line for a pose that is not rigid, no focal length, or depth in another unit."""
+    if np.ndim(rgb) != 4 or rgb.shape[3] != 3:
+        raise refusal("as_views: rgb", "an array [v h w 3]", str(list(np.shape(rgb))))
     rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, "as_views: rgb")
     images = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
     if images.dtype == torch.uint8:
@@ -255,6 +271,22 @@ class Concat:
         return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
 
 
+def check_apart(
+    lists: dict[str, Iterable[str]],  # which file or folder of a split -> what it names
+    what: str = "object",  # for messages
+) -> None:
+    """Splits have nothing in common, or a run would be tested on what it was trained on.
+
+    Raises: ValueError that names the first thing in two lists, and both lists."""
+    owner: dict[str, str] = {}
+    for where, names in lists.items():
+        for name in names:
+            first = owner.setdefault(name, where)
+            if first != where:
+                expected = f"each {what} in one split"
+                raise refusal(where, expected, f"{name}, which {first} has too", "keep one of them")
+
+
 def class_labels(
     reader: Reader,  # of objects
 ) -> Int[np.ndarray, "n"]:  # int64
@@ -359,6 +391,9 @@ def fit_radius(
     return ((xyz.astype(np.float64) - center) * scale).astype(np.float32)
 
 # %% ../../nbs/data/19_readers.ipynb #r19store
+HIDDEN = (".", "__MACOSX")  # how names begin that a system adds for itself
+
+
 class Store:
     """Files below one root, a folder or a zip; safe to hand to other processes.
 
@@ -424,16 +459,21 @@ class Store:
         "Folders in a folder, sorted; of a zip those that hold something."
         if self.is_zip:
             return sorted(n for n in self.names(folder) if self.names(f"{folder}/{n}".lstrip("/")))
-        return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_dir())
+        entries = os.scandir(self.root / folder)
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
 
     def names(self, folder: str = "") -> set[str]:
-        "What a folder holds; nothing if there is no such folder."
+        "What a folder holds, hidden names left out; nothing if there is no such folder."
         if not self.is_zip:
-            return set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
+            place = self.root / folder
+            names = os.listdir(place) if place.is_dir() else ()
+            return {name for name in names if not name.startswith(HIDDEN)}
         if self._tree is None:
             self._tree = {}
             for name in self.zip.namelist():
                 parts = name.rstrip("/").split("/", 16)  # deeper folders are none
+                if any(part.startswith(HIDDEN) for part in parts):
+                    continue
                 for k, part in enumerate(parts):
                     self._tree.setdefault("/".join(parts[:k]), set()).add(part)
         return self._tree.get(folder, set())

@@ -17,24 +17,26 @@ from torch.utils.data import Dataset
 
 from ..core import CameraBatch, PointBatch, Sample, ViewBatch, offsets
 from .augment import Augment, Cloud, PosedViews, augment, augment_views, move_cameras
-from .readers import Cache, Reader, Views
+from .readers import Cache, Reader, Views, check_view
 from .scannet import ScanNetFrames
 from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
 from unipre3d.values import (
+    check_array,
     check_cloud,
     check_depth,
     check_intrinsics,
     check_labels,
     check_poses,
+    plain_array,
     refusal,
     unit_colors,
 )
 
 # %% auto #0
-__all__ = ['FEATURES', 'STORED', 'FLIP', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk', 'Samples',
-           'Labelled', 'CloudSamples', 'meeting', 'other_readings', 'check_meeting', 'pack_views', 'has_views',
-           'ViewSamples']
+__all__ = ['FEATURES', 'STORED', 'FLIP', 'FACTORS', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk',
+           'Samples', 'Labelled', 'CloudSamples', 'meeting', 'other_readings', 'check_meeting', 'pack_views',
+           'has_views', 'ViewSamples']
 
 # %% ../../nbs/data/26_samples.ipynb #ac60612d
 def choose_views(
@@ -246,8 +248,11 @@ class Samples(Dataset):
         if label is None:
             return None
         classes = len(self.source.classes)
-        (label,) = check_labels([label], f"{self.name(index)}: label", classes, unlabelled=False)
-        return int(label)
+        where = f"{self.name(index)}: label"
+        label = check_array(
+            plain_array(label, where).reshape(-1), where, count=1, like="one object"
+        )
+        return int(check_labels(label, where, classes, unlabelled=False)[0])
 
     def rng(self, index: int, draw: int) -> np.random.Generator:
         "The generator of one sample."
@@ -380,6 +385,15 @@ class CloudSamples(Samples):
 
 # %% ../../nbs/data/26_samples.ipynb #v26meet
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's camera axes: y up, z backward
+FACTORS = (
+    0.001,
+    0.1,
+    1 / 6.5535,
+    0.2,
+    0.25,
+    10.0,
+    1000.0,
+)  # from millimetres: Replica has 6553.5 a metre, TUM 5000, Matterport 4000
 
 
 def meeting(
@@ -437,7 +451,7 @@ def other_readings(
         "inverted poses with OpenGL axes": replace(views, world_to_cam=FLIP @ inverse),
     }
     if views.depth is not None:
-        for factor in (0.001, 0.1, 0.2, 10.0, 1000.0):
+        for factor in FACTORS:
             text = f"depth multiplied by {factor:g}"
             if depth_scale:
                 text = f"a depth scale of {depth_scale / factor:g} units a metre (--depth-scale)"
@@ -479,9 +493,13 @@ def pack_views(
     "Some images and cameras of each cloud as tensors, float32."
 
     def join(name):
-        if getattr(views[0], name) is not None:
-            arrays = [getattr(one, name)[part] for one, part in zip(views, parts)]
+        arrays = [getattr(one, name) for one in views]
+        if not any(array is None for array in arrays):
+            arrays = [array[part] for array, part in zip(arrays, parts)]
             return torch.from_numpy(np.concatenate(arrays))
+        if not all(array is None for array in arrays):
+            remedy = "keep films with and without it in folders of their own"
+            raise refusal("views", f"{name} in all clouds of a batch, or in none", "some", remedy)
 
     pixels = join("rgb")
     rgb = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -580,7 +598,7 @@ class ViewSamples(Samples):
 
     def _about_origin(self, index):
         # a room is moved in double precision, an object in that of the batch
-        rows, pose = self.rows(index), self.source.world_to_cam(self.places[index])
+        rows, pose = self.rows(index), np.asarray(self.source.world_to_cam(self.places[index]))
         if "origin" in rows:
             pose = move_cameras(pose, shift=-rows["origin"])
         if not self.center:
@@ -601,12 +619,22 @@ class ViewSamples(Samples):
     def _views(self, index, numbers, pose):
         i = self.places[index]
         views = [self.source.view(i, number) for number in numbers]
+        for number, view in zip(numbers, views):
+            check_view(view, self.source.hw, f"{self.name(index)}: frame {number}")
         images = ([getattr(view, name) for view in views] for name in ("rgb", "depth", "mask"))
         rgb, depth, mask = (None if one[0] is None else np.stack(one) for one in images)
         rgb = rgb if rgb.dtype == np.uint8 else unit_colors(rgb, f"{self.name(index)}: rgb")
         depth = None if depth is None else check_depth(depth, f"{self.name(index)}: depth")
-        K = np.tile(self.source.K(i), (len(views), 1, 1))
-        places = np.searchsorted(self.source.frames(i), numbers)
+        mask = None if mask is None else mask.astype(bool, copy=False)
+        K = np.asarray(self.source.K(i))
+        if K.shape != (3, 3):
+            raise refusal(f"{self.name(index)}: K", "one matrix of 3 x 3", str(list(K.shape)))
+        K = np.tile(K, (len(views), 1, 1))
+        frames = self.source.frames(i)
+        if len(pose) != len(frames):
+            where = f"{self.name(index)}: world_to_cam"
+            raise refusal(where, f"one pose for each of {len(frames)} frames", str(len(pose)))
+        places = np.searchsorted(frames, numbers)
         return PosedViews(rgb, depth, mask, pose[places], K)
 
     def _check_views(self, index, numbers, views):
@@ -615,7 +643,7 @@ class ViewSamples(Samples):
             return
         i, name, rows = self.places[index], self.name(index), self.rows(index)
         places = np.searchsorted(self.source.frames(i), numbers)
-        poses = self.source.world_to_cam(i)[places]  # of the files' own world, as the points
+        poses = np.asarray(self.source.world_to_cam(i))[places]  # of the files' own world
         poses = check_poses(poses, f"{name}: world_to_cam", "world-to-camera")
         check_intrinsics(views.K[0], views.rgb.shape[1:3], f"{name}: K")
         stored = replace(views, world_to_cam=poses)

@@ -30,12 +30,20 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from .readers import DecodedImages, Layout, RoomReader, Store, View, check_option
-from .shapenet import read_pose
+from unipre3d.data.readers import (
+    DecodedImages,
+    Layout,
+    RoomReader,
+    Store,
+    View,
+    check_apart,
+    check_option,
+)
+from .shapenet import SPLITS, read_pose
 from ..values import check_colors, check_labels, store_column
 
 # %% auto #0
-__all__ = ['FOCAL', 'COLUMNS', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'FRAME_NAME', 'NYU40', 'read_intrinsics',
+__all__ = ['FOCAL', 'COLUMNS', 'NO_DEPTH', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'FRAME_NAME', 'NYU40', 'read_intrinsics',
            'scale_intrinsics', 'standard_intrinsics', 'resize_nearest', 'read_color', 'read_depth', 'ImageHeader',
            'read_header', 'write_cloud', 'write_frame', 'write_intrinsics', 'trace_box', 'box_color', 'box_cameras',
            'box_cloud', 'box_frame', 'write_box_rooms', 'LabelSet', 'scannet_labels', 'ScanNetFrames', 'SensHeader',
@@ -175,6 +183,7 @@ def read_header(
 COLUMNS = dict(
     coord=3, color=3, normal=3, segment20=0, segment200=0, instance=0
 )  # of a cloud's files; 0 is a plain list
+NO_DEPTH = "none"  # an empty file in the folder of depth: the film has none
 
 
 def write_cloud(
@@ -211,7 +220,7 @@ def write_frame(
     scene: str,
     number: int,
     color: UInt8[np.ndarray, "H W 3"],
-    depth: Num[np.ndarray, "h w"],  # millimetres, 0 = missing
+    depth: Num[np.ndarray, "h w"] | None,  # millimetres, 0 = missing; None: a film without depth
     pose: Float[np.ndarray, "4 4"],  # camera to world
     quality: int = 95,  # of the JPEG
 ) -> None:
@@ -220,7 +229,10 @@ def write_frame(
     for kind in ("color", "depth"):
         (folder / kind / scene).mkdir(parents=True, exist_ok=True)
     Image.fromarray(color).save(folder / "color" / scene / f"{number}.jpg", quality=quality)
-    Image.fromarray(depth.astype(np.uint16)).save(folder / "depth" / scene / f"{number}.png")
+    if depth is None:
+        (folder / "depth" / scene / NO_DEPTH).touch()
+    else:
+        Image.fromarray(depth.astype(np.uint16)).save(folder / "depth" / scene / f"{number}.png")
     _write_matrix(folder / "pose" / scene / f"{number}.txt", pose)
 
 
@@ -464,8 +476,9 @@ class ScanNetFrames(RoomReader):
                 f"request it at {SCANNET.source}"
             )
         self.store = Store(self.root)
-        names = self.store.names(self.split)
-        found = sorted(name for name in names if self.store.names(f"{self.split}/{name}"))
+        scenes = {s: self._scenes_of(s) for s in dict.fromkeys((*SPLITS, self.split))}
+        check_apart({str(self.root / s): names for s, names in scenes.items()}, "scene")
+        found = scenes[self.split]
         if not found:
             holds = ", ".join(sorted(self.store.names())[:6]) or "nothing"
             raise FileNotFoundError(
@@ -474,6 +487,10 @@ class ScanNetFrames(RoomReader):
                 f"; {self.root} holds {holds}"
             )
         return found
+
+    def _scenes_of(self, split):
+        names = self.store.names(split)
+        return sorted(name for name in names if self.store.names(f"{split}/{name}"))
 
     def _frame_files(self, i):
         "{number: {kind: path}} of all frames."
@@ -489,6 +506,8 @@ class ScanNetFrames(RoomReader):
                 number = FRAME_NAME.fullmatch(path.stem)
                 if path.suffix.lower() in suffixes and number:
                     found.setdefault(int(number[1]), {})[kind] = f"{folder}/{path.name}"
+            if kind == "depth" and NO_DEPTH in names:
+                found = {number: files | dict(depth=None) for number, files in found.items()}
         return found
 
     def _stored_intrinsics(self, i, size):
@@ -555,7 +574,7 @@ class ScanNetFrames(RoomReader):
             try:
                 pose = self._pose(own)
                 color = self._size("color", own["color"])
-                depth = self._size("depth", own["depth"])
+                depth = self._size("depth", own["depth"]) if own["depth"] else color
             except _Skip as reason:
                 reasons[str(reason)] += 1
                 continue
@@ -565,8 +584,9 @@ class ScanNetFrames(RoomReader):
             elif size not in (None, depth):
                 expected = f"of {size[1]} x {size[0]} as in the scene's other frames"
             if expected:
+                kind = "depth" if own["depth"] else "color"
                 raise ValueError(
-                    f"{self.root / own['depth']}: expected depth {expected}, "
+                    f"{self.root / own[kind]}: expected {kind} {expected}, "
                     f"found {depth[1]} x {depth[0]}"
                 )
             size = depth
@@ -631,7 +651,7 @@ class ScanNetFrames(RoomReader):
         return self._film(i).K
 
     def view(self, i: int, frame: int) -> View:
-        "Colour and depth of one frame, by its number in `frames(i)`."
+        "Colour, and depth unless the film has none, of one frame, by its number in `frames(i)`."
         film = self._film(i)
         if frame not in film.files:
             raise ValueError(
@@ -652,7 +672,8 @@ class ScanNetFrames(RoomReader):
             return self.cache.get((kind, i, frame), lambda: self._pixels(kind, path))
 
         try:
-            return View(pixels("color"), self._metres(pixels("depth")))
+            known = film.files[frame]["depth"] is not None
+            return View(pixels("color"), self._metres(pixels("depth")) if known else None)
         except (ValueError, TypeError) as problem:
             raise ValueError(f"{problem}; without this file its frame is skipped") from None
 
@@ -874,6 +895,7 @@ def read_labels(
             segment = np.array([index.__index__() for index in segment], dtype=np.int64)
         with reading(groups, "objects with a whole objectId and their segments"):
             found |= _object_labels(segment, objects, categories)
+        check_labels(found["instance"], groups, what="objectId")
     for name, rows in found.items():
         if len(rows) != n:
             raise ValueError(

@@ -23,17 +23,26 @@ from unipre3d.data.readers import (
     DecodedImages,
     Store,
     View,
+    check_apart,
     fit_radius,
     object_scale,
 )
 from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
 from ..records import data_hash
-from ..values import check_labels, check_normals, check_points, check_poses, unit_colors
+from unipre3d.values import (
+    check_labels,
+    check_normals,
+    check_points,
+    check_poses,
+    refusal,
+    unit_colors,
+)
 
 # %% auto #0
-__all__ = ['HALF_TURN', 'SPLITS', 'CONVENTION', 'read_pose', 'read_orbit', 'decode_image', 'clear_black', 'resize_image',
-           'released_points', 'turntable', 'choose_splits', 'split_objects', 'ShapeNetViews', 'export_objects']
+__all__ = ['VIEW_ENDS', 'DARK', 'HALF_TURN', 'SPLITS', 'CONVENTION', 'MOST_VIEWS', 'read_pose', 'read_orbit', 'decode_image',
+           'clear_black', 'resize_image', 'released_points', 'turntable', 'choose_splits', 'split_objects',
+           'ShapeNetViews', 'export_objects']
 
 # %% ../../nbs/data/22_shapenet.ipynb #c447608f
 def read_pose(
@@ -75,14 +84,18 @@ def read_orbit(
     return orbit_poses(table)
 
 # %% ../../nbs/data/22_shapenet.ipynb #f618efec
+VIEW_ENDS = (".png", ".jpg", ".jpeg", ".webp")  # how views may end, in capitals too
+DARK = 16  # of 255: what a JPEG makes of black beside an outline is darker
+
+
 def decode_image(
-    data: bytes,  # PNG or WebP
+    data: bytes,  # PNG, WebP or JPEG
     name: str = "image",  # the file, for messages
 ) -> Image.Image:  # mode RGB or RGBA
     """An image, wholly decoded.
 
     Raises: ValueError unless it decodes and has three or four channels."""
-    image = decode_picture(data, name, ("PNG", "WEBP"))
+    image = decode_picture(data, name, ("PNG", "WEBP", "JPEG"))
     if image.mode not in ("RGB", "RGBA"):
         raise ValueError(
             f"{name}: expected 3 or 4 channels of 8 bits (RGB or RGBA), found mode {image.mode}"
@@ -120,7 +133,8 @@ def resize_image(
     else:
         channels = scaled(image)
         rgb = channels[..., :3]
-        mask = channels[..., 3] > 0 if image.mode == "RGBA" else rgb.any(-1)
+        dark = DARK if image.format == "JPEG" else 0
+        mask = channels[..., 3] > 0 if image.mode == "RGBA" else rgb.max(-1) > dark
     out = np.empty((4, *mask.shape), dtype=np.uint8)
     out[:3] = rgb.transpose(2, 0, 1)
     out[3] = 255 * mask
@@ -222,6 +236,17 @@ CONVENTION = dict(
 )  # what `convention.json` must hold
 
 
+MOST_VIEWS = 9999  # of an object
+
+
+def _other_name(name, there):
+    "What stands in the place of a view's file: in capitals, or another kind of picture."
+    stem, end = name.split(".")
+    ends = dict.fromkeys([f".{end}", *(VIEW_ENDS if f".{end}" in VIEW_ENDS else ())])
+    small = {other.lower(): other for other in sorted(there, reverse=True)}
+    return next((small[stem + end] for end in ends if stem + end in small), None)
+
+
 class ShapeNetViews:
     """Objects with posed views. Rows: `xyz`, perhaps `normal`, `color` (0..1), `part` (0 = none; names in `parts`).
 
@@ -291,7 +316,12 @@ class ShapeNetViews:
                 "expected convention.json (files that this package wrote); "
                 "for the released files pass --convention released"
             )
-        return self._read_json("convention.json", CONVENTION)
+        found = self._read_json("convention.json", CONVENTION)
+        if not (0 < found["fov"] < 180 and 0 < found["views"] <= MOST_VIEWS):
+            said = f"{found['fov']} and {found['views']}"
+            expected = f"a fov in 0..180 degrees and 1..{MOST_VIEWS} views"
+            raise refusal(self.store.where("convention.json"), expected, said)
+        return found
 
     def _read_json(self, name, needs):
         return decode_json(self.store.read(name), self.store.where(name), needs=needs)
@@ -318,7 +348,8 @@ class ShapeNetViews:
         if self.table:
             known = sorted({row["split"] for row in self.table.values()})
             if split not in known:
-                raise ValueError(f"split: expected one of {known}, got {split!r}")
+                where = self.store.where("objects.csv")
+                raise ValueError(f"split: expected one of {known} (of {where}), got {split!r}")
             keep = {item for item, row in self.table.items() if row["split"] == split}
         elif any(self.store.has(f"{s}.txt") for s in (split, *SPLITS)):
             keep = self._listed(split)
@@ -333,6 +364,11 @@ class ShapeNetViews:
             )
         return found
 
+    def _read_list(self, name):
+        "The lines of a list, and the objects that they name."
+        lines = [line.strip() for line in self.store.text(name).splitlines() if line.strip()]
+        return lines, {tuple(line.removesuffix(".npy").split("-", 1)) for line in lines}
+
     def _listed(self, split):
         "The objects that `<split>.txt` names."
         path = self.store.root / f"{split}.txt"
@@ -342,8 +378,10 @@ class ShapeNetViews:
                 "expected a list of objects, one <synset>-<model> a line, as there is for another split"
                 "; found nothing there"
             )
-        lines = [line.strip() for line in self.store.text(path.name).splitlines() if line.strip()]
-        named = {tuple(line.removesuffix(".npy").split("-", 1)) for line in lines}
+        lines, named = self._read_list(path.name)
+        others = [f"{s}.txt" for s in SPLITS if self.store.has(f"{s}.txt")]
+        if split in SPLITS:
+            check_apart({self.store.where(n): map("-".join, self._read_list(n)[1]) for n in others})
         found = named & set(self.everything)
         if not found:
             expected = "expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list"
@@ -388,9 +426,9 @@ class ShapeNetViews:
         quiet = len(self.items) < 1000
         for item in tqdm(self.items, desc="checking objects", delay=2, leave=False, disable=quiet):
             folder = "/".join(item)
-            missing = [
-                f"{folder}/easy/{n}" for n in sorted(needed - self.store.names(f"{folder}/easy"))
-            ]
+            there = self.store.names(f"{folder}/easy")
+            lacking = sorted(needed - there)
+            missing = [f"{folder}/easy/{n}" for n in lacking if not _other_name(n, there)]
             points = self._cloud_file(item)
             if Path(points).name not in self.store.names(f"{folder}/pts"):
                 missing.insert(0, points)
@@ -514,13 +552,19 @@ class ShapeNetViews:
             if len(poses) != self.n_views:
                 raise ValueError(f"{where}: expected {self.n_views} lines, found {len(poses)}")
             return poses
-        names = [f"{folder}/{k:02d}.txt" for k in range(self.n_views)]
+        names = [self._named(folder, f"{k:02d}.txt") for k in range(self.n_views)]
         poses = [read_pose(self.store.text(n), str(self.store.root / n)) for n in names]
         return HALF_TURN @ np.stack(poses) if self.released and self.z_up else np.stack(poses)
 
     def image_file(self, i: int, k: int) -> str:
         "The image of view `k`."
-        return f"{self.name(i)}/easy/{k:02d}{self.convention['suffix']}"
+        return self._named(f"{self.name(i)}/easy", f"{k:02d}{self.convention['suffix']}")
+
+    def _named(self, folder, name):
+        "A file as it is called, or as it should be where there is none."
+        if self.store.has(f"{folder}/{name}"):
+            return f"{folder}/{name}"
+        return f"{folder}/{_other_name(name, self.store.names(folder)) or name}"
 
     def stored_hw(self, i: int) -> tuple[int, int]:
         "Height and width of an object's views as they are stored."

@@ -4,6 +4,8 @@
 
 # %% ../../nbs/geometry/13_sparse.ipynb #3843231e
 from __future__ import annotations
+import functools
+import importlib
 import importlib.util
 import math
 from dataclasses import dataclass, field, replace
@@ -25,8 +27,8 @@ from ..kernels.threads import in_threads
 
 # %% auto #0
 __all__ = ['Triple', 'PARTS', 'cell_numbers', 'SparseTensor', 'neighbour_table', 'RowBlock', 'Plan', 'Rulebook', 'Rules',
-           'CompiledConv', 'sparse_conv', 'submanifold_rules', 'Origin', 'strided_rules', 'SubMConv3d', 'SparseConv3d',
-           'SparseInverseConv3d', 'merge_voxels', 'point_cells']
+           'CompiledConv', 'sparse_conv', 'submanifold_rules', 'Origin', 'strided_rules', 'spconv_build', 'SubMConv3d',
+           'SparseConv3d', 'SparseInverseConv3d', 'merge_voxels', 'point_cells']
 
 # %% ../../nbs/geometry/13_sparse.ipynb #5285fd24
 Triple = tuple[int, int, int]
@@ -552,16 +554,26 @@ def strided_rules(
     return SparseTensor(x.feat.new_zeros(len(index), 0), index, shape, x.size, cache, origin), rules
 
 # %% ../../nbs/geometry/13_sparse.ipynb #f3187420
+@functools.cache
+def spconv_build() -> str:  # "CUDA", "CPU", or "" where spconv is not installed
+    "For what the installed spconv is built. The package of the bare name is for processors; spconv-cu126 and its like are for GPUs."
+    if importlib.util.find_spec("spconv") is None:
+        return ""
+    facts = importlib.import_module("spconv.cppconstants")
+    return "CPU" if facts.CPU_ONLY_BUILD else "CUDA"
+
+
 def _use_spconv(owner: str, backend: str, x: SparseTensor) -> bool:
     "Whether a layer should call spconv for this tensor."
     theirs = x.feat.dtype in (torch.float32, torch.float16)
     if backend == "torch" or (backend == "auto" and not theirs):
         return False
-    here = x.feat.device.type == "cuda" and importlib.util.find_spec("spconv") is not None
+    here = x.feat.is_cuda and spconv_build() == "CUDA"
     if backend == "spconv" and not here:
+        built = spconv_build() or "no"
         raise ValueError(
-            f"{owner}.backend: 'spconv' needs a CUDA tensor and the spconv package, "
-            f"found a tensor on {x.feat.device}; use backend='auto' or 'torch'"
+            f"{owner}.backend: 'spconv' needs a CUDA tensor and spconv built for CUDA, found a tensor on "
+            f"{x.feat.device} and {built} build of spconv; use backend='auto' or 'torch'"
         )
     return here
 

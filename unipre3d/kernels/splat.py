@@ -2,17 +2,20 @@
 
 The chapter `52_render` teaches what is computed here; this file is about doing it fast. The plan:
 
-1. `project` turns the Gaussians of one view into 2-D ones, drops those that cannot reach a pixel and
-   sorts the rest by depth. Its arithmetic is float64: it is scalar code anyway.
-2. `column_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in
+1. `project` turns the Gaussians of one view into 2-D ones and drops those that cannot reach a pixel;
+   `settle` sorts them by depth. Their arithmetic is float64: it is scalar code anyway.
+2. `strip_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in
    which rows exactly.
 3. `draw` walks over tiles of 8 x 64 pixels. Its inner loop, `blend`, adds one Gaussian to one row of
-   8 pixels at a time. It is written with explicit vectors of eight floats (`Float8` below). A compiler
-   that finds vectors by itself may stop to do so unnoticed, and scalar code is many times slower.
+   8 pixels at a time, or to two rows where registers hold sixteen floats. It is written with explicit
+   vectors (`vectors` below). A compiler that finds vectors by itself may stop to do so unnoticed, and
+   scalar code is many times slower.
+   A pass draws four channels; more of them take several passes.
 4. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray.
    Nothing but the images is needed from the forward pass, and there is no division by the
    transmittance. It leaves ten sums for each Gaussian and view.
-5. `project_backward` takes these sums back to means, quaternions, scales, opacities and harmonics.
+5. `project_backward` takes these sums back to means, quaternions, scales (or covariances), opacities,
+   harmonics and cameras.
 
 Nothing that is handed in may make these functions touch memory that is not theirs. `project` keeps a
 Gaussian only if all that is computed from it is finite and within the limits below. Every comparison
@@ -21,14 +24,15 @@ number becomes an index before it is held between the ends of its range. With NU
 the vector loads and stores are checked; `tests/test_render_fuzz.py` runs all of it that way.
 
 All functions release the interpreter lock and write to memory of their own, so a caller may run them in
-threads: `project` over views, `draw*` over (view, strip of columns), `project_backward` over ranges of
-Gaussians. Results do not depend on the threads. All kernels live in one file because the on-disk cache
+threads: `project` over (view, range of Gaussians), `settle` and `add_rows` over views, `draw*` over (view,
+strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads. All kernels live in one file because the on-disk cache
 does not see edits to a callee in another one.
 """
 
 import math
 import operator
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import config, float64, njit, types
@@ -36,9 +40,15 @@ from numba.extending import intrinsic, models, overload, register_model
 
 f32, u64 = np.float32, np.uint64
 
-TILE_W, TILE_H = 8, 64  # pixels of a tile: one vector wide
-ROW = 6 * TILE_W  # floats of a tile row in the working buffer: six images
-N_REC, N_SUM = 8, 10  # floats that describe a 2-D Gaussian; sums that its backward leaves
+TILE_W, TILE_H = 8, 64  # pixels of a tile
+WIDE = llvm.get_host_cpu_features().get("avx512f", False) and not config.CPU_NAME
+LANES = 16 if WIDE else 8  # floats of a vector: one or two rows of a tile
+PAIR = LANES // TILE_W
+BAND = 6 * LANES  # floats of PAIR rows in the working buffer: six images
+N_REC, N_SUM = 7, 10  # numbers that describe a 2-D Gaussian; sums that its backward leaves
+CHANNELS = 4  # of one pass
+CHUNK = 4096  # Gaussians of one job of `project`
+MOST_SH = 25  # spherical harmonics of degree 4
 CHECK = 16  # after this many Gaussians a tile ends if none of its pixels takes light any more
 
 LOG2_255 = math.log2(255.0)
@@ -68,10 +78,11 @@ EXP2 = (
     9.18861184e-03,
     9.38788340e-04,
 )  # 2^x on [-1, 0]
-# where `table` keeps the largest alpha, log2 of the smallest, the light of a finished pixel, and 1
-CAP, FAINT, DARK, LIGHT = 56, 64, 72, 80
+# where `table` keeps rows, 2^x, the largest alpha, log2 of the smallest, the light of a finished pixel, and 1
+BELOW, POWER = LANES, 2 * LANES
+CAP, FAINT, DARK, LIGHT = 8 * LANES, 9 * LANES, 10 * LANES, 11 * LANES
 
-# real spherical harmonics up to degree 3
+# real spherical harmonics up to degree 4
 S0 = math.sqrt(1 / (4 * math.pi))
 S1 = math.sqrt(3 / (4 * math.pi))
 S2A = math.sqrt(15 / (4 * math.pi))
@@ -82,6 +93,11 @@ S3B = math.sqrt(105 / (4 * math.pi))
 S3C = math.sqrt(21 / (32 * math.pi))
 S3D = math.sqrt(7 / (16 * math.pi))
 S3E = math.sqrt(105 / (16 * math.pi))
+S4A = 0.75 * math.sqrt(35 / math.pi)
+S4B = 0.75 * math.sqrt(35 / (2 * math.pi))
+S4C = 0.75 * math.sqrt(5 / math.pi)
+S4D = 0.75 * math.sqrt(5 / (2 * math.pi))
+S4E = 0.1875 / math.sqrt(math.pi)
 
 RULES = dict(nogil=True, error_model="numpy", fastmath={"contract"})
 kernel = njit(cache=True, **RULES)
@@ -145,6 +161,20 @@ def normal_of(P, A, S):
 
 
 @part
+def root_of(P, A, S):
+    "The two rows of Q = P A diag(S), one behind the other."
+    a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
+    return (
+        (P[0] * a00 + P[1] * a10 + P[2] * a20) * S[0],
+        (P[0] * a01 + P[1] * a11 + P[2] * a21) * S[1],
+        (P[0] * a02 + P[1] * a12 + P[2] * a22) * S[2],
+        (P[3] * a00 + P[4] * a10 + P[5] * a20) * S[0],
+        (P[3] * a01 + P[4] * a11 + P[5] * a21) * S[1],
+        (P[3] * a02 + P[4] * a12 + P[5] * a22) * S[2],
+    )
+
+
+@part
 def gram(q00, q01, q02, q10, q11, q12):
     "The covariance (a b; b c) = Q Q' of an ellipse."
     return (
@@ -176,16 +206,6 @@ def to_camera(mean, g, cam, v):
 
 
 @part
-def centre_of(cam, v):
-    "Where the camera of view v stands in the world."
-    return (
-        -(cam[v, 0, 0] * cam[v, 0, 3] + cam[v, 1, 0] * cam[v, 1, 3] + cam[v, 2, 0] * cam[v, 2, 3]),
-        -(cam[v, 0, 1] * cam[v, 0, 3] + cam[v, 1, 1] * cam[v, 1, 3] + cam[v, 2, 1] * cam[v, 2, 3]),
-        -(cam[v, 0, 2] * cam[v, 0, 3] + cam[v, 1, 2] * cam[v, 1, 3] + cam[v, 2, 2] * cam[v, 2, 3]),
-    )
-
-
-@part
 def derivative(cam, v, jx, jy, tu, tv):
     "P = J W row by row: pixels per world unit at the slopes (tu, tv), with (jx, jy) = focal / depth."
     return (
@@ -212,6 +232,54 @@ def frustum(K, v, H, W):
 
 
 @part
+def linearise(x, y, z, K, v, limits, ortho):
+    """Where the centre falls (pixels), and where the projection is linearised.
+
+    Those are the slopes x/z and y/z held inside the limits, and focal / depth along both axes.
+    """
+    fx, fy, cx, cy = K[v, 0, 0], K[v, 1, 1], K[v, 0, 2], K[v, 1, 2]
+    if ortho:
+        return fx * x + cx, fy * y + cy, 0.0, 0.0, fx, fy
+    u0, u1, v0, v1 = limits
+    rz = 1.0 / z
+    tu, tv = min(max(x * rz, u0), u1), min(max(y * rz, v0), v1)
+    return fx * x * rz + cx, fy * y * rz + cy, tu, tv, fx * rz, fy * rz
+
+
+@part
+def times_symmetric(x, y, z, S):
+    "The row (x, y, z) times a symmetric matrix, of which S is the upper triangle row by row."
+    return (
+        x * S[0] + y * S[1] + z * S[2],
+        x * S[1] + y * S[3] + z * S[4],
+        x * S[2] + y * S[4] + z * S[5],
+    )
+
+
+@part
+def upper(cov, g):
+    "The upper triangle of the covariance of Gaussian g, row by row."
+    return (
+        float64(cov[g, 0, 0]),
+        float64(cov[g, 0, 1]),
+        float64(cov[g, 0, 2]),
+        float64(cov[g, 1, 1]),
+        float64(cov[g, 1, 2]),
+        float64(cov[g, 2, 2]),
+    )
+
+
+@part
+def spread(P, S):
+    "The covariance (a b; b c) = P S P' of an ellipse."
+    x, y, z = times_symmetric(P[0], P[1], P[2], S)
+    a = x * P[0] + y * P[1] + z * P[2]
+    b = x * P[3] + y * P[4] + z * P[5]
+    x, y, z = times_symmetric(P[3], P[4], P[5], S)
+    return a, b, x * P[3] + y * P[4] + z * P[5]
+
+
+@part
 def fill(d, i, value, dx, dy, dz):
     "Row i of `harmonics`."
     d[i, 0], d[i, 1], d[i, 2], d[i, 3] = value, dx, dy, dz
@@ -219,7 +287,7 @@ def fill(d, i, value, dx, dy, dz):
 
 @part
 def harmonics(d, x, y, z, k):
-    """Fill d [16 4] with the first k spherical harmonics at the unit direction (x, y, z).
+    """Fill d [25 4] with the first k spherical harmonics at the unit direction (x, y, z).
 
     The value stands first, its three derivatives follow.
     """
@@ -244,6 +312,25 @@ def harmonics(d, x, y, z, k):
             fill(d, 13, -S3C * x * five, -S3C * five, 0.0, -10 * S3C * x * z)
             fill(d, 14, S3E * z * (xx - yy), 2 * S3E * x * z, -2 * S3E * y * z, S3E * (xx - yy))
             fill(d, 15, -S3A * x * (xx - 3 * yy), -3 * S3A * (xx - yy), 6 * S3A * x * y, 0.0)
+        if k > 16:
+            seven, minus, xy = 7 * zz - 1, xx - yy, x * y
+            odd_y, odd_x, three = y * (3 * xx - yy), x * (xx - 3 * yy), 7 * zz - 3
+            fill(d, 16, S4A * xy * minus, S4A * odd_y, S4A * odd_x, 0.0)
+            fill(d, 17, -S4B * z * odd_y, -6 * S4B * xy * z, -3 * S4B * z * minus, -S4B * odd_y)
+            fill(d, 18, S4C * xy * seven, S4C * y * seven, S4C * x * seven, 14 * S4C * xy * z)
+            fill(d, 19, -S4D * y * z * three, 0.0, -S4D * z * three, -3 * S4D * y * seven)
+            fill(d, 20, S4E * ((35 * zz - 30) * zz + 3), 0.0, 0.0, 20 * S4E * z * three)
+            fill(d, 21, -S4D * x * z * three, -S4D * z * three, 0.0, -3 * S4D * x * seven)
+            fill(
+                d,
+                22,
+                0.5 * S4C * minus * seven,
+                S4C * x * seven,
+                -S4C * y * seven,
+                7 * S4C * z * minus,
+            )
+            fill(d, 23, -S4B * z * odd_x, -3 * S4B * z * minus, 6 * S4B * xy * z, -S4B * odd_x)
+            fill(d, 24, 0.25 * S4A * (minus * minus - 4 * xy * xy), S4A * odd_x, -S4A * odd_y, 0.0)
 
 
 # ---------------------------------------------------------------------------------- forward, a view
@@ -283,99 +370,92 @@ def sort_by_depth(depth, order):
         a, b = b, a
 
 
+@part
+def half_width(rec, i):
+    "Half the width of the ellipse of row i, where its alpha reaches 1/255 (pixels)."
+    e, f, h = rec[i, 2], rec[i, 3], rec[i, 4]
+    return math.sqrt((f * f + h * h) * (rec[i, 5] + LOG2_255) * MARGIN) / (e * h)
+
+
 @kernel
-def project(
-    v,
-    mean,
-    quat,
-    scale,
-    opacity,
-    sh,
-    first,
-    last,
-    cam,
-    K,
-    H,
-    W,
-    near,
-    far,
-    eps2d,
-    antialiased,
-    ids,
-    xy,
-    rec,
-    order,
-):
-    """Project Gaussians first..last into view v, keep those that can reach a pixel, sort them.
+def project(v, first, last, cloud, camera, rules, ids, rec, colour, shape):
+    """Project Gaussians first..last into view v and keep those whose box of `radii` overlaps the image.
 
     Returns how many there are. A Gaussian of which something is not finite, or beyond the limits at the
     head of this file, is left out.
 
-    Written for each: `ids` its index, `xy` the centre in pixels, `rec` (e, f, h, log2 opacity, red,
-    green, blue, depth). The triangle (e f; 0 h) is the root of the inverse covariance in bits: with
-    y1 = e dx + f dy, y2 = h dy, alpha = opacity * 2^-(y1^2 + y2^2).
+    `cloud` is (mean, quat, scale, cov, opacity, sh): with rows in `cov` [n 3 3], quat and scale are not
+    read; `sh` [n k 3] may have k = 0, then colours come from elsewhere. `camera` is (pose [v 4 4],
+    K [v 3 3], centre [v 3], H, W), `rules` (near, far, eps2d, clip, antialiased, ortho).
+
+    Written for each: `ids` its index; `rec` (centre in pixels, e, f, h, log2 opacity, depth); `colour`
+    (red, green, blue, depth); `shape`, where it has rows, (factor of the opacity, radii in pixels). The
+    triangle (e f; 0 h) is the root of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
+    alpha = opacity * 2^-(y1^2 + y2^2).
     """
-    fx, fy, cx, cy = K[v, 0, 0], K[v, 1, 1], K[v, 0, 2], K[v, 1, 2]
-    u0, u1, v0, v1 = frustum(K, v, H, W)
-    ox, oy, oz = centre_of(cam, v)
+    mean, quat, scale, cov, opacity, sh = cloud
+    pose, K, centre, H, W = camera
+    near, far, eps2d, clip, antialiased, ortho = rules
+    limits = frustum(K, v, H, W)
+    ox, oy, oz = centre[v, 0], centre[v, 1], centre[v, 2]
     k = sh.shape[1]
     far = min(far, FARTHEST)
-    Y = np.empty((16, 4))
-    depth = np.empty(last - first)
+    Y = np.empty((MOST_SH, 4))
     m = 0
     for g in range(first, last):
         alpha = float(opacity[g])
         if not alpha * 255.0 >= 1.0:
             continue
-        x, y, z = to_camera(mean, g, cam, v)
+        x, y, z = to_camera(mean, g, pose, v)
         if not (z >= near and z <= far):
             continue
-        rz = 1.0 / z
-        mx, my = fx * x * rz + cx, fy * y * rz + cy
-        tu, tv = min(max(x * rz, u0), u1), min(max(y * rz, v0), v1)
-        jx, jy = fx * rz, fy * rz
-        s0, s1, s2 = S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
-        # cheap first: no ellipse is wider than that of a sphere of its largest scale
-        widest = max(s0 * s0, s1 * s1, s2 * s2)
-        off_x = max(0.5 - mx, mx - (W - 0.5), 0.0)
-        off_y = max(0.5 - my, my - (H - 0.5), 0.0)
+        mx, my, tu, tv, jx, jy = linearise(x, y, z, K, v, limits, ortho)
+        # cheap first: no ellipse is wider than that of a sphere of its largest deviation
+        if len(cov):
+            widest = float64(cov[g, 0, 0]) + cov[g, 1, 1] + cov[g, 2, 2]
+        else:
+            s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+            widest = float64(max(s0 * s0, s1 * s1, s2 * s2))
+        off_x = max(-mx, mx - W, 1.0) - 1.0
+        off_y = max(-my, my - H, 1.0) - 1.0
         if off_x * off_x > WIDEST * (jx * jx * (1 + tu * tu) * widest + eps2d):
             continue
         if off_y * off_y > WIDEST * (jy * jy * (1 + tv * tv) * widest + eps2d):
             continue
-        _, inverse_length, A = rotation(quat, g)
-        a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
-        p00, p01, p02, p10, p11, p12 = P = derivative(cam, v, jx, jy, tu, tv)
-        q00 = (p00 * a00 + p01 * a10 + p02 * a20) * s0
-        q01 = (p00 * a01 + p01 * a11 + p02 * a21) * s1
-        q02 = (p00 * a02 + p01 * a12 + p02 * a22) * s2
-        q10 = (p10 * a00 + p11 * a10 + p12 * a20) * s0
-        q11 = (p10 * a01 + p11 * a11 + p12 * a21) * s1
-        q12 = (p10 * a02 + p11 * a12 + p12 * a22) * s2
-        a, b, c = gram(q00, q01, q02, q10, q11, q12)
+        P = derivative(pose, v, jx, jy, tu, tv)
+        if len(cov):
+            a, b, c = spread(P, upper(cov, g))
+            det0 = max(a * c - b * b, 0.0)
+        else:
+            _, inverse_length, A = rotation(quat, g)
+            if not inverse_length <= 1.0 / SHORTEST_QUAT:
+                continue
+            S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+            a, b, c = gram(*root_of(P, A, S))
+            det0 = a * c - b * b
+            if not det0 > SAFE * a * c:
+                n0, n1, n2 = normal_of(P, A, S)
+                det0 = n0 * n0 + n1 * n1 + n2 * n2
         if not (a <= LARGEST_VARIANCE and c <= LARGEST_VARIANCE):
             continue
-        if not inverse_length <= 1.0 / SHORTEST_QUAT:
-            continue
-        det0 = a * c - b * b
-        if not det0 > SAFE * a * c:
-            n0, n1, n2 = normal_of(P, A, S)
-            det0 = n0 * n0 + n1 * n1 + n2 * n2
         a, c = a + eps2d, c + eps2d
         det = a * c - b * b
         if not det > SAFE * a * c:
             det = det0 + eps2d * (a + c - eps2d)
-        if not (det > 0.0 and alpha <= LARGEST):
+        if not (a > 0.0 and c > 0.0 and det > 0.0 and alpha <= LARGEST):
             continue
+        factor = math.sqrt(det0 / det)
         if antialiased:
-            alpha *= math.sqrt(det0 / det)
+            alpha *= factor
             if not alpha * 255.0 >= 1.0:
                 continue
         lo = math.log2(alpha)
-        reach = math.sqrt((lo + LOG2_255) / HALF_LOG2E) * MARGIN
-        rx = reach * math.sqrt(a)
-        ry = reach * math.sqrt(c)
-        if not (mx + rx >= 0.5 and mx - rx <= W - 0.5 and my + ry >= 0.5 and my - ry <= H - 0.5):
+        reach = math.sqrt((lo + LOG2_255) / HALF_LOG2E)
+        rx = math.ceil(reach * math.sqrt(a))
+        ry = math.ceil(reach * math.sqrt(c))
+        if not (mx + rx > 0.0 and mx - rx < W and my + ry > 0.0 and my - ry < H):
+            continue
+        if rx <= clip and ry <= clip:
             continue
         e = math.sqrt(HALF_LOG2E * c / det)
         h = math.sqrt(HALF_LOG2E / c)
@@ -383,244 +463,300 @@ def project(
         distance = math.sqrt(dx * dx + dy * dy + dz * dz)
         if not distance > 0.0:
             continue
-        r = 1.0 / distance
-        harmonics(Y, dx * r, dy * r, dz * r, k)
-        drawable = True
-        for j in range(3):
-            colour = 0.5
-            for i in range(k):
-                colour += Y[i, 0] * sh[g, i, j]
-            if not (colour > -math.inf and colour <= BRIGHTEST):
-                drawable = False
-            rec[m, 4 + j] = max(colour, 0.0)
-        if not drawable:
-            continue
-        ids[m], xy[m, 0], xy[m, 1], depth[m] = g, mx, my, z
-        rec[m, 0], rec[m, 1], rec[m, 2], rec[m, 3], rec[m, 7] = e, -e * b / c, h, lo, z
+        if k > 0:
+            r = 1.0 / distance
+            harmonics(Y, dx * r, dy * r, dz * r, k)
+            drawable = True
+            for j in range(3):
+                bright = 0.5
+                for i in range(k):
+                    bright += Y[i, 0] * sh[g, i, j]
+                if not (bright > -math.inf and bright <= BRIGHTEST):
+                    drawable = False
+                colour[m, j] = max(bright, 0.0)
+            if not drawable:
+                continue
+        ids[m], colour[m, 3] = g, z
+        rec[m, 0], rec[m, 1], rec[m, 2], rec[m, 3] = mx, my, e, -e * b / c
+        rec[m, 4], rec[m, 5], rec[m, 6] = h, lo, z
+        if len(shape):
+            shape[m, 0], shape[m, 1], shape[m, 2] = factor, rx, ry
         m += 1
-    sort_by_depth(depth[:m], order)
     return m
 
 
-# --------------------------------------------------------------------------- eight floats at a time
+@kernel
+def settle(counts, ids, rec, colour, shape, order, span, end):
+    """Close the gaps between the chunks of one view, sort its rows, find the columns of each.
+
+    `counts` says how many rows each job of `project` kept. Written: `order`, the rows from near to far,
+    and `span`, the first and last column (0..end) of each, in that order. Returns the number of rows.
+    """
+    m = 0
+    for chunk in range(len(counts)):
+        at = chunk * CHUNK
+        for i in range(counts[chunk]):
+            if at + i > m:
+                ids[m] = ids[at + i]
+                rec[m] = rec[at + i]
+                colour[m] = colour[at + i]
+                if len(shape):
+                    shape[m] = shape[at + i]
+            m += 1
+    depth = np.empty(m)
+    for i in range(m):
+        depth[i] = rec[i, 6]
+    sort_by_depth(depth, order)
+    for j in range(m):
+        i = order[j]
+        span[j, 0], span[j, 1] = columns(rec[i, 0], half_width(rec, i), 0, end)
+    return m
 
 
-class Float8(types.Type):
-    "Eight float32 in a vector register (two of them where registers have 128 bits)."
-
-    def __init__(self):
-        super().__init__(name="float8")
+# ------------------------------------------------------------------------------- vectors of floats
 
 
-float8 = Float8()
-V8 = ir.VectorType(ir.FloatType(), 8)
-V8I = ir.VectorType(ir.IntType(32), 8)
 FUSE = ("contract",)  # a product and a sum may become one instruction
 
 
-@register_model(Float8)
-class Float8Model(models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, V8)
+def vectors(lanes):
+    """A vector register of so many float32, and its operations; arithmetic works on it, too.
 
+    A processor whose registers are narrower takes several of them.
+    """
+    kind = ir.VectorType(ir.FloatType(), lanes)
+    whole_kind = ir.VectorType(ir.IntType(32), lanes)
 
-def constant(value, kind=V8):
-    return ir.Constant(kind, [value] * 8)
+    class Vector(types.Type):
+        def __init__(self):
+            super().__init__(name=f"float32 x {lanes}")
 
+    vector = Vector()
 
-def pointer(context, builder, signature, args):
-    "Address of array[index] as a vector pointer."
-    array = context.make_array(signature.args[0])(context, builder, args[0])
-    return builder.bitcast(builder.gep(array.data, [args[1]]), V8.as_pointer())
+    @register_model(Vector)
+    class VectorModel(models.PrimitiveModel):
+        def __init__(self, manager, of):
+            super().__init__(manager, of, kind)
 
+    def constant(value, of=kind):
+        return ir.Constant(of, [value] * lanes)
 
-@intrinsic
-def read8(typing, array, index):
-    "array[index : index + 8] of a contiguous float32 array."
-
-    def code(context, builder, signature, args):
-        return builder.load(pointer(context, builder, signature, args), align=4)
-
-    return float8(array, index), code
-
-
-@intrinsic
-def write8(typing, array, index, value):
-    "array[index : index + 8] = value"
-
-    def code(context, builder, signature, args):
-        builder.store(args[2], pointer(context, builder, signature, args), align=4)
-        return context.get_dummy_value()
-
-    return types.void(array, index, value), code
-
-
-load8 = read8
-store8 = write8
-if config.BOUNDSCHECK:
-
-    @part
-    def load8(array, index):
-        "`read8` that refuses what lies outside the array."
-        if not (index >= 0 and index + 8 <= len(array)):
-            raise IndexError("load8: outside the array")
-        return read8(array, index)
-
-    @part
-    def store8(array, index, value):
-        "`write8` that refuses what lies outside the array."
-        if not (index >= 0 and index + 8 <= len(array)):
-            raise IndexError("store8: outside the array")
-        write8(array, index, value)
-
-
-@intrinsic
-def splat8(typing, value):
-    "One float32 in all eight places."
-
-    def code(context, builder, signature, args):
-        nothing = ir.Constant(V8, ir.Undefined)
-        one = builder.insert_element(nothing, args[0], ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(one, nothing, constant(0, V8I))
-
-    return float8(types.float32), code
-
-
-def arithmetic(op, name):
-    "Teach the compiler `op` between two float8."
+    def pointer(context, builder, signature, args):
+        "Address of array[index] as a vector pointer."
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.bitcast(builder.gep(array.data, [args[1]]), kind.as_pointer())
 
     @intrinsic
-    def apply(typing, a, b):
+    def read(typing, array, index):
+        "array[index : index + lanes] of a contiguous float32 array."
+
         def code(context, builder, signature, args):
-            return getattr(builder, name)(*args, flags=FUSE)
+            return builder.load(pointer(context, builder, signature, args), align=4)
 
-        return float8(a, b), code
+        return vector(array, index), code
 
-    @overload(op)
-    def implementation(a, b):
-        if a is float8 and b is float8:
-            return lambda a, b: apply(a, b)
+    @intrinsic
+    def write(typing, array, index, value):
+        "array[index : index + lanes] = value"
+
+        def code(context, builder, signature, args):
+            builder.store(args[2], pointer(context, builder, signature, args), align=4)
+            return context.get_dummy_value()
+
+        return types.void(array, index, value), code
+
+    load, store = read, write
+    if config.BOUNDSCHECK:
+
+        @part
+        def load(array, index):
+            "`read` that refuses what lies outside the array."
+            if not (index >= 0 and index + lanes <= len(array)):
+                raise IndexError("load: outside the array")
+            return read(array, index)
+
+        @part
+        def store(array, index, value):
+            "`write` that refuses what lies outside the array."
+            if not (index >= 0 and index + lanes <= len(array)):
+                raise IndexError("store: outside the array")
+            write(array, index, value)
+
+    @intrinsic
+    def splat(typing, value):
+        "One float32 in all places."
+
+        def code(context, builder, signature, args):
+            nothing = ir.Constant(kind, ir.Undefined)
+            one = builder.insert_element(nothing, args[0], ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(one, nothing, constant(0, whole_kind))
+
+        return vector(types.float32), code
+
+    def arithmetic(op, name):
+        "Teach the compiler `op` between two vectors."
+
+        @intrinsic
+        def apply(typing, a, b):
+            def code(context, builder, signature, args):
+                return getattr(builder, name)(*args, flags=FUSE)
+
+            return vector(a, b), code
+
+        @overload(op)
+        def implementation(a, b):
+            if a is vector and b is vector:
+                return lambda a, b: apply(a, b)
+
+    arithmetic(operator.add, "fadd")
+    arithmetic(operator.sub, "fsub")
+    arithmetic(operator.mul, "fmul")
+    arithmetic(operator.truediv, "fdiv")
+
+    @intrinsic
+    def pick(typing, a, b, yes, no):
+        "yes where a >= b, else no"
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
+
+        return vector(a, b, yes, no), code
+
+    @intrinsic
+    def keep(typing, a, b, value):
+        "value where a >= b, else 0"
+
+        def code(context, builder, signature, args):
+            chosen = builder.fcmp_ordered(">=", args[0], args[1])
+            return builder.select(chosen, args[2], constant(0.0))
+
+        return vector(a, b, value), code
+
+    @intrinsic
+    def smaller(typing, a, b):
+        "The smaller of the two."
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+        return vector(a, b), code
+
+    @intrinsic
+    def larger(typing, a, b):
+        "The larger of the two; b where one is NaN."
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+        return vector(a, b), code
+
+    @intrinsic
+    def size(typing, a):
+        "|a|"
+
+        def code(context, builder, signature, args):
+            digits = constant(2**31 - 1, whole_kind)
+            return builder.bitcast(builder.and_(builder.bitcast(args[0], whole_kind), digits), kind)
+
+        return vector(a), code
+
+    @intrinsic
+    def dead(typing, a):
+        "-|a|"
+
+        def code(context, builder, signature, args):
+            sign = constant(-(2**31), whole_kind)
+            return builder.bitcast(builder.or_(builder.bitcast(args[0], whole_kind), sign), kind)
+
+        return vector(a), code
+
+    @intrinsic
+    def any_alive(typing, a):
+        "Is any of them without a minus sign?"
+
+        def code(context, builder, signature, args):
+            bits = builder.bitcast(args[0], whole_kind)
+            mask = builder.icmp_signed(">=", bits, constant(0, whole_kind))
+            number = ir.IntType(lanes)
+            return builder.icmp_unsigned(
+                "!=", builder.bitcast(mask, number), ir.Constant(number, 0)
+            )
+
+        return types.boolean(a), code
+
+    @intrinsic
+    def whole(typing, a):
+        "The whole part of a, towards zero."
+
+        def code(context, builder, signature, args):
+            return builder.sitofp(builder.fptosi(args[0], whole_kind), kind)
+
+        return vector(a), code
+
+    @intrinsic
+    def scale(typing, a, power):
+        "a * 2^power for whole numbers in `power` that leave a normal number."
+
+        def code(context, builder, signature, args):
+            up = builder.shl(builder.fptosi(args[1], whole_kind), constant(23, whole_kind))
+            return builder.bitcast(builder.add(up, builder.bitcast(args[0], whole_kind)), kind)
+
+        return vector(a, power), code
+
+    @intrinsic
+    def add_pairs(typing, a, b):
+        "Sums of neighbours: first those of a, then those of b."
+
+        def code(context, builder, signature, args):
+            even = ir.Constant(whole_kind, list(range(0, 2 * lanes, 2)))
+            odd = ir.Constant(whole_kind, list(range(1, 2 * lanes, 2)))
+            left, right = builder.shuffle_vector(*args, even), builder.shuffle_vector(*args, odd)
+            return builder.fadd(left, right)
+
+        return vector(a, b), code
+
+    memory = load, store, splat
+    return memory, (pick, keep, smaller, larger, size, dead, any_alive, whole, scale, add_pairs)
 
 
-arithmetic(operator.add, "fadd")
-arithmetic(operator.sub, "fsub")
-arithmetic(operator.mul, "fmul")
-arithmetic(operator.truediv, "fdiv")
-
-
-@intrinsic
-def pick8(typing, a, b, yes, no):
-    "yes where a >= b, else no"
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
-
-    return float8(a, b, yes, no), code
-
-
-@intrinsic
-def keep8(typing, a, b, value):
-    "value where a >= b, else 0"
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], constant(0.0))
-
-    return float8(a, b, value), code
-
-
-@intrinsic
-def min8(typing, a, b):
-    "The smaller of the two."
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered("<", *args), *args)
-
-    return float8(a, b), code
-
-
-@intrinsic
-def max8(typing, a, b):
-    "The larger of the two; b where one is NaN."
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return float8(a, b), code
-
-
-@intrinsic
-def abs8(typing, a):
-    "|a|"
-
-    def code(context, builder, signature, args):
-        bits = builder.and_(builder.bitcast(args[0], V8I), constant(2**31 - 1, V8I))
-        return builder.bitcast(bits, V8)
-
-    return float8(a), code
-
-
-@intrinsic
-def dead8(typing, a):
-    "-|a|"
-
-    def code(context, builder, signature, args):
-        bits = builder.or_(builder.bitcast(args[0], V8I), constant(-(2**31), V8I))
-        return builder.bitcast(bits, V8)
-
-    return float8(a), code
-
-
-@intrinsic
-def any_alive8(typing, a):
-    "Is any of the eight without a minus sign?"
-
-    def code(context, builder, signature, args):
-        mask = builder.icmp_signed(">=", builder.bitcast(args[0], V8I), constant(0, V8I))
-        byte = ir.IntType(8)
-        return builder.icmp_unsigned("!=", builder.bitcast(mask, byte), ir.Constant(byte, 0))
-
-    return types.boolean(a), code
-
-
-@intrinsic
-def whole8(typing, a):
-    "The whole part of a, towards zero."
-
-    def code(context, builder, signature, args):
-        return builder.sitofp(builder.fptosi(args[0], V8I), V8)
-
-    return float8(a), code
-
-
-@intrinsic
-def scale8(typing, a, power):
-    "a * 2^power for whole numbers in `power` that leave a normal number."
-
-    def code(context, builder, signature, args):
-        up = builder.shl(builder.fptosi(args[1], V8I), constant(23, V8I))
-        return builder.bitcast(builder.add(up, builder.bitcast(args[0], V8I)), V8)
-
-    return float8(a, power), code
+(load8, store8, splat8), eight = vectors(8)
+pick8, keep8, min8, max8, abs8, dead8, any_alive8, whole8, scale8, _ = eight
+(load, store, all_of), several = (load8, store8, splat8), eight
+if LANES != 8:
+    (load, store, all_of), several = vectors(LANES)
+pick, keep, smaller, _, _, dead, any_alive, whole, scale, add_pairs = several
 
 
 def table():
-    """Constants of the inner loops, eight of each: read from memory they cost no instruction of their own.
+    """Constants of the inner loops, LANES of each: read from memory they cost no instruction of their own.
 
-    Pixel centres of a tile row; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of
+    Pixel centres and rows of a vector; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of
     the smallest, the light of a finished pixel, and 1.
     """
     numbers = [*EXP2, ALPHA_MAX, -LOG2_255, np.nextafter(f32(T_MIN), f32(1)), 1.0]
-    return np.concatenate([np.arange(TILE_W) + 0.5, np.repeat(numbers, 8)]).astype(np.float32)
+    pixel, row = np.arange(LANES) % TILE_W + 0.5, np.arange(LANES) // TILE_W
+    whole = aligned(LANES * (2 + len(numbers)))
+    whole[:] = np.concatenate([pixel, row, np.repeat(numbers, LANES)])
+    return whole
+
+
+@kernel
+def aligned(n):
+    "So many zeros that begin where a line of the cache does: no vector of them lies in two."
+    room = np.zeros(n + 16, np.float32)
+    skip = -room.ctypes.data % 64 // 4
+    return room[skip : skip + n]
 
 
 @part
-def exp2_8(a, C):
+def exp2(a, C):
     "2^a for -126 < a <= 0: the whole part goes into the exponent, a polynomial gives the rest."
-    n = whole8(a)
+    n = whole(a)
     x = a - n
     xx = x * x
-    p = (load8(C, 48) * x + load8(C, 40)) * xx + (load8(C, 32) * x + load8(C, 24))
-    return scale8(p * xx + (load8(C, 16) * x + load8(C, 8)), n)
+    high = (load(C, POWER + 5 * LANES) * x + load(C, POWER + 4 * LANES)) * xx
+    p = high + (load(C, POWER + 3 * LANES) * x + load(C, POWER + 2 * LANES))
+    return scale(p * xx + (load(C, POWER + LANES) * x + load(C, POWER)), n)
 
 
 # -------------------------------------------------------------------------------------------- tiles
@@ -639,32 +775,39 @@ def columns(mx, half, begin, end):
 
 
 @kernel
-def column_lists(m, xy, rec, order, begin, end, H):
-    """For tile columns begin..end: which Gaussians reach it, front to back, and in which rows exactly.
+def strip_lists(m, rec, order, span, begin, end, H):
+    """For tile columns begin..end: which Gaussians reach each, front to back, and in which rows exactly.
 
-    Returns starts, ends [columns] and entry [.. 2] = (index, first and last row in 16 bits each).
+    Returns own [k], the rows of `rec` that reach any of them, front to back; local [k 7], what `rec` says
+    of those; starts, ends [columns] and entry [.. 2] = (place in own, first and last row in 16 bits each).
     """
     starts = np.zeros(end - begin + 1, np.int64)
     ends = np.empty(end - begin, np.int64)
-    half = np.empty(m)
-    for i in range(m):
-        e, f, h = float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
-        half[i] = math.sqrt((f * f + h * h) * (float(rec[i, 3]) + LOG2_255) * MARGIN) / (e * h)
-        c0, c1 = columns(xy[i, 0], half[i], begin, end)
+    k = 0
+    for j in range(m):
+        c0, c1 = max(span[j, 0], begin), min(span[j, 1], end)
         for c in range(c0, c1):
             starts[c - begin + 1] += 1
+        if c0 < c1:
+            k += 1
     for c in range(end - begin):
         starts[c + 1] += starts[c]
     for c in range(end - begin):
         ends[c] = starts[c]
+    own = np.empty(k, np.int32)
+    local = np.empty((k, N_REC))
     entry = np.empty((starts[end - begin], 2), np.int32)
+    p = 0
     for j in range(m):
-        i = order[j]
-        mx, my, wide = xy[i, 0], xy[i, 1], half[i]
-        e, f, h = float(rec[i, 0]), float(rec[i, 1]), float(rec[i, 2])
-        c0, c1 = columns(mx, wide, begin, end)
+        c0, c1 = max(span[j, 0], begin), min(span[j, 1], end)
         if c0 >= c1:
             continue
+        i = order[j]
+        own[p] = i
+        for n in range(N_REC):
+            local[p, n] = rec[i, n]
+        mx, my, e, f, h = rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], rec[i, 4]
+        wide = half_width(rec, i)
         # the ellipse is fh dy^2 + 2 e f dx dy + e^2 dx^2 = room; its top is at dx = tip, its bottom at -tip
         fh = f * f + h * h
         slope = -e * f / fh
@@ -685,58 +828,94 @@ def column_lists(m, xy, rec, order, begin, end, H):
             r1 = min(int(math.floor(min(hi, H + 1.0) - 0.5)) + 1, H)
             if r0 < r1:
                 at = ends[c - begin]
-                entry[at, 0], entry[at, 1] = i, r0 << 16 | r1
+                entry[at, 0], entry[at, 1] = p, r0 << 16 | r1
                 ends[c - begin] = at + 1
-    return starts, ends, entry
+        p += 1
+    return own, local, starts, ends, entry
 
 
 @part
 def alive(buf, rows):
     "Does any pixel of the first rows of a tile still take light?"
-    for y in range(rows):
-        if any_alive8(load8(buf, y * ROW)):
+    for at in range(0, -(-rows // PAIR) * BAND, BAND):
+        if any_alive(load(buf, at)):
             return True
     return False
 
 
 @part
-def blend(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z):
-    """Add one Gaussian to some rows of a tile.
+def place(y):
+    "Where the working buffer keeps the light of row y of a tile; LANES further on, the next image."
+    return y // PAIR * BAND + y % PAIR * TILE_W
 
-    A row of the buffer holds light, red, green, blue, depth, alpha of 8 pixels.
+
+@part
+def start_of(local, i, x0, y):
+    "Of ellipse i: its triangle, opacity, and y1, y2 at the left end of row y of the image."
+    e, f, h, lo = f32(local[i, 2]), f32(local[i, 3]), f32(local[i, 4]), f32(local[i, 5])
+    dx, dy = x0 - local[i, 0], y + 0.5 - local[i, 1]
+    return e, f, h, lo, f32(e * dx + f * dy), f32(h * dy)
+
+
+@part
+def blend(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z):
+    """Add one Gaussian to some bands of a tile.
+
+    A band of the buffer holds light, red, green, blue, depth, alpha of LANES pixels.
     """
-    y1 = splat8(e) * load8(C, 0) + splat8(k1)
-    y2, f, h, lo = splat8(k2), splat8(f), splat8(h), splat8(lo)
-    r, g, b, z = splat8(r), splat8(g), splat8(b), splat8(z)
-    for _ in range(rows):
-        T = load8(buf, at)
-        if any_alive8(T):
+    down = load(C, BELOW)
+    y1 = all_of(e) * load(C, 0) + all_of(f) * down + all_of(k1)
+    y2 = all_of(h) * down + all_of(k2)
+    f, h, lo = all_of(f * f32(PAIR)), all_of(h * f32(PAIR)), all_of(lo)
+    r, g, b, z = all_of(r), all_of(g), all_of(b), all_of(z)
+    for _ in range(bands):
+        T = load(buf, at)
+        if any_alive(T):
             q = lo - y1 * y1 - y2 * y2
-            alpha = min8(exp2_8(q, C), load8(C, CAP))
-            alpha = keep8(q, load8(C, FAINT), alpha)
+            alpha = smaller(exp2(q, C), load(C, CAP))
+            alpha = keep(q, load(C, FAINT), alpha)
             w = T * alpha
             left = T - w
-            w = keep8(left, load8(C, DARK), w)
-            store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
-            store8(buf, at + 8, load8(buf, at + 8) + w * r)
-            store8(buf, at + 16, load8(buf, at + 16) + w * g)
-            store8(buf, at + 24, load8(buf, at + 24) + w * b)
-            store8(buf, at + 32, load8(buf, at + 32) + w * z)
-            store8(buf, at + 40, load8(buf, at + 40) + w)
-        y1, y2, at = y1 + f, y2 + h, at + ROW
+            w = keep(left, load(C, DARK), w)
+            store(buf, at, pick(left, load(C, DARK), left, dead(T)))
+            store(buf, at + LANES, load(buf, at + LANES) + w * r)
+            store(buf, at + 2 * LANES, load(buf, at + 2 * LANES) + w * g)
+            store(buf, at + 3 * LANES, load(buf, at + 3 * LANES) + w * b)
+            store(buf, at + 4 * LANES, load(buf, at + 4 * LANES) + w * z)
+            store(buf, at + 5 * LANES, load(buf, at + 5 * LANES) + w)
+        y1, y2, at = y1 + f, y2 + h, at + BAND
+
+
+@part
+def rows_of(colour, own):
+    "colour[own]"
+    rows = np.empty((len(own), CHANNELS), np.float32)
+    for p in range(len(own)):
+        for j in range(CHANNELS):
+            rows[p, j] = colour[own[p], j]
+    return rows
 
 
 @kernel
-def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, light):
+def draw(C, colour, lists, begin, end, back, expected, rgb, alpha, depth, light):
     """Draw tile columns begin..end of one view, whose width must be a multiple of 8.
 
-    Images are rgb [3 h w]; alpha, depth and the light that is left, [h w].
+    `lists` are those of `strip_lists`. Images are rgb [3 h w], the channels 0..2 of `colour`; depth [h w],
+    its last channel, divided by alpha if `expected`; alpha and the light that is left, [h w].
     """
+    own, local, starts, ends, entry = lists
     H, W = alpha.shape
     rgb, alpha = rgb.reshape(-1), alpha.reshape(-1)
     depth, light = depth.reshape(-1), light.reshape(-1)
-    back_r, back_g, back_b, tiny = splat8(back[0]), splat8(back[1]), splat8(back[2]), splat8(TINY)
-    buf = np.empty(ROW * TILE_H, np.float32)
+    back_r, back_g, back_b, back_z = (
+        splat8(back[0]),
+        splat8(back[1]),
+        splat8(back[2]),
+        splat8(back[3]),
+    )
+    one, tiny, outside = splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
+    tint = rows_of(colour, own)
+    buf = aligned(BAND * TILE_H // PAIR)
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
@@ -745,99 +924,109 @@ def draw(C, xy, rec, starts, ends, entry, begin, end, back, rgb, alpha, depth, l
             for i in range(len(buf)):
                 buf[i] = ZERO
             for y in range(y1 - y0):
-                store8(buf, y * ROW, load8(C, LIGHT))
+                store8(buf, place(y), one)
+            for y in range(y1 - y0, TILE_H):
+                store8(buf, place(y), outside)
             for t in range(starts[c - begin], ends[c - begin]):
                 r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xFFFF, y1)
                 if r0 >= r1:
                     continue
                 i = entry[t, 0]
-                e, f, h, lo = rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3]
-                r, g, b, z = rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7]
-                dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
-                k1, k2 = f32(e * dx + f * dy), f32(h * dy)
-                first, rows = (r0 - y0) * ROW, r1 - r0
-                blend(buf, first, rows, C, e, f, h, lo, k1, k2, r, g, b, z)
+                r, g, b, z = tint[i, 0], tint[i, 1], tint[i, 2], tint[i, 3]
+                r0 -= (r0 - y0) % PAIR
+                e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
+                at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
+                blend(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
             for y in range(y0, y1):
-                p, at = (y - y0) * ROW, y * W + x0
-                T, A = abs8(load8(buf, p)), load8(buf, p + 40)
+                p, at = place(y - y0), y * W + x0
+                T, A = abs8(load8(buf, p)), load8(buf, p + 5 * LANES)
+                Z = load8(buf, p + 4 * LANES) + T * back_z
+                if expected:
+                    Z = Z / pick8(A, tiny, A, tiny)
                 store8(light, at, T)
                 store8(alpha, at, A)
-                store8(depth, at, load8(buf, p + 32) / pick8(A, tiny, A, tiny))
-                store8(rgb, at, load8(buf, p + 8) + T * back_r)
-                store8(rgb, at + H * W, load8(buf, p + 16) + T * back_g)
-                store8(rgb, at + 2 * H * W, load8(buf, p + 24) + T * back_b)
+                store8(depth, at, Z)
+                store8(rgb, at, load8(buf, p + LANES) + T * back_r)
+                store8(rgb, at + H * W, load8(buf, p + 2 * LANES) + T * back_g)
+                store8(rgb, at + 2 * H * W, load8(buf, p + 3 * LANES) + T * back_b)
 
 
 # ----------------------------------------------------------------------------------------- backward
 
 
 @part
-def blend_backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
-    """The same rows again, from the front.
+def add_sums(sums, at, a, b, c, d, e, f, g, h, i, j):
+    "Add the sum of each of ten vectors to sums[at : at + 10]; what follows up to 16 is no sum."
+    abcd = add_pairs(add_pairs(a, b), add_pairs(c, d))
+    efgh = add_pairs(add_pairs(e, f), add_pairs(g, h))
+    ij = add_pairs(i, j)
+    ij = add_pairs(ij, ij)
+    first, rest = add_pairs(abcd, efgh), add_pairs(ij, ij)
+    if LANES == 16:
+        store(sums, at, load(sums, at) + add_pairs(first, rest))
+    else:
+        store(sums, at, load(sums, at) + first)
+        store(sums, at + 8, load(sums, at + 8) + rest)
 
-    A row of the buffer holds light, what is still to come along the ray times its gradient, and the
-    gradients of red, green, blue and depth. Adds to lanes[own : own + 80] ten sums, eight parts each:
+
+@part
+def blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, sums, own):
+    """The same bands again, from the front.
+
+    A band of the buffer holds light, what is still to come along the ray times its gradient, and the
+    gradients of red, green, blue and depth. Adds to `sums` from `own` on:
     v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red,
     green, blue, depth.
 
-    Within a column of pixels y1 = a + ratio * y2 with constant a, so three sums with v are enough until
-    the end.
+    Within one place of the vectors y1 = a + ratio * y2 with constant a, so three sums with v are enough
+    until the end.
     """
-    y1 = splat8(e) * load8(C, 0) + splat8(k1)
-    y2, f, h, lo = splat8(k2), splat8(f), splat8(h), splat8(lo)
-    r, g, b, z, zero = splat8(r), splat8(g), splat8(b), splat8(z), splat8(ZERO)
+    down = load(C, BELOW)
+    y1 = all_of(e) * load(C, 0) + all_of(f) * down + all_of(k1)
+    y2 = all_of(h) * down + all_of(k2)
+    ratio = all_of(f) / all_of(h)
+    f, h, lo = all_of(f * f32(PAIR)), all_of(h * f32(PAIR)), all_of(lo)
+    r, g, b, z, zero = all_of(r), all_of(g), all_of(b), all_of(z), all_of(ZERO)
     s, s2, s22, cr, cg, cb, cz = zero, zero, zero, zero, zero, zero, zero
-    ratio = f / h
     a = y1 - ratio * y2
-    for _ in range(rows):
-        T = load8(buf, at)
-        if any_alive8(T):
+    for _ in range(bands):
+        T = load(buf, at)
+        if any_alive(T):
             q = lo - y1 * y1 - y2 * y2
-            full = exp2_8(q, C)
-            alpha = min8(full, load8(C, CAP))
-            alpha = keep8(q, load8(C, FAINT), alpha)
+            full = exp2(q, C)
+            alpha = smaller(full, load(C, CAP))
+            alpha = keep(q, load(C, FAINT), alpha)
             w = T * alpha
             left = T - w
-            w = keep8(left, load8(C, DARK), w)
-            store8(buf, at, pick8(left, load8(C, DARK), left, dead8(T)))
-            gr, gg = load8(buf, at + 16), load8(buf, at + 24)
-            gb, gz = load8(buf, at + 32), load8(buf, at + 40)
+            w = keep(left, load(C, DARK), w)
+            store(buf, at, pick(left, load(C, DARK), left, dead(T)))
+            gr, gg = load(buf, at + 2 * LANES), load(buf, at + 3 * LANES)
+            gb, gz = load(buf, at + 4 * LANES), load(buf, at + 5 * LANES)
             mine = w * (gr * r + gg * g + gb * b + gz * z)
-            rest = load8(buf, at + 8) - mine
-            store8(buf, at + 8, rest)
+            rest = load(buf, at + LANES) - mine
+            store(buf, at + LANES, rest)
             cr, cg, cb, cz = cr + w * gr, cg + w * gg, cb + w * gb, cz + w * gz
-            v = mine - keep8(left, load8(C, DARK), rest * (alpha / (load8(C, LIGHT) - alpha)))
-            v = keep8(load8(C, CAP), full, v)
+            v = mine - keep(left, load(C, DARK), rest * (alpha / (load(C, LIGHT) - alpha)))
+            v = keep(load(C, CAP), full, v)
             v2 = v * y2
             s, s2, s22 = s + v, s2 + v2, s22 + v2 * y2
-        y1, y2, at = y1 + f, y2 + h, at + ROW
+        y1, y2, at = y1 + f, y2 + h, at + BAND
     s1, s12 = a * s + ratio * s2, a * s2 + ratio * s22
     s11 = a * s1 + ratio * s12
-    store8(lanes, own, load8(lanes, own) + s)
-    store8(lanes, own + 8, load8(lanes, own + 8) + s1)
-    store8(lanes, own + 16, load8(lanes, own + 16) + s2)
-    store8(lanes, own + 24, load8(lanes, own + 24) + s11)
-    store8(lanes, own + 32, load8(lanes, own + 32) + s12)
-    store8(lanes, own + 40, load8(lanes, own + 40) + s22)
-    store8(lanes, own + 48, load8(lanes, own + 48) + cr)
-    store8(lanes, own + 56, load8(lanes, own + 56) + cg)
-    store8(lanes, own + 64, load8(lanes, own + 64) + cb)
-    store8(lanes, own + 72, load8(lanes, own + 72) + cz)
+    add_sums(sums, own, s, s1, s2, s11, s12, s22, cr, cg, cb, cz)
 
 
 @kernel
 def draw_backward(
     C,
-    xy,
-    rec,
-    starts,
-    ends,
-    entry,
+    colour,
+    lists,
     begin,
     end,
+    expected,
     rgb,
     alpha,
     depth,
@@ -845,67 +1034,90 @@ def draw_backward(
     g_rgb,
     g_alpha,
     g_depth,
-    sums,
     g_back,
 ):
-    "Gradients of tile columns begin..end of one view: sums [m 10] of the ellipses and g_back [3]."
+    """Gradients of tile columns begin..end of one view.
+
+    `g_alpha` and `g_depth` may have no rows, which counts as zero. Returns sums [k 16] of the ellipses that
+    `lists` names: six of their shape, four of their channels, six that mean nothing. Written: g_back [4].
+    """
+    own, local, starts, ends, entry = lists
     H, W = alpha.shape
-    m = len(sums)
+    k = len(own)
     rgb, alpha = rgb.reshape(-1), alpha.reshape(-1)
     depth, light = depth.reshape(-1), light.reshape(-1)
     g_rgb, g_alpha, g_depth = g_rgb.reshape(-1), g_alpha.reshape(-1), g_depth.reshape(-1)
-    buf = np.empty(ROW * TILE_H, np.float32)
-    lanes = np.zeros(m * 8 * N_SUM, np.float32)
-    ends8 = np.empty(24, np.float32)
-    back_r, back_g, back_b, tiny = splat8(ZERO), splat8(ZERO), splat8(ZERO), splat8(TINY)
+    tint = rows_of(colour, own)
+    buf = aligned(BAND * TILE_H // PAIR)
+    sums = aligned(16 * k)
+    ends8 = np.empty(8 * CHANNELS, np.float32)
+    zero, one, tiny, outside = splat8(ZERO), splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
+    back_r, back_g, back_b, back_z = zero, zero, zero, zero
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
             y1 = min(y0 + TILE_H, H)
             seen = 0
+            for y in range(y1 - y0, TILE_H):
+                store8(buf, place(y), outside)
+                for j in range(1, 6):
+                    store8(buf, place(y) + j * LANES, zero)
             for y in range(y0, y1):
-                p, at = (y - y0) * ROW, y * W + x0
-                A, T, D = load8(alpha, at), load8(light, at), load8(depth, at)
+                p, at = place(y - y0), y * W + x0
+                A, T, Z = load8(alpha, at), load8(light, at), load8(depth, at)
+                gz = load8(g_depth, at) if len(g_depth) else zero
+                lost = load8(g_alpha, at) if len(g_alpha) else zero
                 green, blue = at + H * W, at + 2 * H * W
                 gr, gg, gb = load8(g_rgb, at), load8(g_rgb, green), load8(g_rgb, blue)
-                gz = keep8(A, tiny, load8(g_depth, at) / pick8(A, tiny, A, tiny))
                 rest = gr * load8(rgb, at) + gg * load8(rgb, green) + gb * load8(rgb, blue)
-                store8(buf, p, load8(C, LIGHT))
-                store8(buf, p + 8, rest + gz * D * A - T * (load8(g_alpha, at) - gz * D))
-                store8(buf, p + 16, gr)
-                store8(buf, p + 24, gg)
-                store8(buf, p + 32, gb)
-                store8(buf, p + 40, gz)
+                if expected:
+                    gz = keep8(A, tiny, gz / pick8(A, tiny, A, tiny))
+                    lost = lost - gz * Z
+                    rest = rest + gz * Z * A
+                else:
+                    rest = rest + gz * Z
+                    back_z = back_z + gz * T
+                store8(buf, p, one)
+                store8(buf, p + LANES, rest - T * lost)
+                store8(buf, p + 2 * LANES, gr)
+                store8(buf, p + 3 * LANES, gg)
+                store8(buf, p + 4 * LANES, gb)
+                store8(buf, p + 5 * LANES, gz)
                 back_r, back_g, back_b = back_r + gr * T, back_g + gg * T, back_b + gb * T
             for t in range(starts[c - begin], ends[c - begin]):
                 r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xFFFF, y1)
                 if r0 >= r1:
                     continue
                 i = entry[t, 0]
-                e, f, h, lo = rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3]
-                r, g, b, z = rec[i, 4], rec[i, 5], rec[i, 6], rec[i, 7]
-                dx, dy = x0 - xy[i, 0], r0 + 0.5 - xy[i, 1]
-                k1, k2 = f32(e * dx + f * dy), f32(h * dy)
-                first, rows = (r0 - y0) * ROW, r1 - r0
-                own = i * 8 * N_SUM
-                blend_backward(buf, first, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own)
+                r, g, b, z = tint[i, 0], tint[i, 1], tint[i, 2], tint[i, 3]
+                r0 -= (r0 - y0) % PAIR
+                e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
+                at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
+                blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, sums, 16 * i)
                 seen += 1
                 if seen % CHECK == 0 and not alive(buf, y1 - y0):
                     break
     store8(ends8, 0, back_r)
     store8(ends8, 8, back_g)
     store8(ends8, 16, back_b)
-    for j in range(3):
-        total = ZERO
+    store8(ends8, 24, back_z)
+    for j in range(CHANNELS):
+        g_back[j] = ZERO
         for o in range(8):
-            total += ends8[8 * j + o]
-        g_back[j] = total
-    for i in range(m):
-        for j in range(N_SUM):
-            total = ZERO
-            for o in range(8):
-                total += lanes[(i * N_SUM + j) * 8 + o]
-            sums[i, j] = total
+            g_back[j] += ends8[8 * j + o]
+    return sums.reshape(k, 16)
+
+
+@kernel
+def add_rows(own, sums, total, channel):
+    "Add the sums [k 16] of one strip and pass to `total` [rows 6 + channels] of its view."
+    shape = N_SUM - CHANNELS
+    for p in range(len(own)):
+        i = own[p]
+        for j in range(shape):
+            total[i, j] += sums[p, j]
+        for j in range(CHANNELS):
+            total[i, shape + channel + j] += sums[p, shape + j]
 
 
 @part
@@ -917,46 +1129,65 @@ def root_gradient(e, f, h, y1, y2, got):
     return k2 * e * z1, k2 * (f * z1 + h * z2)
 
 
+@part
+def to_quaternion(quat, scale, g, d, g_quat, g_scale):
+    "From the gradient d of M = R diag(scale), row by row, to quaternion and scale of Gaussian g."
+    d00, d01, d02, d10, d11, d12, d20, d21, d22 = d
+    (w, x, y, z), norm, A = rotation(quat, g)
+    a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
+    s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+    g_scale[g, 0] = to_float32(d00 * a00 + d10 * a10 + d20 * a20)
+    g_scale[g, 1] = to_float32(d01 * a01 + d11 * a11 + d21 * a21)
+    g_scale[g, 2] = to_float32(d02 * a02 + d12 * a12 + d22 * a22)
+    d00, d10, d20 = d00 * s0, d10 * s0, d20 * s0
+    d01, d11, d21 = d01 * s1, d11 * s1, d21 * s1
+    d02, d12, d22 = d02 * s2, d12 * s2, d22 * s2
+    gw = 2 * (-z * d01 + y * d02 + z * d10 - x * d12 - y * d20 + x * d21)
+    gx = 2 * (y * (d01 + d10) + z * (d02 + d20) - 2 * x * (d11 + d22) + w * (d21 - d12))
+    gy = 2 * (x * (d01 + d10) + z * (d12 + d21) - 2 * y * (d00 + d22) + w * (d02 - d20))
+    gz = 2 * (x * (d02 + d20) + y * (d12 + d21) - 2 * z * (d00 + d11) + w * (d10 - d01))
+    along = w * gw + x * gx + y * gy + z * gz
+    g_quat[g, 0] = to_float32((gw - along * w) * norm)
+    g_quat[g, 1] = to_float32((gx - along * x) * norm)
+    g_quat[g, 2] = to_float32((gy - along * y) * norm)
+    g_quat[g, 3] = to_float32((gz - along * z) * norm)
+
+
 @kernel
 def project_backward(
     first,
     last,
     view_first,
     view_last,
-    mean,
-    quat,
-    scale,
-    opacity,
-    sh,
-    cam,
-    K,
-    H,
-    W,
-    eps2d,
-    antialiased,
+    cloud,
+    camera,
+    rules,
     base,
     count,
     ids,
     rec,
+    colour,
     sums,
-    g_mean,
-    g_quat,
-    g_scale,
-    g_opacity,
-    g_sh,
+    g_cloud,
+    g_view,
 ):
     """Gradients of Gaussians first..last of one cloud from the sums of its views view_first..view_last.
 
-    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec` and `sums` [strips, rows, 10].
-    The gradients come in as zeros; those of a Gaussian that no view draws stay so.
+    `base[v]`, `count[v]` say where view v keeps its rows of `ids`, `rec`, `colour` and `sums` [rows 10].
+    The gradients `g_cloud` (mean, quat, scale, cov, opacity, sh) come in as zeros; those of a Gaussian
+    that no view draws stay so. That of `cov` is symmetric. Where `g_view` [views 15] has rows, the parts
+    of these Gaussians are added to them: nine of the rotation, three of the translation, three of the centre.
     """
+    mean, quat, scale, cov, opacity, sh = cloud
+    g_mean, g_quat, g_scale, g_cov, g_opacity, g_sh = g_cloud
+    pose, K, centre, H, W = camera
+    _, _, eps2d, _, antialiased, ortho = rules
     k = sh.shape[1]
     n_views = view_last - view_first
     cursor = np.empty(n_views, np.int64)
-    centre = np.empty((n_views, 3))
-    Y = np.empty((16, 4))
+    Y = np.empty((MOST_SH, 4))
     got = np.empty(N_SUM)
-    acc_sh = np.empty((16, 3))
+    acc_sh = np.empty((MOST_SH, 3))
     for o in range(n_views):
         v = view_first + o
         lo, hi = base[v], base[v] + count[v]
@@ -967,7 +1198,6 @@ def project_backward(
             else:
                 hi = mid
         cursor[o] = lo
-        centre[o, 0], centre[o, 1], centre[o, 2] = centre_of(cam, v)
     for g in range(first, last):
         drawn = False
         for o in range(n_views):
@@ -976,13 +1206,33 @@ def project_backward(
                 drawn = True
         if not drawn:
             continue  # and something of it may not be finite
-        (w, x, y, z), norm, A = rotation(quat, g)
-        a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
-        s0, s1, s2 = S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
-        m00, m01, m02, m10, m11, m12 = a00 * s0, a01 * s1, a02 * s2, a10 * s0, a11 * s1, a12 * s2
-        m20, m21, m22 = a20 * s0, a21 * s1, a22 * s2
+        if len(cov):
+            sigma = upper(cov, g)
+        else:
+            _, _, A = rotation(quat, g)
+            a00, a01, a02, a10, a11, a12, a20, a21, a22 = A
+            s0, s1, s2 = S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+            m00, m01, m02, m10, m11, m12 = (
+                a00 * s0,
+                a01 * s1,
+                a02 * s2,
+                a10 * s0,
+                a11 * s1,
+                a12 * s2,
+            )
+            m20, m21, m22 = a20 * s0, a21 * s1, a22 * s2
+            sigma = (
+                m00 * m00 + m01 * m01 + m02 * m02,
+                m00 * m10 + m01 * m11 + m02 * m12,
+                m00 * m20 + m01 * m21 + m02 * m22,
+                m10 * m10 + m11 * m11 + m12 * m12,
+                m10 * m20 + m11 * m21 + m12 * m22,
+                m20 * m20 + m21 * m21 + m22 * m22,
+            )
         gm0, gm1, gm2, g_log = 0.0, 0.0, 0.0, 0.0
+        # dL/dM of narrow ellipses, where the covariance is M M'; of the others dL/dcovariance
         d00, d01, d02, d10, d11, d12, d20, d21, d22 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        h00, h01, h02, h11, h12, h22 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         for i in range(k):
             for j in range(3):
                 acc_sh[i, j] = 0.0
@@ -993,85 +1243,88 @@ def project_backward(
                 continue
             cursor[o] = at + 1
             for j in range(N_SUM):
-                total = 0.0
-                for strip in range(sums.shape[0]):
-                    total += sums[strip, at, j]
-                got[j] = total
-            e, f, h = float(rec[at, 0]), float(rec[at, 1]), float(rec[at, 2])
+                got[j] = sums[at, j]
+            e, f, h = rec[at, 2], rec[at, 3], rec[at, 4]
             g_log += got[0]
 
             # harmonics and the direction they are seen from
-            dx = float(mean[g, 0]) - centre[o, 0]
-            dy = float(mean[g, 1]) - centre[o, 1]
-            dz = float(mean[g, 2]) - centre[o, 2]
-            r = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
-            dx, dy, dz = dx * r, dy * r, dz * r
-            harmonics(Y, dx, dy, dz, k)
-            hx, hy, hz = 0.0, 0.0, 0.0
-            for j in range(3):
-                if rec[at, 4 + j] > ZERO:
-                    gc = got[6 + j]
-                    for i in range(k):
-                        acc_sh[i, j] += Y[i, 0] * gc
-                        c = sh[g, i, j] * gc
-                        hx += Y[i, 1] * c
-                        hy += Y[i, 2] * c
-                        hz += Y[i, 3] * c
-            along = hx * dx + hy * dy + hz * dz
-            gm0 += (hx - along * dx) * r
-            gm1 += (hy - along * dy) * r
-            gm2 += (hz - along * dz) * r
+            ox, oy, oz = 0.0, 0.0, 0.0
+            if k > 0:
+                dx = float(mean[g, 0]) - centre[v, 0]
+                dy = float(mean[g, 1]) - centre[v, 1]
+                dz = float(mean[g, 2]) - centre[v, 2]
+                r = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
+                dx, dy, dz = dx * r, dy * r, dz * r
+                harmonics(Y, dx, dy, dz, k)
+                hx, hy, hz = 0.0, 0.0, 0.0
+                for j in range(3):
+                    if colour[at, j] > ZERO:
+                        gc = got[6 + j]
+                        for i in range(k):
+                            acc_sh[i, j] += Y[i, 0] * gc
+                            c = sh[g, i, j] * gc
+                            hx += Y[i, 1] * c
+                            hy += Y[i, 2] * c
+                            hz += Y[i, 3] * c
+                along = hx * dx + hy * dy + hz * dz
+                ox, oy, oz = (hx - along * dx) * r, (hy - along * dy) * r, (hz - along * dz) * r
+                gm0, gm1, gm2 = gm0 + ox, gm1 + oy, gm2 + oz
 
             # the forward projection once more
-            X, Yc, Z = to_camera(mean, g, cam, v)
+            X, Yc, Z = to_camera(mean, g, pose, v)
+            limits = frustum(K, v, H, W)
+            _, _, tu, tv, jx, jy = linearise(X, Yc, Z, K, v, limits, ortho)
             fx, fy = K[v, 0, 0], K[v, 1, 1]
-            u0, u1, v0, v1 = frustum(K, v, H, W)
-            rz = 1.0 / Z
-            tu, tv = min(max(X * rz, u0), u1), min(max(Yc * rz, v0), v1)
-            jx, jy = fx * rz, fy * rz
-            r00, r01, r02 = cam[v, 0, 0], cam[v, 0, 1], cam[v, 0, 2]
-            r10, r11, r12 = cam[v, 1, 0], cam[v, 1, 1], cam[v, 1, 2]
-            r20, r21, r22 = cam[v, 2, 0], cam[v, 2, 1], cam[v, 2, 2]
-            p00, p01, p02, p10, p11, p12 = P = derivative(cam, v, jx, jy, tu, tv)
-            q00, q10 = p00 * m00 + p01 * m10 + p02 * m20, p10 * m00 + p11 * m10 + p12 * m20
-            q01, q11 = p00 * m01 + p01 * m11 + p02 * m21, p10 * m01 + p11 * m11 + p12 * m21
-            q02, q12 = p00 * m02 + p01 * m12 + p02 * m22, p10 * m02 + p11 * m12 + p12 * m22
+            p00, p01, p02, p10, p11, p12 = P = derivative(pose, v, jx, jy, tu, tv)
+            u0, u1, u2 = times_symmetric(p00, p01, p02, sigma)
+            v0, v1, v2 = times_symmetric(p10, p11, p12, sigma)
+            a = u0 * p00 + u1 * p01 + u2 * p02
+            b = u0 * p10 + u1 * p11 + u2 * p12
+            c = v0 * p10 + v1 * p11 + v2 * p12
 
-            # the centre in pixels; B = dL/dQ, where the covariance is Q Q', Q = P M, M = R diag(scale)
+            # the centre in pixels; t = dL/dP, where the covariance of the ellipse is P sigma P'
             k2 = 0.5 * LN4 * LN4
             g_mx = LN4 * e * got[1]
             g_my = LN4 * (f * got[1] + h * got[2])
-            a, b, c = gram(q00, q01, q02, q10, q11, q12)
             det0 = a * c - b * b
             det = (a + eps2d) * (c + eps2d) - b * b
-            if det > SAFE * (a + eps2d) * (c + eps2d):
-                # G = dL/dcov (symmetric), B = 2 G Q
+            if len(cov) or det > SAFE * (a + eps2d) * (c + eps2d):
+                # G = dL/d(a b; b c), which is symmetric
                 G00 = k2 * e * e * got[3]
                 G01 = k2 * e * (f * got[3] + h * got[4])
                 G11 = k2 * (f * f * got[3] + 2 * f * h * got[4] + h * h * got[5])
                 if antialiased:
-                    if not det0 > SAFE * a * c:
+                    if not len(cov) and not det0 > SAFE * a * c:
                         n0, n1, n2 = normal_of(P, A, S)
                         det0 = n0 * n0 + n1 * n1 + n2 * n2
                     i0, i1 = 0.5 * got[0] / det0, 0.5 * got[0] / det
                     G00 += i0 * c - i1 * (c + eps2d)
                     G01 -= i0 * b - i1 * b
                     G11 += i0 * a - i1 * (a + eps2d)
-                b00, b10 = 2 * (G00 * q00 + G01 * q10), 2 * (G01 * q00 + G11 * q10)
-                b01, b11 = 2 * (G00 * q01 + G01 * q11), 2 * (G01 * q01 + G11 * q11)
-                b02, b12 = 2 * (G00 * q02 + G01 * q12), 2 * (G01 * q02 + G11 * q12)
+                t00, t10 = 2 * (G00 * u0 + G01 * v0), 2 * (G01 * u0 + G11 * v0)
+                t01, t11 = 2 * (G00 * u1 + G01 * v1), 2 * (G01 * u1 + G11 * v1)
+                t02, t12 = 2 * (G00 * u2 + G01 * v2), 2 * (G01 * u2 + G11 * v2)
+                w00, w10 = G00 * p00 + G01 * p10, G01 * p00 + G11 * p10
+                w01, w11 = G00 * p01 + G01 * p11, G01 * p01 + G11 * p11
+                w02, w12 = G00 * p02 + G01 * p12, G01 * p02 + G11 * p12
+                h00 += p00 * w00 + p10 * w10
+                h01 += p00 * w01 + p10 * w11
+                h02 += p00 * w02 + p10 * w12
+                h11 += p01 * w01 + p11 * w11
+                h12 += p01 * w02 + p11 * w12
+                h22 += p02 * w02 + p12 * w12
             else:
-                # much longer than wide: G Q would lose what is small in it. With n = q0 x q1 there is no
-                # difference: c q0 - b q1 = q1 x n, and a q1 - b q0 = n x q0
+                # much longer than wide: G would lose what is small in it. Q = P M has the rows q0 and q1,
+                # B = dL/dQ. With n = q0 x q1 there is no difference: c q0 - b q1 = q1 x n, and
+                # a q1 - b q0 = n x q0
+                q00, q01, q02, q10, q11, q12 = root_of(P, A, S)
+                a, b, c = gram(q00, q01, q02, q10, q11, q12)
                 n0, n1, n2 = normal_of(P, A, S)
                 det0 = n0 * n0 + n1 * n1 + n2 * n2
                 det = det0 + eps2d * (a + c + eps2d)
                 top0, top1, top2 = cross(q10, q11, q12, n0, n1, n2)
                 low0, low1, low2 = cross(n0, n1, n2, q00, q01, q02)
                 c += eps2d
-                e = math.sqrt(HALF_LOG2E * c / det)
-                h = math.sqrt(HALF_LOG2E / c)
-                f = -e * b / c
                 b00, b10 = root_gradient(e, f, h, e / c * (top0 + eps2d * q00), h * q10, got)
                 b01, b11 = root_gradient(e, f, h, e / c * (top1 + eps2d * q01), h * q11, got)
                 b02, b12 = root_gradient(e, f, h, e / c * (top2 + eps2d * q02), h * q12, got)
@@ -1082,52 +1335,77 @@ def project_backward(
                     b10 += got[0] * (low0 / det0 - (low0 + eps2d * q10) / det)
                     b11 += got[0] * (low1 / det0 - (low1 + eps2d * q11) / det)
                     b12 += got[0] * (low2 / det0 - (low2 + eps2d * q12) / det)
-            d00 += p00 * b00 + p10 * b10
-            d01 += p00 * b01 + p10 * b11
-            d02 += p00 * b02 + p10 * b12
-            d10 += p01 * b00 + p11 * b10
-            d11 += p01 * b01 + p11 * b11
-            d12 += p01 * b02 + p11 * b12
-            d20 += p02 * b00 + p12 * b10
-            d21 += p02 * b01 + p12 * b11
-            d22 += p02 * b02 + p12 * b12
-            t00 = b00 * m00 + b01 * m01 + b02 * m02
-            t01 = b00 * m10 + b01 * m11 + b02 * m12
-            t02 = b00 * m20 + b01 * m21 + b02 * m22
-            t10 = b10 * m00 + b11 * m01 + b12 * m02
-            t11 = b10 * m10 + b11 * m11 + b12 * m12
-            t12 = b10 * m20 + b11 * m21 + b12 * m22
+                d00 += p00 * b00 + p10 * b10
+                d01 += p00 * b01 + p10 * b11
+                d02 += p00 * b02 + p10 * b12
+                d10 += p01 * b00 + p11 * b10
+                d11 += p01 * b01 + p11 * b11
+                d12 += p01 * b02 + p11 * b12
+                d20 += p02 * b00 + p12 * b10
+                d21 += p02 * b01 + p12 * b11
+                d22 += p02 * b02 + p12 * b12
+                t00 = b00 * m00 + b01 * m01 + b02 * m02
+                t01 = b00 * m10 + b01 * m11 + b02 * m12
+                t02 = b00 * m20 + b01 * m21 + b02 * m22
+                t10 = b10 * m00 + b11 * m01 + b12 * m02
+                t11 = b10 * m10 + b11 * m11 + b12 * m12
+                t12 = b10 * m20 + b11 * m21 + b12 * m22
 
-            # P = (fx/z)(row_x - u row_z), u = x/z held inside the frustum
-            g_jx = t00 * (r00 - tu * r20) + t01 * (r01 - tu * r21) + t02 * (r02 - tu * r22)
-            g_jy = t10 * (r10 - tv * r20) + t11 * (r11 - tv * r21) + t12 * (r12 - tv * r22)
-            g_u = -jx * (t00 * r20 + t01 * r21 + t02 * r22) if X * rz == tu else 0.0
-            g_v = -jy * (t10 * r20 + t11 * r21 + t12 * r22) if Yc * rz == tv else 0.0
-            g_u += fx * g_mx
-            g_v += fy * g_my
-            gX, gY = g_u * rz, g_v * rz
-            gZ = got[9] - (g_jx * jx + g_jy * jy + g_u * X * rz + g_v * Yc * rz) * rz
+            r00, r01, r02 = pose[v, 0, 0], pose[v, 0, 1], pose[v, 0, 2]
+            r10, r11, r12 = pose[v, 1, 0], pose[v, 1, 1], pose[v, 1, 2]
+            r20, r21, r22 = pose[v, 2, 0], pose[v, 2, 1], pose[v, 2, 2]
+            if ortho:
+                gX, gY, gZ = fx * g_mx, fy * g_my, got[9]
+            else:
+                # P = (fx/z)(row_x - u row_z), u = x/z held inside the frustum
+                rz = 1.0 / Z
+                g_jx = t00 * (r00 - tu * r20) + t01 * (r01 - tu * r21) + t02 * (r02 - tu * r22)
+                g_jy = t10 * (r10 - tv * r20) + t11 * (r11 - tv * r21) + t12 * (r12 - tv * r22)
+                g_u = -jx * (t00 * r20 + t01 * r21 + t02 * r22) if X * rz == tu else 0.0
+                g_v = -jy * (t10 * r20 + t11 * r21 + t12 * r22) if Yc * rz == tv else 0.0
+                g_u += fx * g_mx
+                g_v += fy * g_my
+                gX, gY = g_u * rz, g_v * rz
+                gZ = got[9] - (g_jx * jx + g_jy * jy + g_u * X * rz + g_v * Yc * rz) * rz
             gm0 += r00 * gX + r10 * gY + r20 * gZ
             gm1 += r01 * gX + r11 * gY + r21 * gZ
             gm2 += r02 * gX + r12 * gY + r22 * gZ
+            if len(g_view):
+                x, y, z = float(mean[g, 0]), float(mean[g, 1]), float(mean[g, 2])
+                g_view[o, 0] += jx * t00 + gX * x
+                g_view[o, 1] += jx * t01 + gX * y
+                g_view[o, 2] += jx * t02 + gX * z
+                g_view[o, 3] += jy * t10 + gY * x
+                g_view[o, 4] += jy * t11 + gY * y
+                g_view[o, 5] += jy * t12 + gY * z
+                g_view[o, 6] += gZ * x - jx * tu * t00 - jy * tv * t10
+                g_view[o, 7] += gZ * y - jx * tu * t01 - jy * tv * t11
+                g_view[o, 8] += gZ * z - jx * tu * t02 - jy * tv * t12
+                g_view[o, 9] += gX
+                g_view[o, 10] += gY
+                g_view[o, 11] += gZ
+                g_view[o, 12] -= ox
+                g_view[o, 13] -= oy
+                g_view[o, 14] -= oz
 
         g_mean[g, 0], g_mean[g, 1], g_mean[g, 2] = to_float32(gm0), to_float32(gm1), to_float32(gm2)
         g_opacity[g] = to_float32(g_log / opacity[g])
         for i in range(k):
             for j in range(3):
                 g_sh[g, i, j] = to_float32(acc_sh[i, j])
-        g_scale[g, 0] = to_float32(d00 * a00 + d10 * a10 + d20 * a20)
-        g_scale[g, 1] = to_float32(d01 * a01 + d11 * a11 + d21 * a21)
-        g_scale[g, 2] = to_float32(d02 * a02 + d12 * a12 + d22 * a22)
-        d00, d10, d20 = d00 * s0, d10 * s0, d20 * s0
-        d01, d11, d21 = d01 * s1, d11 * s1, d21 * s1
-        d02, d12, d22 = d02 * s2, d12 * s2, d22 * s2
-        gw = 2 * (-z * d01 + y * d02 + z * d10 - x * d12 - y * d20 + x * d21)
-        gx = 2 * (y * (d01 + d10) + z * (d02 + d20) - 2 * x * (d11 + d22) + w * (d21 - d12))
-        gy = 2 * (x * (d01 + d10) + z * (d12 + d21) - 2 * y * (d00 + d22) + w * (d02 - d20))
-        gz = 2 * (x * (d02 + d20) + y * (d12 + d21) - 2 * z * (d00 + d11) + w * (d10 - d01))
-        along = w * gw + x * gx + y * gy + z * gz
-        g_quat[g, 0] = to_float32((gw - along * w) * norm)
-        g_quat[g, 1] = to_float32((gx - along * x) * norm)
-        g_quat[g, 2] = to_float32((gy - along * y) * norm)
-        g_quat[g, 3] = to_float32((gz - along * z) * norm)
+        if len(cov):
+            g_cov[g, 0, 0], g_cov[g, 0, 1], g_cov[g, 0, 2] = h00, h01, h02
+            g_cov[g, 1, 0], g_cov[g, 1, 1], g_cov[g, 1, 2] = h01, h11, h12
+            g_cov[g, 2, 0], g_cov[g, 2, 1], g_cov[g, 2, 2] = h02, h12, h22
+        else:
+            d00 += 2 * (h00 * m00 + h01 * m10 + h02 * m20)
+            d01 += 2 * (h00 * m01 + h01 * m11 + h02 * m21)
+            d02 += 2 * (h00 * m02 + h01 * m12 + h02 * m22)
+            d10 += 2 * (h01 * m00 + h11 * m10 + h12 * m20)
+            d11 += 2 * (h01 * m01 + h11 * m11 + h12 * m21)
+            d12 += 2 * (h01 * m02 + h11 * m12 + h12 * m22)
+            d20 += 2 * (h02 * m00 + h12 * m10 + h22 * m20)
+            d21 += 2 * (h02 * m01 + h12 * m11 + h22 * m21)
+            d22 += 2 * (h02 * m02 + h12 * m12 + h22 * m22)
+            d = d00, d01, d02, d10, d11, d12, d20, d21, d22
+            to_quaternion(quat, scale, g, d, g_quat, g_scale)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..backbones.backbone import Backbone, decay_names
 from ..core import PointBatch, to_device
 from ..data.loading import LoaderLost
+from ..processes import gathered, own_part, processes, share_norms
 from unipre3d.runs.checkpoint import (
     MetricsFile,
     load_run_state,
@@ -37,12 +38,12 @@ from unipre3d.runs.checkpoint import (
     save_tensors,
     with_prefix,
 )
+from .tracking import RunTracker
 from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
-           'steady', 'new_accelerator', 'processes', 'own_part', 'gathered', 'take_step', 'Progress', 'check_task',
-           'is_due', 'fit']
+           'steady', 'new_accelerator', 'take_step', 'Progress', 'check_task', 'is_due', 'fit']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -246,15 +247,20 @@ def steady(
 # %% ../../nbs/58_fit.ipynb #1f562091
 def new_accelerator(
     mixed_precision: str = "no",  # "no", "bf16" or "fp16"
-    device: str = "auto",  # "auto" takes a GPU if there is one; "cpu"
+    device: str = "auto",  # "auto" takes a GPU if there is one; "cuda"; "cpu"
 ) -> Accelerator:
     """One for a run; an earlier run of this process may have had another precision or device.
 
-    Raises: ValueError for another device, or for fp16 without a GPU.
+    Raises: ValueError for another device or one that is not there, or for fp16 without a GPU.
     """
-    if device not in ("auto", "cpu"):
+    if device not in ("auto", "cuda", "cpu"):
         raise ValueError(
-            f'device: expected "auto" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU is seen'
+            f'device: expected "auto", "cuda" or "cpu", got {device!r}; CUDA_VISIBLE_DEVICES says which GPU '
+            "is seen, and there are no kernels for other kinds"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            'device: expected "cpu" or "auto" where PyTorch finds no CUDA GPU, got "cuda"'
         )
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     patience = InitProcessGroupKwargs(
@@ -266,34 +272,6 @@ def new_accelerator(
             'mixed_precision: expected "no" or "bf16" on a processor, got "fp16", which needs a GPU'
         )
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[patience])
-
-
-def processes() -> tuple[int, int]:  # rank, world size
-    "Which of how many processes this one is."
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def own_part(
-    n: int,  # things that there are
-) -> range:
-    "The numbers of the things that this process works on: every k-th of k processes."
-    rank, world = processes()
-    return range(rank, n, world)
-
-
-def gathered(
-    own: list[Any],  # results for `own_part(n)`, in order; things that can be pickled
-) -> list[Any]:  # [n] results of all processes, in order
-    "The results of all processes."
-    _, world = processes()
-    if world == 1:
-        return own
-    parts: list[list[Any]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(parts, own)
-    longest = max(map(len, parts))
-    return [part[k] for k in range(longest) for part in parts if k < len(part)]
 
 # %% ../../nbs/58_fit.ipynb #27a40784
 def take_step(
@@ -328,6 +306,9 @@ class Progress:
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these the latest, without a good step between
     ended: str = "finished"  # or "interrupted" (and saved), "patience" or "diverged"
+    bad_steps: list[int] = field(
+        default_factory=list, repr=False
+    )  # the first of the skipped, 1 is the first step; in float16, where some overflow, none
 
 
 def check_task(
@@ -378,6 +359,8 @@ def fit(
     resume: bool = False,  # go on from the saved state
     accelerator: Accelerator | None = None,
     say: Callable[[str], None] = print,  # where messages go
+    tracker: RunTracker
+    | None = None,  # of the first process; gets what metrics.csv gets, and the pictures
 ) -> Progress:
     """Train a task's model in place; checkpoint.safetensors has the weights that validation chose, or the last.
 
@@ -389,6 +372,7 @@ def fit(
     main = accelerator.is_main_process
     device = accelerator.device
     model = task.model.to(device)
+    share_norms(model)
     frozen_steps = run.steps if optimiser.probe else optimiser.frozen_steps
 
     def frozen_at(step):
@@ -490,6 +474,8 @@ def fit(
             now.in_a_row = now.in_a_row + 1 if skipped else 0
             if skipped:
                 now.skipped += 1
+                if scaler is None and len(now.bad_steps) < MOST_SKIPPED:
+                    now.bad_steps.append(now.step)
                 for buffer, value in zip(model.buffers(), statistics):
                     buffer.copy_(value)
             elif optimiser.ema:
@@ -501,6 +487,8 @@ def fit(
             shown = dict(zip(scores, means)) | validate()
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
+                if tracker is not None:
+                    tracker.pictures(now.step, sorted(folder.glob("*.png")))
             if has_failed():
                 now.ended = "diverged"
             elif run.patience and now.waited >= run.patience:
@@ -515,6 +503,8 @@ def fit(
                 log.write(
                     step=now.step, **row, frozen=int(bool(frozen)), seconds=now.seconds, **shown
                 )
+                if tracker is not None:
+                    tracker.log(now.step, row | shown)
                 values = {name: f"{value:.3g}" for name, value in shown.items()}
                 if now.skipped:
                     values["skipped"] = str(now.skipped)

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from ..data.augment import Augment
+from ..files import reading
 
 # %% auto #0
 __all__ = ['Limit', 'Condition', 'NEVER', 'LIMITS', 'CONDITIONS', 'OLD_NAMES', 'Data', 'Model', 'Objective', 'Optimiser', 'Run',
            'within', 'above', 'one_of', 'reads', 'Recipe', 'groups', 'change', 'freeze', 'to_values', 'augment_of',
-           'from_values', 'learning_rate', 'value_of', 'check_recipe', 'check_changes', 'names_embedded']
+           'value_of', 'same_kind', 'from_values', 'learning_rate', 'check_recipe', 'check_changes', 'names_embedded']
 
 # %% ../../nbs/56_recipe.ipynb #1c52b752
 @dataclass(frozen=True)
@@ -257,6 +258,35 @@ def augment_of(
     return None
 
 
+def value_of(
+    recipe: Recipe,
+    name: str,  # of a value
+) -> Any:
+    "A value by its last name."
+    return getattr(getattr(recipe, groups(recipe)[name]), name)
+
+
+def same_kind(
+    value: Any,  # of a file, frozen
+    usual: Any,  # what a recipe has in its place
+) -> bool:
+    "Whether a value is of the right kind; a whole number may stand for another one."
+    if isinstance(value, bool) or isinstance(usual, bool):
+        return isinstance(value, bool) and isinstance(usual, bool)
+    if isinstance(usual, float):
+        return isinstance(value, (int, float))
+    if not isinstance(value, type(usual)):
+        return False
+    if isinstance(usual, tuple) and usual:
+        return all(same_kind(part, usual[0]) for part in value)
+    if isinstance(usual, dict) and usual and all(isinstance(v, float) for v in usual.values()):
+        return all(same_kind(part, 0.0) for part in value.values())
+    if isinstance(usual, Augment):
+        parts = fields(Augment)
+        return all(same_kind(getattr(value, f.name), getattr(usual, f.name)) for f in parts)
+    return True
+
+
 def from_values(
     base: type[Recipe] | Recipe,  # a task's class, or a recipe whose other values stay
     values: Mapping[str, Any],  # as `to_values` gives them, or as an earlier version wrote them
@@ -264,7 +294,7 @@ def from_values(
 ) -> Recipe:
     """The recipe that a file describes.
 
-    Raises: ValueError for a value that no such recipe has.
+    Raises: ValueError for a value that no such recipe has, or of another kind.
     """
     recipe = base() if isinstance(base, type) else base
     known = groups(recipe)
@@ -281,9 +311,16 @@ def from_values(
         raise ValueError(
             f"{where}: unknown values {', '.join(sorted(unknown))}; was it written by a newer version?"
         )
-    augment = augment_of(values)
+    with reading(where, "the values of a recipe"):
+        augment = augment_of(values)
     if augment is not None:
         found["augment"] = augment
+    for name, value in found.items():
+        usual = recipe.about if name == "about" else value_of(recipe, name)
+        if not same_kind(value, usual):
+            raise ValueError(
+                f"{where}: expected {name} to be of the kind of {usual!r}, found {value!r}; the file is damaged"
+            )
     return change(recipe, **found)
 
 # %% ../../nbs/56_recipe.ipynb #ea74aa83
@@ -302,14 +339,6 @@ def learning_rate(
     if optimiser.schedule == "step":
         return warm * optimiser.decay ** (step // optimiser.decay_every)
     raise ValueError(f'schedule: expected "cosine" or "step", got "{optimiser.schedule}"')
-
-
-def value_of(
-    recipe: Recipe,
-    name: str,  # of a value
-) -> Any:
-    "A value by its last name."
-    return getattr(getattr(recipe, groups(recipe)[name]), name)
 
 
 def check_recipe(

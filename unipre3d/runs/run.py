@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,32 +21,37 @@ from torch import nn
 
 from .. import backbones
 from ..backbones.backbone import Backbone
-from ..data.loading import make_loader
+from ..data.loading import StepSampler, make_loader
 from ..data.samples import FEATURES
 from unipre3d.records import (
     check_record,
     code_version,
+    contents_hash,
     data_hash,
     hardware,
     peak_memory_mb,
     read_config,
+    write_config,
     write_json,
 )
 from unipre3d.runs.checkpoint import (
     STATE_BEFORE,
     has_state,
+    load_state,
     load_tensors,
     remove_leftovers,
     run_history,
 )
+from ..processes import launch_remark
 from .fit import Task, check_task, fit, new_accelerator, processes
 from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
+from .tracking import RunTracker, check_tracker
 
 # %% auto #0
-__all__ = ['SMALL_BACKBONES', 'LOCK', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free', 'claim_folder', 'held',
-           'own_folder', 'from_first', 'Outcome', 'describe_data', 'run_conditions', 'changed_conditions',
-           'prepare_run', 'run_recipe', 'read_run', 'load_model']
+__all__ = ['SMALL_BACKBONES', 'LOCK', 'FIRST', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free',
+           'claim_folder', 'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects',
+           'run_conditions', 'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -181,7 +187,7 @@ def check_free(
     folder = Path(folder)
     if not folder.exists() or is_unsaved(folder):
         return
-    if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or any(path.name not in FIRST for path in folder.iterdir()):
         raise ValueError(
             f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
         )
@@ -212,6 +218,7 @@ def claim_folder(
 
 
 LOCK = "running.lock"
+FIRST = (LOCK, "config.json.partial")  # what a run that was killed at once may leave
 
 
 @contextmanager
@@ -234,8 +241,23 @@ def held(
         remove_leftovers(folder)
         yield
     finally:
+        with suppress(OSError):  # on Windows the release removes it
+            Path(lock.lock_file).unlink()  # while it is held: after that another may hold it
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def is_held(
+    folder: str | Path,  # of a run
+) -> bool:
+    "Whether a process works in the folder."
+    path = Path(folder) / LOCK
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager
@@ -295,13 +317,35 @@ def describe_data(
     return f"{data['train']} training clouds, {data['val'] or 'no'} validation clouds{role}, {data['test']} test clouds"
 
 
+SUSPECTS = 12  # clouds that a record names, at most
+
+
+def suspects(
+    samples: Any,  # of a `Task`
+    steps: Sequence[int],  # that were skipped, 1 is the first
+    batch_size: int,  # of all processes together
+    seed: int,  # of the order
+) -> dict[
+    str, int
+]:  # name of a cloud -> in how many of these steps it was; the most frequent first
+    "Clouds of steps whose numbers were not finite: the one that is to blame was in most of them."
+    order = StepSampler(len(samples), batch_size, seed)
+    clouds = Counter(index for step in steps for index, _ in order.batch(step - 1))
+    named = getattr(samples, "name", "cloud {}".format)
+    return {named(index): count for index, count in clouds.most_common(SUSPECTS)}
+
+
 def run_conditions(
     task: Task,
+    source: str = "",  # of its data: a folder or a file, or a name
 ) -> dict[str, Any]:
     "What beside the recipe decides the numbers of a run, to the last bit."
+    data = dict(task.data)
+    if source and Path(source).exists():
+        data["contents"] = contents_hash(source)
     return {
         "code": code_version(),
-        "data": task.data,
+        "data": data,
         "threads": torch.get_num_threads(),
         "processes": processes()[1],
     }
@@ -349,7 +393,10 @@ def prepare_run(
                     f"--resume: expected {value} = {before[value]!r}, with which {folder} began, got {now!r}"
                 )
         config = read_config(folder)
-        changed = changed_conditions(config.get("conditions", {}), run_conditions(task))
+        began = config.get("conditions", {})
+        changed = from_first(
+            lambda: changed_conditions(began, run_conditions(task, recipe.data.source))
+        )
         if changed and not force:
             raise ValueError(
                 f"--resume: {folder} began with {'; '.join(changed)}: the numbers would not be those of one run; "
@@ -372,8 +419,8 @@ def prepare_run(
     summary = start_summary(start)
     if rank == 0:
         config = {"name": name, "task": task.name, "start": summary, "class_names": task.classes}
-        config["conditions"] = run_conditions(task)
-        write_json(claimed / "config.json", config | to_values(recipe))
+        config["conditions"] = run_conditions(task, recipe.data.source)
+        write_config(claimed, config | to_values(recipe))
     return claimed, summary, []
 
 
@@ -386,7 +433,8 @@ def run_recipe(
     | Path = "none",  # first weights of the backbone: "none", a run folder or a checkpoint
     resume: bool = False,  # go on with the run in `folder`; its own start counts
     force: bool = False,  # go on although data, code, threads or processes are not the same
-    device: str = "auto",  # "auto" or "cpu"
+    device: str = "auto",  # "auto", "cuda" or "cpu"
+    tracker: str = "none",  # "tensorboard", "trackio" or "wandb" show the run in a browser
     say: Callable[[str], None] = print,  # where messages go
 ) -> Outcome:
     """Run a recipe: start, train, choose by validation, test once, write the record.
@@ -394,6 +442,7 @@ def run_recipe(
     Raises: ValueError for values that no run can have, FileNotFoundError for data or weights that are not there.
     """
     check_recipe(recipe)
+    check_tracker(tracker)
     if not resume:
         check_init(init)
     wall, cpu, code = time.time(), time.process_time(), code_version()
@@ -424,10 +473,16 @@ def run_recipe(
                 f"{name}: {describe_data(task.data, bool(task.choose))}; {size:,} parameters, "
                 f"on {accelerator.device}{why}; writing to {folder}"
             )
-            for remark in task.remarks:
+            for remark in filter(None, (launch_remark(world), *task.remarks)):
                 say(remark)
             if task.draw is not None and not resume:
                 task.draw(task.model.to(accelerator.device), 0, folder)
+
+        follow = None
+        if tracker != "none" and rank == 0:
+            done_steps = load_state(folder, lambda text: None)[1]["step"] if resume else 0
+            follow = RunTracker(tracker, folder, name, to_values(recipe), done_steps)
+            until_end.callback(follow.finish)
 
         go_on = f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
         go_on += f" (in {world} processes)" if world > 1 else ""
@@ -453,6 +508,7 @@ def run_recipe(
             resume=resume,
             accelerator=accelerator,
             say=say,
+            tracker=follow,
         )
         if done.ended == "diverged" and rank == 0:
             say(
@@ -461,9 +517,12 @@ def run_recipe(
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
+        blamed = suspects(task.samples, done.bad_steps, recipe.run.batch_size, recipe.run.seed)
         if done.skipped and rank == 0:
+            some = [f"{cloud} ({count})" for cloud, count in list(blamed.items())[:5]]
+            clouds = f"; clouds that were in most of them: {', '.join(some)}" if some else ""
             say(
-                f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite"
+                f"{done.skipped} of {done.step} steps were skipped: their loss or gradient was not finite{clouds}"
             )
         if done.ended == "interrupted":
             if rank == 0:
@@ -481,6 +540,8 @@ def run_recipe(
             raise
         if rank:
             return Outcome(folder, None, done.ended)
+        if follow is not None:
+            follow.log(done.step, {f"test/{key}": value for key, value in metrics.items()})
         backend = getattr(recipe.objective, "backend", "auto")
         usual = "gsplat" if accelerator.device.type == "cuda" else "cpu"
         record = {
@@ -493,6 +554,7 @@ def run_recipe(
             "start": start,
             "steps": done.step,
             "skipped": done.skipped,
+            "suspects": blamed,
             "ended": done.ended,
             "chosen": chosen,
             "data": task.data,

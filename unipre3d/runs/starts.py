@@ -225,9 +225,10 @@ def start_summary(
     names = ("checkpoint.safetensors", WEIGHTS_FILE)
     held = [path / name for name in names if (path / name).is_file()]
     file = held[0] if held else path
-    config = file.parent / "config.json"
     recipe = None
-    if start.kind == "run" and config.is_file():
-        recipe = read_json(config).get("name")
+    for beside, key in (("record.json", "recipe"), ("config.json", "name")):
+        known = file.parent / beside
+        if start.kind == "run" and known.is_file():
+            recipe = read_json(known).get(key, recipe)
     found = {"init": start.init, "kind": start.kind, "coverage": start.coverage}
     return found | {"recipe": recipe, "sha256": data_hash(file)}

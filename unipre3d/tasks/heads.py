@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import PointBatch, to_padded
 from ..geometry.pointops import interpolate, voxelize
-from ..runs.fit import processes
+from ..processes import processes, shared_count
 
 # %% auto #0
 __all__ = ['pool', 'voxel_rows', 'propagate', 'LabelObjective', 'label_loss', 'accuracy', 'own_batches']
@@ -87,10 +87,10 @@ def label_loss(
     smoothing: float = 0.0,  # epsilon
     ignore: int = -1,  # label of rows that do not count
 ) -> Float[Tensor, ""]:
-    "Mean cross-entropy over the rows with a label."
+    "Mean cross-entropy over the rows with a label, in training over those of all processes."
     how = dict(label_smoothing=smoothing, ignore_index=ignore, reduction="sum")
     total = F.cross_entropy(logits.float(), labels, **how)
-    return total / (labels != ignore).sum().clamp(min=1)
+    return total / shared_count((labels != ignore).sum())
 
 
 def accuracy(
@@ -100,7 +100,7 @@ def accuracy(
     "Fraction of the labelled rows that are right; zero where there are none."
     known = labels >= 0
     right = ((predicted == labels) & known).sum().float()
-    return right / known.sum().clamp(min=1)
+    return right / shared_count(known.sum())
 
 # %% ../../nbs/tasks/69_heads.ipynb #78b4fb12
 def own_batches(

@@ -21,6 +21,8 @@ from ..core import PointBatch
 from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.scannet import LabelSet, scannet_labels
+from ..processes import shared_count
+from ..records import written_whole
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (  # inherited fields name Optimiser
     Limit,
@@ -82,7 +84,7 @@ def offset_losses(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # distance (metres) and direction (-1 .. 1)
     "PointGroup's two losses of the offsets (equations 2 and 3 there); zero where no point counts."
     offset, target = offset[thing].float(), target[thing].float()
-    n = max(1, len(target))
+    n = shared_count(thing.sum())
     distance = (offset - target).abs().sum() / n
     direction = -F.cosine_similarity(offset, target, dim=1).sum() / n
     return distance, direction
@@ -338,7 +340,8 @@ def save_instances(
     }
     paint_columns(figure, cloud, columns, bottom=0.01, height=0.83)
     figure.suptitle(title, fontsize=9, y=0.985)
-    figure.savefig(path, dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     return Path(path)
 
 # %% ../../nbs/tasks/75_instances.ipynb #600fd110

@@ -30,6 +30,7 @@ from unipre3d.data.readers import (
 )
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
+from ..records import written_whole
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (
     CONDITIONS,
@@ -50,6 +51,7 @@ from unipre3d.runs.recipe import (
 from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import LabelObjective, accuracy, label_loss, own_batches, pool, propagate
 from .metrics import PartScore, own_parts
+from ..values import check_labels
 from ..worlds.scans import CATEGORIES, Scans, embedded_part_shapes
 from ..worlds.shapes import PARTS
 
@@ -161,11 +163,14 @@ class PartClouds:
     def rows(self, i: int) -> Cloud:
         "The columns of the reader; `part` is numbered through all categories."
         rows = self.reader.rows(i)
-        part = rows["part"].astype(np.int64)
-        if not self.numbered:
-            first = self.parts[self.classes[self.label(i)]][0]
-            part = np.where(part > 0, first + part - 1, -1)
-        return rows | dict(part=part)
+        own = self.parts[self.classes[self.label(i)]]
+        where = f"{self.name(i)}: part"
+        if self.numbered:
+            part = check_labels(rows["part"], where, own[-1] + 1)
+        else:
+            part = check_labels(rows["part"], where, len(own) + 1)
+            part = np.where(part > 0, own[0] + part - 1, -1)
+        return rows | dict(part=part.astype(np.int64))
 
     def fingerprint(self) -> str:
         "As the reader's."
@@ -398,7 +403,8 @@ def save_parts(
                 draw_parts(ax, query.points.xyz[mine], local)
                 ax.set_title(title, fontsize=7, pad=1)
             place += 1
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     return Path(path)
 
 # %% ../../nbs/tasks/73_parts.ipynb #13bdeb0f

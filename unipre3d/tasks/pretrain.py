@@ -27,9 +27,10 @@ from ..data.shapenet import ShapeNetViews
 from ..gaussians import GaussianHead
 from unipre3d.image import (
     CachedFeatures,
-    KLImageEncoder,
+    FrozenEncoder,
     LazyEncoder,
     autoencoder_folder,
+    load_image_encoder,
     rgb_features,
 )
 from ..losses import best_constant_colour, psnr, ssim
@@ -258,9 +259,7 @@ class ViewData(Data):
 class GaussianModel(Model):
     "Image model, fusion and Gaussian head around the backbone."
 
-    image: str = (
-        "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a folder or a hub id
-    )
+    image: str = "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a folder, a hub id or "module:name"
     image_subfolder: str = ""  # where the autoencoder lies inside a hub id or folder, such as "vae"
     fusion: str = "FeatureFusion"  # "FeatureFusion" (objects), "PointFusion" (scenes) or "NoFusion"
     sh_degree: int = 1  # degree of the colour harmonics; 1 makes 23 numbers a point
@@ -289,7 +288,7 @@ def build_image_net(
         return None
     if model.image == "rgb":
         return rgb_features
-    return KLImageEncoder.from_pretrained(model.image, subfolder=model.image_subfolder)
+    return load_image_encoder(model.image, subfolder=model.image_subfolder)
 
 
 def cached_image_net(
@@ -301,7 +300,8 @@ def cached_image_net(
     if limit and model.fusion != "NoFusion" and source not in ("none", "rgb"):
         if source == "mini" or autoencoder_folder(source, subfolder).is_dir():
             return CachedFeatures(LazyEncoder(source, subfolder=subfolder), limit)
-        return CachedFeatures(build_image_net(model), limit)
+        net = build_image_net(model)
+        return CachedFeatures(net, limit) if isinstance(net, FrozenEncoder) else net
     return build_image_net(model)
 
 

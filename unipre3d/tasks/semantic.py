@@ -20,6 +20,7 @@ from ..data.readers import Reader
 from ..data.samples import Labelled
 from ..data.scannet import scannet_labels
 from ..files import read_arrays
+from ..records import written_whole
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (  # inherited fields name Optimiser
     Condition,
@@ -146,7 +147,8 @@ def save_room(
         columnspacing=1.0,
     )
     figure.suptitle(title, fontsize=9, y=0.99)
-    figure.savefig(path, dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     return Path(path)
 
 
@@ -161,8 +163,7 @@ def save_voxels(
     cell = np.floor(cloud["xyz"][keep] / np.float32(voxel_size)).astype(np.int16)
     cell_type = np.uint16 if np.ptp(cell, axis=0).max() > 255 else np.uint8
     label_type = np.int16 if max(found.max(), cloud["segment"].max()) > 126 else np.int8
-    np.savez_compressed(
-        path,
+    arrays = dict(
         cell=(cell - cell.min(0)).astype(cell_type),
         color=np.round(255 * cloud["color"][keep]).astype(np.uint8),
         normal=np.round(127 * cloud["normal"][keep]).astype(np.int8),
@@ -170,6 +171,8 @@ def save_voxels(
         found=found[keep].astype(label_type),
         voxel_size=np.float32(voxel_size),
     )
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
     return Path(path)
 
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/worlds/18_mesh.ipynb #5017cd67
 from __future__ import annotations
-import importlib.util, io, json, logging, math, os, re, struct, warnings
+import base64, importlib.util, io, json, logging, math, os, re, struct, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,17 +29,17 @@ from unipre3d.files import (
     reading,
     regular_file,
 )
-from ..values import color_scale
+from ..values import FAR, check_colors, check_points, color_scale
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'GLOSSY', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
            'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals',
            'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material',
            'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates', 'gltf_numbers',
-           'check_gltf', 'readable_gltf', 'fraction_colors', 'off_colors', 'load_scene', 'read_mesh', 'normalise',
-           'true_size', 'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer',
-           'camera_rays', 'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud',
-           'visible_cloud']
+           'check_gltf', 'plain_materials', 'lost_pictures', 'readable_gltf', 'fraction_colors', 'ply_colors',
+           'off_colors', 'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture',
+           'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views',
+           'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -219,6 +219,12 @@ class Beside:
             text, encoding = decode_text(data, self.path), "utf-8"
         except ValueError:  # an older encoding
             text, encoding = data.decode("latin-1"), "latin-1"
+        names = {"map_kd": set(), "map_d": set()}
+        for line in text.splitlines():
+            key, _, name = line.strip().partition(" ")
+            names.get(key.lower(), set()).add(picture_name(name))
+        holes = sorted(names["map_d"] - names["map_kd"])
+        self.missing += [f"{name} (map_d: where it has holes)" for name in holes]
         return "\n".join(map(self._plain, text.splitlines())).encode(encoding)
 
     def _plain(self, line):
@@ -277,7 +283,11 @@ def vertex_tint(
     whole = np.iinfo(colors.dtype).max if colors.dtype.kind == "u" else 1
     tint = np.ones((len(colors), 4), np.float32)
     tint[:, : colors.shape[1]] = colors[:, :4] / whole
-    if mesh.visual.material.alphaMode != "BLEND":
+    material = mesh.visual.material
+    if material.alphaMode == "MASK":
+        cutoff = 0.5 if material.alphaCutoff is None else material.alphaCutoff
+        tint[:, 3] = tint[:, 3] >= cutoff
+    elif material.alphaMode != "BLEND":
         tint[:, 3] = 1
     return tint.clip(0, 1)[mesh.faces]
 
@@ -349,10 +359,11 @@ def gltf_numbers(
     "Whole numbers that mean fractions become fractions; picture coordinates are moved."
     own, arrays = context["data"], context["accessors"]
     attributes = context["primitive"]["attributes"]
-    for name in ("POSITION", "TEXCOORD_0"):
+    for name in ("POSITION", "TEXCOORD_0", "COLOR_0"):
         place = attributes.get(name)
         if place is not None and arrays[place].dtype.kind in "iu":
-            whole = np.iinfo(arrays[place].dtype).max if place in own["normalized"] else 1
+            fractions = place in own["normalized"] or name == "COLOR_0"
+            whole = np.iinfo(arrays[place].dtype).max if fractions else 1
             arrays[place] = (arrays[place] / whole).astype(np.float32)
     if own["moved"] and "TEXCOORD_0" in attributes:
         uv = arrays[attributes["TEXCOORD_0"]]
@@ -383,6 +394,50 @@ def check_gltf(
     return header
 
 
+GLOSSY = "KHR_materials_pbrSpecularGlossiness"  # an older way to say what colour a material has
+
+
+def plain_materials(
+    header: dict[str, Any],  # of a glTF file, changed in place
+) -> list[str]:  # what is left out, in words
+    "Materials of the older kind as others; what they name and cannot be drawn."
+    lost = []
+    for material in header.get("materials", []):
+        if older := material.get("extensions", {}).pop(GLOSSY, None):
+            names = dict(diffuseFactor="baseColorFactor", diffuseTexture="baseColorTexture")
+            own = {names[key]: value for key, value in older.items() if key in names}
+            material["pbrMetallicRoughness"] = own
+        if any(material.get("emissiveFactor", [])):
+            lost.append("light of its own (emissiveFactor)")
+        texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
+        if texture.get("index", -1) >= len(header.get("textures", [])):
+            lost.append(f"texture {texture['index']}")
+    return lost
+
+
+def lost_pictures(
+    header: dict[str, Any],  # of a glTF file
+    binary: bytes,  # what follows it in a .glb
+    path: Path,  # the file, for messages
+) -> list[str]:  # their names
+    "Pictures inside a glTF file that do not decode; trimesh passes them over."
+    lost = []
+    for number, image in enumerate(header.get("images", [])):
+        kind, _, text = image.get("uri", "").partition(";base64,")
+        data = base64.b64decode(text) if text else b""
+        if "bufferView" in image and binary:
+            place = header["bufferViews"][image["bufferView"]]
+            first = place.get("byteOffset", 0)
+            data = binary[first : first + place["byteLength"]]
+        elif not kind.startswith("data:"):
+            continue  # a file beside it, or in a buffer that is one
+        try:
+            decode_picture(data, path, formats=None)
+        except ValueError:
+            lost.append(image.get("name") or f"picture {number}")
+    return lost
+
+
 def readable_gltf(
     path: Path,  # .glb or .gltf
     data: bytes,
@@ -395,7 +450,11 @@ def readable_gltf(
 
     register_handler(NUMBERS, "primitive_preprocess")(gltf_numbers)
     header = check_gltf(path, data)
+    packed = data[:4] == b"glTF"
+    rest = data[20 + int.from_bytes(data[12:16], "little") :] if packed else b""
     with reading(path, "a glTF file"):
+        beside.missing += plain_materials(header)
+        beside.missing += lost_pictures(header, rest[8:], path)
         accessors = header.get("accessors", [])
         normalized = [k for k, accessor in enumerate(accessors) if accessor.get("normalized")]
         for mesh in header.get("meshes", []):
@@ -406,10 +465,9 @@ def readable_gltf(
             if "source" not in texture and "EXT_texture_webp" not in formats:
                 beside.missing.append(f"a picture in {min(formats, default='no format')}")
         text = json.dumps(header).encode()
-    if data[:4] != b"glTF":
+    if not packed:
         return text
     text += b" " * (-len(text) % 4)
-    rest = data[20 + int.from_bytes(data[12:16], "little") :]
     sizes = struct.pack("<II", 20 + len(text) + len(rest), len(text))
     return data[:8] + sizes + data[16:20] + text + rest
 
@@ -453,6 +511,22 @@ def fraction_colors(
         return b"v " + match[1] + b" ".join(color)
 
     return re.sub(COLORED, divided, data)
+
+
+def ply_colors(
+    part: Any,  # trimesh.Trimesh of a PLY file, changed in place
+    path: Path,  # the file, for messages
+) -> None:
+    """Colours of vertices or faces that are no bytes become bytes.
+
+    Raises: ValueError of one line for colours that are neither fractions nor in 0..255."""
+    for name, element in part.metadata.get("_ply_raw", {}).items():
+        channels = {"red", "green", "blue"} & set(element["properties"])
+        if name != part.visual.kind or len(channels) < 3:
+            continue
+        color = np.column_stack([element["data"][k] for k in ("red", "green", "blue")])
+        if color.dtype != np.uint8:
+            setattr(part.visual, f"{name}_colors", check_colors(color, path))
 
 
 def off_colors(
@@ -504,6 +578,8 @@ def load_scene(
         ]
         faces = sum(len(getattr(part, "faces", ())) for part in shown)
         check_unpacked(150 * faces, 8 * len(data), path)
+        for part in scene.geometry.values():
+            ply_colors(part, path)
         parts = [m for m in scene.dump() if isinstance(m, trimesh.Trimesh) and len(m.faces)]
         for part in parts:  # a copy loses the colours of textured vertices
             own = getattr(scene.geometry[part.metadata["name"]].visual, "vertex_attributes", {})
@@ -529,9 +605,9 @@ def read_mesh(
     if beside.missing:
         names = ", ".join(sorted(set(beside.missing)))
         warnings.warn(f"{path}: left out what it names and cannot be read: {names}", stacklevel=2)
-    if not meshes:
-        hint = "found none; a point cloud needs a surface first"
-        raise ValueError(f"{path}: expected triangles, {hint}")
+    with reading(path, "triangles", "a point cloud needs a surface first"):
+        if not meshes:
+            raise Found("none")
     linear = path.suffix.lower() in (".glb", ".gltf")
     with reading(path, "a mesh whose faces, textures and colours fit together"):
         corners = np.concatenate([np.asarray(m.vertices, float)[m.faces] for m in meshes])
@@ -540,8 +616,12 @@ def read_mesh(
         uv, material, materials = zip(*(face_materials(m, linear) for m in meshes))
         tints = [vertex_tint(m) for m in meshes]
     corners = corners @ TO_Z_UP[up].T
-    if bad := int((~np.isfinite(corners)).sum()):
-        raise ValueError(f"{path}: expected finite vertices, found {bad} numbers that are not")
+    if bad := int((~(np.abs(corners) < FAR)).sum()):
+        expected = f"finite vertices below {FAR:g}"
+        raise ValueError(f"{path}: expected {expected}, found {bad} numbers that are not")
+    single = corners.astype(np.float32).reshape(-1, 3)
+    if path.suffix.lower() != ".obj" and (single == corners.reshape(-1, 3)).all():
+        check_points(single, path)  # refuses map coordinates that were rounded
     if not np.ptp(corners.reshape(-1, 3), axis=0).any():
         hint = "found all corners in one place"
         raise ValueError(f"{path}: expected a mesh with some extent, {hint}")

@@ -4,9 +4,13 @@
 
 # %% ../../nbs/worlds/25_prepare.ipynb #b083cc6d
 from __future__ import annotations
-import os, warnings, zipfile, zlib
+import hashlib, json, os, re, shutil, signal, threading, time, warnings, zipfile, zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,9 @@ from unipre3d.data.objects import (
     spiral_views,
 )
 from ..data.shapenet import split_objects
+from ..files import read_json
+from ..records import code_hash, written_whole
+from ..values import refusal
 from unipre3d.worlds.mesh import (
     Mesh,
     Tracer,
@@ -34,7 +41,8 @@ from unipre3d.worlds.mesh import (
 )
 
 # %% auto #0
-__all__ = ['MESHES', 'prepare_own', 'files_below', 'find_meshes', 'named', 'tell', 'prepare_meshes']
+__all__ = ['MESHES', 'COLLECTIONS', 'prepare_own', 'files_below', 'find_meshes', 'MeshFile', 'synset_names', 'describe_meshes',
+           'split_meshes', 'run_jobs', 'named', 'tell', 'draw_object', 'prepare_meshes']
 
 # %% ../../nbs/worlds/25_prepare.ipynb #947bf2af
 def prepare_own(
@@ -91,6 +99,146 @@ def find_meshes(
         raise ValueError(f"{folder}: expected files that end in {', '.join(MESHES)}, found none")
     return found
 
+# %% ../../nbs/worlds/25_prepare.ipynb #p25col
+@dataclass(frozen=True)
+class MeshFile:
+    "A mesh file, and what the folders around it say."
+
+    path: Path
+    kind: str  # class
+    name: str
+    split: str | None = None  # "train" or "test", where the folders say so
+    family: str = ""  # objects of a family share a split; "": it is alone
+
+
+COLLECTIONS = {
+    "shapenet": r"/(?P<kind>\d{8})/(?P<name>[^/]+)/models/model_normalized\.obj",
+    "modelnet": r"/(?P<kind>[^/]+)/(?P<split>train|test)/(?P<name>[^/]+)\.off",
+    "ycb": r"/(?P<name>(?P<family>\d{3})[-_][^/]*)/google_\d+k/textured\.obj",
+    "objaverse": r"/\d{3}-\d{3}/(?P<name>[^/]+)\.glb",
+}  # collection -> the end of a file's path in it
+
+
+@lru_cache(maxsize=8)
+def synset_names(
+    path: Path,  # taxonomy.json of ShapeNet
+) -> dict[str, str]:  # number -> name; nothing where there is no such file
+    """Names of classes.
+
+    Raises: ValueError for another file."""
+    if not path.is_file():
+        return {}
+    rows = read_json(path, list, what="ShapeNet's taxonomy.json")
+    named = [row for row in rows if isinstance(row, dict) and {"synsetId", "name"} <= set(row)]
+    return {row["synsetId"]: row["name"].split(",")[0].replace(" ", "_") for row in named}
+
+
+def _described(path):
+    "What a path says of its file, and the folder or stem of the object; None outside of collections."
+    where = Path(os.path.abspath(path)).as_posix()
+    for collection, pattern in COLLECTIONS.items():
+        match = re.search(f"{pattern}$", where)
+        if not match:
+            continue
+        said = match.groupdict()
+        kind = said.get("kind", collection)
+        if collection == "shapenet":
+            kind = synset_names(Path(where[: match.start()]) / "taxonomy.json").get(kind, kind)
+        item = MeshFile(path, kind, said["name"], said.get("split"), said.get("family", ""))
+        return item, where[: match.end("name")]
+
+
+def describe_meshes(
+    files: list[Path],
+) -> list[MeshFile]:  # fewer: what accompanies an object of a collection is left out
+    "Class, name and perhaps split and family of each mesh, from the folders that it lies in."
+    found, plain, homes = {}, [], {}
+    for path in files:
+        said = _described(path)
+        if said is None:
+            plain.append(path)
+            continue
+        item, home = said
+        known = homes.get(home)
+        if known is None or path.parent.name == "google_16k":
+            found[known or path] = item
+            homes[home] = known or path
+    for path in plain:
+        above = map(str, Path(os.path.abspath(path)).parents)
+        if homes.keys().isdisjoint(above):
+            found[path] = MeshFile(path, Path(os.path.abspath(path)).parent.name, path.stem)
+    return list(found.values())
+
+
+def split_meshes(
+    items: list[MeshFile],
+    fractions: tuple[float, float, float],  # of train, val and test
+    seed: int = 0,
+) -> dict[tuple[str, str], str]:  # class and name -> split
+    """The split that folders name, with some of train for val; of the others the fractions of each class.
+
+    Raises: ValueError for fewer objects than splits."""
+    free = [item for item in items if item.split is None]
+    given = [item for item in items if item.split == "train"]
+    val = fractions[1] / max(fractions[0] + fractions[1], 1e-9)
+    splits = {(item.kind, item.name): item.split for item in items}
+    for group, parts in ((free, fractions), (given, (1 - val, val, 0.0))):
+        if not group:
+            continue
+        owner = {(item.kind, item.name): (item.kind, item.family or item.name) for item in group}
+        families = sorted(set(owner.values()))
+        if group is given and len(families) == 1:
+            parts = (1.0, 0.0, 0.0)
+        of = split_objects(families, parts, seed, "prepare_meshes: split")
+        splits |= {key: of[family] for key, family in owner.items()}
+    return splits
+
+# %% ../../nbs/worlds/25_prepare.ipynb #p25run
+def _leave_with(parent: int) -> None:
+    "End this process soon after the one that started it, however that ended."
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the first process hears it too, and ends this one
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_jobs(
+    function: Callable,  # importable, so that other processes find it
+    jobs: list[tuple],  # arguments of each call
+    workers: int,  # processes; 1 works in this one
+) -> Iterator[tuple[int, object]]:  # number and result of each job; None where its process ended
+    "Every job, as they end; one that takes its process with it costs no other."
+    if workers == 1:
+        yield from ((k, function(*job)) for k, job in enumerate(jobs))
+        return
+    done = set()
+    for k, result in _in_pool(function, jobs, range(len(jobs)), workers):
+        done.add(k)
+        yield k, result
+    for k in sorted(set(range(len(jobs))) - done):
+        yield next(_in_pool(function, jobs, [k], 1), (k, None))
+
+
+def _in_pool(function, jobs, chosen, workers):
+    "Results of some jobs from as many processes; fewer, where a process ends."
+    pool = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),))
+    try:
+        futures = {pool.submit(function, *jobs[k]): k for k in chosen}
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                continue
+            yield futures[future], result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
 # %% ../../nbs/worlds/25_prepare.ipynb #8bb6444f
 def named(
     problem: Exception,
@@ -112,6 +260,58 @@ def tell(
         warnings.warn("\n  ".join([count, *lines[:show], *more]), stacklevel=3)
 
 
+def draw_object(
+    item: MeshFile,
+    place: Path,  # the object's files, a zip
+    up: str,  # upward axis of the file
+    how: dict,  # of `prepare_own`
+) -> str:  # what is wrong with the file; "": nothing
+    "Draw one mesh into a file, which appears at once and whole."
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            mesh = read_mesh(item.path, up)
+        made, facts = prepare_own(mesh, item.name, item.kind, **how)
+    except (ValueError, OSError, MemoryError) as problem:
+        return named(problem, item.path)
+    remarks = [str(one.message) for one in said]
+    with written_whole(place) as partial, zipfile.ZipFile(partial, "w") as z:
+        for member, data in made.items():
+            add_member(z, member, data)
+        add_member(z, "about.json", json.dumps(dict(facts=facts, remarks=remarks)))
+    return ""
+
+
+def _stamp(item, how):
+    "What the drawing of a mesh depends on, as a file's name."
+    try:
+        facts = os.stat(item.path)
+        about = [facts.st_size, facts.st_mtime_ns]
+    except OSError:
+        about = []  # reading it will say why
+    about += [os.path.abspath(item.path), item.kind, item.name, sorted(how.items())]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+def _checked(files, out, split):
+    "Items in order and the split of each."
+    if not files:
+        raise ValueError("prepare_meshes: files: expected at least one mesh, got none")
+    if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+        wanted = "expected three fractions that add up to 1"
+        raise ValueError(f"prepare_meshes: split: {wanted}, got {split}")
+    if out.suffix != ".zip":
+        raise ValueError(f"prepare_meshes: out: expected a name that ends in .zip, got {out}")
+    items = sorted(describe_meshes(files), key=lambda item: (item.kind, item.name))
+    (most, many), *_ = Counter((item.kind, item.name) for item in items).most_common(1)
+    if many > 1:
+        name = "/".join(most)
+        raise ValueError(
+            f"prepare_meshes: files: expected one {name}, found {many}; rename all but one"
+        )
+    return items
+
+
 def prepare_meshes(
     files: list[str | Path],  # each in a folder that is named like its class
     out: str | Path,  # the data set, a zip
@@ -122,56 +322,59 @@ def prepare_meshes(
     size: int = 128,  # pixels along an edge
     points: int = 4096,  # of each cloud
     seed: int = 0,  # of the splits
+    workers: int = 1,  # processes
 ) -> Path:  # for `ShapeNetViews`, and for `--data` on the command line
     """Mesh files to a data set for pre-training; written at once or not at all.
-    A file that is no mesh is left out; a warning at the end counts and names such files.
+    A file that is no mesh is left out; a warning at the end counts and names such files. Finished objects wait in
+    `<out>.objects` until all are there, so that a job that was stopped goes on.
     Raises: ValueError for names that repeat, fractions that do not add up to 1, or where no file is a mesh."""
     files, out = [Path(f) for f in files], Path(out)
-    if not files:
-        raise ValueError("prepare_meshes: files: expected at least one mesh, got none")
-    if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
-        wanted = "expected three fractions that add up to 1"
-        raise ValueError(f"prepare_meshes: split: {wanted}, got {split}")
-    if out.suffix != ".zip":
-        raise ValueError(f"prepare_meshes: out: expected a name that ends in .zip, got {out}")
-    keys = [(Path(os.path.abspath(f)).parent.name, f.stem) for f in files]
-    (most, many), *_ = Counter(keys).most_common(1)
-    if many > 1:
-        name = "/".join(most)
-        raise ValueError(
-            f"prepare_meshes: files: expected one {name}, found {many}; rename all but one"
-        )
-    splits = split_objects(keys, split, seed, "prepare_meshes: split")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(f".{os.getpid()}.part")
-    order = sorted(zip(keys, files))
+    if workers < 1:
+        raise refusal("prepare_meshes: workers", "at least 1", f"{workers}")
+    items = _checked(files, out, split)
+    splits = split_meshes(items, split, seed)
     how = dict(views=views, size=size, points=points)
-    rows, skipped, without = [], [], []
-    try:
-        with zipfile.ZipFile(part, "w") as z:
-            for (kind, name), path in tqdm(order, "meshes", unit="mesh", disable=None):
-                try:
-                    with warnings.catch_warnings(record=True) as said:
-                        warnings.simplefilter("always", UserWarning)
-                        mesh = read_mesh(path, up)
-                    made, facts = prepare_own(mesh, name, kind, **how)
-                except (ValueError, OSError) as problem:
-                    skipped.append(named(problem, path))
-                    continue
-                without += [str(one.message) for one in said]
-                for member, data in made.items():
-                    add_member(z, member, data)
-                row = {"id": name, "class": kind, "split": splits[kind, name], "family": name}
-                rows.append(row | facts)
-            if not rows:
-                raise ValueError(f"{skipped[0]}; none of {len(files)} files is a mesh")
-            add_tables(z, convention(".png", views, size), rows, {})
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
-    tell(skipped, f"{out}: left out {len(skipped)} of {len(files)} files")
+    waiting = out.with_name(f"{out.name}.objects")
+    waiting.mkdir(parents=True, exist_ok=True)
+    code = code_hash("unipre3d.worlds.mesh", "unipre3d.worlds.prepare", "unipre3d.data.objects")
+    depends = how | dict(up=up, code=code)
+    places = [waiting / f"{_stamp(item, depends)}.zip" for item in items]
+    todo = [k for k, place in enumerate(places) if not place.is_file()]
+    jobs = [(items[k], places[k], up, how) for k in todo]
+    wrong = {}
+    with tqdm(total=len(items), desc="meshes", unit="mesh", disable=None) as bar:
+        bar.update(len(items) - len(todo))
+        for k, problem in run_jobs(draw_object, jobs, workers):
+            ended = f"{items[todo[k]].path}: expected a mesh, found one that ends its process"
+            if problem != "":
+                wrong[todo[k]] = ended if problem is None else problem
+            bar.update()
+    skipped = [wrong[k] for k in sorted(wrong)]
+    if len(skipped) == len(items):
+        shutil.rmtree(waiting)
+        raise ValueError(f"{skipped[0]}; none of {len(items)} files is a mesh")
+    kept = [k for k in range(len(items)) if k not in wrong]
+    without = _join([(items[k], places[k]) for k in kept], out, splits, views, size)
+    shutil.rmtree(waiting)
+    tell(skipped, f"{out}: left out {len(skipped)} of {len(items)} files")
     tell(
         without,
-        f"{out}: {len(without)} of {len(files)} meshes are read without something that they name or hold",
+        f"{out}: {len(without)} of {len(items)} meshes are read without something that they name or hold",
     )
     return out
+
+
+def _join(pieces, out, splits, views, size):
+    "The files of all objects in one archive; what the meshes are read without."
+    rows, without = [], []
+    with written_whole(out) as partial, zipfile.ZipFile(partial, "w") as z:
+        for item, place in pieces:
+            with zipfile.ZipFile(place) as piece:
+                about = json.loads(piece.read("about.json"))
+                for member in piece.namelist()[:-1]:
+                    add_member(z, member, piece.read(member))
+            without += about["remarks"]
+            row = {"id": item.name, "class": item.kind, "split": splits[item.kind, item.name]}
+            rows.append(row | {"family": item.family or item.name} | about["facts"])
+        add_tables(z, convention(".png", views, size), rows, {})
+    return without
