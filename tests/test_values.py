@@ -553,6 +553,13 @@ def test_rooms_without_labels_are_refused_before_training(tmp_path, bare, name):
     one_line(recipe.build_task, f"{tmp_path}: {role}: expected rooms with labels", f"{bare}_00")
 
 
+def test_rooms_whose_things_are_too_small_are_refused_before_training(tmp_path):
+    for split in ("train", "val", "test"):
+        write_cloud(tmp_path, split, f"{split}_00", **box_cloud(0.1 if split == "val" else 0.3))
+    recipe = change(finetune_recipes["inst-rooms-mini"], source=str(tmp_path))
+    one_line(recipe.build_task, f"{tmp_path}: test: expected rooms with at least one thing of 100")
+
+
 # ---------------------------------------------------------------- geometry of views
 
 

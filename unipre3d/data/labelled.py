@@ -93,6 +93,11 @@ class H5:
             self._pid = os.getpid()
         return self._file
 
+    def has(self, key: str) -> bool:
+        "Whether there is something of that name."
+        with reading(self.path, f"a list with {key!r} or without", self.layout.hint):
+            return key in self.file
+
     def array(self, key: str, shape: tuple) -> h5py.Dataset:
         "One array, not read yet, of this shape; None stands for any size."
         found = h5_dataset(self.file, key, self.path, self.layout.hint)
@@ -347,9 +352,10 @@ class ModelNet40(ObjectReader):
             return self._object(read_text(place, 6, self.layout, ","), place)
         h5, k = place
         where = f"{h5.path} object {k}"
-        rows = h5.whole("data", (None, None, 3))[k]
-        if "normal" in h5.file:
-            rows = np.concatenate([rows, h5.whole("normal", h5.file["data"].shape)[k]], 1)
+        data = h5.whole("data", (None, None, 3))
+        rows = data[k]
+        if h5.has("normal"):
+            rows = np.concatenate([rows, h5.whole("normal", data.shape)[k]], 1)
         return self._object(rows, where)
 
 
