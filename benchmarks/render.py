@@ -1,10 +1,11 @@
-"""Times the CPU renderer beside a plain torch one on five workloads, forward and backward, in one run.
+"""Times the CPU renderer beside a plain torch one on six workloads, forward and backward, in one run.
 
     python benchmarks/render.py [--workloads Os Om Ol Olt S] [--repeats 5] [--torch-views 4] [--json PATH]
 
 Workloads (float32): O is 32 objects x 4 views of 128x128, 1,024 Gaussians in the unit sphere, camera distance 1.75, field of view
 49.134 degrees, harmonics of degree 1; Os, Om, Ol have a median scale of 0.03, 0.1, 0.37; Olt is Ol with faint Gaussians (large and
-transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.03 m, 8 views of 160x120.
+transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.03 m, 8 views of 160x120. V is one view of
+1280x720 into that room with 200,000 Gaussians.
 
 The torch renderer is tiled, vectorised over tiles, Gaussians and pixels, and drops tiles that are opaque; autograd does its backward.
 It is timed on a few views and scaled by the number of views; every row says how many were drawn.
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from unipre3d.core import CameraBatch, GaussianBatch, offsets
 from unipre3d.gaussians import covariance, evaluate_sh
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
-from unipre3d.render import EPS2D, project_gaussians, render
+from unipre3d.render import EPS2D, camera_arrays, project_gaussians, project_views, render
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["mean", "scale", "quat", "opacity", "sh"]
@@ -100,6 +101,7 @@ WORKLOADS = {
     "Ol": lambda: objects(0.37),
     "Olt": lambda: objects(0.37, -2.0),
     "S": room,
+    "V": lambda: room(200_000, 1, (720, 1280)),
 }
 
 
@@ -266,7 +268,7 @@ def torch_distance(gaussians, cameras):
 
 
 @numba.njit
-def count_pairs(m, xy, rec, order, H, W):
+def count_pairs(m, rec, order, H, W):
     "Gaussians that count at a pixel, summed over the pixels of a view."
     pairs = 0
     for y in range(H):
@@ -274,8 +276,8 @@ def count_pairs(m, xy, rec, order, H, W):
             T = 1.0
             for t in range(m):
                 i = order[t]
-                dx, dy = x + 0.5 - xy[i, 0], y + 0.5 - xy[i, 1]
-                q = rec[i, 3] - (rec[i, 0] * dx + rec[i, 1] * dy) ** 2 - (rec[i, 2] * dy) ** 2
+                dx, dy = x + 0.5 - rec[i, 0], y + 0.5 - rec[i, 1]
+                q = rec[i, 5] - (rec[i, 2] * dx + rec[i, 3] * dy) ** 2 - (rec[i, 4] * dy) ** 2
                 if q < -8:
                     continue
                 alpha = min(2.0**q, 0.999)
@@ -290,25 +292,18 @@ def count_pairs(m, xy, rec, order, H, W):
 
 def contributing_pairs(gaussians, cameras, n_views=4):
     "Contributing (Gaussian, pixel) pairs of the batch, estimated from a few views."
-    from unipre3d.kernels import splat
-
-    arrays = [getattr(gaussians, k).numpy() for k in ("mean", "quat", "scale", "opacity", "sh")]
-    pose, K, (H, W) = cameras.world_to_cam.double().numpy(), cameras.K.double().numpy(), cameras.hw
-    start, pairs = offsets(gaussians.batch, gaussians.size).tolist(), 0
-    views = np.linspace(0, len(cameras) - 1, n_views).astype(int).tolist()
-    for v in views:
-        first, last = start[int(cameras.batch[v])], start[int(cameras.batch[v]) + 1]
-        n = last - first
-        ids, order, xy, rec = (
-            np.empty(n, np.int32),
-            np.empty(n, np.int32),
-            np.empty((n, 2)),
-            np.empty((n, splat.N_REC), np.float32),
-        )
-        m = splat.project(
-            v, *arrays, first, last, pose, K, H, W, 0.01, 1e10, EPS2D, False, ids, xy, rec, order
-        )
-        pairs += count_pairs(m, xy, rec, order, H, W)
+    g = gaussians
+    none = np.empty((0, 3, 3), np.float32)
+    cloud = g.mean.numpy(), g.quat.numpy(), g.scale.numpy(), none, g.opacity.numpy(), g.sh.numpy()
+    camera = camera_arrays(cameras.world_to_cam, cameras.K, cameras.hw)
+    rules = (0.01, 1e10, EPS2D, -1.0, False, False)
+    start, owner = offsets(g.batch, g.size).numpy(), cameras.batch.numpy()
+    e = project_views(cloud, camera, rules, start, owner)
+    pairs = 0
+    n_views = min(n_views, len(cameras))
+    for v in np.linspace(0, len(cameras) - 1, n_views).astype(int):
+        at = e.rows(v)
+        pairs += count_pairs(e.count[v], e.rec[at], e.order[at], *cameras.hw)
     return pairs * len(cameras) // n_views
 
 

@@ -177,18 +177,20 @@ def gaussians(folder):
     import torch
 
     from unipre3d.core import GaussianBatch
-    from unipre3d.gaussians import save_ply
+    from unipre3d.formats import save_gaussians
 
     one, four = torch.zeros(3, 3), torch.nn.functional.normalize(torch.ones(3, 4))
     batch = torch.zeros(3, dtype=torch.long)
     cloud = GaussianBatch(one, one + 1, four, torch.ones(3) / 2, torch.zeros(3, 4, 3), batch, 1)
-    save_ply(cloud, folder / "gaussians.ply")
+    for kind in (".ply", ".spz", ".glb"):
+        save_gaussians(cloud, folder / f"gaussians{kind}")
 
 
 def open_gaussians(folder):
-    from unipre3d.gaussians import load_ply
+    from unipre3d.formats import load_gaussians
 
-    load_ply(folder / "gaussians.ply")
+    for kind in (".ply", ".spz", ".glb"):
+        load_gaussians(folder / f"gaussians{kind}")
 
 
 OBJ = (

@@ -208,7 +208,8 @@ def load_spz(
             opacity=opacity / 255,
             sh=np.concatenate([colour, rest], 1),
         )
-    return half_rotation(one_cloud(columns), AXES[".spz"]), bool(flags & 1)
+        cloud = one_cloud(columns)
+    return half_rotation(cloud, AXES[".spz"]), bool(flags & 1)
 
 # %% ../nbs/54_formats.ipynb #54f00016
 SPLATS = "KHR_gaussian_splatting"
@@ -370,7 +371,7 @@ def load_glb(
             sh=np.stack([column(name) for name in harmonic_names(degree)], 1),
         )
         mode = scene["asset"].get("extras", {}).get("SplatRenderMode")
-    cloud = one_cloud(columns)
+        cloud = one_cloud(columns)
     quat = about_z(cloud.quat)
     return half_rotation(cloud, AXES[".glb"]).derive(quat=quat), mode == "mip"
 
