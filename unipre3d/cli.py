@@ -692,9 +692,11 @@ def import_command(args: list[str]) -> int:
 
     example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
     folder, options = parse_after(ImportOptions, args, prog, example)
-    print(*import_posed(folder, options=options), sep="\n")
-    recipe = "scene-sparseunet-mini"
-    print(f"next: unipre3d pretrain {recipe} --data {shlex.quote(options.out)}")
+    lines = import_posed(folder, options)
+    print(*lines, sep="\n")
+    more = " --fusion FeatureFusion" * any("no depth" in line for line in lines)
+    data = shlex.quote(options.out)
+    print(f"next: unipre3d pretrain scene-sparseunet-mini --data {data}{more}")
     return 0
 
 
