@@ -472,7 +472,10 @@ def contact_sheet(
         if len(z):
             low, high = np.quantile(z, [0.02, 0.98])
             shade = (255 * (z - low) / max(high - low, 1e-9)).clip(0, 255).astype(int)
-            over[row, column] = colors[255 - shade]
+            reach = 0 if 50 * len(z) > h * w else 1  # few points are drawn larger
+            for down, right in np.ndindex(2 * reach + 1, 2 * reach + 1):
+                place = (row + down - reach).clip(0, h - 1), (column + right - reach).clip(0, w - 1)
+                over[place] = colors[255 - shade]
         tiles.append(np.concatenate([picture, over]))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     lines = [np.concatenate(tiles[k : k + columns], 1) for k in range(0, len(tiles), columns)]
@@ -555,19 +558,11 @@ def settle(
     said = ", distortion undone" if bent else ""
     lines.append(f"{capture.layout}: {len(capture.images)} images of {w} x {h}{said}")
     views = sketch(capture.images, pinhole)
-    cloud, dense, own = capture.cloud, capture.dense, bool(options.cloud)
-    if own:
-        cloud = read_points(options.cloud)
-        to_world = options.cloud_scale * to_z_up(UPS[options.cloud_up])
-        cloud["coord"] = cloud["coord"] @ to_world.T
-        if "normal" in cloud:
-            cloud["normal"] = cloud["normal"] @ to_z_up(UPS[options.cloud_up]).T
-        dense = True
+    cloud, dense = _points_of(capture, options)
+    own = bool(options.cloud)
     if cloud is None and views.depth is None:
         wanted = "points or depth; pass --cloud FILE"
         raise refusal(where, wanted, f"{capture.layout} with neither")
-    if cloud is not None:
-        check_cloud(dict(xyz=cloud["coord"]), f"{where}: points")
     metric = capture.metric or own or bool(options.scale)
     if views.depth is None and not metric:
         raise _unit_needed(where, cloud["coord"], capture)
@@ -592,6 +587,20 @@ def settle(
     lines.append(f"{len(cloud['coord']):,} points, {_size(cloud['coord'])} m")
     millimetres = 0.0 if views.depth is None else 1000 * scale / unit
     return Settled(capture, smaller(pinhole, options.height), cloud, millimetres, tuple(lines))
+
+
+def _points_of(capture, options):
+    "The points that there are before any are made, in the poses' unit and axes, and whether they are a scan."
+    cloud, dense = capture.cloud, capture.dense
+    if options.cloud:
+        cloud, dense = read_points(options.cloud), True
+        A = to_z_up(UPS[options.cloud_up])
+        cloud["coord"] = options.cloud_scale * (cloud["coord"] @ A.T)
+        if "normal" in cloud:
+            cloud["normal"] = cloud["normal"] @ A.T
+    if cloud is not None:
+        check_cloud(dict(xyz=cloud["coord"]), f"{capture.name}: points")
+    return cloud, dense
 
 
 def _size(coord):

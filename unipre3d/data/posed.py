@@ -793,19 +793,21 @@ def read_captures(
         raise refusal(str(folder), "a folder with posed images", found_at(folder))
     if layout not in ("auto", *LAYOUTS):
         raise refusal("layout", f"one of auto, {', '.join(LAYOUTS)}", layout)
-    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    for k, place in enumerate(places):
-        known = [name for name in layouts_of(place) if layout in ("auto", name)]
-        if known and k == 0:
-            return _read_as(place, known[0], intrinsics)
+    for name in _known(folder, layout)[:1]:
+        return _read_as(folder, name, intrinsics)
     captures = []
-    for place in places[1:]:
-        known = [name for name in layouts_of(place) if layout in ("auto", name)]
-        captures += _read_as(place, known[0], intrinsics) if known else []
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for name in _known(place, layout)[:1]:
+            captures += _read_as(place, name, intrinsics)
     if captures:
         return captures
     wanted = [LAYOUTS[layout]] if layout != "auto" else LAYOUTS.values()
     raise refusal(str(folder), f"a capture: {'; or '.join(wanted)}", found_at(folder))
+
+
+def _known(place, layout):
+    "The layouts of a folder that are wanted."
+    return [name for name in layouts_of(place) if layout in ("auto", name)]
 
 
 def _read_as(place, layout, intrinsics):
