@@ -538,8 +538,8 @@ def run_recipe(
             "history": run_history(folder / "metrics.csv"),
         }
         check_record(record)
-        write_json(folder / "record.json", record)
         (folder / STATE_BEFORE).unlink(missing_ok=True)
+        write_json(folder / "record.json", record)
         return Outcome(folder, record, done.ended)
 
 
