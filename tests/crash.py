@@ -513,7 +513,7 @@ def wanted_twice(folder, kind="classification"):
         if not child:
             try:
                 os.chdir(home)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                os.dup2(os.open(os.devnull, os.O_RDWR), 2)
                 done = run_recipe(name, recipe, device="cpu", say=lambda text: None)
                 os._exit(0 if done.ended == "finished" else 130)
             except BaseException:

@@ -492,7 +492,8 @@ def read_record(
     record = read_json(path, what="the record of a run")
     with reading(path, "the record of a run, with metrics by name"):
         check_record(record, path.name)
-    check_types(record, TYPES, path)
+    known = {key: value for key, value in record.items() if value is not None}
+    check_types(known, TYPES, path)
     return record
 
 
