@@ -30,12 +30,13 @@ if __name__ == "__main__":
 
 import torch
 
+import unipre3d.runs.checkpoint as checkpoint
 import unipre3d.runs.fit as loop
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.records import code_version, hardware, write_json
 from unipre3d.runs.checkpoint import has_state, is_finished, load_tensors
 from unipre3d.runs.recipe import change
-from unipre3d.runs.run import run_recipe
+from unipre3d.runs.run import LOCK, run_recipe
 
 TINY = dict(num_groups=8, group_size=8, depth=1, encoder_widths=(8, 16, 16), encoder_dims=16)
 TINY_BACKBONE = TINY | dict(width=16, num_heads=2)
@@ -172,8 +173,8 @@ def same_end(folder, other):
     ]
     if metrics[0] != metrics[1]:
         found.append("record.json")
-    extra = {path.name for path in folder.iterdir()} ^ {path.name for path in other.iterdir()}
-    return found + sorted(extra)
+    names = [{path.name for path in run.iterdir()} - {LOCK} for run in (folder, other)]
+    return found + sorted(names[0] ^ names[1])
 
 
 def ended(folder, straight):
@@ -227,7 +228,7 @@ def kill_inside(count, place):
             if left[0] == 0 and place == "before":
                 die()
             if left[0] == 0 and place == "half" and half is not None:
-                half(*args)
+                half(*args, **kwargs)
                 die()
             result = function(*args, **kwargs)
             if left[0] == 0:
@@ -244,6 +245,13 @@ def kill_inside(count, place):
     def half_text(path, text):
         write_text(path, text[: len(text) // 2])
 
+    save_file = checkpoint.save_file
+
+    def half_file(tensors, path, **how):
+        save_file(tensors, path, **how)
+        os.truncate(path, path.stat().st_size // 2)
+
+    checkpoint.save_file = counted(save_file, half_file)
     Path.write_bytes = counted(write_bytes, half_bytes)
     Path.write_text = counted(write_text, half_text)
     os.replace = counted(os.replace)
@@ -290,7 +298,7 @@ def killed(kind, kills, seed, folder):
     straight, seconds = straight_run(kind, folder)
     path = folder / f"{kind}-{seed}.json"
     table = {"kind": kind, "seed": seed, "seconds": round(seconds, 2), "moments": 0, "inside": 0}
-    table |= {"runs": 0, "different": []}
+    table |= {"runs": 0, "locks": 0, "different": []}
     if path.exists():
         table = json.loads(path.read_text())
     while table["moments"] + table["inside"] < kills:
@@ -304,6 +312,7 @@ def killed(kind, kills, seed, folder):
         table["different"] += [f"{run.name} {name}" for name in same_end(run, straight)]
         table |= {where: table[where] + hits[where] for where in ("moments", "inside")}
         table["runs"] += 1
+        table["locks"] += (run / LOCK).exists()
         shutil.rmtree(run)
         write_json(path, table)
     return table
@@ -391,6 +400,16 @@ def little_room(folder, size):
 
         return call
 
+    save_file = checkpoint.save_file
+
+    def limited_file(tensors, path, **how):
+        save_file(tensors, path, **how)
+        used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        if folder in path.parents and used > size:
+            os.truncate(path, max(0, path.stat().st_size - used + size))
+            raise OSError(28, "No space left on device", str(path))
+
+    checkpoint.save_file = limited_file
     Path.write_bytes = limited(Path.write_bytes, lambda data, room: data[:room])
     Path.write_text = limited(Path.write_text, lambda text, room: text[:room])
 
@@ -494,7 +513,7 @@ def wanted_twice(folder, kind="classification"):
         if not child:
             try:
                 os.chdir(home)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                os.dup2(os.open(os.devnull, os.O_RDWR), 2)
                 done = run_recipe(name, recipe, device="cpu", say=lambda text: None)
                 os._exit(0 if done.ended == "finished" else 130)
             except BaseException:

@@ -356,6 +356,7 @@ def write_error(
 @contextmanager
 def written_whole(
     path: str | Path,  # the file that is wanted
+    settle: bool = True,  # wait for its name too; False where it gets another one at once
 ) -> Iterator[Path]:  # the file to write, beside it
     """Within it, a file is written beside its place; at the end it is flushed and renamed.
 
@@ -367,7 +368,8 @@ def written_whole(
         yield partial
         flush(partial)
         os.replace(partial, path)
-        flush(path.parent)
+        if settle:
+            flush(path.parent)
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -490,7 +492,8 @@ def read_record(
     record = read_json(path, what="the record of a run")
     with reading(path, "the record of a run, with metrics by name"):
         check_record(record, path.name)
-    check_types(record, TYPES, path)
+    known = {key: value for key, value in record.items() if value is not None}
+    check_types(known, TYPES, path)
     return record
 
 
