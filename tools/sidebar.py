@@ -39,6 +39,7 @@ WORKSHOP = {
         "data/26_samples",
         "data/28_transform",
         "data/29_loading",
+        "data/18_shards",
         "data/29_accepted",
     ],
     "Worlds": [

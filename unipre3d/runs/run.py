@@ -549,6 +549,7 @@ def run_recipe(
             "processes": world,
             "hardware": hardware(),
             "train_seconds": done.seconds,
+            "waiting_share": round(done.waiting / done.seconds, 4) if done.seconds else 0.0,
             "wall_seconds": time.time() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "peak_memory_mb": peak_memory_mb(),
