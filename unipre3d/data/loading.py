@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
@@ -143,7 +142,6 @@ class Loader:
             collate_fn=_as_is,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_signals,
         )
 

@@ -330,7 +330,7 @@ ORIGIN = "origin.json"  # beside an index that came from an address
 
 def _remote(url: str) -> Any:
     "A file at an address, to read from."
-    import fsspec  # takes a third of a second
+    import fsspec
 
     return fsspec.open(url, "rb")
 
