@@ -41,6 +41,7 @@ WORKSHOP = {
         "data/28_import",
         "data/28_transform",
         "data/29_loading",
+        "data/18_shards",
         "data/29_accepted",
     ],
     "Worlds": [

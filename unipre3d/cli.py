@@ -30,9 +30,9 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands
            'RenderOptions', 'write_film', 'film_file', 'render_command', 'convert_command', 'FeatureOptions',
            'PredictOptions', 'cloud_paths', 'features_command', 'folder_features', 'predict_command',
            'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not', 'prepare_command', 'import_command',
-           'CheckOptions', 'check_command', 'rooms_command', 'data_command', 'cache_text', 'doctor_command',
-           'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words', 'completion_command',
-           'usage', 'spin_briefly', 'main']
+           'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions', 'shard_command', 'data_command',
+           'cache_text', 'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command',
+           'completion_words', 'completion_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -961,9 +961,11 @@ def import_command(args: list[str]) -> int:
 
     example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
     folder, options = parse_after(ImportOptions, args, prog, example)
-    print(*import_posed(folder, options=options), sep="\n")
-    recipe = "scene-sparseunet-mini"
-    print(f"next: unipre3d pretrain {recipe} --data {shlex.quote(options.out)}")
+    lines = import_posed(folder, options)
+    print(*lines, sep="\n")
+    more = " --fusion FeatureFusion" * any("no depth" in line for line in lines)
+    data = shlex.quote(options.out)
+    print(f"next: unipre3d pretrain scene-sparseunet-mini --data {data}{more}")
     return 0
 
 
@@ -1006,11 +1008,46 @@ def rooms_command(args: list[str]) -> int:
     return 0
 
 
-DATA_KINDS = ("prepare", "check", "rooms", "import", "furniture", "autoencoder")
+@dataclass(frozen=True)
+class ShardOptions:
+    "Pack a data set into tar archives of whole samples, with an index; what is there already stays."
+
+    out: str = "shards"  # folder that is written
+    size_mb: int = 256  # of an archive, in megabytes; a sample is never split
+
+
+def shard_command(args: list[str]) -> int:
+    "unipre3d data shard FOLDER [--key value ...]: a data set in a few large files, for --data FOLDER or its address."
+    example = "a data set, as in: unipre3d data shard scannet --out shards"
+    folder, options = parse_after(ShardOptions, args, "unipre3d data shard FOLDER", example)
+    if options.size_mb < 1:
+        raise ValueError(f"--size-mb: expected at least 1, got {options.size_mb}")
+    from unipre3d.core import data_dir
+    from unipre3d.data.check import find_readers
+    from unipre3d.data.shards import INDEX, write_shards
+    from unipre3d.files import read_json
+
+    if folder == "furniture" and not Path(folder).exists():
+        folder = data_dir() / "furniture.zip"
+    reader = next(iter(find_readers(folder).values()))
+    if not hasattr(reader, "store"):
+        raise ValueError(
+            f"{folder}: expected views of objects, ScanNet or S3DIS, "
+            f"found {reader.layout.name}, which is a few files already; pass it as it is"
+        )
+    out = write_shards(reader.store, options.out, options.size_mb * 2**20)
+    shards = read_json(out / INDEX)["shards"]
+    count = sum(len(shard["samples"]) for shard in shards)
+    size = sum(shard["size"] for shard in shards) / 2**20
+    print(f"wrote {out}: {count:,} samples in {len(shards):,} shards, {size:,.0f} MB")
+    return 0
+
+
+DATA_KINDS = ("prepare", "check", "rooms", "import", "shard", "furniture", "autoencoder")
 
 
 def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | check | rooms | import | furniture | autoencoder: meshes, a check, made rooms, posed images, embedded data."
+    "unipre3d data prepare | check | rooms | import | shard | furniture | autoencoder: make, check, import or pack data; rebuild what is embedded."
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
         print(f"usage: unipre3d data {' | '.join(DATA_KINDS)} [--help]")
@@ -1024,6 +1061,8 @@ def data_command(args: list[str]) -> int:
         return import_command(args[1:])
     if kind == "check":
         return check_command(args[1:])
+    if kind == "shard":
+        return shard_command(args[1:])
     if kind == "rooms":
         return rooms_command(args[1:])
     if kind == "autoencoder":

@@ -579,14 +579,15 @@ class S3DIS(RoomReader):
                 f"val_area: expected one of {known} to validate on (not the test area), got None"
             )
         areas = dict(train=[a for a in others if a != val_area], val=[val_area], test=[test_area])
-        if not any((self.root / f"Area_{a}").is_dir() for a in range(1, 7)):
+        self.store = Store(self.root)
+        if not any(self.store.names(f"Area_{a}") for a in range(1, 7)):
             raise FileNotFoundError(
                 self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
             )
-        self.store = Store(self.root)
         for area in areas[split]:
             folder = self.root / f"Area_{area}"
-            rooms = sorted(p.parent.name for p in folder.glob("*/coord.npy"))
+            names = self.store.names(folder.name)
+            rooms = sorted(n for n in names if self.store.has(f"{folder.name}/{n}/coord.npy"))
             if not rooms:
                 raise FileNotFoundError(
                     self.layout.say(folder, "one folder a room with coord.npy", found_at(folder))

@@ -18,8 +18,8 @@ from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset
 
 # %% auto #0
-__all__ = ['epoch_order', 'StepSampler', 'leave_signals', 'LoaderLost', 'same_child_handler', 'plain_error', 'Loader',
-           'make_loader', 'eval_loader']
+__all__ = ['epoch_order', 'block_order', 'StepSampler', 'leave_signals', 'LoaderLost', 'same_child_handler', 'plain_error',
+           'Loader', 'make_loader', 'eval_loader']
 
 # %% ../../nbs/data/29_loading.ipynb #51f5a079
 def epoch_order(
@@ -29,6 +29,18 @@ def epoch_order(
 ) -> Int[np.ndarray, "n"]:  # a permutation
     "The order of one epoch."
     return np.random.default_rng((seed, epoch, 0x0BDE)).permutation(n)
+
+
+def block_order(
+    blocks: Int[np.ndarray, "n"],  # shard of each cloud
+    epoch: int,
+    seed: int,
+    window: int = 8,  # shards that are mixed
+) -> Int[np.ndarray, "n"]:  # a permutation
+    "The order of one epoch that walks through the shards: each is wanted in one stretch only."
+    rng = np.random.default_rng((seed, epoch, 0xB10C))
+    rank = rng.permutation(int(blocks.max()) + 1)[blocks] // window
+    return np.lexsort((rng.random(len(blocks)), rank))
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class StepSampler:
     stop: int = 1  # one past the last
     rank: int = 0  # of this process
     world_size: int = 1  # processes
+    blocks: tuple[int, ...] | None = None  # shard of each cloud: epochs walk through the shards
 
     def __post_init__(self):
         if self.n < 1:
@@ -54,11 +67,17 @@ class StepSampler:
     def __len__(self):
         return max(0, self.stop - self.start)
 
+    def order(self, epoch: int) -> Int[np.ndarray, "n"]:
+        "The clouds of one epoch."
+        if self.blocks is None:
+            return epoch_order(self.n, epoch, self.seed)
+        return block_order(np.array(self.blocks), epoch, self.seed)
+
     def batch(self, step: int) -> list[tuple[int, int]]:
         "`(index, epoch)` of each sample of this process in this step."
         first = (step * self.world_size + self.rank) * self.batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.n)
-        orders = {e: epoch_order(self.n, int(e), self.seed) for e in np.unique(epochs)}
+        orders = {e: self.order(int(e)) for e in np.unique(epochs)}
         return [(int(orders[e][k]), int(e)) for e, k in zip(epochs, places)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -159,9 +178,13 @@ def make_loader(
     num_workers: int = 0,
     rank: int = 0,  # of this process
     world_size: int = 1,  # processes
+    blocks: tuple[int, ...]
+    | None = None,  # shard of each cloud, for an order that walks through them
 ) -> Loader:  # of packed batches, one a step
     "Training batches. Step s is the same whatever the first step, the workers, or what ran before."
-    steps = StepSampler(len(samples), batch_size, seed, start_step, stop_step, rank, world_size)
+    steps = StepSampler(
+        len(samples), batch_size, seed, start_step, stop_step, rank, world_size, blocks
+    )
     return Loader(samples, steps, num_workers)
 
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/19_readers.ipynb #r19imports
 from __future__ import annotations
-import hashlib, io, os, zipfile
+import hashlib, io, json, os, zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from ..core import CameraBatch, ViewBatch
+from .shards import local_root, open_shards
 from unipre3d.files import (
     decode_array,
     decode_text,
@@ -43,8 +44,8 @@ from unipre3d.values import (
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'HIDDEN', 'View', 'check_view', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat',
            'check_apart', 'class_labels', 'hold_out', 'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius',
-           'fit_radius', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at', 'check_option', 'FileReader',
-           'RoomReader']
+           'fit_radius', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at', 'check_option', 'files_hash',
+           'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -395,12 +396,13 @@ HIDDEN = (".", "__MACOSX")  # how names begin that a system adds for itself
 
 
 class Store:
-    """Files below one root, a folder or a zip; safe to hand to other processes.
+    """Files below one root, a folder, a zip, or shards or their address; safe to hand to other processes.
 
     Raises: FileNotFoundError or ValueError that name the file that is missing or damaged."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root = local_root(root)
+        self.shards = open_shards(self.root)
         self.is_zip = not self.root.is_dir()
         self._zip = self._pid = self._tree = None  # of this process
         if self.is_zip:
@@ -420,17 +422,21 @@ class Store:
 
     def where(self, name: str) -> str:
         "What messages call a file: its path, or `archive.zip: member`."
+        if self.shards:
+            return self.shards.where(name)
         return f"{self.root}: {name}" if self.is_zip else str(self.root / name)
 
     def open(self, name: str) -> io.BufferedIOBase:
         "One file to read from; of a plain file only what is wanted is read."
-        if self.is_zip:
+        if self.is_zip or self.shards:
             return io.BytesIO(self.read(name))
         with reading(self.where(name), "this file"):
             return open(regular_file(self.root / name, "this file"), "rb")
 
     def read(self, name: str) -> bytes:
         "The bytes of one file."
+        if self.shards:
+            return self.shards.read(name)
         return (
             read_member(self.zip, name) if self.is_zip else read_file(self.root / name, "this file")
         )
@@ -445,10 +451,14 @@ class Store:
 
     def has(self, name: str) -> bool:
         "Whether there is such a file."
+        if self.shards:
+            return name in self.shards.files or name in self.shards.tables
         return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
 
     def stamp(self, name: str) -> str:
         "What changes when a file does: in a zip the sum of its bytes, in a folder its size and time."
+        if self.shards:
+            return " ".join(map(str, (name, *self.shards.facts(name))))
         if self.is_zip:
             member = self.zip.getinfo(name)
             return f"{name} {member.file_size} {member.CRC}"
@@ -457,20 +467,20 @@ class Store:
 
     def folders(self, folder: str = "") -> list[str]:
         "Folders in a folder, sorted; of a zip those that hold something."
-        if self.is_zip:
+        if self.is_zip or self.shards:
             return sorted(n for n in self.names(folder) if self.names(f"{folder}/{n}".lstrip("/")))
         entries = os.scandir(self.root / folder)
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
 
     def names(self, folder: str = "") -> set[str]:
         "What a folder holds, hidden names left out; nothing if there is no such folder."
-        if not self.is_zip:
+        if not (self.is_zip or self.shards):
             place = self.root / folder
             names = os.listdir(place) if place.is_dir() else ()
             return {name for name in names if not name.startswith(HIDDEN)}
         if self._tree is None:
             self._tree = {}
-            for name in self.zip.namelist():
+            for name in self.shards.names() if self.shards else self.zip.namelist():
                 parts = name.rstrip("/").split("/", 16)  # deeper folders are none
                 if any(part.startswith(HIDDEN) for part in parts):
                     continue
@@ -597,6 +607,16 @@ def check_option(
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 # %% ../../nbs/data/19_readers.ipynb #r19base
+def files_hash(
+    root: str | Path,  # of a data set
+    pattern: str,  # of the files that count
+) -> str:  # 64 hexadecimal digits
+    "`data_hash` of a data set: shards have that of the folder that they were written from."
+    if shards := open_shards(root):
+        return hashlib.sha256(json.dumps(shards.matching(pattern)).encode()).hexdigest()
+    return data_hash(root, pattern)
+
+
 class FileReader:
     "What readers of files share. A reader sets `layout`, `classes` and `items`."
 
@@ -609,7 +629,7 @@ class FileReader:
         root: str | Path,
         cache_bytes: int,  # bound on what is kept, in each process
     ):
-        self.root = Path(root)
+        self.root = local_root(root)
         self.cache = Cache(cache_bytes)
         self.items = []  # (name, class number or None, what reading it needs)
 
@@ -626,7 +646,7 @@ class FileReader:
 
     def fingerprint(self) -> str:
         "Hash of an archive's bytes, or of the names and sizes of the files."
-        return data_hash(self.root, self.pattern)
+        return files_hash(self.root, self.pattern)
 
 
 class RoomReader(FileReader):

@@ -24,12 +24,12 @@ from unipre3d.data.readers import (
     Store,
     View,
     check_apart,
+    files_hash,
     fit_radius,
     object_scale,
 )
 from ..files import decode_json, decode_picture, decode_table
 from ..geometry.cameras import intrinsics_from_fov
-from ..records import data_hash
 from unipre3d.values import (
     check_labels,
     check_normals,
@@ -452,7 +452,7 @@ class ShapeNetViews:
 
     def fingerprint(self) -> str:
         "Hash of the archive's bytes, or of the names and sizes of the folder's clouds."
-        return data_hash(self.store.root, "*/*/pts/*.npy")
+        return files_hash(self.store.root, "*/*/pts/*.npy")
 
     def name(self, i: int) -> str:
         "`<synset>/<model>`."

@@ -43,7 +43,7 @@ from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
-           'steady', 'new_accelerator', 'take_step', 'Progress', 'check_task', 'is_due', 'fit']
+           'steady', 'new_accelerator', 'take_step', 'Progress', 'timed', 'check_task', 'is_due', 'fit']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -302,6 +302,7 @@ class Progress:
     seconds: float = 0.0  # of training, over all parts of the run
     best: float | None = None  # validation score of the chosen weights
     best_step: int = 0  # step of the weights in checkpoint.safetensors
+    waiting: float = 0.0  # seconds of these in which the next batch was not there yet
     waited: int = 0  # validations since then
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these the latest, without a good step between
@@ -309,6 +310,22 @@ class Progress:
     bad_steps: list[int] = field(
         default_factory=list, repr=False
     )  # the first of the skipped, 1 is the first step; in float16, where some overflow, none
+
+
+def timed(
+    batches: Iterator,
+    now: Progress,
+) -> Iterator:  # the same batches
+    "Batches; what each is waited for is added to `now.waiting`."
+    while True:
+        began = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            now.waiting += time.perf_counter() - began
+        yield batch
 
 
 def check_task(
@@ -456,7 +473,7 @@ def fit(
         stop_requests() as stopping,
         tqdm(total=run.steps, initial=start, desc=task.name, disable=not main) as bar,
     ):
-        for batch in steady(batches, start, run.steps, say):
+        for batch in timed(steady(batches, start, run.steps, say), now):
             torch.manual_seed(
                 run.seed
                 + 1_000_003 * (1 + now.step * accelerator.num_processes + accelerator.process_index)

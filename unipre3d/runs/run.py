@@ -563,6 +563,7 @@ def run_recipe(
             "processes": world,
             "hardware": hardware(),
             "train_seconds": done.seconds,
+            "waiting_share": round(done.waiting / done.seconds, 4) if done.seconds else 0.0,
             "wall_seconds": time.time() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "peak_memory_mb": peak_memory_mb(),
@@ -574,8 +575,8 @@ def run_recipe(
             "history": run_history(folder / "metrics.csv"),
         }
         check_record(record)
-        write_json(folder / "record.json", record)
         (folder / STATE_BEFORE).unlink(missing_ok=True)
+        write_json(folder / "record.json", record)
         return Outcome(folder, record, done.ended)
 
 

@@ -54,13 +54,14 @@ from unipre3d.tasks.scenes import (
     scene_samples,
     split_rooms,
 )
+from ..values import refusal
 from ..viewer import label_palette
 
 # %% auto #0
 __all__ = ['FULL', 'instance_recipes', 'center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou',
            'suppress', 'InstanceModel', 'thing_classes', 'thing_points', 'instance_loss', 'find_instances',
-           'evaluate_instances', 'partners', 'save_instances', 'thing_details', 'save_example', 'InstanceHeads',
-           'InstanceRecipe', 'score_rooms', 'final_scores']
+           'check_things', 'evaluate_instances', 'partners', 'save_instances', 'thing_details', 'save_example',
+           'InstanceHeads', 'InstanceRecipe', 'score_rooms', 'final_scores']
 
 # %% ../../nbs/tasks/75_instances.ipynb #45d6a4af
 def center_offsets(
@@ -274,6 +275,26 @@ def find_instances(
     return Instances(found.mask[:, scene.inverse], found.label, found.score)
 
 
+def check_things(
+    reader: Reader,  # of rooms with labels
+    labels: LabelSet,  # which classes have no instances
+    where: str,  # what the rooms are for
+    points: int = 100,  # of a thing that is scored
+) -> None:
+    """Refuse rooms in which nothing can be scored, before anything is trained.
+
+    Raises: ValueError of one line.
+    """
+    for i in range(len(reader)):
+        rows = reader.rows(i)
+        thing = (rows["segment"] >= 0) & ~np.isin(rows["segment"], labels.skip)
+        own = rows["instance"][thing & (rows["instance"] >= 0)]
+        if np.unique(own, return_counts=True)[1].max(initial=0) >= points:
+            return
+    expected = f"rooms with at least one thing of {points} points"
+    raise refusal(where, expected, f"none in {len(reader)} rooms", "name a split that has them")
+
+
 def evaluate_instances(
     model: nn.Module,  # points -> logits, offsets
     samples: ScenePoints,
@@ -430,6 +451,9 @@ class InstanceRecipe(SceneRecipe):
         model = self.build_model(self.data.labels)
         train, val, final = split_rooms(self.data, "instance")
         labels = scannet_labels(self.data.labels)
+        for role, reader in dict(validation=val, test=final).items():
+            if reader is not None:
+                check_things(reader, labels, f"{self.data.source}: {role}")
         things = thing_classes(labels)
 
         def loss(model, batch: LabelledScenes):

@@ -160,6 +160,7 @@ def save_views(
     path = Path(path)
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
+    figure.clear()  # its parts refer to each other and would stay
     return path
 
 # %% ../../nbs/60_pretrain.ipynb #5c4a381a
