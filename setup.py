@@ -30,7 +30,7 @@ def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
-EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds", "vision")
+EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds", "vision", "trackers")
 
 statuses = [
     "1 - Planning",

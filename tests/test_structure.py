@@ -424,7 +424,13 @@ def test_constraints_pin_every_requirement():
 DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126"}
 
 
-EXTRAS = ("gpu", "prepare", "clouds", "vision")  # of what a user may install beside the package
+EXTRAS = (
+    "gpu",
+    "prepare",
+    "clouds",
+    "vision",
+    "trackers",
+)  # of what a user may install beside the package
 
 
 def test_package_imports_only_what_it_requires():
