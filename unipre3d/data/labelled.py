@@ -579,6 +579,10 @@ class S3DIS(RoomReader):
                 f"val_area: expected one of {known} to validate on (not the test area), got None"
             )
         areas = dict(train=[a for a in others if a != val_area], val=[val_area], test=[test_area])
+        if "://" not in str(self.root) and not Path(self.root).exists():
+            raise FileNotFoundError(
+                self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
+            )
         self.store = Store(self.root)
         if not any(self.store.names(f"Area_{a}") for a in range(1, 7)):
             raise FileNotFoundError(
