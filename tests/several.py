@@ -18,7 +18,7 @@ import torch
 
 import unipre3d.runs.fit as loop
 import unipre3d.tasks.pretrain as pretrain
-from unipre3d.processes import processes
+from unipre3d.processes import leave_processes
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.runs.checkpoint import save_tensors
 from unipre3d.runs.recipe import change
@@ -144,8 +144,7 @@ def main(folder, names):
     for name, recipe in cases().items():
         if not names or name in names:
             train(name, recipe, folder)
-    if processes()[1] > 1:
-        torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

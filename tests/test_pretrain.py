@@ -143,6 +143,7 @@ TWO = """
 import os, signal, sys, torch
 from pathlib import Path
 import unipre3d.runs.fit as loop, unipre3d.runs.run as runner
+from unipre3d.processes import leave_processes
 from unipre3d.recipes import recipes
 from unipre3d.runs.recipe import change
 
@@ -168,6 +169,7 @@ both = [torch.empty_like(flat) for _ in range(2)]
 torch.distributed.all_gather(both, flat)
 assert torch.equal(*both), "the processes drifted apart"
 print(f"process {os.environ['RANK']}: {len(calls)} steps, equal weights")
+leave_processes()
 """
 
 

@@ -462,6 +462,7 @@ def train_command(
         print(option_help(prog, known[name], rows))
         raise SystemExit(0)
     check_options(rest, rows, prog)
+    from unipre3d.processes import leave_processes
     from unipre3d.recipes import finetune_recipes, read_recipe, recipes
     from unipre3d.runs.recipe import check_changes, check_recipe
     from unipre3d.runs.run import run_recipe
@@ -497,6 +498,7 @@ def train_command(
         tracker=options.tracker,
     )
     done = run_recipe(name, recipe, folder, **how)
+    leave_processes()
     if done.ended == "interrupted":
         return 130
     if done.ended == "diverged":

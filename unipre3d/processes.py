@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['COUNTS', 'processes', 'own_part', 'gathered', 'launch_remark', 'shared_count', 'SumOfProcesses', 'SharedBatchNorm',
-           'share_norms']
+__all__ = ['COUNTS', 'processes', 'own_part', 'gathered', 'leave_processes', 'launch_remark', 'shared_count', 'SumOfProcesses',
+           'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -46,6 +46,12 @@ def gathered(
     torch.distributed.all_gather_object(parts, own)
     longest = max(map(len, parts))
     return [part[k] for k in range(longest) for part in parts if k < len(part)]
+
+
+def leave_processes() -> None:
+    "End this process's part in the group: an interpreter that ends with the group open may abort."
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 # %% ../nbs/04_processes.ipynb #p04launchexp
 COUNTS = (
