@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from .augment import BLANK, Cloud
 from .clouds import cloud_of
 from .readers import RADIUS
 from .samples import FEATURES, STORED, point_features
+from ..files import reading
 from ..geometry.pointops import farthest_point_sample, knn, voxelize
 from ..geometry.sparse import merge_voxels
+from ..worlds.mesh import TO_Z_UP
 
 # %% auto #0
-__all__ = ['TO_Z_UP', 'MOST_OF_OBJECT', 'canonical_order', 'estimate_normals', 'Prepared', 'Transform']
+__all__ = ['MOST_OF_OBJECT', 'canonical_order', 'estimate_normals', 'Prepared', 'Transform']
 
 # %% ../../nbs/data/28_transform.ipynb #t21order
 def canonical_order(
@@ -95,11 +98,6 @@ def _signs(xyz, normal, near, inside):
     return np.where(before == np.arange(count), sign, sign * sign[before])
 
 # %% ../../nbs/data/28_transform.ipynb #t21transform
-TO_Z_UP = dict(
-    z=np.eye(3),
-    y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
-    x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
-)  # upward axis of a cloud -> rows of the rotation that makes it z
 MOST_OF_OBJECT = 2**17  # points of an object that farthest points are chosen from
 
 
@@ -142,6 +140,11 @@ class Transform:
             )
         if self.up != "z":
             raise ValueError(f'transform.up: expected "z", got {self.up!r}')
+        for name, kind in (("radius", Real), ("n_points", Integral), ("voxel_size", Real)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not 0 <= value < np.inf:
+                what = "number" if kind is Real else "whole number"
+                raise ValueError(f"transform.{name}: expected a {what} from 0 on, got {value!r}")
 
     @classmethod
     def from_values(
@@ -151,7 +154,7 @@ class Transform:
     ) -> Transform:
         """The transform that a file describes.
 
-        Raises: ValueError for a value that there is not.
+        Raises: ValueError for a value that there is not, or of another kind.
         """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -159,7 +162,8 @@ class Transform:
                 f"{where}: unknown values {', '.join(unknown)}; was it written by a newer version?"
             )
         plain = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
-        return cls(**plain)
+        with reading(where, "the values of a transform"):
+            return cls(**plain)
 
     def values(self) -> dict[str, Any]:
         "Plain values, for a file."
@@ -171,6 +175,21 @@ class Transform:
         stored = {STORED.get(name, name) for name in self.features}
         return sorted(stored - {"xyz"})
 
+    def check_words(
+        self,
+        up: str,  # axis of a cloud that points up
+        normals: str,  # "given" or "estimate"
+    ) -> None:
+        "Raises: ValueError of one line for words that no cloud of these weights can come with."
+        if up not in TO_Z_UP:
+            raise ValueError(f'up: expected "x", "y" or "z", got {up!r}')
+        if normals not in ("given", "estimate"):
+            raise ValueError(f'normals: expected "given" or "estimate", got {normals!r}')
+        if normals == "estimate" and "normal" not in self.columns:
+            raise ValueError(
+                f'normals: these weights read {", ".join(self.features)}; expected "given"'
+            )
+
     def complete(
         self,
         cloud: Cloud,  # xyz, and what there is
@@ -180,12 +199,6 @@ class Transform:
 
         Raises: ValueError of one line for one that is not, with the remedy.
         """
-        if normals not in ("given", "estimate"):
-            raise ValueError(f'normals: expected "given" or "estimate", got {normals!r}')
-        if normals == "estimate" and "normal" not in self.columns:
-            raise ValueError(
-                f'normals: these weights read {", ".join(self.features)}; expected "given"'
-            )
         found = {name: cloud[name] for name in ("xyz", *self.columns) if name in cloud}
         if normals == "estimate":
             found["normal"] = estimate_normals(cloud["xyz"], inside=bool(self.voxel_size))
@@ -238,8 +251,7 @@ class Transform:
 
         Raises: ValueError of one line for values that are not what they should be, or a missing column.
         """
-        if up not in TO_Z_UP:
-            raise ValueError(f'up: expected "x", "y" or "z", got {up!r}')
+        self.check_words(up, normals)
         if not (np.isfinite(scale) and scale > 0):
             raise ValueError(f"scale: expected a factor above 0, got {scale}")
         cloud = _checked(xyz, color, normal)
