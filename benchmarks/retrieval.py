@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from unipre3d.data.augment import about_z  # noqa: E402
-from unipre3d.features import FeatureExtractor, load_weights, nearest_clouds  # noqa: E402
+from unipre3d.features import FeatureExtractor, nearest_clouds  # noqa: E402
 from unipre3d.files import read_arrays  # noqa: E402
 from unipre3d.records import data_hash, hardware  # noqa: E402
 from unipre3d.worlds.mesh import (  # noqa: E402
@@ -110,12 +110,15 @@ def main():
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     paths = sorted(args.data.glob("*.npz"))
+    if len(paths) < 5:
+        parser.error(
+            f"--data: expected at least 5 objects <id>.npz, found {len(paths)} in {args.data}"
+        )
     clouds = []
     for n, path in enumerate(paths):
         mesh = read_object(path)
         clouds.append([sample(mesh, points, 10 * n + k) for k, points in enumerate(POINTS)])
     extractor = FeatureExtractor.from_pretrained(args.weights)
-    _, _, trained = load_weights(args.weights)
     rows = {}
     for name, columns in COLUMNS.items():
         others = [scores(random_like(extractor, seed), clouds, columns) for seed in SEEDS]
@@ -131,8 +134,8 @@ def main():
         },
         "weights": {
             "name": args.weights,
-            "recipe": trained.get("recipe"),
-            "code": trained.get("code"),
+            "recipe": extractor.record.get("recipe"),
+            "code": extractor.record.get("code"),
         },
         "random_seeds": len(SEEDS),
         "chance": round(1 / len(paths), 4),

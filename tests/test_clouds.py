@@ -183,6 +183,13 @@ def test_pcd(tmp_path, form, rgb):
     assert "\n" not in str(problem.value)
 
 
+def test_a_pcd_header_whose_lines_do_not_belong_together(tmp_path):
+    head = f"FIELDS x y z rgb\nSIZE 4 4 4\nTYPE F F F\nPOINTS {N}\nDATA binary\n"
+    (tmp_path / "a.pcd").write_bytes(head.encode() + XYZ.astype("<f4").tobytes())
+    with pytest.raises(ValueError, match=r"a.pcd: expected a PCD file, found FIELDS, TYPE, SIZE"):
+        read_cloud(tmp_path / "a.pcd")
+
+
 # ------------------------------------------------------------------------------------------------ numpy and text
 
 
@@ -240,6 +247,17 @@ def test_text(tmp_path, name, text):
     (tmp_path / name).write_text(text, newline="")
     cloud = same(read_cloud(tmp_path / name), exact=False)
     assert set(cloud.scalars) == ({"column_7"} if name == "count.pts" else set())
+
+
+def test_names_count_also_beside_a_column_of_nothing(tmp_path):
+    rows = np.concatenate([XYZ, RGB, np.full((N, 1), np.nan), TIME[:, None]], 1)
+    (tmp_path / "a.txt").write_text("x y z r g b nothing time\n" + lines(rows))
+    cloud = same(read_cloud(tmp_path / "a.txt"), exact=False)
+    assert set(cloud.scalars) == {"nothing", "time"} and np.allclose(cloud.scalars["time"], TIME)
+    (tmp_path / "a.csv").write_text(
+        "x;y;z;r;g;b;\n" + lines(ROWS, ";").replace("\n", ";\n") + ";\n"
+    )
+    assert not same(read_cloud(tmp_path / "a.csv"), exact=False).scalars
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 
 from unipre3d import backbones
 from unipre3d.backbones.adapter import PointAdapter, as_pyg
-from unipre3d.cli import main
+from unipre3d.cli import cloud_paths, main
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment, augment
 from unipre3d.data.clouds import read_cloud, write_cloud
@@ -365,6 +367,46 @@ def test_where_there_are_no_weights(tmp_path, monkeypatch):
     assert find_weights("owner/name") == Path("owner/name")  # a folder comes first
 
 
+def test_a_folder_of_clouds_named_like_shipped_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "objects").mkdir()
+    assert find_weights("objects") == shipped_weights()["objects"]
+    extractor = FeatureExtractor(small("PointNet2"), Transform())
+    extractor.save_pretrained(tmp_path / "objects")
+    assert find_weights("objects") == Path("objects")
+
+
+def test_half_a_download_is_not_taken_for_weights(tmp_path, monkeypatch):
+    here = tmp_path / "models--owner--name"
+    kept = here / "snapshots" / ("a" * 40)
+    (here / "refs").mkdir(parents=True)
+    (here / "refs" / "main").write_text("a" * 40)
+    kept.mkdir(parents=True)
+    (kept / "config.json").write_text("{}")
+    fetched = partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    with pytest.raises(FileNotFoundError, match="owner/name: expected weights .* found neither"):
+        fetch_weights("owner/name", NOBODY)
+    (kept / "model.safetensors").write_bytes(b"")
+    assert fetch_weights("owner/name", NOBODY) == kept
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"radius": "0.65"},
+        {"n_points": 2.5},
+        {"voxel_size": -1},
+        {"radius": np.nan},
+        {"features": 3},
+    ],
+)
+def test_values_that_no_transform_has(values):
+    with pytest.raises(ValueError, match="config.json: expected the values of a transform") as said:
+        Transform.from_values(values, "config.json")
+    assert "\n" not in str(said.value)
+
+
 def test_a_hub_that_does_not_answer():
     extractor = FeatureExtractor(small("PointNet2"), Transform())
     with pytest.raises(OSError, match="owner/name: expected to write it on the hub") as problem:
@@ -504,6 +546,80 @@ def test_features_from_a_shell(tmp_path, monkeypatch, capsys):
         words = [*words] if "--from" in words or not words else [*words, "--from", folder]
         assert run_cli("features", *words) == 2
         assert says in capsys.readouterr().err
+
+
+def bad_files(folder, good=3):
+    "A folder of clouds, of which two are none."
+    (folder / "below").mkdir(parents=True)
+    for k in range(good):
+        write_cloud(folder / f"{k}.ply", XYZ[:600] * [1, 1, 1 + k])
+    (folder / "1bad.ply").write_bytes(b"ply\nnothing else")
+    np.savez(folder / "below" / "all-in-one-place.npz", xyz=np.ones((9, 3)))
+    return folder
+
+
+def left_out(text):
+    "What standard error says at the end, a line a file."
+    return text[text.index("left out") :].splitlines()
+
+
+def test_a_bad_file_costs_no_other(tmp_path, capsys):
+    many = bad_files(tmp_path / "many")
+    run = save_run("object-transformer-mini", tmp_path / "run")
+    out = tmp_path / "new" / "a.npz"
+    words = ("features", many, "--from", run, "--out", out)
+    assert run_cli(*words, "--nearest", 4) == 1
+    found = np.load(out)
+    assert found["name"].tolist() == ["0", "1", "2"] and found["nearest"].shape == (3, 2)
+    first, *named = left_out(capsys.readouterr().err)
+    assert first == "left out 2 of 5 files:" and len(named) == 2
+    assert "1bad.ply: expected" in named[0] and "all-in-one-place.npz: xyz: expected" in named[1]
+
+    cls = save_run("cls-shapes-mini", tmp_path / "cls", [f"c{k}" for k in range(15)])
+    said = tmp_path / "said"
+    assert run_cli("predict", many, "--from", cls, "--out", said) == 1
+    assert len((said / "predictions.csv").read_text().splitlines()) == 10
+    assert sorted(path.name for path in said.glob("*.npz")) == ["0.npz", "1.npz", "2.npz"]
+    assert left_out(capsys.readouterr().err)[0] == "left out 2 of 5 files:"
+
+
+def test_options_that_suit_no_cloud_stop_before_the_first(tmp_path, capsys):
+    none = bad_files(tmp_path / "none", good=0)
+    run = save_run("object-transformer-mini", tmp_path / "run")
+    cls = save_run("cls-shapes-mini", tmp_path / "cls", [f"c{k}" for k in range(15)])
+    for words, says in (
+        (["--up", "q"], 'up: expected "x", "y" or "z"'),
+        (["--normals", "guess"], 'normals: expected "given" or "estimate"'),
+        (["--unit", "mm"], "--unit: counts only for rooms"),
+        ([], "none of 2 files could be used"),
+    ):
+        for command, weights in (("features", run), ("predict", cls)):
+            out = tmp_path / "a.npz"
+            assert run_cli(command, none, "--from", weights, "--out", out, *words) == 2
+            assert says in capsys.readouterr().err
+    assert run_cli("features", none, "--from", run, "--nearest", 2) == 2
+    assert "--nearest: expected 1..1 of 2 clouds" in capsys.readouterr().err
+    assert run_cli("predict", none, "--from", cls, "--category", "chair") == 2
+    assert "--category: counts only for parts" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::unipre3d.values.MissingPoints")
+def test_the_number_of_a_point_in_a_file_with_holes(tmp_path, capsys):
+    run = save_run("object-transformer-mini", tmp_path / "run")
+    holes = XYZ[:300].copy()
+    holes[3] = np.nan
+    np.save(tmp_path / "holes.npy", holes)
+    words = ("features", tmp_path / "holes.npy", "--from", run, "--out", tmp_path / "a.npz")
+    assert run_cli(*words) == 0
+    assert run_cli(*words, "--similar", 5) == 2
+    assert "--similar: expected a file without missing points" in capsys.readouterr().err
+
+
+def test_names_of_clouds_are_their_own(tmp_path):
+    for name in ("x-y-z.ply", "x/y-z.ply", "x-y/z.ply", "a.xyz", "a.ply", "b.obj"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert len(cloud_paths(str(tmp_path))) == 6
 
 
 def test_a_room_in_millimetres_is_named(tmp_path, capsys):

@@ -64,7 +64,8 @@ def ship(name: str, folder: Path, target: Path) -> None:
     FeatureExtractor(backbone, transform, kept).save_pretrained(target)
     size = (target / "model.safetensors").stat().st_size
     if size > LARGEST:
-        sys.exit(f"ship: {name} weighs {size / 2**20:.1f} MB, expected at most 4; make it smaller")
+        most = f"expected at most {LARGEST / 2**20:g}; make it smaller"
+        sys.exit(f"ship: {name} weighs {size / 2**20:.1f} MB, {most}")
     print(f"{target.relative_to(ROOT)}: {size / 2**20:.2f} MB")
 
 

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,14 +25,15 @@ from typing import Annotated, Any, get_type_hints
 __all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line', 'did_you_mean', 'called', 'parse',
            'parse_after', 'option_paths', 'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape',
            'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
-           'check_options', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe',
-           'train_command', 'describe_result', 'pretrain_command', 'finetune_command', 'reproduce_command',
-           'RenderOptions', 'write_film', 'film_file', 'render_command', 'convert_command', 'FeatureOptions',
-           'PredictOptions', 'cloud_paths', 'features_command', 'folder_features', 'predict_command',
-           'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not', 'prepare_command', 'import_command',
-           'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions', 'shard_command', 'data_command',
-           'cache_text', 'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command',
-           'completion_words', 'completion_command', 'usage', 'spin_briefly', 'main']
+           'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes',
+           'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
+           'reproduce_command', 'RenderOptions', 'write_film', 'film_file', 'render_command', 'convert_command',
+           'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words', 'each_cloud', 'name_refused',
+           'features_command', 'folder_features', 'predict_command', 'FurnitureOptions', 'AutoencoderOptions',
+           'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command',
+           'rooms_command', 'ShardOptions', 'shard_command', 'data_command', 'cache_text', 'doctor_command',
+           'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words', 'completion_command',
+           'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -319,13 +320,29 @@ def check_options(
         hint = hint.replace("mean ", "mean --")
         raise ValueError(f"--{name}: there is no such option ({prog} --help lists them){hint}")
 
+
+def help_or_check(
+    prog: str,  # how the command is called
+    about: str,
+    rows: Sequence[Row],  # the options that there are
+    args: Sequence[str],  # as they were typed
+) -> None:
+    """Print help and end where it is typed; else as `check_options`.
+
+    Raises: SystemExit after help, ValueError for an option that does not exist.
+    """
+    if {"-h", "--help"} & set(args):
+        print(option_help(prog, about, rows))
+        raise SystemExit(0)
+    check_options(args, rows, prog)
+
 # %% ../nbs/90_cli.ipynb #99397b95
 @dataclass(frozen=True)
 class RunOptions:
     "Where a run goes, and where it starts."
 
     out: str | None = None  # run folder; default runs/RECIPE, or runs/RECIPE-2 if that is taken
-    init: str = "none"  # first weights of the backbone: "none", a run folder, a released checkpoint, or shipped weights by name
+    init: str = "none"  # first weights: "none", a run folder, a released checkpoint, or shipped weights by name
     resume: bool = (
         False  # go on with the interrupted run in --out (default: the newest of this recipe)
     )
@@ -333,7 +350,9 @@ class RunOptions:
         False  # with --resume: also where data, code, threads or processes are not the same
     )
     device: str = "auto"  # "auto" takes a GPU if there is one (pre-training needs gsplat there); "cuda"; "cpu"
-    tracker: str = "none"  # "tensorboard", "trackio" or "wandb" show the run in a browser; metrics.csv is always written
+    tracker: str = (
+        "none"  # "tensorboard", "trackio" or "wandb" show the run; metrics.csv is always written
+    )
 
 
 def newest_run(
@@ -457,11 +476,7 @@ def train_command(
     if name not in known:
         raise ValueError(unknown_recipe(command, name))
     prog = f"unipre3d {command} {name}"
-    rows = recipe_rows(name, rest)
-    if {"-h", "--help"} & set(rest):
-        print(option_help(prog, known[name], rows))
-        raise SystemExit(0)
-    check_options(rest, rows, prog)
+    help_or_check(prog, known[name], recipe_rows(name, rest), rest)
     from unipre3d.processes import leave_processes
     from unipre3d.recipes import finetune_recipes, read_recipe, recipes
     from unipre3d.runs.recipe import check_changes, check_recipe
@@ -558,7 +573,7 @@ def finetune_command(args: list[str]) -> int:
 
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
-    "unipre3d reproduce mini | full [--list] [--only CLAIM]: run the study behind the tables; goes on where it was stopped."
+    "unipre3d reproduce mini | full [--list] [--only CLAIM]: the study behind the tables; goes on where it was stopped."
     if {"-h", "--help"} & set(args):
         about = "Run the rows of the study that are not recorded, or list them"
         print(option_help("unipre3d reproduce mini | full", about, recipe_rows("reproduce")))
@@ -657,7 +672,7 @@ def film_file(
 
 
 def render_command(args: list[str]) -> int:
-    "unipre3d render CHECKPOINT | FILE [--key value ...]: film and PLY of a held-out object or scene; film of a file of Gaussians."
+    "unipre3d render CHECKPOINT | FILE [--key value ...]: film and PLY of a held-out cloud; film of a Gaussian file."
     example = "a checkpoint, as in: unipre3d render runs/object-transformer-mini"
     checkpoint, options = parse_after(RenderOptions, args, "unipre3d render CHECKPOINT", example)
     if options.video not in ("gif", "mp4"):
@@ -764,17 +779,69 @@ def cloud_paths(
     place = Path(given).expanduser()
     if not place.is_dir():
         return {place.stem: regular_file(place, "a cloud file, or a folder of them")}
-    from unipre3d.data.clouds import find_clouds
+    from unipre3d.data.clouds import READERS, find_clouds
+    from unipre3d.features import MESH_FILES
 
     found = {}
-    for path in find_clouds(place):
+    for path in find_clouds(place, (*READERS, *MESH_FILES)):
         name = "-".join(path.relative_to(place).with_suffix("").parts)
-        found[f"{name}{path.suffix}" if name in found else name] = path
+        while name in found:
+            name += path.suffix
+        found[name] = path
     return found
 
 
+def cloud_words(
+    options: Any,  # of `features` or `predict`
+    transform: Any,  # a `Transform`
+) -> dict[str, Any]:  # of `file_columns`
+    "What options say of clouds. Raises: ValueError for words that suit none, before any is read."
+    from unipre3d.features import check_unit
+
+    check_unit(options.unit, transform)
+    transform.check_words(options.up, options.normals)
+    return dict(unit=options.unit, up=options.up, normals=options.normals)
+
+
+def each_cloud(
+    paths: dict[str, Path],  # clouds by name
+    work: Callable[[Path], Any],  # what is made of a file
+    refused: list[str],  # gets a line for each file that is left out
+) -> Iterator[tuple[str, Any]]:
+    """Name and result of each cloud; of several, one that is bad costs no other.
+
+    Raises: what `work` raises of a single cloud; ValueError where none of several is good.
+    """
+    from tqdm.auto import tqdm
+
+    from unipre3d.worlds.prepare import named
+
+    alone = len(paths) == 1
+    for name, path in tqdm(paths.items(), desc="clouds", disable=alone):
+        try:
+            found = work(path)
+        except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as problem:
+            if alone:
+                raise
+            refused.append(named(problem, path))
+            continue
+        yield name, found
+    if len(refused) == len(paths):
+        raise ValueError(f"{refused[0]}; none of {len(paths)} files could be used")
+
+
+def name_refused(
+    refused: Sequence[str],  # a line for each file that was left out
+    count: int,  # files that there were
+) -> int:  # exit status
+    "Say on standard error what was left out."
+    if refused:
+        print(f"left out {len(refused)} of {count} files:", *refused, sep="\n  ", file=sys.stderr)
+    return int(bool(refused))
+
+
 def features_command(args: list[str]) -> int:
-    "unipre3d features CLOUD [--from WEIGHTS]: features of each point of your own cloud, or the clouds most alike of a folder."
+    "unipre3d features CLOUD [--from WEIGHTS]: features of each point of a cloud, or the clouds most alike."
     example = "a cloud file or a folder of them, as in: unipre3d features bunny.ply"
     given, options = parse_after(FeatureOptions, args, "unipre3d features CLOUD", example)
     whole = Path(given).expanduser().is_dir()
@@ -783,15 +850,29 @@ def features_command(args: list[str]) -> int:
         kind = "a single cloud, not for a folder" if whole else "a folder, not for a single cloud"
         raise ValueError(f"--{wrong}: counts only for {kind}")
     paths = cloud_paths(given)
-    from unipre3d.features import FeatureExtractor, file_columns, save_features
+    from unipre3d.features import (
+        FeatureExtractor,
+        archive_path,
+        check_point,
+        file_columns,
+        save_features,
+    )
 
+    out = archive_path(options.out or f"{Path(given).expanduser().resolve().stem}-features.npz")
     extractor = FeatureExtractor.from_pretrained(options.weights)
-    how = dict(unit=options.unit, up=options.up, normals=options.normals)
-    name = Path(given).expanduser().resolve().stem
-    out = Path(options.out).expanduser() if options.out else Path(f"{name}-features.npz")
+    how = cloud_words(options, extractor.transform)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if whole:
         return folder_features(extractor, paths, out, options.nearest, how)
-    cloud, columns = file_columns(paths[Path(given).stem], extractor.transform, **how)
+    (path,) = paths.values()
+    cloud, columns = file_columns(path, extractor.transform, **how)
+    if options.similar is not None:
+        check_point(options.similar, len(cloud))
+        if cloud.missing:
+            raise ValueError(
+                f"--similar: expected a file without missing points, {path} has {cloud.missing}, "
+                "so that a point's number is not known; drop them from it"
+            )
     feat = extractor(**columns, progress=True)
     archive, picture = save_features(out, cloud, feat, options.similar)
     print(f"{given}: {len(feat):,} points, {feat.shape[1]} features each, from {options.weights}")
@@ -813,33 +894,35 @@ def folder_features(
 ) -> int:
     "A row for each cloud, and which are most alike."
     import numpy as np
-    from tqdm.auto import tqdm
 
-    from unipre3d.features import file_columns, nearest_clouds
+    from unipre3d.features import check_nearest, file_columns, nearest_clouds
     from unipre3d.records import written_whole
 
-    if out.suffix.lower() != ".npz":
-        raise ValueError(f"--out: expected a name that ends in .npz, got {out.name}")
-    rows = []
-    for path in tqdm(paths.values(), desc="clouds"):
-        _, columns = file_columns(path, extractor.transform, **how)
-        rows.append(extractor.summary(**columns))
-    names = list(paths)
-    found = {}
     if nearest is not None:
-        place, cosine = nearest_clouds(np.stack(rows), nearest)
+        check_nearest(nearest, len(paths), len(paths) - 1)
+
+    def summary(path):
+        _, columns = file_columns(path, extractor.transform, **how)
+        return extractor.summary(**columns)
+
+    refused: list[str] = []
+    rows = dict(each_cloud(paths, summary, refused))
+    names, feat = list(rows), np.stack(list(rows.values()))
+    found = {}
+    if nearest is not None and len(names) > 1:
+        place, cosine = nearest_clouds(feat, min(nearest, len(names) - 1))
         found = dict(nearest=place, cosine=cosine)
         for name, own, alike in zip(names, place, cosine):
             print(f"{name}: " + ", ".join(f"{names[k]} {c:.3f}" for k, c in zip(own, alike)))
     with written_whole(out) as partial, open(partial, "wb") as file:
-        np.savez(file, name=np.array(names), feat=np.stack(rows), **found)
+        np.savez(file, name=np.array(names), feat=feat, **found)
     print(f"{len(names)} clouds: {out}")
-    return 0
+    return name_refused(refused, len(paths))
 
 
 def predict_command(args: list[str]) -> int:
     "unipre3d predict CLOUD --from RUN: class, parts, labels or things of your own cloud, by a fine-tuned run."
-    example = "a cloud file or a folder of them, as in: unipre3d predict chair.ply --from runs/cls-shapes-mini"
+    example = "a cloud file or a folder of them, as in: unipre3d predict a.ply --from runs/cls-shapes-mini"
     given, options = parse_after(PredictOptions, args, "unipre3d predict CLOUD", example)
     if not options.weights:
         raise ValueError(
@@ -847,31 +930,35 @@ def predict_command(args: list[str]) -> int:
         )
     paths = cloud_paths(given)
     import pandas as pd
-    from tqdm.auto import tqdm
 
     from unipre3d.features import file_columns
     from unipre3d.predictions import Predictor, prediction_rows, save_prediction
 
     predictor = Predictor.from_run(options.weights)
+    predictor.check_category(options.category)
+    how = cloud_words(options, predictor.transform)
     folder = Path(options.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    how = dict(unit=options.unit, up=options.up, normals=options.normals)
-    rows = []
-    for name, path in tqdm(paths.items(), desc="clouds", disable=len(paths) == 1):
+
+    def answer_for(path):
         cloud, columns = file_columns(path, predictor.transform, **how)
-        answer = predictor(**columns, category=options.category, progress=len(paths) == 1)
+        return cloud, predictor(**columns, category=options.category, progress=len(paths) == 1)
+
+    rows = []
+    refused: list[str] = []
+    for name, (cloud, answer) in each_cloud(paths, answer_for, refused):
         rows += prediction_rows(name, answer)
         save_prediction(answer, cloud, folder / name)
     table = pd.DataFrame(rows)
     table.to_csv(folder / "predictions.csv", index=False)
     print(table.to_string(index=False) if rows else "no things were found")
     print(f"written: {folder}")
-    return 0
+    return name_refused(refused, len(paths))
 
 # %% ../nbs/90_cli.ipynb #76c03423
 @dataclass(frozen=True)
 class FurnitureOptions:
-    "Rebuild the embedded objects from the published libraries, whose sha256 is checked; or unpack the embedded archive."
+    "Rebuild the embedded objects from the published libraries, whose sha256 is checked; or unpack them."
 
     out: str = "furniture"  # folder to write
     deb: str | None = (
@@ -953,12 +1040,8 @@ def prepare_command(args: list[str]) -> int:
 def import_command(args: list[str]) -> int:
     "unipre3d data import FOLDER [--key value ...]: posed images of other programs to scenes for pre-training."
     prog = "unipre3d data import FOLDER"
-    rows = recipe_rows("data import")
-    if {"-h", "--help"} & set(args):
-        about = "Posed images of COLMAP, transforms.json, TUM RGB-D or images/<split> as scenes"
-        print(option_help(prog, about, rows))
-        raise SystemExit(0)
-    check_options([arg for arg in args if arg.startswith("--")], rows, prog)
+    about = "Posed images of COLMAP, transforms.json, TUM RGB-D or images/<split> as scenes"
+    help_or_check(prog, about, recipe_rows("data import"), args)
     from unipre3d.data.imports import ImportOptions, import_posed
 
     example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
@@ -994,12 +1077,8 @@ def check_command(args: list[str]) -> int:
 def rooms_command(args: list[str]) -> int:
     "unipre3d data rooms [--key value ...]: rooms composed from the embedded furniture."
     prog = "unipre3d data rooms"
-    rows = recipe_rows("data rooms")
-    if {"-h", "--help"} & set(args):
-        about = "Rooms composed from the embedded furniture, in ScanNet's layout"
-        print(option_help(prog, about, rows))
-        raise SystemExit(0)
-    check_options(args, rows, prog)
+    about = "Rooms composed from the embedded furniture, in ScanNet's layout"
+    help_or_check(prog, about, recipe_rows("data rooms"), args)
     from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
     options = parse(RoomsOptions, args, prog)
@@ -1049,7 +1128,7 @@ DATA_KINDS = ("prepare", "check", "rooms", "import", "shard", "furniture", "auto
 
 
 def data_command(args: list[str]) -> int:
-    "unipre3d data prepare | check | rooms | import | shard | furniture | autoencoder: make, check, import or pack data; rebuild what is embedded."
+    "unipre3d data prepare | check | rooms | import | shard | furniture | autoencoder: make, check or pack data."
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
         print(f"usage: unipre3d data {' | '.join(DATA_KINDS)} [--help]")

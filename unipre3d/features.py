@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Num, UInt8
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones.backbone import Backbone
@@ -29,7 +30,7 @@ from .recipes import read_recipe
 from .records import written_whole
 from .runs.recipe import Recipe
 from .runs.run import backbone_class, build_backbone
-from .runs.starts import start_from
+from .runs.starts import WEIGHTS_FILE, start_from
 from .tasks.heads import pool, propagate
 from .values import refusal
 from .worlds.mesh import on_surface, read_mesh, sample_faces, surface
@@ -37,8 +38,9 @@ from .worlds.mesh import on_surface, read_mesh, sample_faces, surface
 # %% auto #0
 __all__ = ['MADE_IN_BOX', 'MOST_VOXELS', 'MARGIN', 'STRIDE', 'ARTISTS', 'EMBEDDED', 'ROWS', 'MESH_FILES', 'UNITS', 'ROOM',
            'transform_of', 'cut_tiles', 'in_tiles', 'shipped_weights', 'fetch_weights', 'find_weights', 'load_weights',
-           'FeatureExtractor', 'answer_places', 'card_text', 'pca_colors', 'likeness', 'scale_colors', 'nearest_clouds',
-           'open_cloud', 'unit_scale', 'file_columns', 'save_features']
+           'FeatureExtractor', 'answer_places', 'card_text', 'pca_colors', 'check_point', 'likeness', 'scale_colors',
+           'check_nearest', 'nearest_clouds', 'open_cloud', 'check_unit', 'unit_scale', 'file_columns', 'archive_path',
+           'save_features']
 
 # %% ../nbs/63_features.ipynb #f63recipe
 MADE_IN_BOX = ("shapenet", "furniture", "shapes")  # layouts whose objects are centred by their box
@@ -82,8 +84,7 @@ def cut_tiles(
             done.append(rows)
             continue
         along = own[:, extent.argmax()]
-        middle = along.float().quantile(0.5) if len(rows) < 2**24 else along.float().mean()
-        lower = along <= middle
+        lower = along <= along.median()
         lower = along < along.amax() if lower.all() else lower
         waiting += [rows[~lower], rows[lower]]
     return done
@@ -127,7 +128,7 @@ def shipped_weights() -> dict[str, Path]:
     "The weights that the package ships, by name."
     folder = data_dir() / "weights"
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: path for path in found if (path / "model.safetensors").is_file()}
+    return {path.name: path for path in found if (path / WEIGHTS_FILE).is_file()}
 
 
 def fetch_weights(
@@ -140,11 +141,11 @@ def fetch_weights(
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    files = dict(allow_patterns=["config.json", "model.safetensors", "record.json"])
-    try:
-        return Path(snapshot_download(name, local_files_only=True, **files))
-    except Exception:
-        pass  # not here
+    files = dict(allow_patterns=["config.json", WEIGHTS_FILE, "record.json"])
+    with suppress(Exception):  # not here, or not all of it
+        kept = Path(snapshot_download(name, local_files_only=True, **files))
+        if (kept / "config.json").is_file() and (kept / WEIGHTS_FILE).is_file():
+            return kept
     try:
         HfApi(endpoint).model_info(name, timeout=5)  # a download would retry for half a minute
         return Path(snapshot_download(name, endpoint=endpoint, **files))
@@ -165,11 +166,11 @@ def find_weights(
     path = Path(where).expanduser()
     if path.name == "checkpoint.safetensors" and path.is_file():
         return path.parent
+    shipped = shipped_weights()
+    if str(where) in shipped and not (path / "config.json").is_file():
+        return shipped[str(where)]  # a folder of that name holds something else
     if path.is_dir():
         return path
-    shipped = shipped_weights()
-    if str(where) in shipped:
-        return shipped[str(where)]
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(where)):
         return fetch_weights(str(where))
     raise FileNotFoundError(
@@ -264,10 +265,11 @@ class FeatureExtractor:
         """
         given = [_array(column) for column in (xyz, color, normal)]
         prepared = self.transform.prepare(*given, scale=scale, up=up, normals=normals)
-        out = answer_places(self._rows, prepared, self.backbone, progress=progress)
+        found = self._read(prepared, progress)
+        voxel_size = getattr(self.backbone, "voxel_size", None)
+        out = answer_places(found, prepared, voxel_size=voxel_size, progress=progress)
         return out if isinstance(xyz, Tensor) else out.numpy()
 
-    @torch.no_grad()
     def summary(
         self,
         xyz: Num[np.ndarray, "n 3"] | Num[Tensor, "n 3"],
@@ -277,18 +279,21 @@ class FeatureExtractor:
     ) -> Float[np.ndarray, "c2"]:  # [2 c] largest and mean value of each feature
         "One row for the whole cloud. Raises: ValueError as for the points."
         given = [_array(column) for column in (xyz, color, normal)]
-        prepared = self.transform.prepare(*given, **how)
-        found = self.backbone(prepared.read) if prepared.row is None else prepared.read
-        if prepared.row is not None:
-            voxel_size = self.transform.voxel_size
-            found = found.with_feat(in_tiles(self._rows, found, voxel_size))
+        found = self._read(self.transform.prepare(*given, **how))
         return pool(found)[0].numpy()
 
     @torch.no_grad()
-    def _rows(self, points):
-        "Features of the backbone at its own input."
+    def _read(self, prepared, progress=False):
+        "What the backbone returns for an object; features of each voxel of a room."
+        if prepared.row is None:
+            return self.backbone(prepared.read)
         voxel_size = getattr(self.backbone, "voxel_size", None)
-        return propagate(self.backbone(points), points, voxel_size=voxel_size)
+
+        def run(points):
+            return propagate(self.backbone(points), points, voxel_size=voxel_size)
+
+        feat = in_tiles(run, prepared.read, prepared.voxel_size, progress=progress)
+        return prepared.read.with_feat(feat)
 
     def save_pretrained(
         self,
@@ -344,26 +349,20 @@ def _array(column):
 
 @torch.no_grad()
 def answer_places(
-    rows_of: Callable[[PointBatch], Tensor],  # points -> a row for each, of voxels
+    found: PointBatch,  # features of what was read
     prepared: Prepared,
-    backbone: nn.Module,  # points -> points with features, where there are no voxels
     *,
+    voxel_size: float | None = None,  # of a backbone that returns voxels of an object
     progress: bool = False,  # show a bar
 ) -> Float[Tensor, "n c"]:  # in the caller's order
     "A row for every point of a prepared cloud, so many at a time."
     order = torch.from_numpy(prepared.order)
-    if prepared.row is not None:
-        found = in_tiles(rows_of, prepared.read, prepared.voxel_size, progress=progress)
-    else:
-        found = backbone(prepared.read)
-    width = found.shape[1] if prepared.row is not None else found.feat.shape[1]
-    out = torch.empty(len(order), width)
-    voxel_size = getattr(backbone, "voxel_size", None)
+    out = torch.empty(len(order), found.feat.shape[1])
     blocks = order.split(ROWS)
     for k, block in enumerate(tqdm(blocks, desc="points", disable=not progress or len(blocks) < 2)):
         here = slice(k * ROWS, k * ROWS + len(block))
         if prepared.row is not None:
-            out[block] = found[prepared.row[here]]
+            out[block] = found.feat[prepared.row[here]]
             continue
         places = prepared.places[here]
         query = PointBatch.pack([places], [places])
@@ -446,6 +445,15 @@ def pca_colors(
     )
 
 
+def check_point(
+    point: int,
+    count: int,  # points of the cloud
+) -> None:
+    "Raises: ValueError for a point that there is not."
+    if not 0 <= point < count:
+        raise ValueError(f"--similar: expected a point in 0..{count - 1}, got {point}")
+
+
 def likeness(
     feat: Float[np.ndarray, "n c"],
     point: int,  # row that all are compared with
@@ -454,8 +462,7 @@ def likeness(
 
     Raises: ValueError for a point that there is not.
     """
-    if not 0 <= point < len(feat):
-        raise ValueError(f"--similar: expected a point in 0..{len(feat) - 1}, got {point}")
+    check_point(point, len(feat))
     away = feat - feat.mean(0)
     away /= np.linalg.norm(away, axis=1, keepdims=True).clip(1e-12)
     return away @ away[point]
@@ -473,6 +480,16 @@ def scale_colors(
     return np.round(255 * shown[:, :3]).astype(np.uint8)
 
 
+def check_nearest(
+    k: int,
+    count: int,  # clouds
+    most: int,  # that are compared with each
+) -> None:
+    "Raises: ValueError for more than there are."
+    if not 1 <= k <= most:
+        raise ValueError(f"--nearest: expected 1..{most} of {count} clouds, got {k}")
+
+
 def nearest_clouds(
     summary: Float[np.ndarray, "m c"],  # a row a cloud
     k: int,
@@ -482,9 +499,7 @@ def nearest_clouds(
 
     Raises: ValueError for more than there are.
     """
-    most = len(summary) - (query is None)
-    if not 1 <= k <= most:
-        raise ValueError(f"--nearest: expected 1..{most} of {len(summary)} clouds, got {k}")
+    check_nearest(k, len(summary), len(summary) - (query is None))
     middle, spread = summary.mean(0), summary.std(0).clip(1e-9)
 
     def direction(rows):
@@ -523,6 +538,17 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254, "ft": 0.3048}  # in me
 ROOM = (0.5, 2000.0)  # metres, shortest and longest side of a room that nobody doubts
 
 
+def check_unit(
+    unit: str | None,  # of a cloud; None: nobody said
+    transform: Transform,
+) -> None:
+    "Raises: ValueError for a unit that is not known, or of objects, where it has no effect."
+    if unit is not None and unit not in UNITS:
+        raise ValueError(f"--unit: expected one of {', '.join(UNITS)}, got {unit}")
+    if unit is not None and transform.radius:
+        raise ValueError("--unit: counts only for rooms; these weights read objects of any size")
+
+
 def unit_scale(
     unit: str | None,  # of a cloud; None: nobody said
     cloud: CloudFile,
@@ -531,10 +557,9 @@ def unit_scale(
 ) -> float:  # metres
     """What one unit of a cloud is.
 
-    Raises: ValueError for a unit that is not known, or a room of unlikely size without one.
+    Raises: ValueError as `check_unit`, or for a room of unlikely size without a unit.
     """
-    if unit is not None and unit not in UNITS:
-        raise ValueError(f"--unit: expected one of {', '.join(UNITS)}, got {unit}")
+    check_unit(unit, transform)
     if unit is None and not transform.radius:
         sides = np.ptp(cloud.xyz, axis=0)
         if not ROOM[0] <= sides.max() <= ROOM[1]:
@@ -562,6 +587,16 @@ def file_columns(
     return cloud, columns | dict(scale=scale, up=up, normals=normals)
 
 
+def archive_path(
+    path: str | Path,
+) -> Path:
+    "Where features go. Raises: ValueError for a name that does not end in .npz."
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".npz":
+        raise refusal(str(path), "a name that ends in .npz", repr(path.name))
+    return path
+
+
 def save_features(
     path: str | Path,  # ends in .npz; a coloured .ply of the same name goes beside it
     cloud: CloudFile,
@@ -572,9 +607,7 @@ def save_features(
 
     Raises: ValueError for another ending or a point that there is not, OSError where it cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".npz":
-        raise refusal(str(path), "a name that ends in .npz", repr(path.name))
+    path = archive_path(path)
     if similar is None:
         color, scalars = pca_colors(feat), None
     else:

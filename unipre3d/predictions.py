@@ -75,6 +75,20 @@ class Predictor:
         "The model that a run left. Raises: FileNotFoundError or ValueError of one line."
         return cls(*load_run(find_weights(where)))
 
+    def check_category(
+        self,
+        category: str | None,  # of an object whose parts are wanted
+    ) -> None:
+        "Raises: ValueError of one line for one that has no parts here, or counts for nothing."
+        if not isinstance(self.model, PartModel):
+            if category is not None:
+                raise ValueError(f"--category: counts only for parts, not for {self.recipe.task}")
+            return
+        known = part_names(self.recipe.data)
+        if category not in known:
+            expected = f"one of {', '.join(known)}"
+            raise refusal("--category", expected, category or "none", "name the object")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -90,20 +104,16 @@ class Predictor:
 
         Raises: ValueError of one line for values that are not what they should be, or a missing column.
         """
+        self.check_category(category)
         prepared = self.transform.prepare(xyz, color, normal, **how)
         if isinstance(self.model, PartModel):
             return self._parts(prepared, category)
-        if category is not None:
-            raise ValueError(f"--category: counts only for parts, not for {self.recipe.task}")
         if isinstance(self.model, ClassificationModel):
             return Prediction(self.names, self.model(prepared.read).softmax(1).numpy())
         return self._points(prepared, progress)
 
     def _parts(self, prepared, category):
         parts = number_parts(part_names(self.recipe.data))
-        if category not in parts:
-            known = ", ".join(parts)
-            raise refusal("--category", f"one of {known}", category or "none", "name the object")
         kind = torch.tensor([list(parts).index(category)])
         own = parts[category]
         model, found = self.model, self.model.backbone(prepared.read)
@@ -123,16 +133,17 @@ class Predictor:
 
         found = in_tiles(run, prepared.read, prepared.voxel_size, progress=progress).float()
         probability = found[:, : len(self.names)].softmax(1)
-        row = prepared.row.numpy()
-        out = np.empty((len(row), len(self.names)), np.float32)
-        out[prepared.order] = probability.numpy()[row]
+
+        def at_points(rows):
+            out = np.empty((len(prepared.order), *rows.shape[1:]), rows.dtype)
+            out[prepared.order] = rows[prepared.row.numpy()]
+            return out
+
         if not things:
-            return Prediction(self.names, out)
+            return Prediction(self.names, at_points(probability.numpy()))
         offset = found[:, len(self.names) :]
         instance, known = self._things(prepared, offset, probability)
-        at_point = np.empty(len(row), np.int64)
-        at_point[prepared.order] = instance[row]
-        return Prediction(self.names, out, at_point, known)
+        return Prediction(self.names, at_points(probability.numpy()), at_points(instance), known)
 
     def _things(self, prepared, offset, probability):
         "The number of the thing at each voxel, and class and confidence of each."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -261,7 +261,9 @@ def read_text_cloud(
         how = dict(sep=mark or r"\s+", header=None, comment="#", dtype=np.float64)
         decimal = "," if mark == ";" and "," in text[start : start + 1000] else "."
         table = pd.read_csv(io.StringIO(text[start:]), decimal=decimal, **how)
-        rows = table.dropna(axis=1, how="all").to_numpy()
+        if len(names) != table.shape[1]:
+            table = table.dropna(axis=1, how="all")  # what a mark at the end of each line makes
+        rows = table.to_numpy()
         if not len(rows):
             raise Found("no points")
     if names and len(names) == rows.shape[1]:
@@ -283,7 +285,9 @@ def text_header(
         line = text[start:stop].strip()
         bare = line.lstrip("#/ ")
         mark = next((m for m in ";\t," if m in bare), "")
-        words = [word.strip(' "') for word in (bare.split(mark) if mark else bare.split())]
+        words = [
+            word.strip(' "') for word in (bare.rstrip(mark).split(mark) if mark else bare.split())
+        ]
         numbers = [re.fullmatch(r"[-+]?(\d|\.\d|nan|inf)[\d.,eE+-]*", w.lower()) for w in words]
         remark = line.startswith(("#", "//"))
         if len(words) >= 3 and all(numbers) and not remark:
@@ -363,8 +367,14 @@ def pcd_header(
 def pcd_type(
     header: Mapping[str, list[str]],
 ) -> np.dtype:  # of a row
-    "The columns of a PCD file; what has several numbers a point has one column each."
+    """The columns of a PCD file; what has several numbers a point has one column each.
+
+    Raises: ValueError for lines of the header that do not belong together.
+    """
     counts = header.get("COUNT") or ["1"] * len(header["FIELDS"])
+    lengths = [len(words) for words in (header["FIELDS"], header["TYPE"], header["SIZE"], counts)]
+    if len(set(lengths)) > 1:
+        raise Found(f"FIELDS, TYPE, SIZE and COUNT of {lengths} words")
     names = {}
     columns = []
     for name, kind, size, count in zip(header["FIELDS"], header["TYPE"], header["SIZE"], counts):
@@ -571,6 +581,7 @@ def write_cloud(
 
 def find_clouds(
     folder: str | Path,
+    endings: Sequence[str] = tuple(READERS),  # of their names, in small letters
 ) -> list[Path]:  # sorted
     """Every cloud file in a folder and the folders below it; what is hidden is left out.
 
@@ -580,8 +591,8 @@ def find_clouds(
     found = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in READERS and path.is_file() and not hidden:
+        if path.suffix.lower() in endings and path.is_file() and not hidden:
             found.append(path)
     if not found:
-        raise refusal(str(folder), f"cloud files ({', '.join(READERS)})", "none")
+        raise refusal(str(folder), f"cloud files ({', '.join(endings)})", "none")
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .augment import BLANK, Cloud
 from .clouds import cloud_of
 from .readers import RADIUS
 from .samples import FEATURES, STORED, point_features
+from ..files import reading
 from ..geometry.pointops import farthest_point_sample, knn, voxelize
 from ..geometry.sparse import merge_voxels
 
@@ -142,6 +144,11 @@ class Transform:
             )
         if self.up != "z":
             raise ValueError(f'transform.up: expected "z", got {self.up!r}')
+        for name, kind in (("radius", Real), ("n_points", Integral), ("voxel_size", Real)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not 0 <= value < np.inf:
+                what = "number" if kind is Real else "whole number"
+                raise ValueError(f"transform.{name}: expected a {what} from 0 on, got {value!r}")
 
     @classmethod
     def from_values(
@@ -151,7 +158,7 @@ class Transform:
     ) -> Transform:
         """The transform that a file describes.
 
-        Raises: ValueError for a value that there is not.
+        Raises: ValueError for a value that there is not, or of another kind.
         """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -159,7 +166,8 @@ class Transform:
                 f"{where}: unknown values {', '.join(unknown)}; was it written by a newer version?"
             )
         plain = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
-        return cls(**plain)
+        with reading(where, "the values of a transform"):
+            return cls(**plain)
 
     def values(self) -> dict[str, Any]:
         "Plain values, for a file."
@@ -171,6 +179,21 @@ class Transform:
         stored = {STORED.get(name, name) for name in self.features}
         return sorted(stored - {"xyz"})
 
+    def check_words(
+        self,
+        up: str,  # axis of a cloud that points up
+        normals: str,  # "given" or "estimate"
+    ) -> None:
+        "Raises: ValueError of one line for words that no cloud of these weights can come with."
+        if up not in TO_Z_UP:
+            raise ValueError(f'up: expected "x", "y" or "z", got {up!r}')
+        if normals not in ("given", "estimate"):
+            raise ValueError(f'normals: expected "given" or "estimate", got {normals!r}')
+        if normals == "estimate" and "normal" not in self.columns:
+            raise ValueError(
+                f'normals: these weights read {", ".join(self.features)}; expected "given"'
+            )
+
     def complete(
         self,
         cloud: Cloud,  # xyz, and what there is
@@ -180,12 +203,6 @@ class Transform:
 
         Raises: ValueError of one line for one that is not, with the remedy.
         """
-        if normals not in ("given", "estimate"):
-            raise ValueError(f'normals: expected "given" or "estimate", got {normals!r}')
-        if normals == "estimate" and "normal" not in self.columns:
-            raise ValueError(
-                f'normals: these weights read {", ".join(self.features)}; expected "given"'
-            )
         found = {name: cloud[name] for name in ("xyz", *self.columns) if name in cloud}
         if normals == "estimate":
             found["normal"] = estimate_normals(cloud["xyz"], inside=bool(self.voxel_size))
@@ -238,8 +255,7 @@ class Transform:
 
         Raises: ValueError of one line for values that are not what they should be, or a missing column.
         """
-        if up not in TO_Z_UP:
-            raise ValueError(f'up: expected "x", "y" or "z", got {up!r}')
+        self.check_words(up, normals)
         if not (np.isfinite(scale) and scale > 0):
             raise ValueError(f"scale: expected a factor above 0, got {scale}")
         cloud = _checked(xyz, color, normal)
