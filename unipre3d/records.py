@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
+import functools, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -28,6 +28,7 @@ __all__ = ['END', 'MOST_OPENED', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTO
            'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
+@functools.cache
 def code_version() -> str:
     "The package's version and, in a checkout, the commit (with + where files were changed)."
     version = metadata.version("unipre3d")
@@ -410,7 +411,7 @@ def check_types(
         if key in values and not isinstance(values[key], kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             words = " or ".join(one.__name__ for one in kinds)
-            found = str(values[key])[:60]
+            found = repr(values[key])[:60]
             raise ValueError(
                 f"{name}: expected {key!r} to be of type {words}, found {found}; the file is damaged"
             )
@@ -419,11 +420,15 @@ def check_types(
 def write_json(
     path: str | Path,  # file to write
     value: dict,  # plain values, finite
+    finish: Callable[[], Any] = lambda: (
+        None
+    ),  # what must be done once the file is there, and before it has its name
 ) -> None:
     "Write plain values, readable and at once."
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with written_whole(path) as partial:
         partial.write_text(text)
+        finish()
 
 
 def values_hash(

@@ -140,7 +140,8 @@ def save_views(
 ) -> Path:
     """Write `views.png`: reference, true and rendered views side by side.
 
-    Raises: OSError in one line where it cannot be written."""
+    Raises: OSError in one line where it cannot be written.
+    """
     from matplotlib.figure import Figure  # no global state, no display
 
     image = rows_of_views(sample, rendered)
