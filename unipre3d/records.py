@@ -24,8 +24,8 @@ from .files import read_json, reading
 __all__ = ['END', 'MOST_OPENED', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES', 'CONFIG_TYPES',
            'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash', 'cache_dir',
            'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays', 'flush', 'write_error', 'written_whole',
-           'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record', 'read_record',
-           'read_records']
+           'save_figure', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record',
+           'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 @functools.cache
@@ -375,6 +375,21 @@ def written_whole(
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def save_figure(
+    figure: Any,  # of matplotlib; cleared, since its parts refer to each other and would stay in memory
+    path: str | Path,  # PNG file to write
+    dpi: int,
+) -> Path:
+    """Write a picture whole or not at all.
+
+    Raises: OSError in one line where it cannot be written.
+    """
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
+    figure.clear()
+    return Path(path)
 
 # %% ../nbs/01_records.ipynb #70ae8754
 _SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds
