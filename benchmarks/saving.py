@@ -7,16 +7,14 @@ its optimiser's memory and the running average of its weights, and saves it agai
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-from steps import ROOT, unpack
+from common import checkouts, write_record
 
 SIZES = {
     "mini": dict(width=96, depth=4, num_heads=4, encoder_widths=[32, 64, 64], encoder_dims=96),
@@ -24,7 +22,6 @@ SIZES = {
 }
 PROGRAM = """
 import json, sys, time
-from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel
 from unipre3d.backbones import StandardTransformer
@@ -54,7 +51,7 @@ print(json.dumps(times[2:]))
 
 def save_times(tree, sizes, saves):
     "Seconds of the saves of one process of a checkout."
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-c", PROGRAM, folder, str(saves), json.dumps(sizes)]
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, env=env, cwd=folder, capture_output=True, text=True)
@@ -70,15 +67,9 @@ def main():
     parser.add_argument("--saves", type=int, default=20, help="in each process")
     parser.add_argument("--json", help="where to write the record")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    from unipre3d.records import code_version, hardware, write_json
-
-    load = round(os.getloadavg()[0], 2)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        trees = {"now": ROOT}
-        if args.against:
-            trees[args.against] = unpack(args.against, folder)
+        trees = checkouts(args.against, folder)
         for name, sizes in SIZES.items():
             times = {side: [] for side in trees}
             for _ in range(args.rounds):
@@ -88,17 +79,7 @@ def main():
             if args.against:
                 rows[name]["ratio"] = round(rows[name]["now"] / rows[name][args.against], 2)
             print(name, rows[name])
-    record = {
-        "kind": "benchmark",
-        "date": datetime.date.today().isoformat(),
-        "code": code_version(),
-        "against": args.against,
-        "load_before": load,
-        "hardware": hardware(),
-        "median_s": rows,
-    }
-    if args.json:
-        write_json(args.json, record)
+    write_record(args.json, against=args.against, median_s=rows)
 
 
 if __name__ == "__main__":

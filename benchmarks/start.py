@@ -6,16 +6,12 @@ The least of several runs counts, user and system time of the new process. With 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from unipre3d.records import hardware  # noqa: E402
+from common import ROOT, write_record
 
 COMMANDS = (
     "--help",
@@ -63,15 +59,7 @@ def main():
                 found[column].append(processor_time(words, package))
         rows[name] = {column: round(min(times), 3) for column, times in found.items()}
         print(f"{name:45}" + "".join(f"{value:8.2f}" for value in rows[name].values()))
-    load = {"load_before": round(os.getloadavg()[0], 2)}
-    record = {
-        "kind": "benchmark",
-        "hardware": hardware() | load,
-        "repeats": args.repeats,
-        "rows": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.json, repeats=args.repeats, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ rounds the median counts. Both sides use the same Python, the same threads and t
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import statistics
@@ -18,9 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import checkouts, write_record
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {
     "object-transformer-mini": "pretrain",
     "scene-sparseunet-mini": "pretrain",
@@ -30,14 +29,6 @@ RECIPES = {
     "inst-rooms-mini": "finetune",
 }
 START = "import sys; from unipre3d.cli import main; sys.exit(main())"  # older commits have no -m
-
-
-def unpack(revision, folder):
-    "The files of another commit."
-    command = ["git", "-C", str(ROOT), "archive", revision]
-    archive = subprocess.run(command, capture_output=True, check=True)
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
-    return Path(folder)
 
 
 def step_seconds(metrics):
@@ -96,14 +87,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="where to write the record")
     args = parser.parse_args()
-
-    from unipre3d.records import code_version, hardware, write_json
-
-    load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
-        trees = {"now": ROOT}
-        if args.against:
-            trees[args.against] = unpack(args.against, folder)
+        trees = checkouts(args.against, folder)
         rows = {}
         bar = tqdm(total=len(args.recipes) * args.rounds * len(trees), desc="runs")
         for name in args.recipes:
@@ -115,18 +100,7 @@ def main():
                 line += f", {ratio:.2f} times as fast"
             tqdm.write(f"{name}: {line}")
         bar.close()
-    record = {
-        "kind": "benchmark",
-        "date": datetime.date.today().isoformat(),
-        "code": code_version(),
-        "against": args.against,
-        "steps": args.steps,
-        "load_before": load,
-        "hardware": hardware(),
-        "recipes": rows,
-    }
-    if args.json:
-        write_json(args.json, record)
+    write_record(args.json, against=args.against, steps=args.steps, recipes=rows)
 
 
 if __name__ == "__main__":

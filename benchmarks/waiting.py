@@ -14,10 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from unipre3d.records import hardware  # noqa: E402
+from common import ROOT, write_record
 
 SETTINGS = {
     "default": {},
@@ -66,7 +63,6 @@ def main():
     parser.add_argument("--busy", type=int, default=1, help="processes that do nothing but compute")
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
-    load = {"load_before": round(os.getloadavg()[0], 2)}
     found = {name: [] for name in SETTINGS}
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
     try:
@@ -79,14 +75,7 @@ def main():
     medians = {name: round(statistics.median(times), 4) for name, times in found.items()}
     for name, median in medians.items():
         print(f"{name:26}{1000 * median:9.1f} ms a step   {median / medians['default']:.2f}")
-    record = {
-        "kind": "benchmark",
-        "hardware": hardware() | load,
-        "busy": args.busy,
-        "medians": medians,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.json, busy=args.busy, medians=medians)
 
 
 if __name__ == "__main__":

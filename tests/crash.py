@@ -3,13 +3,14 @@
     python tests/crash.py FOLDER [--kills 300] [--seed 0] [--only GROUP ...] [--record PATH]
 
 Kills come at random moments, or inside a save, a resume or the writing of a record: before, half way through or after a write, a
-flush or a rename. Beside them: signals to the whole group, full disks, flipped bits, a folder that is removed, two terminals.
+flush, a rename or a removal. Beside them: signals to the whole group, full disks, flipped bits, a folder that is removed, two terminals.
 Each case is one row of the record, written as soon as it is known; rows that are there are not made again, and a kind of run that
 was stopped goes on with its next run. It forks, so torch has one thread.
 """
 
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -36,7 +37,7 @@ from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.records import code_version, hardware, write_json
 from unipre3d.runs.checkpoint import has_state, is_finished, load_tensors
 from unipre3d.runs.recipe import change
-from unipre3d.runs.run import LOCK, run_recipe
+from unipre3d.runs.run import run_recipe
 
 TINY = dict(num_groups=8, group_size=8, depth=1, encoder_widths=(8, 16, 16), encoder_dims=16)
 TINY_BACKBONE = TINY | dict(width=16, num_heads=2)
@@ -173,7 +174,7 @@ def same_end(folder, other):
     ]
     if metrics[0] != metrics[1]:
         found.append("record.json")
-    names = [{path.name for path in run.iterdir()} - {LOCK} for run in (folder, other)]
+    names = [{path.name for path in run.iterdir()} for run in (folder, other)]
     return found + sorted(names[0] ^ names[1])
 
 
@@ -219,7 +220,7 @@ def die():
 
 
 def kill_inside(count, place):
-    "Die at the count-th write, flush or rename from now: before it, half way through a write, or after it."
+    "Die at the count-th write, flush, rename or removal from now: before it, half way through a write, or after it."
     left = [count]
 
     def counted(function, half=None):
@@ -256,6 +257,7 @@ def kill_inside(count, place):
     Path.write_text = counted(write_text, half_text)
     os.replace = counted(os.replace)
     os.fsync = counted(os.fsync)
+    Path.unlink = counted(Path.unlink)
 
 
 def computed(child):
@@ -298,7 +300,7 @@ def killed(kind, kills, seed, folder):
     straight, seconds = straight_run(kind, folder)
     path = folder / f"{kind}-{seed}.json"
     table = {"kind": kind, "seed": seed, "seconds": round(seconds, 2), "moments": 0, "inside": 0}
-    table |= {"runs": 0, "locks": 0, "different": []}
+    table |= {"runs": 0, "different": []}
     if path.exists():
         table = json.loads(path.read_text())
     while table["moments"] + table["inside"] < kills:
@@ -312,7 +314,6 @@ def killed(kind, kills, seed, folder):
         table["different"] += [f"{run.name} {name}" for name in same_end(run, straight)]
         table |= {where: table[where] + hits[where] for where in ("moments", "inside")}
         table["runs"] += 1
-        table["locks"] += (run / LOCK).exists()
         shutil.rmtree(run)
         write_json(path, table)
     return table
@@ -559,7 +560,8 @@ def main():
     folder = args.folder.resolve()
     path = args.record or folder / "outcomes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"code": code_version(), "seed": args.seed, "hardware": hardware(), "rows": []}
+    record = {"seed": args.seed, "hardware": hardware(), "rows": []}
+    when = {"date": datetime.date.today().isoformat(), "code": code_version()}
     if path.exists():
         record = json.loads(path.read_text())
     for group, case in rows():
@@ -567,7 +569,7 @@ def main():
         if known or (args.only and group not in args.only and case not in args.only):
             continue
         found = outcome(group, case, folder, args)
-        record["rows"].append({"group": group, "case": case} | found)
+        record["rows"].append({"group": group, "case": case} | when | found)
         write_json(path, record)
         print(json.dumps(record["rows"][-1]), flush=True)
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,32 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path):
 
 
 @FORKS
+def test_a_kill_at_the_end_of_a_run_leaves_no_file_over(tmp_path):
+    "Before, half way through and after each write, flush, rename and removal of the last save and of the record."
+    straight, _ = crash.straight_run("classification", tmp_path)
+    last = tmp_path / "last"
+    shutil.copytree(straight, last)
+    (last / "record.json").unlink()
+    names = sorted(path.name for path in straight.iterdir())
+    count, finished = 0, 0
+    killed = True
+    while killed:
+        count += 1
+        killed = False
+        for place in ("before", "half", "after"):
+            run = tmp_path / f"{place}-{count}"
+            shutil.copytree(last, run)
+            child = crash.attempt("classification", run, lambda: crash.kill_inside(count, place))
+            killed |= crash.wait(child) == -signal.SIGKILL
+            if is_finished(run):
+                finished += killed
+                assert sorted(path.name for path in run.iterdir()) == names, (place, count)
+            crash.finish("classification", run)
+            assert crash.same_end(run, straight) == []
+    assert count > 10 and finished >= 2
+
+
+@FORKS
 def test_other_disturbances_end_equal_or_in_one_line(tmp_path):
     cases = [f"{part} % of the room it needs" for part in (2, 40, 75)]
     cases += ["config.json", "metrics.csv", "resume.safetensors", "removed", "wanted twice"]
@@ -85,6 +112,7 @@ def test_the_record_has_every_case_and_no_loss():
     assert [(row["group"], row["case"]) for row in rows] == list(crash.rows())
     assert all(map(crash.accepted, rows)), [row for row in rows if not crash.accepted(row)]
     kills = [row["moments"] + row["inside"] for row in rows if row["group"] == "killed"]
+    assert all(row["date"] and row["code"] for row in rows)
     assert sum(kills) >= 300 and sum(row.get("inside", 0) for row in rows) >= 100
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from steps import START, unpack  # noqa: E402
+from common import unpack  # noqa: E402
+from steps import START  # noqa: E402
 
 CLOCK = ("seconds",)  # columns that no two runs share
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}

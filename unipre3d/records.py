@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
+import functools, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -24,10 +24,11 @@ from .files import read_json, reading
 __all__ = ['END', 'MOST_OPENED', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES', 'CONFIG_TYPES',
            'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash', 'cache_dir',
            'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays', 'flush', 'write_error', 'written_whole',
-           'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record', 'read_record',
-           'read_records']
+           'save_figure', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record',
+           'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
+@functools.cache
 def code_version() -> str:
     "The package's version and, in a checkout, the commit (with + where files were changed)."
     version = metadata.version("unipre3d")
@@ -375,6 +376,21 @@ def written_whole(
             partial.unlink(missing_ok=True)
         raise write_error(path, error) from error
 
+
+def save_figure(
+    figure: Any,  # of matplotlib; cleared, since its parts refer to each other and would stay in memory
+    path: str | Path,  # PNG file to write
+    dpi: int,
+) -> Path:
+    """Write a picture whole or not at all.
+
+    Raises: OSError in one line where it cannot be written.
+    """
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")
+    figure.clear()
+    return Path(path)
+
 # %% ../nbs/01_records.ipynb #70ae8754
 _SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds
     cpu_seconds peak_memory_mb resumed metrics history""".split()
@@ -410,7 +426,7 @@ def check_types(
         if key in values and not isinstance(values[key], kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             words = " or ".join(one.__name__ for one in kinds)
-            found = str(values[key])[:60]
+            found = repr(values[key])[:60]
             raise ValueError(
                 f"{name}: expected {key!r} to be of type {words}, found {found}; the file is damaged"
             )
@@ -419,11 +435,15 @@ def check_types(
 def write_json(
     path: str | Path,  # file to write
     value: dict,  # plain values, finite
+    finish: Callable[[], Any] = lambda: (
+        None
+    ),  # what must be done once the file is there, and before it has its name
 ) -> None:
     "Write plain values, readable and at once."
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with written_whole(path) as partial:
         partial.write_text(text)
+        finish()
 
 
 def values_hash(

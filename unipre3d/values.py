@@ -35,7 +35,8 @@ def plain_array(
 ) -> np.ndarray:  # in the byte order of this machine, NaN where numbers are masked
     """An array of any type.
 
-    Raises: ValueError of one line for what is none."""
+    Raises: ValueError of one line for what is none.
+    """
     try:
         if np.ma.isMaskedArray(values):
             values = values.astype(np.float64).filled(np.nan)

@@ -300,11 +300,9 @@ class Progress:
 
     step: int = 0  # steps done
     seconds: float = 0.0  # of training, over all parts of the run
+    waiting: float = 0.0  # seconds of these in which the next batch was not there yet
     best: float | None = None  # validation score of the chosen weights
     best_step: int = 0  # step of the weights in checkpoint.safetensors
-    waiting: float = field(
-        default=0.0, compare=False
-    )  # seconds of these in which the next batch was not there yet
     waited: int = 0  # validations since then
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these the latest, without a good step between

@@ -249,14 +249,13 @@ def held(
 def is_held(
     folder: str | Path,  # of a run
 ) -> bool:
-    "Whether a process works in the folder."
-    path = Path(folder) / LOCK
-    if not path.exists():
+    "Whether a process works in the folder; where none does, what a killed one left half written is removed."
+    if not (Path(folder) / LOCK).exists():
         return False
     try:
-        with FileLock(path, blocking=False):
+        with held(folder):
             return False
-    except Timeout:
+    except ValueError:
         return True
 
 
@@ -463,7 +462,7 @@ def run_recipe(
             f"(batch normalisation), got {recipe.run.batch_size}"
         )
     check_task(task, recipe.optimiser, recipe.run)
-    with ExitStack() as until_end:
+    with ExitStack() as until_end, ExitStack() as following:
         folder, start, changed = prepare_run(
             name, recipe, task, folder, init, resume, force, say, until_end
         )
@@ -482,7 +481,7 @@ def run_recipe(
         if tracker != "none" and rank == 0:
             done_steps = load_state(folder, lambda text: None)[1]["step"] if resume else 0
             follow = RunTracker(tracker, folder, name, to_values(recipe), done_steps)
-            until_end.callback(follow.finish)
+            following.callback(follow.finish)
 
         go_on = f"unipre3d {recipe.command} {name} --resume --out {shlex.quote(str(folder))}"
         go_on += f" (in {world} processes)" if world > 1 else ""
@@ -512,8 +511,8 @@ def run_recipe(
         )
         if done.ended == "diverged" and rank == 0:
             say(
-                f"failed after step {done.step}: no loss or gradient of {done.skipped} steps was finite, "
-                f"at the end of {done.in_a_row} steps in a row; "
+                f"failed after step {done.step}: the loss or gradient of {done.skipped} steps was not finite, "
+                f"of the last {done.in_a_row} in a row; "
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
@@ -576,7 +575,8 @@ def run_recipe(
         }
         check_record(record)
         (folder / STATE_BEFORE).unlink(missing_ok=True)
-        write_json(folder / "record.json", record)
+        release = until_end.close  # before the record has its name: a finished run has no lock
+        write_json(folder / "record.json", record, finish=release)
         return Outcome(folder, record, done.ended)
 
 

@@ -29,7 +29,7 @@ from unipre3d.data.readers import (
 )
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
-from ..records import written_whole
+from ..records import save_figure
 from ..runs.fit import Task, gathered, processes
 from unipre3d.runs.recipe import (
     CONDITIONS,
@@ -406,9 +406,7 @@ def save_confusion(
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = draw_confusion(matrix, names, ax=figure.add_subplot(), counts=len(names) <= 20)
     axis.set_title(title, fontsize=9)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    return Path(path)
+    return save_figure(figure, path, dpi=110)
 
 
 CLASS_LIMITS: dict[str, Limit] = LIMITS | {

@@ -22,7 +22,7 @@ from ..data.augment import Cloud
 from ..data.readers import Reader
 from ..data.scannet import LabelSet, scannet_labels
 from ..processes import shared_count
-from ..records import written_whole
+from ..records import save_figure
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (  # inherited fields name Optimiser
     Limit,
@@ -361,9 +361,7 @@ def save_instances(
     }
     paint_columns(figure, cloud, columns, bottom=0.01, height=0.83)
     figure.suptitle(title, fontsize=9, y=0.985)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
-    return Path(path)
+    return save_figure(figure, path, dpi=100)
 
 # %% ../../nbs/tasks/75_instances.ipynb #600fd110
 def thing_details(

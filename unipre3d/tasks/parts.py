@@ -30,7 +30,7 @@ from unipre3d.data.readers import (
 )
 from ..data.samples import CloudSamples, Labelled
 from ..data.shapenet import ShapeNetViews
-from ..records import written_whole
+from ..records import save_figure
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (
     CONDITIONS,
@@ -403,9 +403,7 @@ def save_parts(
                 draw_parts(ax, query.points.xyz[mine], local)
                 ax.set_title(title, fontsize=7, pad=1)
             place += 1
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    return Path(path)
+    return save_figure(figure, path, dpi=110)
 
 # %% ../../nbs/tasks/73_parts.ipynb #13bdeb0f
 @dataclass(frozen=True)

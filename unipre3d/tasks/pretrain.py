@@ -35,7 +35,7 @@ from unipre3d.image import (
 )
 from ..losses import best_constant_colour, psnr, ssim
 from ..objective import RenderObjective, active_terms, check_objective, render_loss
-from ..records import written_whole
+from ..records import save_figure
 from ..render import render
 from ..runs.fit import Task, gathered, processes
 from unipre3d.runs.recipe import (
@@ -140,7 +140,8 @@ def save_views(
 ) -> Path:
     """Write `views.png`: reference, true and rendered views side by side.
 
-    Raises: OSError in one line where it cannot be written."""
+    Raises: OSError in one line where it cannot be written.
+    """
     from matplotlib.figure import Figure  # no global state, no display
 
     image = rows_of_views(sample, rendered)
@@ -157,11 +158,7 @@ def save_views(
     axis.set_xticks([(i + 0.5) * w for i in range(columns)], names, fontsize=8)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
-    path = Path(path)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    figure.clear()  # its parts refer to each other and would stay
-    return path
+    return save_figure(figure, path, dpi=110)
 
 # %% ../../nbs/60_pretrain.ipynb #5c4a381a
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..data.readers import Reader
 from ..data.samples import Labelled
 from ..data.scannet import scannet_labels
 from ..files import read_arrays
-from ..records import written_whole
+from ..records import save_figure, written_whole
 from ..runs.fit import Task, gathered, own_part, processes
 from unipre3d.runs.recipe import (  # inherited fields name Optimiser
     Condition,
@@ -147,9 +147,7 @@ def save_room(
         columnspacing=1.0,
     )
     figure.suptitle(title, fontsize=9, y=0.99)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
-    return Path(path)
+    return save_figure(figure, path, dpi=100)
 
 
 def save_voxels(

@@ -1,0 +1,35 @@
+"""What benchmarks share: this checkout and an older commit beside it, and the record that they write."""
+
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from unipre3d.records import code_version, hardware, write_json  # noqa: E402
+
+LOAD = round(os.getloadavg()[0], 2)  # before the benchmark
+
+
+def unpack(revision, folder):
+    "The files of another commit."
+    command = ["git", "-C", str(ROOT), "archive", revision]
+    archive = subprocess.run(command, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return Path(folder)
+
+
+def checkouts(against, folder):
+    "This checkout, and an older commit in the folder if one is named."
+    return {"now": ROOT} | ({against: unpack(against, folder)} if against else {})
+
+
+def write_record(path, **values):
+    "Write what was measured, with the date, the code and the machine; None writes nothing."
+    if path is None:
+        return
+    facts = {"kind": "benchmark", "date": datetime.date.today().isoformat(), "code": code_version()}
+    write_json(path, facts | {"load_before": LOAD, "hardware": hardware()} | values)
