@@ -117,3 +117,17 @@ def test_a_record_says_where_the_weights_came_from(tmp_path):
     with pytest.raises(FileNotFoundError, match='--init: expected "none"'):
         check_init(tmp_path / "nowhere")
     assert percent(0.9999) == "99.9%"  # never all of it where something is missing
+
+
+def test_a_folder_with_the_name_of_shipped_weights_does_not_hide_them(tmp_path, monkeypatch):
+    from unipre3d.core import data_dir
+    from unipre3d.runs.starts import shipped
+
+    monkeypatch.chdir(tmp_path)
+    there = data_dir() / "weights" / "objects"
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "chair.ply").touch()  # somebody's clouds
+    assert shipped("objects") == there
+    (tmp_path / "objects" / "config.json").touch()  # a run, or weights
+    assert shipped("objects") == "objects"
+    assert shipped("none") == "none" and shipped(str(there)) == str(there)

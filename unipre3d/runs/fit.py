@@ -300,7 +300,9 @@ class Progress:
 
     step: int = 0  # steps done
     seconds: float = 0.0  # of training, over all parts of the run
-    waiting: float = 0.0  # seconds of these in which the next batch was not there yet
+    waiting: float = field(
+        default=0.0, compare=False
+    )  # seconds of these in which the next batch was not there yet
     best: float | None = None  # validation score of the chosen weights
     best_step: int = 0  # step of the weights in checkpoint.safetensors
     waited: int = 0  # validations since then

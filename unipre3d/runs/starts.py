@@ -121,10 +121,11 @@ WEIGHTS_FILE = "model.safetensors"  # of a backbone without a run
 def shipped(
     init: str | Path,
 ) -> str | Path:  # their folder, or what was given
-    "The folder of weights that the package ships, by name; anything that is there comes first."
+    "The folder of weights that the package ships, by name; a file or a run of that name comes first, another folder does not."
     folder = data_dir() / "weights" / str(init)
-    named = str(init) != "none" and not Path(init).exists() and Path(init).name == str(init)
-    return folder if named and (folder / WEIGHTS_FILE).is_file() else init
+    known = Path(init).name == str(init) and (folder / WEIGHTS_FILE).is_file()
+    own = Path(init).is_file() or (Path(init) / "config.json").is_file()
+    return folder if known and not own else init
 
 
 def backbone_tensors(
