@@ -189,6 +189,21 @@ def test_a_hub_id_without_a_network_is_one_line(monkeypatch, tmp_path):
     )
 
 
+@needs_transformers
+def test_weights_that_are_not_to_be_had_are_one_line(monkeypatch, tmp_path):
+    "The settings were in the cache, the weights were not."
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    one_line(
+        lambda: load_patches("nobody/no-such-model", "dinov2"),
+        "model.safetensors",
+        "not in the local cache",
+        kind=FileNotFoundError,
+    )
+
+
 def test_any_callable_of_a_module(tmp_path, monkeypatch, images):
     text = "def half(rgb):\n    return rgb[..., ::2, ::2] * 2\n\n\nhalf.width = 3\n\n\ndef none(rgb):\n    return rgb\n"
     (tmp_path / "own_encoder.py").write_text(text)

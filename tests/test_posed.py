@@ -47,6 +47,7 @@ from unipre3d.data.scannet import (
     box_cloud,
     box_frame,
     standard_intrinsics,
+    write_cloud,
 )
 
 HW = (60, 80)
@@ -218,6 +219,28 @@ def test_rigs_and_frames_beside_a_model_change_nothing(tmp_path, frames):
     for name in ("rigs.bin", "frames.bin"):
         (folder / "sparse" / "0" / name).write_bytes(struct.pack("<Q", 0))
     assert np.array_equal([one.pose for one in read_colmap(folder).images], want)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "words"),
+    [
+        ("images.txt", 5, ["nan"]),
+        ("points3D.txt", 4, ["nan"]),
+        ("points3D.txt", 4, ["999"]),
+        ("points3D.txt", 4, []),
+    ],
+)
+def test_numbers_that_mean_nothing_are_named(tmp_path, frames, name, place, words):
+    "A pose or a colour that is none, or a line that was cut."
+    folder = colmap_folder(tmp_path / "film", frames, write=colmap_text)
+    path = folder / "sparse" / "0" / name
+    lines = path.read_text().split("\n")
+    row = lines[1].split()
+    row[place : place + 1 if words else None] = words
+    lines[1] = " ".join(row)
+    path.write_text("\n".join(lines))
+    wanted = "found numbers that are not finite" if name == "images.txt" else "found a line without"
+    refuses(lambda: read_colmap(folder), str(path.parent), wanted)
 
 
 def test_of_several_models_the_largest_counts(tmp_path, frames):
@@ -557,6 +580,47 @@ def test_what_is_there_is_not_written_again(tmp_path, frames):
     refuses(
         lambda: import_posed(folder, how(tmp_path / "out"), progress=False), "no scene of this name"
     )
+
+
+def test_last_frames_are_of_those_that_have_depth(tmp_path, frames):
+    "Half of the film has none: the scene of the last frames was empty."
+    folder = transforms_folder(tmp_path / "film", frames)
+    data = json.loads((folder / "transforms.json").read_text())
+    for row in data["frames"][6:]:
+        del row["depth_file_path"]
+    (folder / "transforms.json").write_text(json.dumps(data))
+    import_posed(folder, how(tmp_path / "out", hold_out=0.34), progress=False)
+    counts = [len(ScanNetFrames(tmp_path / "out", split=s).frames(0)) for s in ("train", "val")]
+    assert counts == [4, 2]
+
+
+def test_columns_of_a_scan_are_compared_before_anything_is_written(tmp_path, frames):
+    folder = scene_folder(tmp_path / "film", frames)
+    write_cloud(folder, "train", "box", **box_cloud(0.1))
+    home = folder / "train" / "box"
+    color, coord = np.load(home / "color.npy"), np.load(home / "coord.npy")
+    np.save(home / "color.npy", color[:-1])
+    refuses(lambda: import_posed(folder, how(tmp_path / "out"), progress=False), "points: color")
+    assert not (tmp_path / "out").exists()
+    np.save(home / "color.npy", color)
+    coord[5] = np.nan
+    np.save(home / "coord.npy", coord)
+    with pytest.warns(UserWarning, match="left out 1 of"):
+        import_posed(folder, how(tmp_path / "out"), progress=False)
+    rows = ScanNetFrames(tmp_path / "out", split="train").rows(0)
+    assert len(rows["xyz"]) == len(coord) - 1
+    assert np.array_equal(rows["color"], np.delete(color, 5, 0))
+
+
+def test_points_of_every_kind_of_file(tmp_path, frames):
+    folder = transforms_folder(tmp_path / "film", frames)
+    cloud = box_cloud()
+    np.savetxt(tmp_path / "cloud.xyz", np.concatenate([cloud["coord"], cloud["color"]], 1))
+    options = how(tmp_path / "out", cloud=str(tmp_path / "cloud.xyz"))
+    import_posed(folder, options, progress=False)
+    rows = ScanNetFrames(tmp_path / "out", split="train").rows(0)
+    assert np.abs(rows["xyz"] - cloud["coord"]).max() < 1e-6
+    assert np.array_equal(rows["color"], cloud["color"])
 
 
 def test_folders_that_hold_nothing_are_named(tmp_path, frames):

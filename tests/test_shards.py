@@ -206,6 +206,12 @@ def test_a_damaged_index_is_one_line(tmp_path, text):
     assert "\n" not in str(problem.value)
 
 
+def test_an_index_may_be_larger_than_other_files_unpack_to(objects, monkeypatch):
+    "One of a million files was written, and refused when it was read."
+    monkeypatch.setenv("UNIPRE3D_UNPACK_MB", "0")
+    assert list(file_names(Store(objects[1]))) == list(file_names(Store(objects[0])))
+
+
 def test_fetched_shards_keep_to_their_bound(objects, cache, monkeypatch):
     monkeypatch.setenv("UNIPRE3D_SHARDS_MB", "2")
     near, far = ShapeNetViews(objects[0], size=16), ShapeNetViews(objects[1].as_uri(), size=16)
@@ -224,6 +230,10 @@ def test_what_is_fetched_is_compared_with_its_sha256(copied, cache):
     for path in copied.glob("*.tar"):
         path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(ValueError, match=r"shard-\d+.tar: expected .* sha256"):
+        reader.rows(0)
+    for path in copied.glob("*.tar"):
+        path.unlink()
+    with pytest.raises((OSError, ValueError), match=r"tar: expected a shard at this address"):
         reader.rows(0)
     with pytest.raises((OSError, ValueError), match="nowhere/index.json: expected"):
         ShapeNetViews((copied / "nowhere").as_uri())

@@ -289,6 +289,7 @@ def decode_json(
     needs: Mapping[str, Any] = {},  # keys that it must have, and the type of each value
     what: str = "",  # what it is, for messages
     remedy: str = REMEDY,  # the end of a message
+    bounded: bool = True,  # refuse more values than `unpack_bound` allows
 ) -> Any:
     """The value of a JSON text.
 
@@ -296,7 +297,8 @@ def decode_json(
     names = {dict: "a JSON object", list: "a JSON list"}
     expected = what or names[kind]
     text = decode_text(data, where, expected)
-    check_values(text, "{[,", where)
+    if bounded:
+        check_values(text, "{[,", where)
     with reading(where, expected, remedy, data):
         value = json.loads(text)
         if not isinstance(value, kind):
@@ -315,12 +317,13 @@ def read_json(
     needs: Mapping[str, Any] = {},  # keys that it must have, and the type of each value
     what: str = "",  # what it is, for messages
     remedy: str = REMEDY,  # the end of a message
+    bounded: bool = True,  # refuse more values than `unpack_bound` allows
 ) -> Any:
     """The value of a JSON file; see `decode_json`.
 
     Raises: OSError or ValueError that names the file."""
     data = read_file(path, what or "a JSON file", remedy)
-    return decode_json(data, path, kind, needs, what, remedy)
+    return decode_json(data, path, kind, needs, what, remedy, bounded)
 
 # %% ../nbs/02_files.ipynb #f02npy
 ARRAY = "a numpy array (.npy)"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, importlib, json, os, re, warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def check_images(
         )
 
 # %% ../nbs/30_image.ipynb #52130912
+def _from_hub(get, source, what, files):
+    "What is in the local cache, else on the hub."
+    from huggingface_hub import HfApi
+
+    try:
+        return get(local_files_only=True)
+    except OSError:
+        pass
+    try:
+        # one quick knock: a download without a network would retry for half a minute
+        HfApi().model_info(source, timeout=5)
+        return get()
+    except Exception as problem:
+        raise FileNotFoundError(
+            f"{what}: not in the local cache and not obtainable from the hub "
+            f"({type(problem).__name__}); put {files} into a folder and pass that path, "
+            'or use "mini"'
+        ) from None
+
+
 def download_autoencoder(
     source: str,  # id on the model hub, "owner/name"
     kind: str = "AutoencoderKL",  # diffusers' class
@@ -54,27 +75,13 @@ def download_autoencoder(
 ) -> nn.Module:  # of diffusers
     "From the local cache if it is there, else from the hub. Raises: FileNotFoundError if neither has it."
     import diffusers
-    from huggingface_hub import HfApi
 
-    autoencoder = getattr(diffusers, kind)
+    get = partial(getattr(diffusers, kind).from_pretrained, source, **options)
+    files = "its config.json and diffusion_pytorch_model.safetensors"
     with warnings.catch_warnings():
         # between those two libraries
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
-        try:
-            return autoencoder.from_pretrained(source, local_files_only=True, **options)
-        except OSError:
-            pass
-        try:
-            # one quick knock: a download without a network would retry for half a minute
-            HfApi().model_info(source, timeout=5)
-            return autoencoder.from_pretrained(source, **options)
-        except Exception as problem:
-            raise FileNotFoundError(
-                f"autoencoder {source!r}: not in the local cache and not obtainable from the hub "
-                f"({type(problem).__name__}); put its config.json and "
-                "diffusion_pytorch_model.safetensors into a folder and pass that path, "
-                'or use "mini"'
-            ) from None
+        return _from_hub(get, source, f"autoencoder {source!r}", files)
 
 
 def check_autoencoder_folder(
@@ -103,6 +110,11 @@ def autoencoder_folder(
     return folder / subfolder
 
 
+def _names_hub(source):
+    "Whether it can be an id on the model hub."
+    return isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
+
+
 def load_autoencoder(
     source: str
     | os.PathLike = "mini",  # "mini", a folder in diffusers' layout, or an id on the hub
@@ -125,7 +137,7 @@ def load_autoencoder(
             if lack := [name for name, tensor in vae.state_dict().items() if tensor.is_meta]:
                 raise Found(f"no {lack[0]} in it")
         check_weights(vae.state_dict(), weights)
-    elif isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
+    elif _names_hub(source):
         vae = download_autoencoder(source, kind, subfolder=subfolder, torch_dtype=torch.float32)
     else:
         raise FileNotFoundError(
@@ -171,7 +183,7 @@ def pad_to_multiple(
 
 # %% ../nbs/30_image.ipynb #108b568f
 class FrozenEncoder(nn.Module):
-    "What frozen image models share. A kind of model says what it takes, what its maps are, and reads its facts from a config."
+    "What frozen image models share. A kind says what it takes and what its maps are, and reads facts from a config."
 
     library = "diffusers"  # whose version decides the numbers
     weights = "diffusion_pytorch_model.safetensors"  # file beside config.json
@@ -374,7 +386,9 @@ def load_patches(
     folder = autoencoder_folder(source, subfolder)
     options = dict(dtype=torch.float32) | ({"subfolder": subfolder} if subfolder else {})
     if not folder.is_dir():
-        return model.from_pretrained(source, **options)
+        files = f"its config.json and {PatchImageEncoder.weights}"
+        get = partial(model.from_pretrained, source, **options)
+        return _from_hub(get, source, f"image {source!r}", files)
     weights = regular_file(folder / PatchImageEncoder.weights, f"the weights of {kind}")
     with reading(weights, "weights that fit config.json beside them", "copy both files again"):
         net, found = model.from_pretrained(
@@ -394,28 +408,16 @@ def image_config(
     folder = autoencoder_folder(source, subfolder)
     if source == "mini" or folder.is_dir():
         return read_json(regular_file(folder / "config.json", "the config.json of an image model"))
-    named = isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
-    if not named:
+    if not _names_hub(source):
         raise FileNotFoundError(
             f'image {str(source)!r}: expected "mini", an existing folder, a hub id "owner/name" or '
             '"module:name", found no such folder; check the path'
         )
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    place = dict(repo_id=source, filename="config.json", subfolder=subfolder or None)
-    try:
-        return read_json(hf_hub_download(**place, local_files_only=True))
-    except OSError:
-        pass
-    try:
-        HfApi().model_info(source, timeout=5)  # one quick knock, as above
-        return read_json(hf_hub_download(**place))
-    except Exception as problem:
-        raise FileNotFoundError(
-            f"image {source!r}: its {subfolder}{'/' * bool(subfolder)}config.json is not in the local "
-            f"cache and not obtainable from the hub ({type(problem).__name__}); put it and the weights "
-            'into a folder and pass that path, or use "mini"'
-        ) from None
+    name = f"{subfolder}/config.json".lstrip("/")
+    get = partial(hf_hub_download, source, name)
+    return read_json(_from_hub(get, source, f"image {source!r}, {name}", "it and the weights"))
 
 
 def kind_of(
@@ -558,7 +560,7 @@ class CachedFeatures(nn.Module):
     def forward(
         self,
         rgb: Float[Tensor, "v 3 h w"],  # colour in 0..1
-    ) -> Float[Tensor, "v c h w"]:  # c = width
+    ) -> Float[Tensor, "v c m n"]:  # c = width
         "The maps, from the file where they are there. Raises: ValueError as the encoder."
         check_images(rgb)
         if rgb.device.type != "cpu" or rgb.dtype != torch.float32:

@@ -17,9 +17,9 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
-from .augment import PosedViews, move_cameras
+from .augment import PosedViews
 from unipre3d.data.posed import (
-    FLIP,
+    PICTURES,
     Capture,
     Lens,
     PosedImage,
@@ -30,8 +30,9 @@ from unipre3d.data.posed import (
     redraw,
     straighten,
 )
-from .samples import meeting, other_readings
+from .samples import FLIP, meeting, other_readings
 from unipre3d.data.scannet import (
+    COLUMNS,
     read_color,
     resize_nearest,
     write_cloud,
@@ -40,7 +41,7 @@ from unipre3d.data.scannet import (
 )
 from ..files import decode_picture, eight_bits, read_file
 from ..geometry.pointops import voxelize
-from ..values import check_cloud, refusal
+from ..values import check_array, check_points, refusal, store_column
 
 # %% auto #0
 __all__ = ['UNITS', 'UPS', 'POSE_OPTIONS', 'VALUES', 'draw_color', 'draw_depth', 'smaller', 'sketch', 'view_points', 'add_up',
@@ -58,13 +59,9 @@ def draw_color(
 
     Raises: OSError or ValueError that names the file."""
     data, where = read_file(image.color), str(image.color)
-    formats = ("JPEG", "PNG", "WEBP")
     if _only_smaller(image.lens, pinhole):
-        if image.color.suffix.lower() != ".webp":
-            return read_color(data, pinhole.hw, name=where)
-        picture = eight_bits(decode_picture(data, where, formats)).convert("RGB")
-        return np.array(picture.resize(pinhole.hw[::-1], Image.BOX))
-    picture = eight_bits(decode_picture(data, where, formats)).convert("RGB")
+        return read_color(data, pinhole.hw, name=where, formats=PICTURES)
+    picture = eight_bits(decode_picture(data, where, PICTURES)).convert("RGB")
     factor = pinhole.K[0, 0] / image.lens.K[0, 0]
     if factor < 1:  # averaged first: interpolation alone would skip pixels
         picture = picture.resize([max(1, round(s * factor)) for s in picture.size], Image.BOX)
@@ -488,7 +485,7 @@ class ImportOptions:
 
     out: str = "scenes"  # folder of the data set; scenes are added to it
     layout: str = "auto"  # or "transforms", "tum", "images", "colmap": which files count
-    cloud: str = ""  # file of points (PLY, NPY); "": the layout's own, or from depth
+    cloud: str = ""  # file of points of any kind; "": the layout's own, or from depth
     split: str = "auto"  # "train", "val", "test", or as the layout says and hold_out
     hold_out: float = 0.2  # fraction of the captures for val; of a single one, of its frames
     every: int = 1  # frames of the film for one that is kept
@@ -599,22 +596,38 @@ def _points_of(capture, options):
         if "normal" in cloud:
             cloud["normal"] = cloud["normal"] @ A.T
     if cloud is not None:
-        check_cloud(dict(xyz=cloud["coord"]), f"{capture.name}: points")
+        cloud = _whole_points(cloud, f"{capture.name}: points")
     return cloud, dense
+
+
+def _whole_points(cloud, where):
+    "The points that are there, with columns that `write_cloud` takes: refused before any work is done."
+    count = len(cloud["coord"])
+    _, real = check_points(cloud["coord"], f"{where}: coord")
+    found = {}
+    for name, column in cloud.items():
+        column = check_array(column, f"{where}: {name}", COLUMNS[name], count=count)[real]
+        found[name] = column if name == "coord" else store_column(name, column, where)
+    return found
 
 
 def _size(coord):
     return " x ".join(f"{side:.2f}" for side in np.ptp(coord, axis=0))
 
 
+def _kept_images(capture, options):
+    "Some of the images; where some have depth, those alone."
+    images = capture.images[:: options.every]
+    return [one for one in images if one.depth] or images
+
+
 def _chosen(capture, options):
     "The images that are kept, with poses as the options read them."
-    images = capture.images[:: options.every]
+    images = _kept_images(capture, options)
     lines = list(capture.remarks)
-    deep = [one for one in images if one.depth]
-    if deep and len(deep) < len(images):
-        lines.append(f"left out {len(images) - len(deep)} of {len(images)} images without depth")
-        images = deep
+    count = len(capture.images[:: options.every])
+    if len(images) < count:
+        lines.append(f"left out {count - len(images)} of {count} images without depth")
     if len(images) < 2:
         raise refusal(capture.name, "at least 2 images", str(len(images)), "pass a lower --every")
     back = np.eye(4)
@@ -732,7 +745,7 @@ def place_scenes(
         held = set(order[: max(1, round(options.hold_out * len(free)))])
     placed = []
     for k, (name, one) in enumerate(zip(names, captures)):
-        count = len(one.images[:: options.every])
+        count = len(_kept_images(one, options))
         last = max(2, round(options.hold_out * count))
         if one.split is None and len(captures) == 1 and options.hold_out and count >= last + 2:
             cut = count - last

@@ -579,15 +579,10 @@ class S3DIS(RoomReader):
                 f"val_area: expected one of {known} to validate on (not the test area), got None"
             )
         areas = dict(train=[a for a in others if a != val_area], val=[val_area], test=[test_area])
-        if "://" not in str(self.root) and not Path(self.root).exists():
-            raise FileNotFoundError(
-                self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
-            )
-        self.store = Store(self.root)
+        expected = "Area_1 .. Area_6"
+        self.store = Store(self.root, expected, self.layout.hint)
         if not any(self.store.names(f"Area_{a}") for a in range(1, 7)):
-            raise FileNotFoundError(
-                self.layout.say(self.root, "Area_1 .. Area_6", found_at(self.root))
-            )
+            raise FileNotFoundError(self.layout.say(self.root, expected, found_at(self.root)))
         for area in areas[split]:
             folder = self.root / f"Area_{area}"
             names = self.store.names(folder.name)

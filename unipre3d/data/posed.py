@@ -4,35 +4,33 @@
 
 # %% ../../nbs/data/27_posed.ipynb #p27imports
 from __future__ import annotations
-import math, re, struct, warnings
-from collections.abc import Callable
+import math, re, struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
-from PIL import Image
+from jaxtyping import Float, Shaped
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
+from .clouds import read_cloud
 from .readers import found_at
+from .samples import FLIP
 from .scannet import COLUMNS, read_header
 from unipre3d.files import (
     Found,
     check_declared,
     decode_picture,
-    eight_bits,
     read_array,
     read_file,
     read_json,
-    read_ply,
     read_words,
     reading,
 )
-from ..values import check_colors, check_intrinsics, check_points, check_poses, refusal
+from ..values import check_intrinsics, check_poses, refusal
 
 # %% auto #0
-__all__ = ['BROWN', 'FISHEYE', 'FLIP', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS', 'TUM_LENSES', 'LAYOUTS',
+__all__ = ['BROWN', 'FISHEYE', 'PICTURES', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS', 'TUM_LENSES', 'LAYOUTS',
            'Lens', 'make_lens', 'distort', 'pixel_rays', 'straighten', 'redraw', 'PosedImage', 'Capture', 'rigid',
            'image_size', 'beside', 'read_depth_map', 'read_points', 'colmap_lens', 'Bytes', 'colmap_models',
            'read_colmap', 'transforms_lens', 'read_transforms', 'whole_centres', 'nearest_stamps', 'read_tum',
@@ -173,7 +171,7 @@ def redraw(
     return np.stack(drawn, -1).reshape(*pinhole.hw, *image.shape[2:])
 
 # %% ../../nbs/data/27_posed.ipynb #p27form
-FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's camera axes: y up, z backward
+PICTURES = ("JPEG", "PNG", "WEBP")  # of colour, as Pillow calls them
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,10 +205,14 @@ def rigid(
     quaternion: Float[np.ndarray, "4"],  # wxyz, any length
     translation: Float[np.ndarray, "3"],
 ) -> Float[np.ndarray, "4 4"]:  # float64
-    "A pose of a quaternion and a translation."
+    """A pose of a quaternion and a translation.
+
+    Raises: ValueError for numbers that are not finite, or a quaternion of zeros."""
     pose = np.eye(4)
     pose[:3, :3] = Rotation.from_quat(np.asarray(quaternion), scalar_first=True).as_matrix()
     pose[:3, 3] = translation
+    if not np.isfinite(pose).all():
+        raise Found("numbers that are not finite")
     return pose
 
 
@@ -219,7 +221,7 @@ def image_size(
 ) -> tuple[int, int]:  # height and width
     "Size of an image, from its header."
     with open(path, "rb") as file:
-        return read_header(file, ("JPEG", "PNG", "WEBP"), str(path)).hw
+        return read_header(file, PICTURES, str(path)).hw
 
 
 def beside(
@@ -265,30 +267,18 @@ def read_depth_map(
 
 
 def read_points(
-    path: str | Path,  # PLY, .npy [n 3] or .npz
-) -> dict[str, np.ndarray]:  # coord [n 3], where known color [n 3] uint8 and normal [n 3]
+    path: str | Path,  # of any kind that `read_cloud` knows
+) -> dict[str, np.ndarray]:  # coord [n 3] float64, where known color [n 3] uint8 and normal [n 3]
     """Points of a file, in its own unit and axes.
 
     Raises: OSError or ValueError that names the file."""
-    path = Path(path)
-    if path.suffix.lower() == ".npy":
-        return dict(coord=check_points(read_array(path), path)[0])
-    ply = read_ply(path, "a cloud (PLY or .npy)")
-    with reading(path, "a PLY file with vertices"):
-        vertex = ply["vertex"]
-        names = {p.name for p in vertex.properties}
-    groups = dict(coord="x y z", color="red green blue", normal="nx ny nz")
-    found = {}
-    for name, words in groups.items():
-        if set(words.split()) <= names:
-            found[name] = np.stack([vertex[word] for word in words.split()], 1)
-    with reading(path, "vertices with x, y and z"):
-        if "coord" not in found:
-            raise Found(", ".join(sorted(names)))
-    coord, real = check_points(found.pop("coord"), path)
-    if "color" in found:
-        found["color"] = check_colors(found["color"], path)
-    return dict(coord=coord) | {name: rows[real] for name, rows in found.items()}
+    cloud = read_cloud(path)
+    found = dict(coord=cloud.xyz + cloud.offset)
+    if cloud.color is not None:
+        found["color"] = np.round(255 * cloud.color).astype(np.uint8)
+    if cloud.normal is not None:
+        found["normal"] = cloud.normal
+    return found
 
 # %% ../../nbs/data/27_posed.ipynb #p27colmap
 COLMAP_LENSES = {
@@ -419,6 +409,8 @@ def _text_model(folder):
     if path.is_file():
         with reading(path, "COLMAP's points, POINT3D_ID X Y Z R G B"):
             points = [[float(x) for x in line.split()[1:7]] for line in _lines(path)]
+            if not all(len(p) == 6 and all(0 <= c <= 255 for c in p[3:]) for p in points):
+                raise Found("a line without a place and a colour in 0..255")
     return cameras, images, points
 
 
@@ -793,12 +785,12 @@ def read_captures(
         raise refusal(str(folder), "a folder with posed images", found_at(folder))
     if layout not in ("auto", *LAYOUTS):
         raise refusal("layout", f"one of auto, {', '.join(LAYOUTS)}", layout)
-    for name in _known(folder, layout)[:1]:
-        return _read_as(folder, name, intrinsics)
+    if known := _known(folder, layout):
+        return _read_as(folder, known[0], intrinsics)
     captures = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for name in _known(place, layout)[:1]:
-            captures += _read_as(place, name, intrinsics)
+        if known := _known(place, layout):
+            captures += _read_as(place, known[0], intrinsics)
     if captures:
         return captures
     wanted = [LAYOUTS[layout]] if layout != "auto" else LAYOUTS.values()

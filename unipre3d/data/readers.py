@@ -400,13 +400,18 @@ class Store:
 
     Raises: FileNotFoundError or ValueError that name the file that is missing or damaged."""
 
-    def __init__(self, root: str | Path):
+    def __init__(
+        self,
+        root: str | Path,
+        expected: str = "a folder or a zip of data",  # for messages, where nothing is there
+        remedy: str = "check the path",  # the end of that message
+    ):
         self.root = local_root(root)
         self.shards = open_shards(self.root)
         self.is_zip = not self.root.is_dir()
         self._zip = self._pid = self._tree = None  # of this process
         if self.is_zip:
-            regular_file(self.root, "a folder or a zip of data")
+            regular_file(self.root, expected, remedy)
             self.names()
 
     def __getstate__(self):

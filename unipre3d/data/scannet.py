@@ -122,6 +122,7 @@ def read_color(
     hw: tuple[int, int],  # size wanted
     resample: str = "box",  # area average, or "bicubic" as the released reader
     name: str = "color",  # the file, for messages
+    formats: tuple[str, ...] = ("JPEG", "PNG"),  # as Pillow calls them
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A colour image at the size wanted.
 
@@ -132,7 +133,7 @@ def read_color(
         if resample == "box":
             image.draft("RGB", size)
 
-    image = eight_bits(decode_picture(data, name, ("JPEG", "PNG"), reduce)).convert("RGB")
+    image = eight_bits(decode_picture(data, name, formats, reduce)).convert("RGB")
     if image.size != size:
         image = image.resize(size, Image.BOX if resample == "box" else Image.BICUBIC)
     return np.array(image)
@@ -470,12 +471,8 @@ class ScanNetFrames(RoomReader):
 
     # -- where things are
     def _find_scenes(self):
-        if not self.root.exists():
-            raise FileNotFoundError(
-                f"{self.root}: expected ScanNet as {SCANNET.tree}, found nothing there; "
-                f"request it at {SCANNET.source}"
-            )
-        self.store = Store(self.root)
+        remedy = f"request it at {SCANNET.source}"
+        self.store = Store(self.root, f"ScanNet as {SCANNET.tree}", remedy)
         scenes = {s: self._scenes_of(s) for s in dict.fromkeys((*SPLITS, self.split))}
         check_apart({str(self.root / s): names for s, names in scenes.items()}, "scene")
         found = scenes[self.split]

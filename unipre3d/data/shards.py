@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..files import Found, read_file, read_json, reading, regular_file
 from ..records import cache_dir
+from ..values import refusal
 
 # %% auto #0
 __all__ = ['INDEX', 'FORMAT', 'LIST_REMEDY', 'MOST_OPEN', 'ORIGIN', 'sample_key', 'member_name', 'file_names', 'list_samples',
@@ -95,10 +96,8 @@ def list_samples(
         samples.setdefault(key, []).append(name)
         other = members.setdefault(member_name(name, key), name)
         if other != name:
-            raise ValueError(
-                f"{store.where(name)}: expected a name of its own in an archive, "
-                f"found that of {other}; rename one of them"
-            )
+            expected = "a name of its own in an archive"
+            raise refusal(store.where(name), expected, f"that of {other}", "rename one of them")
     order = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())
     return tables, {key: samples[key] for key in order}
 
@@ -118,12 +117,16 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
     return archive.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
+def _digest(stamps: Iterable[str]) -> str:
+    return hashlib.sha256("".join(stamps).encode()).hexdigest()
+
+
 def _write_shard(
     store: Any, path: Path, samples: dict[str, list[str]], limit: int
 ) -> dict[str, Any]:
     "The first of the samples, until the shard is full."
     part = path.with_name(f"{path.name}.part")
-    kept, digest = {}, hashlib.sha256()
+    kept, stamps = {}, []
     with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as archive:
         for key, names in samples.items():
             kept[key] = {}
@@ -131,31 +134,30 @@ def _write_shard(
                 data = store.read(name)
                 place = _add(archive, member_name(name, key), data)
                 kept[key][name] = [place, len(data), zlib.crc32(data)]
-                digest.update(store.stamp(name).encode())
+                stamps.append(store.stamp(name))
             if archive.offset >= limit:
                 break
     with open(part, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(part, path)
     size = path.stat().st_size
-    return dict(name=path.name, size=size, sha256=sha256, stamps=digest.hexdigest(), samples=kept)
+    facts = dict(name=path.name, size=size, sha256=sha256, samples=kept)
+    return facts | dict(limit=limit, stamps=_digest(stamps))
 
 
 def _finished(
-    store: Any, note: Path, path: Path, samples: dict[str, list[str]]
+    store: Any, note: Path, path: Path, samples: dict[str, list[str]], limit: int
 ) -> dict[str, Any] | None:
     "What an earlier run noted, if it is still true."
     if not (note.is_file() and path.is_file()):
         return None
-    shard = read_json(note, needs=dict(size=int, stamps=str, samples=dict))
+    shard = read_json(note, needs=dict(size=int, limit=int, stamps=str, samples=dict))
     keys = list(shard["samples"])
-    if path.stat().st_size != shard["size"] or keys != list(samples)[: len(keys)]:
+    same = (path.stat().st_size, limit) == (shard["size"], shard["limit"])
+    if not same or keys != list(samples)[: len(keys)]:
         return None
-    digest = hashlib.sha256()
-    for key in keys:
-        for name in samples[key]:
-            digest.update(store.stamp(name).encode())
-    return shard if digest.hexdigest() == shard["stamps"] else None
+    stamps = _digest(store.stamp(name) for key in keys for name in samples[key])
+    return shard if stamps == shard["stamps"] else None
 
 
 def write_shards(
@@ -176,15 +178,14 @@ def write_shards(
     if not samples:
         raise ValueError(f"{store.root}: expected folders of samples, found none")
     out.mkdir(parents=True, exist_ok=True)
-    facts = dict(limit=limit, format=FORMAT)
     shards, left = [], samples
     with tqdm(total=len(samples), desc="writing shards", disable=not progress) as bar:
         while left:
             path = out / f"shard-{len(shards):06d}.tar"
             note = path.with_suffix(".json")
-            shard = _finished(store, note, path, left)
-            if shard is None or shard["limit"] != limit:
-                shard = _write_shard(store, path, left, limit) | facts
+            shard = _finished(store, note, path, left, limit)
+            if shard is None:
+                shard = _write_shard(store, path, left, limit)
                 _replace(note, json.dumps(shard).encode())
             bar.update(len(shard["samples"]))
             left = {key: names for key, names in left.items() if key not in shard["samples"]}
@@ -221,7 +222,8 @@ class Shards:
     ):
         self.root = Path(root)
         path = self.root / INDEX
-        index = read_json(path, needs=dict(format=str, files=dict, shards=list), remedy=LIST_REMEDY)
+        needs = dict(format=str, files=dict, shards=list)
+        index = read_json(path, needs=needs, remedy=LIST_REMEDY, bounded=False)
         self.files: dict[
             str, tuple[int, int, int, int]
         ] = {}  # name -> shard, place, bytes, checksum
@@ -287,9 +289,7 @@ class Shards:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             file.close()
-            raise ValueError(
-                f"{path}: expected a shard of {size:,} bytes, found {found:,}; copy it again"
-            )
+            raise refusal(f"{path}", f"a shard of {size:,} bytes", f"{found:,}", "copy it again")
         self._open[number] = file
         while len(self._open) > MOST_OPEN:
             self._open.popitem(last=False)[1].close()
@@ -308,9 +308,8 @@ class Shards:
         else:
             raise FileNotFoundError(f"{self.root}: {name}: expected this file, found nothing there")
         if (len(data), zlib.crc32(data)) != self.facts(name):
-            raise ValueError(
-                f"{self.where(name)}: expected the bytes that {INDEX} was written for, found others; copy the shard again"
-            )
+            expected = f"the bytes that {INDEX} was written for"
+            raise refusal(self.where(name), expected, "others", "copy the shard again")
         return data
 
 
@@ -363,10 +362,9 @@ def fetch_shard(
             if found != sha256:
                 length = part.stat().st_size
                 part.unlink()
-                raise ValueError(
-                    f"{url}: expected {size:,} bytes with the sha256 {sha256[:12]}..., "
-                    f"found {length:,} with {found[:12]}...; copy the shard again"
-                )
+                expected = f"{size:,} bytes with the sha256 {sha256[:12]}..."
+                other = f"{length:,} with {found[:12]}..."
+                raise refusal(url, expected, other, "copy the shard again")
             make_room(path.parent, size, kept_bytes())
             os.replace(part, path)
         os.utime(path)  # when it was used
@@ -392,7 +390,7 @@ def local_root(
 ) -> Path:
     """Where the files of a source are: of an address a folder in the cache, which has its index.
 
-    Raises: OSError or ValueError for an address without shards; ImportError where the kind of address needs a package."""
+    Raises: OSError or ValueError for an address without shards; ImportError where it needs a package."""
     if "://" not in str(source):
         return Path(source)
     url = str(source).rstrip("/")
@@ -406,9 +404,8 @@ def local_root(
             for name, (size, crc) in Shards(folder).tables.items():
                 data = _download(f"{url}/{name}")
                 if (len(data), zlib.crc32(data)) != (size, crc):
-                    raise ValueError(
-                        f"{url}/{name}: expected the bytes that {INDEX} was written for, found others"
-                    )
+                    expected = f"the bytes that {INDEX} was written for"
+                    raise refusal(f"{url}/{name}", expected, "others")
                 _replace(folder / name, data)
             _replace(folder / ORIGIN, json.dumps(dict(url=url)).encode())
     return folder

@@ -5,6 +5,7 @@
 # %% ../../nbs/worlds/18_mesh.ipynb #5017cd67
 from __future__ import annotations
 import base64, importlib.util, io, json, logging, math, os, re, struct, warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -219,10 +220,10 @@ class Beside:
             text, encoding = decode_text(data, self.path), "utf-8"
         except ValueError:  # an older encoding
             text, encoding = data.decode("latin-1"), "latin-1"
-        names = {"map_kd": set(), "map_d": set()}
+        names = defaultdict(set)
         for line in text.splitlines():
             key, _, name = line.strip().partition(" ")
-            names.get(key.lower(), set()).add(picture_name(name))
+            names[key.lower()].add(picture_name(name))
         holes = sorted(names["map_d"] - names["map_kd"])
         self.missing += [f"{name} (map_d: where it has holes)" for name in holes]
         return "\n".join(map(self._plain, text.splitlines())).encode(encoding)

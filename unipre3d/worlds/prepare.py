@@ -26,6 +26,7 @@ from unipre3d.data.objects import (
     pack_cloud,
     spiral_views,
 )
+from ..data.readers import found_at
 from ..data.shapenet import split_objects
 from ..files import read_json
 from ..records import code_hash, written_whole
@@ -92,8 +93,7 @@ def find_meshes(
     Raises: FileNotFoundError or ValueError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise FileNotFoundError(f"{folder}: expected a folder of meshes, found {found}")
+        raise FileNotFoundError(f"{folder}: expected a folder of meshes, found {found_at(folder)}")
     found = sorted(p for p in files_below(folder) if p.suffix.lower() in MESHES)
     if not found:
         raise ValueError(f"{folder}: expected files that end in {', '.join(MESHES)}, found none")
@@ -109,6 +109,11 @@ class MeshFile:
     name: str
     split: str | None = None  # "train" or "test", where the folders say so
     family: str = ""  # objects of a family share a split; "": it is alone
+
+    @property
+    def key(self) -> tuple[str, str]:
+        "What it is called in its data set."
+        return self.kind, self.name
 
 
 COLLECTIONS = {
@@ -164,9 +169,9 @@ def describe_meshes(
             found[known or path] = item
             homes[home] = known or path
     for path in plain:
-        above = map(str, Path(os.path.abspath(path)).parents)
-        if homes.keys().isdisjoint(above):
-            found[path] = MeshFile(path, Path(os.path.abspath(path)).parent.name, path.stem)
+        above = Path(os.path.abspath(path)).parents
+        if homes.keys().isdisjoint(map(str, above)):
+            found[path] = MeshFile(path, above[0].name, path.stem)
     return list(found.values())
 
 
@@ -181,11 +186,11 @@ def split_meshes(
     free = [item for item in items if item.split is None]
     given = [item for item in items if item.split == "train"]
     val = fractions[1] / max(fractions[0] + fractions[1], 1e-9)
-    splits = {(item.kind, item.name): item.split for item in items}
+    splits = {item.key: item.split for item in items}
     for group, parts in ((free, fractions), (given, (1 - val, val, 0.0))):
         if not group:
             continue
-        owner = {(item.kind, item.name): (item.kind, item.family or item.name) for item in group}
+        owner = {item.key: (item.kind, item.family or item.name) for item in group}
         families = sorted(set(owner.values()))
         if group is given and len(families) == 1:
             parts = (1.0, 0.0, 0.0)
@@ -294,7 +299,7 @@ def _stamp(item, how):
 
 
 def _checked(files, out, split):
-    "Items in order and the split of each."
+    "The meshes in order; a call that has no meaning is refused."
     if not files:
         raise ValueError("prepare_meshes: files: expected at least one mesh, got none")
     if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
@@ -302,8 +307,8 @@ def _checked(files, out, split):
         raise ValueError(f"prepare_meshes: split: {wanted}, got {split}")
     if out.suffix != ".zip":
         raise ValueError(f"prepare_meshes: out: expected a name that ends in .zip, got {out}")
-    items = sorted(describe_meshes(files), key=lambda item: (item.kind, item.name))
-    (most, many), *_ = Counter((item.kind, item.name) for item in items).most_common(1)
+    items = sorted(describe_meshes(files), key=lambda item: item.key)
+    (most, many), *_ = Counter(item.key for item in items).most_common(1)
     if many > 1:
         name = "/".join(most)
         raise ValueError(
@@ -345,9 +350,10 @@ def prepare_meshes(
     with tqdm(total=len(items), desc="meshes", unit="mesh", disable=None) as bar:
         bar.update(len(items) - len(todo))
         for k, problem in run_jobs(draw_object, jobs, workers):
-            ended = f"{items[todo[k]].path}: expected a mesh, found one that ends its process"
-            if problem != "":
-                wrong[todo[k]] = ended if problem is None else problem
+            if problem is None:
+                problem = f"{items[todo[k]].path}: expected a mesh, found one that ends its process"
+            if problem:
+                wrong[todo[k]] = problem
             bar.update()
     skipped = [wrong[k] for k in sorted(wrong)]
     if len(skipped) == len(items):
@@ -374,7 +380,7 @@ def _join(pieces, out, splits, views, size):
                 for member in piece.namelist()[:-1]:
                     add_member(z, member, piece.read(member))
             without += about["remarks"]
-            row = {"id": item.name, "class": item.kind, "split": splits[item.kind, item.name]}
+            row = {"id": item.name, "class": item.kind, "split": splits[item.key]}
             rows.append(row | {"family": item.family or item.name} | about["facts"])
         add_tables(z, convention(".png", views, size), rows, {})
     return without
