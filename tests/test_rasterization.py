@@ -442,6 +442,23 @@ def test_nothing_to_see_is_background():
         assert float(part["means"].grad.abs().sum()) == 0
 
 
+def test_ellipses_too_wide_for_an_integer_reach_every_tile():
+    cloud, views = some_cloud(3), some_views(1)
+    huge = cloud | dict(means=torch.zeros(3, 3), covars=1e20 * torch.eye(3).repeat(3, 1, 1))
+    meta = rasterization(**huge, **views)[2]
+    tiles = meta["tile_width"] * meta["tile_height"]
+    assert meta["radii"].unique().tolist() == [2**31 - 1]
+    assert meta["tiles_per_gauss"].tolist() == [tiles] * len(meta["radii"])
+
+
+def test_gradients_of_cameras_stay_finite():
+    tensors, options = extreme_setting(1333)  # with a background of 1e32
+    inputs = leaves(tensors)
+    image, alpha, _ = rasterization(**inputs, **options)
+    (image.sum() + alpha.sum()).backward()
+    assert all(bool(t.grad.isfinite().all()) for t in inputs.values() if t.grad is not None)
+
+
 def test_the_number_of_threads_changes_no_bit():
     cloud = {name: t.requires_grad_() for name, t in some_cloud(5000).items()}
     cloud["colors"] = torch.rand(5000, 9, requires_grad=True)

@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from unipre3d.kernels.compiled import cached
+from unipre3d.kernels import cached
 
 RULES = dict(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
 kernel = cached(**RULES)

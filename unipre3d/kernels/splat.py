@@ -39,7 +39,7 @@ from llvmlite import ir
 from numba import config, float64, njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from unipre3d.kernels.compiled import cached
+from unipre3d.kernels import cached
 
 f32, u64 = np.float32, np.uint64
 
