@@ -2,11 +2,17 @@
 
     python benchmarks/gpu.py [--json PATH] [--repeats 20] [--minutes 12] [--dry-run]
 
-In this order, until the time is up: builds gsplat's kernels (it compiles them at first use: set TORCH_CUDA_ARCH_LIST to the
-architecture of the card, for example 9.0, and MAX_JOBS to shorten that); compares images and gradients with the CPU renderer and
-with the float64 reference on ragged scenes and on the five workloads of `render.py`, and times both, and a batch beside a loop over
-its views; attention of packed sequences beside padded ones; sparse convolution beside spconv; training steps of objects and rooms
-in float32 and bfloat16, compiled and not, with the share of loading and the memory. One record holds all.
+In this order, until the time is up:
+
+- builds gsplat's kernels (it compiles them at first use: set TORCH_CUDA_ARCH_LIST to the architecture of the card, for
+  example 9.0, and MAX_JOBS to shorten that);
+- compares images and gradients with the CPU renderer and with the float64 reference on ragged scenes and on the
+  workloads of `render.py`, and times both;
+- training steps of objects and rooms in float32 and bfloat16, with the share of loading and the memory;
+- attention of packed sequences beside padded ones; sparse convolution beside spconv;
+- a batch of views beside a loop over them; training steps again, compiled.
+
+One record holds all; a part that fails is noted in it and does not stop the others.
 It ends with exit status 0 if everything agrees, 1 if something does not, 2 if there is no CUDA device or no gsplat.
 `--dry-run` does the same on a processor, in small, with the CPU renderer in gsplat's place.
 """
@@ -404,7 +410,10 @@ def main():
             record["left_out"].append(name)
             continue
         start = time.perf_counter()
-        record[name] = part()
+        try:
+            record[name] = part()
+        except Exception as error:  # of one part: the others are worth their time
+            record[name] = {"error": f"{type(error).__name__}: {error}"[:500], "passed": False}
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     failed = [name for name in record if not passed(record[name])]

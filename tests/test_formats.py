@@ -2,6 +2,7 @@
 
 UNIPRE3D_SPLAT_TRANSFORM names the program of SplatTransform where it is not on the path."""
 
+import gzip
 import json
 import math
 import os
@@ -108,6 +109,15 @@ def test_the_glb_is_as_its_header_says(tmp_path):
     assert len(position["min"]) == len(position["max"]) == 3
 
 
+def test_the_bytes_of_a_gaussian_are_those_of_the_chapter(tmp_path):
+    cloud = some_cloud(1)
+    ply, spz, glb = (save_gaussians(cloud, tmp_path / f"a{kind}").read_bytes() for kind in AXES)
+    assert len(ply.partition(b"end_header\n")[2]) == 104 * len(cloud)
+    assert len(gzip.decompress(spz)) == 16 + 29 * len(cloud)
+    binary = struct.unpack_from("<I", glb, 20 + struct.unpack_from("<I", glb, 12)[0])[0]
+    assert binary == 108 * len(cloud)
+
+
 @pytest.mark.parametrize("degree", [0, 3])
 def test_beside_gsply(tmp_path, degree):
     gsply = pytest.importorskip("gsply")
@@ -182,3 +192,5 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         save_gaussians(cloud.derive(mean=cloud.mean * 1e8), tmp_path / "a.spz")
     with pytest.raises(ValueError, match="mean: expected finite"):
         save_gaussians(cloud.derive(mean=cloud.mean / 0), tmp_path / "a.glb")
+    with pytest.raises(ValueError, match="scale: expected deviations from 0, found 180 below"):
+        save_gaussians(cloud.derive(scale=-cloud.scale), tmp_path / "a.spz")

@@ -1,14 +1,17 @@
 """Rasterization with gsplat's signature: random settings of its arguments beside a dense float64 reference,
 the projection beside finite differences, what `meta` holds, what is refused, and gsplat's own strategies.
 
-UNIPRE3D_SETTINGS=200 tries that many settings (default 60)."""
+UNIPRE3D_SETTINGS=200 tries that many settings (default 60), plain and extreme ones;
+`NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked python tests/test_rasterization.py 0 1000` from seed 0 so many extreme ones."""
 
 import math
 import os
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from dice import Dice, report, with_checked_indices
 from torch import nn
 
 from unipre3d.gaussians import covariance, evaluate_sh
@@ -25,28 +28,6 @@ from unipre3d.render import camera_arrays, project_gaussians, project_views
 SETTINGS = int(os.environ.get("UNIPRE3D_SETTINGS", 60))
 
 # ------------------------------------------------------------------------------ settings
-
-
-class Dice:
-    "Random numbers of one setting."
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def chance(self, share):
-        return float(torch.rand((), generator=self.generator)) < share
-
-    def whole(self, low, high):
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
-
-    def pick(self, *options):
-        return options[self.whole(0, len(options) - 1)]
-
-    def normal(self, *shape):
-        return torch.randn(*shape, generator=self.generator)
-
-    def unit(self, *shape):
-        return torch.rand(*shape, generator=self.generator)
 
 
 def colours_of(dice, batch, c, n):
@@ -95,7 +76,9 @@ def setting(seed):
         Ks=K.unflatten(0, (*batch, c)),
     )
     if dice.chance(0.5):
-        tensors["backgrounds"] = dice.unit(*batch, c, 3 if degree is not None else colors.shape[-1])
+        tensors["backgrounds"] = dice.between(
+            0, 1, *batch, c, 3 if degree is not None else colors.shape[-1]
+        )
     if dice.chance(0.25):
         tensors["covars"] = covariance(scales.reshape(-1, 3), quats.reshape(-1, 4)).reshape(
             *batch, n, 3, 3
@@ -282,6 +265,86 @@ def test_random_settings_match_the_reference(source):
     assert compared > 100 * SETTINGS
 
 
+# ------------------------------------------------------------------------------- extreme
+
+
+def extreme_setting(seed):
+    "A setting of which some finite numbers are extreme, up to the ends of its type."
+    tensors, options = setting(seed)
+    dice = Dice(seed + 10**6)
+    dtype = tensors["means"].dtype
+    end = 37 if dtype == torch.float32 else 300
+
+    def some(name):
+        return dice.some(tensors[name][..., 0].numel(), 0.3).reshape(tensors[name].shape[:-1])
+
+    def power(low, high, *shape):
+        return 10 ** dice.between(low, high, *(shape or (1,))).to(dtype)
+
+    if dice.chance(0.4):
+        scales = tensors["scales"]
+        scales[some("scales")] *= power(-9, 9, 3)
+    if dice.chance(0.2):
+        tensors["scales"][some("scales")] = float(power(-end, end))
+    if dice.chance(0.4):
+        flat = covariance(tensors["scales"].reshape(-1, 3), tensors["quats"].reshape(-1, 4))
+        tensors["covars"] = flat.reshape(*tensors["scales"].shape, 3).nan_to_num()
+    if "covars" in tensors and dice.chance(0.4):
+        any_matrix = dice.normal(*tensors["covars"].shape).to(dtype) * power(-end, end)
+        tensors["covars"] = (any_matrix + any_matrix.mT) / 2  # seldom a covariance
+    if dice.chance(0.3):
+        tensors["means"][some("means")] *= power(0, end)
+    if dice.chance(0.2):
+        tensors["quats"][some("quats")] *= power(-end, end)
+    if dice.chance(0.2):
+        opacities = tensors["opacities"]
+        opacities[dice.some(opacities.numel(), 0.3).reshape(opacities.shape)] = dice.pick(0, 1, -1)
+    if dice.chance(0.3):
+        tensors["colors"][some("colors")] *= power(0, end)
+    if dice.chance(0.3):
+        tensors["Ks"][..., [0, 1], [0, 1]] *= power(-8, 8, 2)
+    if dice.chance(0.2):
+        tensors["Ks"][..., :2, 2] += power(0, 6) * dice.normal(2).to(dtype)
+    if dice.chance(0.2):
+        tensors["viewmats"][..., :3, :] *= power(-6, 6)
+    if dice.chance(0.2):
+        tensors["viewmats"][..., :3, 3] += power(0, end) * dice.normal(3).to(dtype)
+    if "backgrounds" in tensors and dice.chance(0.2):
+        tensors["backgrounds"] *= power(0, end)
+    options["eps2d"] = dice.pick(options["eps2d"], options["eps2d"], 0.0, 1e-12, 1e12)
+    options["near_plane"] = dice.pick(options["near_plane"], 1e-9)
+    return {
+        name: tensor.clamp(-(10.0**end), 10.0**end) for name, tensor in tensors.items()
+    }, options
+
+
+def check_extreme(first, count):
+    "So many extreme settings: no gradient is NaN or infinite where the images are finite."
+    torch.set_num_threads(1)
+    finite, wrong = 0, []
+    for seed in range(first, first + count):
+        tensors, options = extreme_setting(seed)
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values()), seed
+        inputs = leaves(tensors)
+        image, alpha, meta = rasterization(**inputs, **options)
+        assert bool((meta["tiles_per_gauss"] >= 0).all() and (meta["radii"] >= 0).all()), seed
+        if not bool(image.isfinite().all() and alpha.isfinite().all()):
+            continue
+        finite += 1
+        noise = torch.Generator().manual_seed(seed)
+        draw = torch.randn(image.shape, generator=noise, dtype=torch.float64)
+        ((image * draw).sum() + alpha.sum()).backward()
+        for name, tensor in inputs.items():
+            if tensor.grad is not None and not bool(tensor.grad.isfinite().all()):
+                wrong.append(f"seed {seed}: the gradient of {name} is not finite; {options}")
+    summary = f"{count} extreme settings from seed {first}: {finite} with finite images"
+    return f"{summary}, {len(wrong)} gradients wrong", wrong
+
+
+def test_extreme_settings(request):
+    with_checked_indices(__file__, SETTINGS, request)
+
+
 @pytest.mark.parametrize("covars", [False, True])
 @pytest.mark.parametrize("ortho", [False, True])
 def test_gradients_of_the_projection_match_finite_differences(ortho, covars):
@@ -324,9 +387,9 @@ def some_cloud(n=60, seed=0):
     return dict(
         means=0.4 * dice.normal(n, 3),
         quats=dice.normal(n, 4),
-        scales=0.05 + 0.05 * dice.unit(n, 3),
-        opacities=dice.unit(n),
-        colors=dice.unit(n, 3),
+        scales=0.05 + 0.05 * dice.between(0, 1, n, 3),
+        opacities=dice.between(0, 1, n),
+        colors=dice.between(0, 1, n, 3),
     )
 
 
@@ -377,6 +440,23 @@ def test_nothing_to_see_is_background():
         assert not bool(alpha.any()) and len(meta["gaussian_ids"]) == 0
         image.sum().backward()
         assert float(part["means"].grad.abs().sum()) == 0
+
+
+def test_ellipses_too_wide_for_an_integer_reach_every_tile():
+    cloud, views = some_cloud(3), some_views(1)
+    huge = cloud | dict(means=torch.zeros(3, 3), covars=1e20 * torch.eye(3).repeat(3, 1, 1))
+    meta = rasterization(**huge, **views)[2]
+    tiles = meta["tile_width"] * meta["tile_height"]
+    assert meta["radii"].unique().tolist() == [2**31 - 1]
+    assert meta["tiles_per_gauss"].tolist() == [tiles] * len(meta["radii"])
+
+
+def test_gradients_of_cameras_stay_finite():
+    tensors, options = extreme_setting(1333)  # with a background of 1e32
+    inputs = leaves(tensors)
+    image, alpha, _ = rasterization(**inputs, **options)
+    (image.sum() + alpha.sum()).backward()
+    assert all(bool(t.grad.isfinite().all()) for t in inputs.values() if t.grad is not None)
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -443,6 +523,8 @@ WRONG = [
     (dict(Ks=torch.eye(3).repeat(2, 1, 1) + 1), "Ks: expected no skew"),
     (dict(viewmats=torch.zeros(0, 4, 4), Ks=torch.zeros(0, 3, 3)), "viewmats: expected at least"),
     (dict(quats=None), "quats"),
+    (dict(viewmats=torch.eye(4)), "viewmats: expected 3 dimensions"),
+    (dict(viewmats=torch.zeros(2, 4, 4)), "viewmats: expected matrices that have an inverse"),
 ]
 
 
@@ -549,3 +631,7 @@ def test_the_mcmc_strategy_of_gsplat(monkeypatch):
     )
     count, losses = fit(strategy, 60, lr=1e-4)
     assert 80 < count <= 100 and losses[-1] < 0.8 * losses[0]
+
+
+if __name__ == "__main__":
+    report(*check_extreme(int(sys.argv[1]), int(sys.argv[2])))

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import unipre3d
 from unipre3d.core import CameraBatch, GaussianBatch, PointBatch
 from unipre3d.gaussians import GaussianHead, covariance, evaluate_sh
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
@@ -526,6 +529,11 @@ def test_wrong_arguments_are_refused_in_one_line():
     black = torch.zeros(3)
     for args, kwargs, text in [
         ((gaussians, cameras, torch.zeros(2, 3)), {}, "background: expected shape"),
+        (
+            (gaussians, cameras.derive(world_to_cam=0 * cameras.world_to_cam), black),
+            {},
+            "world_to_cam: expected poses that have an inverse",
+        ),
         ((gaussians, cameras, torch.zeros(4)), {}, "background"),
         ((double, cameras, black), {}, "float32"),
         ((zero, cameras, black), {}, "quat"),
@@ -760,6 +768,42 @@ def test_the_gpu_script_runs_in_small_on_a_processor(tmp_path):
         for precision in ("no", "bf16"):
             row = record[f"steps {recipe} {precision}"]
             assert row["step_ms"] > 0 and row["loading_ms"] > 0
+
+
+def test_a_part_of_the_gpu_script_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    bench = script("gpu", monkeypatch)
+    path = tmp_path / "gpu.json"
+    work = [("broken", lambda: bench.relative(None, None)), ("fine", lambda: {"passed": True})]
+    monkeypatch.setattr(bench, "parts", lambda *_: work)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--json", str(path)])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    record = json.loads(path.read_text())
+    assert end.value.code == 1 and not record["passed"] and record["fine"]["passed"]
+    assert record["broken"]["error"].startswith("AttributeError")
+
+
+def test_kernels_compile_in_memory_where_no_folder_can_be_written(tmp_path):
+    "Files stand where numba would make its folders, which stops also a user who may write anywhere."
+    source = Path(unipre3d.__file__).parent
+    ours = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(source, tmp_path / "unipre3d", ignore=ours)
+    (tmp_path / "unipre3d" / "kernels" / "__pycache__").write_text("no folder")
+    code = """
+from unipre3d.kernels import conv, points, scan, splat
+print(splat.__file__, len(splat.aligned(3)))
+"""
+    env = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "HOME": os.devnull,
+        "XDG_CACHE_HOME": os.devnull,
+    }
+    env["NUMBA_CACHE_DIR"] = str(Path(os.devnull) / "numba")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "unipre3d/kernels/splat.py"), "3"], done.stderr
+    assert done.stderr.count("no folder for compiled functions can be written") == 1
 
 
 def test_the_torch_renderer_of_the_benchmark_agrees(monkeypatch):

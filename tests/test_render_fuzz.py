@@ -18,6 +18,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from dice import Dice, report, with_checked_indices
 
 from unipre3d.core import CameraBatch, GaussianBatch
 from unipre3d.gaussians import GaussianHead, select_cloud
@@ -29,31 +30,6 @@ DEFAULT_SCENES = 100
 
 
 # ---------------------------------------------------------------------------------------------------- the scenes
-
-
-class Dice:
-    "Random numbers of one scene."
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def chance(self, share):
-        return float(torch.rand((), generator=self.generator)) < share
-
-    def whole(self, low, high):
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
-
-    def between(self, low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=self.generator)
-
-    def normal(self, *shape):
-        return torch.randn(*shape, generator=self.generator)
-
-    def some(self, n, share):
-        return torch.rand(n, generator=self.generator) < share
-
-    def pick(self, *options):
-        return options[self.whole(0, len(options) - 1)]
 
 
 def random_cameras(dice, clouds):
@@ -239,20 +215,8 @@ def check_scenes(first, count):
     return f"{summary}, {len(wrong)} wrong", wrong
 
 
-def test_random_and_extreme_scenes(tmp_path_factory, request):
-    "With every index checked, in a process of its own; compiled once for all runs on this machine."
-    count = int(os.environ.get("UNIPRE3D_FUZZ", DEFAULT_SCENES))
-    if hasattr(request.config, "cache"):
-        cache = request.config.cache.mkdir("numba-boundscheck")
-    else:
-        cache = tmp_path_factory.mktemp("numba")
-    env = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache)}
-    env.setdefault("NUMBA_OPT", "1")  # compiles faster; the checks are the same
-    done = subprocess.run(
-        [sys.executable, __file__, "0", str(count)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{done.stdout}{done.stderr[-3000:]}"
-    print(done.stdout)
+def test_random_and_extreme_scenes(request):
+    with_checked_indices(__file__, int(os.environ.get("UNIPRE3D_FUZZ", DEFAULT_SCENES)), request)
 
 
 def needle_scene(antialiased):
@@ -374,13 +338,4 @@ write(row, 12)
 
 
 if __name__ == "__main__":
-    import numba
-
-    summary, wrong = check_scenes(int(sys.argv[1]), int(sys.argv[2]))
-    print(
-        summary
-        + ("; every index checked" if numba.config.BOUNDSCHECK else "; indices not checked"),
-        *wrong,
-        sep="\n",
-    )
-    sys.exit(bool(wrong))
+    report(*check_scenes(int(sys.argv[1]), int(sys.argv[2])))

@@ -59,7 +59,8 @@ def check_one(
 ) -> None:
     """Refuse what no file of Gaussians can hold.
 
-    Raises: ValueError of one line for more or fewer clouds than one, or values that are not finite.
+    Raises: ValueError of one line for more or fewer clouds than one, or values that are not finite, or a
+    negative scale.
     """
     if gaussians.size != 1:
         raise ValueError(
@@ -70,10 +71,9 @@ def check_one(
         wrong = int((~getattr(gaussians, name).isfinite()).sum())
         if wrong:
             raise ValueError(f"{who}: {name}: expected finite values, found {wrong} that are not")
-    if gaussians.sh.shape[1] not in (1, 4, 9, 16):
-        raise ValueError(
-            f"{who}: expected harmonics of degree 0 to 3, got {gaussians.sh.shape[1]} of them"
-        )
+    negative = int((gaussians.scale < 0).sum())
+    if negative:
+        raise ValueError(f"{who}: scale: expected deviations from 0, found {negative} below")
 
 
 def one_cloud(

@@ -17,7 +17,7 @@ from plyfile import PlyData, PlyElement
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .files import read_ply, reading
+from .files import PLY_HEADER, check_ply, read_ply, reading
 from .core import GaussianBatch, PointBatch
 
 # %% ../nbs/50_gaussians.ipynb #c47101f3
@@ -276,11 +276,12 @@ def ply_mode(
 
     Raises: FileNotFoundError; ValueError of one line for a file that is no PLY.
     """
-    comments = read_ply(path, "a PLY file of Gaussians").comments
-    words = [comment.lower().replace(":", " ").split() for comment in comments]
-    modes = [
-        w[1] in ("mip", "1")
-        for w in words
-        if w[:1] in (["splatrendermode"], ["antialiased"]) and w[1:]
-    ]
-    return bool(modes and modes[-1])
+    check_ply(path, "a PLY file of Gaussians")
+    with open(path, "rb") as file:
+        head = file.read(PLY_HEADER).partition(b"end_header")[0]
+    antialiased = False
+    for line in head.lower().replace(b":", b" ").splitlines():
+        word, name, value, *_ = [*line.split(), b"", b"", b""]
+        if word == b"comment" and name in (b"splatrendermode", b"antialiased") and value:
+            antialiased = value in (b"mip", b"1")
+    return antialiased

@@ -163,7 +163,8 @@ class Project(torch.autograd.Function):
         g_mean, g_quat, g_scale, g_cov, _, g_sh = (torch.from_numpy(g) for g in g_cloud)
         rotation, translation, centre = torch.from_numpy(g_view).split([9, 3, 3], 1)
         g_pose = torch.cat([rotation.unflatten(1, (3, 3)), translation[:, :, None]], 2)
-        g_pose = F.pad(g_pose, (0, 0, 0, 1)).to(pose.dtype)
+        most = torch.finfo(pose.dtype).max
+        g_pose = F.pad(g_pose.clamp(-most, most), (0, 0, 0, 1)).to(pose.dtype)
         return g_mean, g_quat, g_scale, g_cov, g_sh, g_pose, centre, None, None
 
 # %% ../nbs/52_rasterization.ipynb #52a00012
@@ -188,7 +189,7 @@ class Blend(torch.autograd.Function):
         behind = in_passes(background.detach()).transpose(1, 0, 2).copy()
         d = draw_views(ellipses, colours, behind, hw, expected=False)
         ctx.drawing, ctx.ellipses, ctx.width = d, ellipses, hw[1]
-        ctx.save_for_backward(centre, root, opacity, channels, background)
+        ctx.save_for_backward(opacity, channels)
         ctx.set_materialize_grads(False)
         image = torch.cat([torch.from_numpy(d.rgb), torch.from_numpy(d.last)[:, :, None]], 2)
         image = image.permute(1, 3, 4, 0, 2).flatten(3)[:, :, : ctx.width, :x]
@@ -200,7 +201,7 @@ class Blend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_image, g_alpha):
         "Gradients of the five tensors; there is none of what follows them."
-        centre, _, opacity, channels, background = ctx.saved_tensors
+        opacity, channels = ctx.saved_tensors
         d, e = ctx.drawing, ctx.ellipses
         x, passes = channels.shape[1], len(d.colours)
         v, h, wide = d.alpha.shape
@@ -219,24 +220,15 @@ class Blend(torch.autograd.Function):
         e11, f12, h22 = rec[:, 2:5].unbind(1)
         g_centre = bits * torch.stack([e11 * s1, f12 * s1 + h22 * s2], 1)
         g_root = -bits * torch.stack([(s11 - f12 / h22 * s12) / e11, s12 / h22, s22 / h22], 1)
-        found = g_centre, g_root, s0 / opacity, sums[:, 6 : 6 + x]
         g_back = torch.from_numpy(g_back).flatten(1)[:, :x]
+        found = s0 / opacity, sums[:, 6 : 6 + x], g_back
         dtype = channels.dtype
-        g_centre, g_root, g_opacity, g_channels = found
-        return (
-            g_centre.to(dtype),
-            g_root,
-            g_opacity.to(dtype),
-            g_channels.to(dtype),
-            g_back.to(dtype),
-            None,
-            None,
-        )
+        return g_centre.to(dtype), g_root, *(g.to(dtype) for g in found), None, None
 
 # %% ../nbs/52_rasterization.ipynb #52a00015
 def tiles_reached(
     means2d: Float[Tensor, "rows 2"],  # centres, pixels
-    radii: Int[Tensor, "rows 2"],  # half the box of each, pixels
+    radii: Tensor,  # [rows 2] half the box of each, pixels
     tile_size: int,  # pixels
     width: int,  # of the image, pixels
     height: int,
@@ -245,7 +237,7 @@ def tiles_reached(
     size = torch.tensor([-(-width // tile_size), -(-height // tile_size)])
     low = ((means2d.detach() - radii) / tile_size).floor().long().clamp(min=0)
     high = ((means2d.detach() + radii) / tile_size).ceil().long()
-    return (torch.minimum(high, size) - low).prod(1).int()
+    return (torch.minimum(high, size) - low).clamp(min=0).prod(1).int()
 
 # %% ../nbs/52_rasterization.ipynb #52a00016
 def rasterization(
@@ -312,6 +304,13 @@ def rasterization(
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"rasterization: {name}: expected one of {known}, got {value!r}")
+    least = (("means", means, 2), ("viewmats", viewmats, 3), ("colors", colors, 2))
+    for name, tensor, dimensions in least:
+        if tensor.dim() < dimensions:
+            raise ValueError(
+                f"rasterization: {name}: expected {dimensions} dimensions or more, "
+                f"got shape {list(tensor.shape)}"
+            )
     batch = tuple(means.shape[:-2])
     n, c = means.shape[-2], viewmats.shape[-3]
     own = colors.dim() == len(batch) + (3 if sh_degree is None else 4)  # colours of each camera
@@ -362,7 +361,13 @@ def rasterization(
     if sh_degree is not None:
         sh = colors.reshape(clouds * n, -1, 3)[:, :k]
     pose = viewmats.reshape(images, 4, 4)
-    centre = torch.linalg.inv(pose.double())[:, :3, 3]
+    inverse, wrong = torch.linalg.inv_ex(pose.double())
+    if bool(wrong.any()):
+        raise ValueError(
+            "rasterization: viewmats: expected matrices that have an inverse, "
+            f"found {int((wrong != 0).sum())} that have none"
+        )
+    centre = inverse[:, :3, 3]
     smooth = rasterize_mode == "antialiased"
     limits = float(near_plane), float(far_plane), float(eps2d), float(radius_clip)
     tensors = mean, quat, scale, cov, opacity, sh
@@ -399,6 +404,7 @@ def rasterization(
         behind = backgrounds.reshape(images, d)
         background = torch.cat([behind, background[:, d:]], 1)
 
+    radii = torch.from_numpy(ellipses.shape[:, 1:])
     e, f, h = root.unbind(1)
     conics = 2 * math.log(2) * torch.stack([e * e, e * f, f * f + h * h], 1)
     meta = {
@@ -406,11 +412,9 @@ def rasterization(
         "depths": depths,
         "conics": conics.to(means.dtype),
         "opacities": opacity,
-        "radii": torch.from_numpy(ellipses.shape[:, 1:]).int(),
+        "radii": radii.clamp(max=2**31 - 1).int(),
+        "tiles_per_gauss": tiles_reached(means2d, radii, tile_size, width, height),
     }
-    meta["tiles_per_gauss"] = tiles_reached(
-        meta["means2d"], meta["radii"], tile_size, width, height
-    )
     index = image * n + gaussian
     if not packed:
         for name, value in meta.items():
@@ -468,9 +472,7 @@ class Density:
     start: int = 500  # first step at which the number changes
     stop: int = 15_000  # and the last
     every: int = 100  # steps between changes
-    grow: float = (
-        0.0002  # mean gradient of a centre (half images) from which a Gaussian is too coarse
-    )
+    grow: float = 0.0002  # mean gradient of a centre (half images) above which it is too coarse
     small: float = 0.01  # deviation up to which it is cloned, else split; in scene scales
     faint: float = 0.005  # opacity below which it is removed
     most: int = 1_000_000  # Gaussians that are never exceeded

@@ -236,9 +236,7 @@ class Ellipses:
     base: np.ndarray  # [v + 1] where the rows of each view may begin
     count: np.ndarray  # [v] how many it has
     ids: np.ndarray  # [rows] Gaussian of each, rising within a view
-    rec: (
-        np.ndarray
-    )  # [rows 7] centre, shape, opacity, depth, as the kernel `project` describes them
+    rec: np.ndarray  # [rows 7] centre, shape, opacity, depth; the kernel `project` has more
     colour: np.ndarray  # [rows 4] red, green, blue, depth
     shape: np.ndarray  # [rows 3] factor of the opacity and two radii; or no rows
     order: np.ndarray  # [rows] from near to far, counted within a view
@@ -308,9 +306,9 @@ def project_views(
 
     def settle(v):
         own = slice(base[v], base[v + 1])
-        rows = e.ids[own], e.rec[own], e.colour[own], e.shape[own], e.order[own], e.span[own]
+        out = e.ids[own], e.rec[own], e.colour[own], e.shape[own], e.order[own], e.span[own]
         columns = -(-camera[-1] // splat.TILE_W)
-        e.count[v] = splat.settle(kept[v], *rows, columns)
+        e.count[v] = splat.settle(kept[v], *out, columns)
 
     in_threads(project, [(v, chunk) for v in range(len(owner)) for chunk in range(len(kept[v]))])
     in_threads(settle, [(v,) for v in range(len(owner))])
@@ -626,6 +624,11 @@ def check_render(
     straight = "cameras.K: expected no skew (K[0, 1] = 0), found {value:g}; undistort the images"
     skew = cameras.K[:, 0, 1]
     rules.append((straight, skew, skew != 0))
+    whole = (
+        "cameras.world_to_cam: expected poses that have an inverse, found {count} that have none"
+    )
+    volume = cameras.world_to_cam[:, :3, :3].double().det()
+    rules.append((whole, volume, volume == 0))
     some = "gaussians.quat: expected quaternions that are not zero, found {count} rows of zeros"
     largest = g.quat.abs().amax(1)
     rules.append((some, largest, largest == 0))

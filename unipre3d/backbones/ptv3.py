@@ -111,10 +111,8 @@ def attend_rectangle(
 
 
 @functools.cache
-def packed_kernel() -> (
-    Callable | None
-):  # (qkv, starts, longest) -> as `attend`; None where there is none
-    "Attention of sequences of any length laid end to end, in half precision on a GPU: torch's own, else flash-attention's."
+def packed_kernel() -> Callable | None:  # of (qkv, starts, longest); None where there is none
+    "Attention of sequences laid end to end, in half precision on a GPU: torch's own, else flash-attention's."
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 

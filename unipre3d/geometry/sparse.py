@@ -556,7 +556,7 @@ def strided_rules(
 # %% ../../nbs/geometry/13_sparse.ipynb #f3187420
 @functools.cache
 def spconv_build() -> str:  # "CUDA", "CPU", or "" where spconv is not installed
-    "For what the installed spconv is built. The package of the bare name is for processors; spconv-cu126 and its like are for GPUs."
+    "For what the installed spconv is built: that of the bare name for processors, spconv-cu126 and its like for GPUs."
     if importlib.util.find_spec("spconv") is None:
         return ""
     facts = importlib.import_module("spconv.cppconstants")

@@ -16,14 +16,9 @@ bits can do. All functions release the interpreter lock and write to memory of t
 caller may run them in threads; results do not depend on the threads.
 """
 
-import operator
-
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, models, overload, register_model
 
-from unipre3d.kernels.splat import FUSE, kernel, part
+from unipre3d.kernels.splat import kernel, part, vectors
 
 f32 = np.float32
 WIDE = 16  # columns of a matrix that are worked on together
@@ -31,93 +26,14 @@ HIGH = 6  # and rows
 NEAR = 6144  # floats that stay in the nearest cache
 
 
-class Float16(types.Type):
-    "Sixteen float32 in a vector register, or in several where registers have fewer bits."
-
-    def __init__(self):
-        super().__init__(name="float32x16")
+(load16, store16, splat16, spread16), _ = vectors(WIDE)
+ZERO = f32(0.0)
 
 
-float16 = Float16()
-V16 = ir.VectorType(ir.FloatType(), WIDE)
-
-
-@register_model(Float16)
-class Float16Model(models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, V16)
-
-
-def pointer(context, builder, signature, args):
-    "Address of array[index] as a vector pointer."
-    array = context.make_array(signature.args[0])(context, builder, args[0])
-    return builder.bitcast(builder.gep(array.data, [args[1]]), V16.as_pointer())
-
-
-@intrinsic
-def load16(typing, array, index):
-    "array[index : index + 16] of a contiguous float32 array."
-
-    def code(context, builder, signature, args):
-        return builder.load(pointer(context, builder, signature, args), align=4)
-
-    return float16(array, index), code
-
-
-@intrinsic
-def store16(typing, array, index, value):
-    "array[index : index + 16] = value"
-
-    def code(context, builder, signature, args):
-        builder.store(args[2], pointer(context, builder, signature, args), align=4)
-        return context.get_dummy_value()
-
-    return types.void(array, index, value), code
-
-
-@intrinsic
-def spread16(typing, array, index):
-    "array[index] of a contiguous float32 array in all sixteen places."
-
-    def code(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        nothing = ir.Constant(V16, ir.Undefined)
-        value = builder.load(builder.gep(data, [args[1]]))
-        one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
-        places = ir.Constant(ir.VectorType(ir.IntType(32), WIDE), [0] * WIDE)
-        return builder.shuffle_vector(one, nothing, places)
-
-    return float16(array, index), code
-
-
-@intrinsic
-def zero16(typing):
+@part
+def zero16():
     "Sixteen zeros."
-
-    def code(context, builder, signature, args):
-        return ir.Constant(V16, [0.0] * WIDE)
-
-    return float16(), code
-
-
-def arithmetic(op, name):
-    "Teach the compiler `op` between two float16."
-
-    @intrinsic
-    def apply(typing, a, b):
-        def code(context, builder, signature, args):
-            return getattr(builder, name)(*args, flags=FUSE)
-
-        return float16(a, b), code
-
-    @overload(op)
-    def implementation(a, b):
-        if a is float16 and b is float16:
-            return lambda a, b: apply(a, b)
-
-
-arithmetic(operator.add, "fadd")
-arithmetic(operator.mul, "fmul")
+    return splat16(ZERO)
 
 
 @part

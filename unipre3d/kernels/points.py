@@ -27,8 +27,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from unipre3d.kernels import cached
+
 RULES = dict(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
-kernel = njit(cache=True, **RULES)
+kernel = cached(**RULES)
 part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only called from kernels
 
 BLOCK = 64  # distances that are computed before any is used

@@ -25,10 +25,11 @@ the vector loads and stores are checked; `tests/test_render_fuzz.py` runs all of
 
 All functions release the interpreter lock and write to memory of their own, so a caller may run them in
 threads: `project` over (view, range of Gaussians), `settle` and `add_rows` over views, `draw*` over (view,
-strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads. All kernels live in one file because the on-disk cache
-does not see edits to a callee in another one.
+strip of columns), `project_backward` over ranges of Gaussians. Results do not depend on the threads.
+All kernels live in one file because the on-disk cache does not see edits to a callee in another one.
 """
 
+import functools
 import math
 import operator
 
@@ -37,6 +38,8 @@ import numpy as np
 from llvmlite import ir
 from numba import config, float64, njit, types
 from numba.extending import intrinsic, models, overload, register_model
+
+from unipre3d.kernels import cached
 
 f32, u64 = np.float32, np.uint64
 
@@ -100,7 +103,7 @@ S4D = 0.75 * math.sqrt(5 / (2 * math.pi))
 S4E = 0.1875 / math.sqrt(math.pi)
 
 RULES = dict(nogil=True, error_model="numpy", fastmath={"contract"})
-kernel = njit(cache=True, **RULES)
+kernel = cached(**RULES)
 part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only called from kernels
 
 
@@ -519,6 +522,7 @@ def settle(counts, ids, rec, colour, shape, order, span, end):
 FUSE = ("contract",)  # a product and a sum may become one instruction
 
 
+@functools.cache
 def vectors(lanes):
     """A vector register of so many float32, and its operations; arithmetic works on it, too.
 
@@ -582,26 +586,52 @@ def vectors(lanes):
                 raise IndexError("store: outside the array")
             write(array, index, value)
 
+    def everywhere(builder, value):
+        "A number in all places."
+        nothing = ir.Constant(kind, ir.Undefined)
+        one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, nothing, constant(0, whole_kind))
+
     @intrinsic
     def splat(typing, value):
         "One float32 in all places."
 
         def code(context, builder, signature, args):
-            nothing = ir.Constant(kind, ir.Undefined)
-            one = builder.insert_element(nothing, args[0], ir.Constant(ir.IntType(32), 0))
-            return builder.shuffle_vector(one, nothing, constant(0, whole_kind))
+            return everywhere(builder, args[0])
 
         return vector(types.float32), code
 
-    def arithmetic(op, name):
-        "Teach the compiler `op` between two vectors."
+    @intrinsic
+    def spread(typing, array, index):
+        "array[index] of a contiguous float32 array in all places."
+
+        def code(context, builder, signature, args):
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            return everywhere(builder, builder.load(builder.gep(data, [args[1]])))
+
+        return vector(array, index), code
+
+    def of_one(code):
+        "An operation on one vector, whose instructions are `code(builder, a)`."
+
+        @intrinsic
+        def apply(typing, a):
+            return vector(a), lambda context, builder, signature, args: code(builder, *args)
+
+        return apply
+
+    def of_two(code):
+        "An operation on two vectors, whose instructions are `code(builder, a, b)`."
 
         @intrinsic
         def apply(typing, a, b):
-            def code(context, builder, signature, args):
-                return getattr(builder, name)(*args, flags=FUSE)
+            return vector(a, b), lambda context, builder, signature, args: code(builder, *args)
 
-            return vector(a, b), code
+        return apply
+
+    def arithmetic(op, name):
+        "Teach the compiler `op` between two vectors."
+        apply = of_two(lambda builder, a, b: getattr(builder, name)(a, b, flags=FUSE))
 
         @overload(op)
         def implementation(a, b):
@@ -632,43 +662,27 @@ def vectors(lanes):
 
         return vector(a, b, value), code
 
-    @intrinsic
-    def smaller(typing, a, b):
+    @of_two
+    def smaller(builder, a, b):
         "The smaller of the two."
+        return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
-        def code(context, builder, signature, args):
-            return builder.select(builder.fcmp_ordered("<", *args), *args)
-
-        return vector(a, b), code
-
-    @intrinsic
-    def larger(typing, a, b):
+    @of_two
+    def larger(builder, a, b):
         "The larger of the two; b where one is NaN."
+        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
-        def code(context, builder, signature, args):
-            return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-        return vector(a, b), code
-
-    @intrinsic
-    def size(typing, a):
+    @of_one
+    def size(builder, a):
         "|a|"
+        digits = constant(2**31 - 1, whole_kind)
+        return builder.bitcast(builder.and_(builder.bitcast(a, whole_kind), digits), kind)
 
-        def code(context, builder, signature, args):
-            digits = constant(2**31 - 1, whole_kind)
-            return builder.bitcast(builder.and_(builder.bitcast(args[0], whole_kind), digits), kind)
-
-        return vector(a), code
-
-    @intrinsic
-    def dead(typing, a):
+    @of_one
+    def dead(builder, a):
         "-|a|"
-
-        def code(context, builder, signature, args):
-            sign = constant(-(2**31), whole_kind)
-            return builder.bitcast(builder.or_(builder.bitcast(args[0], whole_kind), sign), kind)
-
-        return vector(a), code
+        sign = constant(-(2**31), whole_kind)
+        return builder.bitcast(builder.or_(builder.bitcast(a, whole_kind), sign), kind)
 
     @intrinsic
     def any_alive(typing, a):
@@ -684,46 +698,30 @@ def vectors(lanes):
 
         return types.boolean(a), code
 
-    @intrinsic
-    def whole(typing, a):
+    @of_one
+    def whole(builder, a):
         "The whole part of a, towards zero."
+        return builder.sitofp(builder.fptosi(a, whole_kind), kind)
 
-        def code(context, builder, signature, args):
-            return builder.sitofp(builder.fptosi(args[0], whole_kind), kind)
-
-        return vector(a), code
-
-    @intrinsic
-    def scale(typing, a, power):
+    @of_two
+    def scale(builder, a, power):
         "a * 2^power for whole numbers in `power` that leave a normal number."
+        up = builder.shl(builder.fptosi(power, whole_kind), constant(23, whole_kind))
+        return builder.bitcast(builder.add(up, builder.bitcast(a, whole_kind)), kind)
 
-        def code(context, builder, signature, args):
-            up = builder.shl(builder.fptosi(args[1], whole_kind), constant(23, whole_kind))
-            return builder.bitcast(builder.add(up, builder.bitcast(args[0], whole_kind)), kind)
-
-        return vector(a, power), code
-
-    @intrinsic
-    def add_pairs(typing, a, b):
+    @of_two
+    def add_pairs(builder, a, b):
         "Sums of neighbours: first those of a, then those of b."
+        even = ir.Constant(whole_kind, list(range(0, 2 * lanes, 2)))
+        odd = ir.Constant(whole_kind, list(range(1, 2 * lanes, 2)))
+        return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
 
-        def code(context, builder, signature, args):
-            even = ir.Constant(whole_kind, list(range(0, 2 * lanes, 2)))
-            odd = ir.Constant(whole_kind, list(range(1, 2 * lanes, 2)))
-            left, right = builder.shuffle_vector(*args, even), builder.shuffle_vector(*args, odd)
-            return builder.fadd(left, right)
-
-        return vector(a, b), code
-
-    memory = load, store, splat
+    memory = load, store, splat, spread
     return memory, (pick, keep, smaller, larger, size, dead, any_alive, whole, scale, add_pairs)
 
 
-(load8, store8, splat8), eight = vectors(8)
-pick8, keep8, min8, max8, abs8, dead8, any_alive8, whole8, scale8, _ = eight
-(load, store, all_of), several = (load8, store8, splat8), eight
-if LANES != 8:
-    (load, store, all_of), several = vectors(LANES)
+(load8, store8, splat8, _), (pick8, keep8, min8, max8, abs8, _, _, _, scale8, _) = vectors(8)
+(load, store, all_of, _), several = vectors(LANES)
 pick, keep, smaller, _, _, dead, any_alive, whole, scale, add_pairs = several
 
 
@@ -1297,7 +1295,10 @@ def project_backward(
                     if not len(cov) and not det0 > SAFE * a * c:
                         n0, n1, n2 = normal_of(P, A, S)
                         det0 = n0 * n0 + n1 * n1 + n2 * n2
-                    i0, i1 = 0.5 * got[0] / det0, 0.5 * got[0] / det
+                    if not det > SAFE * (a + eps2d) * (c + eps2d):  # of a covariance, as in `project`
+                        det = max(det0, 0.0) + eps2d * (a + c + eps2d)
+                    i0 = 0.5 * got[0] / det0 if det0 > 0.0 else 0.0
+                    i1 = 0.5 * got[0] / det
                     G00 += i0 * c - i1 * (c + eps2d)
                     G01 -= i0 * b - i1 * b
                     G11 += i0 * a - i1 * (a + eps2d)
@@ -1394,6 +1395,8 @@ def project_backward(
             for j in range(3):
                 g_sh[g, i, j] = to_float32(acc_sh[i, j])
         if len(cov):
+            h00, h01, h02 = to_float32(h00), to_float32(h01), to_float32(h02)
+            h11, h12, h22 = to_float32(h11), to_float32(h12), to_float32(h22)
             g_cov[g, 0, 0], g_cov[g, 0, 1], g_cov[g, 0, 2] = h00, h01, h02
             g_cov[g, 1, 0], g_cov[g, 1, 1], g_cov[g, 1, 2] = h01, h11, h12
             g_cov[g, 2, 0], g_cov[g, 2, 1], g_cov[g, 2, 2] = h02, h12, h22
