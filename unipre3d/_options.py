@@ -120,7 +120,7 @@ ROWS = [('about', 'str', '20 classes in composed rooms: the small PTv3 of scene-
   'things in composed rooms: the small SparseUNet of scene-sparseunet-mini, minutes on two CPU cores',
   'what the run is for, in one line'),
  ('axes', 'str', 'layout', 'or "flipped": the cameras\' y and z the other way'),
- ('cloud', 'str', "''", 'file of points (PLY, NPY); "": the layout\'s own, or from depth'),
+ ('cloud', 'str', "''", 'file of points of any kind; "": the layout\'s own, or from depth'),
  ('cloud-scale', 'float', '1.0', 'units of the poses in a unit of the file of points'),
  ('cloud-up', 'str', 'z', 'upward axis of the file of points'),
  ('data.augment.blank', 'float', '0.0',
