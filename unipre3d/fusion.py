@@ -129,7 +129,7 @@ class NoFusion(nn.Module):
 def norm_groups(
     channels: int,  # of the image maps
 ) -> int:
-    "The most groups, at most 32, that divide the channels evenly into at least four each; one for fewer than eight channels."
+    "The most groups, at most 32, of at least four channels each; one for fewer than eight channels."
     return max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4))
 
 # %% ../nbs/51_fusion.ipynb #f606651c

@@ -468,7 +468,7 @@ def find_callable(
 def model_hash(
     net: nn.Module,  # on its own, or a `LazyEncoder`
 ) -> str:  # 16 hexadecimal digits
-    "A name for what a frozen model computes: its weights, its settings, the code, the threads and the kind of processor."
+    "A name for what a frozen model computes: weights, settings, code, threads and the kind of processor."
     settings = [type(net).__name__, net.chunk, metadata.version(net.library), torch.__version__]
     settings += [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
     settings += [code_hash("unipre3d.image")]
@@ -522,7 +522,7 @@ class LazyEncoder(nn.Module):
 
 
 class CachedFeatures(nn.Module):
-    """A frozen encoder whose maps are computed once for each image; on a GPU, and for other types than float32, every time.
+    """A frozen encoder whose maps are computed once for each image; on a GPU, and not in float32, every time.
 
     What is kept is always computed in float32, also under autocast."""
 

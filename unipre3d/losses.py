@@ -64,7 +64,7 @@ def window_means(
     size: int,  # pixels along an axis, at least 6
     like: Tensor,  # the result has its kind and device
 ) -> Float[Tensor, "n n"]:
-    "The matrix of means in Gaussian windows of 11 pixels, reflected at the border; it multiplies columns from the left."
+    "The matrix of means in Gaussian windows of 11 pixels, reflected at the border; columns stand right of it."
     away = torch.arange(-5, 6, dtype=like.dtype, device=like.device)
     window = torch.exp(-((away / 1.5) ** 2) / 2)
     pixels = torch.eye(size, dtype=like.dtype, device=like.device)[:, None]

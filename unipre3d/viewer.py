@@ -199,7 +199,8 @@ PROGRAM = r"""(root, data) => {
     const order = new Uint32Array(g.n), buffer = attribute(program, "which", order);
     gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
     gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA32F, 1536, Math.ceil(g.n / 256), 0, gl.RGBA, gl.FLOAT, rows);
-    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+    for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER])
+      gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     const depth = new Float32Array(g.n), bin = new Uint16Array(g.n);

@@ -254,9 +254,11 @@ def write_scanobjectnn(
 # %% ../../nbs/data/24_labelled.ipynb #7bfb4cdf
 MODELNET40 = Layout(
     "ModelNet40",
-    "<root>/{modelnet40_shape_names.txt,modelnet40_train.txt,modelnet40_test.txt,airplane/airplane_0001.txt,...} (modelnet40_normal_resampled) "
+    "<root>/{modelnet40_shape_names.txt,modelnet40_train.txt,modelnet40_test.txt,airplane/airplane_0001.txt,...} "
+    "(modelnet40_normal_resampled) "
     "or <root>/{shape_names.txt,ply_data_train0.h5,...,ply_data_test0.h5,...} (modelnet40_ply_hdf5_2048)",
-    "shapenet.cs.stanford.edu/media (modelnet40_normal_resampled.zip or modelnet40_ply_hdf5_2048.zip; see modelnet.cs.princeton.edu)",
+    "shapenet.cs.stanford.edu/media (modelnet40_normal_resampled.zip or modelnet40_ply_hdf5_2048.zip; "
+    "see modelnet.cs.princeton.edu)",
 )
 
 

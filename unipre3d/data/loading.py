@@ -103,7 +103,7 @@ class LoaderLost(ChildProcessError):
 
 @contextmanager
 def same_child_handler() -> Iterator[None]:
-    "Within it, torch may set its handler of dead children, which raises in the middle of anything; then it is taken back."
+    "Within it, torch may set its handler of dead children, which raises anywhere; then it is taken back."
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -87,8 +87,9 @@ class Reader(Protocol):
         "Class of the whole cloud; None for a room."
 
     def rows(self, i: int) -> Cloud:
-        """`xyz` [n 3] float32, or float64 where float32 would round; z up. Where known `normal` [n 3] float32, `color` [n 3] uint8
-        or float32 in 0..1, `segment`, `instance` [n] int32 with -1 = no label, `part` [n] int32 as the data set numbers it."""
+        """`xyz` [n 3] float32, or float64 where float32 would round; z up. Where known `normal` [n 3] float32,
+        `color` [n 3] uint8 or float32 in 0..1, `segment`, `instance` [n] int32 with -1 = no label,
+        `part` [n] int32 as the data set numbers it."""
 
     def fingerprint(self) -> str:
         "sha256 of what was read."
@@ -675,7 +676,8 @@ class RoomReader(FileReader):
         return self.store.has(f"{self.folder(i)}/{name}.npy")
 
     def array(self, i: int, name: str) -> np.ndarray:
-        """One array of a room: coord [n 3] float32 or float64 (metres), normal [n 3] float32, color [n 3] uint8; labels [n] int32, -1 = none.
+        """One array of a room: coord [n 3] float32 or float64 (metres), normal [n 3] float32, color [n 3] uint8;
+        labels [n] int32, -1 = none.
 
         Raises: FileNotFoundError or ValueError that name the file."""
         return self.cache.get((name, i), lambda: self._read_array(i, name))

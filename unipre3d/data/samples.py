@@ -401,7 +401,7 @@ def meeting(
     views: PosedViews,  # of that cloud
     some: int = 200,  # pixels or points of each view that are tried, about
 ) -> float:  # 0..1; 1 where no pixel has depth
-    "The fraction of pixels near a point; without depth, of points on the mask; without either, of views that show a point."
+    "The fraction of pixels near a point; without depth, of points on the mask; else of views that show a point."
     if views.depth is None:
         return _points_on_mask(xyz[:: max(1, len(xyz) // some)], views)
     h, w = views.depth.shape[1:]

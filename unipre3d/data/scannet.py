@@ -191,7 +191,7 @@ def write_cloud(
     root: str | Path,
     split: str,  # train, val or test
     scene: str,
-    **arrays: np.ndarray,  # coord [n 3] metres; any of color [n 3] 0..255, normal [n 3], segment20, segment200, instance [n]
+    **arrays: np.ndarray,  # coord [n 3] metres; color [n 3] 0..255, normal [n 3], segment20, segment200, instance [n]
 ) -> Path:  # the scene's folder
     """`<root>/<split>/<scene>/*.npy`.
 

@@ -168,7 +168,7 @@ def load_run_state(
 ) -> None:
     """Put everything back.
 
-    Raises: RuntimeError for a missing or unexpected weight, ValueError for the optimiser's memory of an earlier version.
+    Raises: RuntimeError for a missing or unexpected weight, ValueError for an optimiser's memory of an earlier version.
     """
     places = {name: i for i, name in enumerate(parameter_names(model, optimizer))}
     memory: dict[int, dict[str, Tensor]] = {}
@@ -279,7 +279,7 @@ def readable_rows(
 
 
 class MetricsFile:
-    "`metrics.csv`: one row a step, written at once; rows of steps that will be repeated are dropped when a run goes on."
+    "`metrics.csv`: one row a step, written at once; a run that goes on drops the rows of repeated steps."
 
     def __init__(
         self,

@@ -121,7 +121,7 @@ WEIGHTS_FILE = "model.safetensors"  # of a backbone without a run
 def shipped(
     init: str | Path,
 ) -> str | Path:  # their folder, or what was given
-    "The folder of weights that the package ships, by name; a file or a run of that name comes first, another folder does not."
+    "The folder of shipped weights, by name; a file or a run of that name comes first, another folder does not."
     folder = data_dir() / "weights" / str(init)
     known = Path(init).name == str(init) and (folder / WEIGHTS_FILE).is_file()
     own = Path(init).is_file() or (Path(init) / "config.json").is_file()

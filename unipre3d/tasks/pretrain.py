@@ -207,7 +207,7 @@ def evaluate(
 def constant_baselines(
     samples: Callable[[], Iterable[Sample]],  # gives the same samples each time it is called
 ) -> dict[str, float]:
-    "Mean PSNR (dB) of two images that do not depend on their input: the mean colour at its best brightness, and the mean image."
+    "Mean PSNR (dB) of two images without an input: the mean colour at its best brightness, and the mean image."
     own = []
     for sample in samples():
         rgb = sample.target.rgb
