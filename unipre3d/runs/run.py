@@ -512,7 +512,7 @@ def run_recipe(
         if done.ended == "diverged" and rank == 0:
             say(
                 f"failed after step {done.step}: the loss or gradient of {done.skipped} steps was not finite, "
-                f"of the last {done.in_a_row} in a row; "
+                f"the last {done.in_a_row} steps in a row; "
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
