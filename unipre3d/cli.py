@@ -27,13 +27,13 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands
            'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
            'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes',
            'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
-           'reproduce_command', 'RenderOptions', 'write_film', 'film_file', 'render_command', 'convert_command',
-           'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words', 'each_cloud', 'name_refused',
-           'features_command', 'folder_features', 'predict_command', 'FurnitureOptions', 'AutoencoderOptions',
-           'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command',
-           'rooms_command', 'ShardOptions', 'shard_command', 'data_command', 'cache_text', 'doctor_command',
-           'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words', 'completion_command',
-           'usage', 'spin_briefly', 'main']
+           'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'film_file', 'render_command',
+           'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words', 'each_cloud',
+           'name_refused', 'features_command', 'folder_features', 'predict_command', 'FurnitureOptions',
+           'AutoencoderOptions', 'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions',
+           'check_command', 'rooms_command', 'ShardOptions', 'shard_command', 'data_command', 'cache_text',
+           'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words',
+           'completion_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -609,11 +609,14 @@ def write_film(
     """
     from PIL import Image
 
+    from unipre3d.records import written_whole
+
     path = Path(path)
     if path.suffix == ".gif":
         images = [Image.fromarray(frame) for frame in frames]
         how = dict(save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
-        images[0].save(path, **how)
+        with written_whole(path) as partial:
+            images[0].save(partial, "GIF", **how)
         return path
     from matplotlib.animation import FFMpegWriter
     from matplotlib.figure import Figure
@@ -627,12 +630,27 @@ def write_film(
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     shown = axis.imshow(frames[0])
-    writer = FFMpegWriter(fps=fps)
-    with writer.saving(figure, str(path), 100):
+    writer = FFMpegWriter(fps=fps, extra_args=["-f", "mp4"])
+    with written_whole(path) as partial, writer.saving(figure, str(partial), 100):
         for frame in frames:
             shown.set_data(frame)
             writer.grab_frame()
     return path
+
+
+def folder_for(
+    out: str | Path,  # where a command writes at the end of its work
+) -> Path:
+    """The folder, made if it is not there.
+
+    Raises: OSError where it cannot be made or written.
+    """
+    from unipre3d.records import check_writable
+
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    return folder
 
 
 def film_file(
@@ -655,6 +673,7 @@ def film_file(
     gaussians, antialiased = load_gaussians(path)
     if not len(gaussians):
         raise ValueError(f"{path}: expected at least one Gaussian, found none")
+    folder = folder_for(options.out or path.parent)
     around = gaussians.mean - gaussians.mean.median(0).values
     radius = float(around.norm(dim=1).quantile(0.95).clamp(min=1e-6))
     gaussians = gaussians.derive(mean=around / radius, scale=gaussians.scale / radius)
@@ -665,8 +684,6 @@ def film_file(
             one = cameras.select(torch.tensor([i]))
             rgb = render(gaussians, one, torch.zeros(3), antialiased=antialiased).rgb[0]
             frames.append((rgb.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-    folder = Path(options.out) if options.out else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"{path.name}: {len(gaussians):,} Gaussians")
     return write_film(frames, folder / f"film-{path.stem}.{options.video}")
 
@@ -697,6 +714,8 @@ def render_command(args: list[str]) -> int:
         raise ValueError(
             f"--index: expected 0..{len(samples) - 1} in the {options.split} split, got {options.index}"
         )
+    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    folder = folder_for(options.out or run)
     sample = samples[options.index]
     background = torch.tensor(recipe.objective.background)
     cameras = samples.tour(options.index, options.frames, options.size)
@@ -709,9 +728,6 @@ def render_command(args: list[str]) -> int:
             rgb = render(gaussians, cameras.select(torch.tensor([i])), background).rgb[0]
             frame = (torch.cat([beside, rgb], 2).clamp(0, 1) * 255).byte()
             frames.append(frame.permute(1, 2, 0).numpy())
-    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
-    folder = Path(options.out) if options.out else run
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{options.split}-{options.index}"
     film = write_film(frames, folder / f"film-{stem}.{options.video}")
     ply = save_ply(gaussians, folder / f"gaussians-{stem}.ply")
@@ -861,7 +877,7 @@ def features_command(args: list[str]) -> int:
     out = archive_path(options.out or f"{Path(given).expanduser().resolve().stem}-features.npz")
     extractor = FeatureExtractor.from_pretrained(options.weights)
     how = cloud_words(options, extractor.transform)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder_for(out.parent)
     if whole:
         return folder_features(extractor, paths, out, options.nearest, how)
     (path,) = paths.values()
@@ -933,12 +949,12 @@ def predict_command(args: list[str]) -> int:
 
     from unipre3d.features import file_columns
     from unipre3d.predictions import Predictor, prediction_rows, save_prediction
+    from unipre3d.records import written_whole
 
     predictor = Predictor.from_run(options.weights)
     predictor.check_category(options.category)
     how = cloud_words(options, predictor.transform)
-    folder = Path(options.out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_for(options.out)
 
     def answer_for(path):
         cloud, columns = file_columns(path, predictor.transform, **how)
@@ -950,7 +966,8 @@ def predict_command(args: list[str]) -> int:
         rows += prediction_rows(name, answer)
         save_prediction(answer, cloud, folder / name)
     table = pd.DataFrame(rows)
-    table.to_csv(folder / "predictions.csv", index=False)
+    with written_whole(folder / "predictions.csv") as partial:
+        table.to_csv(partial, index=False)
     print(table.to_string(index=False) if rows else "no things were found")
     print(f"written: {folder}")
     return name_refused(refused, len(paths))
@@ -1022,10 +1039,12 @@ def prepare_command(args: list[str]) -> int:
     example = "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip"
     folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", example)
     from unipre3d.data.shapenet import ShapeNetViews
+    from unipre3d.records import used_alone
     from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
     files = find_meshes(folder)
-    path = prepare_meshes(files, **asdict(options))
+    with used_alone(options.out):
+        path = prepare_meshes(files, **asdict(options))
     kept = ShapeNetViews(path)
     count = f"{len(kept)} objects of {len(kept.classes)} classes"
     print(f"wrote {path}: {count}, from {len(files)} files")
@@ -1043,10 +1062,12 @@ def import_command(args: list[str]) -> int:
     about = "Posed images of COLMAP, transforms.json, TUM RGB-D or images/<split> as scenes"
     help_or_check(prog, about, recipe_rows("data import"), args)
     from unipre3d.data.imports import ImportOptions, import_posed
+    from unipre3d.records import used_alone
 
     example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
     folder, options = parse_after(ImportOptions, args, prog, example)
-    lines = import_posed(folder, options)
+    with used_alone(options.out):
+        lines = import_posed(folder, options)
     print(*lines, sep="\n")
     more = " --fusion FeatureFusion" * any("no depth" in line for line in lines)
     data = shlex.quote(options.out)
@@ -1079,13 +1100,16 @@ def rooms_command(args: list[str]) -> int:
     prog = "unipre3d data rooms"
     about = "Rooms composed from the embedded furniture, in ScanNet's layout"
     help_or_check(prog, about, recipe_rows("data rooms"), args)
+    from unipre3d.records import used_alone
     from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
     options = parse(RoomsOptions, args, prog)
     for name in ("rooms", "frames", "workers"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    print(f"wrote {make_rooms(**asdict(options))}")
+    with used_alone(options.out):
+        path = make_rooms(**asdict(options))
+    print(f"wrote {path}")
     return 0
 
 
@@ -1107,6 +1131,7 @@ def shard_command(args: list[str]) -> int:
     from unipre3d.data.check import find_readers
     from unipre3d.data.shards import INDEX, write_shards
     from unipre3d.files import read_json
+    from unipre3d.records import used_alone
 
     if folder == "furniture" and not Path(folder).exists():
         folder = data_dir() / "furniture.zip"
@@ -1116,7 +1141,8 @@ def shard_command(args: list[str]) -> int:
             f"{folder}: expected views of objects, ScanNet or S3DIS, "
             f"found {reader.layout.name}, which is a few files already; pass it as it is"
         )
-    out = write_shards(reader.store, options.out, options.size_mb * 2**20)
+    with used_alone(options.out):
+        out = write_shards(reader.store, options.out, options.size_mb * 2**20)
     shards = read_json(out / INDEX)["shards"]
     count = sum(len(shard["samples"]) for shard in shards)
     size = sum(shard["size"] for shard in shards) / 2**20
@@ -1158,14 +1184,15 @@ def data_command(args: list[str]) -> int:
         raise ValueError(f"--workers: expected at least 1, got {options.workers}")
     if options.unpack and options != FurnitureOptions(out=options.out, unpack=True):
         raise ValueError("--deb, --workers: count only without --unpack")
-    if options.unpack:
-        from unipre3d.data.shapenet import ShapeNetViews, export_objects
+    from unipre3d.data.shapenet import ShapeNetViews, export_objects
+    from unipre3d.records import used_alone
+    from unipre3d.worlds.furniture import build_furniture
 
-        path = export_objects(ShapeNetViews(), options.out)
-    else:
-        from unipre3d.worlds.furniture import build_furniture
-
-        path = build_furniture(options.deb, options.out, workers=options.workers)
+    with used_alone(options.out):
+        if options.unpack:
+            path = export_objects(ShapeNetViews(), options.out)
+        else:
+            path = build_furniture(options.deb, options.out, workers=options.workers)
     print(f"wrote {path}")
     return 0
 

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['COUNTS', 'processes', 'own_part', 'gathered', 'leave_processes', 'launch_remark', 'shared_count', 'SumOfProcesses',
-           'SharedBatchNorm', 'share_norms']
+__all__ = ['COUNTS', 'processes', 'own_part', 'gathered', 'leave_processes', 'leave_with', 'launch_remark', 'shared_count',
+           'shared_mean', 'SumOfProcesses', 'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -52,6 +55,20 @@ def leave_processes() -> None:
     "End this process's part in the group: an interpreter that ends with the group open may abort."
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+# %% ../nbs/04_processes.ipynb #p04leaveexp
+def leave_with(
+    parent: int,  # number of the process that started this one
+) -> None:
+    "End this process soon after its parent, however that ended; interrupts are the parent's to hear."
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/04_processes.ipynb #p04launchexp
 COUNTS = (
@@ -97,6 +114,22 @@ def shared_count(
     total = count.double()
     torch.distributed.all_reduce(total)
     return (total.clamp(min=1) / world).float()
+
+
+def shared_mean(
+    values: Float[Tensor, "*n"],
+) -> Tensor:  # a scalar, without a gradient
+    """The mean of the values of all processes together.
+
+    Only where gradients are recorded, which all processes do together; otherwise a process has its own mean.
+    """
+    values = values.detach()
+    _, world = processes()
+    if world == 1 or not torch.is_grad_enabled():
+        return values.mean()
+    sums = torch.stack([values.sum(), values.new_tensor(values.numel())]).double()
+    torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).to(values.dtype)
 
 
 class SumOfProcesses(torch.autograd.Function):

@@ -17,12 +17,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import check_weights, decode_json, read_safetensors
-from ..records import flush, read_record, write_error, written_whole
+from ..records import flush, read_record, write_error, write_weights, written_whole
 
 # %% auto #0
 __all__ = ['STATE', 'STATE_BEFORE', 'STATE_NEW', 'BOOKKEEPING', 'content_hash', 'content_sum', 'content_parts', 'own_memory',
@@ -91,14 +89,7 @@ def save_tensors(
     own = own_memory(tensors)
     text = json.dumps(meta)
     remarks = {"json": text, "crc32": content_sum(own, text)}
-    with written_whole(path, settle) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the user wants; the library's own is narrower
-        try:
-            save_file(own, partial, metadata=remarks)
-        except SafetensorError as error:  # of the disk
-            raise OSError(str(error)) from error
-        partial.chmod(mode)
+    write_weights(path, own, remarks, settle)
     return path
 
 

@@ -9,14 +9,14 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from torch import nn
 
 from .. import backbones
@@ -31,6 +31,7 @@ from unipre3d.records import (
     hardware,
     peak_memory_mb,
     read_config,
+    used_alone,
     write_config,
     write_json,
 )
@@ -49,7 +50,7 @@ from .starts import check_init, start_from, start_summary
 from .tracking import RunTracker, check_tracker
 
 # %% auto #0
-__all__ = ['SMALL_BACKBONES', 'LOCK', 'FIRST', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free',
+__all__ = ['SMALL_BACKBONES', 'LOCK', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'is_first', 'check_free',
            'claim_folder', 'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects',
            'run_conditions', 'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
@@ -177,6 +178,16 @@ def is_unsaved(
     return began and not has_state(folder) and not any(path.exists() for path in kept)
 
 
+LOCK = "running.lock"
+
+
+def is_first(
+    path: Path,  # a file in the folder of a run
+) -> bool:
+    "Whether a run that was killed at once may have left it."
+    return path.name == LOCK or fnmatch(path.name, "config.json*.partial")
+
+
 def check_free(
     folder: str | Path,  # wanted for a run
 ) -> None:
@@ -187,7 +198,7 @@ def check_free(
     folder = Path(folder)
     if not folder.exists() or is_unsaved(folder):
         return
-    if not folder.is_dir() or any(path.name not in FIRST for path in folder.iterdir()):
+    if not folder.is_dir() or not all(map(is_first, folder.iterdir())):
         raise ValueError(
             f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
         )
@@ -217,10 +228,6 @@ def claim_folder(
             number += 1
 
 
-LOCK = "running.lock"
-FIRST = (LOCK, "config.json.partial")  # what a run that was killed at once may leave
-
-
 @contextmanager
 def held(
     folder: str | Path,  # of a run
@@ -229,21 +236,9 @@ def held(
 
     Raises: ValueError where another process works in it.
     """
-    lock = FileLock(Path(folder) / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"--out: expected a folder that nobody works in, {folder} is in use by another process; "
-            "choose another, or wait until it ends"
-        ) from None
-    try:
+    with used_alone(folder, Path(folder) / LOCK):
         remove_leftovers(folder)
         yield
-    finally:
-        with suppress(OSError):  # on Windows the release removes it
-            Path(lock.lock_file).unlink()  # while it is held: after that another may hold it
-        lock.release()
 
 
 def is_held(
@@ -498,17 +493,23 @@ def run_recipe(
                 **seeds,
             )
 
-        done = fit(
-            task,
-            batches,
-            folder,
-            optimiser=recipe.optimiser,
-            run=recipe.run,
-            resume=resume,
-            accelerator=accelerator,
-            say=say,
-            tracker=follow,
-        )
+        try:
+            done = fit(
+                task,
+                batches,
+                folder,
+                optimiser=recipe.optimiser,
+                run=recipe.run,
+                resume=resume,
+                accelerator=accelerator,
+                say=say,
+                tracker=follow,
+            )
+        except KeyboardInterrupt:  # a second one, which does not wait for the end of a step
+            if rank == 0:
+                then = f"go on from the last save with: {go_on}"
+                say(f"stopped at once; {then if has_state(folder) else 'nothing was saved yet'}")
+            raise
         if done.ended == "diverged" and rank == 0:
             say(
                 f"failed after step {done.step}: the loss or gradient of {done.skipped} steps was not finite, "
