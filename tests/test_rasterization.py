@@ -440,6 +440,9 @@ def test_nothing_to_see_is_background():
         assert not bool(alpha.any()) and len(meta["gaussian_ids"]) == 0
         image.sum().backward()
         assert float(part["means"].grad.abs().sum()) == 0
+    harmonics = {name: t[:0] for name, t in cloud.items()} | dict(colors=torch.zeros(0, 4, 3))
+    image, alpha, _ = rasterization(**harmonics, **views, backgrounds=back, sh_degree=1)
+    assert torch.equal(image, back[:, None, None].expand(2, 32, 40, 3)) and not bool(alpha.any())
 
 
 def test_ellipses_too_wide_for_an_integer_reach_every_tile():

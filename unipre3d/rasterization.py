@@ -367,7 +367,7 @@ def rasterization(
     opacity = packed_rows(opacities)
     sh = mean.new_empty(clouds * n, 0, 3)
     if sh_degree is not None:
-        sh = colors.reshape(clouds * n, -1, 3)[:, :k]
+        sh = colors.reshape(clouds * n, bands, 3)[:, :k]
     pose = viewmats.reshape(images, 4, 4)
     inverse, wrong = torch.linalg.inv_ex(pose.double())
     if bool(wrong.any()):

@@ -24,10 +24,10 @@ from .core import data_dir
 from .files import read_json, reading
 
 # %% auto #0
-__all__ = ['END', 'MOST_OPENED', 'PLACES', 'HEAD', 'DISK', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES',
+__all__ = ['END', 'MOST_OPENED', 'DISK', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES',
            'CONFIG_TYPES', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash',
-           'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays', 'flush', 'write_error',
-           'writing', 'is_alive', 'remove_halves', 'check_writable', 'written_whole', 'write_weights', 'save_figure',
+           'write_error', 'writing', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
+           'flush', 'is_alive', 'remove_halves', 'check_writable', 'written_whole', 'write_weights', 'save_figure',
            'used_alone', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record',
            'read_record', 'read_records']
 
@@ -133,6 +133,36 @@ def contents_hash(
             opened.seek(max(END, size - END))
             digest.update(opened.read(END))
     return digest.hexdigest()
+
+# %% ../nbs/01_records.ipynb #r01diskexp
+def write_error(
+    path: str | Path,  # the file that is wanted
+    error: OSError,
+) -> OSError:  # to raise
+    "One line for a file that cannot be written."
+    return OSError(
+        f"{path}: expected to write it, found {error.strerror or error}; "
+        "make room or name another folder: what was saved before is whole"
+    )
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # errors of a disk
+
+
+@contextmanager
+def writing(
+    path: str | Path,  # what is made: a file or a folder
+) -> Iterator[None]:
+    """Within it, an error of the disk that names no file is one line that names what is made.
+
+    Raises: OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK or error.filename is not None:
+            raise
+        raise write_error(path, error) from error
 
 # %% ../nbs/01_records.ipynb #93730242
 def cache_dir() -> Path:
@@ -346,36 +376,6 @@ def flush(
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def write_error(
-    path: str | Path,  # the file that is wanted
-    error: OSError,
-) -> OSError:  # to raise
-    "One line for a file that cannot be written."
-    return OSError(
-        f"{path}: expected to write it, found {error.strerror or error}; "
-        "make room or name another folder: what was saved before is whole"
-    )
-
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # errors of a disk
-
-
-@contextmanager
-def writing(
-    path: str | Path,  # what is made: a file or a folder
-) -> Iterator[None]:
-    """Within it, an error of the disk that names no file is one line that names what is made.
-
-    Raises: OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK or error.filename is not None:
-            raise
-        raise write_error(path, error) from error
 
 
 def is_alive(
