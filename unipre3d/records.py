@@ -160,9 +160,10 @@ def writing(
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK or error.filename is not None:
-            raise
-        raise write_error(path, error) from error
+        short = re.fullmatch(r"\d+ requested and \d+ written", str(error))  # numpy's words
+        if short or (error.errno in DISK and error.filename is None):
+            raise write_error(path, error) from error
+        raise
 
 # %% ../nbs/01_records.ipynb #93730242
 def cache_dir() -> Path:
