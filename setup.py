@@ -30,7 +30,7 @@ def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
-EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds", "vision", "trackers")
+EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds", "vision", "trackers", "view")
 
 statuses = [
     "1 - Planning",

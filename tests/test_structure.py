@@ -430,6 +430,7 @@ EXTRAS = (
     "clouds",
     "vision",
     "trackers",
+    "view",
 )  # of what a user may install beside the package
 
 

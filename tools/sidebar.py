@@ -96,7 +96,7 @@ WORKSHOP = {
         "tasks/68_masked",
         "tasks/67_autoencoder",
     ],
-    "Your own clouds": ["63_features", "64_predict"],
+    "Your own clouds": ["63_features", "64_predict", "66_view"],
     "Study": ["62_compare", "76_study", "77_statistics", "78_reproduce"],
     "Differences, command line, API": ["81_differences", "90_cli", "91_api"],
 }
