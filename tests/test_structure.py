@@ -426,6 +426,7 @@ DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126
 
 EXTRAS = (
     "gpu",
+    "worlds",
     "prepare",
     "clouds",
     "vision",

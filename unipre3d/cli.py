@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -32,8 +33,8 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands
            'features_command', 'folder_features', 'predict_command', 'FurnitureOptions', 'AutoencoderOptions',
            'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command',
            'rooms_command', 'ShardOptions', 'shard_command', 'data_command', 'cache_text', 'doctor_command',
-           'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words', 'completion_command',
-           'usage', 'spin_briefly', 'main']
+           'changed_values', 'value_text', 'run_state_text', 'info_command', 'option_choices', 'completion_words',
+           'completion_command', 'usage', 'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -95,12 +96,19 @@ def parse_after(
     prog: str,  # the last word of it stands for the first argument
     example: str,  # what that is, and a whole command
 ):  # the first argument, the options
-    "Options after one argument without a name."
+    "Options after one argument without a name; help and mistakes come from the list of options, where it has the command."
+    from unipre3d._options import OPTIONS
+
+    command = prog.rsplit(" ", 1)[0].removeprefix("unipre3d ")
+    if command in OPTIONS:
+        about = " ".join(shape.__doc__.split()).rstrip(".")
+        named = bool(args) and not args[0].startswith("-")
+        help_or_check(prog, about, recipe_rows(command), args[1:] if named else args)
     if args and not args[0].startswith("-"):
         return args[0], parse(shape, args[1:], prog)
     if "-h" in args or "--help" in args:
         parse(shape, ["--help"], prog)
-    raise ValueError(f"{prog.rsplit(' ', 1)[0].removeprefix('unipre3d ')}: expected {example}")
+    raise ValueError(f"{command}: expected {example}")
 
 # %% ../nbs/90_cli.ipynb #fcb45035
 def option_paths(
@@ -976,7 +984,7 @@ class AutoencoderOptions:
 
     out: str = "autoencoder-mini"  # folder to write
     steps: int | None = None  # optimiser steps; default: those of the shipped one
-    seed: int = 0
+    seed: int = 0  # of weights and order
 
 
 @dataclass(frozen=True)
@@ -1334,6 +1342,18 @@ complete -o default -F _unipre3d unipre3d""",
 SHELLS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SHELLS["bash"]
 
 
+def option_choices(
+    option: str,  # as it was typed, such as --device
+    rows: Sequence[Row],  # the options that there are
+) -> tuple[str, list[str]]:  # its type, and the values that its description names in quotes
+    "What may stand behind an option."
+    name = option.removeprefix("--").replace("_", "-")
+    for path, kind, _, comment in rows:
+        if path == name or path.endswith(f".{name}"):
+            return kind, re.findall(r'"([\w.-]+)"', comment)
+    return "", []
+
+
 def completion_words(
     words: Sequence[str],  # whole words after `unipre3d`
 ) -> list[str]:  # what may follow
@@ -1345,6 +1365,8 @@ def completion_words(
     command, *rest = words
     if command in ABOUT and not rest:
         return [*ABOUT[command]]
+    if command in OPTIONS and command != "reproduce" and not rest:
+        return []  # a file or a folder, which the shell knows
     kinds = {"data": DATA_KINDS, "reproduce": ("mini", "full"), "completion": tuple(SHELLS)}
     if command in kinds and not rest:
         return list(kinds[command])
@@ -1357,7 +1379,12 @@ def completion_words(
     )
     if name not in OPTIONS:
         return []
-    paths = [path for path, *_ in recipe_rows(name, rest[1:])]
+    rows = recipe_rows(name, rest[1:])
+    if rest[-1].startswith("--"):
+        kind, choices = option_choices(rest[-1], rows)
+        if kind != "bool":
+            return choices  # where there are none, the shell offers files
+    paths = [path for path, *_ in rows]
     last_names = [path.rpartition(".")[2] for path in paths]
     once = [name for name in last_names if last_names.count(name) == 1]
     return [f"--{path}" for path in dict.fromkeys([*once, *paths])]

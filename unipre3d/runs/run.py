@@ -5,6 +5,8 @@
 # %% ../../nbs/59_run.ipynb #ec860ff0
 from __future__ import annotations
 
+import base64
+import html
 import shlex
 import time
 from collections import Counter
@@ -305,6 +307,19 @@ class Outcome:
         dict | None
     )  # None where it was interrupted, and in all but the first of several processes
     ended: str  # "finished", "interrupted" (and saved), "patience" or "diverged"
+
+    def _repr_html_(self) -> str:
+        "How it ended, its scores and its pictures, for a notebook."
+        metrics = (self.record or {}).get("metrics", {})
+        scores = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
+        words = f"{self.folder.name}: {self.ended}" + (f"; {scores}" if scores else "")
+        shown = [f"<p>{html.escape(words)}</p>"]
+        for path in sorted(self.folder.glob("*.png")):
+            picture = base64.b64encode(path.read_bytes()).decode()
+            alt = html.escape(f"{path.stem} of the run {self.folder.name}", quote=True)
+            source = f"data:image/png;base64,{picture}"
+            shown.append(f'<img alt="{alt}" src="{source}" style="max-width:100%"/>')
+        return "\n".join(shown)
 
 
 def describe_data(
