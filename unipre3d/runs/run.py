@@ -298,7 +298,7 @@ def from_first(
     return value
 
 # %% ../../nbs/59_run.ipynb #d6909213
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     "How a run ended."
 
@@ -308,12 +308,15 @@ class Outcome:
     )  # None where it was interrupted, and in all but the first of several processes
     ended: str  # "finished", "interrupted" (and saved), "patience" or "diverged"
 
-    def _repr_html_(self) -> str:
-        "How it ended, its scores and its pictures, for a notebook."
+    def __repr__(self) -> str:
+        "The folder's name, how it ended, and its scores."
         metrics = (self.record or {}).get("metrics", {})
         scores = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
-        words = f"{self.folder.name}: {self.ended}" + (f"; {scores}" if scores else "")
-        shown = [f"<p>{html.escape(words)}</p>"]
+        return f"{self.folder.name}: {self.ended}" + (f"; {scores}" if scores else "")
+
+    def _repr_html_(self) -> str:
+        "The same with the pictures of the run, for a notebook."
+        shown = [f"<p>{html.escape(repr(self))}</p>"]
         for path in sorted(self.folder.glob("*.png")):
             picture = base64.b64encode(path.read_bytes()).decode()
             alt = html.escape(f"{path.stem} of the run {self.folder.name}", quote=True)
