@@ -105,7 +105,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("embreex", "laspy", "pye57", "transformers", "fast_simplification"):
+        if name.split(".")[0] in ("embreex", "laspy", "pye57", "fast_simplification"):
             raise ImportError(name)
 
 
