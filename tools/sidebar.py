@@ -25,7 +25,13 @@ CORE = {
     "Does it work?": ["60_pretrain", "tasks/72_classification", "65_own_cloud", "80_results"],
 }
 WORKSHOP = {
-    "Tutorials": ["tutorials/meshes", "tutorials/labels", "tutorials/backbone"],
+    "Tutorials": [
+        "tutorials/meshes",
+        "tutorials/labels",
+        "tutorials/photographs",
+        "tutorials/backbone",
+        "tutorials/pyg",
+    ],
     "Data": [
         "02_files",
         "03_values",
@@ -36,6 +42,7 @@ WORKSHOP = {
         "data/23_scannet",
         "data/24_labelled",
         "data/17_augment",
+        "data/24_folder",
         "data/26_samples",
         "data/27_posed",
         "data/28_import",
