@@ -208,10 +208,12 @@ def to_padded(
     x: Shaped[Tensor, "n *c"],  # packed rows
     batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
+    longest: int | None = None,  # rows of the longest cloud, where they are known
 ) -> tuple[Shaped[Tensor, "B m *c"], Bool[Tensor, "B m"]]:  # padded with zeros, true where real
     "One rectangle from packed rows, as wide as the longest cloud."
     start = offsets(batch, size)
-    longest = int(start.diff().max()) if size else 0
+    if longest is None:
+        longest = int(start.diff().max()) if size else 0
     place = torch.arange(len(x), device=x.device) - start[batch]
     mask = torch.zeros(size, longest, dtype=torch.bool, device=x.device)
     mask[batch, place] = True
