@@ -49,6 +49,7 @@ WORKSHOP = {
         "data/28_transform",
         "data/29_loading",
         "data/18_shards",
+        "data/18_scale",
         "data/29_accepted",
     ],
     "Worlds": [
