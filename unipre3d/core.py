@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from textwrap import indent
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,9 +17,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'cat_rows', 'Packed', 'PointBatch', 'offsets',
-           'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample', 'cat_views',
-           'collate', 'data_dir']
+__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'cat_rows', 'short_text', 'Packed', 'PointBatch',
+           'offsets', 'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample',
+           'cat_views', 'collate', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #6081e8ee
 def check_shapes(
@@ -103,6 +104,16 @@ def cat_rows(
     return torch.from_numpy(np.concatenate(parts))
 
 
+def short_text(
+    value: Any,  # of a field
+) -> str:
+    "A tensor as its shape, and its device where that is another than the processor; anything else as Python writes it."
+    if not isinstance(value, Tensor):
+        return repr(value)
+    shape = f"[{' '.join(map(str, value.shape))}]"
+    return shape if value.device.type == "cpu" else f"{shape} on {value.device}"
+
+
 class Packed:
     "What the packed types share: their constructor checks shapes and index; `trusted` and `derive` check shapes only."
 
@@ -139,8 +150,17 @@ class Packed:
         "The same object on `device`."
         return to_device(self, device)
 
+    def __repr__(self) -> str:
+        "Shapes instead of numbers; a line for each field where a field is packed itself."
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        inside = [f"{name}={short_text(value)}" for name, value in values.items()]
+        if any(isinstance(value, Packed) for value in values.values()):
+            lines = indent(",\n".join(inside), "  ")
+            return f"{type(self).__name__}(\n{lines})"
+        return f"{type(self).__name__}({', '.join(inside)})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PointBatch(Packed):
     "Point clouds packed along one axis; a cloud may be empty."
 
@@ -237,7 +257,7 @@ def cat_points(
     )
 
 # %% ../nbs/00_core.ipynb #4d456a53
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CameraBatch(Packed):
     "Pinhole cameras, several clouds at once; all images of a batch have one size."
 
@@ -273,7 +293,7 @@ class CameraBatch(Packed):
         return self.derive(**part) if index.dtype == torch.bool else replace(self, **part)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ViewBatch(Packed):
     "Images with their cameras."
 
@@ -307,7 +327,7 @@ class ViewBatch(Packed):
         )
 
 # %% ../nbs/00_core.ipynb #54f228dd
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GaussianBatch(Packed):
     "Anisotropic 3-D Gaussians with colour, packed like points."
 
@@ -337,7 +357,7 @@ class GaussianBatch(Packed):
         return torch.bincount(self.batch, minlength=self.size)
 
 # %% ../nbs/00_core.ipynb #896b04e1
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sample(Packed):
     "What one pre-training step reads: clouds, views to see, views to render."
 

@@ -120,13 +120,13 @@ void main() {
 POINT_VERTEX = """#version 300 es
 precision highp float;
 uniform mat3 rotation; uniform vec3 move, eye; uniform vec2 focal, size; uniform float wide;
-in vec3 xyz, rgb, normal;            // without normals the last is zero
+in vec3 xyz, rgb, normal;            // without normals the last is zero, up to rounding
 flat out vec3 color;
 void main() {
   vec3 p = rotation * xyz + move;
   float facing = dot(normal, normalize(eye - xyz));
   gl_Position = vec4(2, 2, 2, 1);    // outside: what shows its back is not drawn
-  if (facing < 0.) return;
+  if (facing < -.01) return;
   gl_Position = vec4(2. * focal.x * p.x / size.x, -2. * focal.y * p.y / size.y, 1.0002 * p.z - .040004, p.z);
   gl_PointSize = clamp(wide * focal.y / p.z, 1.5, 64.);
   color = rgb * (dot(normal, normal) > 0. ? .7 + .3 * facing : 1.);
@@ -378,12 +378,13 @@ def place_camera(
     elevation: float,  # degrees above the middle
     distance: float | None,  # from the middle, world units; None: from their size
     fov: float,  # degrees, of the height
+    at: Float[Tensor, "3"] | None = None,  # what is in the middle; None: the cloud's own
 ) -> dict:
     "A camera that looks at the middle of a cloud, in radians."
     low, high = xyz.detach().double().cpu().aminmax(dim=0)
     radius = float((high - low).norm()) / 2 or 1.0
     return dict(
-        at=((low + high) / 2).tolist(),
+        at=((low + high) / 2 if at is None else at).tolist(),
         azimuth=math.radians(azimuth),
         elevation=math.radians(elevation),
         distance=float(distance or radius / math.sin(math.radians(fov) / 2)),
@@ -507,6 +508,7 @@ def point_viewer(
     elevation: float = 30.0,  # degrees above the middle
     distance: float | None = None,  # from the middle, world units; None: from their size
     fov: float = 49.134,  # degrees, of the height
+    at: Float[Tensor, "3"] | None = None,  # what is in the middle of the picture; None: theirs
 ) -> str:  # HTML for a notebook or a page
     """Coloured points as an interactive picture, with a button for each colouring.
 
@@ -532,7 +534,8 @@ def point_viewer(
         values, words = colorings[coloring["name"]]
         shown = f'data-coloring="{i}"{hidden}'
         legends += _legend(values, words, coloring.get("palette", []), shown)
-    camera = place_camera(xyz, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
+    eye = dict(azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
+    camera = place_camera(xyz, **eye, at=at)
     data = dict(
         vertex=POINT_VERTEX,
         fragment=POINT_FRAGMENT,

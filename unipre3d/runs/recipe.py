@@ -182,6 +182,24 @@ class Recipe:
         "The device to run on for the one that was named, and why it is another, or an empty text."
         return device, ""
 
+    def __str__(self) -> str:
+        "What it is for, and the values that are not the defaults of their group."
+        lines = [f"{type(self).__name__}: {self.about or 'no description'}"]
+        for group in fields(Recipe)[1:]:
+            own = getattr(self, group.name)
+            usual = type(own)()
+            values = {f.name: (getattr(own, f.name), getattr(usual, f.name)) for f in fields(own)}
+            changed = [
+                f"{name}={value!r}" for name, (value, first) in values.items() if value != first
+            ]
+            if changed:
+                lines.append(f"  {group.name}: {', '.join(changed)}")
+        return "\n".join(lines)
+
+    def _repr_pretty_(self, printer, cycle) -> None:
+        "The same in a notebook."
+        printer.text(str(self))
+
 
 def groups(
     recipe: Recipe | type[Recipe],
