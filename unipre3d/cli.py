@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,18 +23,19 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line', 'did_you_mean', 'called', 'parse',
-           'parse_after', 'option_paths', 'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape',
-           'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
-           'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes',
-           'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
-           'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'film_file', 'render_command',
-           'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words', 'each_cloud',
-           'name_refused', 'features_command', 'folder_features', 'predict_command', 'FurnitureOptions',
-           'AutoencoderOptions', 'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions',
-           'check_command', 'rooms_command', 'ShardOptions', 'shard_command', 'data_command', 'cache_text',
-           'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words',
-           'completion_command', 'usage', 'spin_briefly', 'main']
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line',
+           'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths', 'full_options', 'backbone_keywords',
+           'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows',
+           'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe',
+           'resumable', 'refuse_changes', 'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command',
+           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'film_file',
+           'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words',
+           'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command', 'ViewOptions',
+           'build_world', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not',
+           'prepare_command', 'import_command', 'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions',
+           'shard_command', 'data_command', 'cache_text', 'doctor_command', 'changed_values', 'value_text',
+           'run_state_text', 'info_command', 'option_choices', 'completion_words', 'completion_command', 'usage',
+           'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -95,12 +97,19 @@ def parse_after(
     prog: str,  # the last word of it stands for the first argument
     example: str,  # what that is, and a whole command
 ):  # the first argument, the options
-    "Options after one argument without a name."
+    "Options after one argument without a name; help and mistakes come from the list of options, where it has the command."
+    from unipre3d._options import OPTIONS
+
+    command = prog.rsplit(" ", 1)[0].removeprefix("unipre3d ")
+    if command in OPTIONS:
+        about = " ".join(shape.__doc__.split()).rstrip(".")
+        named = bool(args) and not args[0].startswith("-")
+        help_or_check(prog, about, recipe_rows(command), args[1:] if named else args)
     if args and not args[0].startswith("-"):
         return args[0], parse(shape, args[1:], prog)
     if "-h" in args or "--help" in args:
         parse(shape, ["--help"], prog)
-    raise ValueError(f"{prog.rsplit(' ', 1)[0].removeprefix('unipre3d ')}: expected {example}")
+    raise ValueError(f"{command}: expected {example}")
 
 # %% ../nbs/90_cli.ipynb #fcb45035
 def option_paths(
@@ -972,6 +981,91 @@ def predict_command(args: list[str]) -> int:
     print(f"written: {folder}")
     return name_refused(refused, len(paths))
 
+# %% ../nbs/90_cli.ipynb #90v00002
+@dataclass(frozen=True)
+class ViewOptions:
+    """Points, Gaussians, cameras, pictures and features: live in a browser, or as one page.
+
+    Of a run: a cloud of its data, and what its model makes of it. Of a file (any cloud, mesh or splat): what it
+    holds, and features of its points. Without the package viser (pip install "unipre3d[view]") a page is written.
+    """
+
+    out: str | None = None  # page to write, which ends in .html; default: a live viewer
+    port: int = 8080  # of the live viewer; 0: any that is free
+    host: str = "127.0.0.1"  # address of the live viewer; "0.0.0.0" lets other machines in
+    points: int = 60_000  # of the cloud that are shown, at most
+    split: str = "val"  # of a run, which clouds: "train", "val" or "test"
+    index: int = 0  # of a run, which cloud of the split
+    # of a file, whose features: "objects", "rooms", a run, a folder of weights, owner/name; "none"
+    weights: Annotated[str, called("from")] = "objects"
+    unit: str | None = None  # of a file's coordinates: m, cm, mm, in or ft; counts for rooms
+    up: str = "z"  # axis that points up in a file: "x", "y" or "z"
+    normals: str = "given"  # "estimate": compute those of a file from its points
+
+
+RUN_WORDS, FILE_WORDS = ("split", "index"), ("weights", "unit", "up", "normals")
+
+
+def build_world(
+    given: Path,  # a run folder, its checkpoint, or a file
+    options: ViewOptions,
+) -> Any:  # a `World`
+    """What there is to see.
+
+    Raises: FileNotFoundError or ValueError of one line, also for options that do not count.
+    """
+    whole = given.is_dir() or given.name == "checkpoint.safetensors"
+    idle = FILE_WORDS if whole else RUN_WORDS
+    for name in idle:
+        if getattr(options, name) != getattr(ViewOptions, name):
+            option = "from" if name == "weights" else name
+            kind = "a file, not for a run" if whole else "a run, not for a file"
+            raise ValueError(f"--{option}: counts only for {kind}")
+    if options.points < 1:
+        raise ValueError(f"--points: expected at least 1, got {options.points}")
+    from unipre3d.view import world_of_file, world_of_run
+
+    names = RUN_WORDS if whole else FILE_WORDS
+    how = {name: getattr(options, name) for name in ("points", *names)}
+    return world_of_run(given, **how) if whole else world_of_file(given, **how)
+
+
+def view_command(args: list[str]) -> int:
+    "unipre3d view RUN | FILE [--key value ...]: points, Gaussians, cameras and pictures, in a browser."
+    example = "a run folder or a file, as in: unipre3d view runs/object-transformer-mini"
+    given, options = parse_after(ViewOptions, args, "unipre3d view RUN", example)
+    given = Path(given).expanduser()
+    if not given.exists():
+        raise FileNotFoundError(
+            f"{given}: expected a run folder or a file of points or of Gaussians, found nothing there"
+        )
+    page = options.out is not None or importlib.util.find_spec("viser") is None
+    if page and (options.port, options.host) != (ViewOptions.port, ViewOptions.host):
+        raise ValueError(
+            "--port, --host: count only for the live viewer, without --out and with the package viser: "
+            'pip install "unipre3d[view]"'
+        )
+    from unipre3d.view import INSTALL, check_port, serve_world, write_page
+
+    if not page:
+        check_port(options.host, options.port)
+    world = build_world(given, options)
+    print(f"{world.name}: {'; '.join([world.facts(), *world.remarks])}")
+    if page:
+        if options.out is None:
+            print(f"viser, the live viewer, is not installed ({INSTALL}); a page instead:")
+        path = write_page(world, options.out or f"{given.resolve().stem}-view.html")
+        print(f"page: {path}")
+        return 0
+    server = serve_world(world, options.host, options.port)
+    try:
+        print(f"viewer: http://{options.host}:{server.get_port()}   (Ctrl-C ends it)", flush=True)
+        server.sleep_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.stop()
+
 # %% ../nbs/90_cli.ipynb #76c03423
 @dataclass(frozen=True)
 class FurnitureOptions:
@@ -993,7 +1087,7 @@ class AutoencoderOptions:
 
     out: str = "autoencoder-mini"  # folder to write
     steps: int | None = None  # optimiser steps; default: those of the shipped one
-    seed: int = 0
+    seed: int = 0  # of weights and order
 
 
 @dataclass(frozen=True)
@@ -1361,6 +1455,18 @@ complete -o default -F _unipre3d unipre3d""",
 SHELLS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SHELLS["bash"]
 
 
+def option_choices(
+    option: str,  # as it was typed, such as --device
+    rows: Sequence[Row],  # the options that there are
+) -> tuple[str, list[str]]:  # its type, and the values that its description names in quotes
+    "What may stand behind an option."
+    name = option.removeprefix("--").replace("_", "-")
+    for path, kind, _, comment in rows:
+        if path == name or path.endswith(f".{name}"):
+            return kind, re.findall(r'"([\w.-]+)"', comment)
+    return "", []
+
+
 def completion_words(
     words: Sequence[str],  # whole words after `unipre3d`
 ) -> list[str]:  # what may follow
@@ -1372,6 +1478,8 @@ def completion_words(
     command, *rest = words
     if command in ABOUT and not rest:
         return [*ABOUT[command]]
+    if command in OPTIONS and command != "reproduce" and not rest:
+        return []  # a file or a folder, which the shell knows
     kinds = {"data": DATA_KINDS, "reproduce": ("mini", "full"), "completion": tuple(SHELLS)}
     if command in kinds and not rest:
         return list(kinds[command])
@@ -1384,7 +1492,12 @@ def completion_words(
     )
     if name not in OPTIONS:
         return []
-    paths = [path for path, *_ in recipe_rows(name, rest[1:])]
+    rows = recipe_rows(name, rest[1:])
+    if rest[-1].startswith("--"):
+        kind, choices = option_choices(rest[-1], rows)
+        if kind != "bool":
+            return choices  # where there are none, the shell offers files
+    paths = [path for path, *_ in rows]
     last_names = [path.rpartition(".")[2] for path in paths]
     once = [name for name in last_names if last_names.count(name) == 1]
     return [f"--{path}" for path in dict.fromkeys([*once, *paths])]
@@ -1416,6 +1529,8 @@ commands = {
     "features": features_command,
     "predict": predict_command,
     "convert": convert_command,
+    "view": view_command,
+    "view": view_command,
     "data": data_command,
     "info": info_command,
     "doctor": doctor_command,

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #6078cb5e
 from __future__ import annotations
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'cat_rows', 'short_text', 'Packed', 'PointBatch',
-           'offsets', 'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample',
-           'cat_views', 'collate', 'data_dir']
+__all__ = ['check_shapes', 'check_batch', 'map_tensors', 'to_device', 'full_precision', 'cat_rows', 'short_text', 'Packed',
+           'PointBatch', 'offsets', 'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch',
+           'GaussianBatch', 'Sample', 'cat_views', 'collate', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #6081e8ee
 def check_shapes(
@@ -74,18 +74,27 @@ def check_batch(
         )
 
 # %% ../nbs/00_core.ipynb #01675c92
+def map_tensors(
+    x: Any,  # a tensor, or any (nested) dataclass of this package
+    change: Callable[[Tensor], Tensor],  # keeps shapes and the batch index
+) -> Any:
+    "The same object with every tensor in it changed; plain values stay."
+    if isinstance(x, Tensor):
+        return change(x)
+    if not is_dataclass(x):
+        return x
+    changed = {f.name: map_tensors(getattr(x, f.name), change) for f in fields(x)}
+    return x.derive(**changed) if isinstance(x, Packed) else replace(x, **changed)
+
+
 def to_device(
     x: Any,  # a tensor, or any (nested) dataclass of this package
     device: str | torch.device,  # where to put it
 ) -> Any:
     "The same object with every tensor in it on `device`; plain values stay."
-    if isinstance(x, Tensor):
-        # towards the processor a copy that does not wait would return before the values are there
-        return x.to(device, non_blocking=torch.device(device).type != "cpu")
-    if not is_dataclass(x):
-        return x
-    moved = {f.name: to_device(getattr(x, f.name), device) for f in fields(x)}
-    return x.derive(**moved) if isinstance(x, Packed) else replace(x, **moved)
+    # towards the processor a copy that does not wait would return before the values are there
+    waits = torch.device(device).type == "cpu"
+    return map_tensors(x, lambda tensor: tensor.to(device, non_blocking=not waits))
 
 
 def full_precision(
@@ -219,10 +228,12 @@ def to_padded(
     x: Shaped[Tensor, "n *c"],  # packed rows
     batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
+    longest: int | None = None,  # rows of the longest cloud, where they are known
 ) -> tuple[Shaped[Tensor, "B m *c"], Bool[Tensor, "B m"]]:  # padded with zeros, true where real
     "One rectangle from packed rows, as wide as the longest cloud."
     start = offsets(batch, size)
-    longest = int(start.diff().max()) if size else 0
+    if longest is None:
+        longest = int(start.diff().max()) if size else 0
     place = torch.arange(len(x), device=x.device) - start[batch]
     mask = torch.zeros(size, longest, dtype=torch.bool, device=x.device)
     mask[batch, place] = True

@@ -331,6 +331,26 @@ PROGRAM = r"""(root, data) => {
     keys[e.key]();
   });
   root.querySelector("[data-home]").addEventListener("click", reset);
+  // It spins twice, until somebody takes hold of it; not out of sight, nor where people want less motion.
+  let left = data.spin && !matchMedia("(prefers-reduced-motion: reduce)").matches ? 4 * Math.PI : 0;
+  let last = 0, seen = false;
+  const spin = now => {
+    if (left <= 0 || !seen) return;
+    const step = data.spin * Math.min(now - last, 100) / 1000;
+    [last, left] = [now, left - Math.abs(step)];
+    camera.azimuth += step;
+    draw();
+    requestAnimationFrame(spin);
+  };
+  if (left) {
+    for (const name of ["pointerdown", "keydown", "wheel", "click"])
+      root.addEventListener(name, () => left = 0, {passive: true});
+    new IntersectionObserver(entries => {
+      seen = entries[entries.length - 1].isIntersecting;
+      last = performance.now();
+      if (seen) requestAnimationFrame(spin);
+    }).observe(canvas);
+  }
   new ResizeObserver(redraw).observe(canvas);
 }"""
 
@@ -401,6 +421,7 @@ def gaussian_viewer(
     elevation: float = 20.0,  # degrees above the middle
     distance: float | None = None,  # from the middle, world units; None: from the size of the means
     fov: float = 49.134,  # degrees, of the height
+    spin: float = 0.0,  # degrees a second at first, until it is touched; 0 stands still
 ) -> str:  # HTML for a notebook or a page
     """Gaussians as an interactive picture: sorted and blended as `render` does, up to rounding.
 
@@ -410,9 +431,8 @@ def gaussian_viewer(
     camera = place_camera(
         gaussians.mean, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov
     )
-    data = dict(
-        vertex=VERTEX, fragment=FRAGMENT, camera=camera, background=background, gaussians=packed
-    )
+    shown = dict(camera=camera, background=background, spin=math.radians(spin))
+    data = dict(vertex=VERTEX, fragment=FRAGMENT, gaussians=packed) | shown
     return to_page(data, label)
 
 # %% ../nbs/54_viewer.ipynb #5322258c
