@@ -102,6 +102,7 @@ def test_the_default_run_holds_no_more_at_its_end(tmp_path):
     assert megabytes <= GROWTH and files <= 0
 
 
+@pytest.mark.skipif(not RECORD.exists(), reason="UNIPRE3D_MEMORY=2000 writes the record")
 def test_the_recorded_default_run_was_flat():
     record = json.loads(RECORD.read_text())
     assert record["steps"] >= 2000 and record["rows"][-1]["step"] == record["steps"]

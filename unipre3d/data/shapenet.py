@@ -653,3 +653,5 @@ def _export_tables(source, indices, folder):
             out = csv.DictWriter(file, rows[0], lineterminator="\n")
             out.writeheader()
             out.writerows(rows)
+    last = json.dumps(source.convention | files)  # without it nothing reads the folder
+    (folder / "convention.json").write_text(last)

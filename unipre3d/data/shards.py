@@ -204,6 +204,8 @@ def write_shards(
     Raises: FileExistsError where the folder holds finished shards, ValueError for a source without samples."""
     out = Path(out)
     if (out / INDEX).exists():
+        for note in out.glob("shard-*.json"):  # of a call that was killed at its very end
+            note.unlink()
         raise FileExistsError(
             f"{out}: expected a folder without {INDEX}, found finished shards; choose another --out"
         )
