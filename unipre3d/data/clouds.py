@@ -20,6 +20,7 @@ from unipre3d.files import (
     check_unpacked,
     decode_array,
     decode_text,
+    files_below,
     read_arrays,
     read_file,
     read_ply,
@@ -39,12 +40,19 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['NAMES', 'WHOLE', 'PCD_HEADER', 'READERS', 'CloudFile', 'cloud_of', 'named_cloud', 'is_color', 'is_normal',
+__all__ = ['TO_Z_UP', 'NAMES', 'WHOLE', 'PCD_HEADER', 'READERS', 'CloudFile', 'cloud_of', 'named_cloud', 'is_color', 'is_normal',
            'plain_cloud', 'read_ply_cloud', 'read_numpy_cloud', 'read_text_cloud', 'text_header', 'unpack_lzf',
            'pcd_header', 'pcd_type', 'packed_color', 'read_pcd_cloud', 'need_package', 'read_las_cloud',
            'read_e57_cloud', 'read_cloud', 'write_cloud', 'find_clouds']
 
 # %% ../../nbs/data/21_clouds.ipynb #c21cloud
+TO_Z_UP = dict(
+    z=np.eye(3),
+    y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
+    x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
+)  # upward axis of a file -> rows of the rotation that makes it z
+
+
 @dataclass(frozen=True, eq=False)
 class CloudFile:
     "One cloud as its file has it."
@@ -75,7 +83,7 @@ def cloud_of(
     """
     where = str(where)
     xyz = check_array(xyz, f"{where}: xyz", 3)
-    _, real = check_points(xyz, f"{where}: xyz")
+    _, real = check_points(xyz, f"{where}: xyz", most=1.0)  # most pixels of a depth camera may be
     places = xyz.astype(np.float64)[real]
     far = np.abs(places).max() > NEAR
     offset = np.round(places.mean(0)) if far else np.zeros(3)
@@ -583,16 +591,11 @@ def find_clouds(
     folder: str | Path,
     endings: Sequence[str] = tuple(READERS),  # of their names, in small letters
 ) -> list[Path]:  # sorted
-    """Every cloud file in a folder and the folders below it; what is hidden is left out.
+    """Every cloud file in a folder and the folders below it, links followed; what is hidden is left out.
 
     Raises: ValueError where there is none.
     """
-    folder = Path(folder)
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in endings and path.is_file() and not hidden:
-            found.append(path)
+    found = files_below(folder, endings)
     if not found:
         raise refusal(str(folder), f"cloud files ({', '.join(endings)})", "none")
     return found

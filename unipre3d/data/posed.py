@@ -21,6 +21,7 @@ from unipre3d.files import (
     Found,
     check_declared,
     decode_picture,
+    files_below,
     read_array,
     read_file,
     read_json,
@@ -32,9 +33,9 @@ from ..values import check_intrinsics, check_poses, refusal
 # %% auto #0
 __all__ = ['BROWN', 'FISHEYE', 'PICTURES', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS', 'TUM_LENSES', 'LAYOUTS',
            'Lens', 'make_lens', 'distort', 'pixel_rays', 'straighten', 'redraw', 'PosedImage', 'Capture', 'rigid',
-           'image_size', 'beside', 'read_depth_map', 'read_points', 'colmap_lens', 'Bytes', 'colmap_models',
-           'read_colmap', 'transforms_lens', 'read_transforms', 'whole_centres', 'nearest_stamps', 'read_tum',
-           'read_matrix', 'image_scenes', 'read_image_scene', 'layouts_of', 'read_captures']
+           'image_size', 'beside', 'check_proportions', 'read_depth_map', 'read_points', 'colmap_lens', 'Bytes',
+           'colmap_models', 'read_colmap', 'transforms_lens', 'read_transforms', 'whole_centres', 'nearest_stamps',
+           'read_tum', 'read_matrix', 'image_scenes', 'read_image_scene', 'layouts_of', 'read_captures']
 
 # %% ../../nbs/data/27_posed.ipynb #p27lens
 BROWN = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")  # coefficients in OpenCV's order
@@ -229,13 +230,27 @@ def beside(
     stem: str,  # of a file, perhaps with folders before it
     endings: tuple[str, ...],  # the first that is there counts
 ) -> Path | None:
-    "The file of this name with one of these endings."
-    found = (folder / f"{stem}{ending}" for ending in endings)
+    "The file of this name with one of these endings, in capitals too."
+    place = folder / stem.replace("\\", "/")  # as Windows writes it
+    ends = (cased for end in endings for cased in dict.fromkeys([end, end.upper(), end.title()]))
+    found = (place.with_name(place.name + end) for end in ends)
     return next((path for path in found if path.is_file()), None)
 
 
-COLOR = ("", ".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".webp")
-DEPTH = (".png", ".npy", ".PNG")
+def check_proportions(
+    hw: tuple[int, int],  # of an image as it is stored
+    lens: Lens,
+    where: str,  # the file, for messages
+) -> None:
+    """Raises: ValueError for an image that is no scaled one of its camera: it was cropped, or rotated."""
+    (h, w), (H, W) = hw, lens.hw
+    if abs(h * W / (w * H) - 1) > 0.01:
+        remedy = "use the images that the cameras were found for"
+        raise refusal(where, f"the proportions of its camera, {W} x {H}", f"{w} x {h}", remedy)
+
+
+COLOR = ("", ".jpg", ".jpeg", ".png", ".webp")
+DEPTH = (".png", ".npy")
 
 
 def read_depth_map(
@@ -250,7 +265,7 @@ def read_depth_map(
             if not image.mode.startswith("I"):
                 raise Found(f"mode {image.mode}")
         depth = np.asarray(image).astype(np.float32)
-    elif path.suffix == ".npy":
+    elif path.suffix.lower() == ".npy":
         depth = read_array(path)
     else:
         data = read_file(path, "a depth map of COLMAP")
@@ -452,7 +467,7 @@ def read_colmap(
     homes = [folder / name for name in ("images", "rgb", "color", "image", ".")]
     homes += [place.parent / "images", place.parent.parent / "images"]
     for name, camera, quaternion, translation in sorted(images):
-        color = next((home / name for home in homes if (home / name).is_file()), None)
+        color = next(filter(None, (beside(home, name, ("",)) for home in homes)), None)
         if color is None:
             lost.append(name)
             continue
@@ -470,7 +485,7 @@ def read_colmap(
     cloud = None
     if len(points):
         rows = np.array(points, dtype=np.float64)
-        cloud = dict(coord=rows[:, :3], color=rows[:, 3:].astype(np.uint8))
+        cloud = dict(coord=rows[:, :3], color=rows[:, 3:].round().astype(np.uint8))
     return Capture(
         folder.resolve().name,
         "COLMAP",
@@ -520,7 +535,9 @@ def transforms_lens(
     values = dict(fx=fx, fy=fy, cx=frame.get("cx", w / 2), cy=frame.get("cy", h / 2))
     values |= {name: frame.get(name, 0.0) for name in BROWN}
     stored = (round(h), round(w))
-    return make_lens(values, stored, where, "fisheye" if fisheye else "brown").scaled(hw)
+    lens = make_lens(values, stored, where, "fisheye" if fisheye else "brown")
+    check_proportions(hw, lens, where)
+    return lens.scaled(hw)
 
 
 def _focal(angle, size):
@@ -549,7 +566,7 @@ def read_transforms(
             lens = transforms_lens(whole | frame, image_size(color), where)
             pose = check_poses(_matrix(frame["transform_matrix"], where), where) @ FLIP
             depth = frame.get("depth_file_path")
-            depth = path.parent / depth if depth else None
+            depth = path.parent / depth.replace("\\", "/") if depth else None
             shots.append(PosedImage(color, pose, lens, depth))
         if not shots:
             raise Found(f"no image of {', '.join(lost[:3]) or 'none'} there")
@@ -563,7 +580,7 @@ def read_transforms(
         name,
         "transforms.json",
         shots,
-        read_points(path.parent / cloud) if cloud else None,
+        read_points(path.parent / cloud.replace("\\", "/")) if cloud else None,
         depth_scale=1 / scale if scale else None,
         split=split,
         remarks=tuple(remarks * bool(lost)),
@@ -647,15 +664,15 @@ def read_tum(
         hint = "pass --intrinsics fx fy cx cy, such as 525 525 319.5 239.5"
         raise refusal(str(folder), f"a name with {', '.join(TUM_LENSES)}", name, hint)
     shots = []
-    lens = None
+    there = [folder / color for color, *_ in colors if (folder / color).is_file()]
+    if there:
+        lens = whole_centres(intrinsics or known, image_size(there[0]), str(folder))
     with reading(folder / "groundtruth.txt", "tx ty tz qx qy qz qw"):
         where = zip(nearest_stamps(times, depth_times), nearest_stamps(times, pose_times))
         for (color, *_), (k, p) in zip(colors, where):
             if k is None or p is None or not (folder / color).is_file():
                 continue
             numbers = np.array(poses[p][:7], dtype=np.float64)
-            if lens is None:
-                lens = whole_centres(intrinsics or known, image_size(folder / color), str(folder))
             pose = rigid(numbers[[6, 3, 4, 5]], numbers[:3])
             shots.append(PosedImage(folder / color, pose, lens, folder / depths[k][0]))
         if not shots:
@@ -673,7 +690,7 @@ def read_matrix(
 
     Raises: OSError or ValueError that names the file."""
     with reading(path, f"a matrix of {side} x {side} numbers"):
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             rows = read_array(path).astype(np.float64)
         else:
             rows = np.array([float(x) for x in read_words(path).split()])
@@ -702,10 +719,11 @@ def read_image_scene(
     root = Path(root)
     home = root / "images" / split / scene
     shots, lost = [], 0
-    for color in sorted((home / "color").iterdir(), key=lambda p: (len(p.stem), p.stem)):
+    pictures = [p for p in files_below(home / "color") if p.suffix.lower() in COLOR[1:]]
+    for color in sorted(pictures, key=lambda p: (len(p.stem), p.stem)):
         pose = beside(home / "pose", color.stem, (".npy", ".txt"))
-        if color.suffix not in COLOR or pose is None:
-            lost += color.suffix in COLOR
+        if pose is None:
+            lost += 1
             continue
         pose = read_matrix(pose)
         if not np.isfinite(pose).all():
