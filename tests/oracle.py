@@ -99,6 +99,7 @@ CHECKS = dict(
     mean=lambda v, c: bool((np.abs(v) < 1e10).all()),
     corners=lambda v, c: v.ndim == 3 and bool((np.abs(v) < 1e10).all()),
     normal=_normals,
+    facing=lambda v, c: bool((np.linalg.norm(v, axis=-1) < 1.02).all()),  # short in a sliver
     color=_colors,
     segment=_classes,
     instance=_labels,

@@ -461,7 +461,7 @@ def open_meshes(folder):
     near = [folder / "gltf" / "model.gltf"] if changed.startswith("gltf/") else near
     (path,) = near or [folder / changed]
     mesh = read_mesh(path)
-    found = dict(corners=mesh.corners, normal=mesh.normal, uv=mesh.uv, tint=mesh.tint)
+    found = dict(corners=mesh.corners, facing=mesh.normal, uv=mesh.uv, tint=mesh.tint)
     found["material"] = mesh.material
     for k, material in enumerate(mesh.materials):
         found[f"{k}_tint"] = np.array(material.color)
@@ -1119,6 +1119,7 @@ def check_inputs(first, mutated, hostile):
             counts[kit.name, found if found in ALLOWED else found.partition(":")[0]] += 1
             if found not in ALLOWED:
                 wrong.append(f"{line}: {found}")
+                print(wrong[-1], file=sys.stderr, flush=True)
     return counts, most, wrong
 
 

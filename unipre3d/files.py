@@ -7,6 +7,7 @@ from __future__ import annotations
 import codecs, csv, io, json, os, re, stat, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -533,23 +534,36 @@ def check_ply(
         if not head.startswith(b"ply") or not mark:
             raise ValueError("it does not begin with the header of a PLY file")
         text = [b"ascii"] == head.split()[2:3]
-        needed = lists = rows = count = 0
+        needed = lists = count = 0
+        elements = []  # of each its rows and the types of its columns
         for word, *rest in filter(None, lines):
             if word == "element":
                 count = int(rest[1])
+                elements.append((count, []))
             if count < 0:
                 raise Found(f"an element with {count} rows")
             if word == "property":
                 lists += count * (rest[0] == "list")
                 needed += count * (2 if text else PLY_SIZES[rest[rest[0] == "list"]])
-            rows += count * (word == "element")
+                elements[-1][1].append(rest[0] if rest[0] != "list" else rest[2])
         there = os.path.getsize(path) - len(head) - len(mark)
         check_declared(max(0, needed - text), there, path, expected)
         check_unpacked(PLY_LIST * lists, there, path)
-        file.seek(len(head) + len(mark))
-        found = sum(not line.isspace() for line in file) if text else rows
-        if found < rows:
-            raise Found(f"{found} rows instead of {rows}")
+        if text:
+            file.seek(len(head) + len(mark))
+            _check_text_rows(filter(bytes.strip, file), elements)
+
+
+def _check_text_rows(lines, elements):
+    "Each element of a text has its rows, and whole numbers where it says so."
+    for count, kinds in elements:
+        whole = not {"float", "double", "float32", "float64"} & set(kinds)
+        found = 0
+        for found, line in enumerate(islice(lines, count), 1):
+            if whole and not re.fullmatch(rb"[-+\d\s]*", line):
+                raise Found(f"row {line[:40]!r} where all numbers are whole")
+        if found < count:
+            raise Found(f"{found} rows instead of {count}")
 
 
 EMPTY_LINES = rb"\n(?:[ \t]*\r?\n)+"

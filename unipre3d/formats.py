@@ -26,7 +26,7 @@ from unipre3d.files import (
     read_file,
     reading,
 )
-from .gaussians import load_ply, ply_mode, save_ply, sh_basis
+from .gaussians import check_gaussians, load_ply, ply_mode, save_ply, sh_basis
 
 # %% auto #0
 __all__ = ['AXES', 'SPZ_HEADER', 'SPZ_COLOUR', 'SPLATS', 'FLOAT', 'POINTS', 'INTEGERS', 'WIDTHS', 'half_rotation', 'check_one',
@@ -209,7 +209,7 @@ def load_spz(
             sh=np.concatenate([colour, rest], 1),
         )
         cloud = one_cloud(columns)
-    return half_rotation(cloud, AXES[".spz"]), bool(flags & 1)
+    return check_gaussians(half_rotation(cloud, AXES[".spz"]), path), bool(flags & 1)
 
 # %% ../nbs/54_formats.ipynb #54f00016
 SPLATS = "KHR_gaussian_splatting"
@@ -372,8 +372,8 @@ def load_glb(
         )
         mode = scene["asset"].get("extras", {}).get("SplatRenderMode")
         cloud = one_cloud(columns)
-    quat = about_z(cloud.quat)
-    return half_rotation(cloud, AXES[".glb"]).derive(quat=quat), mode == "mip"
+    cloud = half_rotation(cloud, AXES[".glb"]).derive(quat=about_z(cloud.quat))
+    return check_gaussians(cloud, path), mode == "mip"
 
 # %% ../nbs/54_formats.ipynb #54f00019
 def load_gaussians(

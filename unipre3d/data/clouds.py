@@ -255,7 +255,7 @@ def _archive_cloud(arrays, path):
 def read_text_cloud(
     path: str | Path,
 ) -> CloudFile:
-    """Rows of text, with or without a header.
+    """Rows of text, with or without a header, or with their number in the first line.
 
     Raises: OSError or ValueError that names the file.
     """
@@ -264,8 +264,8 @@ def read_text_cloud(
     path = Path(path)
     expected = "text with x, y, z and perhaps more in each line"
     text = decode_text(read_file(path, expected), path, expected)
-    names, start, mark = text_header(text)
     with reading(path, expected):
+        names, start, mark = text_header(text)
         how = dict(sep=mark or r"\s+", header=None, comment="#", dtype=np.float64)
         decimal = "," if mark == ";" and "," in text[start : start + 1000] else "."
         table = pd.read_csv(io.StringIO(text[start:]), decimal=decimal, **how)
@@ -274,6 +274,9 @@ def read_text_cloud(
         rows = table.to_numpy()
         if not len(rows):
             raise Found("no points")
+        first = text[:start].strip()
+        if first.isdecimal() and int(first) != len(rows):
+            raise Found(f"{len(rows):,} rows instead of {int(first):,}, as its first line says")
     if names and len(names) == rows.shape[1]:
         return named_cloud(dict(zip(names, rows.T)), path)
     if path.suffix.lower() == ".pts" and rows.shape[1] == 7:
@@ -284,7 +287,9 @@ def read_text_cloud(
 def text_header(
     text: str,
 ) -> tuple[list[str], int, str]:  # names of the columns, where the rows begin, what separates
-    "What stands before the first row of numbers; an empty separator is white space."
+    """What stands before the first row of numbers; an empty separator is white space.
+
+    Raises: ValueError for a row that was cut."""
     names = []
     start = 0
     while start < len(text):
@@ -302,6 +307,8 @@ def text_header(
             return names, start, mark
         if words and not any(numbers):
             names = words
+        elif len(words) > 1 and 2 * sum(map(bool, numbers)) > len(words) and not remark:
+            raise Found(f"{line[:60]!r} before the first row")
         start = stop + 1
     return names, len(text), ""
 
