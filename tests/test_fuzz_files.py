@@ -4,12 +4,16 @@ The default run checks a few inputs in a process of its own. The long run, for a
 
     UNIPRE3D_FUZZ=10000 python -m pytest tests/test_fuzz_files.py
     python tests/test_fuzz_files.py 0 10000 1000  # first seed, mutated inputs, hostile inputs
+    python tests/test_fuzz_files.py 0 10000 1000 data/records/outcomes/fuzz.json  # and a record of the run
 
-An input is a function of its seed and nothing of it is kept. Allowed are a value, or one line of ValueError or OSError that
-names the file. Anything else is printed with its seed: another exception, a line without the file, more than LIMIT_S seconds,
-more than a gigabyte of memory above the file. `check_input(kit, seed, hostile)` repeats it.
+An input is a function of its seed and nothing of it is kept. Allowed are one line of ValueError or OSError that names the file,
+or values that are right by the rule of `oracle.py`: those of the whole file, those that another reader finds, those that a
+warning counts, or values of their kind where no other reader reads the file. Anything else is printed with its seed: values that are
+silently wrong, another exception, a line without the file, more than LIMIT_S seconds, more than a gigabyte of memory above the
+file. `check_input(kit, seed, hostile)` repeats it.
 """
 
+import csv
 import io
 import json
 import os
@@ -20,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 import zlib
@@ -27,6 +32,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import oracle
 
 DEFAULT = (60, 40)  # mutated and hostile inputs of the default run
 LIMIT_S = 30
@@ -36,14 +42,48 @@ GIGABYTE = 2**30
 # ---- what is opened: one small data set of each kind, and a call that reads all of it
 
 
-def read_all(reader, views=True):
-    "What training reads of a data set."
+def read_all(reader, views=True, prefix=""):
+    "What training reads of a data set, by name."
+    found = {f"{prefix}count": len(reader)}
     for i in range(min(2, len(reader))):
-        reader.name(i), reader.label(i), reader.rows(i)
+        own = dict(name=reader.name(i), classes=len(reader.classes), label=reader.label(i))
+        own |= reader.rows(i)
         if views:
-            reader.world_to_cam(i), reader.K(i)
+            own |= dict(poses=reader.world_to_cam(i), K=reader.K(i), frames=reader.frames(i))
             for frame in reader.frames(i)[:2]:
-                reader.view(i, frame)
+                view = reader.view(i, frame)
+                own |= {f"view {frame} {k}": getattr(view, k) for k in ("rgb", "depth", "mask")}
+        found |= {f"{prefix}{i} {key}": value for key, value in own.items() if value is not None}
+    return found
+
+
+def other_text(path):
+    return oracle.text_of(path.read_bytes())
+
+
+def other_pose(values, key, place, pose):
+    "The poses with one that another reader found."
+    poses = np.array(values[key])
+    poses[place] = pose
+    return {key: poses}
+
+
+def other_shade(path, key):
+    "The mean of a picture, colours on black."
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(path).convert("RGBA"), dtype=float)
+    return {f"{key} shade": (pixels[..., :3] * (pixels[..., 3:] > 0)).mean((0, 1))}
+
+
+def by_column(names, read):
+    "Arrays of a cloud as another reader has them, under the names of ours."
+    made = dict(
+        xyz=lambda raw: oracle.as_points(raw)[0], coord=lambda raw: oracle.as_points(raw)[0]
+    )
+    made |= dict(color=oracle.as_color, normal=oracle.as_normal)
+    own = dict(coord="xyz", color="colors", segment20="segment")
+    return {f"0 {own.get(n, n)}": made.get(n, oracle.as_labels)(read(n)) for n in names}
 
 
 def objects(folder, kind):
@@ -63,15 +103,69 @@ def objects(folder, kind):
 def open_objects(folder):
     from unipre3d.data.shapenet import ShapeNetViews
 
-    read_all(ShapeNetViews(folder, split="train", size=32))
+    return read_all(ShapeNetViews(folder, split="train", size=32))
+
+
+def table_columns(raw):
+    "Columns of a cloud of ten numbers a point."
+    xyz, real = oracle.as_points(raw[:, :3])
+    found = {"0 xyz": xyz, "0 normal": oracle.as_normal(raw[real, 3:6])}
+    return found | {
+        "0 colors": oracle.as_color(raw[real, 6:9]),
+        "0 part": oracle.as_labels(raw[real, 9]),
+    }
+
+
+def other_objects(path, values):
+    if path.suffix == ".npy":
+        return table_columns(oracle.npy(path.read_bytes()))
+    if path.suffix == ".txt" and path.stem.isdigit():
+        pose = np.array(other_text(path).split(), dtype=float).reshape(4, 4)
+        return other_pose(values, "0 poses", int(path.stem), np.linalg.inv(pose))
+    if path.suffix == ".png":
+        return other_shade(path, f"0 view {int(path.stem)}")
+    if path.name == "objects.csv":
+        rows = oracle.table(path.read_bytes())
+        return {"count": len({(r["class"], r["id"]) for r in rows if r["split"] == "train"})}
+    if path.name == "convention.json":
+        fov = json.loads(path.read_bytes())["fov"]
+        return {"0 focal": 16 / np.tan(np.radians(fov) / 2)}
+    return None
 
 
 def open_released(folder):
     from unipre3d.data.shapenet import ShapeNetViews
 
-    read_all(ShapeNetViews(folder, convention="released", size=32, radius=0.65))
+    found = read_all(ShapeNetViews(folder, convention="released", size=32, radius=0.65))
     if MUTATED.get("name") in ("train.txt", "test.txt"):
-        ShapeNetViews(folder, convention="released", split="test")
+        found["listed"] = len(ShapeNetViews(folder, convention="released", split="test"))
+    return found
+
+
+def other_released(path, values):
+    if path.suffix == ".npy":
+        return {"0 radii": oracle.as_radii(oracle.npy(path.read_bytes()))}
+    if path.suffix == ".txt" and path.stem.isdigit():
+        pose = np.array(other_text(path).split(), dtype=float).reshape(4, 4)
+        turned = np.diag([1.0, -1, -1]) @ pose[:3, :3]
+        turns = np.array(values["0 poses"])[:, :3, :3]
+        turns[int(path.stem)] = turned.T
+        return {"0 turns": turns}
+    if path.suffix.lower() in (".png", ".jpg"):
+        return other_shade(path, f"0 view {int(path.stem)}")
+    return None
+
+
+def in_zip(columns):
+    "Members of an archive as the module zipfile finds them."
+
+    def other(path, values):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+            arrays = {Path(n).stem: n for n in archive.namelist() if n.endswith(".npy")}
+            return columns({stem: oracle.npy(archive.read(n)) for stem, n in arrays.items()})
+
+    return other
 
 
 def zip_of(make):
@@ -96,7 +190,42 @@ def rooms(folder):
 def open_rooms(folder):
     from unipre3d.data.scannet import ScanNetFrames
 
-    read_all(ScanNetFrames(folder, split="train", labels=20, hw=(12, 16)))
+    return read_all(ScanNetFrames(folder, split="train", labels=20, hw=(12, 16)))
+
+
+def other_rooms(path, values):
+    kind = path.parent.parent.name
+    if path.suffix == ".npy":
+        return by_column([path.stem], lambda name: oracle.npy(path.read_bytes()))
+    if path.name == "intrinsics.txt":
+        K = np.array(other_text(path).split(), dtype=float).reshape(4, 4)[:3, :3]
+        K[:2, 2] += 0.5
+        return {"0 K": np.diag([0.5, 0.5, 1]) @ K}
+    if kind == "pose":
+        pose = np.array(other_text(path).split(), dtype=float).reshape(4, 4)
+        place = values["0 frames"].index(int(path.stem))
+        return other_pose(values, "0 poses", place, np.linalg.inv(pose))
+    if kind == "color":
+        return other_shade(path, f"0 view {path.stem}")
+    if kind == "depth":
+        from PIL import Image
+
+        stored = np.asarray(Image.open(path))[1::2, 1::2]
+        return {f"0 view {path.stem} depth": np.where(stored > 50, stored / 1000, 0)}
+    return None
+
+
+def shards(folder):
+    from unipre3d.data.readers import Store
+    from unipre3d.data.shards import write_shards
+
+    rooms(folder / "plain")
+    write_shards(Store(folder / "plain"), folder / "packed", 1, progress=False)
+    shutil.rmtree(folder / "plain")
+
+
+def open_shards(folder):
+    return open_rooms(folder / "packed")
 
 
 def raw_scan(folder):
@@ -112,12 +241,46 @@ def open_raw(folder):
     from unipre3d.data.scannet import convert_scans, read_labels, read_mesh
 
     scene, n = folder / "a", len(read_mesh(folder / "a" / "a_vh_clean_2.ply")["coord"])
-    read_labels(scene, "a", n)
+    found = {f"1 {name}": labels for name, labels in read_labels(scene, "a", n).items()}
     with tempfile.TemporaryDirectory() as out:
         split = {"train": folder / "train.txt"}
         convert_scans(
             folder, out, split=split, labels=folder / "labels.tsv", every=1, progress=False
         )
+        return found | open_converted(Path(out))
+
+
+def open_converted(folder):
+    from unipre3d.data.scannet import ScanNetFrames
+
+    return read_all(ScanNetFrames(folder, split="train", labels=20, hw=(12, 16)))
+
+
+def other_raw(path, values):
+    if path.name.endswith(".labels.ply"):
+        from unipre3d.data.scannet import NYU40
+
+        classes = {number: k for k, number in enumerate(NYU40.tolist())}
+        rows = oracle.ply(path.read_bytes())["vertex"]["label"]
+        return {"1 segment20": np.array([classes.get(int(n), -1) for n in rows])}
+    if path.suffix == ".ply":
+        rows = oracle.ply(path.read_bytes())["vertex"]
+        xyz, color = (
+            np.stack([rows[k] for k in names], 1) for names in ("xyz", ("red", "green", "blue"))
+        )
+        return {"0 xyz": xyz, "0 colors": oracle.as_color(color)}
+    if path.suffix == ".json":
+        home = path.parent
+        segments, groups = (
+            json.loads(next(home.glob(f"*{end}")).read_bytes())
+            for end in ("segs.json", "aggregation.json")
+        )
+        segment = np.array(segments["segIndices"])
+        found = np.full(len(segment), -1)
+        for one in groups["segGroups"]:
+            found[np.isin(segment, one["segments"])] = one["objectId"]
+        return {"1 instance": oracle.as_labels(found)}
+    return None
 
 
 def labelled(folder):
@@ -140,12 +303,46 @@ def open_labelled(folder):
     from unipre3d.data.labelled import S3DIS, ModelNet40, ScanObjectNN, ShapeNetPart
 
     scans = ScanObjectNN(folder / "son", split="train")
-    read_all(scans, False)
-    scans.mask(0)
+    found = read_all(scans, False, "son-") | {"son-0 mask": scans.mask(0)}
     for form in ("normal_resampled", "ply_hdf5"):
-        read_all(ModelNet40(folder / form, split="train"), False)
-    read_all(ShapeNetPart(folder / "part", split="train"), False)
-    read_all(S3DIS(folder / "s3dis", split="test", test_area=1), False)
+        found |= read_all(ModelNet40(folder / form, split="train"), False, f"{form}-")
+    found |= read_all(ShapeNetPart(folder / "part", split="train"), False, "part-")
+    return found | read_all(S3DIS(folder / "s3dis", split="test", test_area=1), False)
+
+
+def other_labelled(path, values):
+    import h5py
+
+    form = next(p.name for p in path.parents if p.parent.name == "labelled")
+    if path.suffix == ".npy":
+        return by_column(
+            [path.stem],
+            lambda name: (
+                oracle.npy(path.read_bytes()).squeeze(-1)
+                if name in ("segment", "instance")
+                else oracle.npy(path.read_bytes())
+            ),
+        )
+    if path.suffix == ".h5":
+        with h5py.File(path, "r") as file:
+            found = {
+                f"{form}-count": len(file["data"]),
+                f"{form}-0 radii": oracle.as_radii(file["data"][0]),
+            }
+            found[f"{form}-0 label"] = np.ravel(file["label"][0])[0]
+            if form == "son":
+                found["son-0 mask"] = file["mask"][0] != -1
+            return found
+    if path.parent.name in ("a", "b", "02691156"):
+        mark = "," if form == "normal_resampled" else None
+        rows = np.loadtxt(io.StringIO(other_text(path)), delimiter=mark, ndmin=2)
+        number = 1 if path.parent.name == "b" else 0
+        found = {f"{form}-{number} radii": oracle.as_radii(rows[:, :3])}
+        if form == "part":
+            _, real = oracle.as_points(rows[:, :3])
+            found["part-0 part"] = oracle.as_labels(rows[real, 6])
+        return found
+    return None
 
 
 def scans(folder):
@@ -169,8 +366,16 @@ def open_scans(folder):
     from unipre3d.files import read_arrays
     from unipre3d.worlds.scans import Scans
 
-    read_all(Scans(folder / "scans.npz"), False)
-    read_arrays(folder / "room.npz")
+    found = read_all(Scans(folder / "scans.npz"), False)
+    arrays = read_arrays(folder / "room.npz")
+    return found | {f"room {name}_array": array for name, array in arrays.items()}
+
+
+def other_scans(path, values):
+    arrays = np.load(path, allow_pickle=False)
+    if path.name == "room.npz":
+        return {f"room {name}_array": arrays[name] for name in arrays.files}
+    return {f"0 {name}": arrays[name][0] for name in ("xyz", "part", "label")}
 
 
 def gaussians(folder):
@@ -189,8 +394,20 @@ def gaussians(folder):
 def open_gaussians(folder):
     from unipre3d.formats import load_gaussians
 
+    found = {}
     for kind in (".ply", ".spz", ".glb"):
-        load_gaussians(folder / f"gaussians{kind}")
+        cloud, _ = load_gaussians(folder / f"gaussians{kind}")
+        for name in ("mean", "scale", "quat", "opacity", "sh"):
+            found[f"{kind} {name}"] = getattr(cloud, name).numpy()
+    return found
+
+
+def other_gaussians(path, values):
+    if path.suffix != ".ply":
+        return None
+    rows = oracle.ply(path.read_bytes())["vertex"]
+    mean = np.stack([rows[axis] for axis in "xyz"], 1)
+    return {".ply mean": mean, ".ply opacity": 1 / (1 + np.exp(-rows["opacity"].astype(float)))}
 
 
 OBJ = (
@@ -242,12 +459,173 @@ def open_meshes(folder):
     changed = MUTATED.get("name", "")
     near = [folder / "a.obj"] if changed in ("a.mtl", "wood.png") else []
     near = [folder / "gltf" / "model.gltf"] if changed.startswith("gltf/") else near
-    for path in near or [folder / changed]:
-        read_mesh(path)
+    (path,) = near or [folder / changed]
+    mesh = read_mesh(path)
+    found = dict(corners=mesh.corners, facing=mesh.normal, uv=mesh.uv, tint=mesh.tint)
+    found["material"] = mesh.material
+    for k, material in enumerate(mesh.materials):
+        found[f"{k}_tint"] = np.array(material.color)
+        found[f"{k}_texture"] = material.texture
+        found[f"{k}_opacity"] = material.opacity
+    return {f"0 {name.replace('_', ' ')}": v for name, v in found.items() if v is not None}
 
 
-def prepared(folder):
-    meshes(folder / "all")
+def other_meshes(path, values):
+    data = path.read_bytes()
+    if path.suffix == ".ply":
+        found = oracle.ply(data)
+        lists = [v for k, v in found["face"].items() if k in ("vertex_indices", "vertex_index")]
+        corners = np.stack([found["vertex"][axis] for axis in "xyz"], 1)
+        return {"0 soup": oracle.soup(oracle.fans(corners, lists[0]))}
+    if path.suffix == ".gltf":
+        beside = lambda buffer: (path.parent / buffer["uri"]).read_bytes()
+        return {"0 soup": oracle.soup(oracle.gltf(data, beside))}
+    readers = {".obj": oracle.obj, ".off": oracle.off, ".stl": oracle.stl, ".glb": oracle.glb}
+    if path.suffix in readers:
+        return {"0 soup": oracle.soup(readers[path.suffix](data))}
+    return None
+
+
+def clouds(folder):
+    from test_clouds import pack_lzf
+
+    rng = np.random.default_rng(0)
+    xyz = rng.normal(size=(12, 3)).astype(np.float32)
+    rgb = rng.integers(2, 256, (12, 3)).astype(np.uint8)
+    part = np.arange(12) % 4
+    from unipre3d.data.clouds import write_cloud
+
+    write_cloud(folder / "a.ply", xyz, rgb, {"part": part}, oracle.as_normal(xyz))
+    kinds = [f"property float {k}" for k in "xyz"] + [
+        f"property uchar {k}" for k in ("red", "green", "blue")
+    ]
+    head = [
+        "ply",
+        "format ascii 1.0",
+        "element vertex 12",
+        *kinds,
+        "property int part",
+        "end_header",
+    ]
+    lines = [
+        " ".join(map(str, (*p, *c, k)))
+        for p, c, k in zip(xyz.tolist(), rgb.tolist(), part.tolist())
+    ]
+    (folder / "b.ply").write_text("\n".join(head + lines) + "\n")
+    head = "FIELDS x y z part\nSIZE 4 4 4 4\nTYPE F F F I\nCOUNT 1 1 1 1\nWIDTH 12\nHEIGHT 1\nPOINTS 12\nDATA "
+    rows = np.rec.fromarrays([*xyz.T, part.astype("<i4")], dtype="<f4,<f4,<f4,<i4")
+    plain = [" ".join(map(str, (*p, k))) for p, k in zip(xyz.tolist(), part.tolist())]
+    (folder / "c.pcd").write_text(head + "ascii\n" + "\n".join(plain) + "\n")
+    (folder / "d.pcd").write_bytes(head.encode() + b"binary\n" + rows.tobytes())
+    turned = b"".join(np.ascontiguousarray(rows[name]).tobytes() for name in rows.dtype.names)
+    packed = pack_lzf(turned)
+    sizes = struct.pack("<II", len(packed), len(turned))
+    (folder / "e.pcd").write_bytes(head.encode() + b"binary_compressed\n" + sizes + packed)
+    np.save(folder / "f.npy", np.concatenate([xyz, rgb], 1))
+    np.savez_compressed(folder / "g.npz", xyz=xyz, color=rgb, part=part)
+    lines = [",".join(map(str, (*p, *c))) for p, c in zip(xyz.tolist(), rgb.tolist())]
+    (folder / "h.csv").write_text("\n".join(["x,y,z,red,green,blue", *lines]) + "\n")
+    np.savetxt(folder / "i.xyz", xyz)
+    np.savetxt(folder / "j.txt", np.concatenate([xyz, rgb], 1), fmt="%.6f")
+
+
+def open_clouds(folder):
+    from unipre3d.data.clouds import read_cloud
+
+    cloud = read_cloud(folder / MUTATED["name"])
+    found = dict(xyz=cloud.xyz + cloud.offset, color=cloud.color, normal=cloud.normal)
+    found |= {f"{name} scalar": values for name, values in cloud.scalars.items()}
+    return {f"0 {name}": values for name, values in found.items() if values is not None}
+
+
+def other_clouds(path, values):
+    data = path.read_bytes()
+    rgb = ("red", "green", "blue")
+    if path.suffix in (".ply", ".pcd"):
+        rows = oracle.ply(data)["vertex"] if path.suffix == ".ply" else oracle.pcd(data)
+        if rows is None:
+            return None
+        names = set(rows.dtype.names) if hasattr(rows, "dtype") else set(rows)
+        raw = {"xyz": np.stack([rows[k] for k in "xyz"], 1)}
+        if set(rgb) <= names:
+            raw["color"] = np.stack([rows[k] for k in rgb], 1)
+    elif path.suffix == ".npz":
+        raw = {name: array for name, array in np.load(path).items() if name in ("xyz", "color")}
+    elif path.suffix == ".csv":
+        rows = oracle.table(data)
+        wide = [[float(row[k]) for k in (*"xyz", *rgb)] for row in rows]
+        raw = dict(xyz=np.array(wide)[:, :3], color=np.array(wide)[:, 3:])
+    else:
+        rows = (
+            oracle.npy(data)
+            if path.suffix == ".npy"
+            else np.loadtxt(io.StringIO(other_text(path)), ndmin=2)
+        )
+        raw = dict(xyz=rows[:, :3])
+    xyz, real = oracle.as_points(raw["xyz"])
+    found = {"0 xyz": xyz}
+    if "color" in raw:
+        found["0 colors"] = oracle.as_color(raw["color"])[real]
+    return found
+
+
+def captures(folder):
+    from test_posed import HW, K, WALK, box_frame, colmap_binary, colmap_folder, colmap_text
+    from test_posed import scene_folder, transforms_folder, tum_folder
+
+    frames = [box_frame(pose, K, HW) for pose in WALK[:3]]
+    colmap_folder(folder / "bytes", frames, write=colmap_binary, depth=1000)
+    colmap_folder(folder / "text", frames, write=colmap_text)
+    transforms_folder(folder / "transforms", frames, integer_depth_scale=0.001)
+    tum_folder(folder / "sequence", frames)
+    scene_folder(folder / "scene", frames)
+
+
+def open_captures(folder):
+    from unipre3d.data.imports import draw_color, draw_depth
+    from unipre3d.data.posed import read_captures
+
+    place = folder / Path(MUTATED["name"]).parts[0]
+    values = (70, 70, 39.5, 29.5) if place.name == "sequence" else ()
+    (capture,) = read_captures(place, intrinsics=values)
+    for remark in capture.remarks:  # printed by the command
+        warnings.warn(f"{place}: {remark}")
+    images = capture.images
+    found = dict(count=len(images), names=[one.color.name for one in images])
+    found |= dict(
+        poses=np.stack([one.pose for one in images]), K=np.stack([one.lens.K for one in images])
+    )
+    found |= {f"{key}_tensor": value for key, value in (capture.cloud or {}).items()}
+    if "coord_tensor" in found:
+        found["xyz"] = found["coord_tensor"]
+    for k, one in enumerate(images[:2]):
+        found[f"{k}_rgb"] = draw_color(one, one.lens)
+        found[f"{k}_depth"] = draw_depth(one, one.lens) if one.depth else None
+    return {f"0 {name.replace('_', ' ')}": v for name, v in found.items() if v is not None}
+
+
+def other_captures(path, values):
+    names = list(values["0 names"])
+    poses = np.array(values["0 poses"])
+    if path.name == "transforms.json":
+        frames = json.loads(other_text(path))["frames"]
+        assert len(frames) == len(names)
+        for frame in frames:
+            matrix = np.eye(4)
+            rows = np.array(frame["transform_matrix"], dtype=float)
+            matrix[: len(rows)] = rows
+            poses[names.index(Path(frame["file_path"]).name)] = matrix @ np.diag([1, -1, -1, 1])
+        return {"0 poses": poses}
+    if path.parent.name == "pose":
+        poses[names.index(f"{path.stem}.png")] = oracle.npy(path.read_bytes()).reshape(4, 4)
+        return {"0 poses": poses}
+    if path.name == "points3D.txt":
+        lines = [line.split() for line in other_text(path).splitlines()]
+        rows = np.array(
+            [[float(x) for x in line[1:7]] for line in lines if line and line[0][0] != "#"]
+        )
+        return {"0 coord tensor": rows[:, :3], "0 color tensor": rows[:, 3:]}
+    return None
 
 
 def runs(folder):
@@ -281,6 +659,35 @@ def runs(folder):
         shutil.copy(data_dir() / "autoencoder-mini" / name, folder / "vae" / name)
 
 
+def other_runs(path, values):
+    import torch
+    from safetensors.torch import load
+
+    if path.suffix == ".json" and path.parent.name == "runs":
+        found = json.loads(other_text(path))
+        found.pop("sha256" if path.name == "config.json" else "", None)
+        return {"text": json.dumps(found, sort_keys=True)}
+    if path.suffix in (".pth", ".safetensors"):
+        data = path.read_bytes()
+        tensors = (
+            load(data)
+            if path.suffix == ".safetensors"
+            else torch.load(io.BytesIO(data), weights_only=True)
+        )
+        tensors = {k: v for k, v in tensors.items() if k != "epoch"}
+        tensors = (
+            {f"model.{k}": v for k, v in tensors["model"].items()}
+            if "model" in tensors
+            else tensors
+        )
+        return {
+            f"0 {k} tensor": v.float().numpy()
+            for k, v in tensors.items()
+            if f"0 {k} tensor" in values or path.parent.name == "runs"
+        }
+    return None
+
+
 def open_runs(folder):
     from unipre3d.backbones import StandardTransformer
     from unipre3d.image import load_autoencoder
@@ -289,35 +696,59 @@ def open_runs(folder):
     from unipre3d.runs.checkpoint import MetricsFile, load_tensors
 
     changed = MUTATED.get("name", "")
+
+    def text(value):
+        return {"text": json.dumps(value, sort_keys=True)}
+
+    def tensors(found):
+        return {f"0 {name} tensor": tensor.float().numpy() for name, tensor in found.items()}
+
+    def metrics():
+        MetricsFile(folder / "metrics.csv", ["step", "loss"], 1).close()
+        rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
+        return {f"{row['step']} tensor": np.array(float(row["loss"])) for row in rows}
+
     calls = {
-        "record.json": lambda: read_record(folder / "record.json"),
-        "config.json": lambda: read_config(folder),
-        "metrics.csv": lambda: MetricsFile(folder / "metrics.csv", ["step", "loss"], 1).close(),
-        "checkpoint.safetensors": lambda: load_tensors(folder / "checkpoint.safetensors"),
-        "vae": lambda: load_autoencoder(folder / "vae"),
-        "backbone": lambda: StandardTransformer.from_pretrained(folder / "backbone"),
+        "record.json": lambda: text(read_record(folder / "record.json")),
+        "config.json": lambda: text(read_config(folder)),
+        "metrics.csv": metrics,
+        "checkpoint.safetensors": lambda: tensors(
+            load_tensors(folder / "checkpoint.safetensors")[0]
+        ),
+        "vae": lambda: tensors(load_autoencoder(folder / "vae").state_dict()),
+        "backbone": lambda: tensors(
+            StandardTransformer.from_pretrained(folder / "backbone").state_dict()
+        ),
     }
-    released = lambda: read_checkpoint(folder / changed)
-    calls.get(changed, calls.get(changed.partition("/")[0], released))()
+    released = lambda: tensors(read_checkpoint(folder / changed))
+    return calls.get(changed, calls.get(changed.partition("/")[0], released))()
 
 
 KITS = {
-    "objects": (lambda folder: objects(folder, "unipre3d"), open_objects),
-    "released": (lambda folder: objects(folder, "released"), open_released),
+    "objects": (lambda folder: objects(folder, "unipre3d"), open_objects, other_objects),
+    "released": (lambda folder: objects(folder, "released"), open_released, other_released),
     "objects in a zip": (
         zip_of(lambda folder: objects(folder, "unipre3d")),
         lambda folder: open_objects(folder / "set.zip"),
+        in_zip(lambda arrays: table_columns(*arrays.values())),
     ),
-    "rooms": (rooms, open_rooms),
-    "rooms in a zip": (zip_of(rooms), lambda folder: open_rooms(folder / "set.zip")),
-    "raw scans": (raw_scan, open_raw),
-    "labelled": (labelled, open_labelled),
-    "scans": (scans, open_scans),
-    "gaussians": (gaussians, open_gaussians),
-    "meshes": (meshes, open_meshes),
-    "runs": (runs, open_runs),
+    "rooms": (rooms, open_rooms, other_rooms),
+    "rooms in a zip": (
+        zip_of(rooms),
+        lambda folder: open_rooms(folder / "set.zip"),
+        in_zip(lambda arrays: by_column(arrays, arrays.get)),
+    ),
+    "shards": (shards, open_shards, lambda path, values: None),
+    "raw scans": (raw_scan, open_raw, other_raw),
+    "labelled": (labelled, open_labelled, other_labelled),
+    "scans": (scans, open_scans, other_scans),
+    "gaussians": (gaussians, open_gaussians, other_gaussians),
+    "meshes": (meshes, open_meshes, other_meshes),
+    "clouds": (clouds, open_clouds, other_clouds),
+    "captures": (captures, open_captures, other_captures),
+    "runs": (runs, open_runs, other_runs),
 }
-ONE_BY_ONE = ("meshes", "runs")  # kits whose files are opened one by one
+ONE_BY_ONE = ("meshes", "clouds", "captures", "runs")  # kits whose files are opened one by one
 MUTATED = {}  # "name": of the file that was changed, for kits whose files are opened one by one
 
 
@@ -326,7 +757,7 @@ class Kit:
 
     def __init__(self, name, home):
         self.name = name
-        make, self.open = KITS[name]
+        make, self.open, self.other = KITS[name]
         self.folder = home / name.replace(" ", "_")
         self.folder.mkdir()
         make(self.folder)
@@ -334,11 +765,22 @@ class Kit:
         unread = re.compile(r"easy/(0[2-9]|[12]\d)\.")  # views that `read_all` leaves out
         found = [p for p in found if not unread.search(str(p))]
         self.files = {str(p.relative_to(self.folder)): p.read_bytes() for p in found}
+        self.first = {}  # values of the whole files; of kits that are opened one by one by file
         whole = list(self.files)[: None if name in ONE_BY_ONE else 1]
         for MUTATED["name"] in whole:  # as they are they open, or nothing would be tested
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.open(self.folder)
+                self.first[MUTATED["name"]] = self.open(self.folder)
+            self.restore(MUTATED["name"])
+        for file in self.files:  # what another reader finds is compared, or it would tell nothing
+            values = self.whole(file)
+            found = self.other(self.folder / file, values)
+            wrong = oracle.wrong_kind(values) or oracle.differing(values, found or {})
+            assert not wrong, f"{name}: {file}: {wrong}"
+
+    def whole(self, name):
+        "Values of the whole files."
+        return self.first.get(name) or next(iter(self.first.values()))
 
     def restore(self, name):
         path = self.folder / name
@@ -593,16 +1035,18 @@ def peak_memory():
 
 
 def outcome(kit, name, size):
-    "What opening the files gives: `value`, `refused`, or what is wrong."
+    """What opening the files gives, and its memory in bytes above what was there.
+
+    `refused`, one of the words of `oracle.verdict`, or what is wrong."""
     MUTATED["name"] = name
     before = peak_memory() and peak_memory()
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(LIMIT_S)
+    values = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            kit.open(kit.folder)
-        found = "value"
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            values = kit.open(kit.folder)
     except (ValueError, OSError) as problem:
         text, found = str(problem), "refused"
         named = Path(name).name in text or str(kit.folder) in text
@@ -616,13 +1060,23 @@ def outcome(kit, name, size):
         found = f"traceback: {type(problem).__name__}: {str(problem)[:200]!r}"
     finally:
         signal.alarm(0)
-    if before and peak_memory() > before + size + GIGABYTE:
+    above = peak_memory() - before if before else 0
+    if values is not None:
+        warned = any(
+            w.category is not RuntimeWarning and str(kit.folder) in str(w.message) for w in said
+        )
+        path = kit.folder / name
+        other = kit.other if path.is_file() else lambda path, values: None  # a device has no end
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = oracle.verdict(values, kit.whole(name), lambda v: other(path, v), warned)
+    if above > size + GIGABYTE:
         found = "more than 1 GB above the file"
-    return found
+    return found, above - size
 
 
 def check_input(kit, seed, hostile=None):
-    "One input of a kit: the outcome and a line that says what was done."
+    "One input of a kit: the outcome, its memory, and a line that says what was done."
     rng = np.random.default_rng(seed)
     name = list(kit.files)[int(rng.integers(len(kit.files)))]
     path = kit.folder / name
@@ -641,28 +1095,46 @@ def check_input(kit, seed, hostile=None):
         else:
             how(path)
         done = how if how in hostile else how.__name__
-    found = outcome(kit, name, size)
+    found, above = outcome(kit, name, size)
     kit.restore(name)
-    return found, f"seed {seed}, {kit.name}: {name}, {done}"
+    return found, above, f"seed {seed}, {kit.name}: {name}, {done}"
+
+
+ALLOWED = ("refused", "same", "agrees", "counted", "in range")
 
 
 def check_inputs(first, mutated, hostile):
-    "A table of outcomes, and a line for each that is not allowed."
+    "Counts by kit and outcome, the most memory above a file in bytes, and a line for each outcome that is not allowed."
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
         kits = [Kit(name, home) for name in KITS]
         contents = hostile_files(home)
-        counts, wrong = Counter(), []
+        counts, wrong, most = Counter(), [], 0
         for seed in range(first, first + mutated + hostile):
             kit = kits[seed % len(kits)]
             evil = contents if seed >= first + mutated else None
             print(seed, kit.name, file=sys.stderr, flush=True)
-            found, line = check_input(kit, seed, evil)
-            allowed = found in ("value", "refused")
-            counts[kit.name, found if allowed else found.partition(":")[0]] += 1
-            if not allowed:
+            found, above, line = check_input(kit, seed, evil)
+            most = max(most, above)
+            counts[kit.name, found if found in ALLOWED else found.partition(":")[0]] += 1
+            if found not in ALLOWED:
                 wrong.append(f"{line}: {found}")
-    return counts, wrong
+                print(wrong[-1], file=sys.stderr, flush=True)
+    return counts, most, wrong
+
+
+def write_record(path, first, mutated, hostile, counts, most, wrong, seconds):
+    "What a run of this file found."
+    from unipre3d.records import code_version, hardware
+
+    table = {}
+    for (kit, found), count in sorted(counts.items()):
+        table.setdefault(kit, {})[found] = count
+    record = dict(date=time.strftime("%Y-%m-%d", time.gmtime()), code=code_version())
+    record |= dict(first_seed=first, mutated=mutated, hostile=hostile, seconds=round(seconds))
+    record |= dict(most_megabytes_above_file=round(most / 2**20), limit_seconds=LIMIT_S)
+    record |= dict(outcomes=table, wrong=wrong, hardware=hardware())
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def test_mutated_and_hostile_files():
@@ -674,9 +1146,41 @@ def test_mutated_and_hostile_files():
     assert not done.returncode, done.stdout[-3000:] + done.stderr[-500:]
 
 
+def test_the_oracle_finds_what_is_silent():
+    "Each way of being wrong is one; each right way has its word."
+    whole = {"0 xyz": np.eye(3), "0 classes": 4, "0 segment": np.arange(3), "0 color": np.eye(3)}
+    first = whole | {}
+
+    def says(other=lambda values: None, warned=False, **changed):
+        values = whole | {f"0 {name}": value for name, value in changed.items()}
+        return oracle.verdict(values, first, other, warned)
+
+    def refuses(values):
+        raise OSError("cut off")
+
+    moved = np.eye(3) + 1
+    assert says() == "same" and says(xyz=moved) == "in range"
+    assert says(lambda values: {"0 xyz": moved}, xyz=moved) == "agrees"
+    assert says(lambda values: {"0 xyz": np.eye(3)}, xyz=moved).startswith("silent")
+    assert says(refuses, xyz=moved).startswith("silent: refused elsewhere, OSError")
+    assert says(refuses, True, xyz=moved) == says(warned=True, xyz=moved) == "counted"
+    wrong = dict(
+        xyz=moved * np.nan, segment=np.full(3, 4), color=moved, label=4, mask=np.full(3, 2)
+    )
+    wrong |= dict(instance=np.zeros(2, int), depth=-np.ones((2, 2), np.float32), K=np.zeros((3, 3)))
+    wrong |= dict(poses=np.full((1, 4, 4), 2.0), normal=moved, tensor=np.array(np.inf))
+    for name, value in wrong.items():
+        assert says(warned=True, **{name: value}).startswith(f"silent: 0 {name}")
+
+
 if __name__ == "__main__":
-    counts, wrong = check_inputs(*map(int, sys.argv[1:4]))
+    numbers = list(map(int, sys.argv[1:4]))
+    began = time.monotonic()
+    counts, most, wrong = check_inputs(*numbers)
     for (kit, found), count in sorted(counts.items()):
         print(f"{kit:20} {found:40} {count:6}")
+    print(f"at most {most / 2**20:.0f} MB above a file")
     print(*wrong, sep="\n")
+    if len(sys.argv) > 4:
+        write_record(sys.argv[4], *numbers, counts, most, wrong, time.monotonic() - began)
     sys.exit(bool(wrong))

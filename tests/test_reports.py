@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
+from test_posed import HW, K, WALK, colmap_folder, colmap_text, scene_folder, transforms_folder
 
+from unipre3d.cli import main
+from unipre3d.data.clouds import read_cloud
+from unipre3d.data.imports import ImportOptions, import_posed
 from unipre3d.data.labelled import (
     ModelNet40,
     ShapeNetPart,
     write_modelnet40,
     write_shapenetpart,
 )
+from unipre3d.data.posed import read_captures, read_colmap, read_transforms
 from unipre3d.data.scannet import (
     ScanNetFrames,
+    box_frame,
     convert_scans,
     read_categories,
     read_color,
@@ -29,6 +35,7 @@ from unipre3d.data.scannet import (
 )
 from unipre3d.data.scannet import read_mesh as read_scan
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
+from unipre3d.values import check_labels, unit_colors
 from unipre3d.worlds.mesh import read_mesh, surface, to_linear, to_srgb
 from unipre3d.worlds.prepare import prepare_meshes
 
@@ -491,3 +498,179 @@ def test_a_camera_note_about_rotation_moves_no_pixel(tmp_path):
     assert Image.open(path).getexif()[0x0112] == 3
     found = ScanNetFrames(root, split="val", hw=(24, 32)).view(0, source.frames(0)[0])
     assert (found.rgb == want.rgb).all() and (found.depth == want.depth).all()
+
+
+# ---------------------------------------------------------------- posed images and clouds of other programs
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return [box_frame(pose, K, HW) for pose in WALK[:4]]
+
+
+def film(folder, frames):
+    return transforms_folder(folder, frames) / "transforms.json"
+
+
+def test_paths_that_windows_wrote(tmp_path, frames):
+    "nerfstudio 874: backslashes in transforms.json; the images were there and none was found."
+    path = film(tmp_path / "film", frames)
+    (path.parent / "images").mkdir()
+    for picture in path.parent.glob("*.png"):
+        picture.rename(path.parent / "images" / picture.name)
+    tree = json.loads(path.read_text())
+    for frame in tree["frames"]:
+        frame["file_path"] = "images\\" + frame["file_path"]
+        frame["depth_file_path"] = ".\\images\\" + frame["depth_file_path"]
+    path.write_text(json.dumps(tree))
+    capture = read_transforms(path, "film")
+    assert len(capture.images) == 4 and all(one.depth.is_file() for one in capture.images)
+
+
+def test_cameras_of_images_that_were_rotated(tmp_path, frames):
+    "nerfstudio 3585: width and height are swapped; pictures were squeezed into the other shape."
+    path = film(tmp_path / "film", frames)
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | dict(w=HW[0], h=HW[1], cx=HW[0] / 2, cy=HW[1] / 2)))
+    words = ("00.png: expected the proportions of its camera, 60 x 80, found 80 x 60",)
+    one_line(lambda: read_transforms(path, "film"), *words)
+    folder = colmap_folder(tmp_path / "colmap", frames)
+    for picture in (folder / "images").iterdir():
+        Image.open(picture).transpose(Image.Transpose.ROTATE_90).save(picture)
+    how = ImportOptions(out=str(tmp_path / "out"), scale=1, hold_out=0)
+    words = ("000.png: expected the proportions of its camera, 80 x 60, found 60 x 80",)
+    one_line(lambda: import_posed(folder, how, progress=False), *words)
+
+
+def test_names_of_images_with_spaces(tmp_path, frames):
+    "LichtFeld-Studio 810, instant-ngp 1096: COLMAP's list was cut at the space."
+    folder = colmap_folder(tmp_path / "film", frames, write=colmap_text)
+    listed = folder / "sparse" / "0" / "images.txt"
+    listed.write_text(listed.read_text().replace("000.png", "plan (402) a.png"))
+    (folder / "images" / "000.png").rename(folder / "images" / "plan (402) a.png")
+    names = [one.color.name for one in read_colmap(folder).images]
+    assert names == ["001.png", "002.png", "003.png", "plan (402) a.png"]
+
+
+def test_pictures_and_matrices_in_capitals(tmp_path, frames):
+    "Endings as cameras and Windows write them, and what macOS leaves beside them."
+    root = scene_folder(tmp_path, frames)
+    home = root / "images" / "train" / "box"
+    for kind in ("color", "depth", "pose"):
+        for path in list((home / kind).iterdir()):
+            path.rename(path.with_suffix(path.suffix.upper()))
+    (home / "color" / "._0.PNG").write_bytes(b"\0\5\x16\7")
+    (home / "pose" / "._0.NPY").write_bytes(b"\0\5\x16\7")
+    (capture,) = read_captures(root)
+    assert len(capture.images) == 4 and not capture.remarks
+    assert all(one.depth is not None for one in capture.images)
+
+
+@pytest.mark.parametrize("kind", ("pcd", "ply"))
+def test_a_depth_camera_that_measured_little(tmp_path, kind):
+    "labelCloud 54, Open3D 5985: most rows of an image of points are nan or -inf; they are dropped and counted."
+    rows = np.full((24, 3), np.nan if kind == "pcd" else -np.inf)
+    rows[::6] = CORNERS
+    path = tmp_path / f"a.{kind}"
+    text = "\n".join(" ".join(map(str, row)) for row in rows.tolist()) + "\n"
+    head = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 6\nHEIGHT 4\nPOINTS 24\nDATA ascii\n"
+    if kind == "ply":
+        names = "".join(f"property float {axis}\n" for axis in "xyz")
+        head = f"ply\nformat ascii 1.0\nelement vertex 24\n{names}end_header\n"
+    path.write_text(head + text)
+    with pytest.warns(UserWarning, match="left out 20 of 24 points"):
+        cloud = read_cloud(path)
+    np.testing.assert_array_equal(cloud.xyz, CORNERS)
+    path.write_text(head + text.replace("1.0", "nan").replace("0.0", "nan"))
+    one_line(lambda: read_cloud(path), path, "expected finite numbers")
+
+
+def test_faces_that_count_their_corners_backwards(tmp_path):
+    "trimesh 2364: -1 is the last corner before the face, not the last of the file."
+    lines = []
+    for shift in (0, 5):
+        lines += [f"v {x + shift:g} {y:g} {z:g}" for x, y, z in CORNERS[:3]] + ["vt 0 0"]
+        lines += ["f -3/-1 -2/-1 \\", "-1/-1"]
+    (tmp_path / "a.obj").write_text("\n".join(lines) + "\n")
+    corners = read_mesh(tmp_path / "a.obj", "z").corners
+    np.testing.assert_array_equal(corners, [CORNERS[:3], CORNERS[:3] + [5, 0, 0]])
+    (tmp_path / "a.obj").write_text("\n".join([*lines, "f -9 -2 -1"]) + "\n")
+    one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "corner -9 after 6")
+
+
+@pytest.mark.parametrize("end", ("\n", "\r\n"))
+def test_empty_lines_in_a_ply_file(tmp_path, end):
+    "plyfile 84, happly 45: programs write them into the header and before the rows."
+    names = [f"property float {axis}" for axis in "xyz"]
+    lines = ["ply", "format ascii 1.0", "", "element vertex 4", *names, "", "element face 2"]
+    lines += ["property list uchar int vertex_indices", "end_header", ""]
+    lines += [" ".join(map(str, corner)) for corner in CORNERS.tolist()]
+    lines += ["", "3 0 1 2", "3 0 2 3", ""]
+    (tmp_path / "a.ply").write_bytes(end.join(lines).encode())
+    np.testing.assert_array_equal(read_cloud(tmp_path / "a.ply").xyz, CORNERS)
+    np.testing.assert_array_equal(read_mesh(tmp_path / "a.ply", "z").corners[0], CORNERS[:3])
+
+
+def test_an_stl_file_of_bytes_that_begins_like_text(tmp_path):
+    "meshio 530: the first word of SolidWorks' files is solid."
+    trimesh.creation.box().export(tmp_path / "a.stl")
+    data = (tmp_path / "a.stl").read_bytes()
+    (tmp_path / "b.stl").write_bytes(b"solid Box".ljust(80) + data[80:])
+    want, found = (read_mesh(tmp_path / f"{name}.stl").corners for name in "ab")
+    np.testing.assert_array_equal(found, want)
+
+
+def test_labels_that_hold_two_numbers(tmp_path):
+    "semantic-kitti-api 15: class and instance in one number of 32 bits; never cut."
+    labels = np.uint32([1, 131_076, 16_449_537, 3])
+    one_line(lambda: check_labels(labels, "a.label", 20), "expected labels in -1..19, found 131076")
+
+
+def test_an_array_that_an_older_python_wrote(tmp_path):
+    "npy-matlab 2: whole numbers of its header end in L; numpy 28334: or are named by their type."
+    np.save(tmp_path / "a.npy", CORNERS)
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data.replace(b"(4, 3), }  ", b"(4L, 3L), }"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_array_equal(read_cloud(tmp_path / "a.npy").xyz, CORNERS)
+    (tmp_path / "a.npy").write_bytes(
+        data.replace(b"(4, 3), }" + b" " * 12, b"(np.int64(4), 3), }  ")
+    )
+    one_line(lambda: read_cloud(tmp_path / "a.npy"), "a.npy: expected a numpy array")
+
+
+def test_a_page_that_was_saved_as_an_archive(tmp_path, capsys):
+    "pytorch_geometric 10396: a data set's address moved, and the answer was unpacked."
+    (tmp_path / "set.zip").write_text("<!DOCTYPE html><title>404 Not Found</title>")
+    assert main(["data", "check", str(tmp_path / "set.zip")]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "set.zip: expected" in said and "a web page" in said
+
+
+def test_bytes_of_colours_in_sixteen_bits():
+    "laspy 221, pyntcloud 331: a LAS file may hold either; bytes were divided by 256 and black."
+    small = np.uint16([[200, 30, 90]])
+    np.testing.assert_allclose(unit_colors(small, "a.las"), small / 255)
+    np.testing.assert_allclose(unit_colors(small * 257, "a.las"), small / 255, atol=1e-6)
+
+
+def test_classes_with_a_hyphen_in_lists_of_objects(tmp_path):
+    "A line <class>-<name> was cut at its first hyphen, and the object left out."
+    export_objects(ShapeNetViews(classes=["lamp"], split="train"), tmp_path, "released", [0])
+    name = next((tmp_path / "lamp").iterdir()).name
+    (tmp_path / "lamp").rename(tmp_path / "floor-lamp")
+    points = tmp_path / "floor-lamp" / name / "pts"
+    next(points.iterdir()).rename(points / f"floor-lamp-{name}.npy")
+    (tmp_path / "train.txt").write_text(f"floor-lamp-{name}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(ShapeNetViews(tmp_path, convention="released", split="train")) == 1
+
+
+def test_a_pointer_in_the_place_of_colours(tmp_path):
+    "An MTL file that Git LFS keeps: the mesh was grey without a word."
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 88\n"
+    path = obj(tmp_path, pointer)
+    with pytest.warns(UserWarning, match="a.obj: left out what it names and cannot be read: a.mtl"):
+        read_mesh(path)

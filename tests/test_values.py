@@ -10,14 +10,17 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 from plyfile import PlyData, PlyElement
+from test_posed import HW, K, WALK, transforms_folder
 
 import unipre3d
 from unipre3d.cli import main
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
 from unipre3d.data.check import check_data, find_readers
+from unipre3d.data.imports import ImportOptions, import_posed
 from unipre3d.data.labelled import (
     S3DIS,
     ModelNet40,
@@ -27,10 +30,18 @@ from unipre3d.data.labelled import (
     write_scanobjectnn,
     write_shapenetpart,
 )
-from unipre3d.data.readers import Concat, as_views
+from unipre3d.data.readers import Concat, Store, as_views
 from unipre3d.data.samples import CloudSamples, Labelled, ViewSamples
-from unipre3d.data.scannet import ScanNetFrames, box_cloud, read_mesh, write_box_rooms, write_cloud
+from unipre3d.data.scannet import (
+    ScanNetFrames,
+    box_cloud,
+    box_frame,
+    read_mesh,
+    write_box_rooms,
+    write_cloud,
+)
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
+from unipre3d.data.shards import write_shards
 from unipre3d.geometry.cameras import project
 from unipre3d.recipes import find_recipe, finetune_recipes
 from unipre3d.runs.checkpoint import load_tensors
@@ -42,6 +53,7 @@ from unipre3d.tasks.pretrain import predict
 from unipre3d.tasks.scenes import ScenePoints
 from unipre3d.values import check_cloud, check_labels, color_scale
 from unipre3d.worlds.mesh import read_mesh as own_mesh
+from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
 RNG = np.random.default_rng(0)
 TRUE = RNG.uniform(0, 4, (2000, 3))
@@ -755,28 +767,79 @@ def test_a_folder_without_a_known_layout_is_refused(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "none")]) == 2
 
 
-@pytest.mark.parametrize(
-    "kind", ("scanobjectnn", "modelnet40", "shapenetpart", "released", "s3dis")
-)
-def test_every_layout_is_recognised_and_clean(tmp_path, kind):
+LAYOUTS = {
+    "scanobjectnn": 0,
+    "modelnet40": 0,
+    "modelnet40 h5": 0,
+    "shapenetpart": 0,
+    "s3dis": 0,
+    "released": 24,
+    "exported": 24,
+    "archive": 24,
+    "prepared": 12,
+    "rooms": 4,
+    "rooms of 200": 4,
+    "shards": 4,
+    "shards of objects": 24,
+    "imported": 4,
+}  # layout -> views that it has
+
+
+def write_layout(folder, kind):
+    "A small data set; a path to it."
     cloud = np.concatenate([TRUE[:64], np.tile([0, 0, 1.0], (64, 1))], 1)
+    home = folder / "set"
     if kind == "scanobjectnn":
-        write_scanobjectnn(tmp_path, TRUE[None, :64], [3], split="train")
-    if kind == "modelnet40":
+        write_scanobjectnn(home, TRUE[None, :64], [3], split="train")
+    if kind.startswith("modelnet40"):
+        form = "ply_hdf5" if kind.endswith("h5") else "normal_resampled"
         for split in ("train", "test"):
-            write_modelnet40(tmp_path, [("a", cloud)], ["a"], split=split)
+            write_modelnet40(home, [("a", cloud)], ["a"], split=split, form=form)
     if kind == "shapenetpart":
         one = np.concatenate([cloud, np.full((64, 1), 12)], 1)
         shapes = {split: [("03001627", split, one)] for split in ("train", "val", "test")}
-        write_shapenetpart(tmp_path, shapes, dict(Chair="03001627"))
+        write_shapenetpart(home, shapes, dict(Chair="03001627"))
     if kind == "released":
-        export_objects(ShapeNetViews(classes=["lamp"]), tmp_path, "released", [0])
+        export_objects(ShapeNetViews(classes=["lamp"]), home, "released", [0])
     if kind == "s3dis":
-        areas(tmp_path, coord=TRUE[:64], segment=np.zeros(64), instance=np.zeros(64))
-    report = check_data(find_readers(tmp_path), progress=False)
+        areas(home, coord=TRUE[:64], segment=np.zeros(64), instance=np.zeros(64))
+    if kind in ("exported", "archive", "shards of objects"):
+        export_objects(ShapeNetViews(classes=["lamp"]), home, "unipre3d", [0])
+    if kind == "archive":
+        return shutil.make_archive(folder / "packed", "zip", home)
+    if kind == "prepared":
+        for k in range(3):
+            (home / "box").mkdir(parents=True, exist_ok=True)
+            trimesh.creation.box((1, 2, 3 + k)).export(home / "box" / f"{k}.ply")
+        return prepare_meshes(find_meshes(home), folder / "made.zip", views=4, size=32, points=256)
+    if kind.startswith("rooms") or kind == "shards":
+        rooms = dict(a="train", b="val")
+        write_box_rooms(home, rooms=rooms, n_frames=2, hw=(60, 80), spacing=0.2)
+    if kind == "rooms of 200":
+        for path in home.glob("*/*/segment20.npy"):
+            path.rename(path.with_name("segment200.npy"))
+    if kind.startswith("shards"):
+        return write_shards(Store(home), folder / "shards", progress=False)
+    if kind == "imported":
+        film = [box_frame(pose, K, HW) for pose in WALK[:4]]
+        how = ImportOptions(out=str(folder / "out"), height=60, hold_out=0)
+        import_posed(transforms_folder(home, film), how, progress=False)
+        return folder / "out"
+    return home
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_layout_is_recognised_and_clean(tmp_path, kind):
+    report = check_data(find_readers(write_layout(tmp_path, kind)), progress=False)
     assert not report.refused and not report.dropped and not report.lines
-    assert report.accepted["points"] and report.accepted["labels"]
-    assert report.accepted["views"] == (24 if kind == "released" else 0)
+    assert report.accepted["points"] and report.accepted["views"] == LAYOUTS[kind]
+    assert report.accepted["labels"] or kind == "imported"
+
+
+def test_a_folder_of_posed_images_is_told_from_a_data_set(tmp_path):
+    film = [box_frame(pose, K, HW) for pose in WALK[:2]]
+    folder = transforms_folder(tmp_path / "film", film)
+    one_line(lambda: find_readers(folder), "posed images (transforms)", "unipre3d data import")
 
 
 def test_the_embedded_objects_pass(capsys):

@@ -7,18 +7,19 @@ from __future__ import annotations
 import codecs, csv, io, json, os, re, stat, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 # %% auto #0
-__all__ = ['REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'VALUE', 'ARRAY', 'H5FILE', 'PLY_SIZES', 'PLY_LIST', 'PLY_HEADER',
-           'WEIGHTS', 'regular_file', 'stand_in', 'reason_of', 'Found', 'file_error', 'reading', 'unpack_bound',
-           'check_unpacked', 'check_declared', 'encoding_of', 'decode_text', 'read_file', 'read_words', 'check_values',
-           'decode_table', 'read_table', 'decode_json', 'read_json', 'decode_array', 'read_array', 'open_zip',
-           'read_member', 'read_arrays', 'open_h5', 'h5_dataset', 'decode_picture', 'eight_bits', 'check_ply',
-           'plain_ply', 'read_ply', 'read_safetensors', 'check_weights']
+__all__ = ['HIDDEN', 'REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'VALUE', 'ARRAY', 'H5FILE', 'PLY_SIZES', 'PLY_LIST',
+           'PLY_HEADER', 'EMPTY_LINES', 'WEIGHTS', 'regular_file', 'files_below', 'stand_in', 'reason_of', 'Found',
+           'file_error', 'reading', 'unpack_bound', 'check_unpacked', 'check_declared', 'encoding_of', 'decode_text',
+           'read_file', 'read_words', 'check_values', 'decode_table', 'read_table', 'decode_json', 'read_json',
+           'decode_array', 'read_array', 'open_zip', 'read_member', 'read_arrays', 'open_h5', 'h5_dataset',
+           'decode_picture', 'eight_bits', 'check_ply', 'plain_ply', 'read_ply', 'read_safetensors', 'check_weights']
 
 # %% ../nbs/02_files.ipynb #f02regular
 def regular_file(
@@ -40,6 +41,34 @@ def regular_file(
     if mode is not None:
         found = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
     raise FileNotFoundError(f"{path}: expected {expected}, found {found}; {remedy}")
+
+# %% ../nbs/02_files.ipynb #f02below
+HIDDEN = (".", "__MACOSX")  # how names begin that a system adds for itself
+
+
+def files_below(
+    folder: str | Path,
+    endings: Sequence[str] = (),  # of names, in small letters; (): every file
+) -> list[Path]:  # sorted
+    "Files in a folder and the folders below it."
+    return sorted(
+        path
+        for path in _walk(Path(folder), frozenset())
+        if not endings or path.suffix.lower() in endings
+    )
+
+
+def _walk(folder, above):
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith(HIDDEN):
+            continue
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, above | {place})
+        elif entry.is_file():
+            yield folder / entry.name
 
 # %% ../nbs/02_files.ipynb #f02standin
 REMEDY = "copy or download it again"
@@ -197,6 +226,8 @@ def decode_text(
 
     Raises: ValueError for other bytes."""
     with reading(where, expected, "save it as text in UTF-8", data):
+        if stand_in(data[:500]):
+            raise Found("something else")
         text = data.decode(encoding_of(data))
         if "\0" in text:
             raise Found("zero bytes in it")
@@ -504,32 +535,57 @@ def check_ply(
             raise ValueError("it does not begin with the header of a PLY file")
         text = [b"ascii"] == head.split()[2:3]
         needed = lists = count = 0
+        elements = []  # of each its rows and the types of its columns
         for word, *rest in filter(None, lines):
             if word == "element":
                 count = int(rest[1])
+                elements.append((count, []))
             if count < 0:
                 raise Found(f"an element with {count} rows")
             if word == "property":
                 lists += count * (rest[0] == "list")
                 needed += count * (2 if text else PLY_SIZES[rest[rest[0] == "list"]])
+                elements[-1][1].append(rest[0] if rest[0] != "list" else rest[2])
         there = os.path.getsize(path) - len(head) - len(mark)
         check_declared(max(0, needed - text), there, path, expected)
         check_unpacked(PLY_LIST * lists, there, path)
+        if text:
+            file.seek(len(head) + len(mark))
+            _check_text_rows(filter(bytes.strip, file), elements)
+
+
+def _check_text_rows(lines, elements):
+    "Each element of a text has its rows, and whole numbers where it says so."
+    for count, kinds in elements:
+        whole = not {"float", "double", "float32", "float64"} & set(kinds)
+        found = 0
+        for found, line in enumerate(islice(lines, count), 1):
+            if whole and not re.fullmatch(rb"[-+\d\s]*", line):
+                raise Found(f"row {line[:40]!r} where all numbers are whole")
+        if found < count:
+            raise Found(f"{found} rows instead of {count}")
+
+
+EMPTY_LINES = rb"\n(?:[ \t]*\r?\n)+"
 
 
 def plain_ply(
     data: bytes,  # of a PLY file
     encoding: str = "ascii",  # that the header gets
 ) -> bytes:
-    "The file with a header that its libraries can read, whatever letters stand in the remarks."
+    "The file as its libraries can read it: no empty lines, whatever letters stand in the remarks."
     head, mark, rows = data.partition(b"end_header")
-    if head.isascii():
+    plain = re.sub(EMPTY_LINES, b"\n", head)
+    if not plain.isascii():
+        try:
+            text = plain.decode()
+        except UnicodeDecodeError:
+            text = plain.decode("latin-1")
+        plain = text.encode(encoding, "replace")
+    text_rows = b"ascii" in head.split()[:4] and re.search(EMPTY_LINES, rows)
+    if plain == head and not text_rows:
         return data
-    try:
-        text = head.decode()
-    except UnicodeDecodeError:
-        text = head.decode("latin-1")
-    return text.encode(encoding, "replace") + mark + rows
+    return plain + mark + (re.sub(EMPTY_LINES, b"\n", rows) if text_rows else rows)
 
 
 def read_ply(

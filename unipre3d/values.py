@@ -107,12 +107,13 @@ def check_points(
     xyz: Num[np.ndarray, "n 3"],
     where: str,  # the file or the cloud, and its column
     hint: str = "",
+    most: float = 0.5,  # fraction of the rows that may be missing; one point must be there
 ) -> tuple[
     Float[np.ndarray, "k 3"], slice | Bool[np.ndarray, "n"]
 ]:  # coordinates; rows that they are
     """The points that are there, float32, or float64 where float32 would round; a warning counts the others.
 
-    Raises: ValueError of one line for another shape, for rows of which most are missing, or for rounded numbers.
+    Raises: ValueError of one line for another shape, for rows of which too many are missing, or for rounded numbers.
     """
     xyz = check_array(xyz, where, 3, hint=hint)
     real = slice(None)
@@ -120,7 +121,7 @@ def check_points(
         there = np.abs(xyz.astype(np.float64)) < FAR
         real = there.all(1)
         count, missing = len(xyz), int((~real).sum())
-        if 2 * missing > count:
+        if missing > most * count or missing == count:
             expected = f"finite numbers below {FAR:g}"
             raise refusal(where, expected, f"{int((~there).sum())} that are not", hint)
         warnings.warn(MissingPoints(where, missing, count), stacklevel=2)
@@ -242,6 +243,9 @@ def check_labels(
         raise refusal(where, f"{what} as whole numbers", f"{labels.dtype} such as {some}", hint)
     if labels.dtype.kind == "f":
         labels = labels.astype(np.float64, copy=False)  # 16 bits end at 65504
+    if labels.dtype.kind == "u" and unlabelled:  # -1 in bytes without a sign is the largest number
+        wrapped = labels == np.iinfo(labels.dtype).max
+        labels = np.where(wrapped, -1, labels.astype(np.int64)) if wrapped.any() else labels
     top = 2**31 if high is None else high
     bottom = -1 if unlabelled and low <= 0 else low
     if low <= 0 and labels.dtype.kind != "f" and _within(labels, bottom, top):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .augment import PosedViews
 from .labelled import S3DIS, ModelNet40, ScanObjectNN, ShapeNetPart
+from .posed import layouts_of
 from .readers import Reader, Store, check_view, found_at
 from .samples import check_meeting
 from .scannet import ScanNetFrames
@@ -70,6 +71,9 @@ def find_readers(
     first = [f"{s}/{m}" for s in store.folders()[:20] for m in store.folders(s)[:1]]
     if any("pts" in store.names(model) for model in first):
         return {"all": ShapeNetViews(root, convention="released")}
+    if root.is_dir() and (posed := layouts_of(root)):
+        hint = f"unipre3d data import {root} --out FOLDER makes one of it"
+        raise refusal(str(root), "a data set", f"posed images ({', '.join(posed)})", hint)
     known = "ShapeNet's views, ScanNet, S3DIS, ScanObjectNN, ModelNet40, ShapeNetPart, or what unipre3d data writes"
     raise refusal(str(root), f"a data set in the layout of {known}", found_at(root))
 

@@ -20,6 +20,7 @@ from unipre3d.files import (
     check_unpacked,
     decode_array,
     decode_text,
+    files_below,
     read_arrays,
     read_file,
     read_ply,
@@ -39,12 +40,19 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['NAMES', 'WHOLE', 'PCD_HEADER', 'READERS', 'CloudFile', 'cloud_of', 'named_cloud', 'is_color', 'is_normal',
+__all__ = ['TO_Z_UP', 'NAMES', 'WHOLE', 'PCD_HEADER', 'READERS', 'CloudFile', 'cloud_of', 'named_cloud', 'is_color', 'is_normal',
            'plain_cloud', 'read_ply_cloud', 'read_numpy_cloud', 'read_text_cloud', 'text_header', 'unpack_lzf',
            'pcd_header', 'pcd_type', 'packed_color', 'read_pcd_cloud', 'need_package', 'read_las_cloud',
            'read_e57_cloud', 'read_cloud', 'write_cloud', 'find_clouds']
 
 # %% ../../nbs/data/21_clouds.ipynb #c21cloud
+TO_Z_UP = dict(
+    z=np.eye(3),
+    y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
+    x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
+)  # upward axis of a file -> rows of the rotation that makes it z
+
+
 @dataclass(frozen=True, eq=False)
 class CloudFile:
     "One cloud as its file has it."
@@ -75,7 +83,7 @@ def cloud_of(
     """
     where = str(where)
     xyz = check_array(xyz, f"{where}: xyz", 3)
-    _, real = check_points(xyz, f"{where}: xyz")
+    _, real = check_points(xyz, f"{where}: xyz", most=1.0)  # most pixels of a depth camera may be
     places = xyz.astype(np.float64)[real]
     far = np.abs(places).max() > NEAR
     offset = np.round(places.mean(0)) if far else np.zeros(3)
@@ -247,7 +255,7 @@ def _archive_cloud(arrays, path):
 def read_text_cloud(
     path: str | Path,
 ) -> CloudFile:
-    """Rows of text, with or without a header.
+    """Rows of text, with or without a header, or with their number in the first line.
 
     Raises: OSError or ValueError that names the file.
     """
@@ -256,8 +264,8 @@ def read_text_cloud(
     path = Path(path)
     expected = "text with x, y, z and perhaps more in each line"
     text = decode_text(read_file(path, expected), path, expected)
-    names, start, mark = text_header(text)
     with reading(path, expected):
+        names, start, mark = text_header(text)
         how = dict(sep=mark or r"\s+", header=None, comment="#", dtype=np.float64)
         decimal = "," if mark == ";" and "," in text[start : start + 1000] else "."
         table = pd.read_csv(io.StringIO(text[start:]), decimal=decimal, **how)
@@ -266,6 +274,9 @@ def read_text_cloud(
         rows = table.to_numpy()
         if not len(rows):
             raise Found("no points")
+        first = text[:start].strip()
+        if first.isdecimal() and int(first) != len(rows):
+            raise Found(f"{len(rows):,} rows instead of {int(first):,}, as its first line says")
     if names and len(names) == rows.shape[1]:
         return named_cloud(dict(zip(names, rows.T)), path)
     if path.suffix.lower() == ".pts" and rows.shape[1] == 7:
@@ -276,7 +287,9 @@ def read_text_cloud(
 def text_header(
     text: str,
 ) -> tuple[list[str], int, str]:  # names of the columns, where the rows begin, what separates
-    "What stands before the first row of numbers; an empty separator is white space."
+    """What stands before the first row of numbers; an empty separator is white space.
+
+    Raises: ValueError for a row that was cut."""
     names = []
     start = 0
     while start < len(text):
@@ -294,6 +307,8 @@ def text_header(
             return names, start, mark
         if words and not any(numbers):
             names = words
+        elif len(words) > 1 and 2 * sum(map(bool, numbers)) > len(words) and not remark:
+            raise Found(f"{line[:60]!r} before the first row")
         start = stop + 1
     return names, len(text), ""
 
@@ -583,16 +598,11 @@ def find_clouds(
     folder: str | Path,
     endings: Sequence[str] = tuple(READERS),  # of their names, in small letters
 ) -> list[Path]:  # sorted
-    """Every cloud file in a folder and the folders below it; what is hidden is left out.
+    """Every cloud file in a folder and the folders below it, links followed; what is hidden is left out.
 
     Raises: ValueError where there is none.
     """
-    folder = Path(folder)
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in endings and path.is_file() and not hidden:
-            found.append(path)
+    found = files_below(folder, endings)
     if not found:
         raise refusal(str(folder), f"cloud files ({', '.join(endings)})", "none")
     return found

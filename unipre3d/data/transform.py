@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import PointBatch
 from .augment import BLANK, Cloud
-from .clouds import cloud_of
+from .clouds import TO_Z_UP, cloud_of
 from .readers import RADIUS
 from .samples import FEATURES, STORED, point_features
 from ..files import reading
@@ -25,7 +25,7 @@ from ..geometry.pointops import farthest_point_sample, knn, voxelize
 from ..geometry.sparse import merge_voxels
 
 # %% auto #0
-__all__ = ['TO_Z_UP', 'MOST_OF_OBJECT', 'canonical_order', 'estimate_normals', 'Prepared', 'Transform']
+__all__ = ['MOST_OF_OBJECT', 'canonical_order', 'estimate_normals', 'Prepared', 'Transform']
 
 # %% ../../nbs/data/28_transform.ipynb #t21order
 def canonical_order(
@@ -97,11 +97,6 @@ def _signs(xyz, normal, near, inside):
     return np.where(before == np.arange(count), sign, sign * sign[before])
 
 # %% ../../nbs/data/28_transform.ipynb #t21transform
-TO_Z_UP = dict(
-    z=np.eye(3),
-    y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
-    x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
-)  # upward axis of a cloud -> rows of the rotation that makes it z
 MOST_OF_OBJECT = 2**17  # points of an object that farthest points are chosen from
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core import data_dir
+from ..data.clouds import TO_Z_UP
 from unipre3d.data.objects import (
     add_member,
     add_tables,
@@ -29,7 +30,6 @@ from unipre3d.data.objects import (
 )
 from unipre3d.worlds.mesh import (
     SIZE,
-    TO_Z_UP,
     Material,
     Mesh,
     Tracer,

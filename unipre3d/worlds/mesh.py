@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
+from ..data.clouds import TO_Z_UP
 from ..data.objects import DISTANCE, FOV, RADIUS
 from unipre3d.files import (
     Found,
@@ -29,18 +30,19 @@ from unipre3d.files import (
     read_file,
     reading,
     regular_file,
+    stand_in,
 )
 from ..values import FAR, check_colors, check_points, color_scale
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'GLOSSY', 'COLORED', 'TO_Z_UP', 'GLASS', 'KEY_LIGHT',
-           'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit', 'smooth_normals',
-           'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels', 'gltf_material',
-           'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates', 'gltf_numbers',
-           'check_gltf', 'plain_materials', 'lost_pictures', 'readable_gltf', 'fraction_colors', 'ply_colors',
-           'off_colors', 'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture',
-           'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views',
-           'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'GLOSSY', 'COLORED', 'BACKWARDS', 'GLASS',
+           'KEY_LIGHT', 'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit',
+           'smooth_normals', 'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels',
+           'gltf_material', 'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates',
+           'gltf_numbers', 'check_gltf', 'plain_materials', 'lost_pictures', 'readable_gltf', 'fraction_colors',
+           'forward_faces', 'ply_colors', 'off_colors', 'load_scene', 'read_mesh', 'normalise', 'true_size',
+           'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays',
+           'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ class Beside:
             if found is None:
                 raise FileNotFoundError(name)
             data = read_file(found)
+            if stand_in(data[:500]):
+                raise ValueError(f"{name}: something else in its place")
             if found.suffix.lower() == ".mtl":
                 return self._plain_names(data)
             if found.suffix.lower() in PICTURES:
@@ -514,6 +518,46 @@ def fraction_colors(
     return re.sub(COLORED, divided, data)
 
 
+BACKWARDS = rb"(?m)^[ \t]*f[ \t][^\n]*?[ \t/]-\d"  # a face whose corners are counted from its line
+
+
+def forward_faces(
+    data: bytes,  # of an OBJ file
+    path: Path,  # the file, for messages
+) -> bytes:
+    """The file with corners of faces counted from its first line; those below 0 are counted back from the face.
+
+    Raises: ValueError that names the file."""
+    data = re.sub(rb"\\\r?\n", b" ", data)  # a line that goes on
+    if not re.search(BACKWARDS, data):
+        return data
+    counts = {b"v": 0, b"vt": 0, b"vn": 0}
+
+    def forward(number, kind):
+        if int(number) > 0:
+            return number
+        place = counts[kind] + 1 + int(number)
+        if not 0 < place <= counts[kind]:
+            raise Found(f"a face with corner {int(number)} after {counts[kind]}")
+        return b"%d" % place
+
+    lines = []
+    with reading(path, "an OBJ file with faces of whole numbers", data=data):
+        for line in data.splitlines():
+            word, *rest = line.partition(b"#")[0].split() or [b""]
+            if word in counts:
+                counts[word] += 1
+            if word == b"f":
+                corners = [corner.split(b"/") for corner in rest]
+                rest = [
+                    b"/".join(n and forward(n, kind) for n, kind in zip(corner, counts))
+                    for corner in corners
+                ]
+                line = b" ".join([word, *rest])
+            lines.append(line)
+    return b"\n".join(lines) + b"\n"
+
+
 def ply_colors(
     part: Any,  # trimesh.Trimesh of a PLY file, changed in place
     path: Path,  # the file, for messages
@@ -542,13 +586,6 @@ def off_colors(
     return more or b"C" in lines[:10].partition(b"OFF")[0]
 
 # %% ../../nbs/worlds/18_mesh.ipynb #9179be05
-TO_Z_UP = dict(
-    z=np.eye(3),
-    y=np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
-    x=np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]),
-)  # rows of a rotation
-
-
 def load_scene(
     path: Path,  # a mesh file
     beside: Beside,  # the files that it names
@@ -568,7 +605,7 @@ def load_scene(
     if kind == "ply":
         data = plain_ply(data, "utf-8")
     if kind == "obj":
-        data = fraction_colors(data, path)
+        data = forward_faces(fraction_colors(data, path), path)
     if kind == "off" and off_colors(data):
         said = "left out its colours, which are not read from OFF; save it as PLY"
         warnings.warn(f"{path}: {said}", stacklevel=3)
