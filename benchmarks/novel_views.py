@@ -13,7 +13,6 @@ folder of --work is not made again.
 import argparse
 import tempfile
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from unipre3d.losses import psnr
 from unipre3d.recipes import load_predictor
 from unipre3d.records import data_hash, written_whole
 from unipre3d.render import render
-from unipre3d.reproduce.statistics import interval
+from unipre3d.reproduce.statistics import around
 from unipre3d.runs.checkpoint import is_finished
 from unipre3d.runs.recipe import change, from_values
 from unipre3d.runs.run import run_recipe
@@ -100,10 +99,13 @@ def of_objects(values: np.ndarray, numbers: list[str]) -> np.ndarray:
     return np.stack([values[:, own == kind].mean(1) for kind in kinds], 1)
 
 
-def summary(values: np.ndarray) -> dict[str, float]:
-    "Mean and 95 % interval over seeds and objects."
-    found = {name: round(value, 3) for name, value in asdict(interval(values)).items()}
-    return {name: value for name, value in found.items() if value == value}
+def summary(values: np.ndarray) -> dict:
+    "Mean, its 95 % interval over objects (of each the mean over seeds), and the mean of each seed."
+    own = values.mean(0)
+    count = len(own)
+    found = around(float(own.mean()), own.var(ddof=1) / count, count - 1, 0.95, count)
+    rounded = {name: round(float(getattr(found, name)), 3) for name in ("mean", "low", "high")}
+    return rounded | {"by_seed": values.mean(1).round(3).tolist()}
 
 
 def main():
@@ -143,7 +145,7 @@ def main():
                 _, model, _ = load_predictor(run)
                 scores[name].append(scores_of(model, image_net, samples, background))
                 print(seed, name, {k: round(np.mean(v), 2) for k, v in scores[name][-1].items()})
-        scores["mean image"] = [mean_image_scores(samples)] * args.seeds
+        scores["mean image"] = [mean_image_scores(samples)]
     numbers = [path.stem.split("_")[0].split("-")[0] for path in paths]
     rows = {}
     for score in SCORES:
