@@ -1,18 +1,18 @@
 """How near do Gaussians of scanned objects come to unseen views? Shipped weights beside random ones.
 
-    python benchmarks/novel_views.py --data FOLDER [--json PATH] [--steps N] [--seeds N]
+    python benchmarks/novel_views.py --data FOLDER [--work FOLDER] [--json PATH] [--steps N] [--seeds N]
 
 FOLDER is that of retrieval.py, which holds YCB's objects. Shipped weights are a backbone alone, and
 Gaussians need a fusion and a head. So these are trained for some steps on the embedded objects, never on
 the scans, while the backbone stays as it is: behind the shipped weights and behind random ones, with the
 same seeds. Each scan then has one reference view, which the image model reads, and four others are
-rendered. Scans of one number in YCB, such as ten cups, count as one object.
+rendered. Scans of one number in YCB, such as ten cups, count as one object. What lies finished in the
+folder of --work is not made again.
 """
 
 import argparse
 import tempfile
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +26,25 @@ from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.features import load_weights
 from unipre3d.losses import psnr
 from unipre3d.recipes import load_predictor
-from unipre3d.records import data_hash
+from unipre3d.records import data_hash, written_whole
 from unipre3d.render import render
-from unipre3d.reproduce.statistics import interval
+from unipre3d.reproduce.statistics import around
+from unipre3d.runs.checkpoint import is_finished
 from unipre3d.runs.recipe import change, from_values
 from unipre3d.runs.run import run_recipe
 from unipre3d.tasks.pretrain import PretrainRecipe, build_image_net, predict
 from unipre3d.worlds.prepare import prepare_own
 
-VIEWS, SIZE = 12, 64  # of each scan: pictures, and pixels along an edge
+VIEWS, SIZE = 8, 64  # of each scan: pictures, and pixels along an edge
 SCORES = {"psnr": False, "psnr_foreground": True}  # name -> on the object's pixels only
 
 
 def draw_scans(paths: list[Path], out: Path) -> Path:
     "Views and clouds of scanned objects as a data set."
+    if out.is_file():
+        return out
     rows = []
-    with zipfile.ZipFile(out, "w") as archive:
+    with written_whole(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         for path in paths:
             files, facts = prepare_own(read_object(path), path.stem, "scan", views=VIEWS, size=SIZE)
             for name, data in files.items():
@@ -96,18 +99,25 @@ def of_objects(values: np.ndarray, numbers: list[str]) -> np.ndarray:
     return np.stack([values[:, own == kind].mean(1) for kind in kinds], 1)
 
 
-def summary(values: np.ndarray) -> dict[str, float]:
-    "Mean and 95 % interval over seeds and objects."
-    found = {name: round(value, 3) for name, value in asdict(interval(values)).items()}
-    return {name: value for name, value in found.items() if value == value}
+def summary(values: np.ndarray) -> dict:
+    "Mean, its 95 % interval over objects (of each the mean over seeds), and the mean of each seed."
+    own = values.mean(0)
+    count = len(own)
+    found = around(float(own.mean()), own.var(ddof=1) / count, count - 1, 0.95, count)
+    rounded = {name: round(float(getattr(found, name)), 3) for name in ("mean", "low", "high")}
+    return rounded | {"by_seed": values.mean(1).round(3).tolist()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of scanned objects")
     parser.add_argument("--weights", default="objects", help="shipped weights, by name")
-    parser.add_argument("--steps", type=int, default=100, help="of fusion and head")
+    parser.add_argument("--steps", type=int, default=60, help="of fusion and head")
+    parser.add_argument("--batch-size", type=int, default=8, help="of these steps")
     parser.add_argument("--seeds", type=int, default=3, help="of fusion, head and random weights")
+    parser.add_argument(
+        "--work", type=Path, help="keep pictures and runs here, and go on with them"
+    )
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     paths = sorted(args.data.glob("*.npz"))
@@ -116,12 +126,13 @@ def main():
     _, _, trained = load_weights(args.weights)
     recipe = from_values(PretrainRecipe, trained["values"])
     how = dict(probe=True, steps=args.steps, ema=0.9, validate_every=0, save_every=args.steps)
-    recipe = change(recipe, **how, warmup=args.steps // 10)
+    recipe = change(recipe, **how, warmup=args.steps // 10, batch_size=args.batch_size)
     image_net = build_image_net(recipe.model)
     background = recipe.objective.background
     scores = {"shipped": [], "random": [], "untrained": []}
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        folder = args.work or Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         samples = open_samples(draw_scans(paths, folder / "scans.zip"), recipe)
         for seed in range(args.seeds):
             own = change(recipe, seed=seed)
@@ -129,11 +140,12 @@ def main():
             scores["untrained"].append(scores_of(model, image_net, samples, background))
             for name, init in (("shipped", args.weights), ("random", "none")):
                 run = folder / f"{name}-{seed}"
-                run_recipe(f"head-{name}", own, run, init=init, say=lambda line: None)
+                if not is_finished(run):
+                    run_recipe(f"head-{name}", own, run, init=init, say=lambda line: None)
                 _, model, _ = load_predictor(run)
                 scores[name].append(scores_of(model, image_net, samples, background))
                 print(seed, name, {k: round(np.mean(v), 2) for k, v in scores[name][-1].items()})
-        scores["mean image"] = [mean_image_scores(samples)] * args.seeds
+        scores["mean image"] = [mean_image_scores(samples)]
     numbers = [path.stem.split("_")[0].split("-")[0] for path in paths]
     rows = {}
     for score in SCORES:

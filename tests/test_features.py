@@ -524,7 +524,9 @@ def test_views_of_scanned_objects(tmp_path, monkeypatch):
     assert np.isclose(known["psnr"][2], float((-10 * error.log10()).mean()), atol=1e-4)
     values = np.array([[1.0, 3.0, 5.0]])
     assert module.of_objects(values, ["a", "b", "a"]).tolist() == [[3.0, 3.0]]
-    assert module.summary(np.array([[1.0, 2.0], [2.0, 3.0]]))["mean"] == 2.0
+    found = module.summary(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]))
+    assert found["mean"] == 2.5 and found["by_seed"] == [2.0, 3.0]
+    assert np.isclose(found["high"] - 2.5, 4.303 / 3**0.5, atol=1e-3)  # Student, two degrees
 
 
 def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):

@@ -386,7 +386,7 @@ def test_faults_are_one_line(files, object_run, tmp_path, capsys):
         ([str(tmp_path / "empty")], "empty"),
         ([str(bare)], "checkpoint.safetensors"),
         ([str(fine)], "pre-training"),
-        ([str(tmp_path / "odd.abc")], "odd.abc: expected a cloud file"),
+        ([str(tmp_path / "odd.abc")], "odd.abc: expected a cloud, a mesh or a splat (.ply, "),
         ([str(tmp_path / "bad.ply")], "bad.ply: expected"),
         ([cloud, "--from", "nobody"], "nobody: expected objects, rooms"),
         ([cloud, "--up", "q"], "up: expected"),

@@ -24,9 +24,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from .core import CameraBatch, GaussianBatch, cat_views
-from .data.clouds import CloudFile, cloud_of
+from .data.clouds import READERS, CloudFile, cloud_of
 from .data.transform import TO_Z_UP, Transform
 from unipre3d.features import (
+    MESH_FILES,
     FeatureExtractor,
     check_unit,
     open_cloud,
@@ -36,7 +37,7 @@ from unipre3d.features import (
     unit_scale,
 )
 from .files import regular_file
-from .formats import SPLATS, load_gaussians
+from .formats import AXES, SPLATS, load_gaussians
 from .gaussians import covariance, select_rows
 from .recipes import load_predictor
 from .records import written_whole
@@ -162,8 +163,13 @@ def open_any(
 ) -> tuple[CloudFile, str, GaussianBatch | None]:  # cloud, axis that points up in it, Gaussians
     """The points of a file, and its Gaussians where it has some.
 
-    Raises: as the readers of clouds, meshes and splats.
+    Raises: ValueError for another ending, and as the readers of clouds, meshes and splats.
     """
+    known = dict.fromkeys((*READERS, *MESH_FILES, *AXES))
+    kind = Path(path).suffix.lower()
+    if kind not in known:
+        found = f"a name that ends in {kind}" if kind else "a name without an ending"
+        raise refusal(str(path), f"a cloud, a mesh or a splat ({', '.join(known)})", found)
     if not holds_gaussians(path):
         return *open_cloud(path, up), None
     gaussians, _ = load_gaussians(path)
