@@ -20,7 +20,7 @@ help:  ## list the targets
 
 .venv/runtime: .venv/made settings.ini setup.py constraints.txt
 	@echo "installing the runtime set (a few minutes the first time)"
-	@$(INSTALL) -e .
+	@$(INSTALL) -e '.[worlds]'
 	@touch $@
 
 .venv/dev: .venv/runtime settings.ini setup.py constraints.txt

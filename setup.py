@@ -13,6 +13,19 @@ parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 
+def only_for_the_book(folder, names):
+    "Pictures and arrays beside the committed records, which no code reads: the book is built from a checkout."
+    if "records" not in Path(folder).relative_to(root).parts:
+        return []
+    return [name for name in names if name.endswith((".png", ".npz"))]
+
+
+def left_out(folder, names):
+    "What of `data/` the wheel does not hold."
+    common = shutil.ignore_patterns("__pycache__", ".*")
+    return {*common(folder, names), *only_for_the_book(folder, names)}
+
+
 class BuildWithData(build_py):
     "Carry the top-level `data/` into the wheel as `unipre3d/_data`; an editable install reads the folder where it lies."
 
@@ -23,14 +36,17 @@ class BuildWithData(build_py):
         if self.editable_mode:
             return
         target = Path(self.build_lib) / cfg["lib_name"] / "_data"
-        shutil.copytree(root / "data", target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(root / "data", target, ignore=left_out)
 
 
 def requirements(name):
     return cfg.get(f"{name}_requirements" if name else "requirements", "").split()
 
 
-EXTRAS = ("dev", "docs", "gpu", "spconv-cu120", "prepare", "clouds", "vision", "trackers")
+EXTRAS = (
+    *("dev", "docs", "gpu", "spconv-cu120"),
+    *("worlds", "prepare", "clouds", "vision", "trackers", "view"),
+)
 
 statuses = [
     "1 - Planning",
@@ -68,6 +84,7 @@ setup(
         "Intended Audience :: " + cfg["audience"],
         "Natural Language :: " + cfg["language"],
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     cmdclass={"build_py": BuildWithData},

@@ -1,29 +1,33 @@
 """Shards beside the folder that they were written from: files and samples a second, time to the first batch, memory.
 
-    python benchmarks/shards.py [--objects 2000] [--rounds 3]
+    python benchmarks/shards.py [--objects 20000] [--rounds 3] [--steps 60] [--json PATH] [--home FOLDER]
 
-The embedded objects are copied under new names. Both kinds are read in turn, in the same random order; ratios are of the best rounds.
+The embedded objects stand in a folder under new names, as hard links: what the folder reads is in memory sooner than a real one's
+would be. Each measurement has a process of its own, folder and shards in turn, in the same random order; ratios are of medians.
 """
 
 import argparse
 import json
-import platform
-import resource
+import os
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+from common import ROOT, write_record
 
 from unipre3d.data.loading import make_loader
 from unipre3d.data.readers import Store
 from unipre3d.data.samples import ViewSamples
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
-from unipre3d.data.shards import file_names, write_shards
+from unipre3d.data.shards import write_shards
 
 HOW = dict(size=64, resample="box")
+BATCH = 16
 
 
 def multiply(
@@ -35,74 +39,103 @@ def multiply(
     (folder / "objects.csv").unlink()
     for k in range(len(models), count):
         model = models[k % len(models)]
-        copy = shutil.copytree(model, model.with_name(f"{model.name}x{k}"))
+        place = model.with_name(f"{model.name}x{k}")
+        copy = shutil.copytree(model, place, copy_function=os.link)
         cloud = next((copy / "pts").iterdir())
         cloud.rename(cloud.with_name(f"{copy.parent.name}-{copy.name}.npy"))
 
 
-def read_all(root, names):
-    "Files a second, opened anew."
-    store = Store(root)
+def resident_mb():
+    "Memory of this process now."
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(root, steps):
+    "What one process finds."
+    before = resident_mb()
     began = time.perf_counter()
+    reader = ShapeNetViews(root, **HOW)
+    samples = ViewSamples(reader)
+    loader = iter(make_loader(samples, 0, steps + 1, batch_size=BATCH))
+    next(loader)
+    first = time.perf_counter() - began
+    memory, times = [resident_mb() - before], []
+    for step in range(steps):
+        start = time.perf_counter()
+        next(loader)
+        times.append(time.perf_counter() - start)
+        if step % max(1, steps // 4) == 0:
+            memory.append(resident_mb() - before)
+    store = Store(root)
+    rng = np.random.default_rng(0)
+    names = [reader.image_file(i, 0) for i in rng.permutation(len(reader))[:2000]]
+    start = time.perf_counter()
     for name in names:
         store.read(name)
-    return len(names) / (time.perf_counter() - began)
+    files = len(names) / (time.perf_counter() - start)
+    how = dict(first_batch_s=first, samples_a_second=BATCH / statistics.median(times))
+    return how | dict(files_a_second=files, memory_mb=memory)
 
 
-def batches(root, steps=12, size=16):
-    "Seconds to the first batch, the reader's start among them, and samples a second after it."
-    began = time.perf_counter()
-    loader = iter(make_loader(ViewSamples(ShapeNetViews(root, **HOW)), 0, steps, batch_size=size))
-    next(loader)
-    first = time.perf_counter()
-    count = sum(batch.points.size for batch in loader)
-    return first - began, count / (time.perf_counter() - first)
+def child(root, steps):
+    "The same in a new process."
+    words = [sys.executable, __file__, "--child", str(root), "--steps", str(steps)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def summary(rows):
+    "Medians, and the memory of the last row."
+    names = [name for name in rows[0] if name != "memory_mb"]
+    found = {name: round(statistics.median(row[name] for row in rows), 3) for name in names}
+    return found | {"memory_mb": [round(value, 1) for value in rows[-1]["memory_mb"]]}
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--objects", type=int, default=2000)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--objects", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60, help="batches that are timed")
+    parser.add_argument("--home", help="a folder for the data, on the disk that counts")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
+    if given.child:
+        print(json.dumps(measure(Path(given.child), given.steps)))
+        return
+    with tempfile.TemporaryDirectory(dir=given.home) as home:
         folder = Path(home) / "folder"
         export_objects(ShapeNetViews(), folder)
         multiply(folder, given.objects)
         began = time.perf_counter()
-        shards = write_shards(Store(folder), Path(home) / "shards", 2**25, progress=False)
+        shards = write_shards(Store(folder), Path(home) / "shards", 2**26, progress=False)
         seconds = time.perf_counter() - began
-        names = list(file_names(Store(folder)))
-        names = [names[k] for k in np.random.default_rng(0).permutation(len(names))]
         roots = dict(folder=folder, shards=shards)
-        files, first, samples = ({kind: [] for kind in roots} for _ in range(3))
-        peaks = []
+        rows = {kind: [] for kind in roots}
         for _ in range(given.rounds):
             for kind, root in roots.items():
-                files[kind].append(read_all(root, names))
-                start, rate = batches(root)
-                first[kind].append(start)
-                samples[kind].append(rate)
-            peaks.append(round(memory()))
-        megabytes = sum(path.stat().st_size for path in shards.glob("*.tar")) / 2**20
+                rows[kind].append(child(root, given.steps))
+        archives = [path.stat().st_size for path in shards.glob("*.tar")]
+        lists = sum(path.stat().st_size for path in shards.glob("*.jsonl"))
+        found = {kind: summary(own) for kind, own in rows.items()}
+        ratios = {
+            name: round(found["shards"][name] / found["folder"][name], 3)
+            for name in ("samples_a_second", "files_a_second")
+        }
         record = dict(
-            date=str(date.today()),
-            machine=platform.machine(),
             objects=given.objects,
-            files=len(names),
-            megabytes=round(megabytes),
-            index_bytes_a_file=round((shards / "index.json").stat().st_size / len(names), 1),
-            write_mb_a_second=round(megabytes / seconds, 1),
-            files_a_second={k: round(max(v)) for k, v in files.items()},
-            first_batch_seconds={k: round(min(v), 3) for k, v in first.items()},
-            samples_a_second={k: round(max(v), 1) for k, v in samples.items()},
-            files_ratio=round(max(files["shards"]) / max(files["folder"]), 2),
-            samples_ratio=round(max(samples["shards"]) / max(samples["folder"]), 2),
-            peak_memory_mb_by_round=peaks,
+            count=len(archives),
+            bytes_an_object=round(sum(archives) / given.objects),
+            list_bytes_an_object=round(lists / given.objects),
+            index_bytes_an_object=round((shards / "index.json").stat().st_size / given.objects),
+            write_mb_a_second=round(sum(archives) / 2**20 / seconds, 1),
+            rounds=given.rounds,
+            **found,
+            ratios=ratios,
         )
+    write_record(given.json, **record)
     print(json.dumps(record, indent=1))
 
 

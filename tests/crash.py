@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import torch
 
-import unipre3d.runs.checkpoint as checkpoint
+import unipre3d.records as records
 import unipre3d.runs.fit as loop
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.records import code_version, hardware, write_json
@@ -246,13 +246,13 @@ def kill_inside(count, place):
     def half_text(path, text):
         write_text(path, text[: len(text) // 2])
 
-    save_file = checkpoint.save_file
+    save_file = records.save_file
 
     def half_file(tensors, path, **how):
         save_file(tensors, path, **how)
         os.truncate(path, path.stat().st_size // 2)
 
-    checkpoint.save_file = counted(save_file, half_file)
+    records.save_file = counted(save_file, half_file)
     Path.write_bytes = counted(write_bytes, half_bytes)
     Path.write_text = counted(write_text, half_text)
     os.replace = counted(os.replace)
@@ -401,7 +401,7 @@ def little_room(folder, size):
 
         return call
 
-    save_file = checkpoint.save_file
+    save_file = records.save_file
 
     def limited_file(tensors, path, **how):
         save_file(tensors, path, **how)
@@ -410,7 +410,7 @@ def little_room(folder, size):
             os.truncate(path, max(0, path.stat().st_size - used + size))
             raise OSError(28, "No space left on device", str(path))
 
-    checkpoint.save_file = limited_file
+    records.save_file = limited_file
     Path.write_bytes = limited(Path.write_bytes, lambda data, room: data[:room])
     Path.write_text = limited(Path.write_text, lambda text, room: text[:room])
 

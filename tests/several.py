@@ -67,6 +67,8 @@ def cases():
     for name, recipe in (("semantic", "sem-rooms-mini"), ("instances", "inst-rooms-mini")):
         values = ROOMS | VOXELS | dict(lovasz=0.0, votes=0)
         found[name] = change(finetune_recipes[recipe], **values)
+    hidden = SHORT | dict(batch_size=8, source="furniture", classes=("bed", "lamp"), n_points=128)
+    found["masked"] = change(recipes["masked-shapes-mini"], **hidden | plain)
     return found
 
 

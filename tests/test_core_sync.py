@@ -17,9 +17,12 @@ from unipre3d.core import (
     collate,
     to_device,
 )
+from unipre3d.geometry import pointops, sparse
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.geometry.sparse import merge_voxels
+from unipre3d.objective import render_loss
 from unipre3d.recipes import find_recipe
+from unipre3d.runs.fit import Task, forward, new_accelerator, take_step
 from unipre3d.runs.recipe import change
 
 WAITS = ("item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "tolist")
@@ -163,3 +166,51 @@ def test_one_forward_pass_of_a_scene_waits_seldom(room):
     with counted() as calls:
         merge_voxels(room.points, 0.07)
     assert len(calls) == 1
+
+
+@pytest.fixture
+def as_a_gpu(monkeypatch):
+    "What a GPU runs in the place of compiled functions, on this processor."
+    monkeypatch.setattr(pointops, "_compiled", lambda *places: False)
+    monkeypatch.setattr(sparse, "_cut_compiled", sparse._cut)
+    monkeypatch.setattr(sparse, "CompiledConv", sparse._SparseConv)
+
+    def table(number, shape, kernel):
+        return sparse._table_in_torch(number, shape, kernel)
+
+    monkeypatch.setattr(sparse, "neighbour_table", table)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "object-transformer-mini",
+        "object-pointnet2-mini",
+        "scene-sparseunet-mini",
+        "scene-ptv3-mini",
+    ],
+)
+def test_a_training_step_waits_at_most_twenty_times(room, as_a_gpu, name):
+    "Forward, backward, clipping, the optimiser and the row of the curve; SGD, whose state is on the device alone."
+    scene = name.startswith("scene")
+    recipe = find_recipe(name)
+    recipe = change(recipe, features=("color_signed", "normal") if scene else ("xyz",))
+    torch.manual_seed(0)
+    model = recipe.build_predictor(8).train()
+    maps = torch.randn(len(room.ref), 8, *HW)
+    sample = room if scene else replace(room, points=room.points.derive(xyz=room.points.xyz / 4))
+
+    def loss(model, batch):
+        gaussians = model(batch.points, maps, batch.ref)
+        total, _, image = render_loss(gaussians, batch.target, recipe.objective)
+        return total, {"psnr": image.rgb.mean()}
+
+    accelerator = new_accelerator(device="cpu")
+    task = Task("steps", model, None, loss, None, {})
+    model, descent = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    with counted() as calls:
+        total, means = forward(task, model, sample, accelerator)
+        norm, skipped = take_step(total, model, descent, accelerator, 1.0)
+        accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
+    assert not skipped and norm > 0
+    assert len(calls) <= 20, calls

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import unipre3d.runs.fit as loop
 from unipre3d.recipes import finetune_recipes
 from unipre3d.records import ArrayFile, cached, read_config, write_config
 from unipre3d.runs.checkpoint import (
@@ -335,6 +336,29 @@ def test_an_interrupt_in_the_test_says_how_to_go_on(tmp_path):
         run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=said.append)
     assert said[-1].endswith(f"finetune cls-furniture-mini --resume --out '{folder}'")
     assert has_state(folder) and not is_finished(folder)
+
+
+@pytest.mark.parametrize("saves, says", [(2, "go on from the last save"), (0, "nothing was saved")])
+def test_a_second_interrupt_stops_at_once_and_says_how_to_go_on(tmp_path, monkeypatch, saves, says):
+    values = SMALL | dict(steps=6, save_every=saves, validate_every=2)
+    recipe = change(finetune_recipes["cls-furniture-mini"], **values)
+    take_step, steps, said = loop.take_step, [], []
+
+    def counted(*args):
+        steps.append(1)
+        for _ in range(2 * (len(steps) == 4)):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return take_step(*args)
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(loop, "take_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=said.append)
+    monkeypatch.undo()
+    assert said[-1].startswith("stopped at once; ") and says in said[-1]
+    assert has_state(folder) == (saves > 0) and not is_finished(folder)
+    assert run_recipe("cls-furniture-mini", recipe, folder, resume=saves > 0, device="cpu").record
 
 
 def test_what_changed_since_a_run_began_is_said(stopped, tmp_path):

@@ -38,7 +38,7 @@ from unipre3d.predictions import Predictor
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.records import write_json
 from unipre3d.runs.checkpoint import save_tensors
-from unipre3d.runs.recipe import change, check_changes, to_values
+from unipre3d.runs.recipe import change, check_changes, from_values, to_values
 from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, run_recipe
 from unipre3d.runs.starts import start_from, start_summary
 from unipre3d.tasks.classification import class_samples, nearest_probabilities, read_clouds
@@ -475,7 +475,8 @@ def test_a_light_decoder_for_rooms():
         check_changes(change(recipe, probe=True), finetune_recipes["sem-rooms-mini"])
 
 
-def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):
+def write_scans(folder):
+    "Six boxes in the layout of scanned objects."
     from PIL import Image
 
     for k in range(6):
@@ -483,12 +484,52 @@ def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):
         faces = np.array([[0, 1, 3], [0, 3, 2], [4, 5, 7], [4, 7, 6], [0, 1, 5], [0, 5, 4]])
         uv = (65535 * corners[:, :2] / corners[:, :2].max(0)).astype(np.uint16)
         arrays = dict(vertices=corners.astype(np.float32), faces=faces.astype(np.uint16), uv=uv)
-        np.savez(tmp_path / f"{k}.npz", **arrays)
-        Image.new("RGB", (8, 8), (40 * k, 100, 200 - 30 * k)).save(tmp_path / f"{k}.jpg")
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "retrieval.py"
-    spec = importlib.util.spec_from_file_location("benchmark_retrieval", path)
+        np.savez(folder / f"{k}.npz", **arrays)
+        Image.new("RGB", (8, 8), (40 * k, 100, 200 - 30 * k)).save(folder / f"{k}.jpg")
+
+
+def load_benchmark(name, monkeypatch):
+    "A script of benchmarks/ as a module."
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_views_of_scanned_objects(tmp_path, monkeypatch):
+    "Scores of six boxes: a mean over the scans of an object, and all of them between those of an image that knows the answer."
+    module = load_benchmark("novel_views", monkeypatch)
+    write_scans(tmp_path)
+    monkeypatch.setattr(module, "VIEWS", 6)
+    _, _, record = load_weights("objects")
+    recipe = from_values(module.PretrainRecipe, record["values"])
+    paths = sorted(tmp_path.glob("*.npz"))
+    samples = module.open_samples(module.draw_scans(paths, tmp_path / "scans.zip"), recipe)
+    assert len(samples) == 6 and samples[0].target.rgb.shape == (4, 3, 64, 64)
+    assert samples[0].points.feat.shape == (1024, 9)
+    known = module.mean_image_scores(samples)
+    torch.manual_seed(0)
+    net = module.build_image_net(recipe.model)
+    found = module.scores_of(
+        recipe.build_predictor(net.width).eval(), net, samples, recipe.objective.background
+    )
+    for scores in (known, found):
+        assert set(scores) == {"psnr", "psnr_foreground"}
+        assert all(len(one) == 6 and np.isfinite(one).all() for one in scores.values())
+    target = [samples[k].target.rgb for k in range(6)]
+    mean = torch.cat(target).mean(0)
+    error = (mean - target[2]).square().mean((1, 2, 3))
+    assert np.isclose(known["psnr"][2], float((-10 * error.log10()).mean()), atol=1e-4)
+    values = np.array([[1.0, 3.0, 5.0]])
+    assert module.of_objects(values, ["a", "b", "a"]).tolist() == [[3.0, 3.0]]
+    assert module.summary(np.array([[1.0, 2.0], [2.0, 3.0]]))["mean"] == 2.0
+
+
+def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):
+    write_scans(tmp_path)
+    module = load_benchmark("retrieval", monkeypatch)
     monkeypatch.setattr(module, "POINTS", (300, 300, 200))
     words = ["retrieval.py", "--data", str(tmp_path), "--json", str(tmp_path / "record.json")]
     monkeypatch.setattr(sys, "argv", words)

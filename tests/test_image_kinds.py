@@ -9,11 +9,14 @@ import torch.nn.functional as F
 
 from unipre3d.image import (
     IMAGENET,
+    TAEF2_FILES,
     CachedFeatures,
     FrozenEncoder,
+    GlobalBlock,
     KLImageEncoder,
     LazyEncoder,
     PatchImageEncoder,
+    TAEF2ImageEncoder,
     TinyImageEncoder,
     load_image_encoder,
     load_patches,
@@ -97,6 +100,55 @@ def test_a_tiny_autoencoder_by_its_folder(tmp_path, images):
     full = net(x)
     assert torch.allclose(net.model.decoder.layers[-1](full) * 2 - 1, image, atol=1e-5)
     assert torch.equal(full[..., :20, :28], maps)  # padding is what the net does itself
+
+
+def save_taef2(folder):
+    "Files with TAEF2's names and layers, and numbers that nobody trained: half of AutoencoderTiny's blocks get a branch."
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    net = AutoencoderTiny(latent_channels=32)
+    branches = dict(encoder=(11, 12, 13), decoder=(2, 3, 4))
+    for half, file, first in zip(("encoder", "decoder"), TAEF2_FILES, (0, 1)):
+        layers = getattr(net, half).layers
+        for k in branches[half]:
+            layers[k] = GlobalBlock(layers[k], 64)
+        state = {}
+        for name, value in layers.state_dict().items():
+            number, _, rest = name.partition(".")
+            state[f"{int(number) + first}.{rest}"] = value.half().contiguous()
+        save_file(state, folder / file)
+    return net
+
+
+def test_two_files_of_taef2_are_read_into_the_layers_of_diffusers(tmp_path, images):
+    made = save_taef2(tmp_path).half().float()
+    net = load_image_encoder(tmp_path)
+    assert isinstance(net, TAEF2ImageEncoder) and net.width == 64
+    maps = net(images)
+    assert maps.shape == (6, 64, 20, 28)
+    x = F.pad(images, (0, 4, 0, 4), mode="replicate")
+    image = made.decode(made.encode(x * 2 - 1).latents).sample
+    assert torch.equal(made.decoder.layers[-1](net(x)) * 2 - 1, image)
+    kept = CachedFeatures(LazyEncoder(tmp_path), 2**24, tmp_path / "maps")
+    assert torch.allclose(kept(images), maps, atol=1e-5)
+    model = GaussianModel(image=str(tmp_path), feature_cache_mb=0)
+    assert isinstance(build_image_net(model), TAEF2ImageEncoder)
+
+
+def test_other_files_in_the_place_of_taef2_are_named(tmp_path):
+    save_taef2(tmp_path)
+    encoder, decoder = (tmp_path / file for file in TAEF2_FILES)
+    whole = encoder.read_bytes()
+    encoder.write_bytes(decoder.read_bytes())
+    one_line(lambda: load_image_encoder(tmp_path), str(encoder), "the layers of TAEF2")
+    encoder.write_bytes(whole[: len(whole) // 2])
+    one_line(lambda: load_image_encoder(tmp_path), str(encoder))
+    encoder.write_bytes(whole)
+    decoder.unlink()
+    one_line(lambda: load_image_encoder(tmp_path), str(decoder), kind=FileNotFoundError)
+    one_line(lambda: LazyEncoder(tmp_path), str(decoder), kind=FileNotFoundError)
 
 
 def test_a_whole_diffusion_model_by_its_subfolder(tmp_path, images):

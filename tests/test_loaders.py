@@ -475,3 +475,55 @@ def test_a_replaced_image_is_decoded_again(tmp_path):
         file.write(b"no image")
     with pytest.raises(ValueError, match="00.png"):
         reader.pixels(0, 0)
+
+
+def test_processes_that_are_kept_read_again(root):
+    data = samples(root, n_points=100, n_ref=1, n_target=1)
+    for keep in (True, False):
+        loader = eval_loader(data, batch_size=1, num_workers=2, prefetch=3, keep_workers=keep)
+        assert loader.batches.prefetch_factor == 3
+        readers, passes = [], []
+        for _ in range(2):
+            passes.append(list(loader))
+            readers.append([reader.pid for reader in loader.readers])
+        assert all(same(a, b) for a, b in zip(*passes, strict=True))
+        assert len(set(readers[0])) == 2 and (readers[0] == readers[1]) == keep
+    assert not make_loader(data, 0, 1, batch_size=1).batches.pin_memory
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_batches_have_the_same_values(root):
+    data = samples(root, n_points=100, n_ref=1, n_target=1)
+    for a, b in zip(
+        make_loader(data, 0, 2, batch_size=2), make_loader(data, 0, 2, batch_size=2, pin=True)
+    ):
+        assert same(a, b) and b.points.xyz.is_pinned() and not a.points.xyz.is_pinned()
+
+
+def test_values_of_a_recipe_reach_the_loaders(monkeypatch, tmp_path):
+    from unipre3d.recipes import find_recipe
+    from unipre3d.runs import run
+    from unipre3d.runs.recipe import change
+    from unipre3d.tasks import pretrain
+
+    given = {}
+
+    def watch(module, name):
+        usual = getattr(module, name)
+
+        def call(*args, **how):
+            given.setdefault(name, how)
+            return usual(*args, **how)
+
+        monkeypatch.setattr(module, name, call)
+
+    watch(run, "make_loader")
+    watch(pretrain, "eval_loader")
+    small = dict(steps=1, batch_size=4, n_points=64, image="rgb", n_target=1, resolution=16)
+    small |= dict(workers=1, prefetch=2, keep_workers=True, accumulate=2, image_cache_mb=0)
+    recipe = change(find_recipe("object-transformer-mini"), **small)
+    run.run_recipe("small", recipe, tmp_path / "run", device="cpu", say=lambda text: None)
+    assert (
+        given["make_loader"].items() >= dict(prefetch=2, num_workers=1, parts=2, pin=False).items()
+    )
+    assert given["eval_loader"].items() >= dict(prefetch=2, keep_workers=True, pin=False).items()

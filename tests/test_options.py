@@ -215,28 +215,3 @@ def test_a_table_names_only_values_that_its_recipe_has():
             assert set(table) - known <= {"n_points", "augment", "min_coverage", "layer_decay"}, (
                 name
             )
-
-
-def test_the_tutorials_reader_numbers_classes_by_the_training_split(tmp_path):
-    "A class without a test cloud does not shift the labels of the others."
-    import json
-    import shutil
-
-    book = Path(__file__).resolve().parent.parent / "nbs" / "tutorials" / "labels.ipynb"
-    names = {}
-    for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]:
-        code = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "MyClouds" not in names:
-            exec(code, names)
-    folder, MyClouds = names["folder"], names["MyClouds"]
-    shutil.rmtree(folder / "test" / "ball")
-    train, test = (MyClouds(folder, split) for split in ("train", "test"))
-    assert test.classes == train.classes == ["ball", "box", "rod"]
-    assert {test.name(i).split("/")[0]: test.label(i) for i in range(len(test))} == {
-        "box": 1,
-        "rod": 2,
-    }
-    (folder / "test" / "cone").mkdir()
-    shutil.copy(next((folder / "test" / "box").iterdir()), folder / "test" / "cone")
-    with pytest.raises(ValueError, match="of ball, box, rod, found cone"):
-        MyClouds(folder, "test")

@@ -54,6 +54,7 @@ HW = (60, 80)
 BIG = (96, 128)  # of lenses
 K = standard_intrinsics(HW)
 WALK = box_cameras(12)
+INTRINSICS = (K[0, 0], K[1, 1], K[0, 2] - 0.5, K[1, 2] - 0.5)  # of TUM RGB-D: whole centres
 
 
 def refuses(call, *words, kind=ValueError):
@@ -665,3 +666,70 @@ def test_the_command_says_what_it_found(tmp_path, frames, capsys):
 def test_lenses_have_no_size_of_their_own():
     lens = Lens(HW, K)
     assert np.allclose(lens.scaled((48, 64)).scaled(HW).K, K)
+
+
+# ---------------------------------------------------------------- one bad file of many
+
+
+def spoil(path, keep=0.5):
+    "The beginning of a file."
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+
+
+def test_one_bad_picture_costs_itself_alone(tmp_path, frames):
+    "Cut in its pixels, cut in its header, or its depth: of three captures all are imported, and the files are named."
+    films = {}
+    for name, writer in (("a", transforms_folder), ("b", colmap_folder), ("c", transforms_folder)):
+        more = dict(depth=1000) if writer is colmap_folder else {}
+        films[name] = writer(tmp_path / "films" / name, frames, **more)
+    spoil(films["a"] / "03.png")
+    (films["a"] / "07.png").write_bytes(b"no picture")
+    spoil(films["b"] / "images" / "005.png")
+    spoil(films["c"] / "d02.png")
+    lines = import_posed(tmp_path / "films", how(tmp_path / "out", split="train"), progress=False)
+    said = "\n".join(lines)
+    assert "a: left out 1 of 12 images that cannot be read: 07.png" in said  # its header
+    assert "a: left out 1 of 11 images that cannot be read: 03.png" in said
+    assert "b: left out 1 of 12 images that cannot be read: 005.png" in said
+    assert "c: left out 1 of 12 images that cannot be read: 02.png" in said
+    rooms = ScanNetFrames(tmp_path / "out", split="train")
+    assert [len(rooms.frames(k)) for k in range(3)] == [10, 11, 11]
+    kept = [k for k in range(12) if k not in (3, 7)]
+    assert np.abs(np.linalg.inv(rooms.world_to_cam(0)) - WALK[kept]).max() < 1e-5
+
+
+def test_where_nothing_is_left_the_file_is_named(tmp_path, frames):
+    folder = transforms_folder(tmp_path / "film", frames)
+    for k in range(11):
+        spoil(folder / f"{k:02d}.png")
+    refuses(lambda: import_posed(folder, how(tmp_path / "out"), progress=False), "00.png")
+    for k in range(12):
+        (folder / f"{k:02d}.png").write_bytes(b"no picture")
+    refuses(lambda: read_captures(folder), "00.png")
+
+
+@pytest.mark.parametrize(
+    "words", ["nan nan nan nan nan nan nan", "0 0 inf 0 0 0 1", "1 2 3 0 0 0 0"]
+)
+def test_one_pose_that_is_none_costs_its_image_alone(tmp_path, frames, words):
+    folder = tum_folder(tmp_path / "freiburg3", frames)
+    path = folder / "groundtruth.txt"
+    lines = path.read_text().split("\n")
+    lines[5] = f"{lines[5].split()[0]} {words}"
+    path.write_text("\n".join(lines))
+    (capture,) = read_captures(folder, intrinsics=INTRINSICS)
+    assert [one.color.name for one in capture.images] == [f"{k}.png" for k in range(12) if k != 4]
+    assert capture.remarks == ("left out 1 of 12 images whose pose is none: rgb/4.png",)
+    kept = [k for k in range(12) if k != 4]
+    assert np.abs([one.pose for one in capture.images] - WALK[kept]).max() < 1e-9
+
+
+def test_a_film_without_a_pose_is_refused(tmp_path, frames):
+    folder = tum_folder(tmp_path / "freiburg3", frames)
+    path = folder / "groundtruth.txt"
+    times = [line.split()[0] for line in path.read_text().split("\n")[1:-1]]
+    path.write_text("".join(f"{time} nan nan nan nan nan nan nan\n" for time in times))
+    refuses(
+        lambda: read_captures(folder, intrinsics=INTRINSICS), str(path), "no pose of finite numbers"
+    )

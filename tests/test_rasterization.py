@@ -440,6 +440,9 @@ def test_nothing_to_see_is_background():
         assert not bool(alpha.any()) and len(meta["gaussian_ids"]) == 0
         image.sum().backward()
         assert float(part["means"].grad.abs().sum()) == 0
+    harmonics = {name: t[:0] for name, t in cloud.items()} | dict(colors=torch.zeros(0, 4, 3))
+    image, alpha, _ = rasterization(**harmonics, **views, backgrounds=back, sh_degree=1)
+    assert torch.equal(image, back[:, None, None].expand(2, 32, 40, 3)) and not bool(alpha.any())
 
 
 def test_ellipses_too_wide_for_an_integer_reach_every_tile():
@@ -513,7 +516,14 @@ WRONG = [
     (dict(opacities=torch.full((60,), 1.5)), "opacities: expected at most 1, found 1.5"),
     (dict(scales=torch.ones(60, 3).double()), "scales: expected torch.float32"),
     (dict(means=torch.zeros(60, 3).half()), "means: expected torch.float32"),
-    (dict(colors=torch.full((60, 3), math.nan)), "colors: expected finite"),
+    (dict(colors=torch.full((60, 3), math.nan)), "colors: expected finite values, found 180"),
+    (dict(means=torch.full((60, 3), math.nan)), "means: expected finite values, found 180"),
+    (dict(scales=torch.full((60, 3), math.inf)), "scales: expected finite values, found 180"),
+    (dict(opacities=torch.full((60,), -math.inf)), "opacities: expected finite values, found 60"),
+    (dict(quats=torch.zeros(60, 4)), "quats: expected quaternions that are not zero, found 60"),
+    (dict(viewmats=torch.full((2, 4, 4), math.nan)), "viewmats: expected finite values"),
+    (dict(Ks=torch.full((2, 3, 3), math.nan)), "Ks: expected finite values, found 18"),
+    (dict(backgrounds=torch.full((2, 3), math.inf)), "backgrounds: expected finite values"),
     (dict(colors=torch.zeros(60, 0)), "colors: expected at least one channel"),
     (dict(sh_degree=1), "colors: expected shape"),
     (dict(sh_degree=1, colors=torch.zeros(60, 1, 3)), "sh_degree"),

@@ -209,7 +209,7 @@ def test_an_exact_folder_is_that_one_or_none(tmp_path):
 
 
 def test_a_folder_of_a_run_that_was_killed_at_once_is_free(tmp_path):
-    (tmp_path / "config.json.partial").write_text('{"name": "to')
+    (tmp_path / "config.json.3.partial").write_text('{"name": "to')
     (tmp_path / "running.lock").touch()
     with own_folder(tmp_path, exact=True) as folder:
         assert [path.name for path in folder.iterdir()] == ["running.lock"]

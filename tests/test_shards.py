@@ -15,21 +15,22 @@ import torch
 from unipre3d.cli import main
 from unipre3d.data.labelled import S3DIS, write_s3dis
 from unipre3d.data.loading import StepSampler, make_loader
-from unipre3d.data.readers import Store
+from unipre3d.data.readers import Concat, Store, Subset, shard_of
 from unipre3d.data.samples import ViewSamples
 from unipre3d.data.scannet import ScanNetFrames, write_box_rooms
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
 from unipre3d.data.shards import INDEX, file_names, local_root, write_shards
 from unipre3d.recipes import find_recipe
 from unipre3d.runs.recipe import change
-from unipre3d.runs.run import run_recipe
+from unipre3d.runs.run import run_order, run_recipe, suspects
 
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    "The furniture as a folder, and as shards of half a megabyte."
+    "Every sixth piece of furniture as a folder, and as shards of half a megabyte."
     home = tmp_path_factory.mktemp("objects")
-    folder = export_objects(ShapeNetViews(), home / "folder")
+    everything = ShapeNetViews()
+    folder = export_objects(everything, home / "folder", indices=range(0, len(everything), 6))
     return folder, write_shards(Store(folder), home / "shards", 2**19, progress=False)
 
 
@@ -42,6 +43,13 @@ def rooms(tmp_path_factory):
 
 def index_of(folder):
     return json.loads((folder / INDEX).read_text())
+
+
+def files_of(folder, shard):
+    "The list of a shard: sample -> file -> place, bytes, checksum."
+    lines = (folder / shard["name"]).with_suffix(".jsonl").read_bytes()
+    places = {key: facts[:2] for key, facts in shard["samples"].items()}
+    return {key: json.loads(lines[first : first + size]) for key, (first, size) in places.items()}
 
 
 @pytest.fixture
@@ -91,6 +99,34 @@ def test_samples_fingerprints_and_lists_are_equal(objects, rooms):
     assert a.fingerprint() == b.fingerprint() and a.frames(1) == b.frames(1)
     assert all(np.array_equal(a.rows(1)[k], b.rows(1)[k]) for k in a.rows(1))
     assert np.array_equal(a.view(0, 20).depth, b.view(0, 20).depth)
+
+
+def test_a_window_of_shards_is_a_value_of_a_recipe(objects, rooms, tmp_path, cache):
+    folder, shards = objects
+    blocks = ViewSamples(ShapeNetViews(shards, split="train", size=16), n_points=32).shards
+    store = Store(shards).shards
+    names = [ShapeNetViews(shards, split="train").name(i) for i in range(len(blocks))]
+    assert list(blocks) == [store.shard_of(name) for name in names] and len(set(blocks)) > 2
+    room = ScanNetFrames(rooms[1], split="train", hw=(24, 32))
+    assert shard_of(room, 1) == Store(rooms[1]).shards.shard_of(f"train/{room.name(1)}")
+    assert shard_of(Subset(room, [1]), 0) == shard_of(Concat(room, room), len(room) + 1)
+    small = dict(steps=2, batch_size=4, n_points=64, image_cache_mb=0, shard_window=1)
+    small |= dict(image="rgb", validate_every=0, workers=0)
+    recipe = change(find_recipe("object-transformer-mini"), source=str(shards), **small)
+    task = recipe.build_task()
+    order = run_order(recipe, task.samples)
+    assert order == dict(blocks=blocks, window=1)
+    steps = StepSampler(len(blocks), 4, **order)
+    walk = [blocks[k] for k in steps.order(0)]
+    stretches = [number for number, last in zip(walk, [None, *walk]) if number != last]
+    assert len(stretches) == len(set(blocks))  # each shard is wanted once in an epoch
+    seen = [k for step in range(2) for k, _ in steps.batch(step)]
+    found = suspects(task.samples, [1, 2], 4, 0, **order)
+    assert set(found) == {names[k] for k in seen}
+    folders = change(recipe, source=str(folder))
+    with pytest.raises(ValueError, match="shard_window: expected 0 for data that lie in no shards"):
+        run_recipe("folder", folders, tmp_path / "no", device="cpu", say=lambda text: None)
+    assert run_recipe("window", recipe, tmp_path / "run", device="cpu", say=print).record
 
 
 def test_rooms_of_s3dis(tmp_path):
@@ -174,7 +210,7 @@ def test_a_stopped_call_goes_on_with_the_next_shard(objects, tmp_path):
 def test_a_damaged_shard_is_one_line_with_its_name(copied, damage):
     shard = index_of(copied)["shards"][0]
     path = copied / shard["name"]
-    key, files = next(iter(shard["samples"].items()))
+    files = next(iter(files_of(copied, shard).values()))
     name, (first, size, _) = next(iter(files.items()))
     data = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -189,13 +225,35 @@ def test_a_damaged_shard_is_one_line_with_its_name(copied, damage):
     assert "\n" not in str(problem.value) and ": expected " in str(problem.value)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_list_is_one_line_with_its_name(copied, damage):
+    shard = index_of(copied)["shards"][0]
+    path = (copied / shard["name"]).with_suffix(".jsonl")
+    name = next(iter(next(iter(files_of(copied, shard).values()))))
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data if damage == "flipped" else data[:-5])
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises((OSError, ValueError), match=path.name) as problem:
+        Store(copied).read(name)
+    assert "\n" not in str(problem.value) and ": expected " in str(problem.value)
+
+
+def test_shards_of_an_earlier_version_are_named(copied):
+    index = index_of(copied) | {"version": 1}
+    (copied / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected version 2 of the list, found version 1; write"):
+        Store(copied)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         '{"format": "unipre3d-shards"}',
-        '{"format": "unipre3d-shards", "files": {}, "shards": [3]}',
-        '{"format": "unipre3d-shards", "files": {"a": 1}, "shards": []}',
-        '{"format": "unipre3d-shards", "files": {"../a": [1, 2]}, "shards": []}',
+        '{"format": "unipre3d-shards", "version": 2, "files": {}, "shards": [3]}',
+        '{"format": "unipre3d-shards", "version": 2, "files": {"a": 1}, "shards": []}',
+        '{"format": "unipre3d-shards", "version": 2, "files": {"../a": [1, 2]}, "shards": []}',
         '{"format": "unipre3d-shards", ',
     ],
 )
@@ -245,7 +303,7 @@ def test_the_archives_are_webdatasets(objects, rooms):
         for shard in index_of(shards)["shards"]:
             read = webdataset_samples(shards / shard["name"])
             assert [s["__key__"] for s in read] == list(shard["samples"])
-            for sample, files in zip(read, shard["samples"].values()):
+            for sample, files in zip(read, files_of(shards, shard).values()):
                 bytes_of = [sample[end] for end in sample if end != "__key__"]
                 assert bytes_of == [store.read(name) for name in files]
 
@@ -257,11 +315,11 @@ def test_webdatasets_own_tools_read_them(objects):
     found = defaultdict(int)
     for shard in index_of(objects[1])["shards"]:
         for sample in webdataset.WebDataset(str(objects[1] / shard["name"]), shardshuffle=False):
-            own = shard["samples"][sample["__key__"]]
+            own = files_of(objects[1], shard)[sample["__key__"]]
             found[sample["__key__"]] += len([k for k in sample if not k.startswith("__")]) == len(
                 own
             )
-    assert len(found) == len(ShapeNetViews().everything) and set(found.values()) == {1}
+    assert len(found) == len(ShapeNetViews(objects[0]).everything) and set(found.values()) == {1}
 
 
 def test_the_command(objects, tmp_path, capsys):

@@ -212,3 +212,23 @@ echo '<p id="y">' > _docs/b.html
         "index.html: link to b.html#x, but that page has no such place",
         "index.html: link to c.html, which does not exist",
     ]
+
+
+def test_links_in_comments_of_arguments_become_links():
+    page = '<span class="co"># as [`pool`](tasks/heads.ipynb#pool) gives them</span> <code>[`a`](b.html)</code>'
+    found = site.comment_links(page)
+    assert '<a href="tasks/heads.html#pool">pool</a>' in found and "[`a`](b.html)" in found
+
+
+def test_long_cells_of_tables_are_marked():
+    page = f"<tr><td>12.3</td><td>{'word ' * 9}</td></tr>"
+    assert site.sentence_cells(page).count('class="sentence"') == 1
+
+
+def test_llms_txt_lists_every_page_in_the_order_of_the_book():
+    website = {"title": "Book", "description": "About.", "site-url": "https://book.example"}
+    pages = {Path("00_core.ipynb"): page(title="Core"), Path("index.ipynb"): page(title="Home")}
+    names = {path: path.with_name(path.stem[-4:] + ".ipynb") for path in pages}
+    text = site.contents_for_machines(pages, names, website)
+    assert text.startswith("# Book\n\n> About.\n\n## Core\n")
+    assert text.index("[Home]") < text.index("[Core](https://book.example/core.html)")

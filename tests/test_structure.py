@@ -426,10 +426,12 @@ DISTRIBUTION = {"PIL": "pillow", "spconv": "spconv-cu126", "cumm": "spconv-cu126
 
 EXTRAS = (
     "gpu",
+    "worlds",
     "prepare",
     "clouds",
     "vision",
     "trackers",
+    "view",
 )  # of what a user may install beside the package
 
 
@@ -611,9 +613,13 @@ def test_workflow_is_well_formed(path):
     complain(wrong())
 
 
-def test_workflows_test_three_pythons_and_publish_with_quarto():
-    versions = workflow("test.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
-    assert versions == ["3.11", "3.12", "3.13"]  # text: a bare 3.10 would be the number 3.1
+def test_workflows_test_four_pythons_and_publish_with_quarto():
+    tested = workflow("test.yml")["jobs"]
+    versions = tested["test"]["strategy"]["matrix"]["python"]
+    # text: a bare 3.10 would be the number 3.1
+    assert versions == ["3.11", "3.12", "3.13", "3.14"]
+    systems = tested["commands"]["strategy"]["matrix"]["system"]
+    assert systems == ["macos-latest", "windows-latest", "ubuntu-latest"]
     jobs = workflow("docs.yml")["jobs"]
     steps = [s for s in jobs["build"]["steps"]]
     assert any(s.get("uses", "").startswith("quarto-dev/quarto-actions/setup@") for s in steps)

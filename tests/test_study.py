@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -407,6 +408,58 @@ def test_each_row_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert study.visible_gpus() == []
+
+
+SHARED = """
+import json, sys
+from pathlib import Path
+from unipre3d.reproduce.run import reproduce, row_of
+
+folder = Path(sys.argv[1])
+rows = [row_of(row) for row in json.loads((folder / "rows.json").read_text())]
+print(json.dumps(reproduce(rows, folder, workers=1, say=lambda text: None)))
+"""
+OWNER = """
+import sys, time
+from unipre3d.reproduce.run import row_lock
+
+with row_lock("cls-toy-0", sys.argv[1]):
+    print("has it", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_two_processes_share_a_study(tmp_path):
+    "No row runs twice and none is lost; that the owner of a lock was killed is noticed."
+    rows = [replace(FINE, key=f"cls-toy-{k}", start="none", seed=k) for k in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps([plain(row) for row in rows]))
+
+    def started(program):
+        words = [sys.executable, "-c", program, str(tmp_path)]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    owner = started(OWNER)
+    both = []
+    try:
+        assert owner.stdout.readline() == "has it\n"
+        both += [started(SHARED), started(SHARED)]
+        until = time.time() + 300
+        while any(read_row(row, tmp_path) is None for row in rows[1:]):
+            assert time.time() < until
+            time.sleep(0.2)
+        time.sleep(2)
+        assert read_row(rows[0], tmp_path) is None
+        assert [process.poll() for process in both] == [None, None]
+        owner.kill()
+        outcomes = [json.loads(process.communicate(timeout=300)[0]) for process in both]
+    finally:
+        for process in (owner, *both):
+            process.kill()
+    assert {key for outcome in outcomes for key in outcome["done"]} == {row.key for row in rows}
+    assert not any(outcome["failed"] or outcome["left"] for outcome in outcomes)
+    for row in rows:
+        assert study.log_path(row.key, tmp_path).read_text().count("writing to") == 1
+    assert pending(rows, tmp_path) == []
 
 
 def test_full_classification_rows_have_the_points_and_rates_of_their_own_code():

@@ -520,23 +520,21 @@ def test_readers_of_other_classes_are_not_joined():
     one_line(lambda: Concat(Own(["a", "b"]), Own(["b", "c"])), "classes a, b, found one of b, c")
 
 
-def test_the_tutorial_numbers_classes_by_its_training_split(tmp_path):
-    book = Path(unipre3d.__file__).parents[1] / "nbs" / "tutorials" / "labels.ipynb"
-    cells = json.loads(book.read_text(encoding="utf-8"))["cells"]
-    codes = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    space = {}
-    for code in codes[:2]:
-        exec(code, space)
-    for split in ("val", "test"):
-        shutil.rmtree(space["folder"] / split / "ball")
-    exec(codes[2], space)
-    MyClouds, folder = space["MyClouds"], space["folder"]
-    readers = {split: MyClouds(folder, split) for split in ("train", "val", "test")}
+def test_a_folder_numbers_classes_by_its_training_split(tmp_path):
+    from unipre3d.data.clouds import write_cloud
+    from unipre3d.data.folder import FolderClouds
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in ("ball", "box", "rod") if split == "train" else ("box", "rod"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            write_cloud(tmp_path / split / kind / "0.ply", rng.normal(size=(20, 3)))
+    readers = {split: FolderClouds(tmp_path, split=split) for split in ("train", "val", "test")}
     assert all(r.classes == ["ball", "box", "rod"] for r in readers.values())
     assert {readers["test"].label(i) for i in range(len(readers["test"]))} == {1, 2}
-    (folder / "val" / "cone").mkdir()
-    shutil.copy(next((folder / "val" / "box").iterdir()), folder / "val" / "cone")
-    one_line(lambda: MyClouds(folder, "val"), "val: expected", "found cone")
+    (tmp_path / "val" / "cone").mkdir()
+    shutil.copy(tmp_path / "val" / "box" / "0.ply", tmp_path / "val" / "cone")
+    one_line(lambda: FolderClouds(tmp_path, split="val"), "val: expected", "found cone")
 
 
 @pytest.mark.parametrize("bare", ("train", "val", "test"))

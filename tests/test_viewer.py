@@ -100,6 +100,16 @@ def test_the_page_shows_what_render_shows(window, azimuth, elevation, bands):
     assert np.abs(found - expected).mean() < 0.01 and np.abs(found - expected).max() < 0.12
 
 
+def test_it_spins_until_it_is_touched(window):
+    show(window, gaussian_viewer(some_gaussians(), spin=90))
+    first = pixels(window)
+    assert np.abs(pixels(window) - first).max() > 0.1
+    window.locator("canvas").focus()
+    window.keyboard.press("ArrowLeft")
+    still = pixels(window)
+    assert np.abs(pixels(window) - still).max() == 0
+
+
 def test_keys_turn_and_zoom_and_home_returns(window):
     show(window, gaussian_viewer(some_gaussians()))
     first = pixels(window)

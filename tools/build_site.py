@@ -21,6 +21,7 @@ from pathlib import Path
 
 import yaml
 from run_notebooks import OUT, ROOT, notebooks
+from sidebar import pages as book
 from sidebar import sidebar as contents
 
 STAGE, SITE = OUT / "book", ROOT / "_docs"
@@ -342,6 +343,8 @@ def prepare():
     if not pages:
         fail("nbdev processed no notebook")
     names = page_names(pages)
+    machines = contents_for_machines(pages, names, config["website"])
+    (STAGE / "llms.txt").write_text(machines, encoding="utf-8")
     for notebook in pages.values():
         arrange_entries(notebook)
     problems = refer(
@@ -368,6 +371,24 @@ def prepare():
         sidebar = sidebar.replace(f"- {path}\n", f"- {name}\n")
     (folder / "sidebar.yml").write_text(sidebar)
     return folder, problems
+
+
+def contents_for_machines(pages, names, website):
+    "llms.txt: every page of the book in its order, with its title and what it is about, for programs that read."
+    lines = [f"# {website['title']}", "", f"> {website['description']}"]
+    part = None
+    for now, _, path in book():
+        if path not in pages:
+            continue
+        if now != part:
+            part = now
+            lines += ["", f"## {part}", ""]
+        about = front_matter(pages[path])
+        address = f"{website['site-url']}/{names[path].with_suffix('.html').as_posix()}"
+        lines.append(
+            f"- [{about.get('title', path.stem)}]({address}): {about.get('description', '')}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------- what pages need beside them
@@ -438,14 +459,21 @@ def localise(site):
 
 
 def local_search(site):
-    "Load the search index as a script, which also works on a page that is opened as a file."
+    "Load the search index as a script, which also works on a page that is opened as a file; whole words come first."
     script = site / "site_libs" / "smalldocs.js"
     text = script.read_text(encoding="utf-8")
     fetched = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'
     if fetched not in text:
         fail("smalldocs loads its search index in a new way; mend local_search()")
     loaded = 'index = await new Promise((done, no) => { const s = document.createElement("script"); s.src = offset + "search.js"; s.onload = () => done(window.searchIndex); s.onerror = no; document.head.append(s); });'
-    script.write_text(text.replace(fetched, loaded), encoding="utf-8")
+    text = text.replace(fetched, loaded)
+    order = re.compile(r"const hits = fuse \?.*?\.slice\(0, limit\);", re.S)
+    if len(order.findall(text)) != 1:
+        fail("smalldocs orders what it finds in a new way; mend local_search()")
+    text = order.sub("const hits = ranked(q, limit);", text)
+    ours = (ROOT / "tools" / "search.js").read_text(encoding="utf-8")
+    text = text.replace("let index = null, fuse = null;", f"let index = null, fuse = null;\n{ours}")
+    script.write_text(text, encoding="utf-8")
     (site / "search.js").write_text(
         "window.searchIndex = " + (site / "search.json").read_text(encoding="utf-8") + ";\n",
         encoding="utf-8",
@@ -467,10 +495,36 @@ def captions(page):
     )
 
 
+def comment_links(page):
+    "Links that nbdev writes into the comments of arguments, where Markdown is not read."
+
+    def linked(match):
+        target = re.sub(r"\.ipynb(?=#|$)", ".html", match[2])
+        return f'<a href="{target}">{match[1]}</a>'
+
+    def comment(match):
+        return re.sub(r"\[`([^`\]]+)`\]\(([^)\s]+)\)", linked, match[0])
+
+    return re.sub(r'<span class="co">[^<]*</span>', comment, page)
+
+
+def sentence_cells(page, long=30):
+    "Mark the cells of tables that hold more than a few words, so that a phone gives them room."
+
+    def marked(match):
+        text = re.sub(r"<[^>]+>", "", match[2])
+        if len(html.unescape(text).strip()) <= long or " class=" in match[1]:
+            return match[0]
+        return f'<td class="sentence"{match[1]}>{match[2]}</td>'
+
+    return re.sub(r"<td([^>]*)>((?:(?!<td|</td>).)*)</td>", marked, page, flags=re.S)
+
+
 def finish(site):
     "Small corrections of the rendered pages."
     for page in site.rglob("*.html"):
-        text = captions(page.read_text(encoding="utf-8"))
+        text = comment_links(captions(page.read_text(encoding="utf-8")))
+        text = sentence_cells(text)
         text = re.sub(r"<table>", '<table class="table table-sm">', text)
         text = re.sub(r'(<table[^>]*class="dataframe)"', r'\1 table table-sm"', text)
         page.write_text(text, encoding="utf-8")
@@ -617,6 +671,7 @@ def smalldocs():
     localise(site)
     local_search(site)
     finish(site)
+    shutil.copy(STAGE / "llms.txt", site)
     return site, dangling
 
 

@@ -4,7 +4,8 @@
 
 On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
 mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
-theme, a visible mark on what the keyboard reaches. On the whole site: search, also by keyboard alone, and the theme.
+theme, a visible mark on what the keyboard reaches. No code block is cut and no link is left as Markdown, on a desk and on a phone, and on a
+phone no table is crushed. On the whole site: search, also by keyboard alone, what some words find first, and the theme, also of the search box.
 The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one
 line says. Two variables of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing
 browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser is used even where there is one.
@@ -30,6 +31,12 @@ from urllib.parse import unquote, urldefrag, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HEAVY = 3 << 20  # bytes that a page may load
+FIRST = {  # what newcomers type, and the pages that may come first
+    "install": ("index.html",),
+    "features": ("features.html",),
+    "COLMAP": ("tutorials/photographs.html", "data/imports.html"),
+    "GPU": ("render.html", "index.html"),
+}
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
 
 READ = """async () => {
@@ -64,6 +71,37 @@ WIDE = """() => {
   const over = [...document.body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1 && !clipped(e));
   const inner = over.filter(e => !over.some(o => o !== e && e.contains(o)));
   return [root.scrollWidth + ' px', ...inner.slice(0, 3).map(e => e.tagName.toLowerCase() + '.' + [...e.classList].join('.') + ' ' + e.textContent.trim().slice(0, 40))];
+}"""
+
+# What a reader would have to move sideways to see; folded code is unfolded first.
+CLIPPED = """() => {
+  document.querySelectorAll('main details').forEach(e => e.open = true);
+  return [...document.querySelectorAll('main pre')].filter(e => e.scrollWidth > e.clientWidth + 1)
+    .map(e => (e.scrollWidth - e.clientWidth) + ' px of "' + e.textContent.trim().slice(0, 40) + '"');
+}"""
+
+# A cell of few letters a line over several lines.
+CRUSHED = """() => {
+  const lines = e => {
+    const range = document.createRange();
+    range.selectNodeContents(e);
+    return new Set([...range.getClientRects()].filter(r => r.width > 0).map(r => Math.round(r.top / 4))).size;
+  };
+  const length = e => e.textContent.trim().length;
+  const crushed = e => { const n = lines(e); return n > 2 && length(e) / n < 5 || n > 12 && e.clientWidth < 160; };
+  return [...document.querySelectorAll('main td, main th')].filter(e => e.getClientRects().length && !e.querySelector('.katex, img, svg, table') && crushed(e))
+    .map(e => '"' + e.textContent.trim().slice(0, 40) + '"');
+}"""
+
+MARKDOWN = """() => {
+  const found = [], text = document.createTreeWalker(document.querySelector('main') || document.body, NodeFilter.SHOW_TEXT);
+  const link = /\\[[^\\]]+\\]\\((https?:|[\\w.\\/-]+\\.(html|ipynb|md))/;
+  while (text.nextNode()) {
+    const e = text.currentNode.parentElement;
+    const code = e.closest('pre, code, script, style, textarea');
+    if (link.test(text.currentNode.data) && (!code || e.closest('span.co, span.c1'))) found.push(text.currentNode.data.trim().slice(0, 80));
+  }
+  return found;
 }"""
 
 # Before the window becomes wide again for the next page: this one is not laid out once more.
@@ -123,6 +161,16 @@ CONTRAST = """() => {
     if (ratio < (large ? 3 : 4.5)) faint.push(ratio.toFixed(1) + ':1 for "' + text.slice(0, 30) + '" in ' + e.tagName.toLowerCase() + '.' + e.className);
   }
   return faint;
+}"""
+
+
+# Whether the search box is on the other side of grey than the page.
+BOX = """() => {
+  const parts = e => getComputedStyle(e).backgroundColor.match(/[\\d.]+/g).map(Number);
+  const dark = ([r, g, b]) => .299 * r + .587 * g + .114 * b < 128;
+  const boxes = [...document.querySelectorAll('.smalldocs-search input')].filter(e => e.getClientRects().length);
+  const clear = c => c.length > 3 && c[3] < .5;
+  return boxes.some(e => clear(parts(e)) || dark(parts(e)) !== dark(parts(document.body)));
 }"""
 
 
@@ -282,6 +330,12 @@ class Walk:
             if not self.toggle():
                 break
 
+    def many(self, what, script):
+        "Note how often something is wrong on a page, and where first."
+        found = self.page.evaluate(script)
+        if found:
+            self.note(f"{what}, {len(found)} times, first {found[0]}")
+
     def visit(self, name):
         "All that one page can get wrong by itself; what it links to is kept for `links`."
         self.name, self.weight = name, 0
@@ -311,14 +365,18 @@ class Walk:
                 f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB"
             )
         self.contrast()
+        self.many("link left as Markdown", MARKDOWN)
+        self.many(f"code cut at {DESK['width']} px", CLIPPED)
         self.page.set_viewport_size(PHONE)
+        self.many(f"code cut at {PHONE['width']} px", CLIPPED)
+        self.many(f"table crushed at {PHONE['width']} px", CRUSHED)
         wide = self.page.evaluate(WIDE)
         if wide:
             self.note(f"wider than {PHONE['width']} px: {'; '.join(wide)}")
         self.page.evaluate(HIDE)
 
-    def search(self, name, expected):
-        "Typing a function's name brings its entry among the first five results, and Enter or a click leads there."
+    def hits(self, name):
+        "The addresses of the first five results; none is noted."
         self.name = "search"
         self.page.set_viewport_size(DESK)
         self.page.goto(self.base + "index.html")
@@ -329,11 +387,25 @@ class Walk:
                 ".smalldocs-search-results.show a.search-result", timeout=30_000
             )
         except Exception:
-            return self.note(f"nothing found for {name}")
+            self.note(f"nothing found for {name}")
+            return []
         self.page.wait_for_timeout(200)
-        hits = self.page.eval_on_selector_all(
+        return self.page.eval_on_selector_all(
             "a.search-result", "all => all.slice(0, 5).map(a => a.href)"
         )
+
+    def word(self, word, expected):
+        "The first result of a word that newcomers type is the page about it."
+        hits = self.hits(word)
+        if hits and not self.short(hits[0]).startswith(expected):
+            wanted = " or ".join(expected)
+            self.note(f"{word} brings {self.short(hits[0])} first, not {wanted}")
+
+    def search(self, name, expected):
+        "Typing a function's name brings its entry among the first five results, and Enter or a click leads there."
+        hits = self.hits(name)
+        if not hits:
+            return
         if not any(self.short(hit).startswith(expected) for hit in hits):
             return self.note(f"{name} brings {', '.join(map(self.short, hits))}, not {expected}")
         self.page.locator("a.search-result").first.click()
@@ -381,6 +453,17 @@ class Walk:
             self.note("the choice is forgotten by the next page")
         self.page.evaluate("() => localStorage.clear()")
 
+    def box(self):
+        "The search box is light where the page is light, and dark where it is dark."
+        self.name = "search box"
+        self.page.goto(self.base + "index.html")
+        self.page.add_style_tag(content="* { transition: none !important; }")
+        for theme in ("light", "dark"):
+            if self.page.evaluate(BOX):
+                self.note(f"wears the other theme than the page, {theme} theme")
+            self.toggle()
+        self.page.evaluate("() => localStorage.clear()")
+
 
 def functions(site, count=8):
     "Some functions of the package, spread over its modules, with the page that describes each."
@@ -422,8 +505,12 @@ def whole_site(site, trip):
     found = functions(site)
     for name, place in found:
         trip.search(name, place.split("#")[0])
+    for word, expected in FIRST.items():
+        if all((site / name).exists() for name in expected):
+            trip.word(word, expected)
     trip.keyboard(found[0][0])
     trip.theme()
+    trip.box()
 
 
 def stroll(base, errands):

@@ -30,7 +30,7 @@ LAYERS = (
     ("tasks",),
     ("recipes",),
     ("features",),
-    ("predictions", "reproduce"),
+    ("predictions", "reproduce", "view"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

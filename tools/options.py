@@ -8,7 +8,9 @@ Help and mistakes read this file, so that they need not import torch. A test com
 import ast
 import inspect
 import io
+import re
 import sys
+import textwrap
 import tokenize
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,10 +21,27 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "unipre3d" / "_options.py"
 sys.path.insert(0, str(ROOT))
 
+PLAIN = {
+    "render": "RenderOptions",
+    "features": "FeatureOptions",
+    "predict": "PredictOptions",
+    "data prepare": "PrepareOptions",
+    "data check": "CheckOptions",
+    "data shard": "ShardOptions",
+    "data furniture": "FurnitureOptions",
+    "data autoencoder": "AutoencoderOptions",
+}  # command -> its options, in unipre3d.cli
+
 HEAD = '''"""The options of commands whose values need torch; tools/options.py writes this file from the recipes."""
 
 # A row is the option's path, its type, its default as text, and what it is.
 '''
+
+
+def comment_lines(text):
+    "Number of a line, from 1 -> the comment in it."
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
 def comments(kind):
@@ -32,14 +51,29 @@ def comments(kind):
         if not is_dataclass(base):
             continue
         text = inspect.getsource(base)
-        lines = {}
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT:
-                lines[token.start[0]] = token.string.lstrip("# ")
+        lines = comment_lines(text)
+        alone = {n for n in lines if text.splitlines()[n - 1].lstrip().startswith("#")}
         for node in ast.parse(text).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 beside = [lines[n] for n in range(node.lineno, node.end_lineno + 1) if n in lines]
-                found[node.target.id] = " ".join(beside)
+                above = [lines[node.lineno - 1]] if node.lineno - 1 in alone else []
+                found[node.target.id] = " ".join(beside or above)
+    return found
+
+
+def keyword_comments(backbone):
+    "Keyword of a backbone's constructor -> the comment beside it."
+    from unipre3d.runs.run import backbone_class
+
+    text = textwrap.dedent(inspect.getsource(backbone_class(backbone).__init__))
+    lines = comment_lines(text)
+    build = ast.parse(text).body[0]
+    arguments = [*build.args.args, *build.args.kwonlyargs]
+    ends = [argument.lineno for argument in arguments[1:]] + [build.body[0].lineno]
+    found = {}
+    for argument, end in zip(arguments, ends):
+        beside = [lines[n] for n in range(argument.lineno, end) if n in lines]
+        found[argument.arg] = " ".join(beside)
     return found
 
 
@@ -56,21 +90,23 @@ def rows(values, prefix=""):
 
     said = comments(type(values))
     for value in fields(values):
-        path = prefix + value.name.replace("_", "-")
+        renamed = re.search(r"called\(.(\w+).\)", str(value.type))
+        path = prefix + (renamed[1] if renamed else value.name.replace("_", "-"))
         inner = getattr(values, value.name)
         if is_dataclass(inner):
             yield from rows(inner, path + ".")
         elif value.name == "backbone_options":
             for name, (_, default) in backbone_keywords(values.backbone).items():
                 default = inner.get(name, default)
-                yield from [
-                    (keyword_path(name), keyword_type(values.backbone, name), as_text(default), "")
-                ]
+                kind = keyword_type(values.backbone, name)
+                about = keyword_comments(values.backbone).get(name, "")
+                yield keyword_path(name), kind, as_text(default), about
         elif isinstance(inner, dict):
             for name, weight in inner.items():
                 yield f"{path}.{name}", "float", as_text(weight), said[value.name]
         else:
-            yield path, str(value.type), as_text(inner), said[value.name]
+            kind = "str" if renamed else str(value.type)
+            yield path, kind, as_text(inner), said[value.name]
 
 
 def keyword_path(name):
@@ -86,6 +122,7 @@ def keyword_type(backbone, name):
 
 def collect() -> dict[str, Any]:
     "What the file holds."
+    from unipre3d import cli
     from unipre3d.cli import RunOptions, backbone_keywords, with_all_terms
     from unipre3d.data.imports import ImportOptions
     from unipre3d.recipes import finetune_recipes, recipes
@@ -99,13 +136,16 @@ def collect() -> dict[str, Any]:
         whole[name] = [*rows(with_all_terms(recipe)), *rows(RunOptions())]
         backbone = getattr(recipe.model, "backbone", None)
         if backbone and backbone not in backbones:
+            about = keyword_comments(backbone)
             backbones[backbone] = [
-                (keyword_path(key), keyword_type(backbone, key), as_text(default), "")
+                (keyword_path(key), keyword_type(backbone, key), as_text(default), about[key])
                 for key, (_, default) in backbone_keywords(backbone).items()
             ]
     whole["data rooms"] = list(rows(RoomsOptions()))
     whole["data import"] = list(rows(ImportOptions()))
     whole["reproduce"] = list(rows(StudyOptions()))
+    for name, kind in PLAIN.items():
+        whole[name] = list(rows(getattr(cli, kind)()))
     distinct = sorted({row for own in [*whole.values(), *backbones.values()] for row in own})
     number = {row: n for n, row in enumerate(distinct)}
     return {

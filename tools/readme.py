@@ -77,6 +77,7 @@ def cell_text(cell, pictures):
         any(HIDDEN.match(o) for o in others)
         or "nbdev_export(" in code
         or opts.get("include") is False
+        or opts.get("readme") is False
     ):
         return ""
     shown = (

@@ -25,7 +25,13 @@ CORE = {
     "Does it work?": ["60_pretrain", "tasks/72_classification", "65_own_cloud", "80_results"],
 }
 WORKSHOP = {
-    "Tutorials": ["tutorials/meshes", "tutorials/labels", "tutorials/backbone"],
+    "Tutorials": [
+        "tutorials/meshes",
+        "tutorials/labels",
+        "tutorials/photographs",
+        "tutorials/backbone",
+        "tutorials/pyg",
+    ],
     "Data": [
         "02_files",
         "03_values",
@@ -36,12 +42,14 @@ WORKSHOP = {
         "data/23_scannet",
         "data/24_labelled",
         "data/17_augment",
+        "data/24_folder",
         "data/26_samples",
         "data/27_posed",
         "data/28_import",
         "data/28_transform",
         "data/29_loading",
         "data/18_shards",
+        "data/18_scale",
         "data/29_accepted",
     ],
     "Worlds": [
@@ -96,7 +104,7 @@ WORKSHOP = {
         "tasks/68_masked",
         "tasks/67_autoencoder",
     ],
-    "Your own clouds": ["63_features", "64_predict"],
+    "Your own clouds": ["63_features", "64_predict", "66_view"],
     "Study": ["62_compare", "76_study", "77_statistics", "78_reproduce"],
     "Differences, command line, API": ["81_differences", "90_cli", "91_api"],
 }

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,18 +23,19 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'GOES_ON', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line', 'did_you_mean', 'called', 'parse',
-           'parse_after', 'option_paths', 'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape',
-           'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
-           'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes',
-           'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command', 'finetune_command',
-           'reproduce_command', 'RenderOptions', 'write_film', 'film_file', 'render_command', 'convert_command',
-           'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words', 'each_cloud', 'name_refused',
-           'features_command', 'folder_features', 'predict_command', 'FurnitureOptions', 'AutoencoderOptions',
-           'PrepareOptions', 'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command',
-           'rooms_command', 'ShardOptions', 'shard_command', 'data_command', 'cache_text', 'doctor_command',
-           'changed_values', 'value_text', 'run_state_text', 'info_command', 'completion_words', 'completion_command',
-           'usage', 'spin_briefly', 'main']
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line',
+           'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths', 'full_options', 'backbone_keywords',
+           'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows',
+           'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe',
+           'resumable', 'refuse_changes', 'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command',
+           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'film_file',
+           'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words',
+           'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command', 'ViewOptions',
+           'build_world', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not',
+           'prepare_command', 'import_command', 'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions',
+           'shard_command', 'data_command', 'cache_text', 'doctor_command', 'changed_values', 'value_text',
+           'run_state_text', 'info_command', 'option_choices', 'completion_words', 'completion_command', 'usage',
+           'spin_briefly', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -95,12 +97,19 @@ def parse_after(
     prog: str,  # the last word of it stands for the first argument
     example: str,  # what that is, and a whole command
 ):  # the first argument, the options
-    "Options after one argument without a name."
+    "Options after one argument without a name; help and mistakes come from the list of options, where it has the command."
+    from unipre3d._options import OPTIONS
+
+    command = prog.rsplit(" ", 1)[0].removeprefix("unipre3d ")
+    if command in OPTIONS:
+        about = " ".join(shape.__doc__.split()).rstrip(".")
+        named = bool(args) and not args[0].startswith("-")
+        help_or_check(prog, about, recipe_rows(command), args[1:] if named else args)
     if args and not args[0].startswith("-"):
         return args[0], parse(shape, args[1:], prog)
     if "-h" in args or "--help" in args:
         parse(shape, ["--help"], prog)
-    raise ValueError(f"{prog.rsplit(' ', 1)[0].removeprefix('unipre3d ')}: expected {example}")
+    raise ValueError(f"{command}: expected {example}")
 
 # %% ../nbs/90_cli.ipynb #fcb45035
 def option_paths(
@@ -609,11 +618,14 @@ def write_film(
     """
     from PIL import Image
 
+    from unipre3d.records import written_whole
+
     path = Path(path)
     if path.suffix == ".gif":
         images = [Image.fromarray(frame) for frame in frames]
         how = dict(save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
-        images[0].save(path, **how)
+        with written_whole(path) as partial:
+            images[0].save(partial, "GIF", **how)
         return path
     from matplotlib.animation import FFMpegWriter
     from matplotlib.figure import Figure
@@ -627,12 +639,27 @@ def write_film(
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     shown = axis.imshow(frames[0])
-    writer = FFMpegWriter(fps=fps)
-    with writer.saving(figure, str(path), 100):
+    writer = FFMpegWriter(fps=fps, extra_args=["-f", "mp4"])
+    with written_whole(path) as partial, writer.saving(figure, str(partial), 100):
         for frame in frames:
             shown.set_data(frame)
             writer.grab_frame()
     return path
+
+
+def folder_for(
+    out: str | Path,  # where a command writes at the end of its work
+) -> Path:
+    """The folder, made if it is not there.
+
+    Raises: OSError where it cannot be made or written.
+    """
+    from unipre3d.records import check_writable
+
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    return folder
 
 
 def film_file(
@@ -655,6 +682,7 @@ def film_file(
     gaussians, antialiased = load_gaussians(path)
     if not len(gaussians):
         raise ValueError(f"{path}: expected at least one Gaussian, found none")
+    folder = folder_for(options.out or path.parent)
     around = gaussians.mean - gaussians.mean.median(0).values
     radius = float(around.norm(dim=1).quantile(0.95).clamp(min=1e-6))
     gaussians = gaussians.derive(mean=around / radius, scale=gaussians.scale / radius)
@@ -665,8 +693,6 @@ def film_file(
             one = cameras.select(torch.tensor([i]))
             rgb = render(gaussians, one, torch.zeros(3), antialiased=antialiased).rgb[0]
             frames.append((rgb.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-    folder = Path(options.out) if options.out else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"{path.name}: {len(gaussians):,} Gaussians")
     return write_film(frames, folder / f"film-{path.stem}.{options.video}")
 
@@ -697,6 +723,8 @@ def render_command(args: list[str]) -> int:
         raise ValueError(
             f"--index: expected 0..{len(samples) - 1} in the {options.split} split, got {options.index}"
         )
+    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    folder = folder_for(options.out or run)
     sample = samples[options.index]
     background = torch.tensor(recipe.objective.background)
     cameras = samples.tour(options.index, options.frames, options.size)
@@ -709,9 +737,6 @@ def render_command(args: list[str]) -> int:
             rgb = render(gaussians, cameras.select(torch.tensor([i])), background).rgb[0]
             frame = (torch.cat([beside, rgb], 2).clamp(0, 1) * 255).byte()
             frames.append(frame.permute(1, 2, 0).numpy())
-    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
-    folder = Path(options.out) if options.out else run
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{options.split}-{options.index}"
     film = write_film(frames, folder / f"film-{stem}.{options.video}")
     ply = save_ply(gaussians, folder / f"gaussians-{stem}.ply")
@@ -861,7 +886,7 @@ def features_command(args: list[str]) -> int:
     out = archive_path(options.out or f"{Path(given).expanduser().resolve().stem}-features.npz")
     extractor = FeatureExtractor.from_pretrained(options.weights)
     how = cloud_words(options, extractor.transform)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder_for(out.parent)
     if whole:
         return folder_features(extractor, paths, out, options.nearest, how)
     (path,) = paths.values()
@@ -933,12 +958,12 @@ def predict_command(args: list[str]) -> int:
 
     from unipre3d.features import file_columns
     from unipre3d.predictions import Predictor, prediction_rows, save_prediction
+    from unipre3d.records import written_whole
 
     predictor = Predictor.from_run(options.weights)
     predictor.check_category(options.category)
     how = cloud_words(options, predictor.transform)
-    folder = Path(options.out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_for(options.out)
 
     def answer_for(path):
         cloud, columns = file_columns(path, predictor.transform, **how)
@@ -950,10 +975,96 @@ def predict_command(args: list[str]) -> int:
         rows += prediction_rows(name, answer)
         save_prediction(answer, cloud, folder / name)
     table = pd.DataFrame(rows)
-    table.to_csv(folder / "predictions.csv", index=False)
+    with written_whole(folder / "predictions.csv") as partial:
+        table.to_csv(partial, index=False)
     print(table.to_string(index=False) if rows else "no things were found")
     print(f"written: {folder}")
     return name_refused(refused, len(paths))
+
+# %% ../nbs/90_cli.ipynb #90v00002
+@dataclass(frozen=True)
+class ViewOptions:
+    """Points, Gaussians, cameras, pictures and features: live in a browser, or as one page.
+
+    Of a run: a cloud of its data, and what its model makes of it. Of a file (any cloud, mesh or splat): what it
+    holds, and features of its points. Without the package viser (pip install "unipre3d[view]") a page is written.
+    """
+
+    out: str | None = None  # page to write, which ends in .html; default: a live viewer
+    port: int = 8080  # of the live viewer; 0: any that is free
+    host: str = "127.0.0.1"  # address of the live viewer; "0.0.0.0" lets other machines in
+    points: int = 60_000  # of the cloud that are shown, at most
+    split: str = "val"  # of a run, which clouds: "train", "val" or "test"
+    index: int = 0  # of a run, which cloud of the split
+    # of a file, whose features: "objects", "rooms", a run, a folder of weights, owner/name; "none"
+    weights: Annotated[str, called("from")] = "objects"
+    unit: str | None = None  # of a file's coordinates: m, cm, mm, in or ft; counts for rooms
+    up: str = "z"  # axis that points up in a file: "x", "y" or "z"
+    normals: str = "given"  # "estimate": compute those of a file from its points
+
+
+RUN_WORDS, FILE_WORDS = ("split", "index"), ("weights", "unit", "up", "normals")
+
+
+def build_world(
+    given: Path,  # a run folder, its checkpoint, or a file
+    options: ViewOptions,
+) -> Any:  # a `World`
+    """What there is to see.
+
+    Raises: FileNotFoundError or ValueError of one line, also for options that do not count.
+    """
+    whole = given.is_dir() or given.name == "checkpoint.safetensors"
+    idle = FILE_WORDS if whole else RUN_WORDS
+    for name in idle:
+        if getattr(options, name) != getattr(ViewOptions, name):
+            option = "from" if name == "weights" else name
+            kind = "a file, not for a run" if whole else "a run, not for a file"
+            raise ValueError(f"--{option}: counts only for {kind}")
+    if options.points < 1:
+        raise ValueError(f"--points: expected at least 1, got {options.points}")
+    from unipre3d.view import world_of_file, world_of_run
+
+    names = RUN_WORDS if whole else FILE_WORDS
+    how = {name: getattr(options, name) for name in ("points", *names)}
+    return world_of_run(given, **how) if whole else world_of_file(given, **how)
+
+
+def view_command(args: list[str]) -> int:
+    "unipre3d view RUN | FILE [--key value ...]: points, Gaussians, cameras and pictures, in a browser."
+    example = "a run folder or a file, as in: unipre3d view runs/object-transformer-mini"
+    given, options = parse_after(ViewOptions, args, "unipre3d view RUN", example)
+    given = Path(given).expanduser()
+    if not given.exists():
+        raise FileNotFoundError(
+            f"{given}: expected a run folder or a file of points or of Gaussians, found nothing there"
+        )
+    page = options.out is not None or importlib.util.find_spec("viser") is None
+    if page and (options.port, options.host) != (ViewOptions.port, ViewOptions.host):
+        raise ValueError(
+            "--port, --host: count only for the live viewer, without --out and with the package viser: "
+            'pip install "unipre3d[view]"'
+        )
+    from unipre3d.view import INSTALL, check_port, serve_world, write_page
+
+    if not page:
+        check_port(options.host, options.port)
+    world = build_world(given, options)
+    print(f"{world.name}: {'; '.join([world.facts(), *world.remarks])}")
+    if page:
+        if options.out is None:
+            print(f"viser, the live viewer, is not installed ({INSTALL}); a page instead:")
+        path = write_page(world, options.out or f"{given.resolve().stem}-view.html")
+        print(f"page: {path}")
+        return 0
+    server = serve_world(world, options.host, options.port)
+    try:
+        print(f"viewer: http://{options.host}:{server.get_port()}   (Ctrl-C ends it)", flush=True)
+        server.sleep_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.stop()
 
 # %% ../nbs/90_cli.ipynb #76c03423
 @dataclass(frozen=True)
@@ -976,7 +1087,7 @@ class AutoencoderOptions:
 
     out: str = "autoencoder-mini"  # folder to write
     steps: int | None = None  # optimiser steps; default: those of the shipped one
-    seed: int = 0
+    seed: int = 0  # of weights and order
 
 
 @dataclass(frozen=True)
@@ -1022,10 +1133,12 @@ def prepare_command(args: list[str]) -> int:
     example = "a folder of meshes, as in: unipre3d data prepare meshes --out mine.zip"
     folder, options = parse_after(PrepareOptions, args, "unipre3d data prepare FOLDER", example)
     from unipre3d.data.shapenet import ShapeNetViews
+    from unipre3d.records import used_alone
     from unipre3d.worlds.prepare import find_meshes, prepare_meshes
 
     files = find_meshes(folder)
-    path = prepare_meshes(files, **asdict(options))
+    with used_alone(options.out):
+        path = prepare_meshes(files, **asdict(options))
     kept = ShapeNetViews(path)
     count = f"{len(kept)} objects of {len(kept.classes)} classes"
     print(f"wrote {path}: {count}, from {len(files)} files")
@@ -1043,10 +1156,12 @@ def import_command(args: list[str]) -> int:
     about = "Posed images of COLMAP, transforms.json, TUM RGB-D or images/<split> as scenes"
     help_or_check(prog, about, recipe_rows("data import"), args)
     from unipre3d.data.imports import ImportOptions, import_posed
+    from unipre3d.records import used_alone
 
     example = "a folder of posed images, as in: unipre3d data import colmap --out scenes"
     folder, options = parse_after(ImportOptions, args, prog, example)
-    lines = import_posed(folder, options)
+    with used_alone(options.out):
+        lines = import_posed(folder, options)
     print(*lines, sep="\n")
     more = " --fusion FeatureFusion" * any("no depth" in line for line in lines)
     data = shlex.quote(options.out)
@@ -1079,13 +1194,16 @@ def rooms_command(args: list[str]) -> int:
     prog = "unipre3d data rooms"
     about = "Rooms composed from the embedded furniture, in ScanNet's layout"
     help_or_check(prog, about, recipe_rows("data rooms"), args)
+    from unipre3d.records import used_alone
     from unipre3d.worlds.rooms.disk import RoomsOptions, make_rooms
 
     options = parse(RoomsOptions, args, prog)
     for name in ("rooms", "frames", "workers"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    print(f"wrote {make_rooms(**asdict(options))}")
+    with used_alone(options.out):
+        path = make_rooms(**asdict(options))
+    print(f"wrote {path}")
     return 0
 
 
@@ -1107,6 +1225,7 @@ def shard_command(args: list[str]) -> int:
     from unipre3d.data.check import find_readers
     from unipre3d.data.shards import INDEX, write_shards
     from unipre3d.files import read_json
+    from unipre3d.records import used_alone
 
     if folder == "furniture" and not Path(folder).exists():
         folder = data_dir() / "furniture.zip"
@@ -1116,7 +1235,8 @@ def shard_command(args: list[str]) -> int:
             f"{folder}: expected views of objects, ScanNet or S3DIS, "
             f"found {reader.layout.name}, which is a few files already; pass it as it is"
         )
-    out = write_shards(reader.store, options.out, options.size_mb * 2**20)
+    with used_alone(options.out):
+        out = write_shards(reader.store, options.out, options.size_mb * 2**20)
     shards = read_json(out / INDEX)["shards"]
     count = sum(len(shard["samples"]) for shard in shards)
     size = sum(shard["size"] for shard in shards) / 2**20
@@ -1158,14 +1278,15 @@ def data_command(args: list[str]) -> int:
         raise ValueError(f"--workers: expected at least 1, got {options.workers}")
     if options.unpack and options != FurnitureOptions(out=options.out, unpack=True):
         raise ValueError("--deb, --workers: count only without --unpack")
-    if options.unpack:
-        from unipre3d.data.shapenet import ShapeNetViews, export_objects
+    from unipre3d.data.shapenet import ShapeNetViews, export_objects
+    from unipre3d.records import used_alone
+    from unipre3d.worlds.furniture import build_furniture
 
-        path = export_objects(ShapeNetViews(), options.out)
-    else:
-        from unipre3d.worlds.furniture import build_furniture
-
-        path = build_furniture(options.deb, options.out, workers=options.workers)
+    with used_alone(options.out):
+        if options.unpack:
+            path = export_objects(ShapeNetViews(), options.out)
+        else:
+            path = build_furniture(options.deb, options.out, workers=options.workers)
     print(f"wrote {path}")
     return 0
 
@@ -1334,6 +1455,18 @@ complete -o default -F _unipre3d unipre3d""",
 SHELLS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SHELLS["bash"]
 
 
+def option_choices(
+    option: str,  # as it was typed, such as --device
+    rows: Sequence[Row],  # the options that there are
+) -> tuple[str, list[str]]:  # its type, and the values that its description names in quotes
+    "What may stand behind an option."
+    name = option.removeprefix("--").replace("_", "-")
+    for path, kind, _, comment in rows:
+        if path == name or path.endswith(f".{name}"):
+            return kind, re.findall(r'"([\w.-]+)"', comment)
+    return "", []
+
+
 def completion_words(
     words: Sequence[str],  # whole words after `unipre3d`
 ) -> list[str]:  # what may follow
@@ -1345,6 +1478,8 @@ def completion_words(
     command, *rest = words
     if command in ABOUT and not rest:
         return [*ABOUT[command]]
+    if command in OPTIONS and command != "reproduce" and not rest:
+        return []  # a file or a folder, which the shell knows
     kinds = {"data": DATA_KINDS, "reproduce": ("mini", "full"), "completion": tuple(SHELLS)}
     if command in kinds and not rest:
         return list(kinds[command])
@@ -1357,7 +1492,12 @@ def completion_words(
     )
     if name not in OPTIONS:
         return []
-    paths = [path for path, *_ in recipe_rows(name, rest[1:])]
+    rows = recipe_rows(name, rest[1:])
+    if rest[-1].startswith("--"):
+        kind, choices = option_choices(rest[-1], rows)
+        if kind != "bool":
+            return choices  # where there are none, the shell offers files
+    paths = [path for path, *_ in rows]
     last_names = [path.rpartition(".")[2] for path in paths]
     once = [name for name in last_names if last_names.count(name) == 1]
     return [f"--{path}" for path in dict.fromkeys([*once, *paths])]
@@ -1389,6 +1529,8 @@ commands = {
     "features": features_command,
     "predict": predict_command,
     "convert": convert_command,
+    "view": view_command,
+    "view": view_command,
     "data": data_command,
     "info": info_command,
     "doctor": doctor_command,

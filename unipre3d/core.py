@@ -4,10 +4,11 @@
 
 # %% ../nbs/00_core.ipynb #6078cb5e
 from __future__ import annotations
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from textwrap import indent
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,9 +17,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_shapes', 'check_batch', 'to_device', 'full_precision', 'cat_rows', 'Packed', 'PointBatch', 'offsets',
-           'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch', 'GaussianBatch', 'Sample', 'cat_views',
-           'collate', 'data_dir']
+__all__ = ['check_shapes', 'check_batch', 'map_tensors', 'to_device', 'full_precision', 'cat_rows', 'short_text', 'Packed',
+           'PointBatch', 'offsets', 'to_padded', 'from_padded', 'cat_points', 'CameraBatch', 'ViewBatch',
+           'GaussianBatch', 'Sample', 'cat_views', 'collate', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #6081e8ee
 def check_shapes(
@@ -73,18 +74,27 @@ def check_batch(
         )
 
 # %% ../nbs/00_core.ipynb #01675c92
+def map_tensors(
+    x: Any,  # a tensor, or any (nested) dataclass of this package
+    change: Callable[[Tensor], Tensor],  # keeps shapes and the batch index
+) -> Any:
+    "The same object with every tensor in it changed; plain values stay."
+    if isinstance(x, Tensor):
+        return change(x)
+    if not is_dataclass(x):
+        return x
+    changed = {f.name: map_tensors(getattr(x, f.name), change) for f in fields(x)}
+    return x.derive(**changed) if isinstance(x, Packed) else replace(x, **changed)
+
+
 def to_device(
     x: Any,  # a tensor, or any (nested) dataclass of this package
     device: str | torch.device,  # where to put it
 ) -> Any:
     "The same object with every tensor in it on `device`; plain values stay."
-    if isinstance(x, Tensor):
-        # towards the processor a copy that does not wait would return before the values are there
-        return x.to(device, non_blocking=torch.device(device).type != "cpu")
-    if not is_dataclass(x):
-        return x
-    moved = {f.name: to_device(getattr(x, f.name), device) for f in fields(x)}
-    return x.derive(**moved) if isinstance(x, Packed) else replace(x, **moved)
+    # towards the processor a copy that does not wait would return before the values are there
+    waits = torch.device(device).type == "cpu"
+    return map_tensors(x, lambda tensor: tensor.to(device, non_blocking=not waits))
 
 
 def full_precision(
@@ -101,6 +111,16 @@ def cat_rows(
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
     return torch.from_numpy(np.concatenate(parts))
+
+
+def short_text(
+    value: Any,  # of a field
+) -> str:
+    "A tensor as its shape, and its device where that is another than the processor; anything else as Python writes it."
+    if not isinstance(value, Tensor):
+        return repr(value)
+    shape = f"[{' '.join(map(str, value.shape))}]"
+    return shape if value.device.type == "cpu" else f"{shape} on {value.device}"
 
 
 class Packed:
@@ -139,8 +159,17 @@ class Packed:
         "The same object on `device`."
         return to_device(self, device)
 
+    def __repr__(self) -> str:
+        "Shapes instead of numbers; a line for each field where a field is packed itself."
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        inside = [f"{name}={short_text(value)}" for name, value in values.items()]
+        if any(isinstance(value, Packed) for value in values.values()):
+            lines = indent(",\n".join(inside), "  ")
+            return f"{type(self).__name__}(\n{lines})"
+        return f"{type(self).__name__}({', '.join(inside)})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PointBatch(Packed):
     "Point clouds packed along one axis; a cloud may be empty."
 
@@ -199,10 +228,12 @@ def to_padded(
     x: Shaped[Tensor, "n *c"],  # packed rows
     batch: Int[Tensor, "n"],  # sorted cloud index
     size: int,  # number of clouds B
+    longest: int | None = None,  # rows of the longest cloud, where they are known
 ) -> tuple[Shaped[Tensor, "B m *c"], Bool[Tensor, "B m"]]:  # padded with zeros, true where real
     "One rectangle from packed rows, as wide as the longest cloud."
     start = offsets(batch, size)
-    longest = int(start.diff().max()) if size else 0
+    if longest is None:
+        longest = int(start.diff().max()) if size else 0
     place = torch.arange(len(x), device=x.device) - start[batch]
     mask = torch.zeros(size, longest, dtype=torch.bool, device=x.device)
     mask[batch, place] = True
@@ -237,7 +268,7 @@ def cat_points(
     )
 
 # %% ../nbs/00_core.ipynb #4d456a53
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CameraBatch(Packed):
     "Pinhole cameras, several clouds at once; all images of a batch have one size."
 
@@ -273,7 +304,7 @@ class CameraBatch(Packed):
         return self.derive(**part) if index.dtype == torch.bool else replace(self, **part)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ViewBatch(Packed):
     "Images with their cameras."
 
@@ -307,7 +338,7 @@ class ViewBatch(Packed):
         )
 
 # %% ../nbs/00_core.ipynb #54f228dd
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GaussianBatch(Packed):
     "Anisotropic 3-D Gaussians with colour, packed like points."
 
@@ -337,7 +368,7 @@ class GaussianBatch(Packed):
         return torch.bincount(self.batch, minlength=self.size)
 
 # %% ../nbs/00_core.ipynb #896b04e1
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sample(Packed):
     "What one pre-training step reads: clouds, views to see, views to render."
 

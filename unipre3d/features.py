@@ -5,7 +5,6 @@
 # %% ../nbs/63_features.ipynb #f63imports
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Num, UInt8
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,7 +25,7 @@ from .data.samples import STORED
 from .data.transform import Prepared, Transform
 from .files import read_json
 from .recipes import read_recipe
-from .records import written_whole
+from .records import write_json, write_weights, written_whole
 from .runs.recipe import Recipe
 from .runs.run import backbone_class, build_backbone
 from .runs.starts import WEIGHTS_FILE, start_from
@@ -304,14 +302,16 @@ class FeatureExtractor:
         folder = Path(folder)
         self.backbone.save_pretrained(folder)
         config = read_json(folder / "config.json") | {"transform": self.transform.values()}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_json(folder / "config.json", config)
         if half:
             state = self.backbone.state_dict()
             small = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-            save_file({k: v.contiguous() for k, v in small.items()}, folder / "model.safetensors")
+            whole = {k: v.contiguous() for k, v in small.items()}
+            write_weights(folder / "model.safetensors", whole)
         if self.record:
-            (folder / "record.json").write_text(json.dumps(self.record, indent=1) + "\n")
-        (folder / "README.md").write_text(card_text(self))
+            write_json(folder / "record.json", self.record)
+        with written_whole(folder / "README.md") as partial:
+            partial.write_text(card_text(self))
         return folder
 
     def push_to_hub(

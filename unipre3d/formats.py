@@ -27,6 +27,7 @@ from unipre3d.files import (
     reading,
 )
 from .gaussians import load_ply, ply_mode, save_ply, sh_basis
+from .records import written_whole
 
 # %% auto #0
 __all__ = ['AXES', 'SPZ_HEADER', 'SPZ_COLOUR', 'SPLATS', 'FLOAT', 'POINTS', 'INTEGERS', 'WIDTHS', 'half_rotation', 'check_one',
@@ -162,7 +163,8 @@ def save_spz(
     ]
     head = SPZ_HEADER.pack(b"NGSP", 3, n, degree, bits, int(antialiased), 0)
     data = head + b"".join(part.tobytes() for part in parts)
-    Path(path).write_bytes(gzip.compress(data, mtime=0))
+    with written_whole(path) as partial:
+        partial.write_bytes(gzip.compress(data, mtime=0))
     return Path(path)
 
 
@@ -300,7 +302,8 @@ def save_glb(
     size = 12 + 8 + len(text) + 8 + ends[-1]
     chunks = [struct.pack("<4sII", b"glTF", 2, size), struct.pack("<I4s", len(text), b"JSON"), text]
     chunks += [struct.pack("<I4s", ends[-1], b"BIN\0"), *(array.tobytes() for array in arrays)]
-    Path(path).write_bytes(b"".join(chunks))
+    with written_whole(path) as partial:
+        partial.write_bytes(b"".join(chunks))
     return Path(path)
 
 

@@ -205,8 +205,10 @@ def save_ply(
 ) -> Path:
     """Write one cloud of Gaussians as a standard 3DGS PLY.
 
-    Raises: ValueError of one line for more or fewer clouds than one.
+    Raises: ValueError of one line for more or fewer clouds than one, OSError where it cannot be written.
     """
+    from unipre3d.records import written_whole  # imported here: it takes long
+
     if gaussians.size != 1:
         raise ValueError(
             f"save_ply: expected one cloud, got {gaussians.size}; "
@@ -223,7 +225,8 @@ def save_ply(
     rows = torch.cat(columns, 1).detach().numpy().astype("<f4")
     table = np.rec.fromarrays(rows.T, dtype=[(name, "<f4") for name in names])
     mode = "SplatRenderMode: mip" if antialiased else "SplatRenderMode: default"
-    PlyData([PlyElement.describe(table, "vertex")], comments=[mode]).write(str(path))
+    with written_whole(path) as partial:
+        PlyData([PlyElement.describe(table, "vertex")], comments=[mode]).write(str(partial))
     return Path(path)
 
 

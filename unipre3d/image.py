@@ -16,14 +16,22 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .core import data_dir, full_precision
-from .files import Found, check_weights, read_json, reading, regular_file
+from unipre3d.files import (
+    Found,
+    check_weights,
+    read_json,
+    read_safetensors,
+    reading,
+    regular_file,
+)
 from .records import ArrayFile, code_hash, open_arrays
 
 # %% auto #0
-__all__ = ['IMAGENET', 'KINDS', 'check_images', 'download_autoencoder', 'check_autoencoder_folder', 'autoencoder_folder',
-           'load_autoencoder', 'last_up_block', 'downscale_factor', 'pad_to_multiple', 'FrozenEncoder',
-           'KLImageEncoder', 'TinyImageEncoder', 'PatchImageEncoder', 'load_patches', 'image_config', 'kind_of',
-           'load_image_encoder', 'find_callable', 'model_hash', 'LazyEncoder', 'CachedFeatures', 'rgb_features']
+__all__ = ['TAEF2_FILES', 'TAEF2', 'IMAGENET', 'KINDS', 'check_images', 'download_autoencoder', 'check_autoencoder_folder',
+           'autoencoder_folder', 'load_autoencoder', 'last_up_block', 'downscale_factor', 'pad_to_multiple',
+           'FrozenEncoder', 'KLImageEncoder', 'TinyImageEncoder', 'GlobalBlock', 'TAEF2ImageEncoder', 'load_taef2',
+           'PatchImageEncoder', 'load_patches', 'image_config', 'kind_of', 'load_image_encoder', 'find_callable',
+           'model_hash', 'LazyEncoder', 'CachedFeatures', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -187,6 +195,7 @@ class FrozenEncoder(nn.Module):
 
     library = "diffusers"  # whose version decides the numbers
     weights = "diffusion_pytorch_model.safetensors"  # file beside config.json
+    files = ("config.json", weights)  # of its folder
 
     def __init__(
         self,
@@ -311,6 +320,65 @@ class TinyImageEncoder(FrozenEncoder):
         return self.model.decoder.layers[:-1](z)
 
 
+TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
+TAEF2 = dict(_class_name="TAEF2", latent_channels=32)  # stands for the config.json that it has not
+
+
+class GlobalBlock(nn.Module):
+    "A block of AutoencoderTiny behind a branch whose normalisation takes in the whole image."
+
+    def __init__(
+        self,
+        block: nn.Module,  # diffusers' AutoencoderTinyBlock
+        width: int,  # its channels
+    ):
+        super().__init__()
+        self.conv, self.skip, self.fuse = block.conv, block.skip, block.fuse
+        self.pool = nn.Sequential(
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+            nn.GroupNorm(4, 4 * width),
+            nn.ReLU(),
+            nn.Conv2d(4 * width, width, 1, bias=False),
+        )
+
+    def forward(self, x: Float[Tensor, "v c h w"]) -> Float[Tensor, "v c h w"]:
+        x = x + self.pool(x)
+        return self.fuse(self.conv(x) + self.skip(x))
+
+
+class TAEF2ImageEncoder(TinyImageEncoder):
+    "TAEF2, which stands in for FLUX.2's autoencoder: two files whose layers are those of AutoencoderTiny and `GlobalBlock`."
+
+    weights = TAEF2_FILES[0]
+    files = TAEF2_FILES
+
+
+def load_taef2(
+    folder: str | os.PathLike,  # with TAEF2_FILES
+) -> nn.Module:  # diffusers' AutoencoderTiny, in float32
+    "TAEF2's weights in diffusers' layers. Raises: FileNotFoundError or ValueError in one line."
+    import diffusers
+
+    net = diffusers.AutoencoderTiny(latent_channels=TAEF2["latent_channels"])
+    for half, file, first in zip((net.encoder, net.decoder), TAEF2_FILES, (0, 1)):
+        path = regular_file(Path(folder) / file, "one of the two files of TAEF2")
+        state, _ = read_safetensors(path)
+        check_weights(state, path)
+        with reading(path, "the layers of TAEF2", "download it again"):
+            found = {}
+            for name, value in state.items():
+                number, _, rest = name.partition(".")
+                layer = int(number) - first  # the decoder's first layer bounds the latents
+                found[f"layers.{layer}.{rest}"] = value.float()
+                if rest == "pool.0.weight":
+                    half.layers[layer] = GlobalBlock(half.layers[layer], value.shape[1])
+            try:
+                half.load_state_dict(found)
+            except RuntimeError as problem:
+                raise Found(" ".join(str(problem).split())[:200]) from None
+    return net
+
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of colours in 0..1
 
 
@@ -318,6 +386,7 @@ class PatchImageEncoder(FrozenEncoder):
     "A vision transformer of the transformers library: one feature a patch."
 
     library, weights = "transformers", "model.safetensors"
+    files = ("config.json", weights)
     classes = {
         "dinov2": "Dinov2Model",
         "dinov2_with_registers": "Dinov2WithRegistersModel",
@@ -363,6 +432,7 @@ class PatchImageEncoder(FrozenEncoder):
 
 
 KINDS = {"AutoencoderKL": KLImageEncoder, "AutoencoderTiny": TinyImageEncoder}
+KINDS["TAEF2"] = TAEF2ImageEncoder
 KINDS |= dict.fromkeys(
     PatchImageEncoder.classes, PatchImageEncoder
 )  # what config.json says -> class
@@ -406,6 +476,9 @@ def image_config(
 ) -> dict:
     "The config.json of an image model. Raises: FileNotFoundError or ValueError in one line."
     folder = autoencoder_folder(source, subfolder)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        if any((folder / file).exists() for file in TAEF2_FILES):
+            return TAEF2
     if source == "mini" or folder.is_dir():
         return read_json(regular_file(folder / "config.json", "the config.json of an image model"))
     if not _names_hub(source):
@@ -443,6 +516,8 @@ def load_image_encoder(
     kind = kind_of(image_config(source, subfolder), repr(str(source)))
     if KINDS[kind] is PatchImageEncoder:
         return PatchImageEncoder(load_patches(source, kind, subfolder), chunk=chunk)
+    if KINDS[kind] is TAEF2ImageEncoder:
+        return TAEF2ImageEncoder(load_taef2(autoencoder_folder(source, subfolder)), chunk=chunk)
     return KINDS[kind](load_autoencoder(source, subfolder=subfolder, kind=kind), chunk=chunk)
 
 
@@ -476,7 +551,7 @@ def model_hash(
         settings[0] = net.kind.__name__
     digest = hashlib.sha256(json.dumps(settings).encode())
     if isinstance(net, LazyEncoder):
-        for file in ("config.json", net.kind.weights):
+        for file in net.kind.files:
             digest.update((net.folder / file).read_bytes())
         return digest.hexdigest()[:16]
     digest.update(json.dumps(net.config, default=str, sort_keys=True).encode())
@@ -501,7 +576,8 @@ class LazyEncoder(nn.Module):
         self.config = image_config(self.folder)
         self.kind = KINDS[kind_of(self.config, repr(str(source)))]
         self.library = self.kind.library
-        regular_file(self.folder / self.kind.weights, "the weights of an image model")
+        for file in self.kind.files:
+            regular_file(self.folder / file, "a file of an image model")
         self.width = self.kind.width_of(self.config)
         self.chunk = chunk
         self.net: FrozenEncoder | None = None

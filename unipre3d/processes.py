@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['COUNTS', 'processes', 'own_part', 'gathered', 'leave_processes', 'launch_remark', 'shared_count', 'SumOfProcesses',
-           'SharedBatchNorm', 'share_norms']
+__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'leave_with', 'launch_remark',
+           'launch_line', 'slurm_script', 'shared_count', 'shared_mean', 'SumOfProcesses', 'SharedBatchNorm',
+           'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -53,6 +58,20 @@ def leave_processes() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
+# %% ../nbs/04_processes.ipynb #p04leaveexp
+def leave_with(
+    parent: int,  # number of the process that started this one
+) -> None:
+    "End this process soon after its parent, however that ended; interrupts are the parent's to hear."
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../nbs/04_processes.ipynb #p04launchexp
 COUNTS = (
     "WORLD_SIZE",
@@ -83,6 +102,57 @@ def launch_remark(
         "start them with: torchrun --standalone --nproc-per-node N -m unipre3d ..."
     )
 
+# %% ../nbs/04_processes.ipynb #p04startexp
+def launch_line(
+    words: str,  # what follows `unipre3d`, such as "pretrain scene-ptv3 --data scannet"
+    processes: int | str = "gpu",  # on each machine; "gpu" is one for each GPU
+    nodes: int = 1,  # machines
+    head: str = "HEAD",  # address of the first of several
+) -> str:
+    "The command that starts a run in several processes."
+    meeting = "--standalone"
+    if nodes > 1:
+        meeting = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint {head}:29500"
+    return f"torchrun {meeting} --nproc-per-node {processes} -m unipre3d {words}"
+
+# %% ../nbs/04_processes.ipynb #p04slurmexp
+SLURM = """#!/bin/bash
+#SBATCH --job-name=unipre3d
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={gpus}
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --time={hours}:00:00
+#SBATCH --signal=TERM@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS={cpus}
+run=(python -m unipre3d {words} --out {out})
+ls {out}/resume*.safetensors > /dev/null 2>&1 && run+=(--resume)
+srun --kill-on-bad-exit=0 bash -c \
+  'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' bash "${{run[@]}}"
+status=$?
+[ $status -eq 130 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $status
+"""  # for sbatch
+
+
+def slurm_script(
+    words: str,  # what follows `unipre3d`, without --out
+    out: str,  # folder of the run, on a disk that all machines share
+    *,
+    nodes: int = 1,  # machines
+    gpus: int = 4,  # of each
+    cpus: int = 8,  # cores for each GPU: the loader's processes run there
+    hours: int = 24,  # before the job is stopped and goes back into the queue
+) -> str:
+    "A job for SLURM that saves when its time is up, and goes on when it is started again."
+    places = dict(words=words, out=shlex.quote(out), nodes=nodes, gpus=gpus, cpus=cpus, hours=hours)
+    return SLURM.format(**places)
+
 # %% ../nbs/04_processes.ipynb #p04meanexp
 def shared_count(
     count: Int[Tensor, ""],  # terms of a mean that this process has
@@ -97,6 +167,22 @@ def shared_count(
     total = count.double()
     torch.distributed.all_reduce(total)
     return (total.clamp(min=1) / world).float()
+
+
+def shared_mean(
+    values: Float[Tensor, "*n"],
+) -> Tensor:  # a scalar, without a gradient
+    """The mean of the values of all processes together.
+
+    Only where gradients are recorded, which all processes do together; otherwise a process has its own mean.
+    """
+    values = values.detach()
+    _, world = processes()
+    if world == 1 or not torch.is_grad_enabled():
+        return values.mean()
+    sums = torch.stack([values.sum(), values.new_tensor(values.numel())]).double()
+    torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).to(values.dtype)
 
 
 class SumOfProcesses(torch.autograd.Function):

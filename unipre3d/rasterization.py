@@ -53,7 +53,7 @@ def refuse_unsupported(
 def check_shapes(
     **given: tuple[Tensor | None, tuple],  # name -> tensor, its shape; None: not given
 ) -> None:
-    """Refuse tensors of other shapes, devices or types than expected.
+    """Refuse tensors of other shapes, devices or types than expected, and values that nothing is drawn of.
 
     Raises: ValueError of one line that names the tensor.
     """
@@ -74,6 +74,14 @@ def check_shapes(
             raise ValueError(
                 f"rasterization: {name}: expected torch.float32 or torch.float64 like means "
                 f"({dtype}), got {tensor.dtype}; convert it first"
+            )
+        if count := int((~tensor.isfinite()).sum()):
+            raise ValueError(
+                f"rasterization: {name}: expected finite values, found {count} that are not"
+            )
+        if name == "quats" and (count := int((tensor == 0).all(-1).sum())):
+            raise ValueError(
+                f"rasterization: quats: expected quaternions that are not zero, found {count} rows of zeros"
             )
 
 
@@ -359,7 +367,7 @@ def rasterization(
     opacity = packed_rows(opacities)
     sh = mean.new_empty(clouds * n, 0, 3)
     if sh_degree is not None:
-        sh = colors.reshape(clouds * n, -1, 3)[:, :k]
+        sh = colors.reshape(clouds * n, bands, 3)[:, :k]
     pose = viewmats.reshape(images, 4, 4)
     inverse, wrong = torch.linalg.inv_ex(pose.double())
     if bool(wrong.any()):

@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_records.ipynb #c8e62d23
 from __future__ import annotations
-import functools, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
+import errno, functools, glob, hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 import unipre3d
 from .core import data_dir
 from .files import read_json, reading
 
 # %% auto #0
-__all__ = ['END', 'MOST_OPENED', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES', 'CONFIG_TYPES',
-           'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash', 'cache_dir',
-           'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays', 'flush', 'write_error', 'written_whole',
-           'save_figure', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record',
+__all__ = ['END', 'MOST_OPENED', 'DISK', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES',
+           'CONFIG_TYPES', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash',
+           'write_error', 'writing', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
+           'flush', 'is_alive', 'remove_halves', 'check_writable', 'written_whole', 'write_weights', 'save_figure',
+           'used_alone', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record',
            'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
@@ -130,6 +134,37 @@ def contents_hash(
             digest.update(opened.read(END))
     return digest.hexdigest()
 
+# %% ../nbs/01_records.ipynb #r01diskexp
+def write_error(
+    path: str | Path,  # the file that is wanted
+    error: OSError,
+) -> OSError:  # to raise
+    "One line for a file that cannot be written."
+    return OSError(
+        f"{path}: expected to write it, found {error.strerror or error}; "
+        "make room or name another folder: what was saved before is whole"
+    )
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # errors of a disk
+
+
+@contextmanager
+def writing(
+    path: str | Path,  # what is made: a file or a folder
+) -> Iterator[None]:
+    """Within it, an error of the disk that names no file is one line that names what is made.
+
+    Raises: OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        short = re.fullmatch(r"\d+ requested and \d+ written", str(error))  # numpy's words
+        if short or (error.errno in DISK and error.filename is None):
+            raise write_error(path, error) from error
+        raise
+
 # %% ../nbs/01_records.ipynb #93730242
 def cache_dir() -> Path:
     "Where made data is kept: UNIPRE3D_CACHE, or `unipre3d` in the user's cache folder."
@@ -170,8 +205,9 @@ def cached(
     try:  # a second process waits for the first
         if not path.exists():
             part = Path(f"{path}.part")
-            make(part)
-            os.replace(part, path)
+            with writing(path):
+                make(part)
+                os.replace(part, path)
     finally:
         lock.release()
     return path
@@ -343,15 +379,44 @@ def flush(
         os.close(number)
 
 
-def write_error(
-    path: str | Path,  # the file that is wanted
-    error: OSError,
-) -> OSError:  # to raise
-    "One line for a file that cannot be written."
-    return OSError(
-        f"{path}: expected to write it, found {error.strerror or error}; "
-        "make room or name another folder: what was saved before is whole"
-    )
+def is_alive(
+    process: int,  # number of a process on this machine
+) -> bool:
+    "Whether a process runs; where that cannot be known (Windows), no."
+    if os.name == "nt":  # there a signal 0 is Ctrl-C
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def remove_halves(
+    path: str | Path,  # a file
+) -> None:
+    "Remove what killed processes left half written of a file; what another process writes stays."
+    path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        number = left.name.removeprefix(f"{path.name}.").removesuffix(".partial")
+        if number.isdecimal() and not is_alive(int(number)):
+            with suppress(OSError):  # Windows keeps a file that is open
+                left.unlink()
+
+
+def check_writable(
+    folder: str | Path,  # where something is written at the end of long work
+) -> None:
+    """Refuse a folder in which nothing can be written.
+
+    Raises: OSError in one line.
+    """
+    if not os.access(folder, os.W_OK):
+        raise OSError(
+            f"{folder}: expected a folder that can be written, found one that cannot; name another with --out"
+        )
 
 
 @contextmanager
@@ -361,10 +426,13 @@ def written_whole(
 ) -> Iterator[Path]:  # the file to write, beside it
     """Within it, a file is written beside its place; at the end it is flushed and renamed.
 
+    Each process writes a file of its own, so of two that write at once one wins, whole.
+
     Raises: OSError in one line where it cannot be written; then the file is as it was before.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    remove_halves(path)
     try:
         yield partial
         flush(partial)
@@ -375,6 +443,26 @@ def written_whole(
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def write_weights(
+    path: str | Path,  # safetensors file to write
+    tensors: dict[str, Tensor],  # on the CPU, contiguous, each with a memory of its own
+    remarks: dict[str, str] | None = None,  # kept in its head
+    settle: bool = True,  # as for `written_whole`
+) -> None:
+    """Write tensors whole or not at all.
+
+    Raises: OSError in one line where they cannot be written.
+    """
+    with written_whole(path, settle) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user wants; the library's own is narrower
+        try:
+            save_file(tensors, partial, metadata=remarks)
+        except SafetensorError as error:  # of the disk
+            raise OSError(str(error)) from error
+        partial.chmod(mode)
 
 
 def save_figure(
@@ -390,6 +478,35 @@ def save_figure(
         figure.savefig(partial, dpi=dpi, format="png")
     figure.clear()
     return Path(path)
+
+# %% ../nbs/01_records.ipynb #r01aloneexp
+@contextmanager
+def used_alone(
+    place: str | Path,  # what a command makes: a folder, or a file
+    lock_file: str | Path | None = None,  # None: beside it
+) -> Iterator[None]:
+    """Within it, no other process works there; an error of the disk names the place.
+
+    Raises: ValueError where another process works there.
+    """
+    whole = Path(os.path.abspath(place))
+    beside = Path(lock_file or whole.with_name(f"{whole.name}.lock"))
+    lock = FileLock(beside, blocking=False)
+    with writing(place):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"--out: expected a place that nobody works in, {place} is in use by another process; "
+                "choose another, or wait until it ends"
+            ) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # on Windows the release removes it
+                beside.unlink()  # while it is held: after that another may hold it
+            lock.release()
 
 # %% ../nbs/01_records.ipynb #70ae8754
 _SHARED = """recipe values code seed steps data processes hardware train_seconds wall_seconds

@@ -120,13 +120,13 @@ void main() {
 POINT_VERTEX = """#version 300 es
 precision highp float;
 uniform mat3 rotation; uniform vec3 move, eye; uniform vec2 focal, size; uniform float wide;
-in vec3 xyz, rgb, normal;            // without normals the last is zero
+in vec3 xyz, rgb, normal;            // without normals the last is zero, up to rounding
 flat out vec3 color;
 void main() {
   vec3 p = rotation * xyz + move;
   float facing = dot(normal, normalize(eye - xyz));
   gl_Position = vec4(2, 2, 2, 1);    // outside: what shows its back is not drawn
-  if (facing < 0.) return;
+  if (facing < -.01) return;
   gl_Position = vec4(2. * focal.x * p.x / size.x, -2. * focal.y * p.y / size.y, 1.0002 * p.z - .040004, p.z);
   gl_PointSize = clamp(wide * focal.y / p.z, 1.5, 64.);
   color = rgb * (dot(normal, normal) > 0. ? .7 + .3 * facing : 1.);
@@ -331,6 +331,26 @@ PROGRAM = r"""(root, data) => {
     keys[e.key]();
   });
   root.querySelector("[data-home]").addEventListener("click", reset);
+  // It spins twice, until somebody takes hold of it; not out of sight, nor where people want less motion.
+  let left = data.spin && !matchMedia("(prefers-reduced-motion: reduce)").matches ? 4 * Math.PI : 0;
+  let last = 0, seen = false;
+  const spin = now => {
+    if (left <= 0 || !seen) return;
+    const step = data.spin * Math.min(now - last, 100) / 1000;
+    [last, left] = [now, left - Math.abs(step)];
+    camera.azimuth += step;
+    draw();
+    requestAnimationFrame(spin);
+  };
+  if (left) {
+    for (const name of ["pointerdown", "keydown", "wheel", "click"])
+      root.addEventListener(name, () => left = 0, {passive: true});
+    new IntersectionObserver(entries => {
+      seen = entries[entries.length - 1].isIntersecting;
+      last = performance.now();
+      if (seen) requestAnimationFrame(spin);
+    }).observe(canvas);
+  }
   new ResizeObserver(redraw).observe(canvas);
 }"""
 
@@ -378,12 +398,13 @@ def place_camera(
     elevation: float,  # degrees above the middle
     distance: float | None,  # from the middle, world units; None: from their size
     fov: float,  # degrees, of the height
+    at: Float[Tensor, "3"] | None = None,  # what is in the middle; None: the cloud's own
 ) -> dict:
     "A camera that looks at the middle of a cloud, in radians."
     low, high = xyz.detach().double().cpu().aminmax(dim=0)
     radius = float((high - low).norm()) / 2 or 1.0
     return dict(
-        at=((low + high) / 2).tolist(),
+        at=((low + high) / 2 if at is None else at).tolist(),
         azimuth=math.radians(azimuth),
         elevation=math.radians(elevation),
         distance=float(distance or radius / math.sin(math.radians(fov) / 2)),
@@ -400,6 +421,7 @@ def gaussian_viewer(
     elevation: float = 20.0,  # degrees above the middle
     distance: float | None = None,  # from the middle, world units; None: from the size of the means
     fov: float = 49.134,  # degrees, of the height
+    spin: float = 0.0,  # degrees a second at first, until it is touched; 0 stands still
 ) -> str:  # HTML for a notebook or a page
     """Gaussians as an interactive picture: sorted and blended as `render` does, up to rounding.
 
@@ -409,9 +431,8 @@ def gaussian_viewer(
     camera = place_camera(
         gaussians.mean, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov
     )
-    data = dict(
-        vertex=VERTEX, fragment=FRAGMENT, camera=camera, background=background, gaussians=packed
-    )
+    shown = dict(camera=camera, background=background, spin=math.radians(spin))
+    data = dict(vertex=VERTEX, fragment=FRAGMENT, gaussians=packed) | shown
     return to_page(data, label)
 
 # %% ../nbs/54_viewer.ipynb #5322258c
@@ -507,6 +528,7 @@ def point_viewer(
     elevation: float = 30.0,  # degrees above the middle
     distance: float | None = None,  # from the middle, world units; None: from their size
     fov: float = 49.134,  # degrees, of the height
+    at: Float[Tensor, "3"] | None = None,  # what is in the middle of the picture; None: theirs
 ) -> str:  # HTML for a notebook or a page
     """Coloured points as an interactive picture, with a button for each colouring.
 
@@ -532,7 +554,8 @@ def point_viewer(
         values, words = colorings[coloring["name"]]
         shown = f'data-coloring="{i}"{hidden}'
         legends += _legend(values, words, coloring.get("palette", []), shown)
-    camera = place_camera(xyz, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
+    eye = dict(azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
+    camera = place_camera(xyz, **eye, at=at)
     data = dict(
         vertex=POINT_VERTEX,
         fragment=POINT_FRAGMENT,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Shaped
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core import PointBatch
@@ -228,12 +227,13 @@ class Backbone(nn.Module):
         folder: str | Path,  # made if it is not there
     ) -> None:
         "Write `config.json` and `model.safetensors`."
+        from unipre3d.records import write_json, write_weights  # imported here: it takes long
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"backbone": type(self).__name__, **self.config}
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        write_weights(folder / "model.safetensors", weights)
+        write_json(folder / "config.json", {"backbone": type(self).__name__, **self.config})
 
     @classmethod
     def from_pretrained(

@@ -17,7 +17,13 @@ from .backbone import Backbone
 from .layers import drop_path, scene_norm
 from ..core import PointBatch
 from ..geometry.serialization import hilbert_code, z_code
-from ..geometry.sparse import SparseTensor, SubMConv3d, merge_voxels, point_cells
+from unipre3d.geometry.sparse import (
+    SparseTensor,
+    SubMConv3d,
+    cell_numbers,
+    merge_voxels,
+    point_cells,
+)
 
 # %% auto #0
 __all__ = ['CURVES', 'curve_digits', 'curve_codes', 'Patches', 'cut_patches', 'attend_rectangle', 'packed_kernel', 'attend',
@@ -43,9 +49,11 @@ def curve_codes(
     batch: Int[Tensor, "n"],  # sorted cloud index
     digits: Int[Tensor, "b"],  # binary digits of each cloud, from `curve_digits`
     curve: str,  # one of CURVES
+    depth: int | None = None,  # the largest of the digits, where it is known
 ) -> Int[Tensor, "n"]:  # cloud, then place on the curve in 3 max(digits) binary digits
     "The place of each cell along a curve through its own cloud. Raises: ValueError where a code is too short."
-    depth = int(digits.max()) if len(digits) else 0
+    if depth is None:
+        depth = int(digits.max()) if len(digits) else 0
     if 3 * depth + len(digits).bit_length() > 63:
         raise ValueError(
             f"curve_codes.cell: {len(digits)} clouds of up to 2^{depth} cells along an axis "
@@ -91,9 +99,10 @@ def cut_patches(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=device) + ahead.repeat_interleave(counts)
     lengths = torch.where(short, counts, patch).repeat_interleave(cuts)
-    longest = int(lengths.max()) if len(lengths) else 0
+    shortest, longest = lengths.aminmax() if len(lengths) else (lengths.sum(), lengths.sum())
+    shortest, longest = torch.stack([shortest, longest]).tolist()
     mask = torch.arange(longest, device=device) < lengths[:, None]
-    return Patches(order[rank], back, lengths, longest, None if mask.all() else mask)
+    return Patches(order[rank], back, lengths, longest, None if shortest == longest else mask)
 
 # %% ../../nbs/backbones/47_ptv3.ipynb #b28546fe
 def attend_rectangle(
@@ -164,7 +173,7 @@ class Level:
 
     def shuffled(self) -> Level:
         "The same with its curves in random order."
-        codes = tuple(self.codes[i] for i in torch.randperm(len(self.codes)).tolist())
+        codes = tuple(self.codes[i] for i in torch.randperm(len(self.codes)).numpy())
         return Level(self.cells, codes, self.depth, self.inverse)
 
 
@@ -175,8 +184,8 @@ def finest_level(
     "The level of the voxels themselves."
     batch, cell = cells.index[:, 0], cells.index[:, 1:]
     digits = curve_digits(cell, batch, cells.size)
-    codes = tuple(curve_codes(cell, batch, digits, curve) for curve in curves)
     depth = int(digits.max()) if len(digits) else 0
+    codes = tuple(curve_codes(cell, batch, digits, curve, depth) for curve in curves)
     return Level(cells.with_feat(cells.feat[:, :0]), codes, depth)
 
 
@@ -192,7 +201,9 @@ def coarser_level(
     member[inverse] = torch.arange(len(inverse), device=first.device)
     index = level.cells.index[member] >> torch.tensor([0, bits, bits, bits], device=first.device)
     shape = tuple((s - 1 >> bits) + 1 for s in level.cells.shape)
-    cells = SparseTensor(level.cells.feat.new_zeros(len(index), 0), index, shape, level.cells.size)
+    known = {"order": cell_numbers(index, shape).argsort()}
+    nothing = level.cells.feat.new_zeros(len(index), 0)
+    cells = SparseTensor(nothing, index, shape, level.cells.size, known)
     codes = tuple(code[member] >> 3 * bits for code in level.codes)
     return Level(cells, codes, level.depth - bits, inverse)
 

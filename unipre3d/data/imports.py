@@ -21,8 +21,10 @@ from .augment import PosedViews
 from unipre3d.data.posed import (
     PICTURES,
     Capture,
+    UNREADABLE,
     Lens,
     PosedImage,
+    name_lost,
     pixel_rays,
     read_captures,
     read_depth_map,
@@ -47,8 +49,8 @@ from ..values import check_array, check_points, refusal, store_column
 __all__ = ['UNITS', 'UPS', 'POSE_OPTIONS', 'VALUES', 'draw_color', 'draw_depth', 'smaller', 'sketch', 'view_points', 'add_up',
            'plane_normals', 'fuse_depth', 'nearest_points', 'depth_ratio', 'scaled_depth', 'half_meeting',
            'find_depth_scale', 'cameras_up', 'to_z_up', 'points_at_depth', 'color_likeness', 'fit_of', 'file_readings',
-           'check_fit', 'contact_sheet', 'ImportOptions', 'Settled', 'settle', 'write_scene', 'place_scenes',
-           'import_posed']
+           'check_fit', 'contact_sheet', 'ImportOptions', 'Settled', 'settle', 'readable', 'write_scene',
+           'place_scenes', 'import_posed']
 
 # %% ../../nbs/data/28_import.ipynb #p28view
 def draw_color(
@@ -621,13 +623,44 @@ def _kept_images(capture, options):
     return [one for one in images if one.depth] or images
 
 
+def _without_depth(capture, options):
+    "A line that counts the images which are left out because others have depth."
+    count = len(capture.images[:: options.every])
+    lost = count - len(_kept_images(capture, options))
+    return [f"left out {lost} of {count} images without depth"] * bool(lost)
+
+
+def readable(
+    capture: Capture,
+    options: ImportOptions,
+    progress: bool = True,  # show a bar
+) -> Capture:
+    """The images that are kept and whose files can be read; remarks count and name the others.
+
+    Raises: OSError or ValueError that names the file, where fewer than two are left."""
+    images = _kept_images(capture, options)
+    kept = []
+    problems = []
+    for one in tqdm(images, desc="reading pictures", unit="image", disable=not progress):
+        try:
+            decode_picture(read_file(one.color), str(one.color), PICTURES)
+            if one.depth:
+                read_depth_map(one.depth)
+        except (ValueError, OSError) as problem:
+            problems.append((one.color.name, problem))
+            continue
+        kept.append(one)
+    if problems and len(kept) < 2:
+        raise problems[0][1]
+    remarks = [*capture.remarks, *_without_depth(capture, options)]
+    remarks += name_lost([name for name, _ in problems], len(images), UNREADABLE)
+    return replace(capture, images=kept, remarks=tuple(remarks))
+
+
 def _chosen(capture, options):
     "The images that are kept, with poses as the options read them."
     images = _kept_images(capture, options)
-    lines = list(capture.remarks)
-    count = len(capture.images[:: options.every])
-    if len(images) < count:
-        lines.append(f"left out {count - len(images)} of {count} images without depth")
+    lines = [*capture.remarks, *_without_depth(capture, options)]
     if len(images) < 2:
         raise refusal(capture.name, "at least 2 images", str(len(images)), "pass a lower --every")
     back = np.eye(4)
@@ -769,6 +802,8 @@ def import_posed(
     if options.cloud and len(captures) > 1 and not all(one.split for one in captures):
         found = f"{len(captures)} captures"
         raise refusal("--cloud", "one capture, whose points these are", found)
+    captures = [readable(one, options, progress) for one in captures]
+    options = replace(options, every=1)
     placed = place_scenes(captures, options)
     scenes = [place[1] for places in placed for place in places]
     if len(set(scenes)) < len(scenes):

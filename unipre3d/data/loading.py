@@ -11,15 +11,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from ..core import map_tensors
 
 # %% auto #0
 __all__ = ['epoch_order', 'block_order', 'StepSampler', 'leave_signals', 'LoaderLost', 'same_child_handler', 'plain_error',
-           'Loader', 'make_loader', 'eval_loader']
+           'Pinnable', 'together', 'Loader', 'make_loader', 'eval_loader']
 
 # %% ../../nbs/data/29_loading.ipynb #51f5a079
 def epoch_order(
@@ -57,6 +61,7 @@ class StepSampler:
     rank: int = 0  # of this process
     world_size: int = 1  # processes
     blocks: tuple[int, ...] | None = None  # shard of each cloud: epochs walk through the shards
+    window: int = 8  # shards that are mixed at a time
 
     def __post_init__(self):
         if self.n < 1:
@@ -71,17 +76,28 @@ class StepSampler:
         "The clouds of one epoch."
         if self.blocks is None:
             return epoch_order(self.n, epoch, self.seed)
-        return block_order(np.array(self.blocks), epoch, self.seed)
+        return block_order(np.array(self.blocks), epoch, self.seed, self.window)
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
+    def batch(
+        self,
+        step: int,
+        orders: dict[int, Int[np.ndarray, "n"]] | None = None,  # of epochs, kept between steps
+    ) -> list[tuple[int, int]]:
         "`(index, epoch)` of each sample of this process in this step."
+        orders = {} if orders is None else orders
         first = (step * self.world_size + self.rank) * self.batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.n)
-        orders = {e: self.order(int(e)) for e in np.unique(epochs)}
-        return [(int(orders[e][k]), int(e)) for e, k in zip(epochs, places)]
+        for epoch in np.unique(epochs).tolist():
+            if epoch not in orders:
+                orders[epoch] = self.order(epoch)
+        return [(int(orders[e][k]), e) for e, k in zip(epochs.tolist(), places)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return map(self.batch, range(self.start, self.stop))
+        orders = {}
+        for step in range(self.start, self.stop):
+            yield self.batch(step, orders)
+            last = max(orders)
+            orders = {last: orders[last]}
 
 # %% ../../nbs/data/29_loading.ipynb #7a0b3051
 def _as_is(sample):
@@ -124,6 +140,26 @@ def plain_error(
     return type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1])
 
 
+class Pinnable:
+    "A batch that torch's loader can put into memory from which a GPU copies."
+
+    def __init__(self, batch: Any):
+        self.batch = batch
+
+    def pin_memory(self) -> Pinnable:
+        "The same batch, its tensors in pinned memory."
+        return Pinnable(map_tensors(self.batch, Tensor.pin_memory))
+
+
+def together(
+    batches: Iterator,
+    parts: int,  # how many at a time
+) -> Iterator[list]:
+    "Batches in lists; what is left at the end is no list."
+    while len(some := list(islice(batches, parts))) == parts:
+        yield some
+
+
 class Loader:
     """Batches in a given order; bad data is the same line of error, whichever process read it.
 
@@ -135,26 +171,39 @@ class Loader:
         samples: Dataset,  # gives a batch for a list of (index, draw)
         keys: Any,  # an iterable with a length: the (index, draw) of each batch
         workers: int = 0,  # processes that read ahead; 0 reads in this one
+        *,
+        prefetch: int = 4,  # batches that each of them has ready
+        keep_workers: bool = False,  # they stay for the next time
+        pin: bool = False,  # in memory from which a GPU copies while it computes
+        parts: int = 1,  # more: lists of so many batches
     ):
+        self.parts = parts
+        self.pin = pin
+        self.readers = []
         self.batches = DataLoader(
             samples,
             batch_sampler=keys,
-            collate_fn=_as_is,
+            collate_fn=Pinnable if pin else _as_is,
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=keep_workers and workers > 0,
+            pin_memory=pin,
             worker_init_fn=leave_signals,
         )
 
     def __len__(self):
-        return len(self.batches)
+        return len(self.batches) // self.parts
 
     def __iter__(self) -> Iterator:
         others = multiprocessing.active_children()
         with same_child_handler():
             batches = iter(self.batches)
-        readers = [child for child in multiprocessing.active_children() if child not in others]
+        new = [child for child in multiprocessing.active_children() if child not in others]
+        readers = self.readers = new or self.readers
+        if self.pin:
+            batches = (pinned.batch for pinned in batches)
         try:
-            yield from batches
+            yield from batches if self.parts == 1 else together(batches, self.parts)
         except (RuntimeError, EOFError, OSError, ValueError, TypeError) as error:
             plain = plain_error(error)
             cut_off = isinstance(error, (EOFError, ConnectionError)) and plain is error
@@ -180,12 +229,22 @@ def make_loader(
     world_size: int = 1,  # processes
     blocks: tuple[int, ...]
     | None = None,  # shard of each cloud, for an order that walks through them
+    window: int = 8,  # shards that are mixed at a time
+    parts: int = 1,  # of a batch; more than one: a step has a list of them
+    prefetch: int = 4,  # batches that each process which reads has ready
+    pin: bool = False,  # in memory from which a GPU copies while it computes
 ) -> Loader:  # of packed batches, one a step
-    "Training batches. Step s is the same whatever the first step, the workers, or what ran before."
-    steps = StepSampler(
-        len(samples), batch_size, seed, start_step, stop_step, rank, world_size, blocks
-    )
-    return Loader(samples, steps, num_workers)
+    """Training batches. Step s is the same whatever the first step, the workers, or what ran before.
+
+    Raises: ValueError for a batch that cannot be divided into the parts."""
+    if batch_size % parts:
+        raise ValueError(
+            f"accumulate: expected a divisor of the {batch_size} clouds that a process has, got {parts}"
+        )
+    small = batch_size // parts
+    first, stop = start_step * parts, stop_step * parts
+    keys = StepSampler(len(samples), small, seed, first, stop, rank, world_size, blocks, window)
+    return Loader(samples, keys, num_workers, prefetch=prefetch, pin=pin, parts=parts)
 
 
 def eval_loader(
@@ -195,8 +254,12 @@ def eval_loader(
     num_workers: int = 0,
     rank: int = 0,  # of this process
     world_size: int = 1,  # processes; each gets every world_size-th batch
+    prefetch: int = 4,  # batches that each process which reads has ready
+    keep_workers: bool = False,  # these processes stay for the next time
+    pin: bool = False,  # in memory from which a GPU copies while it computes
 ) -> Loader:  # of packed batches
     "Every cloud once over all processes, in order, always with the same views and points."
     keys = [(i, 0) for i in range(len(samples))]
     batches = [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
-    return Loader(samples, batches[rank::world_size], num_workers)
+    how = dict(prefetch=prefetch, keep_workers=keep_workers, pin=pin)
+    return Loader(samples, batches[rank::world_size], num_workers, **how)

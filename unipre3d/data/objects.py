@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/17_objects.ipynb #82284b56
 from __future__ import annotations
-import csv, hashlib, io, json, zipfile
+import csv, hashlib, io, json, os, zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import starmap
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..processes import leave_with
 
 # %% auto #0
 __all__ = ['RADIUS', 'DISTANCE', 'FOV', 'BITS', 'STEPS', 'CODE_BYTES', 'spiral_views', 'orbit_poses', 'pack_cloud',
@@ -230,5 +232,6 @@ def map_jobs(
     if workers == 1:
         yield from starmap(function, jobs)
     else:
-        with ProcessPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
+        count = max(1, min(workers, len(jobs)))
+        with ProcessPoolExecutor(count, initializer=leave_with, initargs=(os.getpid(),)) as pool:
             yield from pool.map(function, *zip(*jobs))

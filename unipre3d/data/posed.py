@@ -5,6 +5,7 @@
 # %% ../../nbs/data/27_posed.ipynb #p27imports
 from __future__ import annotations
 import math, re, struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,11 +31,12 @@ from unipre3d.files import (
 from ..values import check_intrinsics, check_poses, refusal
 
 # %% auto #0
-__all__ = ['BROWN', 'FISHEYE', 'PICTURES', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS', 'TUM_LENSES', 'LAYOUTS',
-           'Lens', 'make_lens', 'distort', 'pixel_rays', 'straighten', 'redraw', 'PosedImage', 'Capture', 'rigid',
-           'image_size', 'beside', 'read_depth_map', 'read_points', 'colmap_lens', 'Bytes', 'colmap_models',
-           'read_colmap', 'transforms_lens', 'read_transforms', 'whole_centres', 'nearest_stamps', 'read_tum',
-           'read_matrix', 'image_scenes', 'read_image_scene', 'layouts_of', 'read_captures']
+__all__ = ['BROWN', 'FISHEYE', 'PICTURES', 'UNREADABLE', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS',
+           'TUM_LENSES', 'LAYOUTS', 'Lens', 'make_lens', 'distort', 'pixel_rays', 'straighten', 'redraw', 'PosedImage',
+           'Capture', 'rigid', 'name_lost', 'image_size', 'known_size', 'beside', 'read_depth_map', 'read_points',
+           'colmap_lens', 'Bytes', 'colmap_models', 'read_colmap', 'transforms_lens', 'read_transforms',
+           'whole_centres', 'nearest_stamps', 'read_tum', 'read_matrix', 'image_scenes', 'read_image_scene',
+           'layouts_of', 'read_captures']
 
 # %% ../../nbs/data/27_posed.ipynb #p27lens
 BROWN = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")  # coefficients in OpenCV's order
@@ -172,6 +174,7 @@ def redraw(
 
 # %% ../../nbs/data/27_posed.ipynb #p27form
 PICTURES = ("JPEG", "PNG", "WEBP")  # of colour, as Pillow calls them
+UNREADABLE = "that cannot be read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +219,34 @@ def rigid(
     return pose
 
 
+def name_lost(
+    names: Sequence[str],  # images that are left out
+    count: int,  # images that there were
+    why: str,  # such as "that are not there"
+) -> list[str]:  # one line, or none
+    "How many images are left out, and the first of them."
+    if not names:
+        return []
+    more = ", ..." if len(names) > 3 else ""
+    return [f"left out {len(names)} of {count} images {why}: {', '.join(names[:3])}{more}"]
+
+
 def image_size(
     path: Path,  # an image
 ) -> tuple[int, int]:  # height and width
     "Size of an image, from its header."
     with open(path, "rb") as file:
         return read_header(file, PICTURES, str(path)).hw
+
+
+def known_size(
+    path: Path,  # an image
+) -> tuple[int, int] | None:  # height and width; None: the file is no image
+    "As `image_size`, for a list of images of which one may be bad."
+    try:
+        return image_size(path)
+    except (ValueError, OSError):
+        return None
 
 
 def beside(
@@ -538,19 +563,25 @@ def read_transforms(
     path = Path(path)
     data = read_json(path, needs=dict(frames=list), what="a transforms.json with frames")
     whole = {key: value for key, value in data.items() if key != "frames"}
-    shots, lost = [], []
+    shots, lost, broken = [], [], []
     with reading(path, "frames with file_path and transform_matrix"):
         for frame in sorted(data["frames"], key=lambda one: one["file_path"]):
             color = beside(path.parent, frame["file_path"], COLOR)
             if color is None:
                 lost.append(frame["file_path"])
                 continue
+            hw = known_size(color)
+            if hw is None:
+                broken.append(color)
+                continue
             where = f"{path}: {frame['file_path']}"
-            lens = transforms_lens(whole | frame, image_size(color), where)
+            lens = transforms_lens(whole | frame, hw, where)
             pose = check_poses(_matrix(frame["transform_matrix"], where), where) @ FLIP
             depth = frame.get("depth_file_path")
             depth = path.parent / depth if depth else None
             shots.append(PosedImage(color, pose, lens, depth))
+        if not shots and broken:
+            image_size(broken[0])
         if not shots:
             raise Found(f"no image of {', '.join(lost[:3]) or 'none'} there")
         moved = None
@@ -558,7 +589,9 @@ def read_transforms(
             moved = _matrix(whole["applied_transform"], f"{path}: applied_transform")
         scale = whole.get("integer_depth_scale") or whole.get("depth_unit_scale_factor")
         cloud = whole.get("ply_file_path")
-    remarks = [f"left out {len(lost)} of {len(data['frames'])} images that are not there"]
+    count = len(data["frames"])
+    remarks = [f"left out {len(lost)} of {count} images that are not there"] * bool(lost)
+    remarks += name_lost([one.name for one in broken], count, UNREADABLE)
     return Capture(
         name,
         "transforms.json",
@@ -566,7 +599,7 @@ def read_transforms(
         read_points(path.parent / cloud) if cloud else None,
         depth_scale=1 / scale if scale else None,
         split=split,
-        remarks=tuple(remarks * bool(lost)),
+        remarks=tuple(remarks),
         moved=moved,
     )
 
@@ -647,6 +680,8 @@ def read_tum(
         hint = "pass --intrinsics fx fy cx cy, such as 525 525 319.5 239.5"
         raise refusal(str(folder), f"a name with {', '.join(TUM_LENSES)}", name, hint)
     shots = []
+    wrong = []
+    broken = []
     lens = None
     with reading(folder / "groundtruth.txt", "tx ty tz qx qy qz qw"):
         where = zip(nearest_stamps(times, depth_times), nearest_stamps(times, pose_times))
@@ -654,15 +689,28 @@ def read_tum(
             if k is None or p is None or not (folder / color).is_file():
                 continue
             numbers = np.array(poses[p][:7], dtype=np.float64)
+            if not (np.isfinite(numbers).all() and numbers[3:].any()):
+                wrong.append(color)
+                continue
             if lens is None:
-                lens = whole_centres(intrinsics or known, image_size(folder / color), str(folder))
+                hw = known_size(folder / color)
+                if hw is None:
+                    broken.append(color)
+                    continue
+                lens = whole_centres(intrinsics or known, hw, str(folder))
             pose = rigid(numbers[[6, 3, 4, 5]], numbers[:3])
             shots.append(PosedImage(folder / color, pose, lens, folder / depths[k][0]))
+        if not shots and broken:
+            image_size(folder / broken[0])
+        if not shots and wrong:
+            raise Found("no pose of finite numbers")
         if not shots:
             raise Found(f"no pose and depth within 0.02 s of one of {len(times)} images")
-    lost = len(times) - len(shots)
+    lost = len(times) - len(shots) - len(wrong) - len(broken)
     text = f"left out {lost} of {len(times)} images without a pose and depth within 0.02 s"
-    return Capture(name, "TUM RGB-D", shots, depth_scale=5000.0, remarks=tuple([text] * bool(lost)))
+    remarks = [text] * bool(lost) + name_lost(wrong, len(times), "whose pose is none")
+    remarks += name_lost(broken, len(times), UNREADABLE)
+    return Capture(name, "TUM RGB-D", shots, depth_scale=5000.0, remarks=tuple(remarks))
 
 # %% ../../nbs/data/27_posed.ipynb #p27poin
 def read_matrix(
@@ -701,7 +749,7 @@ def read_image_scene(
     Raises: FileNotFoundError or ValueError that name the file."""
     root = Path(root)
     home = root / "images" / split / scene
-    shots, lost = [], 0
+    shots, lost, broken = [], 0, []
     for color in sorted((home / "color").iterdir(), key=lambda p: (len(p.stem), p.stem)):
         pose = beside(home / "pose", color.stem, (".npy", ".txt"))
         if color.suffix not in COLOR or pose is None:
@@ -711,16 +759,23 @@ def read_image_scene(
         if not np.isfinite(pose).all():
             lost += 1
             continue
+        if known_size(color) is None:
+            broken.append(color)
+            continue
         pose = check_poses(pose, f"{home}/pose/{color.stem}")
         lens = _scene_lens(home / "intrinsic", color)
         depth = beside(home / "depth", color.stem, DEPTH)
         shots.append(PosedImage(color, pose, lens, depth))
+    if not shots and broken:
+        image_size(broken[0])
     if not shots:
         raise refusal(str(home), "images with poses N.npy or N.txt", "none")
     folder = root / split / scene
     files = {name: folder / f"{name}.npy" for name in COLUMNS}
     cloud = {name: read_array(path) for name, path in files.items() if path.is_file()}
     remarks = [f"left out {lost} images without a finite pose"] * bool(lost)
+    count = len(shots) + lost + len(broken)
+    remarks += name_lost([one.name for one in broken], count, UNREADABLE)
     return Capture(
         scene,
         "images/<split>",

@@ -44,8 +44,8 @@ from unipre3d.values import (
 # %% auto #0
 __all__ = ['Cloud', 'RADIUS', 'HIDDEN', 'View', 'check_view', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat',
            'check_apart', 'class_labels', 'hold_out', 'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius',
-           'fit_radius', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at', 'check_option', 'files_hash',
-           'FileReader', 'RoomReader']
+           'fit_radius', 'Files', 'FolderFiles', 'ZipFiles', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at',
+           'check_option', 'files_hash', 'shard_of', 'FileReader', 'RoomReader']
 
 # %% ../../nbs/data/19_readers.ipynb #r19protocol
 Cloud = dict[str, np.ndarray]  # one cloud by column
@@ -396,24 +396,85 @@ def fit_radius(
 HIDDEN = (".", "__MACOSX")  # how names begin that a system adds for itself
 
 
-class Store:
-    """Files below one root, a folder, a zip, or shards or their address; safe to hand to other processes.
+class Files(Protocol):
+    "Files below one root; `FolderFiles`, `ZipFiles` and `Shards` are three kinds."
 
-    Raises: FileNotFoundError or ValueError that name the file that is missing or damaged."""
+    def where(self, name: str) -> str:
+        "What messages call a file."
 
-    def __init__(
-        self,
-        root: str | Path,
-        expected: str = "a folder or a zip of data",  # for messages, where nothing is there
-        remedy: str = "check the path",  # the end of that message
-    ):
-        self.root = local_root(root)
-        self.shards = open_shards(self.root)
-        self.is_zip = not self.root.is_dir()
+    def open(self, name: str) -> io.BufferedIOBase:
+        "One file to read from."
+
+    def read(self, name: str) -> bytes:
+        "The bytes of one file."
+
+    def has(self, name: str) -> bool:
+        "Whether there is such a file."
+
+    def stamp(self, name: str) -> str:
+        "What changes when a file does."
+
+    def names(self, folder: str = "") -> set[str]:
+        "What a folder holds, hidden names left out; nothing if there is no such folder."
+
+    def holds(self, folder: str) -> bool:
+        "Whether something is below a folder."
+
+    def folders(self, folder: str = "") -> list[str]:
+        "Folders in a folder, sorted."
+
+
+class FolderFiles:
+    "Files of a plain folder."
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def where(self, name: str) -> str:
+        "A file's path."
+        return str(self.root / name)
+
+    def open(self, name: str) -> io.BufferedIOBase:
+        "One file to read from; only what is wanted is read."
+        with reading(self.where(name), "this file"):
+            return open(regular_file(self.root / name, "this file"), "rb")
+
+    def read(self, name: str) -> bytes:
+        "The bytes of one file."
+        return read_file(self.root / name, "this file")
+
+    def has(self, name: str) -> bool:
+        "Whether there is such a file."
+        return (self.root / name).is_file()
+
+    def stamp(self, name: str) -> str:
+        "Path, size and time."
+        facts = (self.root / name).stat()
+        return f"{self.root.resolve() / name} {facts.st_size} {facts.st_mtime_ns}"
+
+    def names(self, folder: str = "") -> set[str]:
+        "What a folder holds."
+        place = self.root / folder
+        names = os.listdir(place) if place.is_dir() else ()
+        return {name for name in names if not name.startswith(HIDDEN)}
+
+    def holds(self, folder: str) -> bool:
+        "Whether something is in a folder."
+        return bool(self.names(folder))
+
+    def folders(self, folder: str = "") -> list[str]:
+        "Folders in a folder, empty ones too."
+        entries = os.scandir(self.root / folder)
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
+
+
+class ZipFiles:
+    "Files of a zip, which each process opens for itself."
+
+    def __init__(self, root: Path):
+        self.root = root
         self._zip = self._pid = self._tree = None  # of this process
-        if self.is_zip:
-            regular_file(self.root, expected, remedy)
-            self.names()
+        self.names()
 
     def __getstate__(self):
         return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
@@ -427,25 +488,75 @@ class Store:
         return self._zip
 
     def where(self, name: str) -> str:
-        "What messages call a file: its path, or `archive.zip: member`."
-        if self.shards:
-            return self.shards.where(name)
-        return f"{self.root}: {name}" if self.is_zip else str(self.root / name)
+        "`archive.zip: member`."
+        return f"{self.root}: {name}"
 
     def open(self, name: str) -> io.BufferedIOBase:
-        "One file to read from; of a plain file only what is wanted is read."
-        if self.is_zip or self.shards:
-            return io.BytesIO(self.read(name))
-        with reading(self.where(name), "this file"):
-            return open(regular_file(self.root / name, "this file"), "rb")
+        "One file to read from."
+        return io.BytesIO(self.read(name))
 
     def read(self, name: str) -> bytes:
         "The bytes of one file."
-        if self.shards:
-            return self.shards.read(name)
-        return (
-            read_member(self.zip, name) if self.is_zip else read_file(self.root / name, "this file")
-        )
+        return read_member(self.zip, name)
+
+    def has(self, name: str) -> bool:
+        "Whether there is such a file."
+        return name in self.zip.NameToInfo
+
+    def stamp(self, name: str) -> str:
+        "Size and checksum."
+        member = self.zip.getinfo(name)
+        return f"{name} {member.file_size} {member.CRC}"
+
+    def names(self, folder: str = "") -> set[str]:
+        "What a folder holds; folders are found once, from the table of contents."
+        if self._tree is None:
+            self._tree = {}
+            for name in self.zip.namelist():
+                parts = name.rstrip("/").split("/", 16)  # deeper folders are none
+                if any(part.startswith(HIDDEN) for part in parts):
+                    continue
+                for k, part in enumerate(parts):
+                    self._tree.setdefault("/".join(parts[:k]), set()).add(part)
+        return self._tree.get(folder, set())
+
+    def holds(self, folder: str) -> bool:
+        "Whether something is below a folder."
+        return bool(self.names(folder))
+
+    def folders(self, folder: str = "") -> list[str]:
+        "Folders in a folder that hold something."
+        return sorted(n for n in self.names(folder) if self.holds(f"{folder}/{n}".lstrip("/")))
+
+
+class Store:
+    """Files below one root, a folder, a zip, or shards or their address; safe to hand to other processes.
+
+    Raises: FileNotFoundError or ValueError that name the file that is missing or damaged."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        expected: str = "a folder or a zip of data",  # for messages, where nothing is there
+        remedy: str = "check the path",  # the end of that message
+    ):
+        self.root = local_root(root)
+        self.shards = open_shards(self.root)
+        self.files: Files = self.shards or FolderFiles(self.root)
+        if not self.root.is_dir():
+            self.files = ZipFiles(regular_file(self.root, expected, remedy))
+
+    def where(self, name: str) -> str:
+        "What messages call a file: its path, `archive.zip: member` or `shard: file`."
+        return self.files.where(name)
+
+    def open(self, name: str) -> io.BufferedIOBase:
+        "One file to read from; of a plain file only what is wanted is read."
+        return self.files.open(name)
+
+    def read(self, name: str) -> bytes:
+        "The bytes of one file."
+        return self.files.read(name)
 
     def text(self, name: str) -> str:
         "One file as text."
@@ -457,42 +568,23 @@ class Store:
 
     def has(self, name: str) -> bool:
         "Whether there is such a file."
-        if self.shards:
-            return name in self.shards.files or name in self.shards.tables
-        return name in self.zip.NameToInfo if self.is_zip else (self.root / name).is_file()
+        return self.files.has(name)
 
     def stamp(self, name: str) -> str:
-        "What changes when a file does: in a zip the sum of its bytes, in a folder its size and time."
-        if self.shards:
-            return " ".join(map(str, (name, *self.shards.facts(name))))
-        if self.is_zip:
-            member = self.zip.getinfo(name)
-            return f"{name} {member.file_size} {member.CRC}"
-        facts = (self.root / name).stat()
-        return f"{self.root.resolve() / name} {facts.st_size} {facts.st_mtime_ns}"
-
-    def folders(self, folder: str = "") -> list[str]:
-        "Folders in a folder, sorted; of a zip those that hold something."
-        if self.is_zip or self.shards:
-            return sorted(n for n in self.names(folder) if self.names(f"{folder}/{n}".lstrip("/")))
-        entries = os.scandir(self.root / folder)
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
+        "What changes when a file does: in a folder its size and time, otherwise the sum of its bytes."
+        return self.files.stamp(name)
 
     def names(self, folder: str = "") -> set[str]:
         "What a folder holds, hidden names left out; nothing if there is no such folder."
-        if not (self.is_zip or self.shards):
-            place = self.root / folder
-            names = os.listdir(place) if place.is_dir() else ()
-            return {name for name in names if not name.startswith(HIDDEN)}
-        if self._tree is None:
-            self._tree = {}
-            for name in self.shards.names() if self.shards else self.zip.namelist():
-                parts = name.rstrip("/").split("/", 16)  # deeper folders are none
-                if any(part.startswith(HIDDEN) for part in parts):
-                    continue
-                for k, part in enumerate(parts):
-                    self._tree.setdefault("/".join(parts[:k]), set()).add(part)
-        return self._tree.get(folder, set())
+        return self.files.names(folder)
+
+    def holds(self, folder: str) -> bool:
+        "Whether something is below a folder."
+        return self.files.holds(folder)
+
+    def folders(self, folder: str = "") -> list[str]:
+        "Folders in a folder, sorted; of a zip those that hold something."
+        return self.files.folders(folder)
 
 # %% ../../nbs/data/19_readers.ipynb #r19cache
 class Cache:
@@ -621,6 +713,20 @@ def files_hash(
     if shards := open_shards(root):
         return hashlib.sha256(json.dumps(shards.matching(pattern)).encode()).hexdigest()
     return data_hash(root, pattern)
+
+
+def shard_of(
+    reader: Reader,
+    i: int,  # which cloud
+) -> int | None:  # None where its data are in no shards
+    "Which shard a cloud lies in."
+    if isinstance(reader, Subset):
+        return shard_of(reader.reader, reader.indices[i])
+    if isinstance(reader, Concat):
+        return shard_of(*reader.places[i])
+    shards = getattr(getattr(reader, "store", None), "shards", None)
+    folder = getattr(reader, "folder", reader.name)
+    return shards.shard_of(folder(i)) if shards else None
 
 
 class FileReader:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..core import CameraBatch, PointBatch, Sample, ViewBatch, offsets
 from .augment import Augment, Cloud, PosedViews, augment, augment_views, move_cameras
-from .readers import Cache, Reader, Views, check_view
+from .readers import Cache, Reader, Views, check_view, shard_of
 from .scannet import ScanNetFrames
 from ..geometry.cameras import intrinsics_from_fov, look_at
 from ..geometry.pointops import farthest_point_sample
@@ -232,6 +232,12 @@ class Samples(Dataset):
 
     def __len__(self):
         return len(self.places)
+
+    @property
+    def shards(self) -> tuple[int, ...] | None:
+        "Which shard each cloud lies in; None where some lie in none."
+        found = [shard_of(self.source, i) for i in self.places]
+        return None if None in found else tuple(found)
 
     def name(self, index: int) -> str:
         "Which cloud it is."

@@ -487,7 +487,7 @@ class ScanNetFrames(RoomReader):
 
     def _scenes_of(self, split):
         names = self.store.names(split)
-        return sorted(name for name in names if self.store.names(f"{split}/{name}"))
+        return sorted(name for name in names if self.store.holds(f"{split}/{name}"))
 
     def _frame_files(self, i):
         "{number: {kind: path}} of all frames."

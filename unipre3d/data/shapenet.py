@@ -646,7 +646,6 @@ def _export_object(source, i, folder, released):
 
 def _export_tables(source, indices, folder):
     files = dict(cameras="matrix", points="columns", suffix=".png")
-    (folder / "convention.json").write_text(json.dumps(source.convention | files))
     (folder / "parts.json").write_text(json.dumps(source.parts))
     rows = [source.table[source.items[i]] for i in indices if source.items[i] in source.table]
     if rows:

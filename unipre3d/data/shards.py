@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -25,8 +26,9 @@ from ..records import cache_dir
 from ..values import refusal
 
 # %% auto #0
-__all__ = ['INDEX', 'FORMAT', 'LIST_REMEDY', 'MOST_OPEN', 'ORIGIN', 'sample_key', 'member_name', 'file_names', 'list_samples',
-           'write_shards', 'kept_bytes', 'Shards', 'open_shards', 'fetch_shard', 'make_room', 'local_root']
+__all__ = ['INDEX', 'FORMAT', 'VERSION', 'LIST_REMEDY', 'MOST_OPEN', 'MOST_LISTS', 'ORIGIN', 'sample_key', 'member_name',
+           'file_names', 'room_folders', 'list_samples', 'write_shards', 'kept_bytes', 'Shards', 'open_shards',
+           'fetch_shard', 'make_room', 'local_root']
 
 # %% ../../nbs/data/18_shards.ipynb #s18key
 def sample_key(
@@ -61,6 +63,7 @@ def member_name(
 # %% ../../nbs/data/18_shards.ipynb #s18write
 INDEX = "index.json"
 FORMAT = "unipre3d-shards"
+VERSION = 2
 LIST_REMEDY = "write it again with unipre3d data shard"
 
 
@@ -78,6 +81,14 @@ def file_names(
             yield path
 
 
+def room_folders(
+    names: Iterable[str],  # of files, or of samples
+) -> dict[str, str]:  # "scene0000_00" -> "train/scene0000_00"
+    "The folder of each room, for `sample_key`."
+    parts = (name.split("/", 2) for name in names)
+    return {part[1]: f"{part[0]}/{part[1]}" for part in parts if part[0] != "2D" and len(part) > 1}
+
+
 def list_samples(
     store: Any,  # a `Store`
 ) -> tuple[list[str], dict[str, list[str]]]:  # files of no sample; key -> files
@@ -85,17 +96,20 @@ def list_samples(
 
     Raises: ValueError for two files that would have one name in the archive."""
     names = list(file_names(store))
-    parts = [name.split("/") for name in names]
-    rooms = {part[1]: "/".join(part[:2]) for part in parts if part[0] != "2D" and len(part) > 2}
-    tables, samples, members = [], {}, {}
+    rooms = room_folders(name for name in names if name.count("/") > 1)
+    tables, samples, owners = [], {}, {}
     for name in names:
         key = sample_key(name, rooms)
         if not key:
             tables.append(name)
             continue
         samples.setdefault(key, []).append(name)
-        other = members.setdefault(member_name(name, key), name)
-        if other != name:
+    for key, own in samples.items():
+        members = {}
+        first = owners.setdefault(key.replace(".", "_"), key)
+        clash = [(own[0], samples[first][0])] if first != key else []
+        clash += [(n, o) for n in own if (o := members.setdefault(member_name(n, key), n)) != n]
+        for name, other in clash[:1]:
             expected = "a name of its own in an archive"
             raise refusal(store.where(name), expected, f"that of {other}", "rename one of them")
     order = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())
@@ -121,40 +135,59 @@ def _digest(stamps: Iterable[str]) -> str:
     return hashlib.sha256("".join(stamps).encode()).hexdigest()
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entries(key: str, names: list[str]) -> list[str]:
+    "The first two levels of a sample's files, where they are not its own folder alone."
+    found = sorted({"/".join(name.split("/", 2)[:2]) for name in names})
+    return [] if found == [key] else found
+
+
 def _write_shard(
-    store: Any, path: Path, samples: dict[str, list[str]], limit: int
+    store: Any, path: Path, samples: Iterator[tuple[str, list[str]]], limit: int
 ) -> dict[str, Any]:
-    "The first of the samples, until the shard is full."
+    "The next of the samples, until the shard is full; and the list of its files, a line a sample."
     part = path.with_name(f"{path.name}.part")
-    kept, stamps = {}, []
-    with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as archive:
-        for key, names in samples.items():
-            kept[key] = {}
+    lists = path.with_suffix(".jsonl")
+    kept, stamps, start = {}, [], 0
+    with (
+        tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as archive,
+        open(f"{lists}.part", "wb") as lines,
+    ):
+        for key, names in samples:
+            files = {}
             for name in names:
                 data = store.read(name)
                 place = _add(archive, member_name(name, key), data)
-                kept[key][name] = [place, len(data), zlib.crc32(data)]
+                files[name] = [place, len(data), zlib.crc32(data)]
                 stamps.append(store.stamp(name))
+            line = json.dumps(files).encode() + b"\n"
+            lines.write(line)
+            kept[key] = [start, len(line), zlib.crc32(line), *_entries(key, names)]
+            start += len(line)
             if archive.offset >= limit:
                 break
-    with open(part, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = dict(name=path.name, size=part.stat().st_size, sha256=_sha256(part))
+    facts |= dict(list_size=start, list_sha256=_sha256(Path(f"{lists}.part")), samples=kept)
+    os.replace(f"{lists}.part", lists)
     os.replace(part, path)
-    size = path.stat().st_size
-    facts = dict(name=path.name, size=size, sha256=sha256, samples=kept)
     return facts | dict(limit=limit, stamps=_digest(stamps))
 
 
 def _finished(
-    store: Any, note: Path, path: Path, samples: dict[str, list[str]], limit: int
+    store: Any, note: Path, path: Path, samples: dict[str, list[str]], left: list[str], limit: int
 ) -> dict[str, Any] | None:
     "What an earlier run noted, if it is still true."
-    if not (note.is_file() and path.is_file()):
+    lists = path.with_suffix(".jsonl")
+    if not (note.is_file() and path.is_file() and lists.is_file()):
         return None
     shard = read_json(note, needs=dict(size=int, limit=int, stamps=str, samples=dict))
     keys = list(shard["samples"])
     same = (path.stat().st_size, limit) == (shard["size"], shard["limit"])
-    if not same or keys != list(samples)[: len(keys)]:
+    if not same or lists.stat().st_size != shard["list_size"] or keys != left[: len(keys)]:
         return None
     stamps = _digest(store.stamp(name) for key in keys for name in samples[key])
     return shard if stamps == shard["stamps"] else None
@@ -178,24 +211,26 @@ def write_shards(
     if not samples:
         raise ValueError(f"{store.root}: expected folders of samples, found none")
     out.mkdir(parents=True, exist_ok=True)
-    shards, left = [], samples
-    with tqdm(total=len(samples), desc="writing shards", disable=not progress) as bar:
-        while left:
+    keys = list(samples)
+    shards, done = [], 0
+    with tqdm(total=len(keys), desc="writing shards", disable=not progress) as bar:
+        while done < len(keys):
             path = out / f"shard-{len(shards):06d}.tar"
             note = path.with_suffix(".json")
-            shard = _finished(store, note, path, left, limit)
+            shard = _finished(store, note, path, samples, keys[done:], limit)
             if shard is None:
-                shard = _write_shard(store, path, left, limit)
+                rest = ((key, samples[key]) for key in keys[done:])
+                shard = _write_shard(store, path, rest, limit)
                 _replace(note, json.dumps(shard).encode())
             bar.update(len(shard["samples"]))
-            left = {key: names for key, names in left.items() if key not in shard["samples"]}
-            shards.append({key: shard[key] for key in ("name", "size", "sha256", "samples")})
+            done += len(shard["samples"])
+            shards.append({key: shard[key] for key in shard if key not in ("limit", "stamps")})
     files = {}
     for name in tables:
         data = store.read(name)
         _replace(out / name, data)
         files[name] = [len(data), zlib.crc32(data)]
-    index = dict(format=FORMAT, version=1, files=files, shards=shards)
+    index = dict(format=FORMAT, version=VERSION, files=files, shards=shards)
     _replace(out / INDEX, json.dumps(index).encode())
     for shard in shards:
         (out / shard["name"]).with_suffix(".json").unlink()
@@ -203,6 +238,7 @@ def write_shards(
 
 # %% ../../nbs/data/18_shards.ipynb #s18read
 MOST_OPEN = 8  # shards that a process keeps open
+MOST_LISTS = 512  # samples whose lists of files a process keeps
 
 
 def kept_bytes() -> int:
@@ -222,92 +258,190 @@ class Shards:
     ):
         self.root = Path(root)
         path = self.root / INDEX
-        needs = dict(format=str, files=dict, shards=list)
+        needs = dict(format=str, version=int, files=dict, shards=list)
         index = read_json(path, needs=needs, remedy=LIST_REMEDY, bounded=False)
-        self.files: dict[
-            str, tuple[int, int, int, int]
-        ] = {}  # name -> shard, place, bytes, checksum
-        self.places: dict[str, int] = {}  # sample -> shard
+        if index["version"] != VERSION:
+            found = f"version {index['version']}"
+            raise refusal(str(path), f"version {VERSION} of the list", found, LIST_REMEDY)
+        self.sets: dict[
+            str, list[str]
+        ] = {}  # sample -> its entries, where it has others than its folder
+        rows = []
         with reading(path, "an index of shards", LIST_REMEDY):
             self.tables = {name: tuple(facts) for name, facts in index["files"].items()}
-            self.shards = [
-                (shard["name"], shard["size"], shard["sha256"]) for shard in index["shards"]
-            ]
+            self.shards = [(one["name"], one["size"], one["sha256"]) for one in index["shards"]]
+            self.lists = [(one["list_size"], one["list_sha256"]) for one in index["shards"]]
             for number, shard in enumerate(index["shards"]):
-                for key, files in shard["samples"].items():
-                    self.places[key] = number
-                    for name, (first, size, crc) in files.items():
-                        self.files[name] = number, first, size, crc
+                for key, (first, size, crc, *entries) in shard["samples"].items():
+                    rows.append((number, first, size, crc))
+                    if entries:
+                        self.sets[key] = entries
+            keys = [key for shard in index["shards"] for key in shard["samples"]]
+            self.rows = {key: row for row, key in enumerate(keys)}
+            self.places = np.array(rows, np.int64).reshape(-1, 4)  # shard, and the line in its list
             for name in (*self.tables, *(shard[0] for shard in self.shards)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise Found(f"the name {name}, which leaves the folder")
+        self.rooms = room_folders(self.rows)
+        self.tree = self._first_levels()
         origin = self.root / ORIGIN
         self.url = read_json(origin, needs=dict(url=str))["url"] if origin.is_file() else ""
-        self._open, self._pid = OrderedDict(), None  # of this process
+        self._forget()
+
+    def _first_levels(self):
+        "What the root and the folders in it hold."
+        tree = {"": set()}
+        for key in (*self.rows, *self.tables):
+            for entry in self.sets.get(key, [key]):
+                folder, slash, name = entry.partition("/")
+                tree[""].add(folder)
+                if slash:
+                    tree.setdefault(folder, set()).add(name)
+        return tree
+
+    def _forget(self):
+        "Files are open in one process."
+        self._pid = os.getpid()
+        self._open, self._listed = OrderedDict(), OrderedDict()
 
     def __getstate__(self):
-        return self.__dict__ | {"_open": OrderedDict(), "_pid": None}
+        return self.__dict__ | {"_open": OrderedDict(), "_listed": OrderedDict(), "_pid": None}
 
-    def names(self) -> list[str]:
-        "Every file."
-        return [*self.tables, *self.files]
+    def shard_of(
+        self,
+        key: str,  # of a sample
+    ) -> int:
+        "Which shard a sample lies in."
+        return int(self.places[self.rows[key], 0])
+
+    def members(
+        self,
+        key: str,  # of a sample; "" has none
+    ) -> dict[str, list[int]]:  # name -> place in the shard, bytes, checksum
+        "The files of a sample."
+        if key not in self.rows:
+            return {}
+        if key in self._listed:
+            self._listed.move_to_end(key)
+            return self._listed[key]
+        number, first, size, crc = self.places[self.rows[key]].tolist()
+        path = (self.root / self.shards[number][0]).with_suffix(".jsonl")
+        with reading(path, "a list of files", LIST_REMEDY):
+            file = self.opened(path, *self.lists[number])
+            file.seek(first)
+            line = file.read(size)
+            if (len(line), zlib.crc32(line)) != (size, crc):
+                raise Found("another than the index was written for")
+            self._listed[key] = json.loads(line)
+        while len(self._listed) > MOST_LISTS:
+            self._listed.popitem(last=False)
+        return self._listed[key]
+
+    def find(self, name: str) -> tuple[int, int, int, int] | None:
+        "Shard, place, bytes and checksum of a file of a sample; None where there is none."
+        key = sample_key(name, self.rooms)
+        facts = self.members(key).get(name)
+        return (self.shard_of(key), *facts) if facts else None
+
+    def has(self, name: str) -> bool:
+        "Whether there is such a file."
+        return name in self.tables or self.find(name) is not None
 
     def where(self, name: str) -> str:
         "What messages call a file: `shard: file`."
-        if name not in self.files:
-            return str(self.root / name)
-        return f"{self.root / self.shards[self.files[name][0]][0]}: {name}"
+        found = self.find(name)
+        path = self.root / name
+        return f"{self.root / self.shards[found[0]][0]}: {name}" if found else str(path)
 
     def facts(self, name: str) -> tuple[int, int]:
         "Bytes and checksum of a file."
-        return self.files[name][2:] if name in self.files else self.tables[name]
+        return self.tables[name] if name in self.tables else self.find(name)[2:]
+
+    def stamp(self, name: str) -> str:
+        "What changes when a file does."
+        return " ".join(map(str, (name, *self.facts(name))))
+
+    def names(self, folder: str = "") -> set[str]:
+        "What a folder holds."
+        if "/" not in folder:
+            return self.tree.get(folder, set())
+        key = sample_key(f"{folder}/", self.rooms)
+        keys = [key] if key else [key for key, own in self.sets.items() if folder in own]
+        below = (name for key in keys for name in self.members(key))
+        prefix = f"{folder}/"
+        return {n.removeprefix(prefix).split("/", 1)[0] for n in below if n.startswith(prefix)}
+
+    def holds(self, folder: str) -> bool:
+        "Whether something is below a folder; of a sample's own folder the index knows."
+        own = folder in self.rows and folder in self.sets.get(folder, [folder])
+        return own or bool(self.names(folder))
+
+    def folders(self, folder: str = "") -> list[str]:
+        "Folders in a folder, sorted."
+        return sorted(n for n in self.names(folder) if self.holds(f"{folder}/{n}".lstrip("/")))
 
     def matching(self, pattern: str) -> list[tuple[str, int]]:
         "Names and bytes of the files that a pattern such as `*/*/coord.npy` means, sorted."
         parts = pattern.removeprefix("**/").split("/")
+        every = [(name, size) for name, (size, _) in self.tables.items()]
+        for key in self.rows:
+            every += [(name, size) for name, (_, size, _) in self.members(key).items()]
         found = []
-        for name in self.names():
+        for name, size in every:
             own = name.split("/")
             if pattern.startswith("**/"):
                 own = own[-len(parts) :]
             if len(own) == len(parts) and all(map(fnmatchcase, own, parts)):
-                found.append((name, self.facts(name)[0]))
+                found.append((name, size))
         return sorted(found)
 
-    def shard(self, number: int) -> io.BufferedIOBase:
-        "An archive, opened once in each process."
+    def opened(
+        self,
+        path: Path,  # a shard, or its list
+        size: int,  # bytes that it must have
+        sha256: str,
+    ) -> io.BufferedIOBase:
+        "An archive or a list, fetched where it has an address, opened once in each process."
         if self._pid != os.getpid():
-            self._open, self._pid = OrderedDict(), os.getpid()
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        name, size, sha256 = self.shards[number]
-        path = self.root / name
+            self._forget()
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
         if self.url:
-            fetch_shard(f"{self.url}/{name}", path, size, sha256)
+            fetch_shard(f"{self.url}/{path.name}", path, size, sha256)
         file = open(regular_file(path, "a shard", "copy it again"), "rb")
         found = os.fstat(file.fileno()).st_size
         if found != size:
             file.close()
             raise refusal(f"{path}", f"a shard of {size:,} bytes", f"{found:,}", "copy it again")
-        self._open[number] = file
-        while len(self._open) > MOST_OPEN:
+        self._open[path] = file
+        while len(self._open) > 2 * MOST_OPEN:
             self._open.popitem(last=False)[1].close()
         return file
 
+    def shard(self, number: int) -> io.BufferedIOBase:
+        "An archive, opened once in each process."
+        name, size, sha256 = self.shards[number]
+        return self.opened(self.root / name, size, sha256)
+
+    def open(self, name: str) -> io.BufferedIOBase:
+        "One file to read from."
+        return io.BytesIO(self.read(name))
+
     def read(self, name: str) -> bytes:
         "The bytes of one file."
+        place = None if name in self.tables else self.find(name)
         if name in self.tables:
             data = read_file(self.root / name, "this file")
-        elif name in self.files:
-            number, first, size, _ = self.files[name]
+        elif place:
+            number, first, size, _ = place
             file = self.shard(number)
             with reading(self.where(name), "this file", "copy the shard again"):
                 file.seek(first)
                 data = file.read(size)
         else:
             raise FileNotFoundError(f"{self.root}: {name}: expected this file, found nothing there")
-        if (len(data), zlib.crc32(data)) != self.facts(name):
+        if (len(data), zlib.crc32(data)) != tuple(self.facts(name)):
             expected = f"the bytes that {INDEX} was written for"
             raise refusal(self.where(name), expected, "others", "copy the shard again")
         return data
@@ -365,7 +499,8 @@ def fetch_shard(
                 expected = f"{size:,} bytes with the sha256 {sha256[:12]}..."
                 other = f"{length:,} with {found[:12]}..."
                 raise refusal(url, expected, other, "copy the shard again")
-            make_room(path.parent, size, kept_bytes())
+            if path.suffix == ".tar":  # lists of files are small, and stay
+                make_room(path.parent, size, kept_bytes())
             os.replace(part, path)
         os.utime(path)  # when it was used
 

@@ -162,9 +162,11 @@ def _search(
     chunk: int = 2**20,
 ) -> Tensor:
     "Packed places that `pick` chooses from tables [b m n] of squared distances, infinite for no point."
-    points, mask = to_padded(xyz, batch, size)
-    queries, wanted = to_padded(query, query_batch, size)
-    ragged = not mask.all()
+    many, queried = (torch.bincount(index, minlength=size) for index in (batch, query_batch))
+    fewest, most, longest = torch.stack([many.min(), many.max(), queried.max()]).tolist()
+    points, mask = to_padded(xyz, batch, size, most)
+    queries, wanted = to_padded(query, query_batch, size, longest)
+    ragged = fewest < most
     rows = max(1, chunk // max(1, size * points.shape[1]))
     found = []
     for part in queries.split(rows, 1):

@@ -62,13 +62,17 @@ def _odd(owner: str, name: str, value: int | Triple) -> Triple:
     return three
 
 
-def _sorted_cells(index: Tensor, shape: Triple, size: int) -> tuple[Tensor, int | None]:
-    "Rows in the order of their cells' numbers, and the first row whose cell came before, or None."
+def _check_cells(shape: Triple, size: int) -> None:
     if size * math.prod(shape) >= 2**62:
         raise ValueError(
             f"SparseTensor.shape: {size} blocks of {shape} have too many cells to number; "
             "use a larger voxel"
         )
+
+
+def _sorted_cells(index: Tensor, shape: Triple, size: int) -> tuple[Tensor, int | None]:
+    "Rows in the order of their cells' numbers, and the first row whose cell came before, or None."
+    _check_cells(shape, size)
     number, order = cell_numbers(index, shape).sort()
     same = number[1:] == number[:-1]
     return order, int(order[same.nonzero()[0]]) if same.any() else None
@@ -201,20 +205,31 @@ def _place_of(rows: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
     return torch.empty_like(places).index_copy_(0, rows.long(), places)
 
 
+def _true_places(hit: Tensor, count: int) -> Tensor:
+    "Where the values are true, in order; their number is known, so nothing waits for the device."
+    hit = hit.flatten()
+    places = torch.arange(len(hit), device=hit.device)
+    rank = torch.where(hit, hit.cumsum(0) - 1, count)
+    return places.new_empty(count + 1).scatter_(0, rank, places)[:count]
+
+
 def _cut(table: Tensor, side: int) -> tuple[Tensor, ...]:
-    "Row and column of each pair, counts [blocks k], order of the pairs and start of the columns in each block."
+    """Row and column of each pair, counts [blocks k], order of the pairs and start of the columns in each block.
+
+    The counts are copied to the processor: the one time that it waits for the device."""
     volume, m = table.shape
     table = F.pad(table, (0, -m % side), value=-1).view(volume, -1, side)
     table = table.transpose(0, 1).contiguous()
     hit = table >= 0
-    pair = hit.view(-1).nonzero()[:, 0]
     place = hit.flatten(1).cumsum(1, dtype=torch.int32).view_as(hit)
-    order = place.mT.flatten().index_select(0, hit.mT.flatten().nonzero()[:, 0]) - 1
+    counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1).cpu()
+    pairs = int(counts.numpy().sum())
+    pair = _true_places(hit, pairs)
+    order = place.mT.flatten().index_select(0, _true_places(hit.mT, pairs)) - 1
     many = hit.sum(1, dtype=torch.int32)
     start = many.cumsum(1, dtype=torch.int32) - many
-    counts = F.pad(place[:, :, -1], (1, 0)).diff(dim=1)
     column = pair % side + pair.div(volume * side, rounding_mode="floor") * side
-    return table.view(-1).index_select(0, pair), column, counts, order, start.flatten()
+    return table.view(-1).index_select(0, pair), column, counts, order, start.flatten()[:m]
 
 
 def _cut_compiled(table: Tensor, side: int) -> tuple[Tensor, ...]:
@@ -514,13 +529,20 @@ def _coarse(
             f"SparseConv3d.kernel_size: {kernel} is wider than the block {x.shape} "
             f"with padding {padding}"
         )
-    taps = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).to(x.index.device)
     step, pad, end = (x.index.new_tensor(three) for three in (stride, padding, shape))
-    at = x.index[:, 1:] + pad - taps[:, None]  # [taps n 3]
-    to = at.div(step, rounding_mode="floor")
-    reached = (to * step == at) & (to >= 0) & (to < end)
-    tap, src = reached.all(2).nonzero().unbind(1)
-    cell = torch.cat([x.index[src, :1], to[tap, src]], 1)
+    whole = not any(side % width for side, width in zip(x.shape, stride))
+    if kernel == stride and whole and not any(padding):
+        to = x.index[:, 1:].div(step, rounding_mode="floor")  # one for each cell: nothing to count
+        a, b, c = (x.index[:, 1:] - to * step).unbind(1)
+        tap, src = (a * kernel[1] + b) * kernel[2] + c, torch.arange(len(x), device=a.device)
+        cell = torch.cat([x.index[:, :1], to], 1)
+    else:
+        taps = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).to(x.index.device)
+        at = x.index[:, 1:] + pad - taps[:, None]  # [taps n 3]
+        to = at.div(step, rounding_mode="floor")
+        reached = (to * step == at) & (to >= 0) & (to < end)
+        tap, src = reached.all(2).nonzero().unbind(1)
+        cell = torch.cat([x.index[src, :1], to[tap, src]], 1)
     number, dst = cell_numbers(cell, shape).unique(return_inverse=True)
     index = x.index.new_empty(len(number), 4)
     index[dst] = cell
@@ -774,11 +796,16 @@ def point_cells(
     Raises: ValueError of one line, where two points lie in one voxel.
     """
     grid = grid_coordinates(points.xyz, points.batch, points.size, voxel_size)
-    highest = grid.amax(0).tolist() if len(grid) else (0, 0, 0)
-    shape = tuple((cell // multiple + 1) * multiple for cell in highest)
     index = torch.cat([points.batch[:, None], grid], 1)
-    order, double = _sorted_cells(index, shape, points.size)
-    if double is not None:
+    if not len(grid):
+        return SparseTensor(points.feat, index, (multiple,) * 3, points.size)
+    sides = (grid.amax(0) // multiple + 1) * multiple
+    number, order = cell_numbers(index, sides).sort()
+    double = (number[1:] == number[:-1]).any()
+    *shape, double = torch.cat([sides, double.long()[None]]).tolist()  # the one wait
+    shape = tuple(shape)
+    _check_cells(shape, points.size)
+    if double:
         raise ValueError(
             f"point_cells.points: expected one point a voxel of {voxel_size}, "
             "found two in one; merge them first (merge_voxels)"

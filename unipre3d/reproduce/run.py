@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -41,10 +42,10 @@ from unipre3d.tasks.classification import (
 from ..tasks.heads import LabelObjective
 
 # %% auto #0
-__all__ = ['CHILD', 'ONE_THREAD', 'plain', 'row_of', 'recorded', 'record_path', 'run_path', 'read_row', 'chosen_rate',
-           'recipe_of', 'missing', 'letters', 'AnswersRecipe', 'with_answers', 'goes_on', 'run_row', 'pending',
-           'run_file', 'visible_gpus', 'log_path', 'start_row', 'last_line', 'reproduce', 'StudyOptions', 'why_not',
-           'plan_table', 'reproduce_command']
+__all__ = ['CHILD', 'ONE_THREAD', 'ELSEWHERE', 'plain', 'row_of', 'recorded', 'record_path', 'run_path', 'read_row',
+           'chosen_rate', 'recipe_of', 'missing', 'letters', 'AnswersRecipe', 'with_answers', 'goes_on', 'run_row',
+           'pending', 'row_lock', 'is_taken', 'is_done', 'run_file', 'visible_gpus', 'log_path', 'start_row',
+           'last_line', 'reproduce', 'StudyOptions', 'why_not', 'plan_table', 'reproduce_command']
 
 # %% ../../nbs/78_reproduce.ipynb #98cb9c12
 def plain(row: Row) -> dict[str, Any]:
@@ -254,14 +255,62 @@ def pending(
     return [r for r in rows if r.key in keys]
 
 
+ELSEWHERE = 75  # exit status of a row that another process runs
+
+
+def row_lock(
+    key: str,  # name of a row
+    folder: str | Path,  # of the study
+) -> FileLock:
+    "The lock of a row: a process that runs it has it, and however that process ends, the system releases it."
+    path = Path(folder) / "rows" / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, blocking=False)
+
+
+def is_taken(
+    key: str,  # name of a row
+    folder: str | Path,  # of the study
+) -> bool:
+    """Whether some process, here or on another machine, runs a row.
+
+    Raises: OSError where the disk of the folder locks no files."""
+    try:
+        with row_lock(key, folder):
+            return False
+    except Timeout:
+        return True
+    except NotImplementedError as error:
+        raise OSError(
+            f"{folder}: expected a disk that locks files, found one that does not ({error}); "
+            "mount it with locks, or choose another --out"
+        ) from error
+
+
+def is_done(
+    row: Row,
+    folder: str | Path,  # of the study
+) -> bool:
+    "Whether a row has its record and its weights."
+    weights = run_path(row.key, folder) / "checkpoint.safetensors"
+    return weights.is_file() and read_row(row, folder) is not None
+
+
 def run_file(
     path: str | Path,  # rows/ROW.json in the folder of the study
-) -> int:  # 0 done, 130 interrupted, 1 failed, with the reason on the last line
+) -> int:  # 0 done, 75 runs elsewhere, 130 interrupted, 1 failed, with the reason on the last line
     "What the process of a row does."
     torch.set_num_threads(1)
     path = Path(path)
+    folder = path.parents[1]
     try:
-        record = run_row(row_of(json.loads(path.read_text())), path.parents[1])
+        row = row_of(json.loads(path.read_text()))
+        with row_lock(row.key, folder):
+            if is_done(row, folder):  # by another process, a moment ago
+                return 0
+            record = run_row(row, folder)
+    except Timeout:
+        return ELSEWHERE
     except Exception as problem:
         traceback.print_exc()
         first = str(problem).split("\n")[0]
@@ -324,7 +373,7 @@ def reproduce(
     say: Callable[[str], None] = tqdm.write,  # where messages go
     wait: float = 0.2,  # seconds between two checks of the processes
 ) -> dict[str, Any]:  # done: names; failed: name -> why; left: names
-    "Run what is pending; resumable."
+    "Run what is pending; resumable, and in several processes and machines at once that share the folder."
     gpus = visible_gpus() or [""]
     count = workers or (len(gpus) if gpus[0] else 2)
     free = [gpus[k % len(gpus)] for k in range(count)]  # a place for each row that runs
@@ -334,7 +383,7 @@ def reproduce(
     done: list[str] = []
     failed: dict[str, str] = {}
     minutes = {r.key: r.minutes for r in rows}
-    began = time.time()
+    began = next_look = time.time()
 
     def fail(row, what, why):
         failed[row.key] = why
@@ -344,6 +393,9 @@ def reproduce(
         for process in [p for p in running if p.poll() is not None]:
             row, gpu = running.pop(process)
             free.append(gpu)
+            if process.returncode == ELSEWHERE:
+                waiting.append(row)
+                continue
             bar.update(row.minutes)
             record = read_row(row, folder) if process.returncode == 0 else None
             if record:
@@ -358,6 +410,14 @@ def reproduce(
                 rate = (time.time() - began) / sum(minutes[key] for key in done)
                 bar.set_postfix_str(f"about {rate * left / 3600:.1f} h to go")
 
+    def notice_others():
+        still = {r.key for r in pending(rows, folder)}
+        for row in [r for r in waiting if r.key not in still]:
+            waiting.remove(row)
+            unrecorded.discard(row.key)
+            bar.update(row.minutes)
+            say(f"{row.key}: done by another process")
+
     def start_ready():
         for row in list(waiting):
             broken = [key for key in row.before if key in failed]
@@ -365,6 +425,8 @@ def reproduce(
             if not why and (unrecorded.intersection(row.before) or not free):
                 continue
             why = why or missing(row)
+            if not why and is_taken(row.key, folder):
+                continue
             waiting.remove(row)
             if why:
                 fail(row, "not run", why)
@@ -385,7 +447,10 @@ def reproduce(
             if stopping():
                 break
             start_ready()
-            if running:
+            if waiting and free and time.time() > next_look:
+                notice_others()  # what is left waits for them
+                next_look = time.time() + 25 * wait
+            if waiting or running:
                 time.sleep(wait)
         for process in running:
             process.terminate()

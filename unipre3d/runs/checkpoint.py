@@ -17,18 +17,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import check_weights, decode_json, read_safetensors
-from ..records import flush, read_record, write_error, written_whole
+from ..records import flush, read_record, write_error, write_weights, written_whole
 
 # %% auto #0
 __all__ = ['STATE', 'STATE_BEFORE', 'STATE_NEW', 'BOOKKEEPING', 'content_hash', 'content_sum', 'content_parts', 'own_memory',
            'save_tensors', 'load_tensors', 'parameter_names', 'with_prefix', 'run_state', 'load_run_state', 'has_state',
-           'is_finished', 'save_state', 'load_state', 'remove_leftovers', 'readable_rows', 'MetricsFile', 'block_means',
-           'run_history']
+           'is_finished', 'save_state', 'keep_weights', 'load_state', 'remove_leftovers', 'readable_rows',
+           'MetricsFile', 'block_means', 'run_history']
 
 # %% ../../nbs/57_checkpoint.ipynb #65f54704
 def content_hash(
@@ -91,14 +89,7 @@ def save_tensors(
     own = own_memory(tensors)
     text = json.dumps(meta)
     remarks = {"json": text, "crc32": content_sum(own, text)}
-    with written_whole(path, settle) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the user wants; the library's own is narrower
-        try:
-            save_file(own, partial, metadata=remarks)
-        except SafetensorError as error:  # of the disk
-            raise OSError(str(error)) from error
-        partial.chmod(mode)
+    write_weights(path, own, remarks, settle)
     return path
 
 
@@ -228,6 +219,25 @@ def save_state(
         os.replace(folder / STATE, folder / STATE_BEFORE)
     os.replace(folder / STATE_NEW, folder / STATE)
     flush(folder)
+
+
+def keep_weights(
+    folder: str | Path,  # of a run
+    step: int,  # that was saved
+    count: int,  # the last so many stay
+    weights: dict[str, Tensor],
+    meta: dict,  # plain values
+) -> None:
+    """Write step-STEP.safetensors and remove older ones, and those of steps that will be repeated.
+
+    Raises: OSError in one line where it cannot be written."""
+    folder = Path(folder)
+    save_tensors(folder / f"step-{step}.safetensors", weights, meta)
+    steps = (path.stem.removeprefix("step-") for path in folder.glob("step-*.safetensors"))
+    there = sorted(int(number) for number in steps if number.isdecimal())
+    kept = [number for number in there if number <= step][-count:]
+    for number in set(there) - set(kept):
+        (folder / f"step-{number}.safetensors").unlink()
 
 
 def load_state(

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..data.loading import LoaderLost
 from ..processes import gathered, own_part, processes, share_norms
 from unipre3d.runs.checkpoint import (
     MetricsFile,
+    keep_weights,
     load_run_state,
     load_state,
     remove_leftovers,
@@ -43,7 +44,7 @@ from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
-           'steady', 'new_accelerator', 'take_step', 'Progress', 'timed', 'check_task', 'is_due', 'fit']
+           'steady', 'new_accelerator', 'forward', 'take_step', 'Progress', 'timed', 'check_task', 'is_due', 'fit']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Task:
     choose: str = (
         ""  # score of validate that picks the checkpoint, higher is better; "": the last step
     )
+    score: str = ""  # score of validate by which best.safetensors is kept where nothing is chosen
     draw: Callable[[nn.Module, int, Path], None] | None = (
         None  # model, step, folder: writes a picture
     )
@@ -274,6 +276,30 @@ def new_accelerator(
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[patience])
 
 # %% ../../nbs/58_fit.ipynb #27a40784
+def forward(
+    task: Task,
+    model: nn.Module,  # from `accelerator.prepare`
+    batch: Any,  # a batch, or a list of the parts of one
+    accelerator: Accelerator,
+) -> tuple[
+    Tensor, dict[str, Tensor]
+]:  # for `take_step`; loss and scores, each the mean of the parts'
+    "The loss of a step; the gradients of all parts but the last are there then, and their activations are gone."
+    parts = batch if isinstance(batch, list) else [batch]
+    means: dict[str, Tensor] = {}
+    for part in parts:
+        last = part is parts[-1]
+        with nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss, scores = task.loss(model, to_device(part, accelerator.device))
+            loss = loss / len(parts)
+            if not last:
+                accelerator.backward(loss)
+        for name, value in {"loss": loss * len(parts), **scores}.items():
+            means[name] = means.get(name, 0) + value.detach().float() / len(parts)
+    return loss, means
+
+
 def take_step(
     loss: Tensor,
     model: nn.Module,  # from `accelerator.prepare`, as the optimiser
@@ -305,6 +331,7 @@ class Progress:
     )  # seconds of these in which the next batch was not there yet
     best: float | None = None  # validation score of the chosen weights
     best_step: int = 0  # step of the weights in checkpoint.safetensors
+    top: float | None = None  # validation score of the weights in best.safetensors
     waited: int = 0  # validations since then
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # of these the latest, without a good step between
@@ -437,6 +464,8 @@ def fit(
         state |= {f"chosen/{name}": value for name, value in chosen.items()}
         save_state(folder, state, asdict(now))
         write_checkpoint()
+        if run.keep:
+            keep_weights(folder, now.step, run.keep, kept.state_dict(), {"step": now.step})
 
     def write_checkpoint():
         if task.choose and not chosen:
@@ -454,6 +483,12 @@ def fit(
         if now.step == run.steps and not task.choose:
             return {}  # the test follows at once
         scores = task.validate(kept)
+        top = scores.get(task.score)
+        if run.keep and top is not None and (now.top is None or top > now.top):
+            now.top = top
+            if main:
+                meta = {"step": now.step, "chosen_by": task.score, "score": top}
+                save_tensors(folder / "best.safetensors", kept.state_dict(), meta)
         if task.choose:
             better = now.best is None or scores[task.choose] > now.best
             if better:
@@ -486,8 +521,7 @@ def fit(
             for group in adamw.param_groups:
                 group["lr"] = rate * group["scale"]
             statistics = [buffer.clone() for buffer in model.buffers()]
-            with accelerator.autocast():
-                loss, scores = task.loss(wrapped, to_device(batch, device))
+            loss, means = forward(task, wrapped, batch, accelerator)
             norm, skipped = take_step(loss, wrapped, adamw, accelerator, optimiser.clip)
             now.step += 1
             now.in_a_row = now.in_a_row + 1 if skipped else 0
@@ -499,11 +533,10 @@ def fit(
                     buffer.copy_(value)
             elif optimiser.ema:
                 average.update_parameters(model)
-            measured = torch.stack(
-                [loss.detach().float(), *(v.detach().float() for v in scores.values())]
-            )
-            mean_loss, *means = accelerator.reduce(measured, "mean").tolist()
-            shown = dict(zip(scores, means)) | validate()
+            measured = torch.stack(list(means.values()))
+            shown = dict(zip(means, accelerator.reduce(measured, "mean").tolist()))
+            mean_loss = shown.pop("loss")
+            shown |= validate()
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
                 if tracker is not None:

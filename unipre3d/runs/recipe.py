@@ -33,6 +33,8 @@ class Data:
     features: tuple[str, ...] = ("xyz",)  # columns that the backbone reads; see FEATURES
     augment: Augment = Augment()  # how training clouds vary
     workers: int = 0  # loader processes
+    prefetch: int = 4  # batches that each loader process has ready
+    shard_window: int = 0  # data in shards: how many are mixed at a time; 0 draws from all
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ class Run:
 
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # clouds of a step, over all processes
+    accumulate: int = 1  # parts that a process takes its clouds of a step in; more need less memory
     seed: int = 0  # of weights, data order, points and dropout
     validate_every: int = 0  # steps between validations; 0 is off, but for the last
     patience: int = 0  # end after so many validations without a better one; 0 is off
     save_every: int = 500  # steps between saves; 0 is off, but for the last
+    keep: int = 0  # weights of so many last saves stay, and those of the best validation
     picture_every: int = 0  # steps between pictures; 0 is off, but for the last
 
 # %% ../../nbs/56_recipe.ipynb #56a00002
@@ -124,6 +128,8 @@ LIMITS: dict[str, Limit] = {
     "n_points": within(0),
     "augment": ("distances of at least 0", lambda how: min(how.translate, how.jitter) >= 0),
     "workers": within(0),
+    "prefetch": within(1),
+    "shard_window": within(0),
     "min_coverage": within(0, 1),
     "lr": above(0),
     "schedule": one_of("cosine", "step"),
@@ -138,16 +144,19 @@ LIMITS: dict[str, Limit] = {
     "frozen_steps": within(0),
     "steps": within(1),
     "batch_size": within(1),
+    "accumulate": within(1),
     "seed": within(0),
     "validate_every": within(0),
     "patience": within(0),
     "save_every": within(0),
+    "keep": within(0),
     "picture_every": within(0),
 }  # of the values that every recipe has
 CONDITIONS: dict[str, Condition] = {
     "decay": ("with --schedule step", lambda recipe: recipe.optimiser.schedule == "step"),
     "decay_every": ("with --schedule step", lambda recipe: recipe.optimiser.schedule == "step"),
     "layer_decay": ("without --probe", lambda recipe: not recipe.optimiser.probe),
+    "prefetch": ("with --workers", lambda recipe: recipe.data.workers > 0),
     "patience": ("with --validate-every", lambda recipe: recipe.run.validate_every > 0),
 }  # of the values that every recipe has
 
@@ -181,6 +190,24 @@ class Recipe:
     def choose_device(self, device: str) -> tuple[str, str]:
         "The device to run on for the one that was named, and why it is another, or an empty text."
         return device, ""
+
+    def __str__(self) -> str:
+        "What it is for, and the values that are not the defaults of their group."
+        lines = [f"{type(self).__name__}: {self.about or 'no description'}"]
+        for group in fields(Recipe)[1:]:
+            own = getattr(self, group.name)
+            usual = type(own)()
+            values = {f.name: (getattr(own, f.name), getattr(usual, f.name)) for f in fields(own)}
+            changed = [
+                f"{name}={value!r}" for name, (value, first) in values.items() if value != first
+            ]
+            if changed:
+                lines.append(f"  {group.name}: {', '.join(changed)}")
+        return "\n".join(lines)
+
+    def _repr_pretty_(self, printer, cycle) -> None:
+        "The same in a notebook."
+        printer.text(str(self))
 
 
 def groups(

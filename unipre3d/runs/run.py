@@ -5,18 +5,20 @@
 # %% ../../nbs/59_run.ipynb #ec860ff0
 from __future__ import annotations
 
+import base64
+import html
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from torch import nn
 
 from .. import backbones
@@ -31,6 +33,7 @@ from unipre3d.records import (
     hardware,
     peak_memory_mb,
     read_config,
+    used_alone,
     write_config,
     write_json,
 )
@@ -42,16 +45,16 @@ from unipre3d.runs.checkpoint import (
     remove_leftovers,
     run_history,
 )
-from ..processes import launch_remark
+from ..processes import launch_line, launch_remark
 from .fit import Task, check_task, fit, new_accelerator, processes
 from .recipe import Recipe, check_recipe, freeze, from_values, to_values
 from .starts import check_init, start_from, start_summary
 from .tracking import RunTracker, check_tracker
 
 # %% auto #0
-__all__ = ['SMALL_BACKBONES', 'LOCK', 'FIRST', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'check_free',
-           'claim_folder', 'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'suspects',
-           'run_conditions', 'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
+__all__ = ['SMALL_BACKBONES', 'LOCK', 'SUSPECTS', 'backbone_class', 'build_backbone', 'is_unsaved', 'is_first', 'check_free',
+           'claim_folder', 'held', 'is_held', 'own_folder', 'from_first', 'Outcome', 'describe_data', 'run_order',
+           'suspects', 'run_conditions', 'changed_conditions', 'prepare_run', 'run_recipe', 'read_run', 'load_model']
 
 # %% ../../nbs/59_run.ipynb #c8d13e30
 def backbone_class(
@@ -177,6 +180,16 @@ def is_unsaved(
     return began and not has_state(folder) and not any(path.exists() for path in kept)
 
 
+LOCK = "running.lock"
+
+
+def is_first(
+    path: Path,  # a file in the folder of a run
+) -> bool:
+    "Whether a run that was killed at once may have left it."
+    return path.name == LOCK or fnmatch(path.name, "config.json*.partial")
+
+
 def check_free(
     folder: str | Path,  # wanted for a run
 ) -> None:
@@ -187,7 +200,7 @@ def check_free(
     folder = Path(folder)
     if not folder.exists() or is_unsaved(folder):
         return
-    if not folder.is_dir() or any(path.name not in FIRST for path in folder.iterdir()):
+    if not folder.is_dir() or not all(map(is_first, folder.iterdir())):
         raise ValueError(
             f"--out: expected an empty folder, {folder} holds files; choose another, or go on with --resume"
         )
@@ -217,10 +230,6 @@ def claim_folder(
             number += 1
 
 
-LOCK = "running.lock"
-FIRST = (LOCK, "config.json.partial")  # what a run that was killed at once may leave
-
-
 @contextmanager
 def held(
     folder: str | Path,  # of a run
@@ -229,21 +238,9 @@ def held(
 
     Raises: ValueError where another process works in it.
     """
-    lock = FileLock(Path(folder) / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"--out: expected a folder that nobody works in, {folder} is in use by another process; "
-            "choose another, or wait until it ends"
-        ) from None
-    try:
+    with used_alone(folder, Path(folder) / LOCK):
         remove_leftovers(folder)
         yield
-    finally:
-        with suppress(OSError):  # on Windows the release removes it
-            Path(lock.lock_file).unlink()  # while it is held: after that another may hold it
-        lock.release()
 
 
 def is_held(
@@ -296,7 +293,7 @@ def from_first(
     return value
 
 # %% ../../nbs/59_run.ipynb #d6909213
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     "How a run ended."
 
@@ -305,6 +302,22 @@ class Outcome:
         dict | None
     )  # None where it was interrupted, and in all but the first of several processes
     ended: str  # "finished", "interrupted" (and saved), "patience" or "diverged"
+
+    def __repr__(self) -> str:
+        "The folder's name, how it ended, and its scores."
+        metrics = (self.record or {}).get("metrics", {})
+        scores = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
+        return f"{self.folder.name}: {self.ended}" + (f"; {scores}" if scores else "")
+
+    def _repr_html_(self) -> str:
+        "The same with the pictures of the run, for a notebook."
+        shown = [f"<p>{html.escape(repr(self))}</p>"]
+        for path in sorted(self.folder.glob("*.png")):
+            picture = base64.b64encode(path.read_bytes()).decode()
+            alt = html.escape(f"{path.stem} of the run {self.folder.name}", quote=True)
+            source = f"data:image/png;base64,{picture}"
+            shown.append(f'<img alt="{alt}" src="{source}" style="max-width:100%"/>')
+        return "\n".join(shown)
 
 
 def describe_data(
@@ -316,6 +329,25 @@ def describe_data(
     return f"{data['train']} training clouds, {data['val'] or 'no'} validation clouds{role}, {data['test']} test clouds"
 
 
+def run_order(
+    recipe: Recipe,
+    samples: Any,  # of a `Task`
+) -> dict[str, Any]:  # for `make_loader` and `StepSampler`
+    """What decides the order of a run's clouds, beside their number and the seed.
+
+    Raises: ValueError for a window of shards where there are none."""
+    window = recipe.data.shard_window
+    if not window:
+        return {}
+    blocks = getattr(samples, "shards", None)
+    if blocks is None:
+        raise ValueError(
+            f"shard_window: expected 0 for data that lie in no shards, got {window}; "
+            "unipre3d data shard writes them"
+        )
+    return dict(blocks=blocks, window=window)
+
+
 SUSPECTS = 12  # clouds that a record names, at most
 
 
@@ -324,12 +356,13 @@ def suspects(
     steps: Sequence[int],  # that were skipped, 1 is the first
     batch_size: int,  # of all processes together
     seed: int,  # of the order
+    **order: Any,  # what else decides the order, as `run_order` has it
 ) -> dict[
     str, int
 ]:  # name of a cloud -> in how many of these steps it was; the most frequent first
     "Clouds of steps whose numbers were not finite: the one that is to blame was in most of them."
-    order = StepSampler(len(samples), batch_size, seed)
-    clouds = Counter(index for step in steps for index, _ in order.batch(step - 1))
+    steps_of = StepSampler(len(samples), batch_size, seed, **order)
+    clouds = Counter(index for step in steps for index, _ in steps_of.batch(step - 1))
     named = getattr(samples, "name", "cloud {}".format)
     return {named(index): count for index, count in clouds.most_common(SUSPECTS)}
 
@@ -461,7 +494,14 @@ def run_recipe(
             f"batch_size: expected at least {task.min_clouds} clouds for each of the {world} processes "
             f"(batch normalisation), got {recipe.run.batch_size}"
         )
+    parts = recipe.run.accumulate
+    if own_batch % parts or own_batch // parts < task.min_clouds:
+        raise ValueError(
+            f"accumulate: expected a divisor of the {own_batch} clouds that a process has in a step, "
+            f"with parts of at least {task.min_clouds}, got {parts}"
+        )
     check_task(task, recipe.optimiser, recipe.run)
+    order = run_order(recipe, task.samples)
     with ExitStack() as until_end, ExitStack() as following:
         folder, start, changed = prepare_run(
             name, recipe, task, folder, init, resume, force, say, until_end
@@ -472,7 +512,9 @@ def run_recipe(
                 f"{name}: {describe_data(task.data, bool(task.choose))}; {size:,} parameters, "
                 f"on {accelerator.device}{why}; writing to {folder}"
             )
-            for remark in filter(None, (launch_remark(world), *task.remarks)):
+            line = launch_line(f"{recipe.command} {name} ...")
+            many = f"on several GPUs: {line}" if world == 1 and "GPU" in recipe.about else ""
+            for remark in filter(None, (launch_remark(world), many, *task.remarks)):
                 say(remark)
             if task.draw is not None and not resume:
                 task.draw(task.model.to(accelerator.device), 0, folder)
@@ -487,7 +529,8 @@ def run_recipe(
         go_on += f" (in {world} processes)" if world > 1 else ""
 
         def batches(first, stop):
-            seeds = dict(seed=recipe.run.seed, num_workers=recipe.data.workers)
+            how = dict(num_workers=recipe.data.workers, prefetch=recipe.data.prefetch)
+            how |= dict(parts=parts, pin=accelerator.device.type == "cuda")
             return make_loader(
                 task.samples,
                 first,
@@ -495,20 +538,28 @@ def run_recipe(
                 batch_size=own_batch,
                 rank=rank,
                 world_size=world,
-                **seeds,
+                seed=recipe.run.seed,
+                **how,
+                **order,
             )
 
-        done = fit(
-            task,
-            batches,
-            folder,
-            optimiser=recipe.optimiser,
-            run=recipe.run,
-            resume=resume,
-            accelerator=accelerator,
-            say=say,
-            tracker=follow,
-        )
+        try:
+            done = fit(
+                task,
+                batches,
+                folder,
+                optimiser=recipe.optimiser,
+                run=recipe.run,
+                resume=resume,
+                accelerator=accelerator,
+                say=say,
+                tracker=follow,
+            )
+        except KeyboardInterrupt:  # a second one, which does not wait for the end of a step
+            if rank == 0:
+                then = f"go on from the last save with: {go_on}"
+                say(f"stopped at once; {then if has_state(folder) else 'nothing was saved yet'}")
+            raise
         if done.ended == "diverged" and rank == 0:
             say(
                 f"failed after step {done.step}: the loss or gradient of {done.skipped} steps was not finite, "
@@ -516,7 +567,9 @@ def run_recipe(
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
-        blamed = suspects(task.samples, done.bad_steps, recipe.run.batch_size, recipe.run.seed)
+        blamed = suspects(
+            task.samples, done.bad_steps, recipe.run.batch_size, recipe.run.seed, **order
+        )
         if done.skipped and rank == 0:
             some = [f"{cloud} ({count})" for cloud, count in list(blamed.items())[:5]]
             clouds = f"; clouds that were in most of them: {', '.join(some)}" if some else ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment
+from ..data.folder import FolderClouds
 from ..data.labelled import ModelNet40, ScanObjectNN
 from unipre3d.data.readers import (
     RADIUS,
@@ -242,9 +243,7 @@ def evaluate_nearest(
 class ClassData(Data):
     "Clouds with a class."
 
-    layout: str = (
-        "furniture"  # "furniture", "scans" (embedded), "scanobjectnn" or "modelnet40" (a folder)
-    )
+    layout: str = "furniture"  # "furniture", "scans" (embedded); a folder: "folder" (<class>/*.ply), "scanobjectnn", "modelnet40"
     variant: str = "PB_T50_RS"  # of ScanObjectNN and of scans: PB_T50_RS, OBJ_BG, OBJ_ONLY, ...
     classes: tuple[str, ...] = ()  # to keep, of embedded data; empty keeps all, of scans fifteen
     per_class: tuple[int, int, int] = (
@@ -282,7 +281,11 @@ class ClassRun(Run):
     neighbours: int = 0  # nearest training objects that vote, beside the head; 0 is off
 
 
-DATA_SETS = {"scanobjectnn": ScanObjectNN, "modelnet40": ModelNet40}  # layouts that need a folder
+DATA_SETS = {
+    "folder": FolderClouds,
+    "scanobjectnn": ScanObjectNN,
+    "modelnet40": ModelNet40,
+}  # layouts that need a folder
 
 
 def read_clouds(
@@ -328,10 +331,10 @@ def read_clouds(
             f"classes: expected none (--classes without names) for {kind.layout.name}, "
             f"of which all are kept; got {', '.join(data.classes)}"
         )
+    how = dict(split=split, radius=recipe_radius(data.radius))
     if kind is ScanObjectNN:
-        how = dict(variant=data.variant, radius=recipe_radius(data.radius))
-        return ScanObjectNN(data.source, split=split, **how)
-    return ModelNet40(data.source, split=split, radius=recipe_radius(data.radius))
+        how["variant"] = data.variant
+    return kind(data.source, **how)
 
 
 def read_splits(
@@ -562,6 +565,15 @@ classification_recipes: dict[str, ClassificationRecipe] = {
         steps=3200,
         ema=0.995,
         validate_every=200,
+    ),
+    "cls-folder-mini": change(
+        MINI,
+        about="your own clouds in a folder for each class (pass --data, and --init objects), minutes on two CPU cores",
+        layout="folder",
+        features=("xyz", "normal", "color_signed"),
+        augment=Augment(rotate="up", scale=(0.8, 1.25), translate=0.05, blank=0.2),
+        steps=300,
+        validate_every=50,
     ),
     "cls-scanobjectnn": change(
         FULL,

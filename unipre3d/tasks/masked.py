@@ -8,16 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
 from ..backbones.transformer import StandardTransformer, TransformerBlock, group_points
-from ..core import PointBatch
+from ..core import PointBatch, to_device
 from ..data.augment import Augment
+from ..data.readers import Reader
 from ..data.samples import CloudSamples
 from ..data.shapenet import ShapeNetViews
+from ..processes import shared_mean
 from ..runs.fit import Task, gathered
 from unipre3d.runs.recipe import (
     CONDITIONS,
@@ -40,7 +43,8 @@ from ..runs.run import SMALL_BACKBONES, build_backbone
 from .heads import own_batches
 
 # %% auto #0
-__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'ShapeData', 'MaskedDecoder', 'read_shapes', 'MaskedRecipe']
+__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'Masked', 'MaskedSamples', 'ShapeData', 'MaskedDecoder', 'read_shapes',
+           'MaskedRecipe']
 
 # %% ../../nbs/tasks/68_masked.ipynb #0c093971
 def chamfer(
@@ -79,6 +83,7 @@ class MaskedModel(nn.Module):
     def forward(
         self,
         points: PointBatch,  # every cloud has at least as many points as there are groups
+        order: Int[Tensor, "b g"],  # the groups of each cloud; the last are hidden
     ) -> tuple[Float[Tensor, "m k 3"], Float[Tensor, "m k 3"]]:
         "Predicted and true points of hidden groups, about their centres, in units of their mean distance from them."
         b = self.backbone
@@ -88,7 +93,6 @@ class MaskedModel(nn.Module):
         )
         xyz = points.xyz[centre].view(size, b.num_groups, 3)
         groups = groups.view(size, b.num_groups, b.group_size, -1)
-        order = torch.rand(size, b.num_groups, device=xyz.device).argsort(1)
         visible, masked = order.split([b.num_groups - self.masked, self.masked], 1)
         cloud = torch.arange(size, device=xyz.device)[:, None]
         count = visible.shape[1]
@@ -103,7 +107,38 @@ class MaskedModel(nn.Module):
             x = block(x + position)
         predicted = self.head(self.norm(x[:, count:])).view(-1, b.group_size, 3)
         true = groups[cloud, masked].flatten(0, 1)[..., :3]
-        return predicted, true / true.norm(dim=-1).mean().clamp(min=1e-6)
+        return predicted, true / shared_mean(true.norm(dim=-1)).clamp(min=1e-6)
+
+# %% ../../nbs/tasks/68_masked.ipynb #m68hide
+@dataclass(frozen=True, eq=False)
+class Masked:
+    "Clouds, and in which order their groups are hidden."
+
+    points: PointBatch
+    order: Int[Tensor, "b g"]  # the last groups are hidden
+
+
+class MaskedSamples(CloudSamples):
+    "Clouds of which some groups are hidden; a batch is a `Masked`."
+
+    def __init__(
+        self,
+        source: Reader,
+        groups: int,  # of each cloud
+        **how: Any,  # of `CloudSamples`
+    ):
+        super().__init__(source, **how)
+        self.groups = groups
+
+    def order(self, index: int, draw: int) -> Int[np.ndarray, "g"]:
+        "The groups of a cloud in the order of one draw."
+        rng = np.random.default_rng((self.seed, draw, index, 0x41DE))
+        return rng.permutation(self.groups)
+
+    def batch(self, keys: list[tuple[int, int]]) -> Masked:
+        "The packed clouds of several `(index, draw)`."
+        orders = [self.order(*key) for key in keys]
+        return Masked(super().batch(keys).points, torch.from_numpy(np.stack(orders)))
 
 # %% ../../nbs/tasks/68_masked.ipynb #d2f91920
 @dataclass(frozen=True)
@@ -177,30 +212,27 @@ class MaskedRecipe(Recipe):
 
         def samples(reader, augment):
             how = dict(n_points=self.data.n_points, features=self.data.features, seed=self.run.seed)
-            return CloudSamples(reader, augment=augment, **how)
+            return MaskedSamples(reader, groups, augment=augment, **how)
 
+        model = self.build_model()
+        groups = model.backbone.num_groups
         validation = samples(held_out, Augment())
 
         def loss(model, batch):
-            return chamfer(*model(batch.points)).mean(), {}
+            return chamfer(*model(batch.points, batch.order)).mean(), {}
 
         @torch.no_grad()
         def test(model, folder) -> tuple[dict[str, float], dict[str, Any]]:
             model.eval()
-            cuda = [device] if torch.device(device).type == "cuda" else []
             own = []
-            with torch.random.fork_rng(devices=cuda):
-                torch.manual_seed(0)
-                for batch in own_batches(validation):
-                    own.append(chamfer(*model(batch.points.to(device))).mean().cpu())
+            for batch in own_batches(validation):
+                own.append(loss(model, to_device(batch, device))[0].cpu())
             return {"chamfer": float(torch.stack(gathered(own)).mean())}, {}
 
         data = {"name": self.data.source, "sha256": train.fingerprint()}
         data |= {"train": len(train), "val": len(held_out), "test": len(held_out)}
         training = samples(train, self.data.augment)
-        return Task(
-            self.task, self.build_model(), training, loss, test, data=data, classes=train.classes
-        )
+        return Task(self.task, model, training, loss, test, data=data, classes=train.classes)
 
 
 masked_recipes: dict[str, MaskedRecipe] = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core import PointBatch
 from ..data.augment import Augment, Cloud, about_z, augment, mirror, rotate
+from ..data.folder import FolderScenes
 from ..data.labelled import S3DIS
 from ..data.readers import Reader, Subset, hold_out_places
 from ..data.samples import CloudSamples, Labelled
@@ -285,7 +286,7 @@ def paint_columns(
 class SceneData(Data):
     "Rooms with labels."
 
-    layout: str = "scannet"  # also of composed rooms, whose source is "rooms"; or "s3dis"
+    layout: str = "scannet"  # also of composed rooms, whose source is "rooms"; "s3dis"; or "folder" (<split>/*.ply)
     augment: Augment = Augment(mirror=True)  # how training crops vary
     labels: int = 20  # classes of ScanNet: 20 or 200
     rooms: int = 60  # how many rooms are composed, over all splits
@@ -405,7 +406,8 @@ def read_rooms(
 
     Raises: ValueError for another layout or without a folder, FileNotFoundError for one that is not there.
     """
-    layouts = {"scannet": ScanNetFrames.layout, "s3dis": S3DIS.layout}
+    kinds = {"scannet": ScanNetFrames, "s3dis": S3DIS, "folder": FolderScenes}
+    layouts = {name: kind.layout for name, kind in kinds.items()}
     if data.layout not in layouts:
         raise ValueError(f'layout: expected one of {", ".join(layouts)}; got "{data.layout}"')
     layout = layouts[data.layout]
@@ -413,6 +415,8 @@ def read_rooms(
         raise ValueError(
             f"data: this recipe needs {layout.name}: {layout.tree}, from {layout.source}; pass --data FOLDER"
         )
+    if data.layout == "folder":
+        return FolderScenes(data.source, split=split)
     if data.layout == "s3dis":
         val_area = data.val_area if data.validation == "split" else None
         return S3DIS(data.source, split=split, test_area=data.test_area, val_area=val_area)

@@ -343,6 +343,16 @@ semantic_recipes: dict[str, SemanticRecipe] = {
         backbone="PTv3",
         backbone_options=SMALL_BACKBONES["PTv3"] | dict(voxel_size=0.07),
     ),
+    "sem-folder-mini": change(
+        MINI,
+        about="your own clouds with a label for each point (pass --data, and --init rooms), minutes on two CPU cores",
+        source="",
+        layout="folder",
+        backbone="SparseUNet",
+        backbone_options=SMALL_BACKBONES["SparseUNet"] | dict(voxel_size=0.07),
+        steps=400,
+        validate_every=100,
+    ),
     "sem-scannet20": change(
         FULL,
         about="ScanNet, 20 classes (pass --data); the paper's SparseUNet; GPUs",

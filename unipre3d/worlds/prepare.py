@@ -4,7 +4,7 @@
 
 # %% ../../nbs/worlds/25_prepare.ipynb #b083cc6d
 from __future__ import annotations
-import hashlib, json, os, re, shutil, signal, threading, time, warnings, zipfile, zlib
+import hashlib, json, os, re, shutil, warnings, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +28,7 @@ from unipre3d.data.objects import (
 )
 from ..data.readers import found_at
 from ..data.shapenet import split_objects
+from ..processes import leave_with
 from ..files import read_json
 from ..records import code_hash, written_whole
 from ..values import refusal
@@ -199,20 +200,6 @@ def split_meshes(
     return splits
 
 # %% ../../nbs/worlds/25_prepare.ipynb #p25run
-def _leave_with(parent: int) -> None:
-    "End this process soon after the one that started it, however that ended."
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the first process hears it too, and ends this one
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def run_jobs(
     function: Callable,  # importable, so that other processes find it
     jobs: list[tuple],  # arguments of each call
@@ -232,7 +219,7 @@ def run_jobs(
 
 def _in_pool(function, jobs, chosen, workers):
     "Results of some jobs from as many processes; fewer, where a process ends."
-    pool = ProcessPoolExecutor(workers, initializer=_leave_with, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, initializer=leave_with, initargs=(os.getpid(),))
     try:
         futures = {pool.submit(function, *jobs[k]): k for k in chosen}
         for future in as_completed(futures):

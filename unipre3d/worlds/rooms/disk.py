@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/worlds/37_rooms_disk.ipynb #c8cd00f8
 from __future__ import annotations
-import hashlib, json, shutil, tempfile
+import hashlib, json, os, shutil, tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ...core import data_dir
-from ...records import cache_dir, code_hash, data_hash, cached
+from ...processes import leave_with
+from ...records import cache_dir, code_hash, data_hash, cached, written_whole
 from ...data.objects import csv_text
 from ...data.shapenet import SPLITS
 from .cloud import frame_points, fuse_frames, label_points
@@ -112,6 +113,12 @@ def finished_rooms(
     return done
 
 
+def _begin(parent):
+    "What a process that films rooms does first."
+    threadpool_limits(1)
+    leave_with(parent)
+
+
 def make_rooms(
     out: str | Path = "rooms",  # folder that gets the rooms
     *,
@@ -134,20 +141,22 @@ def make_rooms(
     intrinsics = np.eye(4)
     intrinsics[:3, :3] = K
     intrinsics[:2, 2] -= 0.5  # ScanNet's files have pixel centres on whole numbers
-    np.savetxt(out / "2D" / "intrinsics.txt", intrinsics, fmt="%.9g")
+    with written_whole(out / "2D" / "intrinsics.txt") as part:
+        np.savetxt(part, intrinsics, fmt="%.9g")
     write = partial(write_room, out, frames=frames, pieces=pieces)
     jobs = [plan for plan in plans if plan["room"] not in rows]
     room_models()  # read once, before there are processes
     with (
         tqdm(total=len(jobs), desc="rooms", unit="room", disable=not jobs) as bar,
-        ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool,
+        ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(),)) as pool,
     ):  # one core each; processes start with their first job
         run = pool.map if workers > 1 and len(jobs) > 1 else map
         for row in run(write, jobs):
             rows[row["room"]] = row
             bar.update()
     table = csv_text([rows[plan["room"]] for plan in plans])
-    (out / "rooms.csv").write_text(table, encoding="utf-8")
+    with written_whole(out / "rooms.csv") as part:
+        part.write_text(table, encoding="utf-8")
     return out
 
 # %% ../../../nbs/worlds/37_rooms_disk.ipynb #ecbbadd1

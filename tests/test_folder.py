@@ -1,0 +1,131 @@
+"""Clouds of a user in folders, from the files to a run and its predictions, by the commands of a shell."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from unipre3d.cli import main
+from unipre3d.data.clouds import write_cloud
+from unipre3d.data.folder import SPLITS, FolderClouds, FolderScenes
+
+SMALL = "--steps 2 --batch-size 4 --validate-every 1 --workers 0 --device cpu".split()
+
+
+def draw(kind, rng, n=160):
+    xyz = rng.normal(size=(n, 3))
+    if kind == "ball":
+        return xyz / np.linalg.norm(xyz, axis=1, keepdims=True)
+    return xyz * [0.2, 0.2, 1]
+
+
+@pytest.fixture
+def classes(tmp_path):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "mine"
+    for kind in ("ball", "rod"):
+        (root / kind).mkdir(parents=True)
+        for k in range(10):
+            xyz = draw(kind, rng)
+            if k % 2:
+                np.savez(root / kind / f"{k}.npz", xyz=xyz)
+            else:
+                write_cloud(root / kind / f"{k}.ply", xyz, rng.uniform(size=(160, 3)))
+    return root
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "rooms"
+    for split in SPLITS:
+        (root / split).mkdir(parents=True)
+        for k in range(2):
+            xyz = rng.uniform(size=(900, 3)) * [2, 2, 1]
+            label = (xyz[:, 2] > 0.3).astype(np.int32)
+            write_cloud(root / split / f"{k}.ply", xyz, scalars={"segment": label})
+    (root / "classes.txt").write_text("low\nhigh\n")
+    return root
+
+
+def test_one_command_from_a_folder_of_classes_to_a_run_that_predicts(classes, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["finetune", "cls-folder-mini", "--data", str(classes), "--init", "objects"]
+    assert main([*words, *SMALL, "--out", str(out)]) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["classes"] == ["ball", "rod"] and record["start"]["coverage"] == 1
+    assert {k: record["data"][k] for k in SPLITS} == {"train": 14, "val": 2, "test": 4}
+    capsys.readouterr()
+    said = ["--from", str(out), "--out", str(tmp_path / "said")]
+    assert main(["predict", str(classes / "rod" / "0.ply"), *said]) == 0
+    assert "rod" in capsys.readouterr().out
+
+
+def test_any_recipe_of_classes_takes_the_layout(classes, tmp_path):
+    words = ["finetune", "cls-shapes-mini", "--layout", "folder", "--data", str(classes)]
+    assert main([*words, *SMALL, "--n-points", "64", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_splits_of_ones_own_and_a_class_that_training_does_not_know(classes, tmp_path):
+    root = tmp_path / "own"
+    for split in ("train", "test"):
+        for kind in ("ball", "rod"):
+            (root / split / kind).mkdir(parents=True)
+            for k in range(3):
+                write_cloud(root / split / kind / f"{k}.ply", draw(kind, np.random.default_rng(k)))
+    assert len(FolderClouds(root, split="test")) == 6
+    with pytest.raises(FileNotFoundError, match="--validation share"):
+        FolderClouds(root, split="val")
+    (root / "test" / "cube").mkdir()
+    write_cloud(root / "test" / "cube" / "0.ply", draw("rod", np.random.default_rng(0)))
+    with pytest.raises(ValueError, match=r"expected classes of training \(ball, rod\), found cube"):
+        FolderClouds(root, split="test")
+
+
+def test_one_command_from_labelled_points_to_a_run(scenes, tmp_path):
+    out = tmp_path / "run"
+    words = ["finetune", "sem-folder-mini", "--data", str(scenes), "--init", "rooms"]
+    small = "--steps 2 --batch-size 2 --validate-every 1 --workers 0 --device cpu --votes 0".split()
+    assert main([*words, *small, "--out", str(out)]) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["classes"] == ["low", "high"] and record["start"]["coverage"] == 1
+
+
+def test_labels_beyond_the_list_of_classes_are_named(scenes):
+    (scenes / "classes.txt").write_text("low\n")
+    with pytest.raises(ValueError, match=r"segment: expected labels in -1\.\.0, found 1"):
+        FolderScenes(scenes, split="train").rows(0)
+
+
+LIGHT = """
+import sys
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("embreex", "laspy", "pye57", "fast_simplification"):
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, Missing())
+from unipre3d.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "words, status, said",
+    [
+        ("pretrain --steps 1 --batch-size 4 --workers 0 --n-points 128 --picture-every 0", 0, ""),
+        ("features mine/ball/0.ply", 0, "features each"),
+        ("data rooms --rooms 15 --frames 2 --workers 1", 2, "embreex"),
+    ],
+)
+def test_without_extras_what_does_not_need_them_works(words, status, said, classes, tmp_path):
+    command = [sys.executable, "-c", LIGHT, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr

@@ -1,0 +1,192 @@
+"""What commands write beside runs: whole or not at all, one line where a disk is full, one process in a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from unipre3d.backbones import StandardTransformer
+from unipre3d.core import GaussianBatch
+from unipre3d.gaussians import save_ply
+from unipre3d.records import used_alone, written_whole
+
+resource = pytest.importorskip("resource", reason="limits of processes are those of Unix")
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+LARGEST = 2000  # bytes of a file, for a disk that is full
+
+
+def command(*words, **how):
+    "A command line in a process of its own."
+    program = [sys.executable, "-m", "unipre3d", *map(str, words)]
+    return subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **how
+    )
+
+
+def cloud_of_gaussians(path, n=200):
+    g = torch.Generator().manual_seed(0)
+    mean, quat = torch.randn(n, 3, generator=g), torch.randn(n, 4, generator=g)
+    scale, sh = torch.full((n, 3), 0.1), torch.randn(n, 4, 3, generator=g)
+    batch = torch.zeros(n, dtype=torch.long)
+    return save_ply(GaussianBatch(mean, scale, quat, torch.full((n,), 0.5), sh, batch, 1), path)
+
+
+def meshes(folder, count=4):
+    for k in range(count):
+        path = folder / "box" / f"box{k}.obj"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trimesh.creation.box((1, 0.5, 0.3 + 0.1 * k)).export(path)
+    return folder
+
+
+def points(path):
+    np.savetxt(path, np.random.default_rng(0).random((300, 3)))
+    return path
+
+
+SMALL_VIEWS = ("--views", 2, "--size", 16, "--points", 64)
+COMMANDS = {
+    "convert": lambda home, out: ("convert", cloud_of_gaussians(home / "a.ply"), out / "b.spz"),
+    "render": lambda home, out: (
+        *("render", cloud_of_gaussians(home / "a.ply")),
+        *("--frames", 2, "--size", 48, "--out", out),
+    ),
+    "features": lambda home, out: ("features", points(home / "a.xyz"), "--out", out / "a.npz"),
+    "shard": lambda home, out: ("data", "shard", "furniture", "--size-mb", 1, "--out", out / "s"),
+    "unpack": lambda home, out: ("data", "furniture", "--unpack", "--out", out / "objects"),
+    "prepare": lambda home, out: (
+        *("data", "prepare", meshes(home / "meshes"), "--out", out / "m.zip", "--split"),
+        *(0.5, 0.25, 0.25, *SMALL_VIEWS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_one_line_that_names_the_place(tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    words = COMMANDS[name](tmp_path, out)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))  # noqa: E731
+    run = command(*words, preexec_fn=limit)
+    _, said = run.communicate(timeout=300)
+    lines = [line for line in said.splitlines() if line.startswith("unipre3d: ")]
+    assert run.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
+    assert str(out) in lines[0] and "expected to write it, found" in lines[0]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_weights_that_find_no_room_are_named(tmp_path):
+    small = dict(width=8, depth=1, num_heads=1, encoder_widths=(8, 8, 8), encoder_dims=8)
+    net = StandardTransformer(num_groups=4, group_size=4, **small)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, hard))
+    try:
+        with pytest.raises(OSError, match="model.safetensors: expected to write it") as error:
+            net.save_pretrained(tmp_path / "net")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value) and not list((tmp_path / "net").iterdir())
+    net.save_pretrained(tmp_path / "net")
+    again = StandardTransformer.from_pretrained(tmp_path / "net").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["shard", "prepare", "unpack"])
+def test_a_folder_in_which_another_command_works_is_refused(tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    words = COMMANDS[name](tmp_path, out)
+    place = Path(words[words.index("--out") + 1])
+    with used_alone(place):
+        run = command(*words)
+        _, said = run.communicate(timeout=300)
+    assert run.returncode == 2 and f"{place} is in use by another process" in said
+    assert not place.exists() and not list(out.iterdir())
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from unipre3d.records import written_whole
+
+path, letter, first, second = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:])
+with written_whole(path) as partial, open(partial, "w") as file:
+    for wait in (first, second):
+        file.write(1000 * letter)
+        file.flush()
+        print(letter, flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_of_two_that_write_one_file_at_once_each_is_whole(tmp_path):
+    path = tmp_path / "file"
+    writers = {}
+    for letter in "ab":
+        words = [sys.executable, "-c", WRITER, str(path), letter, "0", "0"]
+        writers[letter] = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
+        )
+        assert writers[letter].stdout.readline() == f"{letter}\n"  # both have written a half
+    for letter, writer in writers.items():
+        writer.communicate("\n\n", timeout=60)
+        assert writer.returncode == 0 and path.read_text() == 2000 * letter
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    path = tmp_path / "file[1]"
+    words = [sys.executable, "-c", WRITER, str(path), "a", "0", "0"]
+    writer = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV)
+    writer.stdout.readline()
+    writer.kill()
+    writer.communicate()
+    assert [one.name for one in tmp_path.iterdir()] == [f"file[1].{writer.pid}.partial"]
+    with written_whole(path) as partial:
+        partial.write_text("whole")
+    assert [one.name for one in tmp_path.iterdir()] == ["file[1]"]
+
+
+def children_of(process):
+    listing = ["ps", "-o", "pid=", "--ppid", str(process)]
+    return [int(pid) for pid in subprocess.run(listing, capture_output=True).stdout.split()]
+
+
+def is_running(process):
+    "Whether a process is there, and no zombie."
+    state = ["ps", "-o", "state=", "-p", str(process)]
+    return subprocess.run(state, capture_output=True, text=True).stdout.strip()[:1] not in ("", "Z")
+
+
+def until(happens, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+POOL = """
+import sys, time
+from unipre3d.data.objects import map_jobs
+
+print("ready", flush=True)
+list(map_jobs(time.sleep, [(0.2,)] * 1000, 2))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="ps of Linux")
+def test_helpers_end_with_a_killed_command(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, env=ENV)
+    run.stdout.readline()
+    until(lambda: len(children_of(run.pid)) == 2)
+    helpers = children_of(run.pid)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    until(lambda: not any(map(is_running, helpers)), seconds=20)

@@ -1,0 +1,57 @@
+"Thousands of extreme scenes, finite input: no crash, no error, no gradient that is not finite."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import renderings
+
+HERE = Path(__file__).parent
+RECORD = HERE.parent / "data" / "records" / "outcomes" / "renderings.json"
+LONG = int(os.environ.get("UNIPRE3D_RENDERINGS", 0))  # scenes of the long run: 20000
+
+
+def written(path, scenes, checked):
+    "The rows that renderings.py writes."
+    words = [str(path), "--scenes", str(scenes), "--checked", str(checked)]
+    command = [sys.executable, str(HERE / "renderings.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(path.read_text())["rows"]
+
+
+def test_no_scene_goes_wrong(tmp_path):
+    rows = written(tmp_path / "renderings.json", 150, 0)
+    for row in rows[: len(renderings.DRAW)]:
+        assert row["scenes"] == 150 and renderings.accepted(row), row
+    again = written(tmp_path / "renderings.json", 155, 0)
+    assert [row["scenes"] for row in again[: len(renderings.DRAW)]] == [155] * len(renderings.DRAW)
+
+
+@pytest.mark.skipif(not LONG, reason="an hour; UNIPRE3D_RENDERINGS=20000 writes the record")
+def test_the_long_run():
+    rows = written(RECORD, LONG, LONG // 2)
+    assert all(map(renderings.accepted, rows))
+
+
+def test_the_record_has_every_scene_and_nothing_went_wrong():
+    rows = json.loads(RECORD.read_text())["rows"]
+    wanted = list(renderings.rows(20_000, 10_000))
+    assert len(rows) == len(wanted)
+    for row, (drawn, count, every_index) in zip(rows, wanted):
+        assert (row["drawn"], row["every_index"]) == (drawn, every_index)
+        assert row["scenes"] >= count and renderings.accepted(row), row
+        assert row["date"] and row["code"]
+
+
+def test_a_crash_is_counted_and_the_next_scene_goes_on():
+    row = dict(drawn="render", seed=3, every_index=False, problems=[])
+    row |= dict.fromkeys(renderings.COUNTS, 0)
+    renderings.tally(row, "3 1 0 0\n4 error ValueError: no\n5 1 1 0\n6 ", -11)
+    counts = dict(scenes=4, finite=2, wrong_gradients=1, errors=1, crashes=1, unlike=0)
+    assert counts.items() <= row.items() and not renderings.accepted(row)
+    assert [line.split(":")[0] for line in row["problems"]] == ["seed 4", "seed 5", "seed 6"]
+    assert row["problems"][-1] == "seed 6: ended with -11"

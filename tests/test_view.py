@@ -1,0 +1,405 @@
+"""Runs and files as worlds: one frame for all of it, pages that need nothing, a live server that ends, faults in one line."""
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from unipre3d.cli import main
+from unipre3d.core import GaussianBatch
+from unipre3d.data.augment import PosedViews
+from unipre3d.data.clouds import write_cloud
+from unipre3d.data.imports import nearest_points
+from unipre3d.data.scannet import write_box_rooms
+from unipre3d.formats import load_gaussians, save_gaussians
+from unipre3d.recipes import finetune_recipes, recipes
+from unipre3d.records import write_json
+from unipre3d.render import render
+from unipre3d.runs.checkpoint import save_tensors
+from unipre3d.runs.recipe import change, to_values
+from unipre3d.view import (
+    check_port,
+    draw_scenes,
+    holds_gaussians,
+    open_any,
+    serve_world,
+    strongest,
+    world_of_file,
+    world_of_run,
+    world_page,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import check_site  # noqa: E402
+
+HAS_VISER = importlib.util.find_spec("viser") is not None
+needs_viser = pytest.mark.skipif(not HAS_VISER, reason="viser is not installed")
+RNG = np.random.default_rng(0)
+XYZ = RNG.normal(size=(500, 3)).astype(np.float32)
+COLOR = RNG.random((500, 3)).astype(np.float32)
+
+
+def save_run(folder, name, recipe, classes=()):
+    "A run folder with weights that nobody trained."
+    folder.mkdir()
+    torch.manual_seed(0)
+    state = recipe.build_model(len(classes)).state_dict()
+    save_tensors(folder / "checkpoint.safetensors", state, {"step": 0})
+    values = {"name": name, "task": recipe.task, "class_names": list(classes)}
+    write_json(folder / "config.json", values | to_values(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def object_run(tmp_path_factory):
+    name = "object-transformer-mini"
+    return save_run(tmp_path_factory.mktemp("runs") / "object", name, recipes[name])
+
+
+@pytest.fixture(scope="module")
+def room_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rooms")
+    write_box_rooms(folder / "box")
+    name = "scene-sparseunet-mini"
+    recipe = change(recipes[name], source=str(folder / "box"), image_cache_mb=0)
+    return save_run(folder / "run", name, recipe)
+
+
+def some_gaussians(n=300, degree=1):
+    g = torch.Generator().manual_seed(0)
+    return GaussianBatch(
+        mean=torch.randn(n, 3, generator=g),
+        scale=0.02 + 0.1 * torch.rand(n, 3, generator=g),
+        quat=torch.nn.functional.normalize(torch.randn(n, 4, generator=g), dim=1),
+        opacity=0.1 + 0.9 * torch.rand(n, generator=g),
+        sh=0.4 * torch.randn(n, (degree + 1) ** 2, 3, generator=g),
+        batch=torch.zeros(n, dtype=torch.long),
+        size=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "One cloud, one mesh and one splat in several formats."
+    folder = tmp_path_factory.mktemp("files")
+    write_cloud(folder / "cloud.ply", XYZ, COLOR)
+    np.save(folder / "cloud.npy", XYZ)
+    np.savetxt(folder / "cloud.xyz", XYZ)
+    trimesh.creation.box().export(folder / "box.obj")
+    trimesh.creation.box().export(folder / "box.glb")
+    for ending in ("ply", "spz", "glb"):
+        save_gaussians(some_gaussians(), folder / f"splat.{ending}")
+    return folder
+
+
+def refuses(call, *words, kind=ValueError):
+    with pytest.raises(kind) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+# ---------------------------------------------------------------- one frame
+
+
+def on_photos(world):
+    "Points that are nearest in their pixel: their colours, and those of the pictures, [k 3] each."
+    K = world.camera.K.double().numpy()
+    pose = world.camera.world_to_cam.double().numpy()
+    views = PosedViews(world.photos, None, None, pose, K)
+    own, seen = [], []
+    for v, photo in enumerate(world.photos):
+        _, (row, column, index) = nearest_points(world.xyz.astype(np.float64), views, v)
+        own.append(world.colorings["colour"][index])
+        seen.append(photo[row, column])
+    return np.concatenate(own) / 255, np.concatenate(seen) / 255
+
+
+def test_points_and_pictures_of_an_object_are_in_one_frame(object_run):
+    world = world_of_run(object_run, index=3)
+    own, seen = on_photos(world)
+    assert (seen.max(1) > 0).mean() > 0.95  # on the object, not on the black behind it
+    moved = world.xyz[:, [1, 0, 2]]
+    own, seen = on_photos(type(world)(**vars(world) | dict(xyz=moved)))
+    assert (seen.max(1) > 0).mean() < 0.95
+
+
+def test_points_and_pictures_of_a_room_are_in_one_frame(room_run):
+    world = world_of_run(room_run)
+    assert abs(world.xyz.mean(0)).max() < 0.05  # about its mean, as the model has it
+    own, seen = on_photos(world)
+    near = np.abs(own - seen).mean()
+    assert near < 0.06 and near < 0.5 * np.abs(own[RNG.permutation(len(own))] - seen).mean()
+    assert world.background == (1.0, 1.0, 1.0) and len(world.camera) > world.references > 1
+
+
+def test_what_is_rendered_is_what_the_renderer_gives(object_run):
+    world = world_of_run(object_run)
+    rgb = render(world.gaussians, world.camera, torch.zeros(3)).rgb.detach().clamp(0, 1)
+    assert np.abs(rgb.permute(0, 2, 3, 1).numpy() * 255 - world.rendered).max() <= 0.51
+    again = world_of_run(object_run / "checkpoint.safetensors")
+    assert np.array_equal(again.rendered, world.rendered)
+    assert np.array_equal(again.colorings["features"], world.colorings["features"])
+
+
+def test_points_keep_their_order(files):
+    world = world_of_file(files / "cloud.ply")
+    assert np.array_equal(world.xyz, XYZ)
+    assert np.array_equal(world.colorings["colour"], np.round(255 * COLOR).astype(np.uint8))
+    some = world_of_file(files / "cloud.ply", points=100)
+    place = [np.flatnonzero((XYZ == row).all(1))[0] for row in some.xyz]
+    assert place == sorted(place) and len(place) == 100
+    assert some.remarks == ("100 of 500 points are shown",)
+
+
+@pytest.mark.parametrize("ending", ["ply", "spz", "glb"])
+def test_the_means_of_a_splat_are_its_cloud(files, ending):
+    path = files / f"splat.{ending}"
+    world = world_of_file(path, "none")
+    gaussians, _ = load_gaussians(path)
+    assert holds_gaussians(path) and torch.equal(world.gaussians.mean, gaussians.mean)
+    assert np.array_equal(world.xyz, gaussians.mean.numpy())
+    up = world_of_file(path, "none", up="y")
+    assert np.abs(up.xyz - up.gaussians.mean.numpy()).max() < 1e-6
+    assert np.array_equal(up.xyz[:, 2], world.xyz[:, 1])
+
+
+def test_a_splat_far_from_the_origin(tmp_path):
+    far = some_gaussians()
+    far = far.derive(mean=1000 * far.mean + torch.tensor([2e5, 0.0, 0.0]), scale=30 * far.scale)
+    save_gaussians(far, tmp_path / "far.ply")
+    world = world_of_file(tmp_path / "far.ply", "none")
+    assert np.abs(world.xyz - world.gaussians.mean.numpy()).max() < 0.1
+    assert np.abs(world.xyz).max() < 1e4  # about an origin of its own
+
+
+def test_other_files_hold_no_gaussians(files):
+    for name in ("cloud.ply", "cloud.npy", "box.obj", "box.glb"):
+        assert not holds_gaussians(files / name)
+        assert open_any(files / name)[2] is None
+
+
+# ---------------------------------------------------------------- the page
+
+
+def check_page(page, canvases, pictures=0):
+    "Whole, and nothing of it lies elsewhere."
+    assert page.startswith("<!doctype html>") and page.endswith("</html>")
+    assert page.count("<canvas") == canvases and page.count("<img") == pictures
+    assert not re.search(
+        r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|//cdn|https?://""", page
+    )
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) == canvases
+
+
+def test_the_page_of_a_run_holds_everything(object_run, room_run):
+    for run, views in ((object_run, 5), (room_run, None)):
+        world = world_of_run(run)
+        page = world_page(world)
+        check_page(page, 2, 2 * (views or len(world.photos)))
+        assert "features" in page and page == world_page(world_of_run(run))
+
+
+NAMES = "cloud.ply cloud.npy cloud.xyz box.obj box.glb splat.ply splat.spz splat.glb".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_of_a_file(files, name):
+    world = world_of_file(files / name)
+    check_page(world_page(world), 1 + ("splat" in name))
+    assert list(world.colorings) == [next(iter(world.colorings)), "features"]
+
+
+def test_a_large_splat_is_thinned_by_what_it_covers():
+    many = some_gaussians(200)
+    few = strongest(many, 50)
+    assert len(few) == 50
+    area = many.opacity * many.scale.topk(2, dim=1).values.prod(1)
+    assert set(few.mean[:, 0].tolist()) == set(many.mean[area.topk(50).indices, 0].tolist())
+
+
+def test_names_of_files_do_not_break_the_page(tmp_path):
+    path = tmp_path / "<b>&\"'.ply"
+    write_cloud(path, XYZ)
+    page = world_page(world_of_file(path, "none"))
+    assert "<b>" not in page and "&lt;b&gt;&amp;" in page
+
+
+def test_the_page_in_a_browser(object_run):
+    with check_site.browser() as (browser, why):
+        if why:
+            pytest.skip(f"no page opened: {why}")
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        faults = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.set_content(world_page(world_of_run(object_run)))
+        drawn = "() => [...document.querySelectorAll('.viewer')].every(one => one.dataset.drawn)"
+        page.wait_for_function(drawn, timeout=60_000)
+        if "needs WebGL 2" in page.inner_text(".viewer-hint >> nth=0"):
+            pytest.skip("this browser has no WebGL 2")
+        points = page.locator("canvas").first
+        page.wait_for_timeout(200)
+        before = points.screenshot()
+        page.get_by_role("button", name="features").click()
+        page.wait_for_timeout(200)
+        assert points.screenshot() != before
+        pictures = page.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
+        assert pictures == [64] * 10 and faults == []
+
+
+# ---------------------------------------------------------------- live
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@needs_viser
+def test_a_live_server_has_every_node_and_ends(object_run):
+    world = world_of_run(object_run)
+    server = serve_world(world, port=0)
+    port = server.get_port()
+    try:
+        names = ["reference/points", "rendered/gaussians", "features/points"]
+        names += [f"{scene}/reference 1" for scene in ("reference", "rendered", "features")]
+        names += [f"rendered/target {k}" for k in (1, 2, 3, 4)]
+        nodes = [server.scene.get_handle_by_name(f"/{name}") for name in names]
+        assert None not in nodes
+        for v, node in ((0, nodes[3]), (1, nodes[6])):
+            assert np.abs(node.position - world.camera.center[v].numpy()).max() < 1e-6
+        points = server.scene.get_handle_by_name("/reference/points")
+        assert np.array_equal(points.points, world.xyz)
+        refuses(lambda: serve_world(world, port=port), "--port", str(port), kind=OSError)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=20) as answer:
+            assert answer.status == 200
+    finally:
+        server.stop()
+    check_port("127.0.0.1", port)
+
+
+@needs_viser
+def test_the_switch_shows_one_scene(files):
+    import viser
+
+    server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
+    try:
+        switch = draw_scenes(server, world_of_file(files / "splat.ply"))
+        scenes = ("reference", "rendered", "features")
+        nodes = [server.scene.get_handle_by_name(f"/{name}") for name in scenes]
+        assert switch.options == scenes
+        assert [node.visible for node in nodes] == [True, False, False]
+        for k in (1, 2, 0):
+            switch.value = scenes[k]
+            wanted = [j == k for j in range(3)]
+            end = time.monotonic() + 20
+            while [node.visible for node in nodes] != wanted and time.monotonic() < end:
+                time.sleep(0.01)  # the answer comes from another thread
+            assert [node.visible for node in nodes] == wanted
+    finally:
+        server.stop()
+
+
+@needs_viser
+def test_a_viewer_from_a_shell_ends_at_ctrl_c(files):
+    port = free_port()
+    words = ["-m", "unipre3d", "view", str(files / "cloud.npy"), "--from", "none"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    job = subprocess.Popen(
+        [sys.executable, *words, "--port", str(port)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        lines = [job.stdout.readline() for _ in range(2)]
+        assert "500 points" in lines[0] and f"http://127.0.0.1:{port}" in lines[1]
+        urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=20).close()
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=60) == 0
+    finally:
+        job.kill()
+        job.wait()
+    check_port("127.0.0.1", port)
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refuses(lambda: check_port("127.0.0.1", port), "--port", str(port), kind=OSError)
+    check_port("127.0.0.1", port)
+    refuses(lambda: check_port("127.0.0.1", -1), "--port: expected a number in 0..65535")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_a_page_from_a_shell(files, object_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["view", str(object_run), "--out", "deep/run.html", "--index", "2"]) == 0
+    check_page(Path("deep/run.html").read_text(encoding="utf-8"), 2, 10)
+    assert main(["view", str(files / "splat.glb"), "--out", "splat.html", "--points", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "page: splat.html" in said and "9 of 300 points are shown" in said
+
+
+@pytest.mark.skipif(HAS_VISER, reason="viser is installed")
+def test_without_viser_a_page_is_written_and_said_so(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["view", str(files / "cloud.npy"), "--from", "none"]) == 0
+    said = capsys.readouterr().out
+    assert 'pip install "unipre3d[view]"' in said and "page: cloud-view.html" in said
+    check_page(Path("cloud-view.html").read_text(encoding="utf-8"), 1)
+    assert main(["view", str(files / "cloud.npy"), "--port", "9999"]) == 2
+    assert "--port" in capsys.readouterr().err
+
+
+def test_faults_are_one_line(files, object_run, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((object_run / "config.json").read_bytes())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd.abc").write_text("1 2 3")
+    (tmp_path / "bad.ply").write_text("ply")
+    fine = save_run(
+        tmp_path / "fine",
+        "cls-shapes-mini",
+        finetune_recipes["cls-shapes-mini"],
+        [str(k) for k in range(15)],
+    )
+    cloud = str(files / "cloud.npy")
+    for words, expected in (
+        ([str(tmp_path / "nowhere")], "nowhere: expected a run folder or a file"),
+        ([str(tmp_path / "empty")], "empty"),
+        ([str(bare)], "checkpoint.safetensors"),
+        ([str(fine)], "pre-training"),
+        ([str(tmp_path / "odd.abc")], "odd.abc: expected a cloud file"),
+        ([str(tmp_path / "bad.ply")], "bad.ply: expected"),
+        ([cloud, "--from", "nobody"], "nobody: expected objects, rooms"),
+        ([cloud, "--up", "q"], "up: expected"),
+        ([cloud, "--unit", "mm"], "--unit: counts only for rooms"),
+        ([str(object_run), "--split", "none"], "none"),
+        ([str(object_run), "--index", "-1"], "--index: expected 0.."),
+        ([], "expected a run folder or a file"),
+        ([cloud, "--prot", "3"], "--prot"),
+    ):
+        page = ["--out", str(tmp_path / "page.html")] if words else []
+        assert main(["view", *words, *page]) == 2, words
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and expected in said, said
+    assert main(["view", cloud, "--out", str(tmp_path / "page.png")]) == 2
+    assert "--out: expected a name that ends in .html" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
