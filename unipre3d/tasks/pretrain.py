@@ -251,6 +251,7 @@ class ViewData(Data):
     image_cache_mb: int = 1024  # disk for decoded images, shared by all processes; 0 is off
     augment: Augment = Augment(rotate="up")  # points and cameras together
     workers: int = 1  # loader processes
+    keep_workers: bool = False  # those of validation stay between validations
 
 
 @dataclass(frozen=True)
@@ -451,6 +452,7 @@ VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
     "foreground_weight": ("with a colour term and views with masks", weighs_foreground),
     "background_weight": ("with a colour term and views with masks", weighs_foreground),
     "patience": NEVER,
+    "keep_workers": ("with --workers", lambda recipe: recipe.data.workers > 0),
 }
 
 
@@ -559,21 +561,27 @@ def pretrain_task(
         scores = {"psnr": psnr(image.rgb.detach(), sample.target.rgb).mean()}
         return total, scores | (values if len(terms) > 1 else {})
 
-    def validation():
-        batch_size = max(1, recipe.run.batch_size // world)
-        how = dict(batch_size=batch_size, num_workers=recipe.data.workers)
-        return eval_loader(held_out, rank=rank, world_size=world, **how)
+    validation = eval_loader(
+        held_out,
+        batch_size=max(1, recipe.run.batch_size // world),
+        num_workers=recipe.data.workers,
+        rank=rank,
+        world_size=world,
+        prefetch=recipe.data.prefetch,
+        keep_workers=recipe.data.keep_workers,
+        pin=torch.device(device).type == "cuda",
+    )
 
     def scores(model):
         how = dict(background=recipe.objective.background, backend=recipe.objective.backend)
-        return evaluate(model, image_net, validation(), device=device, **how)
+        return evaluate(model, image_net, validation, device=device, **how)
 
     def validate(model):
         found = scores(model)
         return {f"val_{k}": found[k] for k in ("psnr", "psnr_foreground", "ssim") if k in found}
 
     def test(model, folder):
-        return scores(model) | constant_baselines(validation), {}
+        return scores(model) | constant_baselines(lambda: validation), {}
 
     @torch.no_grad()
     def draw(model, step, folder):
@@ -597,6 +605,7 @@ def pretrain_task(
         data=data,
         columns=tuple(columns),
         validate=validate,
+        score="val_psnr",
         draw=draw,
         remarks=cache_remarks(recipe) if isinstance(image_net, CachedFeatures) else (),
     )
@@ -705,6 +714,7 @@ pretrain_recipes: dict[str, PretrainRecipe] = {
         OBJECTS,
         about="the default: a small Transformer on the embedded objects, minutes on two CPU cores",
         backbone_options=SMALL_BACKBONES["StandardTransformer"] | dict(num_groups=128),
+        steps=1400,
     ),
     "object-transformer": paper_object("StandardTransformer", FROM_SHAPENET),
     "object-pointnet2-mini": small_object("PointNet2", "a small PointNet++"),
