@@ -19,12 +19,13 @@ from unipre3d.recipes import recipes  # noqa: E402
 from unipre3d.records import read_record  # noqa: E402
 from unipre3d.runs.checkpoint import has_state, is_finished  # noqa: E402
 from unipre3d.runs.recipe import Recipe, change  # noqa: E402
-from unipre3d.runs.run import run_recipe  # noqa: E402
+from unipre3d.runs.run import SMALL_BACKBONES, run_recipe  # noqa: E402
 
 SHIPPED: dict[str, Recipe] = {
     "objects": change(
         recipes["object-transformer-mini"],
         about="features of objects: the default Transformer, which also reads normals and colours",
+        backbone_options=SMALL_BACKBONES["StandardTransformer"],
         features=("xyz", "normal", "color_signed"),
         sampling="fps",
         augment=Augment(rotate="up", blank=0.4),

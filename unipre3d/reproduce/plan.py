@@ -12,16 +12,17 @@ from typing import Any
 from ..data.labelled import ScanObjectNN
 from ..recipes import finetune_recipes, recipes
 from ..runs.recipe import Recipe, from_values
+from ..runs.run import SMALL_BACKBONES
 from ..tasks.pretrain import LAYOUTS
 from ..worlds.shapes import KINDS
 
 # %% auto #0
 __all__ = ['CLAIMS', 'HELD_OUT', 'SEEN_KINDS', 'SHAPES', 'COMPARISONS', 'NET', 'QUIET', 'OBJECTS', 'RELEASED_FLOOR', 'LARGE',
-           'ROOMS', 'MASKED_RATES', 'CONDITIONS', 'FEW', 'ROOM_RATES', 'MEASUREMENTS', 'WIDE', 'SOURCES', 'BACKBONES',
-           'SCENE_BACKBONES', 'CLASSIFIED', 'FULL', 'Comparison', 'Condition', 'object_condition', 'plan_recipe',
-           'Measurement', 'few_shots', 'in_rooms', 'Row', 'is_trial', 'start_of', 'pre_row', 'fine_row', 'tune_rows',
-           'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'FullMeasurement', 'one_fifth', 'full_pre_row',
-           'full_rows', 'plan_full', 'plan', 'select']
+           'ROOMS', 'MASKED_RATES', 'CONDITIONS', 'BASES', 'FEW', 'ROOM_RATES', 'MEASUREMENTS', 'WIDE', 'SOURCES',
+           'BACKBONES', 'SCENE_BACKBONES', 'CLASSIFIED', 'FULL', 'Comparison', 'Condition', 'object_condition',
+           'plan_recipe', 'Measurement', 'few_shots', 'in_rooms', 'Row', 'is_trial', 'start_of', 'pre_row', 'fine_row',
+           'tune_rows', 'measure_rows', 'trained', 'masked_rows', 'plan_mini', 'FullMeasurement', 'one_fifth',
+           'full_pre_row', 'full_rows', 'plan_full', 'plan', 'select']
 
 # %% ../../nbs/76_study.ipynb #9472dc21
 CLAIMS = {
@@ -205,7 +206,9 @@ class Condition:
     kind: str = "pretrain"  # or "masked"
 
 
-NET = recipes["object-transformer-mini"].model.backbone_options
+NET = SMALL_BACKBONES[
+    "StandardTransformer"
+]  # 64 Gaussians for an object; the default recipe has 128
 QUIET = dict(workers=0, cache_mb=480, picture_every=500, eval_every=1000)
 OBJECTS = SHAPES | QUIET | dict(steps=2000, batch_size=24)
 RELEASED_FLOOR = dict(min_scale=0.36787944117144233, initial_scale=0.36787944117144233)  # 1 / e
@@ -250,19 +253,25 @@ CONDITIONS |= {
 }
 
 
+BASES: dict[str, dict[str, Any]] = {  # recipe -> what every row of it has
+    "object-transformer-mini": {"backbone_options": NET},
+    "masked-shapes-mini": {"classes": SEEN_KINDS},  # the kinds that every pre-training reads
+}
+
+
 def plan_recipe(
     name: str,  # of a recipe
     changes: dict[str, Any],  # to its values, by their names in files
     where: str = "values",  # for messages
 ) -> Recipe:
-    """A recipe as the plan takes it; masked reconstruction reads the kinds that every pre-training reads.
+    """A recipe as the rows of the plan have it.
 
     Raises: ValueError for a recipe or a value that does not exist.
     """
     known = recipes | finetune_recipes
     if name not in known:
         raise ValueError(f"{where}: expected a recipe of this version, got {name!r}")
-    given = {"classes": SEEN_KINDS} if name == "masked-shapes-mini" else {}
+    given = BASES.get(name, {})
     return from_values(known[name], given | changes, where)
 
 # %% ../../nbs/76_study.ipynb #ec14f59d

@@ -713,7 +713,8 @@ pretrain_recipes: dict[str, PretrainRecipe] = {
     "object-transformer-mini": change(
         OBJECTS,
         about="the default: a small Transformer on the embedded objects, minutes on two CPU cores",
-        backbone_options=SMALL_BACKBONES["StandardTransformer"],
+        backbone_options=SMALL_BACKBONES["StandardTransformer"] | dict(num_groups=128),
+        steps=1400,
     ),
     "object-transformer": paper_object("StandardTransformer", FROM_SHAPENET),
     "object-pointnet2-mini": small_object("PointNet2", "a small PointNet++"),
