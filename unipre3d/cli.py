@@ -96,7 +96,7 @@ def parse_after(
     prog: str,  # the last word of it stands for the first argument
     example: str,  # what that is, and a whole command
 ):  # the first argument, the options
-    "Options after one argument without a name; help and mistakes come from the list of options, where it has the command."
+    "Options after one argument without a name; help and mistakes come from the list of options."
     from unipre3d._options import OPTIONS
 
     command = prog.rsplit(" ", 1)[0].removeprefix("unipre3d ")
