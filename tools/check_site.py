@@ -33,7 +33,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 HEAVY = 3 << 20  # bytes that a page may load
 FIRST = {  # what newcomers type, and the pages that may come first
     "install": ("index.html",),
-    "features": ("features.html",),
+    "features": ("features.html", "index.html"),
     "COLMAP": ("tutorials/photographs.html", "data/imports.html"),
     "GPU": ("render.html", "index.html"),
 }
