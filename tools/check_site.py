@@ -459,9 +459,10 @@ class Walk:
         self.page.goto(self.base + "index.html")
         self.page.add_style_tag(content="* { transition: none !important; }")
         for theme in ("light", "dark"):
+            if theme == "dark":
+                self.toggle()
             if self.page.evaluate(BOX):
                 self.note(f"wears the other theme than the page, {theme} theme")
-            self.toggle()
         self.page.evaluate("() => localStorage.clear()")
 
 
