@@ -84,7 +84,7 @@ def test_a_page_without_faults_is_passed(walked):
     assert not [line for line in walked if line.startswith("ok.html")]
 
 
-SEARCH = """<!doctype html><html><head><title>i</title><link rel="icon" href="data:,"><script>
+SEARCH = """<!doctype html><html><head><title>i</title><link rel="icon" href="data:,"><style>.quarto-dark input { background: #222 }</style><script>
 const index = %s, box = () => document.querySelector('input');
 window.smalldocsToggleScheme = () => { %s };
 document.addEventListener('keydown', e => { if (e.key === 'k' && e.ctrlKey) { e.preventDefault(); %s } });
@@ -92,6 +92,12 @@ function show() { document.querySelector('.smalldocs-search-results').innerHTML 
 </script></head><body><main><div class="smalldocs-search"><input aria-label="search" oninput="show()" onkeydown="%s"><div class="smalldocs-search-results show"></div></div>
 <button onclick="smalldocsToggleScheme()">theme</button></main></body></html>"""
 ENTRY = "if (event.key === 'Enter') document.querySelector('a.search-result').click()"
+
+
+@pytest.fixture(autouse=True)
+def words_of_two_pages(monkeypatch):
+    "What a newcomer types on a site of two pages."
+    monkeypatch.setattr(check_site, "FIRST", {"install": ("core.html",)})
 
 
 def whole_site(tmp_path, *parts):
@@ -111,6 +117,7 @@ def test_search_keyboard_and_theme_can_fail(tmp_path):
     found = "\n".join(whole_site(tmp_path, "['wrong.html']", "", "", ""))
     for fault in (
         "brings wrong.html, not core.html",
+        "install brings wrong.html first, not core.html",
         "Ctrl-K does not lead",
         "the toggle changes nothing",
     ):

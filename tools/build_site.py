@@ -520,11 +520,24 @@ def sentence_cells(page, long=30):
     return re.sub(r"<td([^>]*)>((?:(?!<td|</td>).)*)</td>", marked, page, flags=re.S)
 
 
+def fold_tables(page, longest=12):
+    "Tables of data with many rows wait until somebody wants them."
+
+    def folded(match):
+        count = len(re.findall(r"<tr\b", match[0])) - 1
+        if count <= longest:
+            return match[0]
+        summary = f"<summary>Table of {count} rows</summary>"
+        return f'<details class="long-table">{summary}{match[0]}</details>'
+
+    return re.sub(r'<table[^>]*class="dataframe.*?</table>', folded, page, flags=re.S)
+
+
 def finish(site):
     "Small corrections of the rendered pages."
     for page in site.rglob("*.html"):
         text = comment_links(captions(page.read_text(encoding="utf-8")))
-        text = sentence_cells(text)
+        text = fold_tables(sentence_cells(text))
         text = re.sub(r"<table>", '<table class="table table-sm">', text)
         text = re.sub(r'(<table[^>]*class="dataframe)"', r'\1 table table-sm"', text)
         page.write_text(text, encoding="utf-8")

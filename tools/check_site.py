@@ -33,7 +33,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 HEAVY = 3 << 20  # bytes that a page may load
 FIRST = {  # what newcomers type, and the pages that may come first
     "install": ("index.html",),
-    "features": ("features.html",),
+    "features": ("features.html", "index.html"),
     "COLMAP": ("tutorials/photographs.html", "data/imports.html"),
     "GPU": ("render.html", "index.html"),
 }
@@ -459,9 +459,10 @@ class Walk:
         self.page.goto(self.base + "index.html")
         self.page.add_style_tag(content="* { transition: none !important; }")
         for theme in ("light", "dark"):
+            if theme == "dark":
+                self.toggle()
             if self.page.evaluate(BOX):
                 self.note(f"wears the other theme than the page, {theme} theme")
-            self.toggle()
         self.page.evaluate("() => localStorage.clear()")
 
 
