@@ -23,6 +23,7 @@ from unipre3d.worlds.rooms.disk import embedded_rooms
 
 FRESH = dict(workers=0, cache_mb=0, image_cache_mb=0, feature_cache_mb=0)
 KINDS = {"object": "object-transformer-mini", "room": "scene-sparseunet-mini"}
+ROOMS = 3
 BATCHES, STEP_S, BATCH = 24, 0.06, 4
 WORKERS, LATENCIES = (1, 2, 4, 8), (0.01, 0.04, 0.16)
 
@@ -56,18 +57,19 @@ def waiting_share(workers, latency):
 
 
 def median_s(work, count):
-    "Median seconds of a call."
+    "Median seconds of processor time of a call."
     times = []
     for k in range(count):
-        start = time.perf_counter()
+        start = time.process_time()
         work(k)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return statistics.median(times)
 
 
 def parts(name, samples):
     "Seconds of one core for a sample: to read it, for its image features, and for the whole step."
-    recipe = change(recipes[name], **FRESH)
+    rooms = dict(rooms=ROOMS) if name.startswith("scene") else {}
+    recipe = change(recipes[name], **FRESH, **rooms)
     task = recipe.build_task()
     net = build_image_net(recipe.model)
     size = recipe.run.batch_size
@@ -124,7 +126,7 @@ def main():
     found = {kind: parts(name, given.samples) for kind, name in KINDS.items()}
     objects = len((data_dir() / "furniture.csv").read_text().splitlines()) - 1
     found["object"]["bytes"] = round((data_dir() / "furniture.zip").stat().st_size / objects)
-    found["room"]["bytes"] = folder_bytes(embedded_rooms(rooms=60), 60)
+    found["room"]["bytes"] = folder_bytes(embedded_rooms(rooms=ROOMS), ROOMS)
     loader = [
         dict(workers=workers, latency_s=latency, share=round(waiting_share(workers, latency), 3))
         for latency in LATENCIES
