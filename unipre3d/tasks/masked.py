@@ -17,14 +17,12 @@ from ..backbones.transformer import StandardTransformer, TransformerBlock, group
 from ..core import PointBatch
 from ..data.augment import Augment
 from ..data.samples import CloudSamples
-from ..data.shapenet import ShapeNetViews
 from ..runs.fit import Task, gathered
 from unipre3d.runs.recipe import (
     CONDITIONS,
     LIMITS,
     NEVER,
     Condition,
-    Data,
     Limit,
     Model,
     Objective,
@@ -32,15 +30,14 @@ from unipre3d.runs.recipe import (
     Recipe,
     Run,
     change,
-    names_embedded,
     one_of,
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone
-from .heads import own_batches
+from .heads import ShapeData, own_batches, read_shapes
 
 # %% auto #0
-__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'ShapeData', 'MaskedDecoder', 'read_shapes', 'MaskedRecipe']
+__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'MaskedDecoder', 'MaskedRecipe']
 
 # %% ../../nbs/tasks/68_masked.ipynb #0c093971
 def chamfer(
@@ -107,38 +104,11 @@ class MaskedModel(nn.Module):
 
 # %% ../../nbs/tasks/68_masked.ipynb #d2f91920
 @dataclass(frozen=True)
-class ShapeData(Data):
-    "Clouds of objects, without a label."
-
-    source: str = "shapes"  # "shapes" (generated on first use) or "furniture" (embedded)
-    classes: tuple[str, ...] = ()  # kinds of objects; empty takes all
-    per_class: tuple[int, int, int] = (100, 10, 0)  # generated shapes of each: train, val, test
-
-
-@dataclass(frozen=True)
 class MaskedDecoder(Model):
     "A Transformer and a light decoder."
 
     masked_fraction: float = 0.6  # of the groups that are hidden, 0..1
     decoder_depth: int = 1  # blocks of the decoder
-
-
-def read_shapes(
-    data: ShapeData,
-    split: str,  # "train" or "val"
-) -> ShapeNetViews:
-    """The objects of a split.
-
-    Raises: ValueError for another source.
-    """
-    if not names_embedded(data.source, "furniture", "shapes"):
-        raise ValueError(f'data: expected "shapes" or "furniture", got "{data.source}"')
-    if data.source == "furniture":
-        return ShapeNetViews(split=split, classes=list(data.classes) or None)
-    from unipre3d.worlds.shapes import embedded_shapes
-
-    path = embedded_shapes(categories=list(data.classes) or None, per_category=data.per_class)
-    return ShapeNetViews(path, split=split)
 
 
 @dataclass(frozen=True)
