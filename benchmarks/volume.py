@@ -8,7 +8,6 @@ and its interval is Student's over the logarithms. Memory is the growth of the p
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -160,8 +159,7 @@ def main():
             continue
         rows[setting] = times(setting, args.repeats) | {"memory_mb": memory(setting)}
         print(setting, json.dumps(rows[setting]), flush=True)
-    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write_record(args.json, settings=rows, repeats=args.repeats, threads=1, peak_mb=limit // 1024)
+        write_record(args.json, settings=rows, repeats=args.repeats, threads=1)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import PointBatch, to_padded
+from ..data.augment import Augment  # of an inherited field
 from ..data.shapenet import ShapeNetViews
 from ..geometry.pointops import interpolate, voxelize
 from ..processes import processes, shared_count
