@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from unipre3d.core import CameraBatch
 from unipre3d.data.loading import make_loader
 from unipre3d.data.scannet import write_box_rooms
+from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.losses import ssim
-from unipre3d.objective import RenderObjective, check_objective
+from unipre3d.objective import RenderObjective, check_objective, depth_normals
 from unipre3d.recipes import recipes
 from unipre3d.runs.fit import fit
 from unipre3d.runs.recipe import Run, change
@@ -69,6 +71,54 @@ def test_depth_trains_a_scene_alone_and_objects_have_none(rooms, tmp_path):
         one_step(object_recipe(depth=1.0), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    "A few generated shapes, in a cache of their own."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPRE3D_CACHE", str(tmp_path_factory.mktemp("shapes")))
+        yield dict(source="shapes", classes=("cup", "stool"), per_class=(2, 1, 0))
+
+
+@pytest.mark.parametrize("term", ["depth", "normal"])
+def test_geometry_trains_generated_shapes_alone(shapes, term, tmp_path):
+    row, moved = one_step(change(object_recipe(**{term: 1.0}), **shapes), tmp_path)
+    assert row["skipped"] == "0" and float(row["loss"]) > 0 and float(row["grad_norm"]) > 0
+    assert {"backbone", "head"} <= moved
+
+
+def test_depth_changes_no_picture_and_no_point(shapes):
+    both, plain = (
+        change(object_recipe(**terms), **shapes).build_task().samples[0]
+        for terms in (dict(colour=1.0, depth=0.1), dict(colour=1.0))
+    )
+    assert torch.equal(both.points.xyz, plain.points.xyz)
+    assert torch.equal(both.target.rgb, plain.target.rgb) and plain.target.depth is None
+    hit = both.target.depth > 0
+    assert hit.any() and not (hit & ~both.target.mask).any()
+
+
+def test_normals_train_a_scene_alone(rooms, tmp_path):
+    row, moved = one_step(scene_recipe(rooms, normal=1.0), tmp_path)
+    assert row["skipped"] == "0" and float(row["loss"]) > 0
+    assert moved == {"backbone", "fusion", "head"}
+
+
+def test_normals_move_with_the_world():
+    "Cameras and world rotated together: the same angles between normals, rotated vectors."
+    depth = torch.rand(1, 6, 8, generator=torch.Generator().manual_seed(0)) * 0.05 + 2
+    eye = torch.tensor([[0.3, -2.0, 0.4]])
+    K, hw = intrinsics_from_fov(50.0, (6, 8))[None], (6, 8)
+    camera = CameraBatch(look_at(eye), K, hw, torch.zeros(1, dtype=torch.long))
+    angle = torch.tensor(0.7)
+    R = torch.eye(4)
+    R[:2, :2] = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+    turned = camera.derive(world_to_cam=camera.world_to_cam @ R.T)
+    normal, known = depth_normals(depth, camera)
+    moved, same = depth_normals(depth, turned)
+    assert torch.equal(known, same) and known.any()
+    assert torch.allclose(normal @ R[:3, :3].T, moved, atol=1e-3)
+
+
 def test_terms_add_up_and_each_has_a_column(rooms, tmp_path):
     terms = dict(colour=1.0, alpha=0.5, ssim=0.25)
     row, _ = one_step(object_recipe(**terms), tmp_path)
@@ -84,7 +134,10 @@ def test_terms_add_up_and_each_has_a_column(rooms, tmp_path):
 @pytest.mark.parametrize(
     "values, says",
     [
-        (dict(terms={"color": 1.0}), "expected some of colour, alpha, depth, ssim; got 'color'"),
+        (
+            dict(terms={"color": 1.0}),
+            "expected some of colour, alpha, depth, ssim, normal; got 'color'",
+        ),
         (dict(terms={"colour": -1.0}), "terms.colour: expected a weight of at least 0"),
         (dict(terms={"colour": float("nan")}), "terms.colour: expected a weight of at least 0"),
         (dict(terms={}), "at least one term"),

@@ -246,7 +246,7 @@ def test_full_plan_says_what_is_missing():
 
 
 def test_command_names_mistakes():
-    with pytest.raises(ValueError, match="expected mini or full, got nothing"):
+    with pytest.raises(ValueError, match="expected mini, second or full, got nothing"):
         reproduce_command([], None)
 
 

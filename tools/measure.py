@@ -21,7 +21,7 @@ LAYERS = (
     ("core", "files", "values", "records", "processes"),
     ("geometry", "kernels"),
     ("backbones", "image", "losses", "gaussians", "released"),
-    ("fusion", "render", "viewer", "formats"),
+    ("fusion", "render", "volume", "viewer", "formats"),
     ("rasterization",),
     ("objective",),
     ("data",),

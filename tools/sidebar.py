@@ -58,6 +58,7 @@ WORKSHOP = {
         "worlds/19_sensor",
         "worlds/20_furniture",
         "worlds/27_shapes",
+        "worlds/28_depth",
         "worlds/28_scans",
         "worlds/31_rooms_models",
         "worlds/32_rooms_build",
@@ -68,7 +69,7 @@ WORKSHOP = {
         "worlds/37_rooms_disk",
     ],
     "More geometry": ["geometry/12_serialization", "geometry/13_sparse"],
-    "More rendering": ["52_rasterization", "54_formats", "54_viewer"],
+    "More rendering": ["52_rasterization", "52_volume", "54_formats", "54_viewer"],
     "More backbones": [
         "backbones/39_layers",
         "backbones/41_pointnet2",
@@ -102,10 +103,11 @@ WORKSHOP = {
         "tasks/74_semantic",
         "tasks/75_instances",
         "tasks/68_masked",
+        "tasks/68_contrast",
         "tasks/67_autoencoder",
     ],
     "Your own clouds": ["63_features", "64_predict", "66_view"],
-    "Study": ["62_compare", "76_study", "77_statistics", "78_reproduce"],
+    "Study": ["62_compare", "76_study", "77_statistics", "77_study2", "78_reproduce"],
     "Differences, command line, API": ["81_differences", "90_cli", "91_api"],
 }
 PARTS = {"Core": CORE, "Workshop": WORKSHOP}

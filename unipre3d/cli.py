@@ -97,7 +97,7 @@ def parse_after(
     prog: str,  # the last word of it stands for the first argument
     example: str,  # what that is, and a whole command
 ):  # the first argument, the options
-    "Options after one argument without a name; help and mistakes come from the list of options, where it has the command."
+    "Options after one argument without a name; help and mistakes come from the list of options."
     from unipre3d._options import OPTIONS
 
     command = prog.rsplit(" ", 1)[0].removeprefix("unipre3d ")
@@ -582,10 +582,12 @@ def finetune_command(args: list[str]) -> int:
 
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
-    "unipre3d reproduce mini | full [--list] [--only CLAIM]: the study behind the tables; goes on where it was stopped."
+    "unipre3d reproduce mini | second | full [--list] [--only CLAIM]: the study behind the tables; goes on where it was stopped."
     if {"-h", "--help"} & set(args):
         about = "Run the rows of the study that are not recorded, or list them"
-        print(option_help("unipre3d reproduce mini | full", about, recipe_rows("reproduce")))
+        print(
+            option_help("unipre3d reproduce mini | second | full", about, recipe_rows("reproduce"))
+        )
         raise SystemExit(0)
     from unipre3d.reproduce import run
 
@@ -718,6 +720,10 @@ def render_command(args: list[str]) -> int:
     from unipre3d.tasks.pretrain import build_views, predict
 
     recipe, model, image_net = load_predictor(checkpoint)
+    if recipe.model.scene != "gaussians":
+        raise ValueError(
+            f"{checkpoint}: expected a run whose scene is Gaussians, found --scene {recipe.model.scene}"
+        )
     samples = build_views(recipe, options.split)
     if not 0 <= options.index < len(samples):
         raise ValueError(

@@ -26,7 +26,7 @@ from unipre3d.files import (
     read_file,
     reading,
 )
-from .gaussians import load_ply, ply_mode, save_ply, sh_basis
+from .gaussians import check_gaussians, load_ply, ply_mode, save_ply, sh_basis
 from .records import written_whole
 
 # %% auto #0
@@ -211,7 +211,7 @@ def load_spz(
             sh=np.concatenate([colour, rest], 1),
         )
         cloud = one_cloud(columns)
-    return half_rotation(cloud, AXES[".spz"]), bool(flags & 1)
+    return check_gaussians(half_rotation(cloud, AXES[".spz"]), path), bool(flags & 1)
 
 # %% ../nbs/54_formats.ipynb #54f00016
 SPLATS = "KHR_gaussian_splatting"
@@ -375,8 +375,8 @@ def load_glb(
         )
         mode = scene["asset"].get("extras", {}).get("SplatRenderMode")
         cloud = one_cloud(columns)
-    quat = about_z(cloud.quat)
-    return half_rotation(cloud, AXES[".glb"]).derive(quat=quat), mode == "mip"
+    cloud = half_rotation(cloud, AXES[".glb"]).derive(quat=about_z(cloud.quat))
+    return check_gaussians(cloud, path), mode == "mip"
 
 # %% ../nbs/54_formats.ipynb #54f00019
 def load_gaussians(

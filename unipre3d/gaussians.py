@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'rotation_from_quat', 'covariance', 'sh_basis', 'evaluate_sh', 'GaussianHead', 'select_rows',
-           'select_cloud', 'numbered', 'save_ply', 'load_ply', 'ply_mode']
+           'select_cloud', 'check_gaussians', 'numbered', 'save_ply', 'load_ply', 'ply_mode']
 
 # %% ../nbs/50_gaussians.ipynb #9e15f8bf
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .files import PLY_HEADER, check_ply, read_ply, reading
+from .values import FAR, refusal
 from .core import GaussianBatch, PointBatch
 
 # %% ../nbs/50_gaussians.ipynb #c47101f3
@@ -189,6 +191,30 @@ def select_cloud(
     return own.derive(batch=torch.zeros_like(own.batch), size=1)
 
 
+def check_gaussians(
+    gaussians: GaussianBatch,  # one cloud, as its file has it
+    where: str | Path,  # the file, for messages
+) -> GaussianBatch:
+    """Gaussians that can be drawn; a warning counts the others.
+
+    Raises: ValueError of one line where most cannot."""
+    length = gaussians.quat.norm(dim=1)
+    real = (gaussians.mean.abs() < FAR).all(1) & (length > 0) & length.isfinite()
+    real &= (gaussians.scale.isfinite() & (gaussians.scale >= 0)).all(1)
+    real &= (gaussians.opacity >= 0) & (gaussians.opacity <= 1)
+    real &= gaussians.sh.isfinite().flatten(1).all(1)
+    missing = int((~real).sum())
+    if 2 * missing > len(real):
+        raise refusal(str(where), "Gaussians of finite numbers", f"{missing} that are not")
+    if missing:
+        said = f"left out {missing} of {len(real)} Gaussians, whose numbers are not finite"
+        warnings.warn(f"{where}: {said}", stacklevel=3)
+        gaussians, length = select_rows(gaussians, real), length[real]
+    if ((length - 1).abs() > 1e-3).any():
+        gaussians = gaussians.derive(quat=F.normalize(gaussians.quat, dim=1))
+    return gaussians
+
+
 def numbered(
     name: str,
     count: int,
@@ -261,7 +287,7 @@ def load_ply(
         rest = columns(numbered("f_rest", 3 * k)).reshape(-1, 3, k)
         sh = torch.cat([sh, rest.permute(0, 2, 1)], 1)
     with reading(path, expected):
-        return GaussianBatch(
+        cloud = GaussianBatch(
             mean=columns(["x", "y", "z"]),
             scale=columns(numbered("scale", 3)).exp(),
             quat=F.normalize(columns(numbered("rot", 4)), dim=1),
@@ -270,6 +296,7 @@ def load_ply(
             batch=torch.zeros(vertex.count, dtype=torch.long),
             size=1,
         )
+    return check_gaussians(cloud, path)
 
 
 def ply_mode(

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .core import GaussianBatch, ViewBatch
+from .core import CameraBatch, GaussianBatch, ViewBatch
+from .geometry.cameras import unproject
 from .losses import ssim, weighted_mse
 from .processes import shared_count
 from .render import Render, render
+from .volume import VolumeBatch, render_volume
 
 # %% auto #0
-__all__ = ['TERMS', 'RenderObjective', 'colour_term', 'alpha_term', 'depth_term', 'ssim_term', 'check_objective', 'active_terms',
-           'render_loss', 'one_or_nan']
+__all__ = ['TERMS', 'GAUSSIAN_FIELDS', 'RenderObjective', 'colour_term', 'alpha_term', 'depth_term', 'depth_normals',
+           'normal_term', 'ssim_term', 'check_objective', 'active_terms', 'draw_scene', 'render_loss', 'one_or_nan']
 
 # %% ../nbs/55_objective.ipynb #6444dc20
 @dataclass(frozen=True)
@@ -55,6 +58,40 @@ def depth_term(image: Render, target: ViewBatch, values: RenderObjective) -> Flo
     return error.sum() / shared_count(known.sum())
 
 
+def depth_normals(
+    depth: Float[Tensor, "v h w"],  # metres along z; 0 = missing
+    cameras: CameraBatch,
+    jump: float = 0.1,  # a larger step to a neighbour, as a fraction of the depth, is no surface
+) -> tuple[
+    Float[Tensor, "v a b 3"], Bool[Tensor, "v a b"]
+]:  # unit normals towards the camera, and where there are any; a = h - 1, b = w - 1
+    "The normal of the plane through each pixel, the one on its right and the one below."
+    xyz, known = unproject(depth, cameras)
+    normal = torch.linalg.cross(
+        xyz[:, 1:, :-1] - xyz[:, :-1, :-1], xyz[:, :-1, 1:] - xyz[:, :-1, :-1]
+    )
+    z = depth[:, :-1, :-1]
+    surface = known[:, :-1, :-1]
+    for near, there in (
+        (depth[:, :-1, 1:], known[:, :-1, 1:]),
+        (depth[:, 1:, :-1], known[:, 1:, :-1]),
+    ):
+        surface = surface & there & ((near - z).abs() < jump * z)
+    return F.normalize(normal, dim=-1, eps=1e-9), surface
+
+
+def normal_term(image: Render, target: ViewBatch, values: RenderObjective) -> Float[Tensor, ""]:
+    "One minus the cosine of rendered and true normals, where both have some and something was rendered."
+    if target.depth is None:
+        raise ValueError("normal: expected views with depth, these have none; leave the term out")
+    true, surface = depth_normals(target.depth, target.camera)
+    drawn, flat = depth_normals(image.depth, target.camera)
+    covered = image.alpha[:, :-1, :-1] > 0.5
+    counts = surface & flat & covered
+    error = (1 - (true * drawn).sum(-1)) * counts
+    return error.sum() / shared_count(counts.sum())
+
+
 def ssim_term(image: Render, target: ViewBatch, values: RenderObjective) -> Float[Tensor, ""]:
     "One minus the structural similarity."
     return 1 - ssim(image.rgb, target.rgb).mean()
@@ -65,9 +102,13 @@ TERMS: dict[str, Callable[[Render, ViewBatch, RenderObjective], Tensor]] = {
     "alpha": alpha_term,
     "depth": depth_term,
     "ssim": ssim_term,
+    "normal": normal_term,
 }
 
 # %% ../nbs/55_objective.ipynb #52dba4e9
+GAUSSIAN_FIELDS = ("mean", "scale", "quat", "opacity", "sh")
+
+
 def check_objective(
     values: RenderObjective,
 ) -> None:
@@ -104,25 +145,38 @@ def active_terms(
     return {name: weight for name, weight in values.terms.items() if weight}
 
 
+def draw_scene(
+    scene: GaussianBatch | VolumeBatch,
+    target: ViewBatch,  # whose cameras are drawn; of a `PixelBatch` some pixels
+    background: Float[Tensor, "3"] | Float[Tensor, "v 3"],  # colour behind everything
+    backend: str = "auto",  # renderer of Gaussians
+    check: bool = True,  # of Gaussians, whether they can be drawn
+) -> Render:
+    "What is seen of a scene, whatever it is made of."
+    if isinstance(scene, VolumeBatch):
+        pixels = getattr(target, "pixels", None)
+        return render_volume(scene, target.camera, background, pixels)
+    return render(scene, target.camera, background, backend=backend, check=check)
+
+
 def render_loss(
-    gaussians: GaussianBatch,
-    target: ViewBatch,  # true views
+    scene: GaussianBatch | VolumeBatch,
+    target: ViewBatch,  # true views; of a volume perhaps some pixels of them
     values: RenderObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Render]:  # loss, each term, what was rendered
     "Render the target views and add up the terms."
-    device = gaussians.mean.device
-    background = torch.tensor(values.background, dtype=torch.float32, device=device)
-    image = render(gaussians, target.camera, background, backend=values.backend, check=False)
+    background = torch.tensor(values.background, dtype=torch.float32, device=target.rgb.device)
+    image = draw_scene(scene, target, background, values.backend, check=False)
     terms = {name: TERMS[name](image, target, values) for name in active_terms(values)}
     loss = sum(weight * terms[name] for name, weight in active_terms(values).items())
-    return loss * one_or_nan(gaussians), terms, image
+    return loss * one_or_nan(scene), terms, image
 
 
 def one_or_nan(
-    gaussians: GaussianBatch,
+    scene: GaussianBatch | VolumeBatch,
 ) -> Float[Tensor, ""]:
-    "One where all Gaussians are finite, else NaN: the renderer drops what is not, a loss must not."
-    g = gaussians
-    fields = (g.mean, g.scale, g.quat, g.opacity, g.sh)
+    "One where all of it is finite, else NaN: the renderer drops what is not, a loss must not."
+    names = ("lattice",) if isinstance(scene, VolumeBatch) else GAUSSIAN_FIELDS
+    fields = [getattr(scene, name) for name in names]
     finite = torch.stack([field.detach().isfinite().all() for field in fields]).all()
     return torch.where(finite, 1.0, torch.nan)

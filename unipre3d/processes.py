@@ -131,7 +131,7 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS={cpus}
 run=(python -m unipre3d {words} --out {out})
-ls {out}/resume*.safetensors > /dev/null 2>&1 && run+=(--resume)
+ls {out}/resume*.safetensors > /dev/null 2>&1 && run=(python -m unipre3d {recipe} --out {out} --resume)
 srun --kill-on-bad-exit=0 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' bash "${{run[@]}}"
 status=$?
@@ -141,7 +141,7 @@ exit $status
 
 
 def slurm_script(
-    words: str,  # what follows `unipre3d`, without --out
+    words: str,  # what follows `unipre3d`, without --out: the command, the recipe, its options
     out: str,  # folder of the run, on a disk that all machines share
     *,
     nodes: int = 1,  # machines
@@ -150,8 +150,9 @@ def slurm_script(
     hours: int = 24,  # before the job is stopped and goes back into the queue
 ) -> str:
     "A job for SLURM that saves when its time is up, and goes on when it is started again."
-    places = dict(words=words, out=shlex.quote(out), nodes=nodes, gpus=gpus, cpus=cpus, hours=hours)
-    return SLURM.format(**places)
+    recipe = " ".join(words.split()[:2])  # a run that goes on has its values in its folder
+    places = dict(words=words, recipe=recipe, out=shlex.quote(out), hours=hours)
+    return SLURM.format(**places, nodes=nodes, gpus=gpus, cpus=cpus)
 
 # %% ../nbs/04_processes.ipynb #p04meanexp
 def shared_count(

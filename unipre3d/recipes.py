@@ -15,6 +15,7 @@ from .runs.recipe import Recipe
 from .runs.run import load_model, read_run
 from .tasks.autoencoder import AutoencoderRecipe, autoencoder_recipes
 from .tasks.classification import ClassificationRecipe, classification_recipes
+from .tasks.contrast import ContrastRecipe, contrast_recipes
 from .tasks.instances import InstanceRecipe, instance_recipes
 from .tasks.masked import MaskedRecipe, masked_recipes
 from .tasks.parts import PartRecipe, part_recipes
@@ -25,7 +26,9 @@ from .tasks.semantic import SemanticRecipe, semantic_recipes
 __all__ = ['recipes', 'finetune_recipes', 'KINDS', 'find_recipe', 'read_recipe', 'load_run', 'load_predictor']
 
 # %% ../nbs/61_recipes.ipynb #36fed197
-recipes: dict[str, Recipe] = pretrain_recipes | masked_recipes | autoencoder_recipes
+recipes: dict[str, Recipe] = (
+    pretrain_recipes | masked_recipes | contrast_recipes | autoencoder_recipes
+)
 finetune_recipes: dict[str, Recipe] = (
     classification_recipes | part_recipes | semantic_recipes | instance_recipes
 )
@@ -34,6 +37,7 @@ KINDS: dict[str, type[Recipe]] = {
     for kind in (
         PretrainRecipe,
         MaskedRecipe,
+        ContrastRecipe,
         AutoencoderRecipe,
         ClassificationRecipe,
         PartRecipe,

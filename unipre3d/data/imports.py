@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/28_import.ipynb #p28imports
 from __future__ import annotations
-import hashlib, re
+import hashlib, io, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from unipre3d.data.posed import (
     UNREADABLE,
     Lens,
     PosedImage,
+    check_proportions,
     name_lost,
     pixel_rays,
     read_captures,
@@ -36,6 +37,7 @@ from .samples import FLIP, meeting, other_readings
 from unipre3d.data.scannet import (
     COLUMNS,
     read_color,
+    read_header,
     resize_nearest,
     write_cloud,
     write_frame,
@@ -46,11 +48,11 @@ from ..geometry.pointops import voxelize
 from ..values import check_array, check_points, refusal, store_column
 
 # %% auto #0
-__all__ = ['UNITS', 'UPS', 'POSE_OPTIONS', 'VALUES', 'draw_color', 'draw_depth', 'smaller', 'sketch', 'view_points', 'add_up',
+__all__ = ['UNITS', 'UPS', 'VALUES', 'Choice', 'draw_color', 'draw_depth', 'smaller', 'sketch', 'view_points', 'add_up',
            'plane_normals', 'fuse_depth', 'nearest_points', 'depth_ratio', 'scaled_depth', 'half_meeting',
-           'find_depth_scale', 'cameras_up', 'to_z_up', 'points_at_depth', 'color_likeness', 'fit_of', 'file_readings',
-           'check_fit', 'contact_sheet', 'ImportOptions', 'Settled', 'settle', 'readable', 'write_scene',
-           'place_scenes', 'import_posed']
+           'find_depth_scale', 'cameras_up', 'to_z_up', 'points_at_depth', 'color_likeness', 'fit_of', 'option_words',
+           'file_readings', 'check_fit', 'contact_sheet', 'ImportOptions', 'Settled', 'settle', 'readable',
+           'write_scene', 'place_scenes', 'import_posed']
 
 # %% ../../nbs/data/28_import.ipynb #p28view
 def draw_color(
@@ -61,6 +63,8 @@ def draw_color(
 
     Raises: OSError or ValueError that names the file."""
     data, where = read_file(image.color), str(image.color)
+    stored = read_header(io.BytesIO(data), PICTURES, where).hw
+    check_proportions(stored, image.lens, where)
     if _only_smaller(image.lens, pinhole):
         return read_color(data, pinhole.hw, name=where, formats=PICTURES)
     picture = eight_bits(decode_picture(data, where, PICTURES)).convert("RGB")
@@ -78,10 +82,7 @@ def draw_depth(
 
     Raises: OSError or ValueError that names the file."""
     depth = read_depth_map(image.depth)
-    (h, w), (H, W) = depth.shape, image.lens.hw
-    if abs(h * W / (w * H) - 1) > 0.01:
-        wanted = f"depth with the proportions of its image, {W} x {H}"
-        raise refusal(str(image.depth), wanted, f"{w} x {h}")
+    check_proportions(depth.shape, image.lens, str(image.depth))
     if _only_smaller(image.lens, pinhole):
         return resize_nearest(depth, pinhole.hw)
     return redraw(depth, image.lens, pinhole, order=0)
@@ -372,12 +373,15 @@ def fit_of(
     return meeting(cloud["coord"], views), "points that a view shows"
 
 
-POSE_OPTIONS = {
-    "poses that are inverted": ("poses",),
-    "OpenGL axes (y up, z backward)": ("axes",),
-    "inverted poses with OpenGL axes": ("poses", "axes"),
-}  # a reading of `other_readings` -> the options that give it
 VALUES = dict(poses="inverted", axes="flipped")  # of an option that is not "layout"
+Choice = tuple[tuple[str, str], ...]  # options and their values
+
+
+def option_words(
+    choice: Choice,
+) -> str:  # such as --poses inverted
+    "What to type."
+    return " ".join(f"--{name} {value}" for name, value in choice)
 
 
 def file_readings(
@@ -387,26 +391,28 @@ def file_readings(
     own_cloud: bool = False,  # whether the points are of a file of their own
     moved: Float[np.ndarray, "4 4"] | None = None,  # what was done to the poses' world before
     given: Sequence[str] = (),  # which of VALUES they were read with
-) -> dict[str, tuple]:  # what to pass -> cloud and views as they would be
+) -> dict[Choice, tuple]:  # what to pass -> cloud and views as they would be
     "The same files read in other ways."
     found = {}
-    for text, other in other_readings(views).items():
-        factor = re.search(r"multiplied by ([\d.e+-]+)", text)
-        options = POSE_OPTIONS.get(text, ())
-        words = [f"--{name} {'layout' if name in given else VALUES[name]}" for name in options]
-        if factor:
-            words = [f"--depth-scale {depth_scale / float(factor[1]):g}"]
-        found[" ".join(words)] = cloud, other
+    other_way = {name: "layout" if name in given else VALUES[name] for name in VALUES}
+    for reading, other in other_readings(views).items():
+        changed = dict(poses=reading.inverted, axes=reading.flipped)
+        choice = [(name, other_way[name]) for name in VALUES if changed[name]]
+        if reading.factor != 1:
+            choice.append(("depth-scale", f"{depth_scale / reading.factor:g}"))
+        found[tuple(choice)] = cloud, other
     if moved is not None:
         pose = np.linalg.inv(views.world_to_cam)
         back = np.linalg.inv(moved) @ pose
-        found["--world original"] = cloud, replace(views, world_to_cam=np.linalg.inv(back))
+        back = replace(views, world_to_cam=np.linalg.inv(back))
+        found[("world", "original"),] = cloud, back
     if cloud is not None and own_cloud:
         for up in ("y", "y-down", "x"):
             xyz = cloud["coord"] @ to_z_up(UPS[up]).T
-            found[f"--cloud-up {up}"] = cloud | dict(coord=xyz), views
+            found[("cloud-up", up),] = cloud | dict(coord=xyz), views
         for factor in (0.001, 0.01, 1000.0):
-            found[f"--cloud-scale {factor:g}"] = cloud | dict(coord=cloud["coord"] * factor), views
+            scaled = cloud | dict(coord=cloud["coord"] * factor)
+            found[("cloud-scale", f"{factor:g}"),] = scaled, views
     return found
 
 
@@ -428,12 +434,12 @@ def check_fit(
     others = file_readings(cloud, views, depth_scale, **more)
     if views.depth is not None and not stated:
         others |= _with_units(others, depth_scale)
-    fits = {text: fit_of(*other, dense)[0] for text, other in others.items()}
+    fits = {choice: fit_of(*other, dense)[0] for choice, other in others.items()}
     best = max(fits, key=fits.get)
     better = fits[best] > max(0.3, (1.15 if cloud is None else 1.5) * fit)
     if fit > 0.05 and not better:
         return fit, what
-    hint = f"{best} would fit: {fits[best]:.0%}"
+    hint = f"{option_words(best)} would fit: {fits[best]:.0%}"
     if not better:
         hint = "no other reading of poses, axes or units fits; is the cloud of another place?"
     raise refusal(where, f"cameras that show the points ({what})", f"{fit:.1%}", hint)
@@ -442,11 +448,12 @@ def check_fit(
 def _with_units(readings, depth_scale):
     "Each reading with the unit of depth that suits it."
     found = {}
-    for text, (cloud, views) in readings.items():
+    for choice, (cloud, views) in readings.items():
         stored = scaled_depth(views, 1 / depth_scale)
         unit, _ = find_depth_scale(None if cloud is None else cloud["coord"], stored)
-        if "--depth-scale" not in text and unit != depth_scale:
-            found[f"{text} --depth-scale {unit:g}"] = cloud, scaled_depth(stored, unit)
+        if "depth-scale" not in dict(choice) and unit != depth_scale:
+            own = (*choice, ("depth-scale", f"{unit:g}"))
+            found[own] = cloud, scaled_depth(stored, unit)
     return found
 
 # %% ../../nbs/data/28_import.ipynb #p28sheet

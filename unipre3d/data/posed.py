@@ -22,6 +22,7 @@ from unipre3d.files import (
     Found,
     check_declared,
     decode_picture,
+    files_below,
     read_array,
     read_file,
     read_json,
@@ -33,8 +34,8 @@ from ..values import check_intrinsics, check_poses, refusal
 # %% auto #0
 __all__ = ['BROWN', 'FISHEYE', 'PICTURES', 'UNREADABLE', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS',
            'TUM_LENSES', 'LAYOUTS', 'Lens', 'make_lens', 'distort', 'pixel_rays', 'straighten', 'redraw', 'PosedImage',
-           'Capture', 'rigid', 'name_lost', 'image_size', 'known_size', 'beside', 'read_depth_map', 'read_points',
-           'colmap_lens', 'Bytes', 'colmap_models', 'read_colmap', 'transforms_lens', 'read_transforms',
+           'Capture', 'rigid', 'name_lost', 'image_size', 'known_size', 'beside', 'check_proportions', 'read_depth_map',
+           'read_points', 'colmap_lens', 'Bytes', 'colmap_models', 'read_colmap', 'transforms_lens', 'read_transforms',
            'whole_centres', 'nearest_stamps', 'read_tum', 'read_matrix', 'image_scenes', 'read_image_scene',
            'layouts_of', 'read_captures']
 
@@ -254,13 +255,27 @@ def beside(
     stem: str,  # of a file, perhaps with folders before it
     endings: tuple[str, ...],  # the first that is there counts
 ) -> Path | None:
-    "The file of this name with one of these endings."
-    found = (folder / f"{stem}{ending}" for ending in endings)
+    "The file of this name with one of these endings, in capitals too."
+    place = folder / stem.replace("\\", "/")  # as Windows writes it
+    ends = (cased for end in endings for cased in dict.fromkeys([end, end.upper(), end.title()]))
+    found = (place.with_name(place.name + end) for end in ends)
     return next((path for path in found if path.is_file()), None)
 
 
-COLOR = ("", ".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".webp")
-DEPTH = (".png", ".npy", ".PNG")
+def check_proportions(
+    hw: tuple[int, int],  # of an image as it is stored
+    lens: Lens,
+    where: str,  # the file, for messages
+) -> None:
+    """Raises: ValueError for an image that is no scaled one of its camera: it was cropped, or rotated."""
+    (h, w), (H, W) = hw, lens.hw
+    if abs(h * W / (w * H) - 1) > 0.01:
+        remedy = "use the images that the cameras were found for"
+        raise refusal(where, f"the proportions of its camera, {W} x {H}", f"{w} x {h}", remedy)
+
+
+COLOR = ("", ".jpg", ".jpeg", ".png", ".webp")
+DEPTH = (".png", ".npy")
 
 
 def read_depth_map(
@@ -275,7 +290,7 @@ def read_depth_map(
             if not image.mode.startswith("I"):
                 raise Found(f"mode {image.mode}")
         depth = np.asarray(image).astype(np.float32)
-    elif path.suffix == ".npy":
+    elif path.suffix.lower() == ".npy":
         depth = read_array(path)
     else:
         data = read_file(path, "a depth map of COLMAP")
@@ -477,7 +492,7 @@ def read_colmap(
     homes = [folder / name for name in ("images", "rgb", "color", "image", ".")]
     homes += [place.parent / "images", place.parent.parent / "images"]
     for name, camera, quaternion, translation in sorted(images):
-        color = next((home / name for home in homes if (home / name).is_file()), None)
+        color = next(filter(None, (beside(home, name, ("",)) for home in homes)), None)
         if color is None:
             lost.append(name)
             continue
@@ -495,7 +510,7 @@ def read_colmap(
     cloud = None
     if len(points):
         rows = np.array(points, dtype=np.float64)
-        cloud = dict(coord=rows[:, :3], color=rows[:, 3:].astype(np.uint8))
+        cloud = dict(coord=rows[:, :3], color=rows[:, 3:].round().astype(np.uint8))
     return Capture(
         folder.resolve().name,
         "COLMAP",
@@ -545,7 +560,9 @@ def transforms_lens(
     values = dict(fx=fx, fy=fy, cx=frame.get("cx", w / 2), cy=frame.get("cy", h / 2))
     values |= {name: frame.get(name, 0.0) for name in BROWN}
     stored = (round(h), round(w))
-    return make_lens(values, stored, where, "fisheye" if fisheye else "brown").scaled(hw)
+    lens = make_lens(values, stored, where, "fisheye" if fisheye else "brown")
+    check_proportions(hw, lens, where)
+    return lens.scaled(hw)
 
 
 def _focal(angle, size):
@@ -578,7 +595,7 @@ def read_transforms(
             lens = transforms_lens(whole | frame, hw, where)
             pose = check_poses(_matrix(frame["transform_matrix"], where), where) @ FLIP
             depth = frame.get("depth_file_path")
-            depth = path.parent / depth if depth else None
+            depth = path.parent / depth.replace("\\", "/") if depth else None
             shots.append(PosedImage(color, pose, lens, depth))
         if not shots and broken:
             image_size(broken[0])
@@ -596,7 +613,7 @@ def read_transforms(
         name,
         "transforms.json",
         shots,
-        read_points(path.parent / cloud) if cloud else None,
+        read_points(path.parent / cloud.replace("\\", "/")) if cloud else None,
         depth_scale=1 / scale if scale else None,
         split=split,
         remarks=tuple(remarks),
@@ -680,9 +697,14 @@ def read_tum(
         hint = "pass --intrinsics fx fy cx cy, such as 525 525 319.5 239.5"
         raise refusal(str(folder), f"a name with {', '.join(TUM_LENSES)}", name, hint)
     shots = []
+    there = [folder / color for color, *_ in colors if (folder / color).is_file()]
+    sizes = {path: known_size(path) for path in there}
+    readable = [hw for hw in sizes.values() if hw is not None]
+    if there and not readable:
+        image_size(there[0])
+    lens = whole_centres(intrinsics or known, readable[0], str(folder)) if readable else None
     wrong = []
     broken = []
-    lens = None
     with reading(folder / "groundtruth.txt", "tx ty tz qx qy qz qw"):
         where = zip(nearest_stamps(times, depth_times), nearest_stamps(times, pose_times))
         for (color, *_), (k, p) in zip(colors, where):
@@ -692,16 +714,11 @@ def read_tum(
             if not (np.isfinite(numbers).all() and numbers[3:].any()):
                 wrong.append(color)
                 continue
-            if lens is None:
-                hw = known_size(folder / color)
-                if hw is None:
-                    broken.append(color)
-                    continue
-                lens = whole_centres(intrinsics or known, hw, str(folder))
+            if sizes[folder / color] is None:
+                broken.append(color)
+                continue
             pose = rigid(numbers[[6, 3, 4, 5]], numbers[:3])
             shots.append(PosedImage(folder / color, pose, lens, folder / depths[k][0]))
-        if not shots and broken:
-            image_size(folder / broken[0])
         if not shots and wrong:
             raise Found("no pose of finite numbers")
         if not shots:
@@ -721,7 +738,7 @@ def read_matrix(
 
     Raises: OSError or ValueError that names the file."""
     with reading(path, f"a matrix of {side} x {side} numbers"):
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             rows = read_array(path).astype(np.float64)
         else:
             rows = np.array([float(x) for x in read_words(path).split()])
@@ -750,10 +767,11 @@ def read_image_scene(
     root = Path(root)
     home = root / "images" / split / scene
     shots, lost, broken = [], 0, []
-    for color in sorted((home / "color").iterdir(), key=lambda p: (len(p.stem), p.stem)):
+    pictures = [p for p in files_below(home / "color") if p.suffix.lower() in COLOR[1:]]
+    for color in sorted(pictures, key=lambda p: (len(p.stem), p.stem)):
         pose = beside(home / "pose", color.stem, (".npy", ".txt"))
-        if color.suffix not in COLOR or pose is None:
-            lost += color.suffix in COLOR
+        if pose is None:
+            lost += 1
             continue
         pose = read_matrix(pose)
         if not np.isfinite(pose).all():

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 from ..core import CameraBatch, ViewBatch
 from .shards import local_root, open_shards
 from unipre3d.files import (
+    HIDDEN,
     decode_array,
     decode_text,
     open_zip,
@@ -42,7 +43,7 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['Cloud', 'RADIUS', 'HIDDEN', 'View', 'check_view', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat',
+__all__ = ['Cloud', 'RADIUS', 'View', 'check_view', 'Reader', 'Views', 'as_views', 'read_views', 'Subset', 'Concat',
            'check_apart', 'class_labels', 'hold_out', 'hold_out_places', 'take_shots', 'object_scale', 'recipe_radius',
            'fit_radius', 'Files', 'FolderFiles', 'ZipFiles', 'Store', 'Cache', 'DecodedImages', 'Layout', 'found_at',
            'check_option', 'files_hash', 'shard_of', 'FileReader', 'RoomReader']
@@ -393,9 +394,6 @@ def fit_radius(
     return ((xyz.astype(np.float64) - center) * scale).astype(np.float32)
 
 # %% ../../nbs/data/19_readers.ipynb #r19store
-HIDDEN = (".", "__MACOSX")  # how names begin that a system adds for itself
-
-
 class Files(Protocol):
     "Files below one root; `FolderFiles`, `ZipFiles` and `Shards` are three kinds."
 

@@ -35,7 +35,7 @@ from unipre3d.values import (
 
 # %% auto #0
 __all__ = ['FEATURES', 'STORED', 'FLIP', 'FACTORS', 'choose_views', 'match', 'choose_frames', 'point_features', 'orbit', 'walk',
-           'Samples', 'Labelled', 'CloudSamples', 'meeting', 'other_readings', 'check_meeting', 'pack_views',
+           'Samples', 'Labelled', 'CloudSamples', 'meeting', 'Reading', 'other_readings', 'check_meeting', 'pack_views',
            'has_views', 'ViewSamples']
 
 # %% ../../nbs/data/26_samples.ipynb #ac60612d
@@ -445,24 +445,47 @@ def _points_on_mask(xyz, views):
     return float(inside.any(1).mean())  # of a large room a view shows little
 
 
+@dataclass(frozen=True)
+class Reading:
+    "How the files of views might be meant instead."
+
+    inverted: bool = False  # poses
+    flipped: bool = False  # y and z of the cameras
+    factor: float = 1.0  # of depth
+
+    def views(
+        self,
+        views: PosedViews,
+    ) -> PosedViews:
+        "The views as they would be."
+        poses = np.linalg.inv(views.world_to_cam) if self.inverted else views.world_to_cam
+        poses = FLIP @ poses if self.flipped else poses
+        depth = views.depth if self.factor == 1 else views.depth * self.factor
+        return replace(views, world_to_cam=poses, depth=depth)
+
+    def words(
+        self,
+        depth_scale: float
+        | None = None,  # units of depth in a metre, as they were read; None: unknown
+    ) -> str:
+        "What to do."
+        if self.factor != 1 and depth_scale:
+            return f"a depth scale of {depth_scale / self.factor:g} units a metre (--depth-scale)"
+        if self.factor != 1:
+            return f"depth multiplied by {self.factor:g}"
+        if self.inverted and self.flipped:
+            return "inverted poses with OpenGL axes"
+        return "poses that are inverted" if self.inverted else "OpenGL axes (y up, z backward)"
+
+
 def other_readings(
     views: PosedViews,
-    depth_scale: float | None = None,  # units of depth in a metre, as they were read; None: unknown
-) -> dict[str, PosedViews]:  # what to do -> the views as they would be
+) -> dict[Reading, PosedViews]:
     "The same files with poses inverted, with other axes, or with depth in another unit."
-    inverse = np.linalg.inv(views.world_to_cam)
-    found = {
-        "poses that are inverted": replace(views, world_to_cam=inverse),
-        "OpenGL axes (y up, z backward)": replace(views, world_to_cam=FLIP @ views.world_to_cam),
-        "inverted poses with OpenGL axes": replace(views, world_to_cam=FLIP @ inverse),
-    }
+    readings = [Reading(inverted=True), Reading(flipped=True), Reading(True, True)]
     if views.depth is not None:
-        for factor in FACTORS:
-            text = f"depth multiplied by {factor:g}"
-            if depth_scale:
-                text = f"a depth scale of {depth_scale / factor:g} units a metre (--depth-scale)"
-            found[text] = replace(views, depth=views.depth * factor)
-    return found
+        readings += [Reading(factor=factor) for factor in FACTORS]
+    return {reading: reading.views(views) for reading in readings}
 
 
 def check_meeting(
@@ -475,17 +498,21 @@ def check_meeting(
 
     Raises: ValueError of one line that says which reading of the files would fit.
     """
+    if views.depth is None and views.mask is not None and views.mask.mean() > 0.98:
+        expected = "views of an object on a black or transparent background"
+        found = f"{views.mask.mean():.0%} of all pixels on it"
+        raise refusal(where, expected, found, "make the background black")
     fit = meeting(xyz, views)
     if fit > 0.7:
         return
-    others = {text: meeting(xyz, v) for text, v in other_readings(views, depth_scale).items()}
+    others = {reading: meeting(xyz, v) for reading, v in other_readings(views).items()}
     best = max(others, key=others.get)
     better = others[best] > max(0.7, 1.5 * fit)
     if fit > 0.05 and not better:
         return
     what = "points on their views" if views.depth is None else "pixels near a point of the cloud"
     hint = (
-        f"{best} would fit: {others[best]:.0%}"
+        f"{best.words(depth_scale)} would fit: {others[best]:.0%}"
         if better
         else "no other reading of poses or depth fits"
     )

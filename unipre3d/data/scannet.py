@@ -40,7 +40,7 @@ from unipre3d.data.readers import (
     check_option,
 )
 from .shapenet import SPLITS, read_pose
-from ..values import check_colors, check_labels, store_column
+from ..values import check_colors, check_labels, refusal, store_column
 
 # %% auto #0
 __all__ = ['FOCAL', 'COLUMNS', 'NO_DEPTH', 'BOX', 'BLOCK', 'SCANNET', 'FRAME_FILES', 'FRAME_NAME', 'NYU40', 'read_intrinsics',
@@ -993,7 +993,11 @@ def _listed(scenes: list[str] | str | Path) -> list[str]:
     "Scenes of a split, from the list or from a text file of them."
     if not isinstance(scenes, (str, Path)):
         return scenes
-    return read_words(scenes, "a list of scenes such as scannetv2_train.txt").split()
+    expected = "a list of scenes such as scannetv2_train.txt"
+    names = read_words(scenes, expected).split()
+    if not names:
+        raise refusal(str(scenes), expected, "an empty file")
+    return names
 
 
 def _convert_film(film, out, scene, every, hw, world):

@@ -367,7 +367,7 @@ class ShapeNetViews:
     def _read_list(self, name):
         "The lines of a list, and the objects that they name."
         lines = [line.strip() for line in self.store.text(name).splitlines() if line.strip()]
-        return lines, {tuple(line.removesuffix(".npy").split("-", 1)) for line in lines}
+        return lines, {line.removesuffix(".npy") for line in lines}
 
     def _listed(self, split):
         "The objects that `<split>.txt` names."
@@ -381,8 +381,9 @@ class ShapeNetViews:
         lines, named = self._read_list(path.name)
         others = [f"{s}.txt" for s in SPLITS if self.store.has(f"{s}.txt")]
         if split in SPLITS:
-            check_apart({self.store.where(n): map("-".join, self._read_list(n)[1]) for n in others})
-        found = named & set(self.everything)
+            check_apart({self.store.where(n): self._read_list(n)[1] for n in others})
+        known = {"-".join(item): item for item in self.everything}
+        found = {known[name] for name in named & set(known)}
         if not found:
             expected = "expected one <synset>-<model> a line, each a folder <synset>/<model> beside the list"
             example = f"{lines[0][:60]!r} for example; " if lines else ""
@@ -391,10 +392,10 @@ class ShapeNetViews:
                 f"{example}there is {'/'.join(self.everything[0])}); "
                 "the root must hold the folders of the synsets"
             )
-        lack = named - found
+        lack = named - set(known)
         if lack:
             count = f"left out {len(lack)} of {len(named)} objects, whose folders are not there"
-            warnings.warn(f"{path}: {count}, such as {'-'.join(min(lack))}", stacklevel=4)
+            warnings.warn(f"{path}: {count}, such as {min(lack)}", stacklevel=4)
         return found
 
     def _hashed(self, split):

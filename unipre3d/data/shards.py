@@ -434,18 +434,19 @@ class Shards:
         "The bytes of one file."
         place = None if name in self.tables else self.find(name)
         if name in self.tables:
-            data = read_file(self.root / name, "this file")
+            data, where = read_file(self.root / name, "this file"), str(self.root / name)
+            size, crc = self.tables[name]
         elif place:
-            number, first, size, _ = place
-            file = self.shard(number)
-            with reading(self.where(name), "this file", "copy the shard again"):
+            number, first, size, crc = place
+            file, where = self.shard(number), f"{self.root / self.shards[number][0]}: {name}"
+            with reading(where, "this file", "copy the shard again"):
                 file.seek(first)
                 data = file.read(size)
         else:
             raise FileNotFoundError(f"{self.root}: {name}: expected this file, found nothing there")
-        if (len(data), zlib.crc32(data)) != tuple(self.facts(name)):
+        if (len(data), zlib.crc32(data)) != (size, crc):
             expected = f"the bytes that {INDEX} was written for"
-            raise refusal(self.where(name), expected, "others", "copy the shard again")
+            raise refusal(where, expected, "others", "copy the shard again")
         return data
 
 

@@ -672,13 +672,15 @@ def plan(
 def select(
     rows: Sequence[Row],
     only: str,  # a claim, a row, or its beginning as "cls20-unipre3d"; "" takes all but the extra ones
+    comparisons: Sequence[Comparison] | None = None,  # of the claims; None: those of this study
 ) -> list[Row]:  # with everything that they need, in order
     """Some rows of a plan.
 
     Raises: ValueError where no row is meant.
     """
     by_key = {r.key: r for r in rows}
-    compared = {(c.part, arm) for c in COMPARISONS if c.claim == only for arm in (c.arm, c.against)}
+    known = COMPARISONS if comparisons is None else comparisons
+    compared = {(c.part, arm) for c in known if c.claim == only for arm in (c.arm, c.against)}
 
     def wanted(row):
         if not only:

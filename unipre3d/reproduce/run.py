@@ -23,9 +23,11 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..image import autoencoder_folder
 from ..recipes import read_recipe
-from ..records import read_record, write_json
-from .plan import SOURCES, Row, plan, plan_recipe, select
+from ..records import data_hash, read_record, write_json
+from .plan import COMPARISONS, SOURCES, Row, plan, plan_recipe, select
+from .second import EXPLORATORY, PRIMARY, plan_second
 from ..runs.checkpoint import has_state, is_finished
 from ..runs.fit import Task, stop_requests
 from ..runs.recipe import Optimiser, Recipe, change, freeze, to_values
@@ -42,10 +44,11 @@ from unipre3d.tasks.classification import (
 from ..tasks.heads import LabelObjective
 
 # %% auto #0
-__all__ = ['CHILD', 'ONE_THREAD', 'ELSEWHERE', 'plain', 'row_of', 'recorded', 'record_path', 'run_path', 'read_row',
-           'chosen_rate', 'recipe_of', 'missing', 'letters', 'AnswersRecipe', 'with_answers', 'goes_on', 'run_row',
-           'pending', 'row_lock', 'is_taken', 'is_done', 'run_file', 'visible_gpus', 'log_path', 'start_row',
-           'last_line', 'reproduce', 'StudyOptions', 'why_not', 'plan_table', 'reproduce_command']
+__all__ = ['CHILD', 'ONE_THREAD', 'ELSEWHERE', 'PAPER_MEMORY', 'plain', 'row_of', 'recorded', 'record_path', 'run_path',
+           'read_row', 'trial_score', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'AnswersRecipe', 'with_answers',
+           'goes_on', 'run_row', 'pending', 'row_lock', 'is_taken', 'is_done', 'run_file', 'visible_gpus', 'log_path',
+           'start_row', 'last_line', 'reproduce', 'StudyOptions', 'why_not', 'plan_table', 'lacks', 'missing_table',
+           'planned', 'reproduce_command']
 
 # %% ../../nbs/78_reproduce.ipynb #98cb9c12
 def plain(row: Row) -> dict[str, Any]:
@@ -107,14 +110,21 @@ def read_row(
     return record
 
 
+def trial_score(
+    record: dict,  # of a trial
+) -> float:
+    "What validation says of it: of a head in closed form, where there is one."
+    return record["metrics"].get("val_oa_ridge", record["chosen"]["score"])
+
+
 def chosen_rate(
     row: Row,
     folder: str | Path,  # of the study
 ) -> float:
     "The learning rate of the trial with the best validation; a probe tries the rate of what it starts from."
     trials = [read_record(record_path(key, folder)) for key in row.tune]
-    best = max(trials, key=lambda r: r["chosen"]["score"])
-    if row.kind == "masked":
+    best = max(trials, key=trial_score)
+    if row.kind != "finetune":  # a pre-training is tried by what is made of its features
         best = read_record(record_path(best["row"]["start"], folder))
     return best["values"]["lr"]
 
@@ -155,29 +165,25 @@ def letters(
 class AnswersRecipe(ClassificationRecipe):
     "A classification whose record also holds every prediction, and those for artist-made objects after generated ones."
 
-    def build_task(self, device: str | torch.device = "cpu") -> Task:
-        "The task of a classification, with a test that says more."
-        task = super().build_task(device)
+    def describe(self, model, device) -> tuple[dict[str, float], dict[str, Any]]:
+        "Every prediction; of a head in closed form the names end in `_ridge`."
         generated = (self.data.source, self.data.layout) == ("shapes", "scans")
+        end = "_ridge" if self.run.ridge else ""
+        metrics, details = {}, {}
 
-        def predictions(model, reader):
+        def predictions(reader):
             samples = class_samples(self.data, reader)
             probabilities, labels = class_probabilities(model, samples, device=device)
             return letters(probabilities.argmax(1)), letters(labels)
 
-        def test(model, folder):
-            metrics, details = task.test(model, folder)
-            final = read_splits(self.data)[2]
-            details["answers"], details["true"] = predictions(model, final)
-            if generated and not self.data.ways:
-                real = replace(self.data, source="furniture", validation="split", shots=0)
-                found = [predictions(model, reader) for reader in read_splits(real)]
-                predicted, true = ("".join(part) for part in zip(*found))
-                details["answers_real"], details["true_real"] = predicted, true
-                metrics["oa_real"] = sum(map(str.__eq__, predicted, true)) / len(true)
-            return metrics, details
-
-        return replace(task, test=test)
+        details[f"answers{end}"], details["true"] = predictions(read_splits(self.data)[2])
+        if generated and not self.data.ways:
+            real = replace(self.data, source="furniture", validation="split", shots=0)
+            found = [predictions(reader) for reader in read_splits(real)]
+            predicted, true = ("".join(part) for part in zip(*found))
+            details[f"answers_real{end}"], details["true_real"] = predicted, true
+            metrics[f"oa_real{end}"] = sum(map(str.__eq__, predicted, true)) / len(true)
+        return metrics, details
 
 
 def with_answers(
@@ -221,6 +227,7 @@ def run_row(
         raise ValueError(f"{row.key}: expected a run with finite losses, see {run / 'record.json'}")
     record["start"]["init"] = row.start
     record["row"] = recorded(row)
+    record["checkpoint"] = data_hash(run / "checkpoint.safetensors")
     if row.needs:
         record["values"]["data"] = row.needs  # nobody else's folders
         record["data"]["name"] = row.needs
@@ -518,20 +525,79 @@ def plan_table(
     return "\n".join(lines)
 
 
+PAPER_MEMORY = {
+    "pretrain": "24 GB (the paper: one 3090 Ti)",
+    "scene": "8 x 24 GB (the paper: 8 3090 Ti)",
+}
+
+
+def lacks(
+    row: Row,
+) -> list[str]:  # "data: ...", "weights: ...", "a GPU"; empty where it can be run
+    "Everything that a row needs and that is not here."
+    try:
+        recipe = recipe_of(replace(row, tune=()), "")
+    except ValueError as problem:
+        return [f"code: {problem}"]
+    found = []
+    if row.needs and not row.changes["data"]:
+        found.append(f"data: {SOURCES[row.needs]}; pass --{row.needs} FOLDER")
+    image = getattr(recipe.model, "image", "")
+    if "/" in image and not autoencoder_folder(image, recipe.model.image_subfolder).is_dir():
+        found.append(f"weights: {image}, fetched at first use where there is a network")
+    if row.stage == "full" and not torch.cuda.is_available():
+        found.append("a GPU")
+    return found
+
+
+def missing_table(
+    rows: Sequence[Row],
+    folder: str | Path,  # of the study
+) -> str:
+    "What stands between here and all rows: each thing that is missing, for how many rows, hours and memory."
+    left = {r.key for r in pending(rows, folder)}
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        for thing in lacks(row) if row.key in left else ():
+            found.setdefault(thing, []).append(row)
+    lines = ["rows   hours  memory of a GPU                  missing"]
+    for thing, own in sorted(found.items(), key=lambda pair: -len(pair[1])):
+        scene = any(r.needs in ("scannet", "s3dis") for r in own)
+        memory = PAPER_MEMORY["scene" if scene else "pretrain"]
+        hours = sum(r.minutes for r in own) / 60
+        lines.append(f"{len(own):4} {hours:7.0f}  {memory:32} {thing}")
+    return "\n".join(lines) if found else "nothing is missing"
+
+
+def planned(
+    budget: str,  # "mini", "second" or "full"
+    only: str = "",  # as for `select`
+    data: dict[str, str] | None = None,  # for "full": name of a data set -> folder
+) -> list[Row]:
+    """The rows of a study, or some of them.
+
+    Raises: ValueError for another budget, or where no row is meant.
+    """
+    if budget == "second":
+        return select(plan_second(), only, [*PRIMARY, *EXPLORATORY])
+    return select(plan(budget, data), only, COMPARISONS)
+
+
 def reproduce_command(
-    args: list[str],  # "mini" or "full", and options
+    args: list[str],  # "mini", "second" or "full", and options
     parse: Callable[..., Any],  # the command line's: (dataclass, arguments, name) -> instance
 ) -> int:  # exit status
-    """unipre3d reproduce mini | full [--list] [--only CLAIM] [--key value ...]: run the study; resumes.
+    """unipre3d reproduce mini | second | full [--list] [--only CLAIM] [--key value ...]: run the study; resumes.
 
     Raises: ValueError for a plan, an option or a row that does not exist.
     """
     if args[:1] in (["-h"], ["--help"]):
-        parse(StudyOptions, ["--help"], "unipre3d reproduce mini | full")
+        parse(StudyOptions, ["--help"], "unipre3d reproduce mini | second | full")
     budget = args[0] if args else "nothing"
-    if budget not in ("mini", "full"):
+    if budget not in ("mini", "second", "full"):
         raise ValueError(
-            f"reproduce: expected mini or full, got {budget}; as in: unipre3d reproduce mini --list"
+            f"reproduce: expected mini, second or full, got {budget}; "
+            "as in: unipre3d reproduce mini --list"
         )
     options = parse(StudyOptions, args[1:], f"unipre3d reproduce {budget}")
     if options.workers < 0:
@@ -540,11 +606,13 @@ def reproduce_command(
         )
     data = {name: getattr(options, name) for name in SOURCES}
     for name, folder in data.items():
-        if folder and budget == "mini":
+        if folder and budget != "full":
             raise ValueError(f"--{name}: counts only in the full plan; got {folder}")
-    rows = select(plan(budget, data), options.only)
+    rows = planned(budget, options.only, data)
     if options.list or budget == "full":
         print(plan_table(rows, options.out))
+    if budget == "full":
+        print(missing_table(rows, options.out))
     if options.list:
         return 0
     why = why_not(rows, options.out)

@@ -54,10 +54,11 @@ from .metrics import ClassScore, draw_confusion
 from ..worlds.scans import Scans, embedded_scans
 
 # %% auto #0
-__all__ = ['DATA_SETS', 'CLASS_LIMITS', 'CLASS_CONDITIONS', 'MINI', 'FULL', 'classification_recipes', 'ClassificationModel',
-           'Episode', 'draw_episode', 'class_probabilities', 'score_classes', 'evaluate_classes', 'vote',
-           'nearest_probabilities', 'cloud_rows', 'evaluate_nearest', 'ClassData', 'ClassHead', 'ClassRun',
-           'read_clouds', 'read_splits', 'class_samples', 'save_confusion', 'validates', 'ClassificationRecipe']
+__all__ = ['PENALTIES', 'DATA_SETS', 'CLASS_LIMITS', 'CLASS_CONDITIONS', 'MINI', 'FULL', 'classification_recipes',
+           'ClassificationModel', 'Episode', 'draw_episode', 'class_probabilities', 'score_classes', 'evaluate_classes',
+           'vote', 'nearest_probabilities', 'cloud_rows', 'evaluate_nearest', 'ridge', 'ridge_by_folds', 'with_ridge',
+           'ClassData', 'ClassHead', 'ClassRun', 'read_clouds', 'read_splits', 'class_samples', 'save_confusion',
+           'validates', 'ClassificationRecipe']
 
 # %% ../../nbs/tasks/72_classification.ipynb #1e2ce3af
 class ClassificationModel(nn.Module):
@@ -209,7 +210,8 @@ def nearest_probabilities(
 @torch.no_grad()
 def cloud_rows(
     backbone: Backbone,
-    samples: CloudSamples,  # not augmented
+    samples: CloudSamples,
+    draw: int = 0,  # which draw of each object
     *,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
@@ -217,7 +219,7 @@ def cloud_rows(
     "One row of features for each object."
     backbone.eval()
     own = []
-    for batch in own_batches(samples, batch_size):
+    for batch in own_batches(samples, batch_size, draw):
         rows = pool(backbone(batch.points.to(device))).float().cpu()
         own.append((rows, batch.label))
     found = gathered(own)
@@ -237,6 +239,65 @@ def evaluate_nearest(
     classes = len(train.source.classes)
     scores = score_classes(nearest_probabilities(known, label, query, classes, k), truth)
     return {f"{name}_nearest{k}": value for name, value in scores.items()}
+
+# %% ../../nbs/tasks/72_classification.ipynb #72c00005
+PENALTIES = tuple(10.0**power for power in range(-3, 4))  # lambda, that are tried
+
+
+def ridge(
+    rows: Float[Tensor, "n c"],  # features
+    target: Float[Tensor, "n k"],  # one column a class
+    penalty: float,  # lambda, above 0
+) -> tuple[Float[Tensor, "k c"], Float[Tensor, "k"]]:  # weight and bias of a linear layer
+    "Least squares with a penalty, in double precision; columns count in their standard deviations."
+    rows, target = rows.double(), target.double()
+    middle, spread = rows.mean(0), rows.std(0).clamp_min(1e-9)
+    x = (rows - middle) / spread
+    mean = target.mean(0)
+    gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, x.T @ (target - mean)).T / spread
+    return weight, mean - weight @ middle
+
+
+def ridge_by_folds(
+    rows: Float[Tensor, "n c"],
+    label: Int[Tensor, "n"],
+    fold: Int[Tensor, "n"],  # all rows of one object are in the same fold
+    classes: int,  # K
+) -> tuple[nn.Linear, float]:  # the layer, and the penalty that was best on the folds
+    "The linear layer in closed form; of equally good penalties the largest."
+    target = nn.functional.one_hot(label, classes)
+    right = dict.fromkeys(PENALTIES, 0)
+    for number in fold.unique():
+        out = fold == number
+        for penalty in PENALTIES:
+            weight, bias = ridge(rows[~out], target[~out], penalty)
+            guessed = (rows[out].double() @ weight.T + bias).argmax(1)
+            right[penalty] += int((guessed == label[out]).sum())
+    best = max(PENALTIES, key=lambda penalty: (right[penalty], penalty))
+    layer = nn.Linear(rows.shape[1], classes)
+    weight, bias = ridge(rows, target, best)
+    layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return layer, best
+
+
+def with_ridge(
+    model: ClassificationModel,
+    train: CloudSamples,  # augmented
+    draws: int,  # of each object
+    folds: int = 5,  # of the objects, for the penalty
+    **how,  # batch_size, device
+) -> tuple[ClassificationModel, float]:  # the same backbone with another head, and the penalty
+    "The head in closed form, from draws 1, 2, ... of the training objects."
+    found = [cloud_rows(model.backbone, train, draw, **how) for draw in range(1, draws + 1)]
+    rows = torch.cat([rows for rows, _ in found])
+    label = torch.cat([label for _, label in found])
+    fold = (torch.arange(len(rows)) % len(found[0][0])) % folds
+    classes = len(train.source.classes)
+    layer, penalty = ridge_by_folds(rows, label, fold, classes)
+    solved = ClassificationModel(model.backbone, classes, hidden=0)
+    solved.head = layer.to(how.get("device", "cpu"))
+    return solved, penalty
 
 # %% ../../nbs/tasks/72_classification.ipynb #d2763a7b
 @dataclass(frozen=True)
@@ -279,6 +340,7 @@ class ClassRun(Run):
 
     votes: int = 0  # augmented draws that are averaged, beside the score without; 0 is off
     neighbours: int = 0  # nearest training objects that vote, beside the head; 0 is off
+    ridge: int = 0  # draws of each training object for a head in closed form, beside; 0 is off
 
 
 DATA_SETS = {
@@ -427,6 +489,7 @@ CLASS_LIMITS: dict[str, Limit] = LIMITS | {
     "smoothing": within(0, 1),
     "votes": ("0 (off) or at least 2", lambda value: value == 0 or value >= 2),
     "neighbours": within(0),
+    "ridge": within(0),
 }
 
 
@@ -452,6 +515,7 @@ CLASS_CONDITIONS: dict[str, Condition] = CONDITIONS | {
         "with a hidden layer",
         lambda recipe: recipe.model.hidden and not recipe.optimiser.probe,
     ),
+    "ridge": ("with --probe", lambda recipe: recipe.optimiser.probe),
     "validate_every": ("with --validation split or share", validates),
     "patience": (
         "with validation and --validate-every",
@@ -480,6 +544,30 @@ class ClassificationRecipe(Recipe):
         hidden = 0 if self.optimiser.probe else self.model.hidden
         return ClassificationModel(backbone, classes, hidden=hidden, dropout=self.model.dropout)
 
+    def describe(
+        self,
+        model: nn.Module,  # whose head counts: the trained one, or that in closed form
+        device: str | torch.device,
+    ) -> tuple[dict[str, float], dict[str, Any]]:  # further metrics and details
+        "What a record says beyond the scores; here nothing."
+        return {}, {}
+
+    def solve_ridge(
+        self,
+        model: ClassificationModel,
+        device: str | torch.device,
+    ) -> tuple[ClassificationModel, dict[str, float], float]:
+        "The model with a head in closed form, its scores, whose names say so, and the penalty."
+        train, val, final = read_splits(self.data)
+        varied = class_samples(self.data, train, self.run.seed)
+        solved, penalty = with_ridge(model, varied, self.run.ridge, device=device)
+        found = evaluate_classes(solved, class_samples(self.data, final), device=device)
+        scores = {"oa_ridge": found["oa"], "macc_ridge": found["macc"]}
+        if val:
+            chosen = evaluate_classes(solved, class_samples(self.data, val), device=device)
+            scores["val_oa_ridge"] = chosen["oa"]
+        return solved, scores, penalty
+
     def build_task(self, device: str | torch.device = "cpu") -> Task:
         "Readers, model, loss and scores of a classification."
         train, val, final = read_splits(self.data)
@@ -504,11 +592,18 @@ class ClassificationRecipe(Recipe):
                 pair = class_samples(self.data, train), class_samples(self.data, final)
                 how = dict(k=self.run.neighbours, device=device)
                 scores |= evaluate_nearest(model.backbone, *pair, **how)
+            judged, extra = model, {}
+            if self.run.ridge:
+                judged, found, penalty = self.solve_ridge(model, device)
+                scores |= found
+                extra = {"ridge_penalty": penalty}
             metrics = {k: v for k, v in scores.items() if isinstance(v, float)}
             title = ", ".join(f"{k} {v:.1%}" for k, v in metrics.items())
             if processes()[0] == 0:
                 save_confusion(scores["confusion"], train.classes, folder / "confusion.png", title)
-            return metrics, {"confusion": scores["confusion"].tolist()}
+            more, details = self.describe(judged, device)
+            details = {"confusion": scores["confusion"].tolist()} | extra | details
+            return metrics | more, details
 
         data = {"name": self.data.source, "sha256": train.fingerprint()}
         data |= {"train": len(train), "val": len(val) if val else 0, "test": len(final)}

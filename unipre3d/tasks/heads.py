@@ -15,11 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import PointBatch, to_padded
+from ..data.augment import Augment  # of an inherited field
+from ..data.shapenet import ShapeNetViews
 from ..geometry.pointops import interpolate, voxelize
 from ..processes import processes, shared_count
+from ..runs.recipe import Data, names_embedded
 
 # %% auto #0
-__all__ = ['pool', 'voxel_rows', 'propagate', 'LabelObjective', 'label_loss', 'accuracy', 'own_batches']
+__all__ = ['pool', 'voxel_rows', 'propagate', 'LabelObjective', 'label_loss', 'accuracy', 'own_batches', 'ShapeData',
+           'read_shapes']
 
 # %% ../../nbs/tasks/69_heads.ipynb #d6350ec5
 def pool(
@@ -113,3 +117,30 @@ def own_batches(
     for start in range(rank * batch_size, len(samples), world * batch_size):
         stop = min(start + batch_size, len(samples))
         yield samples.batch([(i, draw) for i in range(start, stop)])
+
+# %% ../../nbs/tasks/69_heads.ipynb #69shp002
+@dataclass(frozen=True)
+class ShapeData(Data):
+    "Clouds of objects, without a label."
+
+    source: str = "shapes"  # "shapes" (generated on first use) or "furniture" (embedded)
+    classes: tuple[str, ...] = ()  # kinds of objects; empty takes all
+    per_class: tuple[int, int, int] = (100, 10, 0)  # generated shapes of each: train, val, test
+
+
+def read_shapes(
+    data: ShapeData,
+    split: str,  # "train" or "val"
+) -> ShapeNetViews:
+    """The objects of a split.
+
+    Raises: ValueError for another source.
+    """
+    if not names_embedded(data.source, "furniture", "shapes"):
+        raise ValueError(f'data: expected "shapes" or "furniture", got "{data.source}"')
+    if data.source == "furniture":
+        return ShapeNetViews(split=split, classes=list(data.classes) or None)
+    from unipre3d.worlds.shapes import embedded_shapes
+
+    path = embedded_shapes(categories=list(data.classes) or None, per_category=data.per_class)
+    return ShapeNetViews(path, split=split)

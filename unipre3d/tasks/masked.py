@@ -19,7 +19,6 @@ from ..core import PointBatch, to_device
 from ..data.augment import Augment
 from ..data.readers import Reader
 from ..data.samples import CloudSamples
-from ..data.shapenet import ShapeNetViews
 from ..processes import shared_mean
 from ..runs.fit import Task, gathered
 from unipre3d.runs.recipe import (
@@ -27,7 +26,6 @@ from unipre3d.runs.recipe import (
     LIMITS,
     NEVER,
     Condition,
-    Data,
     Limit,
     Model,
     Objective,
@@ -35,16 +33,14 @@ from unipre3d.runs.recipe import (
     Recipe,
     Run,
     change,
-    names_embedded,
     one_of,
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone
-from .heads import own_batches
+from .heads import ShapeData, own_batches, read_shapes
 
 # %% auto #0
-__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'Masked', 'MaskedSamples', 'ShapeData', 'MaskedDecoder', 'read_shapes',
-           'MaskedRecipe']
+__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'Masked', 'MaskedSamples', 'MaskedDecoder', 'MaskedRecipe']
 
 # %% ../../nbs/tasks/68_masked.ipynb #0c093971
 def chamfer(
@@ -142,38 +138,11 @@ class MaskedSamples(CloudSamples):
 
 # %% ../../nbs/tasks/68_masked.ipynb #d2f91920
 @dataclass(frozen=True)
-class ShapeData(Data):
-    "Clouds of objects, without a label."
-
-    source: str = "shapes"  # "shapes" (generated on first use) or "furniture" (embedded)
-    classes: tuple[str, ...] = ()  # kinds of objects; empty takes all
-    per_class: tuple[int, int, int] = (100, 10, 0)  # generated shapes of each: train, val, test
-
-
-@dataclass(frozen=True)
 class MaskedDecoder(Model):
     "A Transformer and a light decoder."
 
     masked_fraction: float = 0.6  # of the groups that are hidden, 0..1
     decoder_depth: int = 1  # blocks of the decoder
-
-
-def read_shapes(
-    data: ShapeData,
-    split: str,  # "train" or "val"
-) -> ShapeNetViews:
-    """The objects of a split.
-
-    Raises: ValueError for another source.
-    """
-    if not names_embedded(data.source, "furniture", "shapes"):
-        raise ValueError(f'data: expected "shapes" or "furniture", got "{data.source}"')
-    if data.source == "furniture":
-        return ShapeNetViews(split=split, classes=list(data.classes) or None)
-    from unipre3d.worlds.shapes import embedded_shapes
-
-    path = embedded_shapes(categories=list(data.classes) or None, per_category=data.per_class)
-    return ShapeNetViews(path, split=split)
 
 
 @dataclass(frozen=True)

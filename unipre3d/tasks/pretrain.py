@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar  # inherited fields name Any
 
@@ -34,9 +35,14 @@ from unipre3d.image import (
     rgb_features,
 )
 from ..losses import best_constant_colour, psnr, ssim
-from ..objective import RenderObjective, active_terms, check_objective, render_loss
+from unipre3d.objective import (
+    RenderObjective,
+    active_terms,
+    check_objective,
+    draw_scene,
+    render_loss,
+)
 from ..records import save_figure
-from ..render import render
 from ..runs.fit import Task, gathered, processes
 from unipre3d.runs.recipe import (
     CONDITIONS,
@@ -58,13 +64,15 @@ from unipre3d.runs.recipe import (
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone, run_recipe
 from ..values import refusal
+from ..volume import VolumeBatch, VolumeHead, pick_pixels
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET',
            'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
            'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
-           'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground', 'PretrainRecipe',
-           'build_views', 'cache_remarks', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
+           'build_head', 'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground', 'makes',
+           'PretrainRecipe', 'build_views', 'cache_remarks', 'check_terms', 'pretrain_task', 'small_object',
+           'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -74,7 +82,7 @@ class UniPre3D(nn.Module):
         self,
         backbone: nn.Module,  # stem, body, norm; see the backbone chapters
         fusion: nn.Module,  # early and late
-        head: nn.Module,  # features to Gaussians
+        head: nn.Module,  # features to Gaussians, or to a volume
     ):
         super().__init__()
         self.backbone = backbone
@@ -86,8 +94,8 @@ class UniPre3D(nn.Module):
         points: PointBatch,  # the clouds
         maps: Float[Tensor, "v c h w"] | None,  # frozen features of the reference images, if any
         ref: ViewBatch,  # the reference views
-    ) -> GaussianBatch:
-        "One Gaussian for each point that the backbone returns."
+    ) -> GaussianBatch | VolumeBatch:
+        "One Gaussian for each point that the backbone returns, or a volume for each cloud."
         p = self.fusion.early(self.backbone.stem(points), maps, ref)  # point fusion acts here
         p = self.fusion.late(self.backbone.body(p), maps, ref)  # feature fusion acts here
         return self.head(p.with_feat(self.backbone.norm(p.feat)))
@@ -99,8 +107,8 @@ def predict(
     image_net: Callable[[Tensor], Tensor]
     | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]
     model: nn.Module,  # a `UniPre3D`
-) -> GaussianBatch:
-    """Points and reference images to Gaussians; without an image model there is no fusion.
+) -> GaussianBatch | VolumeBatch:
+    """Points and reference images to a scene; without an image model there is no fusion.
 
     Raises: ValueError outside training for coordinates that are not finite; in training the step is skipped."""
     if not model.training and not bool(points.xyz.isfinite().all()):
@@ -182,15 +190,16 @@ def evaluate(
     for sample in samples:
         sample = sample.to(device)
         target = sample.target
-        gaussians = predict(sample.points, sample.ref, image_net, model)
-        rgb = render(gaussians, target.camera, colour, backend=backend).rgb
+        scene = predict(sample.points, sample.ref, image_net, model)
+        rgb = draw_scene(scene, target, colour, backend).rgb
         few = zip(rgb.split(16), target.rgb.split(16))  # the windows of all would fill the memory
         similarity = torch.cat([ssim(*pair) for pair in few])
         scores = {"psnr": psnr(rgb, target.rgb), "ssim": similarity}
         if target.mask is not None:
             scores["psnr_foreground"] = psnr(rgb, target.rgb, target.mask)
         scores = {name: value.cpu() for name, value in scores.items()}
-        own.append((scores, sample.points.size, len(gaussians)))
+        count = len(scene) if isinstance(scene, GaussianBatch) else 0
+        own.append((scores, sample.points.size, count))
     model.train(training)
     batches = gathered(own)
     if not batches:
@@ -269,6 +278,12 @@ class GaussianModel(Model):
     )
     min_scale: float = 0.0  # floor of the standard deviation; the released code has 0.37
     max_scale: float = 100.0  # its ceiling, world units; the released code has e^20
+    scene: str = "gaussians"  # what is rendered: "gaussians", or "volume" by rays through a lattice
+    corners: int = 24  # volume: corners of the lattice along an edge
+    lattice_width: int = 16  # volume: features of a corner
+    rays: int = 256  # volume: of a target view, in a training step
+    ray_samples: int = 96  # volume: places along a ray
+    finer_samples: int = 36  # volume: further places where a surface was found
 
 
 LAYOUTS = {
@@ -304,6 +319,31 @@ def cached_image_net(
     return build_image_net(model)
 
 
+def build_head(
+    model: GaussianModel,
+    width: int,  # features of a point
+) -> GaussianHead | VolumeHead:
+    "What makes a scene of the features."
+    if model.scene == "volume":
+        return VolumeHead(
+            width,
+            corners=model.corners,
+            lattice_width=model.lattice_width,
+            margin=model.initial_scale,
+            rays=model.rays,
+            samples=model.ray_samples,
+            finer=model.finer_samples,
+        )
+    return GaussianHead(
+        width,
+        sh_degree=model.sh_degree,
+        max_offset=model.max_offset,
+        initial_scale=model.initial_scale,
+        min_scale=model.min_scale,
+        max_scale=model.max_scale,
+    )
+
+
 def build_fusion(
     model: GaussianModel,
     backbone: Backbone,
@@ -336,12 +376,13 @@ def build_fusion(
 def read_views(
     data: ViewData,
     split: str,  # "train", "val" or "test"
+    depth: bool = False,  # whether views of generated shapes have depth
 ) -> ShapeNetViews | ScanNetFrames:
     """The reader of one split, which keeps decoded images; shapes and rooms are made on first use.
 
     Raises: as `open_views`.
     """
-    reader = open_views(data, split)
+    reader = open_views(data, split, depth)
     if data.image_cache_mb:
         kinds = 2 if data.layout == "scannet" else 1  # colour and depth
         reader.decoded = DecodedImages(data.image_cache_mb * 2**20, kinds=kinds)
@@ -351,6 +392,7 @@ def read_views(
 def open_views(
     data: ViewData,
     split: str,  # "train", "val" or "test"
+    depth: bool = False,  # whether views of generated shapes have depth
 ) -> ShapeNetViews | ScanNetFrames:
     """The reader of one split; shapes and rooms are made on first use.
 
@@ -381,7 +423,12 @@ def open_views(
             root = embedded_shapes(
                 categories=categories, per_category=data.per_class, size=data.resolution
             )
-        return ShapeNetViews(
+        kind = ShapeNetViews
+        if depth and data.source == "shapes":
+            from unipre3d.worlds.depth import DepthShapes, embedded_depths
+
+            kind = partial(DepthShapes, depths=embedded_depths(root, size=data.resolution))
+        return kind(
             None if root == "furniture" else root,
             split=split,
             convention=data.convention or None,
@@ -422,6 +469,12 @@ VIEW_LIMITS: dict[str, Limit] = LIMITS | {
     "initial_scale": above(0),
     "min_scale": within(0),
     "max_scale": above(0),
+    "scene": one_of("gaussians", "volume"),
+    "corners": within(2),
+    "lattice_width": within(1),
+    "rays": within(1),
+    "ray_samples": within(2),
+    "finer_samples": within(0),
     "background": ("three fractions in 0..1", lambda rgb: all(0 <= value <= 1 for value in rgb)),
     "foreground_weight": within(0),
     "background_weight": within(0),
@@ -438,7 +491,16 @@ def weighs_foreground(recipe: Recipe) -> bool:
     return bool(recipe.objective.terms.get("colour")) and recipe.data.layout == "shapenet"
 
 
+def makes(scene: str) -> Condition:
+    "When a value counts: with one kind of scene."
+    return f"with --scene {scene}", lambda recipe: recipe.model.scene == scene
+
+
 VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    **dict.fromkeys(("sh_degree", "max_offset", "min_scale", "max_scale"), makes("gaussians")),
+    **dict.fromkeys(
+        ("corners", "lattice_width", "rays", "ray_samples", "finer_samples"), makes("volume")
+    ),
     "convention": reads("shapenet"),
     "rooms": reads("scannet", "rooms"),
     "classes": reads("shapenet", "shapes"),
@@ -477,15 +539,7 @@ class PretrainRecipe(Recipe):
         "Backbone, fusion and head, with weights drawn from the seed."
         backbone = build_backbone(self)
         join = build_fusion(self.model, backbone, image_width)
-        head = GaussianHead(
-            backbone.width,
-            sh_degree=self.model.sh_degree,
-            max_offset=self.model.max_offset,
-            initial_scale=self.model.initial_scale,
-            min_scale=self.model.min_scale,
-            max_scale=self.model.max_scale,
-        )
-        return UniPre3D(backbone, join, head)
+        return UniPre3D(backbone, join, build_head(self.model, backbone.width))
 
     def build_model(self, classes: int = 0) -> UniPre3D:
         "As `build_predictor`; the width of the maps is that of the recipe's image model."
@@ -510,8 +564,9 @@ def build_views(
     data = recipe.data
     train = split == "train"
     scene = data.layout == "scannet"
+    depth = {"depth", "normal"} & set(active_terms(recipe.objective))
     return ViewSamples(
-        read_views(data, split),
+        read_views(data, split, bool(depth)),
         n_points=data.n_points or None,
         n_ref=data.n_ref,
         n_target=data.n_target,
@@ -535,12 +590,28 @@ def cache_remarks(
     )
 
 
+def check_terms(
+    recipe: PretrainRecipe,
+) -> None:
+    """Refuse an objective that cannot be, or not with the recipe's scene.
+
+    Raises: ValueError that names the term.
+    """
+    check_objective(recipe.objective)
+    whole = sorted({"ssim", "normal"} & set(active_terms(recipe.objective)))
+    if whole and recipe.model.scene == "volume":
+        raise ValueError(
+            f"terms.{whole[0]}: expected colour, alpha or depth with --scene volume, "
+            "of which some pixels are rendered; use --scene gaussians for terms of whole images"
+        )
+
+
 def pretrain_task(
     recipe: PretrainRecipe,
     device: str | torch.device = "cpu",
 ) -> Task:
     "Samples, model, loss, scores and pictures of a pre-training."
-    check_objective(recipe.objective)
+    check_terms(recipe)
     train = build_views(recipe, "train")
     held_out = build_views(recipe, "val")
     image_net = cached_image_net(recipe.model)
@@ -555,10 +626,13 @@ def pretrain_task(
     columns += ["val_psnr", "val_psnr_foreground", "val_ssim"]
 
     def loss(model, sample):
-        gaussians = predict(sample.points, sample.ref, image_net, model)
-        with full_precision(gaussians.mean):
-            total, values, image = render_loss(gaussians, sample.target, recipe.objective)
-        scores = {"psnr": psnr(image.rgb.detach(), sample.target.rgb).mean()}
+        scene = predict(sample.points, sample.ref, image_net, model)
+        target = sample.target
+        if isinstance(scene, VolumeBatch):
+            target = pick_pixels(target, recipe.model.rays)
+        with full_precision(sample.points.xyz):
+            total, values, image = render_loss(scene, target, recipe.objective)
+        scores = {"psnr": psnr(image.rgb.detach(), target.rgb).mean()}
         return total, scores | (values if len(terms) > 1 else {})
 
     validation = eval_loader(
@@ -588,8 +662,9 @@ def pretrain_task(
         training = model.training
         model.eval()
         sample = shown.to(device)
-        gaussians = predict(sample.points, sample.ref, image_net, model)
-        _, _, image = render_loss(gaussians, sample.target, recipe.objective)
+        scene = predict(sample.points, sample.ref, image_net, model)
+        background = torch.tensor(recipe.objective.background, device=device)
+        image = draw_scene(scene, sample.target, background, recipe.objective.backend)
         model.train(training)
         title = f"step {step} of {recipe.run.steps}: held-out clouds"
         save_views(sample, image.rgb, folder / "views.png", title)
@@ -715,6 +790,23 @@ pretrain_recipes: dict[str, PretrainRecipe] = {
         about="the default: a small Transformer on the embedded objects, minutes on two CPU cores",
         backbone_options=SMALL_BACKBONES["StandardTransformer"] | dict(num_groups=128),
         steps=1400,
+    ),
+    "object-outline-mini": change(
+        OBJECTS,
+        about="objects: outlines alone, without colour and images, a small Transformer",
+        backbone_options=SMALL_BACKBONES["StandardTransformer"],
+        terms={"alpha": 1.0},
+        fusion="NoFusion",
+    ),
+    "object-volume-mini": change(
+        OBJECTS,
+        about="objects: rays through a lattice instead of Gaussians (as Ponder), a small Transformer",
+        backbone_options=SMALL_BACKBONES["StandardTransformer"],
+        scene="volume",
+        rays=32,
+        corners=16,
+        ray_samples=24,
+        finer_samples=12,
     ),
     "object-transformer": paper_object("StandardTransformer", FROM_SHAPENET),
     "object-pointnet2-mini": small_object("PointNet2", "a small PointNet++"),

@@ -29,7 +29,7 @@ from unipre3d.data.objects import (
 from ..data.readers import found_at
 from ..data.shapenet import split_objects
 from ..processes import leave_with
-from ..files import read_json
+from ..files import files_below, read_json
 from ..records import code_hash, written_whole
 from ..values import refusal
 from unipre3d.worlds.mesh import (
@@ -43,8 +43,8 @@ from unipre3d.worlds.mesh import (
 )
 
 # %% auto #0
-__all__ = ['MESHES', 'COLLECTIONS', 'prepare_own', 'files_below', 'find_meshes', 'MeshFile', 'synset_names', 'describe_meshes',
-           'split_meshes', 'run_jobs', 'named', 'tell', 'draw_object', 'prepare_meshes']
+__all__ = ['MESHES', 'COLLECTIONS', 'prepare_own', 'find_meshes', 'MeshFile', 'synset_names', 'describe_meshes', 'split_meshes',
+           'run_jobs', 'named', 'tell', 'draw_object', 'prepare_meshes']
 
 # %% ../../nbs/worlds/25_prepare.ipynb #947bf2af
 def prepare_own(
@@ -69,23 +69,6 @@ def prepare_own(
 MESHES = (".obj", ".ply", ".stl", ".glb", ".gltf", ".off")  # read without further packages
 
 
-def files_below(
-    folder: Path,
-    above: frozenset[str] = frozenset(),  # folders that it lies in
-) -> Iterator[Path]:
-    "Every file, links followed; what is hidden, or a link back to where it lies, is left out."
-    place = os.path.realpath(folder)
-    if place in above:
-        return
-    for entry in os.scandir(folder):
-        if entry.name.startswith((".", "__MACOSX")):
-            continue
-        if entry.is_dir():
-            yield from files_below(folder / entry.name, above | {place})
-        elif entry.is_file():
-            yield folder / entry.name
-
-
 def find_meshes(
     folder: str | Path,  # with mesh files, or with a folder of them for each class
 ) -> list[Path]:  # sorted
@@ -95,7 +78,7 @@ def find_meshes(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder of meshes, found {found_at(folder)}")
-    found = sorted(p for p in files_below(folder) if p.suffix.lower() in MESHES)
+    found = files_below(folder, MESHES)
     if not found:
         raise ValueError(f"{folder}: expected files that end in {', '.join(MESHES)}, found none")
     return found
