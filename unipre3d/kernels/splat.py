@@ -836,7 +836,8 @@ def project(v, first, last, cloud, bits, camera, rules, ids, rec, colour, shape)
     Written for each: `ids` its index; `rec` (centre in pixels, e, f, h, log2 opacity, depth; half the width
     of the ellipse where alpha is 1/255, how far right of the centre its top is, how much lower its middle
     gets a pixel further right, half its height over half its width); `colour` (red, green, blue, depth);
-    `shape`, where it has rows, (factor of the opacity, radii in pixels). The triangle (e f; 0 h) is the root of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
+    `shape`, where it has rows, (factor of the opacity, radii in pixels). The triangle (e f; 0 h) is the root
+    of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
     alpha = opacity * 2^-(y1^2 + y2^2).
     """
     mean, quat, scale, cov, opacity, sh = cloud
