@@ -1,6 +1,7 @@
 """Times the CPU renderer beside a plain torch one on six workloads, forward and backward, in one run.
 
-    python benchmarks/render.py [--workloads Os Om Ol Olt S] [--repeats 5] [--torch-views 4] [--json PATH]
+    python benchmarks/render.py [--workloads Os Om Ol Olt S V] [--repeats 5] [--torch-views 4] [--json PATH]
+    python benchmarks/render.py --against REV [--workloads ...] [--repeats ...]
 
 Workloads (float32): O is 32 objects x 4 views of 128x128, 1,024 Gaussians in the unit sphere, camera distance 1.75, field of view
 49.134 degrees, harmonics of degree 1; Os, Om, Ol have a median scale of 0.03, 0.1, 0.37; Olt is Ol with faint Gaussians (large and
@@ -9,6 +10,9 @@ transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.0
 
 The torch renderer is tiled, vectorised over tiles, Gaussians and pixels, and drops tiles that are opaque; autograd does its backward.
 It is timed on a few views and scaled by the number of views; every row says how many were drawn.
+
+With --against nothing is written: this checkout and another commit run alternately, each in a process of its own, and ratios of
+their best times are printed, with the distance of their images and gradients.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +36,7 @@ import torch.nn.functional as F
 from unipre3d.core import CameraBatch, GaussianBatch, offsets
 from unipre3d.gaussians import covariance, evaluate_sh
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
-from unipre3d.render import EPS2D, camera_arrays, project_gaussians, project_views, render
+from unipre3d.render import EPS2D, project_gaussians, render
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["mean", "scale", "quat", "opacity", "sh"]
@@ -156,24 +161,23 @@ def torch_view(gaussians, cameras, v, gradient, tile=16, chunk=32):
         )
         x, y = split(x), split(y)  # [tiles, pixels]
         low, high = (uv - reach)[order], (uv + reach)[order]
-        hit = (
-            (high[:, 0] > x[:, :1])
-            & (low[:, 0] < x[:, -1:])
-            & (high[:, 1] > y[:, :1])
-            & (low[:, 1] < y[:, -1:])
-        )  # [tiles, m]
-        count = hit.sum(1)
-        lists = (
-            order[hit.logical_not().to(torch.uint8).argsort(dim=1, stable=True)]
-            if len(order)
-            else order
-        )
+        parts = []
+        for first in range(0, len(x), 256):  # tiles at once: all of a large image would not fit
+            left, top = x[first : first + 256], y[first : first + 256]
+            hit = (high[:, 0] > left[:, :1]) & (low[:, 0] < left[:, -1:])
+            hit &= (high[:, 1] > top[:, :1]) & (low[:, 1] < top[:, -1:])  # [tiles, m]
+            parts.append(hit.nonzero() + torch.tensor([first, 0]))
+        hits = torch.cat(parts)
+        count = torch.bincount(hits[:, 0], minlength=len(x))
+        begin = count.cumsum(0) - count
+        lists = order[hits[:, 1]]  # front to back, one tile behind another
     rgb, T, run = x.new_zeros(*x.shape, 3), torch.ones_like(x), torch.ones_like(x)
-    for k in range(0, int(count.max()) if len(order) else 0, chunk):
+    for k in range(0, int(count.max()), chunk):
         active = ((run > 0).any(1) & (count > k)).nonzero()[:, 0]
         if not len(active):
             break
-        which = lists[active, k : k + chunk]
+        place = begin[active, None] + k + torch.arange(chunk)
+        which = lists[place.clamp(max=len(lists) - 1)]
         g = packed.index_select(0, which.flatten()).unflatten(0, which.shape)[
             ..., None
         ]  # [tiles, chunk, 9, 1]
@@ -216,22 +220,23 @@ def with_threads(threads, function, *args):
         torch.set_num_threads(before)
 
 
+def one_run(g, cameras, gradient):
+    "One run of ours, seconds: wall time of forward and of backward, processor time of both."
+    used, marks = time.process_time(), [time.perf_counter()]
+    out = render(g, cameras, torch.zeros(3), backend="cpu")
+    marks.append(time.perf_counter())
+    out.rgb.backward(gradient)
+    marks.append(time.perf_counter())
+    return out, (marks[1] - marks[0], marks[2] - marks[1], time.process_time() - used)
+
+
 def time_ours(gaussians, cameras, repeats):
     "Best of several runs, seconds: wall time of forward and of backward, processor time of both."
     g, _ = leaves(gaussians)
     gradient, best = image_gradient(cameras), [float("inf")] * 3
     for _ in range(repeats + 1):
-        used, marks = time.process_time(), [time.perf_counter()]
-        out = render(g, cameras, torch.zeros(3), backend="cpu")
-        marks.append(time.perf_counter())
-        out.rgb.backward(gradient)
-        marks.append(time.perf_counter())
-        best = [
-            min(b, t)
-            for b, t in zip(
-                best, [marks[1] - marks[0], marks[2] - marks[1], time.process_time() - used]
-            )
-        ]
+        _, times = one_run(g, cameras, gradient)
+        best = [min(b, t) for b, t in zip(best, times)]
     return best
 
 
@@ -292,6 +297,8 @@ def count_pairs(m, rec, order, H, W):
 
 def contributing_pairs(gaussians, cameras, n_views=4):
     "Contributing (Gaussian, pixel) pairs of the batch, estimated from a few views."
+    from unipre3d.render import camera_arrays, project_views  # an older commit has them not
+
     g = gaussians
     none = np.empty((0, 3, 3), np.float32)
     cloud = g.mean.numpy(), g.quat.numpy(), g.scale.numpy(), none, g.opacity.numpy(), g.sh.numpy()
@@ -326,6 +333,26 @@ def peak_gflops():
         spin(n)
         seconds.append(time.thread_time() - start)
     return 2 * 96 * n * torch.get_num_threads() / min(seconds) / 1e9
+
+
+def bandwidth():
+    "Bytes that the threads in use read and write in a second, GB/s: a copy of what no cache holds."
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 4 * source.numel() / min(seconds) / 1e9
+
+
+def traffic(gaussians, cameras):
+    """Bytes that no order of the work avoids: Gaussians read in both passes and their gradients written; colour, alpha,
+    depth and the light that is left written and read, and the gradient of the colours read."""
+    numbers = sum(getattr(gaussians, name).numel() for name in NAMES)
+    pixels = len(cameras) * cameras.hw[0] * cameras.hw[1]
+    return 4 * (3 * numbers + (2 * 6 + 3) * pixels)
 
 
 TINY = "import sys; sys.path.insert(0, {here!r}); import render as r; from unipre3d.render import render"
@@ -371,6 +398,99 @@ for _ in range(3): render(leaf, cameras, torch.zeros(3)).rgb.backward(gradient)
 print((now("VmHWM") - before) / 1024)"""
     )
     return run_python(code)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ another build
+
+WORKER = """import sys
+sys.path[:0] = [{root!r}, {here!r}]
+import render
+render.work()"""
+
+
+def work():
+    "Of a child process: one run for every line `workload threads [path]`, its times as an answer, images and gradients at the path."
+    ready = {}
+    for line in sys.stdin:
+        name, threads, *path = line.split()
+        if name not in ready:
+            gaussians, cameras = WORKLOADS[name]()
+            ready = {name: (*leaves(gaussians), cameras, image_gradient(cameras))}
+        g, tensors, cameras, gradient = ready[name]
+        for tensor in tensors.values():
+            tensor.grad = None
+        out, times = with_threads(int(threads), one_run, g, cameras, gradient)
+        if path:
+            images = {"rgb": out.rgb, "alpha": out.alpha, "depth": out.depth}
+            found = {name: image.detach() for name, image in images.items()}
+            torch.save(found | {name: t.grad for name, t in tensors.items()}, path[0])
+        print(*times, flush=True)
+
+
+class Build:
+    "A checkout whose renderer runs in a process of its own."
+
+    def __init__(self, root):
+        code = WORKER.format(root=str(root), here=str(Path(__file__).resolve().parent))
+        command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=environment
+        )
+
+    def run(self, *words):
+        "Times of one run: forward, backward, processor."
+        print(*words, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline().split()
+        if not answer:
+            raise RuntimeError("benchmark: a child process failed; its message stands above")
+        return [float(number) for number in answer]
+
+    def close(self):
+        "End the process."
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare_builds(against, workloads, repeats):
+    "Print how many times faster this checkout is than another commit: ratios of the best of alternate runs."
+    from common import checkouts
+
+    many = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        older = Path(folder) / "older"
+        older.mkdir()
+        builds = {name: Build(root) for name, root in checkouts(against, older).items()}
+        print(
+            f"times faster than {against}; distance: relative, of the images and of the gradients"
+        )
+        print(
+            f"{'':4} {f'wall, {many} threads':>16} {'processor, 1 thread':>20} {'images':>9} {'gradients':>10}"
+        )
+        for workload in workloads:
+            results, best = [], {}
+            for name, build in builds.items():
+                path = Path(folder) / "results.pt"
+                build.run(workload, many, path)
+                results.append(torch.load(path))
+                best[name] = [float("inf")] * 2
+            for _ in range(repeats):
+                for name, build in builds.items():
+                    forward, backward, _ = build.run(workload, many)
+                    best[name][0] = min(best[name][0], forward + backward)
+                    *_, used = build.run(workload, 1)
+                    best[name][1] = min(best[name][1], used)
+            now, then = results
+            gaps = {k: float((now[k] - then[k]).norm() / then[k].norm()) for k in now}
+            images = max(gaps[k] for k in gaps if k not in NAMES)
+            gradients = max(gaps[k] for k in NAMES)
+            wall, used = (best[against][i] / best["now"][i] for i in range(2))
+            print(
+                f"{workload:4} {wall:16.2f} {used:20.2f} {images:9.1e} {gradients:10.1e}",
+                flush=True,
+            )
+        for build in builds.values():
+            build.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ record
@@ -433,12 +553,16 @@ def main():
         help="the fastest counts; must hold 1",
     )
     parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--against", help="a commit; print only ratios to its renderer")
     args = parser.parse_args()
+    if args.against:
+        return compare_builds(args.against, args.workloads, args.repeats)
     many = torch.get_num_threads()
     record = {
         "benchmark": "render_cpu",
         **provenance(),
         "peak_gflops": peak_gflops(),
+        "bandwidth_gbs": bandwidth(),
         "flops_per_pair": FLOPS_PER_PAIR,
         "rows": [],
     }
@@ -449,7 +573,7 @@ def main():
         f"ratio: torch with the best of {sorted({1, *args.torch_threads})} threads over ours; processor: the same from processor time with 1 thread each"
     )
     print(
-        f"{'':4} {'forward':>8} {'backward':>9} {'sum':>7} {'1 thread':>9} {'processor':>10} {'limit':>7} {'torch':>8} {'ratio':>6} {'processor':>10} {'memory':>8}"
+        f"{'':4} {'forward':>8} {'backward':>9} {'sum':>7} {'1 thread':>9} {'processor':>10} {'limit':>7} {'pair':>8} {'torch':>8} {'ratio':>6} {'processor':>10} {'memory':>8}"
     )
     for name in args.workloads:
         gaussians, cameras = WORKLOADS[name]()
@@ -466,6 +590,9 @@ def main():
             "one_thread_processor_s": alone[2],
             "pairs": pairs,
             "limit_s": pairs * FLOPS_PER_PAIR / record["peak_gflops"] / 1e9,
+            "pair_ns": 1e9 * alone[2] / pairs,
+            "flops": pairs * FLOPS_PER_PAIR,
+            "bytes": traffic(gaussians, cameras),
         }
         if args.torch_views:
             views = min(args.torch_views, len(cameras))
@@ -485,7 +612,7 @@ def main():
         row["memory_growth_mb"] = memory_growth(name)
         record["rows"].append(row)
         print(
-            f"{name:4} {forward:8.3f} {backward:9.3f} {row['total_s']:7.3f} {row['one_thread_s']:9.3f} {row['one_thread_processor_s']:10.3f} {row['limit_s']:7.3f} "
+            f"{name:4} {forward:8.3f} {backward:9.3f} {row['total_s']:7.3f} {row['one_thread_s']:9.3f} {row['one_thread_processor_s']:10.3f} {row['limit_s']:7.3f} {row['pair_ns']:5.2f} ns "
             f"{min(row['torch_s'].values()) if args.torch_views else float('nan'):8.1f} {row.get('ratio', float('nan')):6.0f} {row.get('ratio_processor', float('nan')):10.0f} {row['memory_growth_mb']:5.0f} MB",
             flush=True,
         )

@@ -648,25 +648,47 @@ def test_the_inner_loops_are_vector_code():
     import numba
     from unipre3d.kernels import splat
 
-    array, scalars = numba.float32[::1], (numba.float32,) * 10
+    array, whole = numba.float32[::1], numba.int64
+    head = array, whole, whole, array, array, whole
     rules = dict(error_model="numpy", fastmath={"contract"})
 
-    @numba.njit((array, numba.int64, numba.int64, array, *scalars), **rules)
-    def forward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z):
-        splat.blend(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z)
+    @numba.njit((*head, *(numba.float32,) * 6), **rules)
+    def forward(buf, at, bands, C, terms, rows, e, k1, r, g, b, z):
+        splat.blend_capped(buf, at, bands, C, terms, rows, e, k1, r, g, b, z)
 
-    @numba.njit((array, numba.int64, numba.int64, array, *scalars, array, numba.int64), **rules)
-    def backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own):
-        splat.blend_backward(buf, at, rows, C, e, f, h, lo, k1, k2, r, g, b, z, lanes, own)
+    @numba.njit((*head, *(numba.float32,) * 9, array, whole), **rules)
+    def backward(buf, at, bands, C, terms, rows, e, f, h, k1, k2, r, g, b, z, sums, own):
+        splat.deep_backward_capped(
+            buf, at, bands, C, terms, rows, e, f, h, k1, k2, r, g, b, z, sums, own
+        )
 
     for function in (forward, backward):
         blocks = re.split(r"\n(?=\.LBB)", next(iter(function.inspect_asm().values())))
-        loop = max(blocks, key=lambda block: len(re.findall(r"cvttps2dq", block)))  # where 2^x is
+        loop = max(blocks, key=lambda block: len(re.findall(r"vpslld", block)))  # where 2^x is
         wide, single = (
             len(re.findall(r"[yz]mm\d", loop)),
             len(re.findall(r"\bv(?:mul|add|sub|fn?madd\d+)ss\b", loop)),
         )
-        assert wide > 40 and single == 0
+        assert "vpslld" in loop and wide > 40 and single == 0
+
+
+def test_two_to_the_power_is_exact_to_float32():
+    import numba
+    import numpy as np
+    from unipre3d.kernels import splat
+
+    table = splat.table()
+
+    @numba.njit(**splat.RULES)
+    def powers(exponents, C, out):
+        for at in range(0, len(out), splat.LANES):
+            splat.store(out, at, splat.exp2(splat.load(exponents, at), C))
+
+    exponents = np.linspace(-125, 127, 2**16, dtype=np.float32)
+    found = np.empty_like(exponents)
+    powers(exponents, table, found)
+    wanted = np.exp2(exponents.astype(np.float64))
+    assert np.abs(found / wanted - 1).max() < 1.6e-7
 
 
 # -------------------------------------------------------------------------------------------------------- an independent reference

@@ -26,7 +26,7 @@ HIGH = 6  # and rows
 NEAR = 6144  # floats that stay in the nearest cache
 
 
-(load16, store16, splat16, spread16), _ = vectors(WIDE)
+(load16, store16, splat16, spread16), _ = vectors(WIDE, 32)
 ZERO = f32(0.0)
 
 

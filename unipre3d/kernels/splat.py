@@ -2,14 +2,15 @@
 
 The chapter `52_render` teaches what is computed here; this file is about doing it fast. The plan:
 
-1. `project` turns the Gaussians of one view into 2-D ones and drops those that cannot reach a pixel;
-   `settle` sorts them by depth. Their arithmetic is float64: it is scalar code anyway.
+1. `project` turns the Gaussians of one view into 2-D ones and drops those that cannot reach a pixel, most
+   of them eight at a time (`candidates`); `settle` sorts them by depth. Their arithmetic is float64.
 2. `strip_lists` says for every column of 8 pixels which Gaussians touch it, front to back, and in
    which rows exactly.
 3. `draw` walks over tiles of 8 x 64 pixels. Its inner loop, `blend`, adds one Gaussian to one row of
    8 pixels at a time, or to two rows where registers hold sixteen floats. It is written with explicit
    vectors (`vectors` below). A compiler that finds vectors by itself may stop to do so unnoticed, and
-   scalar code is many times slower.
+   scalar code is many times slower. What all pixels of a row share is worked out before, for `BATCH`
+   Gaussians at a time (`preparing`), so that the loop has few operations and no sum that runs down the rows.
    A pass draws four channels; more of them take several passes.
 4. `draw_backward` replays the same loop front to back and keeps what is still to come along each ray.
    Nothing but the images is needed from the forward pass, and there is no division by the
@@ -48,11 +49,13 @@ WIDE = llvm.get_host_cpu_features().get("avx512f", False) and not config.CPU_NAM
 LANES = 16 if WIDE else 8  # floats of a vector: one or two rows of a tile
 PAIR = LANES // TILE_W
 BAND = 6 * LANES  # floats of PAIR rows in the working buffer: six images
-N_REC, N_SUM = 7, 10  # numbers that describe a 2-D Gaussian; sums that its backward leaves
+N_REC, N_SUM = 11, 10  # numbers that describe a 2-D Gaussian; sums that its backward leaves
 CHANNELS = 4  # of one pass
 CHUNK = 4096  # Gaussians of one job of `project`
+GROUP = 8  # Gaussians of which `candidates` finds at once whether a view may show them
+BLOCK = 256  # Gaussians of which those that a view may show are found at once
 MOST_SH = 25  # spherical harmonics of degree 4
-CHECK = 16  # after this many Gaussians a tile ends if none of its pixels takes light any more
+BATCH = 16  # Gaussians of a tile that are prepared at once; with one a tile ends if all its pixels are dark
 
 LOG2_255 = math.log2(255.0)
 HALF_LOG2E = 0.5 / math.log(2.0)  # sigma = d' inv(cov) d / 2, in bits
@@ -72,18 +75,22 @@ LARGEST = float(np.finfo(np.float32).max)
 ZERO = f32(0.0)
 TINY = f32(1e-10)
 ALPHA_MAX = 0.999
+LOG2_CAP = math.log2(ALPHA_MAX) - 1e-5  # an opacity below has no alpha that reaches the largest
 T_MIN = 1e-4
 EXP2 = (
-    9.99999925e-01,
-    6.93142253e-01,
-    2.40172189e-01,
-    5.52797228e-02,
-    9.18861184e-03,
-    9.38788340e-04,
-)  # 2^x on [-1, 0]
-# where `table` keeps rows, 2^x, the largest alpha, log2 of the smallest, the light of a finished pixel, and 1
-BELOW, POWER = LANES, 2 * LANES
-CAP, FAINT, DARK, LIGHT = 8 * LANES, 9 * LANES, 10 * LANES, 11 * LANES
+    1.000000000e00,
+    6.931470037e-01,
+    2.402224690e-01,
+    5.550711229e-02,
+    9.671294130e-03,
+    1.326940721e-03,
+)  # 2^x on [-1/2, 1/2]: relative error 9.4e-8, with its rounding 1.5e-7
+# where `table` keeps pixel centres, 2^x, what rounds, the largest alpha, log2 of the smallest, the light of a
+# finished pixel, and the rows of a tile
+POWER, ROUND, CAP, FAINT = LANES, 7 * LANES, 8 * LANES, 9 * LANES
+DARK, ROW = 10 * LANES, 11 * LANES
+# where the terms of each row of an ellipse are kept, TILE_H floats of each
+RISE, FALL, DOWN, SQUARE = 0, TILE_H, 2 * TILE_H, 3 * TILE_H
 
 # real spherical harmonics up to degree 4
 S0 = math.sqrt(1 / (4 * math.pi))
@@ -104,7 +111,388 @@ S4E = 0.1875 / math.sqrt(math.pi)
 
 RULES = dict(nogil=True, error_model="numpy", fastmath={"contract"})
 kernel = cached(**RULES)
-part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **RULES)  # only called from kernels
+INSIDE = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True, **RULES)
+part = njit(
+    **INSIDE
+)  # only called from kernels; a call that is left would pass vectors through memory
+
+
+# ------------------------------------------------------------------------------- vectors of floats
+
+
+FUSE = ("contract",)  # a product and a sum may become one instruction
+
+
+@functools.cache
+def vector_type(lanes, digits):
+    "A vector register of so many floats with so many binary digits, for numba and for LLVM."
+    kind = ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[digits], lanes)
+
+    class Vector(types.Type):
+        def __init__(self):
+            super().__init__(name=f"float{digits} x {lanes}")
+
+    @register_model(Vector)
+    class VectorModel(models.PrimitiveModel):
+        def __init__(self, manager, of):
+            super().__init__(manager, of, kind)
+
+    return Vector(), kind
+
+
+@functools.cache
+def vectors(lanes, digits):
+    """Operations on a vector register of so many floats; arithmetic works on it, too.
+
+    With 64 binary digits also that between a vector and a number. A processor whose registers are narrower
+    takes several of them.
+    """
+    vector, kind = vector_type(lanes, digits)
+    whole_kind = ir.VectorType(ir.IntType(digits), lanes)
+    mask_kind = ir.VectorType(ir.IntType(32), lanes)
+    number = types.Float(f"float{digits}")
+
+    def constant(value, of=kind):
+        return ir.Constant(of, [value] * lanes)
+
+    def pointer(context, builder, signature, args):
+        "Address of array[index] as a vector pointer."
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.bitcast(builder.gep(array.data, [args[1]]), kind.as_pointer())
+
+    @intrinsic
+    def read(typing, array, index):
+        "array[index : index + lanes] of a contiguous array of such floats."
+
+        def code(context, builder, signature, args):
+            return builder.load(pointer(context, builder, signature, args), align=digits // 8)
+
+        return vector(array, index), code
+
+    @intrinsic
+    def write(typing, array, index, value):
+        "array[index : index + lanes] = value"
+
+        def code(context, builder, signature, args):
+            builder.store(args[2], pointer(context, builder, signature, args), align=digits // 8)
+            return context.get_dummy_value()
+
+        return types.void(array, index, value), code
+
+    load, store = read, write
+    if config.BOUNDSCHECK:
+
+        @part
+        def load(array, index):
+            "`read` that refuses what lies outside the array."
+            if not (index >= 0 and index + lanes <= len(array)):
+                raise IndexError("load: outside the array")
+            return read(array, index)
+
+        @part
+        def store(array, index, value):
+            "`write` that refuses what lies outside the array."
+            if not (index >= 0 and index + lanes <= len(array)):
+                raise IndexError("store: outside the array")
+            write(array, index, value)
+
+    def everywhere(builder, value):
+        "A number in all places."
+        nothing = ir.Constant(kind, ir.Undefined)
+        one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, nothing, constant(0, mask_kind))
+
+    @intrinsic
+    def splat(typing, value):
+        "One number in all places."
+
+        def code(context, builder, signature, args):
+            return everywhere(builder, args[0])
+
+        return vector(number), code
+
+    @intrinsic
+    def spread(typing, array, index):
+        "array[index] of a contiguous float32 array in all places."
+
+        def code(context, builder, signature, args):
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            return everywhere(builder, builder.load(builder.gep(data, [args[1]])))
+
+        return vector(array, index), code
+
+    def of_one(code):
+        "An operation on one vector, whose instructions are `code(builder, a)`."
+
+        @intrinsic
+        def apply(typing, a):
+            return vector(a), lambda context, builder, signature, args: code(builder, *args)
+
+        return apply
+
+    def of_two(code):
+        "An operation on two vectors, whose instructions are `code(builder, a, b)`."
+
+        @intrinsic
+        def apply(typing, a, b):
+            return vector(a, b), lambda context, builder, signature, args: code(builder, *args)
+
+        return apply
+
+    def arithmetic(op, name):
+        "Teach the compiler `op` between two vectors."
+        apply = of_two(lambda builder, a, b: getattr(builder, name)(a, b, flags=FUSE))
+
+        @overload(op, jit_options=INSIDE)
+        def implementation(a, b):
+            if a is vector and b is vector:
+                return lambda a, b: apply(a, b)
+            if digits == 64 and a is vector and isinstance(b, types.Number):
+                return lambda a, b: apply(a, splat(float64(b)))
+            if digits == 64 and b is vector and isinstance(a, types.Number):
+                return lambda a, b: apply(splat(float64(a)), b)
+
+    arithmetic(operator.add, "fadd")
+    arithmetic(operator.sub, "fsub")
+    arithmetic(operator.mul, "fmul")
+    arithmetic(operator.truediv, "fdiv")
+
+    @intrinsic
+    def pick(typing, a, b, yes, no):
+        "yes where a >= b, else no"
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
+
+        return vector(a, b, yes, no), code
+
+    @intrinsic
+    def below(typing, a, b, yes, no):
+        "yes where a < b or one of them is NaN, else no"
+
+        def code(context, builder, signature, args):
+            return builder.select(builder.fcmp_unordered("<", args[0], args[1]), args[2], args[3])
+
+        return vector(a, b, yes, no), code
+
+    @intrinsic
+    def keep(typing, a, b, value):
+        "value where a >= b, else 0"
+
+        def code(context, builder, signature, args):
+            chosen = builder.fcmp_ordered(">=", args[0], args[1])
+            return builder.select(chosen, args[2], constant(0.0))
+
+        return vector(a, b, value), code
+
+    @of_two
+    def smaller(builder, a, b):
+        "The smaller of the two."
+        return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+    @of_two
+    def larger(builder, a, b):
+        "The larger of the two; b where one is NaN."
+        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+    @of_one
+    def size(builder, a):
+        "|a|"
+        rest = constant(2 ** (digits - 1) - 1, whole_kind)
+        return builder.bitcast(builder.and_(builder.bitcast(a, whole_kind), rest), kind)
+
+    @of_one
+    def dead(builder, a):
+        "-|a|"
+        sign = constant(-(2 ** (digits - 1)), whole_kind)
+        return builder.bitcast(builder.or_(builder.bitcast(a, whole_kind), sign), kind)
+
+    @intrinsic
+    def any_alive(typing, a):
+        "Is any of them without a minus sign?"
+
+        def code(context, builder, signature, args):
+            bits = builder.bitcast(args[0], whole_kind)
+            mask = builder.icmp_signed(">=", bits, constant(0, whole_kind))
+            number = ir.IntType(lanes)
+            return builder.icmp_unsigned(
+                "!=", builder.bitcast(mask, number), ir.Constant(number, 0)
+            )
+
+        return types.boolean(a), code
+
+    @of_two
+    def raised(builder, a, power):
+        "a * 2^n, where n stands in the last bits of `power`, for what leaves a normal number."
+        up = builder.shl(builder.bitcast(power, whole_kind), constant(23, whole_kind))
+        return builder.bitcast(builder.add(up, builder.bitcast(a, whole_kind)), kind)
+
+    @of_two
+    def scale(builder, a, power):
+        "a * 2^power for whole numbers in `power` that leave a normal number."
+        up = builder.shl(builder.fptosi(power, whole_kind), constant(23, whole_kind))
+        return builder.bitcast(builder.add(up, builder.bitcast(a, whole_kind)), kind)
+
+    @of_two
+    def add_pairs(builder, a, b):
+        "Sums of neighbours: first those of a, then those of b."
+        even = ir.Constant(mask_kind, list(range(0, 2 * lanes, 2)))
+        odd = ir.Constant(mask_kind, list(range(1, 2 * lanes, 2)))
+        return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+
+    @intrinsic
+    def unless(typing, a, b, value):
+        "0 where a > b, else value"
+
+        def code(context, builder, signature, args):
+            chosen = builder.fcmp_ordered(">", args[0], args[1])
+            return builder.select(chosen, constant(0.0), args[2])
+
+        return vector(a, b, value), code
+
+    memory = load, store, splat, spread
+    bits = size, dead, any_alive, raised, scale
+    return memory, (pick, below, keep, unless, smaller, larger, *bits, add_pairs)
+
+
+(load8, store8, splat8, _), (_, _, _, _, min8, max8, _, _, _, _, scale8, _) = vectors(8, 32)
+(load64, store64, all64, _), (_, _, keep64, unless64, min64, max64, *_) = vectors(GROUP, 64)
+(load, store, all_of, spread_one), several = vectors(LANES, 32)
+pick, below, keep, _, smaller, _, size, dead, any_alive, raised, _, add_pairs = several
+
+
+def row_lanes(row):
+    "Which places of a vector hold the pixels of a row of its band."
+    return ir.Constant(ir.VectorType(ir.IntType(32), TILE_W), list(range(row, LANES, PAIR)))
+
+
+def row_of(row):
+    "The eight pixels of this row of a band."
+    (eight, _), (wide, kind) = vector_type(TILE_W, 32), vector_type(LANES, 32)
+
+    @intrinsic
+    def apply(typing, a):
+        def code(context, builder, signature, args):
+            return builder.shuffle_vector(args[0], ir.Constant(kind, ir.Undefined), row_lanes(row))
+
+        return eight(a), code
+
+    return apply
+
+
+@intrinsic
+def band_of(typing, upper, lower):
+    "Two rows of eight pixels, those of a column side by side."
+    order = [place for pixel in range(TILE_W) for place in (pixel, pixel + TILE_W)]
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), 2 * TILE_W), order)
+
+    def code(context, builder, signature, args):
+        return builder.shuffle_vector(*args, mask)
+
+    return vector_type(2 * TILE_W, 32)[0](upper, lower), code
+
+
+@intrinsic
+def cycle_two(typing, array, index):
+    "array[index], array[index + 1] of a contiguous float32 array, again and again."
+    wide, kind = vector_type(LANES, 32)
+    two = ir.VectorType(ir.FloatType(), 2)
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0, 1] * (LANES // 2))
+
+    def code(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        place = builder.bitcast(builder.gep(data, [args[1]]), two.as_pointer())
+        pair = builder.load(place, align=4)
+        return builder.shuffle_vector(pair, ir.Constant(two, ir.Undefined), mask)
+
+    return wide(array, index), code
+
+
+cycle = cycle_two if PAIR == 2 else spread_one
+if config.BOUNDSCHECK:
+    unchecked = cycle
+
+    @part
+    def cycle(array, index):
+        "What repeats a number for each row, and refuses what lies outside the array."
+        if not (index >= 0 and index + PAIR <= len(array)):
+            raise IndexError("cycle: outside the array")
+        return unchecked(array, index)
+
+
+if PAIR == 2:
+    top_row, bottom_row = row_of(0), row_of(1)
+
+    @part
+    def put(image, at, wide, both, value):
+        "Write the rows of a band to an image of this width; the lower one only with `both`."
+        store8(image, at, top_row(value))
+        if both:
+            store8(image, at + wide, bottom_row(value))
+
+    @part
+    def take(image, at, wide, both):
+        "A band of an image of this width; without `both` the lower row is zero."
+        below = splat8(ZERO)
+        if both:
+            below = load8(image, at + wide)
+        return band_of(load8(image, at), below)
+
+    @part
+    def full_light(both):
+        "Light of a band that nothing covers; a row that is not there takes none."
+        return band_of(splat8(f32(1.0)), splat8(f32(1.0) if both else f32(-1.0)))
+
+else:
+
+    @part
+    def put(image, at, wide, both, value):
+        "Write a row of eight pixels to an image."
+        store(image, at, value)
+
+    @part
+    def take(image, at, wide, both):
+        "A row of eight pixels of an image."
+        return load(image, at)
+
+    @part
+    def full_light(both):
+        "Light of a row that nothing covers."
+        return all_of(f32(1.0))
+
+
+def table():
+    """Constants of the inner loops, LANES of each: read from memory they cost no instruction of their own.
+
+    Pixel centres; `EXP2`; a number that rounds what is added to it; the largest alpha, the log2 of the smallest,
+    the light of a finished pixel; the numbers of the rows of a tile.
+    """
+    rounding = 1.5 * 2**23
+    numbers = [*EXP2, rounding, ALPHA_MAX, -LOG2_255, np.nextafter(f32(T_MIN), f32(1))]
+    centres = np.arange(LANES) // PAIR + 0.5
+    whole = aligned(LANES * (1 + len(numbers)) + TILE_H)
+    whole[:] = np.concatenate([centres, np.repeat(numbers, LANES), np.arange(TILE_H)])
+    return whole
+
+
+@kernel
+def aligned(n):
+    "So many zeros that begin where a line of the cache does: no vector of them lies in two."
+    room = np.zeros(n + 16, np.float32)
+    skip = -room.ctypes.data % 64 // 4
+    return room[skip : skip + n]
+
+
+@part
+def exp2(a, C):
+    "2^a for -126 < a < 128: a whole number goes into the exponent, a polynomial gives the rest."
+    shifted = a + load(C, ROUND)
+    x = a - (shifted - load(C, ROUND))
+    p = load(C, POWER + 5 * LANES) * x + load(C, POWER + 4 * LANES)
+    p = p * x + load(C, POWER + 3 * LANES)
+    p = p * x + load(C, POWER + 2 * LANES)
+    p = p * x + load(C, POWER + LANES)
+    return raised(p * x + load(C, POWER), shifted)
 
 
 # ------------------------------------------------------------------------------------- one Gaussian
@@ -374,26 +762,82 @@ def sort_by_depth(depth, order):
 
 
 @part
-def half_width(rec, i):
-    "Half the width of the ellipse of row i, where its alpha reaches 1/255 (pixels)."
-    e, f, h = rec[i, 2], rec[i, 3], rec[i, 4]
-    return math.sqrt((f * f + h * h) * (rec[i, 5] + LOG2_255) * MARGIN) / (e * h)
+def copy_block(first, n, cloud, block):
+    "Centres, largest variance and opacity of n Gaussians; behind them some that nothing draws."
+    mean, _, scale, cov, opacity, _ = cloud
+    for i in range(n):
+        g = first + i
+        block[i], block[BLOCK + i], block[2 * BLOCK + i] = mean[g, 0], mean[g, 1], mean[g, 2]
+        if len(cov):
+            widest = float64(cov[g, 0, 0]) + cov[g, 1, 1] + cov[g, 2, 2]
+        else:
+            s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+            widest = float64(max(s0 * s0, s1 * s1, s2 * s2))
+        block[3 * BLOCK + i] = widest
+        block[4 * BLOCK + i] = opacity[g]
+    for i in range(n, min(n + GROUP, BLOCK)):
+        block[4 * BLOCK + i] = 0.0
+
+
+@part
+def candidates(v, first, n, camera, rules, limits, block, chosen):
+    """Which of the n Gaussians of a block may be seen: written are their indices, returned is how many.
+
+    No ellipse is wider than that of a sphere of its largest deviation.
+    """
+    pose, K, _, H, W = camera
+    near, far, eps2d, _, _, ortho = rules
+    u0, u1, v0, v1 = limits
+    fx, fy, cx, cy = K[v, 0, 0], K[v, 1, 1], K[v, 0, 2], K[v, 1, 2]
+    one, zero = all64(1.0), all64(0.0)
+    for i in range(0, n, GROUP):
+        X, Y, Z = load64(block, i), load64(block, BLOCK + i), load64(block, 2 * BLOCK + i)
+        x = pose[v, 0, 0] * X + pose[v, 0, 1] * Y + pose[v, 0, 2] * Z + pose[v, 0, 3]
+        y = pose[v, 1, 0] * X + pose[v, 1, 1] * Y + pose[v, 1, 2] * Z + pose[v, 1, 3]
+        z = pose[v, 2, 0] * X + pose[v, 2, 1] * Y + pose[v, 2, 2] * Z + pose[v, 2, 3]
+        if ortho:
+            scale, tu, tv = one, zero, zero
+        else:
+            scale = 1.0 / z
+            tu = min64(max64(x * scale, all64(u0)), all64(u1))
+            tv = min64(max64(y * scale, all64(v0)), all64(v1))
+        jx, jy = fx * scale, fy * scale
+        mx, my = x * jx + cx, y * jy + cy
+        off_x = max64(max64(0.0 - mx, mx - W), one) - 1.0
+        off_y = max64(max64(0.0 - my, my - H), one) - 1.0
+        widest = WIDEST * load64(block, 3 * BLOCK + i)
+        fine = keep64(255.0 * load64(block, 4 * BLOCK + i), one, one)
+        fine = keep64(z, all64(near), fine)
+        fine = keep64(all64(far), z, fine)
+        reach_x = jx * jx * (1.0 + tu * tu) * widest + WIDEST * eps2d
+        reach_y = jy * jy * (1.0 + tv * tv) * widest + WIDEST * eps2d
+        fine = unless64(off_x * off_x, reach_x, fine)
+        fine = unless64(off_y * off_y, reach_y, fine)
+        store64(block, 5 * BLOCK + i, fine)
+    count = 0
+    for i in range(n):
+        chosen[count] = first + i
+        count += int(block[5 * BLOCK + i] > 0.0)
+    return count
 
 
 @kernel
-def project(v, first, last, cloud, camera, rules, ids, rec, colour, shape):
+def project(v, first, last, cloud, bits, camera, rules, ids, rec, colour, shape):
     """Project Gaussians first..last into view v and keep those whose box of `radii` overlaps the image.
 
     Returns how many there are. A Gaussian of which something is not finite, or beyond the limits at the
     head of this file, is left out.
 
     `cloud` is (mean, quat, scale, cov, opacity, sh): with rows in `cov` [n 3 3], quat and scale are not
-    read; `sh` [n k 3] may have k = 0, then colours come from elsewhere. `camera` is (pose [v 4 4],
-    K [v 3 3], centre [v 3], H, W), `rules` (near, far, eps2d, clip, antialiased, ortho).
+    read; `sh` [n k 3] may have k = 0, then colours come from elsewhere. `bits` [n] is log2 of the opacity.
+    `camera` is (pose [v 4 4], K [v 3 3], centre [v 3], H, W), `rules` (near, far, eps2d, clip, antialiased,
+    ortho).
 
-    Written for each: `ids` its index; `rec` (centre in pixels, e, f, h, log2 opacity, depth); `colour`
-    (red, green, blue, depth); `shape`, where it has rows, (factor of the opacity, radii in pixels). The
-    triangle (e f; 0 h) is the root of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
+    Written for each: `ids` its index; `rec` (centre in pixels, e, f, h, log2 opacity, depth; half the width
+    of the ellipse where alpha is 1/255, how far right of the centre its top is, how much lower its middle
+    gets a pixel further right, half its height over half its width); `colour` (red, green, blue, depth);
+    `shape`, where it has rows, (factor of the opacity, radii in pixels). The triangle (e f; 0 h) is the root
+    of the inverse covariance in bits: with y1 = e dx + f dy, y2 = h dy,
     alpha = opacity * 2^-(y1^2 + y2^2).
     """
     mean, quat, scale, cov, opacity, sh = cloud
@@ -402,89 +846,87 @@ def project(v, first, last, cloud, camera, rules, ids, rec, colour, shape):
     limits = frustum(K, v, H, W)
     ox, oy, oz = centre[v, 0], centre[v, 1], centre[v, 2]
     k = sh.shape[1]
-    far = min(far, FARTHEST)
+    rules = near, min(far, FARTHEST), eps2d, clip, antialiased, ortho
     Y = np.empty((MOST_SH, 4))
+    block = np.zeros(6 * BLOCK)
+    chosen = np.empty(BLOCK + 1, np.int64)
     m = 0
-    for g in range(first, last):
-        alpha = float(opacity[g])
-        if not alpha * 255.0 >= 1.0:
-            continue
-        x, y, z = to_camera(mean, g, pose, v)
-        if not (z >= near and z <= far):
-            continue
-        mx, my, tu, tv, jx, jy = linearise(x, y, z, K, v, limits, ortho)
-        # cheap first: no ellipse is wider than that of a sphere of its largest deviation
-        if len(cov):
-            widest = float64(cov[g, 0, 0]) + cov[g, 1, 1] + cov[g, 2, 2]
-        else:
-            s0, s1, s2 = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
-            widest = float64(max(s0 * s0, s1 * s1, s2 * s2))
-        off_x = max(-mx, mx - W, 1.0) - 1.0
-        off_y = max(-my, my - H, 1.0) - 1.0
-        if off_x * off_x > WIDEST * (jx * jx * (1 + tu * tu) * widest + eps2d):
-            continue
-        if off_y * off_y > WIDEST * (jy * jy * (1 + tv * tv) * widest + eps2d):
-            continue
-        P = derivative(pose, v, jx, jy, tu, tv)
-        if len(cov):
-            a, b, c = spread(P, upper(cov, g))
-            det0 = max(a * c - b * b, 0.0)
-        else:
-            _, inverse_length, A = rotation(quat, g)
-            if not inverse_length <= 1.0 / SHORTEST_QUAT:
+    for begin in range(first, last, BLOCK):
+        n = min(BLOCK, last - begin)
+        copy_block(begin, n, cloud, block)
+        count = candidates(v, begin, n, camera, rules, limits, block, chosen)
+        for g in chosen[:count]:
+            alpha = float(opacity[g])
+            x, y, z = to_camera(mean, g, pose, v)
+            mx, my, tu, tv, jx, jy = linearise(x, y, z, K, v, limits, ortho)
+            P = derivative(pose, v, jx, jy, tu, tv)
+            if len(cov):
+                a, b, c = spread(P, upper(cov, g))
+                det0 = max(a * c - b * b, 0.0)
+            else:
+                _, inverse_length, A = rotation(quat, g)
+                if not inverse_length <= 1.0 / SHORTEST_QUAT:
+                    continue
+                S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
+                a, b, c = gram(*root_of(P, A, S))
+                det0 = a * c - b * b
+                if not det0 > SAFE * a * c:
+                    n0, n1, n2 = normal_of(P, A, S)
+                    det0 = n0 * n0 + n1 * n1 + n2 * n2
+            if not (a <= LARGEST_VARIANCE and c <= LARGEST_VARIANCE):
                 continue
-            S = float(scale[g, 0]), float(scale[g, 1]), float(scale[g, 2])
-            a, b, c = gram(*root_of(P, A, S))
-            det0 = a * c - b * b
-            if not det0 > SAFE * a * c:
-                n0, n1, n2 = normal_of(P, A, S)
-                det0 = n0 * n0 + n1 * n1 + n2 * n2
-        if not (a <= LARGEST_VARIANCE and c <= LARGEST_VARIANCE):
-            continue
-        a, c = a + eps2d, c + eps2d
-        det = a * c - b * b
-        if not det > SAFE * a * c:
-            det = det0 + eps2d * (a + c - eps2d)
-        if not (a > 0.0 and c > 0.0 and det > 0.0 and alpha <= LARGEST):
-            continue
-        factor = math.sqrt(det0 / det)
-        if antialiased:
-            alpha *= factor
-            if not alpha * 255.0 >= 1.0:
+            a, c = a + eps2d, c + eps2d
+            det = a * c - b * b
+            if not det > SAFE * a * c:
+                det = det0 + eps2d * (a + c - eps2d)
+            if not (a > 0.0 and c > 0.0 and det > 0.0 and alpha <= LARGEST):
                 continue
-        lo = math.log2(alpha)
-        reach = math.sqrt((lo + LOG2_255) / HALF_LOG2E)
-        rx = math.ceil(reach * math.sqrt(a))
-        ry = math.ceil(reach * math.sqrt(c))
-        if not (mx + rx > 0.0 and mx - rx < W and my + ry > 0.0 and my - ry < H):
-            continue
-        if rx <= clip and ry <= clip:
-            continue
-        e = math.sqrt(HALF_LOG2E * c / det)
-        h = math.sqrt(HALF_LOG2E / c)
-        dx, dy, dz = float(mean[g, 0]) - ox, float(mean[g, 1]) - oy, float(mean[g, 2]) - oz
-        distance = math.sqrt(dx * dx + dy * dy + dz * dz)
-        if not distance > 0.0:
-            continue
-        if k > 0:
-            r = 1.0 / distance
-            harmonics(Y, dx * r, dy * r, dz * r, k)
-            drawable = True
-            for j in range(3):
-                bright = 0.5
-                for i in range(k):
-                    bright += Y[i, 0] * sh[g, i, j]
-                if not (bright > -math.inf and bright <= BRIGHTEST):
-                    drawable = False
-                colour[m, j] = max(bright, 0.0)
-            if not drawable:
+            factor = math.sqrt(det0 / det)
+            lo = bits[g]
+            if antialiased:
+                alpha *= factor
+                if not alpha * 255.0 >= 1.0:
+                    continue
+                lo = math.log2(alpha)
+            room = max(lo + LOG2_255, 0.0)
+            reach = math.sqrt(room / HALF_LOG2E)
+            rx = math.ceil(reach * math.sqrt(a))
+            ry = math.ceil(reach * math.sqrt(c))
+            if not (mx + rx > 0.0 and mx - rx < W and my + ry > 0.0 and my - ry < H):
                 continue
-        ids[m], colour[m, 3] = g, z
-        rec[m, 0], rec[m, 1], rec[m, 2], rec[m, 3] = mx, my, e, -e * b / c
-        rec[m, 4], rec[m, 5], rec[m, 6] = h, lo, z
-        if len(shape):
-            shape[m, 0], shape[m, 1], shape[m, 2] = factor, rx, ry
-        m += 1
+            if rx <= clip and ry <= clip:
+                continue
+            e = math.sqrt(HALF_LOG2E * c / det)
+            h = math.sqrt(HALF_LOG2E / c)
+            dx, dy, dz = float(mean[g, 0]) - ox, float(mean[g, 1]) - oy, float(mean[g, 2]) - oz
+            distance = math.sqrt(dx * dx + dy * dy + dz * dz)
+            if not distance > 0.0:
+                continue
+            if k > 0:
+                r = 1.0 / distance
+                harmonics(Y, dx * r, dy * r, dz * r, k)
+                drawable = True
+                for j in range(3):
+                    bright = 0.5
+                    for i in range(k):
+                        bright += Y[i, 0] * sh[g, i, j]
+                    if not (bright > -math.inf and bright <= BRIGHTEST):
+                        drawable = False
+                    colour[m, j] = max(bright, 0.0)
+                if not drawable:
+                    continue
+            ids[m], colour[m, 3] = g, z
+            f = -e * b / c
+            # where alpha is 1/255: fh dy^2 + 2 e f dx dy + e^2 dx^2 = room; its top is at dx = tip, its bottom at -tip
+            fh = f * f + h * h
+            wide = math.sqrt(fh * room * MARGIN) / (e * h)
+            rec[m, 0], rec[m, 1], rec[m, 2], rec[m, 3] = mx, my, e, f
+            rec[m, 4], rec[m, 5], rec[m, 6] = h, lo, z
+            rec[m, 7], rec[m, 8] = wide, -f * wide / math.sqrt(fh)
+            rec[m, 9], rec[m, 10] = -e * f / fh, e * h / fh
+            if len(shape):
+                shape[m, 0], shape[m, 1], shape[m, 2] = factor, rx, ry
+            m += 1
     return m
 
 
@@ -512,249 +954,8 @@ def settle(counts, ids, rec, colour, shape, order, span, end):
     sort_by_depth(depth, order)
     for j in range(m):
         i = order[j]
-        span[j, 0], span[j, 1] = columns(rec[i, 0], half_width(rec, i), 0, end)
+        span[j, 0], span[j, 1] = columns(rec[i, 0], rec[i, 7], 0, end)
     return m
-
-
-# ------------------------------------------------------------------------------- vectors of floats
-
-
-FUSE = ("contract",)  # a product and a sum may become one instruction
-
-
-@functools.cache
-def vectors(lanes):
-    """A vector register of so many float32, and its operations; arithmetic works on it, too.
-
-    A processor whose registers are narrower takes several of them.
-    """
-    kind = ir.VectorType(ir.FloatType(), lanes)
-    whole_kind = ir.VectorType(ir.IntType(32), lanes)
-
-    class Vector(types.Type):
-        def __init__(self):
-            super().__init__(name=f"float32 x {lanes}")
-
-    vector = Vector()
-
-    @register_model(Vector)
-    class VectorModel(models.PrimitiveModel):
-        def __init__(self, manager, of):
-            super().__init__(manager, of, kind)
-
-    def constant(value, of=kind):
-        return ir.Constant(of, [value] * lanes)
-
-    def pointer(context, builder, signature, args):
-        "Address of array[index] as a vector pointer."
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.bitcast(builder.gep(array.data, [args[1]]), kind.as_pointer())
-
-    @intrinsic
-    def read(typing, array, index):
-        "array[index : index + lanes] of a contiguous float32 array."
-
-        def code(context, builder, signature, args):
-            return builder.load(pointer(context, builder, signature, args), align=4)
-
-        return vector(array, index), code
-
-    @intrinsic
-    def write(typing, array, index, value):
-        "array[index : index + lanes] = value"
-
-        def code(context, builder, signature, args):
-            builder.store(args[2], pointer(context, builder, signature, args), align=4)
-            return context.get_dummy_value()
-
-        return types.void(array, index, value), code
-
-    load, store = read, write
-    if config.BOUNDSCHECK:
-
-        @part
-        def load(array, index):
-            "`read` that refuses what lies outside the array."
-            if not (index >= 0 and index + lanes <= len(array)):
-                raise IndexError("load: outside the array")
-            return read(array, index)
-
-        @part
-        def store(array, index, value):
-            "`write` that refuses what lies outside the array."
-            if not (index >= 0 and index + lanes <= len(array)):
-                raise IndexError("store: outside the array")
-            write(array, index, value)
-
-    def everywhere(builder, value):
-        "A number in all places."
-        nothing = ir.Constant(kind, ir.Undefined)
-        one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(one, nothing, constant(0, whole_kind))
-
-    @intrinsic
-    def splat(typing, value):
-        "One float32 in all places."
-
-        def code(context, builder, signature, args):
-            return everywhere(builder, args[0])
-
-        return vector(types.float32), code
-
-    @intrinsic
-    def spread(typing, array, index):
-        "array[index] of a contiguous float32 array in all places."
-
-        def code(context, builder, signature, args):
-            data = context.make_array(signature.args[0])(context, builder, args[0]).data
-            return everywhere(builder, builder.load(builder.gep(data, [args[1]])))
-
-        return vector(array, index), code
-
-    def of_one(code):
-        "An operation on one vector, whose instructions are `code(builder, a)`."
-
-        @intrinsic
-        def apply(typing, a):
-            return vector(a), lambda context, builder, signature, args: code(builder, *args)
-
-        return apply
-
-    def of_two(code):
-        "An operation on two vectors, whose instructions are `code(builder, a, b)`."
-
-        @intrinsic
-        def apply(typing, a, b):
-            return vector(a, b), lambda context, builder, signature, args: code(builder, *args)
-
-        return apply
-
-    def arithmetic(op, name):
-        "Teach the compiler `op` between two vectors."
-        apply = of_two(lambda builder, a, b: getattr(builder, name)(a, b, flags=FUSE))
-
-        @overload(op)
-        def implementation(a, b):
-            if a is vector and b is vector:
-                return lambda a, b: apply(a, b)
-
-    arithmetic(operator.add, "fadd")
-    arithmetic(operator.sub, "fsub")
-    arithmetic(operator.mul, "fmul")
-    arithmetic(operator.truediv, "fdiv")
-
-    @intrinsic
-    def pick(typing, a, b, yes, no):
-        "yes where a >= b, else no"
-
-        def code(context, builder, signature, args):
-            return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
-
-        return vector(a, b, yes, no), code
-
-    @intrinsic
-    def keep(typing, a, b, value):
-        "value where a >= b, else 0"
-
-        def code(context, builder, signature, args):
-            chosen = builder.fcmp_ordered(">=", args[0], args[1])
-            return builder.select(chosen, args[2], constant(0.0))
-
-        return vector(a, b, value), code
-
-    @of_two
-    def smaller(builder, a, b):
-        "The smaller of the two."
-        return builder.select(builder.fcmp_ordered("<", a, b), a, b)
-
-    @of_two
-    def larger(builder, a, b):
-        "The larger of the two; b where one is NaN."
-        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-    @of_one
-    def size(builder, a):
-        "|a|"
-        digits = constant(2**31 - 1, whole_kind)
-        return builder.bitcast(builder.and_(builder.bitcast(a, whole_kind), digits), kind)
-
-    @of_one
-    def dead(builder, a):
-        "-|a|"
-        sign = constant(-(2**31), whole_kind)
-        return builder.bitcast(builder.or_(builder.bitcast(a, whole_kind), sign), kind)
-
-    @intrinsic
-    def any_alive(typing, a):
-        "Is any of them without a minus sign?"
-
-        def code(context, builder, signature, args):
-            bits = builder.bitcast(args[0], whole_kind)
-            mask = builder.icmp_signed(">=", bits, constant(0, whole_kind))
-            number = ir.IntType(lanes)
-            return builder.icmp_unsigned(
-                "!=", builder.bitcast(mask, number), ir.Constant(number, 0)
-            )
-
-        return types.boolean(a), code
-
-    @of_one
-    def whole(builder, a):
-        "The whole part of a, towards zero."
-        return builder.sitofp(builder.fptosi(a, whole_kind), kind)
-
-    @of_two
-    def scale(builder, a, power):
-        "a * 2^power for whole numbers in `power` that leave a normal number."
-        up = builder.shl(builder.fptosi(power, whole_kind), constant(23, whole_kind))
-        return builder.bitcast(builder.add(up, builder.bitcast(a, whole_kind)), kind)
-
-    @of_two
-    def add_pairs(builder, a, b):
-        "Sums of neighbours: first those of a, then those of b."
-        even = ir.Constant(whole_kind, list(range(0, 2 * lanes, 2)))
-        odd = ir.Constant(whole_kind, list(range(1, 2 * lanes, 2)))
-        return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
-
-    memory = load, store, splat, spread
-    return memory, (pick, keep, smaller, larger, size, dead, any_alive, whole, scale, add_pairs)
-
-
-(load8, store8, splat8, _), (pick8, keep8, min8, max8, abs8, _, _, _, scale8, _) = vectors(8)
-(load, store, all_of, _), several = vectors(LANES)
-pick, keep, smaller, _, _, dead, any_alive, whole, scale, add_pairs = several
-
-
-def table():
-    """Constants of the inner loops, LANES of each: read from memory they cost no instruction of their own.
-
-    Pixel centres and rows of a vector; 2^x on [-1, 0] (relative error 7.5e-8); the largest alpha, the log2 of
-    the smallest, the light of a finished pixel, and 1.
-    """
-    numbers = [*EXP2, ALPHA_MAX, -LOG2_255, np.nextafter(f32(T_MIN), f32(1)), 1.0]
-    pixel, row = np.arange(LANES) % TILE_W + 0.5, np.arange(LANES) // TILE_W
-    whole = aligned(LANES * (2 + len(numbers)))
-    whole[:] = np.concatenate([pixel, row, np.repeat(numbers, LANES)])
-    return whole
-
-
-@kernel
-def aligned(n):
-    "So many zeros that begin where a line of the cache does: no vector of them lies in two."
-    room = np.zeros(n + 16, np.float32)
-    skip = -room.ctypes.data % 64 // 4
-    return room[skip : skip + n]
-
-
-@part
-def exp2(a, C):
-    "2^a for -126 < a <= 0: the whole part goes into the exponent, a polynomial gives the rest."
-    n = whole(a)
-    x = a - n
-    xx = x * x
-    high = (load(C, POWER + 5 * LANES) * x + load(C, POWER + 4 * LANES)) * xx
-    p = high + (load(C, POWER + 3 * LANES) * x + load(C, POWER + 2 * LANES))
-    return scale(p * xx + (load(C, POWER + LANES) * x + load(C, POWER)), n)
 
 
 # -------------------------------------------------------------------------------------------- tiles
@@ -776,8 +977,9 @@ def columns(mx, half, begin, end):
 def strip_lists(m, rec, order, span, begin, end, H):
     """For tile columns begin..end: which Gaussians reach each, front to back, and in which rows exactly.
 
-    Returns own [k], the rows of `rec` that reach any of them, front to back; local [k 7], what `rec` says
-    of those; starts, ends [columns] and entry [.. 2] = (place in own, first and last row in 16 bits each).
+    Returns own [k], the rows of `rec` that reach any of them, front to back; of those place [2 k], their
+    centres, and form [4 k], e, f, h and log2 opacity; starts, ends [columns] and entry [2 ..], pairs of
+    (place in own, first and last row in 16 bits each).
     """
     starts = np.zeros(end - begin + 1, np.int64)
     ends = np.empty(end - begin, np.int64)
@@ -793,7 +995,8 @@ def strip_lists(m, rec, order, span, begin, end, H):
     for c in range(end - begin):
         ends[c] = starts[c]
     own = np.empty(k, np.int32)
-    local = np.empty((k, N_REC))
+    place = np.empty(2 * k)
+    form = np.empty(4 * k, np.float32)
     entry = np.empty((starts[end - begin], 2), np.int32)
     p = 0
     for j in range(m):
@@ -802,15 +1005,11 @@ def strip_lists(m, rec, order, span, begin, end, H):
             continue
         i = order[j]
         own[p] = i
-        for n in range(N_REC):
-            local[p, n] = rec[i, n]
-        mx, my, e, f, h = rec[i, 0], rec[i, 1], rec[i, 2], rec[i, 3], rec[i, 4]
-        wide = half_width(rec, i)
-        # the ellipse is fh dy^2 + 2 e f dx dy + e^2 dx^2 = room; its top is at dx = tip, its bottom at -tip
-        fh = f * f + h * h
-        slope = -e * f / fh
-        aspect = e * h / fh
-        tip = -f * wide / math.sqrt(fh)
+        mx, my = rec[i, 0], rec[i, 1]
+        place[2 * p], place[2 * p + 1] = mx, my
+        for n in range(4):
+            form[4 * p + n] = rec[i, 2 + n]
+        wide, tip, slope, aspect = rec[i, 7], rec[i, 8], rec[i, 9], rec[i, 10]
         for c in range(c0, c1):
             left = max(c * TILE_W + 0.5 - mx, -wide)
             right = min(c * TILE_W + (TILE_W - 0.5) - mx, wide)
@@ -829,7 +1028,7 @@ def strip_lists(m, rec, order, span, begin, end, H):
                 entry[at, 0], entry[at, 1] = p, r0 << 16 | r1
                 ends[c - begin] = at + 1
         p += 1
-    return own, local, starts, ends, entry
+    return own, place, form, starts, ends, entry.reshape(-1)
 
 
 @part
@@ -842,55 +1041,117 @@ def alive(buf, rows):
 
 
 @part
-def place(y):
-    "Where the working buffer keeps the light of row y of a tile; LANES further on, the next image."
-    return y // PAIR * BAND + y % PAIR * TILE_W
+def fall_of_rows(terms, at, i, C, f, h, lo, k2):
+    "LANES rows of `rows_of_ellipse` from row i on; returns y2."
+    row = load(C, ROW + i)
+    y2 = all_of(h) * row + all_of(k2)
+    store(terms, at + RISE + i, all_of(f) * row)
+    store(terms, at + FALL + i, all_of(lo) - y2 * y2)
+    return y2
 
 
 @part
-def start_of(local, i, x0, y):
-    "Of ellipse i: its triangle, opacity, and y1, y2 at the left end of row y of the image."
-    e, f, h, lo = f32(local[i, 2]), f32(local[i, 3]), f32(local[i, 4]), f32(local[i, 5])
-    dx, dy = x0 - local[i, 0], y + 0.5 - local[i, 1]
-    return e, f, h, lo, f32(e * dx + f * dy), f32(h * dy)
+def rows_of_ellipse(terms, at, n, C, f, h, lo, k2):
+    """What all pixels of a row share, for n rows of an ellipse: y1 = a + RISE for some a of each column, and
+    log2 alpha = FALL - y1^2."""
+    for i in range(0, n, 2 * LANES):
+        fall_of_rows(terms, at, i, C, f, h, lo, k2)
+        fall_of_rows(terms, at, i + LANES, C, f, h, lo, k2)
 
 
 @part
-def blend(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z):
-    """Add one Gaussian to some bands of a tile.
+def rows_for_gradient(terms, at, n, C, f, h, lo, k2):
+    "As `rows_of_ellipse`, with y2 and its square."
+    for i in range(0, n, 2 * LANES):
+        for j in (i, i + LANES):
+            y2 = fall_of_rows(terms, at, j, C, f, h, lo, k2)
+            store(terms, at + DOWN + j, y2)
+            store(terms, at + SQUARE + j, y2 * y2)
 
-    A band of the buffer holds light, red, green, blue, depth, alpha of LANES pixels.
-    """
-    down = load(C, BELOW)
-    y1 = all_of(e) * load(C, 0) + all_of(f) * down + all_of(k1)
-    y2 = all_of(h) * down + all_of(k2)
-    f, h, lo = all_of(f * f32(PAIR)), all_of(h * f32(PAIR)), all_of(lo)
-    r, g, b, z = all_of(r), all_of(g), all_of(b), all_of(z)
-    for _ in range(bands):
-        T = load(buf, at)
-        if any_alive(T):
-            q = lo - y1 * y1 - y2 * y2
-            alpha = smaller(exp2(q, C), load(C, CAP))
-            alpha = keep(q, load(C, FAINT), alpha)
-            w = T * alpha
-            left = T - w
-            w = keep(left, load(C, DARK), w)
-            store(buf, at, pick(left, load(C, DARK), left, dead(T)))
-            store(buf, at + LANES, load(buf, at + LANES) + w * r)
-            store(buf, at + 2 * LANES, load(buf, at + 2 * LANES) + w * g)
-            store(buf, at + 3 * LANES, load(buf, at + 3 * LANES) + w * b)
-            store(buf, at + 4 * LANES, load(buf, at + 4 * LANES) + w * z)
-            store(buf, at + 5 * LANES, load(buf, at + 5 * LANES) + w)
-        y1, y2, at = y1 + f, y2 + h, at + BAND
+
+def preparing(rows, step):
+    "The start of every batch, for `draw` or `draw_backward`; `step` floats hold the rows of one Gaussian."
+
+    @part
+    def prepare(C, place, form, tint, entry, first, last, x0, y0, y1, where, start, terms):
+        """Prepare entries first..last of a column for rows y0..y1, and return how many of them reach those.
+
+        Written for each: `where` [4]: band of the buffer, bands, number of the ellipse; `start` [12]: e, f, h,
+        log2 opacity, y1 and y2 at the left end of the first row, four channels; its rows in `terms`.
+
+        The inner loops end when a processor does not expect it. What they need next is at hand then.
+        """
+        n = 0
+        for t in range(first, last):
+            i, rows_here = entry[2 * t], entry[2 * t + 1]
+            r0, r1 = max(rows_here >> 16, y0), min(rows_here & 0xFFFF, y1)
+            if r0 >= r1:
+                continue
+            r0 -= (r0 - y0) % PAIR
+            e, f, h, lo = form[4 * i], form[4 * i + 1], form[4 * i + 2], form[4 * i + 3]
+            dx, dy = x0 - place[2 * i], r0 + 0.5 - place[2 * i + 1]
+            k1, k2 = f32(e * dx + f * dy), f32(h * dy)
+            rows(terms, step * n, r1 - r0, C, f, h, lo, k2)
+            where[4 * n], where[4 * n + 1] = (r0 - y0) // PAIR * BAND, (r1 - r0 + PAIR - 1) // PAIR
+            where[4 * n + 2] = i
+            at = 12 * n
+            start[at], start[at + 1], start[at + 2], start[at + 3] = e, f, h, lo
+            start[at + 4], start[at + 5] = k1, k2
+            for j in range(CHANNELS):
+                start[at + 6 + j] = tint[4 * i + j]
+            n += 1
+        return n
+
+    return prepare
+
+
+prepare = preparing(rows_of_ellipse, DOWN)
+prepare_backward = preparing(rows_for_gradient, SQUARE + TILE_H)
+
+
+def blending(capped):
+    "The inner loop of `draw`; without `capped` no alpha may reach its largest value."
+
+    @part
+    def blend(buf, at, bands, C, terms, rows, e, k1, r, g, b, z):
+        """Add one Gaussian, whose rows stand in `terms` from `rows` on, to some bands of a tile.
+
+        A band of the buffer holds light, red, green, blue, depth, alpha of LANES pixels.
+        """
+        across = all_of(e) * load(C, 0) + all_of(k1)
+        r, g, b, z, zero = all_of(r), all_of(g), all_of(b), all_of(z), all_of(ZERO)
+        for _ in range(bands):
+            T = load(buf, at)
+            if any_alive(T):
+                y1 = across + cycle(terms, rows + RISE)
+                q = cycle(terms, rows + FALL) - y1 * y1
+                alpha = exp2(q, C)
+                if capped:
+                    alpha = smaller(alpha, load(C, CAP))
+                w = keep(q, load(C, FAINT), T * alpha)
+                left = T - w
+                w = below(left, load(C, DARK), zero, w)
+                store(buf, at, below(left, load(C, DARK), dead(T), left))
+                store(buf, at + LANES, load(buf, at + LANES) + w * r)
+                store(buf, at + 2 * LANES, load(buf, at + 2 * LANES) + w * g)
+                store(buf, at + 3 * LANES, load(buf, at + 3 * LANES) + w * b)
+                store(buf, at + 4 * LANES, load(buf, at + 4 * LANES) + w * z)
+                store(buf, at + 5 * LANES, load(buf, at + 5 * LANES) + w)
+            at, rows = at + BAND, rows + PAIR
+
+    return blend
+
+
+blend, blend_capped = blending(False), blending(True)
 
 
 @part
 def rows_of(colour, own):
-    "colour[own]"
-    rows = np.empty((len(own), CHANNELS), np.float32)
+    "colour[own], one row behind another."
+    rows = np.empty(CHANNELS * len(own), np.float32)
     for p in range(len(own)):
         for j in range(CHANNELS):
-            rows[p, j] = colour[own[p], j]
+            rows[CHANNELS * p + j] = colour[own[p], j]
     return rows
 
 
@@ -901,55 +1162,62 @@ def draw(C, colour, lists, begin, end, back, expected, rgb, alpha, depth, light)
     `lists` are those of `strip_lists`. Images are rgb [3 h w], the channels 0..2 of `colour`; depth [h w],
     its last channel, divided by alpha if `expected`; alpha and the light that is left, [h w].
     """
-    own, local, starts, ends, entry = lists
+    own, place, form, starts, ends, entry = lists
     H, W = alpha.shape
     rgb, alpha = rgb.reshape(-1), alpha.reshape(-1)
     depth, light = depth.reshape(-1), light.reshape(-1)
-    back_r, back_g, back_b, back_z = (
-        splat8(back[0]),
-        splat8(back[1]),
-        splat8(back[2]),
-        splat8(back[3]),
-    )
-    one, tiny, outside = splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
+    back_z, zero, tiny = all_of(back[3]), all_of(ZERO), all_of(TINY)
     tint = rows_of(colour, own)
     buf = aligned(BAND * TILE_H // PAIR)
+    terms = aligned(BATCH * DOWN)
+    where, start = np.empty(4 * BATCH, np.int64), np.empty(12 * BATCH, np.float32)
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
             y1 = min(y0 + TILE_H, H)
-            seen = 0
-            for i in range(len(buf)):
-                buf[i] = ZERO
-            for y in range(y1 - y0):
-                store8(buf, place(y), one)
-            for y in range(y1 - y0, TILE_H):
-                store8(buf, place(y), outside)
-            for t in range(starts[c - begin], ends[c - begin]):
-                r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xFFFF, y1)
-                if r0 >= r1:
-                    continue
-                i = entry[t, 0]
-                r, g, b, z = tint[i, 0], tint[i, 1], tint[i, 2], tint[i, 3]
-                r0 -= (r0 - y0) % PAIR
-                e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
-                at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
-                blend(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z)
-                seen += 1
-                if seen % CHECK == 0 and not alive(buf, y1 - y0):
+            p = 0
+            for y in range(y0, y1, PAIR):
+                store(buf, p, full_light(y + 1 < y1))
+                for j in range(1, 6):
+                    store(buf, p + j * LANES, zero)
+                p += BAND
+            for t in range(starts[c - begin], ends[c - begin], BATCH):
+                last = min(t + BATCH, ends[c - begin])
+                n = prepare(C, place, form, tint, entry, t, last, x0, y0, y1, where, start, terms)
+                for i in range(n):
+                    at, bands = where[4 * i], where[4 * i + 1]
+                    e, lo, k1 = start[12 * i], start[12 * i + 3], start[12 * i + 4]
+                    r, g, b = start[12 * i + 6], start[12 * i + 7], start[12 * i + 8]
+                    z = start[12 * i + 9]
+                    if lo > LOG2_CAP:
+                        blend_capped(buf, at, bands, C, terms, DOWN * i, e, k1, r, g, b, z)
+                    else:
+                        blend(buf, at, bands, C, terms, DOWN * i, e, k1, r, g, b, z)
+                if not alive(buf, y1 - y0):
                     break
-            for y in range(y0, y1):
-                p, at = place(y - y0), y * W + x0
-                T, A = abs8(load8(buf, p)), load8(buf, p + 5 * LANES)
-                Z = load8(buf, p + 4 * LANES) + T * back_z
+            # one image after the other: few pages of memory at a time
+            for j in range(3):
+                p, back_j, image = (1 + j) * LANES, all_of(back[j]), j * H * W
+                for y in range(y0, y1, PAIR):
+                    T = size(load(buf, p - (1 + j) * LANES))
+                    put(rgb, image + y * W + x0, W, y + 1 < y1, load(buf, p) + T * back_j)
+                    p += BAND
+            p = 0
+            for y in range(y0, y1, PAIR):
+                put(light, y * W + x0, W, y + 1 < y1, size(load(buf, p)))
+                p += BAND
+            p = 5 * LANES
+            for y in range(y0, y1, PAIR):
+                put(alpha, y * W + x0, W, y + 1 < y1, load(buf, p))
+                p += BAND
+            p = 0
+            for y in range(y0, y1, PAIR):
+                Z = load(buf, p + 4 * LANES) + size(load(buf, p)) * back_z
                 if expected:
-                    Z = Z / pick8(A, tiny, A, tiny)
-                store8(light, at, T)
-                store8(alpha, at, A)
-                store8(depth, at, Z)
-                store8(rgb, at, load8(buf, p + LANES) + T * back_r)
-                store8(rgb, at + H * W, load8(buf, p + 2 * LANES) + T * back_g)
-                store8(rgb, at + 2 * H * W, load8(buf, p + 3 * LANES) + T * back_b)
+                    A = load(buf, p + 5 * LANES)
+                    Z = Z / pick(A, tiny, A, tiny)
+                put(depth, y * W + x0, W, y + 1 < y1, Z)
+                p += BAND
 
 
 # ----------------------------------------------------------------------------------------- backward
@@ -970,51 +1238,70 @@ def add_sums(sums, at, a, b, c, d, e, f, g, h, i, j):
         store(sums, at + 8, load(sums, at + 8) + rest)
 
 
-@part
-def blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, sums, own):
-    """The same bands again, from the front.
+def blending_backward(capped, deep):
+    "The inner loop of `draw_backward`; without `deep` the fourth channel has no gradient."
 
-    A band of the buffer holds light, what is still to come along the ray times its gradient, and the
-    gradients of red, green, blue and depth. Adds to `sums` from `own` on:
-    v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red,
-    green, blue, depth.
+    @part
+    def blend_backward(buf, at, bands, C, terms, rows, e, f, h, k1, k2, r, g, b, z, sums, own):
+        """The same bands again, from the front.
 
-    Within one place of the vectors y1 = a + ratio * y2 with constant a, so three sums with v are enough
-    until the end.
-    """
-    down = load(C, BELOW)
-    y1 = all_of(e) * load(C, 0) + all_of(f) * down + all_of(k1)
-    y2 = all_of(h) * down + all_of(k2)
-    ratio = all_of(f) / all_of(h)
-    f, h, lo = all_of(f * f32(PAIR)), all_of(h * f32(PAIR)), all_of(lo)
-    r, g, b, z, zero = all_of(r), all_of(g), all_of(b), all_of(z), all_of(ZERO)
-    s, s2, s22, cr, cg, cb, cz = zero, zero, zero, zero, zero, zero, zero
-    a = y1 - ratio * y2
-    for _ in range(bands):
-        T = load(buf, at)
-        if any_alive(T):
-            q = lo - y1 * y1 - y2 * y2
-            full = exp2(q, C)
-            alpha = smaller(full, load(C, CAP))
-            alpha = keep(q, load(C, FAINT), alpha)
-            w = T * alpha
-            left = T - w
-            w = keep(left, load(C, DARK), w)
-            store(buf, at, pick(left, load(C, DARK), left, dead(T)))
-            gr, gg = load(buf, at + 2 * LANES), load(buf, at + 3 * LANES)
-            gb, gz = load(buf, at + 4 * LANES), load(buf, at + 5 * LANES)
-            mine = w * (gr * r + gg * g + gb * b + gz * z)
-            rest = load(buf, at + LANES) - mine
-            store(buf, at + LANES, rest)
-            cr, cg, cb, cz = cr + w * gr, cg + w * gg, cb + w * gb, cz + w * gz
-            v = mine - keep(left, load(C, DARK), rest * (alpha / (load(C, LIGHT) - alpha)))
-            v = keep(load(C, CAP), full, v)
-            v2 = v * y2
-            s, s2, s22 = s + v, s2 + v2, s22 + v2 * y2
-        y1, y2, at = y1 + f, y2 + h, at + BAND
-    s1, s12 = a * s + ratio * s2, a * s2 + ratio * s22
-    s11 = a * s1 + ratio * s12
-    add_sums(sums, own, s, s1, s2, s11, s12, s22, cr, cg, cb, cz)
+        A band of the buffer holds light, what is still to come along the ray times its gradient, and the
+        gradients of red, green, blue and depth. Adds to `sums` from `own` on:
+        v, v y1, v y2, v y1^2, v y1 y2, v y2^2, with v = dL / d ln alpha, and weight times gradient of red,
+        green, blue, depth.
+
+        Within one place of the vectors y1 = a + ratio * y2 with constant a, so three sums with v are enough
+        until the end.
+        """
+        across = all_of(e) * load(C, 0) + all_of(k1)
+        r, g, b, z, zero = all_of(r), all_of(g), all_of(b), all_of(z), all_of(ZERO)
+        s, s2, s22, cr, cg, cb, cz = zero, zero, zero, zero, zero, zero, zero
+        for _ in range(bands):
+            T = load(buf, at)
+            if any_alive(T):
+                y1 = across + cycle(terms, rows + RISE)
+                q = cycle(terms, rows + FALL) - y1 * y1
+                full = exp2(q, C)
+                alpha = smaller(full, load(C, CAP)) if capped else full
+                w = keep(q, load(C, FAINT), T * alpha)
+                left = T - w
+                w = below(left, load(C, DARK), zero, w)
+                store(buf, at, below(left, load(C, DARK), dead(T), left))
+                gr, gg, gb = (
+                    load(buf, at + 2 * LANES),
+                    load(buf, at + 3 * LANES),
+                    load(buf, at + 4 * LANES),
+                )
+                toward = gr * r + gg * g + gb * b
+                if deep:
+                    gz = load(buf, at + 5 * LANES)
+                    toward = toward + gz * z
+                    cz = cz + w * gz
+                mine = w * toward
+                rest = load(buf, at + LANES) - mine
+                store(buf, at + LANES, rest)
+                cr, cg, cb = cr + w * gr, cg + w * gg, cb + w * gb
+                v = mine - rest * (w / left)  # alpha / (1 - alpha), or 0
+                if capped:
+                    v = keep(load(C, CAP), full, v)
+                s = s + v
+                s2 = s2 + v * cycle(terms, rows + DOWN)
+                s22 = s22 + v * cycle(terms, rows + SQUARE)
+            at, rows = at + BAND, rows + PAIR
+        ratio = all_of(f / h)
+        a = across - ratio * all_of(k2)
+        s1, s12 = a * s + ratio * s2, a * s2 + ratio * s22
+        s11 = a * s1 + ratio * s12
+        add_sums(sums, own, s, s1, s2, s11, s12, s22, cr, cg, cb, cz)
+
+    return blend_backward
+
+
+blend_backward, blend_backward_capped = (
+    blending_backward(False, False),
+    blending_backward(True, False),
+)
+deep_backward, deep_backward_capped = blending_backward(False, True), blending_backward(True, True)
 
 
 @kernel
@@ -1039,7 +1326,7 @@ def draw_backward(
     `g_alpha` and `g_depth` may have no rows, which counts as zero. Returns sums [k 16] of the ellipses that
     `lists` names: six of their shape, four of their channels, six that mean nothing. Written: g_back [4].
     """
-    own, local, starts, ends, entry = lists
+    own, place, form, starts, ends_of, entry = lists
     H, W = alpha.shape
     k = len(own)
     rgb, alpha = rgb.reshape(-1), alpha.reshape(-1)
@@ -1047,62 +1334,152 @@ def draw_backward(
     g_rgb, g_alpha, g_depth = g_rgb.reshape(-1), g_alpha.reshape(-1), g_depth.reshape(-1)
     tint = rows_of(colour, own)
     buf = aligned(BAND * TILE_H // PAIR)
+    terms = aligned(BATCH * (SQUARE + TILE_H))
+    where, start = np.empty(4 * BATCH, np.int64), np.empty(12 * BATCH, np.float32)
     sums = aligned(16 * k)
-    ends8 = np.empty(8 * CHANNELS, np.float32)
-    zero, one, tiny, outside = splat8(ZERO), splat8(f32(1.0)), splat8(TINY), splat8(f32(-1.0))
+    ends = np.empty(LANES * CHANNELS, np.float32)
+    zero, tiny, deep = all_of(ZERO), all_of(TINY), len(g_depth) > 0
     back_r, back_g, back_b, back_z = zero, zero, zero, zero
     for c in range(begin, end):
         x0 = c * TILE_W
         for y0 in range(0, H, TILE_H):
             y1 = min(y0 + TILE_H, H)
-            seen = 0
-            for y in range(y1 - y0, TILE_H):
-                store8(buf, place(y), outside)
-                for j in range(1, 6):
-                    store8(buf, place(y) + j * LANES, zero)
-            for y in range(y0, y1):
-                p, at = place(y - y0), y * W + x0
-                A, T, Z = load8(alpha, at), load8(light, at), load8(depth, at)
-                gz = load8(g_depth, at) if len(g_depth) else zero
-                lost = load8(g_alpha, at) if len(g_alpha) else zero
-                green, blue = at + H * W, at + 2 * H * W
-                gr, gg, gb = load8(g_rgb, at), load8(g_rgb, green), load8(g_rgb, blue)
-                rest = gr * load8(rgb, at) + gg * load8(rgb, green) + gb * load8(rgb, blue)
+            p = 0
+            for y in range(y0, y1, PAIR):
+                at, both = y * W + x0, y + 1 < y1
+                A, T, Z = (
+                    take(alpha, at, W, both),
+                    take(light, at, W, both),
+                    take(depth, at, W, both),
+                )
+                gz = take(g_depth, at, W, both) if deep else zero
+                lost = take(g_alpha, at, W, both) if len(g_alpha) else zero
+                gr = take(g_rgb, at, W, both)
+                gg = take(g_rgb, at + H * W, W, both)
+                gb = take(g_rgb, at + 2 * H * W, W, both)
+                rest = gr * take(rgb, at, W, both) + gg * take(rgb, at + H * W, W, both)
+                rest = rest + gb * take(rgb, at + 2 * H * W, W, both)
                 if expected:
-                    gz = keep8(A, tiny, gz / pick8(A, tiny, A, tiny))
+                    gz = keep(A, tiny, gz / pick(A, tiny, A, tiny))
                     lost = lost - gz * Z
                     rest = rest + gz * Z * A
                 else:
                     rest = rest + gz * Z
                     back_z = back_z + gz * T
-                store8(buf, p, one)
-                store8(buf, p + LANES, rest - T * lost)
-                store8(buf, p + 2 * LANES, gr)
-                store8(buf, p + 3 * LANES, gg)
-                store8(buf, p + 4 * LANES, gb)
-                store8(buf, p + 5 * LANES, gz)
+                store(buf, p, full_light(both))
+                store(buf, p + LANES, rest - T * lost)
+                store(buf, p + 2 * LANES, gr)
+                store(buf, p + 3 * LANES, gg)
+                store(buf, p + 4 * LANES, gb)
+                store(buf, p + 5 * LANES, gz)
                 back_r, back_g, back_b = back_r + gr * T, back_g + gg * T, back_b + gb * T
-            for t in range(starts[c - begin], ends[c - begin]):
-                r0, r1 = max(entry[t, 1] >> 16, y0), min(entry[t, 1] & 0xFFFF, y1)
-                if r0 >= r1:
-                    continue
-                i = entry[t, 0]
-                r, g, b, z = tint[i, 0], tint[i, 1], tint[i, 2], tint[i, 3]
-                r0 -= (r0 - y0) % PAIR
-                e, f, h, lo, k1, k2 = start_of(local, i, x0, r0)
-                at, bands = place(r0 - y0), (r1 - r0 + PAIR - 1) // PAIR
-                blend_backward(buf, at, bands, C, e, f, h, lo, k1, k2, r, g, b, z, sums, 16 * i)
-                seen += 1
-                if seen % CHECK == 0 and not alive(buf, y1 - y0):
+                p += BAND
+            for t in range(starts[c - begin], ends_of[c - begin], BATCH):
+                last = min(t + BATCH, ends_of[c - begin])
+                n = prepare_backward(
+                    C, place, form, tint, entry, t, last, x0, y0, y1, where, start, terms
+                )
+                for i in range(n):
+                    at, bands, own_at = where[4 * i], where[4 * i + 1], 16 * where[4 * i + 2]
+                    rows, first = (SQUARE + TILE_H) * i, 12 * i
+                    e, f, h, lo = start[first], start[first + 1], start[first + 2], start[first + 3]
+                    k1, k2, r, g = (
+                        start[first + 4],
+                        start[first + 5],
+                        start[first + 6],
+                        start[first + 7],
+                    )
+                    b, z = start[first + 8], start[first + 9]
+                    if deep and lo > LOG2_CAP:
+                        deep_backward_capped(
+                            buf,
+                            at,
+                            bands,
+                            C,
+                            terms,
+                            rows,
+                            e,
+                            f,
+                            h,
+                            k1,
+                            k2,
+                            r,
+                            g,
+                            b,
+                            z,
+                            sums,
+                            own_at,
+                        )
+                    elif deep:
+                        deep_backward(
+                            buf,
+                            at,
+                            bands,
+                            C,
+                            terms,
+                            rows,
+                            e,
+                            f,
+                            h,
+                            k1,
+                            k2,
+                            r,
+                            g,
+                            b,
+                            z,
+                            sums,
+                            own_at,
+                        )
+                    elif lo > LOG2_CAP:
+                        blend_backward_capped(
+                            buf,
+                            at,
+                            bands,
+                            C,
+                            terms,
+                            rows,
+                            e,
+                            f,
+                            h,
+                            k1,
+                            k2,
+                            r,
+                            g,
+                            b,
+                            z,
+                            sums,
+                            own_at,
+                        )
+                    else:
+                        blend_backward(
+                            buf,
+                            at,
+                            bands,
+                            C,
+                            terms,
+                            rows,
+                            e,
+                            f,
+                            h,
+                            k1,
+                            k2,
+                            r,
+                            g,
+                            b,
+                            z,
+                            sums,
+                            own_at,
+                        )
+                if not alive(buf, y1 - y0):
                     break
-    store8(ends8, 0, back_r)
-    store8(ends8, 8, back_g)
-    store8(ends8, 16, back_b)
-    store8(ends8, 24, back_z)
+    store(ends, 0, back_r)
+    store(ends, LANES, back_g)
+    store(ends, 2 * LANES, back_b)
+    store(ends, 3 * LANES, back_z)
     for j in range(CHANNELS):
         g_back[j] = ZERO
-        for o in range(8):
-            g_back[j] += ends8[8 * j + o]
+        for o in range(LANES):
+            g_back[j] += ends[LANES * j + o]
     return sums.reshape(k, 16)
 
 
@@ -1295,7 +1672,9 @@ def project_backward(
                     if not len(cov) and not det0 > SAFE * a * c:
                         n0, n1, n2 = normal_of(P, A, S)
                         det0 = n0 * n0 + n1 * n1 + n2 * n2
-                    if not det > SAFE * (a + eps2d) * (c + eps2d):  # of a covariance, as in `project`
+                    if not det > SAFE * (a + eps2d) * (
+                        c + eps2d
+                    ):  # of a covariance, as in `project`
                         det = max(det0, 0.0) + eps2d * (a + c + eps2d)
                     i0 = 0.5 * got[0] / det0 if det0 > 0.0 else 0.0
                     i1 = 0.5 * got[0] / det
@@ -1412,3 +1791,34 @@ def project_backward(
             d22 += 2 * (h02 * m02 + h12 * m12 + h22 * m22)
             d = d00, d01, d02, d10, d11, d12, d20, d21, d22
             to_quaternion(quat, scale, g, d, g_quat, g_scale)
+
+
+INFINITE, ONE = 0x7F800000, 0x3F800000  # bits of these numbers in float32
+
+
+@part
+def extremes(bits):
+    "The smallest of some int32, and the largest without its sign."
+    low, high = np.int32(ONE), np.int32(0)
+    for i in range(len(bits)):
+        low = min(low, bits[i])
+        high = max(high, bits[i] & np.int32(0x7FFFFFFF))
+    return low, high
+
+
+@kernel
+def plain_values(mean, scale, quat, opacity, sh):
+    """Are all numbers finite, deviations above zero, opacities in 0..1, and quaternions not zero?
+
+    The tensors come as int32, one number behind another: so their order is that of whole numbers.
+    """
+    for bits in (mean, scale, quat, sh):
+        if not extremes(bits)[1] < INFINITE:
+            return False
+    if not (extremes(scale)[0] > 0 and extremes(opacity)[0] >= 0 and extremes(opacity)[1] <= ONE):
+        return False
+    for i in range(0, len(quat), 4):
+        all_four = quat[i] | quat[i + 1] | quat[i + 2] | quat[i + 3]
+        if all_four & np.int32(0x7FFFFFFF) == 0:
+            return False
+    return True
