@@ -167,7 +167,7 @@ CONTRAST = """() => {
 # Whether the search box is on the other side of grey than the page.
 BOX = """() => {
   const parts = e => getComputedStyle(e).backgroundColor.match(/[\\d.]+/g).map(Number);
-  const dark = ([r, g, b]) => .299 * r + .587 * g + .114 * b < 128;
+  const dark = ([r, g, b, a = 1]) => a > .5 && .299 * r + .587 * g + .114 * b < 128;
   const boxes = [...document.querySelectorAll('.smalldocs-search input')].filter(e => e.getClientRects().length);
   const clear = c => c.length > 3 && c[3] < .5;
   return boxes.some(e => clear(parts(e)) || dark(parts(e)) !== dark(parts(document.body)));
