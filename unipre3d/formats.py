@@ -26,13 +26,20 @@ from unipre3d.files import (
     read_file,
     reading,
 )
-from .gaussians import check_gaussians, load_ply, ply_mode, save_ply, sh_basis
+from unipre3d.gaussians import (
+    check_gaussians,
+    check_one,
+    load_ply,
+    ply_mode,
+    save_ply,
+    sh_basis,
+)
 from .records import written_whole
 
 # %% auto #0
-__all__ = ['AXES', 'SPZ_HEADER', 'SPZ_COLOUR', 'SPLATS', 'FLOAT', 'POINTS', 'INTEGERS', 'WIDTHS', 'half_rotation', 'check_one',
-           'one_cloud', 'spz_bytes', 'pack_rotations', 'unpack_rotations', 'save_spz', 'load_spz', 'harmonic_names',
-           'linear_colour', 'about_z', 'save_glb', 'read_accessor', 'load_glb', 'load_gaussians', 'save_gaussians']
+__all__ = ['AXES', 'SPZ_HEADER', 'SPZ_COLOUR', 'SPLATS', 'FLOAT', 'POINTS', 'INTEGERS', 'WIDTHS', 'half_rotation', 'one_cloud',
+           'spz_bytes', 'pack_rotations', 'unpack_rotations', 'save_spz', 'load_spz', 'harmonic_names', 'linear_colour',
+           'about_z', 'save_glb', 'read_accessor', 'load_glb', 'load_gaussians', 'save_gaussians']
 
 # %% ../nbs/54_formats.ipynb #54f00007
 AXES = {".ply": (1, 1, 1), ".spz": (1, -1, -1), ".glb": (-1, -1, 1)}  # of a file, in ours
@@ -54,29 +61,6 @@ def half_rotation(
     )
 
 # %% ../nbs/54_formats.ipynb #54f00010
-def check_one(
-    gaussians: GaussianBatch,
-    who: str,  # the function, for messages
-) -> None:
-    """Refuse what no file of Gaussians can hold.
-
-    Raises: ValueError of one line for more or fewer clouds than one, or values that are not finite, or a
-    negative scale.
-    """
-    if gaussians.size != 1:
-        raise ValueError(
-            f"{who}: expected one cloud, got {gaussians.size}; "
-            "pick one with select_cloud(gaussians, b)"
-        )
-    for name in ("mean", "scale", "quat", "opacity", "sh"):
-        wrong = int((~getattr(gaussians, name).isfinite()).sum())
-        if wrong:
-            raise ValueError(f"{who}: {name}: expected finite values, found {wrong} that are not")
-    negative = int((gaussians.scale < 0).sum())
-    if negative:
-        raise ValueError(f"{who}: scale: expected deviations from 0, found {negative} below")
-
-
 def one_cloud(
     columns: dict[str, np.ndarray],  # mean, scale, quat, opacity, sh
 ) -> GaussianBatch:

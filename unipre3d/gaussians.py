@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'rotation_from_quat', 'covariance', 'sh_basis', 'evaluate_sh', 'GaussianHead', 'select_rows',
-           'select_cloud', 'check_gaussians', 'numbered', 'save_ply', 'load_ply', 'ply_mode']
+           'select_cloud', 'check_gaussians', 'check_one', 'numbered', 'save_ply', 'load_ply', 'ply_mode']
 
 # %% ../nbs/50_gaussians.ipynb #9e15f8bf
 import math
@@ -215,6 +215,29 @@ def check_gaussians(
     return gaussians
 
 
+def check_one(
+    gaussians: GaussianBatch,
+    who: str,  # the function, for messages
+) -> None:
+    """Refuse what no file of Gaussians can hold.
+
+    Raises: ValueError of one line for more or fewer clouds than one, or values that are not finite, or a
+    negative scale.
+    """
+    if gaussians.size != 1:
+        raise ValueError(
+            f"{who}: expected one cloud, got {gaussians.size}; "
+            "pick one with select_cloud(gaussians, b)"
+        )
+    for name in ("mean", "scale", "quat", "opacity", "sh"):
+        wrong = int((~getattr(gaussians, name).isfinite()).sum())
+        if wrong:
+            raise ValueError(f"{who}: {name}: expected finite values, found {wrong} that are not")
+    negative = int((gaussians.scale < 0).sum())
+    if negative:
+        raise ValueError(f"{who}: scale: expected deviations from 0, found {negative} below")
+
+
 def numbered(
     name: str,
     count: int,
@@ -231,15 +254,12 @@ def save_ply(
 ) -> Path:
     """Write one cloud of Gaussians as a standard 3DGS PLY.
 
-    Raises: ValueError of one line for more or fewer clouds than one, OSError where it cannot be written.
+    Raises: ValueError of one line for what no file can hold: several clouds, values that are not finite; OSError
+    where it cannot be written.
     """
     from unipre3d.records import written_whole  # imported here: it takes long
 
-    if gaussians.size != 1:
-        raise ValueError(
-            f"save_ply: expected one cloud, got {gaussians.size}; "
-            "pick one with select_cloud(gaussians, b)"
-        )
+    check_one(gaussians, "save_ply")
     g = gaussians.to("cpu")
     rest = g.sh[:, 1:].permute(0, 2, 1).flatten(1)  # channel by channel
     logit = torch.logit(g.opacity.double(), eps=1e-7).float()

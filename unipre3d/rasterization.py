@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,13 @@ from unipre3d.render import (
 )
 
 # %% auto #0
-__all__ = ['MODES', 'refuse_unsupported', 'check_shapes', 'check_values', 'Project', 'in_passes', 'Blend', 'tiles_reached',
-           'rasterization', 'take_rows', 'Density', 'compute_relocation']
+__all__ = ['MODES', 'CAMERAS', 'refuse_unsupported', 'check_choices', 'check_shapes', 'check_values', 'Layout', 'layout_of',
+           'count_not_finite', 'Project', 'in_passes', 'Blend', 'tiles_reached', 'clouds_of', 'centres_of',
+           'channels_of', 'describe_rows', 'rasterization', 'take_rows', 'Density', 'compute_relocation']
 
 # %% ../nbs/52_rasterization.ipynb #52a00007
 MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
+CAMERAS = ("viewmats", "Ks", "backgrounds")  # of which every number counts
 
 
 def refuse_unsupported(
@@ -48,6 +51,18 @@ def refuse_unsupported(
                 f"rasterization: {name}: only {supported!r} is supported on the CPU, got {got}; "
                 "use gsplat on a CUDA device"
             )
+
+
+def check_choices(
+    **given: tuple[str, tuple[str, ...]],  # name of an argument -> what was given, what is known
+) -> None:
+    """Refuse words that are not known.
+
+    Raises: ValueError of one line that names the argument.
+    """
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ValueError(f"rasterization: {name}: expected one of {known}, got {value!r}")
 
 
 def check_shapes(
@@ -75,7 +90,7 @@ def check_shapes(
                 f"rasterization: {name}: expected torch.float32 or torch.float64 like means "
                 f"({dtype}), got {tensor.dtype}; convert it first"
             )
-        if count := int((~tensor.isfinite()).sum()):
+        if name in CAMERAS and (count := int((~tensor.isfinite()).sum())):
             raise ValueError(
                 f"rasterization: {name}: expected finite values, found {count} that are not"
             )
@@ -125,6 +140,117 @@ def check_values(
             "rasterization: opacities: expected at most 1, "
             f"found {float(opacities.max()):g}; apply a sigmoid"
         )
+
+# %% ../nbs/52_rasterization.ipynb #52a00034
+@dataclass(frozen=True)
+class Layout:
+    "How the tensors of one call are laid out."
+
+    batch: tuple[int, ...]  # leading dimensions
+    n: int  # Gaussians of a cloud
+    c: int  # cameras of a cloud
+    d: int  # channels of a colour
+    k: int  # harmonics of each channel that are used; 0: colours are given
+    own: bool  # every camera has colours of its own
+
+    @property
+    def each(self) -> bool:
+        "Harmonics of its own make a cloud of every camera."
+        return self.own and self.k > 0
+
+    @property
+    def clouds(self) -> int:
+        "Clouds that are projected."
+        return math.prod(self.batch) * (self.c if self.each else 1)
+
+    @property
+    def images(self) -> int:
+        "Images that are drawn."
+        return math.prod(self.batch) * self.c
+
+
+def layout_of(
+    means: Tensor,  # these as in `rasterization`
+    quats: Tensor | None,
+    scales: Tensor | None,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    sh_degree: int | None,
+    backgrounds: Tensor | None,
+    covars: Tensor | None,
+) -> Layout:
+    """The sizes that the shapes agree on.
+
+    Raises: ValueError of one line for a tensor of another shape or type.
+    """
+    least = (("means", means, 2), ("viewmats", viewmats, 3), ("colors", colors, 2))
+    for name, tensor, dimensions in least:
+        if tensor.dim() < dimensions:
+            raise ValueError(
+                f"rasterization: {name}: expected {dimensions} dimensions or more, "
+                f"got shape {list(tensor.shape)}"
+            )
+    batch = tuple(means.shape[:-2])
+    n, c = means.shape[-2], viewmats.shape[-3]
+    own = colors.dim() == len(batch) + (3 if sh_degree is None else 4)
+    rows = (*batch, c, n) if own else (*batch, n)
+    k, d = (0, colors.shape[-1]) if sh_degree is None else ((sh_degree + 1) ** 2, 3)
+    bands = colors.shape[-2] if colors.dim() >= len(batch) + 3 else k
+    wanted = (*rows, d) if sh_degree is None else (*rows, bands, 3)
+    if covars is None and (quats is None or scales is None):
+        raise ValueError("rasterization: quats and scales: expected tensors, or covars, got None")
+    check_shapes(
+        means=(means, (*batch, n, 3)),
+        quats=(quats if covars is None else None, (*batch, n, 4)),
+        scales=(scales if covars is None else None, (*batch, n, 3)),
+        covars=(covars, (*batch, n, 3, 3)),
+        opacities=(opacities, (*batch, n)),
+        colors=(colors, wanted),
+        viewmats=(viewmats, (*batch, c, 4, 4)),
+        Ks=(Ks, (*batch, c, 3, 3)),
+        backgrounds=(backgrounds, (*batch, c, d)),
+    )
+    if sh_degree is not None and not (0 <= sh_degree <= 4 and k <= bands):
+        raise ValueError(
+            f"rasterization: sh_degree: expected 0..4 and at most {bands} harmonics, "
+            f"got {sh_degree}, which has {k}"
+        )
+    if c < 1:
+        raise ValueError("rasterization: viewmats: expected at least one camera, got none")
+    if d < 1:
+        raise ValueError("rasterization: colors: expected at least one channel, got none")
+    return Layout(batch, n, c, d, k, own)
+
+
+def count_not_finite(
+    lay: Layout,
+    **tensors: Tensor | None,  # name -> [*b n ...], or harmonics of each camera [*b c n k 3]
+) -> int:
+    "Gaussians with a value that is not finite: they are left out, and a warning says so."
+    wrong = torch.zeros(*lay.batch, lay.n, dtype=torch.bool)
+    names = []
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        bad = ~tensor.detach().isfinite()
+        if name == "colors":
+            bad = bad[..., : lay.k, :].any(-1).any(-1)
+            bad = bad.any(-2) if lay.own else bad
+        while bad.dim() > wrong.dim():
+            bad = bad.any(-1)
+        if bool(bad.any()):
+            names.append(name)
+        wrong |= bad
+    count = int(wrong.sum())
+    if count:
+        warnings.warn(
+            f"rasterization: {', '.join(names)}: found {count} Gaussians with values that are not "
+            "finite; they are left out",
+            stacklevel=3,
+        )
+    return count
 
 # %% ../nbs/52_rasterization.ipynb #52a00010
 class Project(torch.autograd.Function):
@@ -247,6 +373,108 @@ def tiles_reached(
     high = ((means2d.detach() + radii) / tile_size).ceil().long()
     return (torch.minimum(high, size) - low).clamp(min=0).prod(1).int()
 
+
+def clouds_of(
+    lay: Layout,
+    means: Tensor,  # these as in `rasterization`
+    quats: Tensor | None,
+    scales: Tensor | None,
+    covars: Tensor | None,
+    opacities: Tensor,
+    colors: Tensor,
+) -> tuple[Tensor, ...]:  # mean, quat, scale, covariance, opacity, sh: one cloud behind another
+    "The Gaussians as the compiled projection takes them; what is not used has no rows."
+
+    def rows(tensor, *tail):
+        if lay.each:
+            lead = len(lay.batch)
+            tensor = tensor.unsqueeze(lead).expand(*lay.batch, lay.c, lay.n, *tail)
+        return tensor.reshape(lay.clouds * lay.n, *tail)
+
+    mean = rows(means, 3)
+    quat, scale, cov = mean.new_empty(0, 4), mean.new_empty(0, 3), mean.new_empty(0, 3, 3)
+    if covars is None:
+        quat, scale = rows(quats, 4), rows(scales, 3)
+    else:
+        cov = rows(covars, 3, 3)
+    sh = mean.new_empty(lay.clouds * lay.n, 0, 3)
+    if lay.k:
+        sh = colors.reshape(lay.clouds * lay.n, colors.shape[-2], 3)[:, : lay.k]
+    return mean, quat, scale, cov, rows(opacities), sh
+
+
+def centres_of(
+    pose: Float[Tensor, "v 4 4"],  # world to camera
+) -> Float[Tensor, "v 3"]:  # in the world, float64
+    """Where the cameras stand.
+
+    Raises: ValueError of one line for matrices that have no inverse.
+    """
+    inverse, wrong = torch.linalg.inv_ex(pose.double())
+    if bool(wrong.any()):
+        raise ValueError(
+            "rasterization: viewmats: expected matrices that have an inverse, "
+            f"found {int((wrong != 0).sum())} that have none"
+        )
+    return inverse[:, :3, 3]
+
+
+def channels_of(
+    lay: Layout,
+    colour: Float[Tensor, "rows d"],
+    depths: Float[Tensor, "rows"],
+    backgrounds: Tensor | None,  # these two as in `rasterization`
+    render_mode: str,
+) -> tuple[Float[Tensor, "rows x"], Float[Tensor, "v x"]]:
+    """What is blended in each row, and what stands behind it in each image.
+
+    Raises: ValueError of one line for colours that are not finite.
+    """
+    if not bool(colour.isfinite().all()):
+        raise ValueError("rasterization: colors: expected finite values where Gaussians are seen")
+    parts = []
+    if "RGB" in render_mode:
+        parts.append(colour)
+    if "D" in render_mode:
+        parts.append(depths[:, None])
+    channels = torch.cat(parts, 1)
+    background = channels.new_zeros(lay.images, channels.shape[1])
+    if backgrounds is not None and "RGB" in render_mode:
+        behind = backgrounds.reshape(lay.images, lay.d)
+        background = torch.cat([behind, background[:, lay.d :]], 1)
+    return channels, background
+
+
+def describe_rows(
+    lay: Layout,
+    rows: dict[str, Tensor],  # values of every row
+    image: Int[Tensor, "rows"],  # of each row
+    gaussian: Int[Tensor, "rows"],  # of each row, counted within its cloud
+    packed: bool,
+    hw: tuple[int, int],  # image height and width
+    tile_size: int,  # pixels
+) -> dict[str, Any]:
+    "What `rasterization` returns beside its images, in the layout that `packed` names."
+    meta = dict(rows)
+    if not packed:
+        index = image * lay.n + gaussian
+        for name, value in rows.items():
+            dense = value.new_zeros(lay.images * lay.n, *value.shape[1:])
+            dense = dense.index_copy(0, index, value)
+            meta[name] = dense.unflatten(0, (*lay.batch, lay.c, lay.n))
+    return meta | {
+        "batch_ids": image // lay.c if packed else None,
+        "camera_ids": image % lay.c if packed else None,
+        "gaussian_ids": gaussian if packed else None,
+        "width": hw[1],
+        "height": hw[0],
+        "tile_size": tile_size,
+        "tile_width": -(-hw[1] // tile_size),
+        "tile_height": -(-hw[0] // tile_size),
+        "n_batches": math.prod(lay.batch),
+        "n_cameras": lay.c,
+    }
+
 # %% ../nbs/52_rasterization.ipynb #52a00016
 def rasterization(
     means: Float[Tensor, "*b n 3"],  # centres in the world
@@ -286,7 +514,8 @@ def rasterization(
 ) -> tuple[Tensor, Tensor, dict]:
     """Images [*b c h w x], alphas [*b c h w 1] and `meta`, as gsplat 1.5.3 computes them, on the CPU.
 
-    Differentiable in every tensor but `Ks`. x is d, 1 ("D", "ED") or d + 1.
+    Differentiable in every tensor but `Ks`. x is d, 1 ("D", "ED") or d + 1. A Gaussian of which a value is not
+    finite is left out and has no gradient; a warning says so, and `meta["not_finite"]` is how many there are.
     Raises: NotImplementedError for what only gsplat does, ValueError for what cannot be drawn; of one line.
     """
     if getattr(rolling_shutter, "name", None) == "GLOBAL":
@@ -304,86 +533,30 @@ def rasterization(
         rolling_shutter=(rolling_shutter, None),
         viewmats_rs=(viewmats_rs, None),
     )
-    choices = (
-        ("render_mode", render_mode, MODES),
-        ("rasterize_mode", rasterize_mode, ("classic", "antialiased")),
-        ("camera_model", camera_model, ("pinhole", "ortho")),
+    check_choices(
+        render_mode=(render_mode, MODES),
+        rasterize_mode=(rasterize_mode, ("classic", "antialiased")),
+        camera_model=(camera_model, ("pinhole", "ortho")),
     )
-    for name, value, known in choices:
-        if value not in known:
-            raise ValueError(f"rasterization: {name}: expected one of {known}, got {value!r}")
-    least = (("means", means, 2), ("viewmats", viewmats, 3), ("colors", colors, 2))
-    for name, tensor, dimensions in least:
-        if tensor.dim() < dimensions:
-            raise ValueError(
-                f"rasterization: {name}: expected {dimensions} dimensions or more, "
-                f"got shape {list(tensor.shape)}"
-            )
-    batch = tuple(means.shape[:-2])
-    n, c = means.shape[-2], viewmats.shape[-3]
-    own = colors.dim() == len(batch) + (3 if sh_degree is None else 4)  # colours of each camera
-    rows = (*batch, c, n) if own else (*batch, n)
-    k, d = (0, colors.shape[-1]) if sh_degree is None else ((sh_degree + 1) ** 2, 3)
-    bands = colors.shape[-2] if colors.dim() >= len(batch) + 3 else k
-    wanted = (*rows, d) if sh_degree is None else (*rows, bands, 3)
-    if covars is None and (quats is None or scales is None):
-        raise ValueError("rasterization: quats and scales: expected tensors, or covars, got None")
-    check_shapes(
-        means=(means, (*batch, n, 3)),
-        quats=(quats if covars is None else None, (*batch, n, 4)),
-        scales=(scales if covars is None else None, (*batch, n, 3)),
-        covars=(covars, (*batch, n, 3, 3)),
-        opacities=(opacities, (*batch, n)),
-        colors=(colors, wanted),
-        viewmats=(viewmats, (*batch, c, 4, 4)),
-        Ks=(Ks, (*batch, c, 3, 3)),
-        backgrounds=(backgrounds, (*batch, c, d)),
-    )
-    if sh_degree is not None and not (0 <= sh_degree <= 4 and k <= bands):
-        raise ValueError(
-            f"rasterization: sh_degree: expected 0..4 and at most {bands} harmonics, "
-            f"got {sh_degree}, which has {k}"
-        )
-    if c < 1:
-        raise ValueError("rasterization: viewmats: expected at least one camera, got none")
-    if d < 1:
-        raise ValueError("rasterization: colors: expected at least one channel, got none")
+    scene = means, quats, scales, opacities, colors, viewmats, Ks
+    lay = layout_of(*scene, sh_degree, backgrounds, covars)
     check_values(opacities, Ks, width, height, near_plane, far_plane, eps2d)
+    own = dict(covars=covars) if covars is not None else dict(quats=quats, scales=scales)
+    harmonics = colors if lay.k else None
+    wrong = count_not_finite(lay, means=means, **own, opacities=opacities, colors=harmonics)
 
-    # clouds one behind another; harmonics of each camera make a cloud of each
-    each = own and sh_degree is not None
-    clouds = math.prod(batch) * (c if each else 1)
-    images = math.prod(batch) * c
-
-    def packed_rows(tensor, *tail):
-        if each:
-            tensor = tensor.unsqueeze(len(batch)).expand(*batch, c, n, *tail)
-        return tensor.reshape(clouds * n, *tail)
-
-    mean = packed_rows(means, 3)
-    quat = mean.new_empty(0, 4) if quats is None or covars is not None else packed_rows(quats, 4)
-    scale = mean.new_empty(0, 3) if covars is not None else packed_rows(scales, 3)
-    cov = mean.new_empty(0, 3, 3) if covars is None else packed_rows(covars, 3, 3)
-    opacity = packed_rows(opacities)
-    sh = mean.new_empty(clouds * n, 0, 3)
-    if sh_degree is not None:
-        sh = colors.reshape(clouds * n, bands, 3)[:, :k]
-    pose = viewmats.reshape(images, 4, 4)
-    inverse, wrong = torch.linalg.inv_ex(pose.double())
-    if bool(wrong.any()):
-        raise ValueError(
-            "rasterization: viewmats: expected matrices that have an inverse, "
-            f"found {int((wrong != 0).sum())} that have none"
-        )
-    centre = inverse[:, :3, 3]
+    # clouds and images one behind another
+    tensors = clouds_of(lay, means, quats, scales, covars, opacities, colors)
+    mean, quat, scale, cov, opacity, sh = tensors
+    pose = viewmats.reshape(lay.images, 4, 4)
+    centre = centres_of(pose)
     smooth = rasterize_mode == "antialiased"
     limits = float(near_plane), float(far_plane), float(eps2d), float(radius_clip)
-    tensors = mean, quat, scale, cov, opacity, sh
-    start = n * np.arange(clouds + 1)
-    owner = np.arange(images) if each else np.arange(clouds).repeat(c)
+    start = lay.n * np.arange(lay.clouds + 1)
+    owner = np.arange(lay.clouds).repeat(1 if lay.each else lay.c)
     views = (
         tuple(t.detach().contiguous().numpy() for t in tensors),
-        camera_arrays(pose, Ks.reshape(images, 3, 3), (height, width)),
+        camera_arrays(pose, Ks.reshape(lay.images, 3, 3), (height, width)),
         (*limits, smooth, camera_model == "ortho"),
         start,
         owner,
@@ -394,28 +567,17 @@ def rasterization(
 
     # what each row shows
     ids = torch.from_numpy(ellipses.ids).long()
-    image = torch.arange(images).repeat_interleave(torch.from_numpy(ellipses.count))
+    image = torch.arange(lay.images).repeat_interleave(torch.from_numpy(ellipses.count))
     gaussian = ids - torch.from_numpy(start[owner])[image]
     opacity = opacity[ids] * factor if smooth else opacity[ids]
-    if sh_degree is None:
-        colour = colors.reshape(-1, d)[image * n + gaussian if own else ids]
-    if not bool(colour.isfinite().all()):
-        raise ValueError("rasterization: colors: expected finite values where Gaussians are seen")
-    parts = []
-    if "RGB" in render_mode:
-        parts.append(colour)
-    if "D" in render_mode:
-        parts.append(depths[:, None])
-    channels = torch.cat(parts, 1)
-    background = channels.new_zeros(images, channels.shape[1])
-    if backgrounds is not None and "RGB" in render_mode:
-        behind = backgrounds.reshape(images, d)
-        background = torch.cat([behind, background[:, d:]], 1)
+    if not lay.k:
+        colour = colors.reshape(-1, lay.d)[image * lay.n + gaussian if lay.own else ids]
+    channels, background = channels_of(lay, colour, depths, backgrounds, render_mode)
 
     radii = torch.from_numpy(ellipses.shape[:, 1:])
     e, f, h = root.unbind(1)
     conics = 2 * math.log(2) * torch.stack([e * e, e * f, f * f + h * h], 1)
-    meta = {
+    rows = {
         "means2d": means2d,
         "depths": depths,
         "conics": conics.to(means.dtype),
@@ -423,30 +585,17 @@ def rasterization(
         "radii": radii.clamp(max=2**31 - 1).int(),
         "tiles_per_gauss": tiles_reached(means2d, radii, tile_size, width, height),
     }
-    index = image * n + gaussian
-    if not packed:
-        for name, value in meta.items():
-            dense = value.new_zeros(images * n, *value.shape[1:]).index_copy(0, index, value)
-            meta[name] = dense.unflatten(0, (*batch, c, n))
-        means2d = meta["means2d"].reshape(-1, 2)[index]
-    meta |= {
-        "batch_ids": image // c if packed else None,
-        "camera_ids": image % c if packed else None,
-        "gaussian_ids": gaussian if packed else None,
-        "width": width,
-        "height": height,
-        "tile_size": tile_size,
-        "tile_width": -(-width // tile_size),
-        "tile_height": -(-height // tile_size),
-        "n_batches": math.prod(batch),
-        "n_cameras": c,
-    }
+    meta = describe_rows(lay, rows, image, gaussian, packed, (height, width), tile_size)
+    meta["not_finite"] = wrong
+    if not packed:  # gradients pass through the tensor that the caller has
+        means2d = meta["means2d"].reshape(-1, 2)[image * lay.n + gaussian]
     drawn = means2d, root, opacity, channels, background
-    colour, alpha = Blend.apply(*drawn, ellipses, (height, width))
+    picture, alpha = Blend.apply(*drawn, ellipses, (height, width))
     if render_mode.endswith("ED"):
-        expected = colour[..., -1:] / alpha.clamp(min=1e-10)
-        colour = torch.cat([colour[..., :-1], expected], -1)
-    return colour.unflatten(0, (*batch, c)), alpha.unflatten(0, (*batch, c)), meta
+        expected = picture[..., -1:] / alpha.clamp(min=1e-10)
+        picture = torch.cat([picture[..., :-1], expected], -1)
+    shape = *lay.batch, lay.c
+    return picture.unflatten(0, shape), alpha.unflatten(0, shape), meta
 
 # %% ../nbs/52_rasterization.ipynb #52a00022
 def take_rows(
