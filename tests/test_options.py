@@ -25,7 +25,7 @@ FREE = {
     "image",
     "image_subfolder",
 }
-FREE |= {"fusion", "terms", "backend", "variant", "probe", "group_unmoved"}
+FREE |= {"fusion", "terms", "backend", "variant", "probe", "group_unmoved", "keep_workers"}
 
 WRONG = {
     "augment": None,  # see below
@@ -208,10 +208,11 @@ def test_a_folder_named_by_its_path_is_read(tmp_path, monkeypatch):
         assert [reader.name(i) for i in range(len(reader))] == ["a"]
 
 
+COMMON = {"n_points", "augment", "min_coverage", "layer_decay", "prefetch", "shard_window"}
+
+
 def test_a_table_names_only_values_that_its_recipe_has():
     for name, recipe in EVERY.items():
         for table in (recipe.limits, recipe.conditions):
             known = set(groups(recipe)) | {f.name for f in fields(type(recipe))}
-            assert set(table) - known <= {"n_points", "augment", "min_coverage", "layer_decay"}, (
-                name
-            )
+            assert set(table) - known <= COMMON, name
