@@ -190,6 +190,8 @@ class ImageData:
     views: int = 0  # images of each object; 0 takes all
     patch: int = 64  # side of a patch, pixels
     workers: int = 0  # loader processes
+    prefetch: int = 4  # batches that each loader process has ready
+    shard_window: int = 0  # images do not lie in shards: 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class AutoencoderModel:
 
 
 class Patches:
-    "Random patches of images: patch i, drawn for the n-th time, is a pure function of the seed, i and n."
+    "Random patches of images: those of a batch are a pure function of the seed and of its first index and draw."
 
     def __init__(self, images: UInt8[Tensor, "n 3 H W"], size: int, seed: int):
         self.images = images
