@@ -641,6 +641,27 @@ def test_views_that_miss_their_cloud_name_the_reading_that_fits(tmp_path, name):
     one_line(lambda: samples[0], "box0000_00: expected views that show the cloud", text)
 
 
+def test_a_room_in_millimetres_is_not_near_every_pixel(tmp_path):
+    root = write_box_rooms(tmp_path, n_frames=8, hw=(60, 80), spacing=0.2)
+    for path in root.glob("*/*/coord.npy"):
+        np.save(path, 1000 * np.load(path))
+    how = dict(n_points=800, n_ref=2, n_target=2, max_gap=5, center=True)
+    samples = ViewSamples(ScanNetFrames(root, split="train", hw=(30, 40)), **how)
+    one_line(lambda: samples[0], "box0000_00: expected views that show the cloud", "in metres?")
+
+
+def test_views_all_over_which_an_object_lies(tmp_path):
+    "A white background is no background: everything would count as the object."
+    export_objects(ShapeNetViews(classes=["lamp"]), tmp_path, "released", [0])
+    for path in tmp_path.rglob("*.png"):
+        picture = Image.open(path).convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        Image.alpha_composite(white, picture).convert("RGB").save(path)
+    reader = ShapeNetViews(tmp_path, convention="released", size=64)
+    samples = ViewSamples(reader, n_points=64, n_ref=2, n_target=2)
+    one_line(lambda: samples[0], "expected views of an object on a black", "100% of all pixels")
+
+
 def test_the_depth_scale_of_a_recipe_is_the_readers(tmp_path):
     root = write_box_rooms(tmp_path, n_frames=8, hw=(60, 80), spacing=0.2)
     for path in (root / "2D" / "depth").glob("*/*"):

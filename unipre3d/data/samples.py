@@ -426,6 +426,7 @@ def meeting(
     tree = cKDTree(xyz[:: max(1, len(xyz) // 10_000)])
     apart, _ = tree.query(tree.data[:: max(1, tree.n // 500)], k=2)
     reach = 3 * np.median(apart[:, 1]) + 0.01 * float(np.linalg.norm(np.ptp(xyz, axis=0)))
+    reach = min(reach, 0.25 * float(np.linalg.norm(np.ptp(world, axis=0))))  # points in millimetres
     return float(np.isfinite(tree.query(world, distance_upper_bound=reach)[0]).mean())
 
 
@@ -514,7 +515,7 @@ def check_meeting(
     hint = (
         f"{best.words(depth_scale)} would fit: {others[best]:.0%}"
         if better
-        else "no other reading of poses or depth fits"
+        else "no other reading of poses or depth fits; are points and poses in metres?"
     )
     raise refusal(where, f"views that show the cloud ({what})", f"{fit:.1%}", hint)
 
