@@ -76,7 +76,7 @@ def test_what_is_in_the_archive(embedded, rows):
     assert [(r["class"], r["id"]) for r in rows] == embedded.items
     size = (data_dir() / "furniture.zip").stat().st_size
     assert size <= 48e6
-    names = set(embedded.store.zip.namelist())
+    names = set(embedded.store.files.zip.namelist())
     assert len(names) == 3 + 26 * len(rows)
     assert {
         "chair",

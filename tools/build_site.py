@@ -500,6 +500,7 @@ def comment_links(page):
 
     def linked(match):
         target = re.sub(r"\.ipynb(?=#|$)", ".html", match[2])
+        target = re.sub(r"#(\w+)\.\w+$", r"#\1", target)  # a method stands with its class
         return f'<a href="{target}">{match[1]}</a>'
 
     def comment(match):

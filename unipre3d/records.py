@@ -27,9 +27,9 @@ from .files import read_json, reading
 __all__ = ['END', 'MOST_OPENED', 'DISK', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES',
            'CONFIG_TYPES', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash',
            'write_error', 'writing', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
-           'flush', 'is_alive', 'remove_halves', 'check_writable', 'written_whole', 'write_weights', 'save_figure',
-           'used_alone', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config', 'check_record',
-           'read_record', 'read_records']
+           'flush', 'is_alive', 'remove_halves', 'check_writable', 'written_whole', 'sort_remarks', 'write_weights',
+           'save_figure', 'used_alone', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config',
+           'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 @functools.cache
@@ -445,6 +445,21 @@ def written_whole(
         raise write_error(path, error) from error
 
 
+def sort_remarks(
+    path: str | Path,  # safetensors file
+) -> None:
+    "Remarks in the order of their names: the library writes them in a new order each time, and equal runs have equal files."
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(size))
+        if "__metadata__" not in head:
+            return
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))  # the format allows spaces at its end
+
+
 def write_weights(
     path: str | Path,  # safetensors file to write
     tensors: dict[str, Tensor],  # on the CPU, contiguous, each with a memory of its own
@@ -460,6 +475,7 @@ def write_weights(
         mode = partial.stat().st_mode  # as the user wants; the library's own is narrower
         try:
             save_file(tensors, partial, metadata=remarks)
+            sort_remarks(partial)
         except SafetensorError as error:  # of the disk
             raise OSError(str(error)) from error
         partial.chmod(mode)

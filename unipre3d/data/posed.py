@@ -696,13 +696,7 @@ def read_tum(
     if not (intrinsics or known):
         hint = "pass --intrinsics fx fy cx cy, such as 525 525 319.5 239.5"
         raise refusal(str(folder), f"a name with {', '.join(TUM_LENSES)}", name, hint)
-    shots = []
-    there = [folder / color for color, *_ in colors if (folder / color).is_file()]
-    sizes = {path: known_size(path) for path in there}
-    readable = [hw for hw in sizes.values() if hw is not None]
-    if there and not readable:
-        image_size(there[0])
-    lens = whole_centres(intrinsics or known, readable[0], str(folder)) if readable else None
+    found = []
     wrong = []
     broken = []
     with reading(folder / "groundtruth.txt", "tx ty tz qx qy qz qw"):
@@ -714,15 +708,19 @@ def read_tum(
             if not (np.isfinite(numbers).all() and numbers[3:].any()):
                 wrong.append(color)
                 continue
-            if sizes[folder / color] is None:
+            if known_size(folder / color) is None:
                 broken.append(color)
                 continue
             pose = rigid(numbers[[6, 3, 4, 5]], numbers[:3])
-            shots.append(PosedImage(folder / color, pose, lens, folder / depths[k][0]))
-        if not shots and wrong:
+            found.append((folder / color, pose, folder / depths[k][0]))
+        if not found and wrong:
             raise Found("no pose of finite numbers")
-        if not shots:
+        if not found and not broken:
             raise Found(f"no pose and depth within 0.02 s of one of {len(times)} images")
+    if not found:
+        image_size(folder / broken[0])
+    lens = whole_centres(intrinsics or known, image_size(found[0][0]), str(folder))
+    shots = [PosedImage(color, pose, lens, depth) for color, pose, depth in found]
     lost = len(times) - len(shots) - len(wrong) - len(broken)
     text = f"left out {lost} of {len(times)} images without a pose and depth within 0.02 s"
     remarks = [text] * bool(lost) + name_lost(wrong, len(times), "whose pose is none")
