@@ -15,6 +15,7 @@ import pytest
 import torch
 from plyfile import PlyData, PlyElement
 from torch import nn
+from untrained import save_run
 
 from unipre3d import backbones
 from unipre3d.backbones.adapter import PointAdapter, as_pyg
@@ -36,9 +37,7 @@ from unipre3d.features import (
 )
 from unipre3d.predictions import Predictor
 from unipre3d.recipes import finetune_recipes, recipes
-from unipre3d.records import write_json
-from unipre3d.runs.checkpoint import save_tensors
-from unipre3d.runs.recipe import change, check_changes, from_values, to_values
+from unipre3d.runs.recipe import change, check_changes, from_values
 from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, run_recipe
 from unipre3d.runs.starts import start_from, start_summary
 from unipre3d.tasks.classification import class_samples, nearest_probabilities, read_clouds
@@ -332,19 +331,12 @@ def test_weights_come_back(tmp_path):
         load_weights(tmp_path / "False")
 
 
-def save_run(name, folder, classes=()):
-    recipe = (recipes | finetune_recipes)[name]
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    state = recipe.build_model(len(classes)).state_dict()
-    save_tensors(folder / "checkpoint.safetensors", state, {"step": 0})
-    values = {"name": name, "task": recipe.task, "class_names": list(classes)}
-    write_json(folder / "config.json", values | to_values(recipe))
-    return folder
+def untrained(name, folder, classes=()):
+    return save_run(folder, name, (recipes | finetune_recipes)[name], classes)
 
 
 def test_a_run_has_features(tmp_path):
-    folder = save_run("object-transformer-mini", tmp_path / "run")
+    folder = untrained("object-transformer-mini", tmp_path / "run")
     for where in (folder, folder / "checkpoint.safetensors", str(folder)):
         extractor = FeatureExtractor.from_pretrained(where)
         assert extractor(XYZ).shape == (len(XYZ), 96)
@@ -559,7 +551,7 @@ def run_cli(*words):
 
 
 def test_features_from_a_shell(tmp_path, monkeypatch, capsys):
-    folder = save_run("object-transformer-mini", tmp_path / "run")
+    folder = untrained("object-transformer-mini", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     write_cloud(tmp_path / "chair.ply", XYZ, CHAIR["color"])
     assert run_cli("features", "chair.ply", "--from", folder) == 0
@@ -608,7 +600,7 @@ def left_out(text):
 
 def test_a_bad_file_costs_no_other(tmp_path, capsys):
     many = bad_files(tmp_path / "many")
-    run = save_run("object-transformer-mini", tmp_path / "run")
+    run = untrained("object-transformer-mini", tmp_path / "run")
     out = tmp_path / "new" / "a.npz"
     words = ("features", many, "--from", run, "--out", out)
     assert run_cli(*words, "--nearest", 4) == 1
@@ -618,7 +610,7 @@ def test_a_bad_file_costs_no_other(tmp_path, capsys):
     assert first == "left out 2 of 5 files:" and len(named) == 2
     assert "1bad.ply: expected" in named[0] and "all-in-one-place.npz: xyz: expected" in named[1]
 
-    cls = save_run("cls-shapes-mini", tmp_path / "cls", [f"c{k}" for k in range(15)])
+    cls = untrained("cls-shapes-mini", tmp_path / "cls", [f"c{k}" for k in range(15)])
     said = tmp_path / "said"
     assert run_cli("predict", many, "--from", cls, "--out", said) == 1
     assert len((said / "predictions.csv").read_text().splitlines()) == 10
@@ -628,8 +620,8 @@ def test_a_bad_file_costs_no_other(tmp_path, capsys):
 
 def test_options_that_suit_no_cloud_stop_before_the_first(tmp_path, capsys):
     none = bad_files(tmp_path / "none", good=0)
-    run = save_run("object-transformer-mini", tmp_path / "run")
-    cls = save_run("cls-shapes-mini", tmp_path / "cls", [f"c{k}" for k in range(15)])
+    run = untrained("object-transformer-mini", tmp_path / "run")
+    cls = untrained("cls-shapes-mini", tmp_path / "cls", [f"c{k}" for k in range(15)])
     for words, says in (
         (["--up", "q"], 'up: expected "x", "y" or "z"'),
         (["--normals", "guess"], 'normals: expected "given" or "estimate"'),
@@ -648,7 +640,7 @@ def test_options_that_suit_no_cloud_stop_before_the_first(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore::unipre3d.values.MissingPoints")
 def test_the_number_of_a_point_in_a_file_with_holes(tmp_path, capsys):
-    run = save_run("object-transformer-mini", tmp_path / "run")
+    run = untrained("object-transformer-mini", tmp_path / "run")
     holes = XYZ[:300].copy()
     holes[3] = np.nan
     np.save(tmp_path / "holes.npy", holes)
@@ -666,7 +658,7 @@ def test_names_of_clouds_are_their_own(tmp_path):
 
 
 def test_a_room_in_millimetres_is_named(tmp_path, capsys):
-    folder = save_run("scene-sparseunet-mini", tmp_path / "run")
+    folder = untrained("scene-sparseunet-mini", tmp_path / "run")
     xyz, rgb = box_room(3000)
     normal = estimate_normals(xyz, inside=True)
     write_cloud(tmp_path / "mm.ply", 1000 * xyz, rgb, normal=normal)
@@ -679,7 +671,7 @@ def test_a_room_in_millimetres_is_named(tmp_path, capsys):
 
 def test_predictions_from_a_shell(tmp_path, capsys):
     names = [f"c{k}" for k in range(15)]
-    folder = save_run("cls-shapes-mini", tmp_path / "cls", names)
+    folder = untrained("cls-shapes-mini", tmp_path / "cls", names)
     (tmp_path / "many").mkdir()
     for k in range(2):
         write_cloud(tmp_path / "many" / f"{k}.ply", XYZ * [1, 1, 1 + k])
@@ -693,7 +685,7 @@ def test_predictions_from_a_shell(tmp_path, capsys):
     xyz, rgb = box_room(3000)
     write_cloud(tmp_path / "room.ply", xyz, rgb, normal=estimate_normals(xyz, inside=True))
     for name in ("sem-rooms-mini", "inst-rooms-mini"):
-        folder = save_run(name, tmp_path / name, scannet_labels(20).names)
+        folder = untrained(name, tmp_path / name, scannet_labels(20).names)
         assert run_cli("predict", tmp_path / "room.ply", "--from", folder, "--out", out / name) == 0
         cloud = read_cloud(out / name / "room.ply")
         answer = Predictor.from_run(folder)(
@@ -701,7 +693,7 @@ def test_predictions_from_a_shell(tmp_path, capsys):
         )
         assert (cloud.scalars["label"] == answer.label).mean() > 0.99
     capsys.readouterr()
-    run = save_run("object-transformer-mini", tmp_path / "pre")
+    run = untrained("object-transformer-mini", tmp_path / "pre")
     for words, says in (
         (["room.ply"], "--from: expected the folder of a fine-tuned run"),
         (["room.ply", "--from", run], "--from: expected a fine-tuned run"),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from untrained import save_run
 
 from unipre3d.cli import main
 from unipre3d.core import GaussianBatch
@@ -24,10 +25,8 @@ from unipre3d.data.imports import nearest_points
 from unipre3d.data.scannet import write_box_rooms
 from unipre3d.formats import load_gaussians, save_gaussians
 from unipre3d.recipes import finetune_recipes, recipes
-from unipre3d.records import write_json
 from unipre3d.render import render
-from unipre3d.runs.checkpoint import save_tensors
-from unipre3d.runs.recipe import change, to_values
+from unipre3d.runs.recipe import change
 from unipre3d.view import (
     check_port,
     draw_scenes,
@@ -49,17 +48,6 @@ needs_viser = pytest.mark.skipif(not HAS_VISER, reason="viser is not installed")
 RNG = np.random.default_rng(0)
 XYZ = RNG.normal(size=(500, 3)).astype(np.float32)
 COLOR = RNG.random((500, 3)).astype(np.float32)
-
-
-def save_run(folder, name, recipe, classes=()):
-    "A run folder with weights that nobody trained."
-    folder.mkdir()
-    torch.manual_seed(0)
-    state = recipe.build_model(len(classes)).state_dict()
-    save_tensors(folder / "checkpoint.safetensors", state, {"step": 0})
-    values = {"name": name, "task": recipe.task, "class_names": list(classes)}
-    write_json(folder / "config.json", values | to_values(recipe))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,6 @@ from ..data.samples import CloudSamples
 from ..geometry.pointops import interpolate
 from ..runs.fit import Task, gathered
 from unipre3d.runs.recipe import (
-    CONDITIONS,
-    LIMITS,
-    NEVER,
     Condition,
     Limit,
     Model,
@@ -36,7 +33,13 @@ from unipre3d.runs.recipe import (
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone
-from .heads import ShapeData, own_batches, read_shapes
+from unipre3d.tasks.heads import (
+    SHAPE_CONDITIONS,
+    SHAPE_LIMITS,
+    ShapeData,
+    own_batches,
+    read_shapes,
+)
 
 # %% auto #0
 __all__ = ['contrast_recipes', 'contrast', 'lowest_rows', 'part_of', 'changed', 'ContrastModel', 'Contrasted', 'ContrastRecipe']
@@ -154,21 +157,14 @@ class ContrastRecipe(Recipe):
 
     task: ClassVar[str] = "two views"
     command: ClassVar[str] = "pretrain"
-    limits: ClassVar[dict[str, Limit]] = LIMITS | {
-        "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+    limits: ClassVar[dict[str, Limit]] = SHAPE_LIMITS | {
         "features": ('("xyz",): views change coordinates alone', lambda names: names == ("xyz",)),
         "projection": within(1),
         "anchors": within(1),
         "kept": above(0.5, 1),
         "temperature": above(0),
     }
-    conditions: ClassVar[dict[str, Condition]] = CONDITIONS | {
-        "layout": NEVER,
-        "per_class": ("with --data shapes", lambda recipe: recipe.data.source == "shapes"),
-        "validate_every": NEVER,
-        "patience": NEVER,
-        "picture_every": NEVER,
-    }
+    conditions: ClassVar[dict[str, Condition]] = SHAPE_CONDITIONS
 
     def build_model(self, classes: int = 0) -> ContrastModel:
         "Backbone and projection, with weights drawn from the seed."

@@ -19,11 +19,11 @@ from ..data.augment import Augment  # of an inherited field
 from ..data.shapenet import ShapeNetViews
 from ..geometry.pointops import interpolate, voxelize
 from ..processes import processes, shared_count
-from ..runs.recipe import Data, names_embedded
+from ..runs.recipe import CONDITIONS, LIMITS, NEVER, Condition, Data, Limit, names_embedded
 
 # %% auto #0
-__all__ = ['pool', 'voxel_rows', 'propagate', 'LabelObjective', 'label_loss', 'accuracy', 'own_batches', 'ShapeData',
-           'read_shapes']
+__all__ = ['SHAPE_LIMITS', 'SHAPE_CONDITIONS', 'pool', 'voxel_rows', 'propagate', 'LabelObjective', 'label_loss', 'accuracy',
+           'own_batches', 'ShapeData', 'read_shapes']
 
 # %% ../../nbs/tasks/69_heads.ipynb #d6350ec5
 def pool(
@@ -126,6 +126,18 @@ class ShapeData(Data):
     source: str = "shapes"  # "shapes" (generated on first use) or "furniture" (embedded)
     classes: tuple[str, ...] = ()  # kinds of objects; empty takes all
     per_class: tuple[int, int, int] = (100, 10, 0)  # generated shapes of each: train, val, test
+
+
+SHAPE_LIMITS: dict[str, Limit] = LIMITS | {
+    "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+}
+SHAPE_CONDITIONS: dict[str, Condition] = CONDITIONS | {
+    "layout": NEVER,
+    "per_class": ("with --data shapes", lambda recipe: recipe.data.source == "shapes"),
+    "validate_every": NEVER,
+    "patience": NEVER,
+    "picture_every": NEVER,
+}  # of pre-training without views
 
 
 def read_shapes(

@@ -22,9 +22,6 @@ from ..data.samples import CloudSamples
 from ..processes import shared_mean
 from ..runs.fit import Task, gathered
 from unipre3d.runs.recipe import (
-    CONDITIONS,
-    LIMITS,
-    NEVER,
     Condition,
     Limit,
     Model,
@@ -37,7 +34,13 @@ from unipre3d.runs.recipe import (
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone
-from .heads import ShapeData, own_batches, read_shapes
+from unipre3d.tasks.heads import (
+    SHAPE_CONDITIONS,
+    SHAPE_LIMITS,
+    ShapeData,
+    own_batches,
+    read_shapes,
+)
 
 # %% auto #0
 __all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'Masked', 'MaskedSamples', 'MaskedDecoder', 'MaskedRecipe']
@@ -155,18 +158,11 @@ class MaskedRecipe(Recipe):
     task: ClassVar[str] = "masked reconstruction"
     command: ClassVar[str] = "pretrain"
     old_names: ClassVar[dict[str, str]] = {"share": "masked_fraction"}
-    limits: ClassVar[dict[str, Limit]] = LIMITS | {
-        "per_class": ("counts of at least 0", lambda counts: min(counts) >= 0),
+    limits: ClassVar[dict[str, Limit]] = SHAPE_LIMITS | {
         "masked_fraction": within(0, 1),
         "decoder_depth": within(1),
     }
-    conditions: ClassVar[dict[str, Condition]] = CONDITIONS | {
-        "layout": NEVER,
-        "per_class": ("with --data shapes", lambda recipe: recipe.data.source == "shapes"),
-        "validate_every": NEVER,
-        "patience": NEVER,
-        "picture_every": NEVER,
-    }
+    conditions: ClassVar[dict[str, Condition]] = SHAPE_CONDITIONS
 
     def build_model(self, classes: int = 0) -> MaskedModel:
         "Backbone and decoder, with weights drawn from the seed."
