@@ -300,7 +300,8 @@ def test_memory_of_a_large_cloud_is_bounded():
         "print((peak() - before - feat.nbytes) / len(feat))\n"
     )
     root = Path(__file__).resolve().parent.parent
-    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root
     )
