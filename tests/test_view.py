@@ -1,6 +1,7 @@
 """Runs and files as worlds: one frame for all of it, pages that need nothing, a live server that ends, faults in one line."""
 
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
 from untrained import save_run
 
 from unipre3d.cli import main
@@ -173,6 +176,33 @@ def test_a_splat_far_from_the_origin(tmp_path):
     assert np.abs(world.xyz).max() < 1e4  # about an origin of its own
 
 
+@pytest.mark.parametrize("up", ["z", "y"])
+def test_harmonics_that_are_left_out_are_a_remark(tmp_path, up):
+    for degree in (0, 1, 2, 3):
+        save_gaussians(some_gaussians(degree=degree), tmp_path / "splat.ply")
+        world = world_of_file(tmp_path / "splat.ply", "none", up=up)
+        said = "harmonics above degree 1 are left out" in "\n".join(world.remarks)
+        assert said == ("harmonics above degree 1" in world_page(world)) == (degree > 1)
+
+
+def test_a_few_gaussians_far_away_do_not_move_the_picture(tmp_path):
+    cloud = some_gaussians()
+    cloud.mean[:3] += 100
+    save_gaussians(cloud, tmp_path / "splat.ply")
+    page = world_page(world_of_file(tmp_path / "splat.ply", "none"))
+    middles = [json.loads(text) for text in re.findall(r'"camera":{"at":(\[[^\]]*\])', page)]
+    assert len(middles) == 2 and np.abs(middles).max() < 0.5
+
+
+def test_a_film_of_flat_gaussians(tmp_path, capsys):
+    cloud = some_gaussians()
+    cloud.scale[:, 2] = 0.0
+    save_gaussians(cloud, tmp_path / "flat.glb")
+    assert main(["render", str(tmp_path / "flat.glb"), "--frames", "1", "--size", "32"]) == 0
+    with Image.open(tmp_path / "film-flat.gif") as film:
+        assert np.asarray(film.convert("RGB")).std() > 10
+
+
 def test_other_files_hold_no_gaussians(files):
     for name in ("cloud.ply", "cloud.npy", "box.obj", "box.glb"):
         assert not holds_gaussians(files / name)
@@ -217,6 +247,14 @@ def test_a_large_splat_is_thinned_by_what_it_covers():
     assert len(few) == 50
     area = many.opacity * many.scale.topk(2, dim=1).values.prod(1)
     assert set(few.mean[:, 0].tolist()) == set(many.mean[area.topk(50).indices, 0].tolist())
+
+
+def test_a_page_says_for_how_many_points_it_has_room(tmp_path):
+    world = world_of_file(write_cloud(tmp_path / "cloud.ply", RNG.random((60_001, 3))), "none")
+    assert world.remarks == ("60,000 of 60,001 points are shown",)
+    whole = replace(world, xyz=np.zeros((60_001, 3), np.float32), remarks=())
+    whole.colorings["height"] = np.zeros((60_001, 3), np.uint8)
+    assert "the picture has room for 60,000 of them" in world_page(whole)
 
 
 def test_names_of_files_do_not_break_the_page(tmp_path):
@@ -388,6 +426,7 @@ def test_faults_are_one_line(files, object_run, tmp_path, capsys):
         assert main(["view", *words, *page]) == 2, words
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and expected in said, said
-    assert main(["view", cloud, "--out", str(tmp_path / "page.png")]) == 2
+    bad = str(tmp_path / "bad.ply")  # it would be refused, too, where it is read
+    assert main(["view", bad, "--out", str(tmp_path / "page.png")]) == 2
     assert "--out: expected a name that ends in .html" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()

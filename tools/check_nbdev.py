@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export()"
-READ = ("settings.ini", "pyproject.toml", "README.md")
+READ = ("settings.ini", "pyproject.toml", "README.md", "_quarto.yml")
 
 
 def copy_sources(folder):
@@ -26,7 +26,6 @@ def copy_sources(folder):
         shutil.copytree(ROOT / name, folder / name, ignore=skipped, symlinks=True)
     for name in READ:
         shutil.copy(ROOT / name, folder)
-    shutil.copy(ROOT / "_quarto.yml", folder)
 
 
 def modules(folder):

@@ -25,6 +25,7 @@ PLAIN = {
     "render": "RenderOptions",
     "features": "FeatureOptions",
     "predict": "PredictOptions",
+    "view": "ViewOptions",
     "data prepare": "PrepareOptions",
     "data check": "CheckOptions",
     "data shard": "ShardOptions",
@@ -84,10 +85,18 @@ def as_text(value):
     return repr(value) if value == "" else str(value)
 
 
-def rows(values, prefix=""):
-    "The rows of an instance of nested dataclasses."
+def keyword_rows(backbone, chosen):
+    "The options of a backbone's constructor; the defaults are its own where a recipe has chosen no other."
     from unipre3d.cli import backbone_keywords
 
+    about = keyword_comments(backbone)
+    for name, (_, default) in backbone_keywords(backbone).items():
+        kind = keyword_type(backbone, name)
+        yield keyword_path(name), kind, as_text(chosen.get(name, default)), about[name]
+
+
+def rows(values, prefix=""):
+    "The rows of an instance of nested dataclasses."
     said = comments(type(values))
     for value in fields(values):
         renamed = re.search(r"called\(.(\w+).\)", str(value.type))
@@ -96,11 +105,7 @@ def rows(values, prefix=""):
         if is_dataclass(inner):
             yield from rows(inner, path + ".")
         elif value.name == "backbone_options":
-            for name, (_, default) in backbone_keywords(values.backbone).items():
-                default = inner.get(name, default)
-                kind = keyword_type(values.backbone, name)
-                about = keyword_comments(values.backbone).get(name, "")
-                yield keyword_path(name), kind, as_text(default), about
+            yield from keyword_rows(values.backbone, inner)
         elif isinstance(inner, dict):
             for name, weight in inner.items():
                 yield f"{path}.{name}", "float", as_text(weight), said[value.name]
@@ -123,7 +128,7 @@ def keyword_type(backbone, name):
 def collect() -> dict[str, Any]:
     "What the file holds."
     from unipre3d import cli
-    from unipre3d.cli import RunOptions, backbone_keywords, with_all_terms
+    from unipre3d.cli import RunOptions, with_all_terms
     from unipre3d.data.imports import ImportOptions
     from unipre3d.recipes import finetune_recipes, recipes
     from unipre3d.reproduce.run import StudyOptions
@@ -136,11 +141,7 @@ def collect() -> dict[str, Any]:
         whole[name] = [*rows(with_all_terms(recipe)), *rows(RunOptions())]
         backbone = getattr(recipe.model, "backbone", None)
         if backbone and backbone not in backbones:
-            about = keyword_comments(backbone)
-            backbones[backbone] = [
-                (keyword_path(key), keyword_type(backbone, key), as_text(default), about[key])
-                for key, (_, default) in backbone_keywords(backbone).items()
-            ]
+            backbones[backbone] = list(keyword_rows(backbone, {}))
     whole["data rooms"] = list(rows(RoomsOptions()))
     whole["data import"] = list(rows(ImportOptions()))
     whole["reproduce"] = list(rows(StudyOptions()))

@@ -22,6 +22,8 @@ COMMANDS = (
     ["features", "chair.ply", "--from", RUN],
     ["finetune", "cls-furniture-mini", "--init", RUN, *SMALL],
     ["predict", "chair.ply", "--from", "runs/cls-furniture-mini"],
+    ["view", RUN, "--out", "run.html"],
+    ["data", "shard", "furniture"],
     ["reproduce", "mini", "--list", "--only", "a"],
     ["completion", "bash"],
 )

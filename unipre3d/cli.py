@@ -101,11 +101,11 @@ def parse_after(
     from unipre3d._options import OPTIONS
 
     command = prog.rsplit(" ", 1)[0].removeprefix("unipre3d ")
+    named = bool(args) and not args[0].startswith("-")
     if command in OPTIONS:
         about = " ".join(shape.__doc__.split()).rstrip(".")
-        named = bool(args) and not args[0].startswith("-")
         help_or_check(prog, about, recipe_rows(command), args[1:] if named else args)
-    if args and not args[0].startswith("-"):
+    if named:
         return args[0], parse(shape, args[1:], prog)
     if "-h" in args or "--help" in args:
         parse(shape, ["--help"], prog)
@@ -582,7 +582,7 @@ def finetune_command(args: list[str]) -> int:
 
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
-    "unipre3d reproduce mini | second | full [--list] [--only CLAIM]: the study behind the tables; goes on where it was stopped."
+    "unipre3d reproduce mini | second | full [--list] [--only CLAIM]: rows of the study; goes on where it was stopped."
     if {"-h", "--help"} & set(args):
         about = "Run the rows of the study that are not recorded, or list them"
         print(
@@ -687,7 +687,9 @@ def film_file(
     folder = folder_for(options.out or path.parent)
     around = gaussians.mean - gaussians.mean.median(0).values
     radius = float(around.norm(dim=1).quantile(0.95).clamp(min=1e-6))
-    gaussians = gaussians.derive(mean=around / radius, scale=gaussians.scale / radius)
+    thin = torch.finfo(torch.float32).tiny  # of a flat one, whose file says 0
+    scale = (gaussians.scale / radius).clamp(min=thin)
+    gaussians = gaussians.derive(mean=around / radius, scale=scale)
     cameras = orbit(options.frames, (options.size, options.size), distance=2.7)
     frames = []
     with torch.no_grad():
@@ -1051,17 +1053,19 @@ def view_command(args: list[str]) -> int:
             "--port, --host: count only for the live viewer, without --out and with the package viser: "
             'pip install "unipre3d[view]"'
         )
-    from unipre3d.view import INSTALL, check_port, serve_world, write_page
+    from unipre3d.view import INSTALL, check_port, page_path, serve_world, write_page
 
-    if not page:
+    out = page_path(options.out or f"{given.resolve().stem}-view.html")
+    if page:
+        folder_for(out.parent)
+    else:
         check_port(options.host, options.port)
     world = build_world(given, options)
     print(f"{world.name}: {'; '.join([world.facts(), *world.remarks])}")
     if page:
         if options.out is None:
             print(f"viser, the live viewer, is not installed ({INSTALL}); a page instead:")
-        path = write_page(world, options.out or f"{given.resolve().stem}-view.html")
-        print(f"page: {path}")
+        print(f"page: {write_page(world, out)}")
         return 0
     server = serve_world(world, options.host, options.port)
     try:
@@ -1535,7 +1539,6 @@ commands = {
     "features": features_command,
     "predict": predict_command,
     "convert": convert_command,
-    "view": view_command,
     "view": view_command,
     "data": data_command,
     "info": info_command,

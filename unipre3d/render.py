@@ -346,11 +346,7 @@ def draw_views(
     shape = (n, hw[0], columns * splat.TILE_W)
 
     def images(*shape):
-        "They begin where a line of the cache does, so that eight pixels of a row never lie in two."
-        size = math.prod(shape)
-        room = np.empty(size + 16, np.float32)
-        skip = -room.ctypes.data % 64 // 4
-        return room[skip : skip + size].reshape(shape)
+        return splat.aligned(math.prod(shape)).reshape(shape)
 
     d = Drawing(
         colours=colours,

@@ -47,11 +47,11 @@ from .values import refusal
 from .viewer import MOST_GAUSSIANS, MOST_POINTS, gaussian_viewer, point_viewer
 
 # %% auto #0
-__all__ = ['SPLAT_MARKS', 'SPLAT_HEADER', 'REFERENCE', 'TARGET', 'PAGE_STYLE', 'INSTALL', 'PORT', 'World', 'draw_rows',
-           'own_colors', 'as_pictures', 'holds_gaussians', 'rotate_gaussians', 'mean_colors', 'open_any',
-           'world_of_file', 'world_of_run', 'cloud_extent', 'camera_points', 'strongest', 'picture_html', 'points_html',
-           'views_html', 'world_page', 'write_page', 'has_viser', 'check_port', 'scenes_of', 'frustum', 'draw_scenes',
-           'serve_world']
+__all__ = ['SPLAT_MARKS', 'SPLAT_HEADER', 'REFERENCE', 'TARGET', 'STEPS', 'PAGE_STYLE', 'INSTALL', 'PORT', 'World', 'draw_rows',
+           'thinned', 'left_out', 'own_colors', 'as_pictures', 'holds_gaussians', 'rotate_gaussians', 'mean_colors',
+           'open_any', 'world_of_file', 'world_of_run', 'cloud_extent', 'camera_points', 'strongest', 'picture_html',
+           'page_room', 'points_html', 'views_html', 'world_page', 'page_path', 'write_page', 'has_viser', 'check_port',
+           'scenes_of', 'frustum', 'draw_scenes', 'serve_world']
 
 # %% ../nbs/66_view.ipynb #v66world
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,25 @@ def draw_rows(
     if count <= most:
         return np.arange(count)
     return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+
+
+def thinned(
+    kept: int,  # that are shown
+    count: int,  # that there are
+    what: str = "points",
+) -> tuple[str, ...]:
+    "A remark where some are left out, else none."
+    return (f"{kept:,} of {count:,} {what} are shown",) * (kept < count)
+
+
+def left_out(
+    kept: int,  # points that are shown
+    count: int,  # points that there are
+    gaussians: GaussianBatch | None,  # as they came
+) -> tuple[str, ...]:
+    "The remarks of a world."
+    high = gaussians is not None and gaussians.sh.shape[1] > 4
+    return thinned(kept, count) + ("harmonics above degree 1 are left out",) * high
 
 
 def own_colors(
@@ -209,10 +228,9 @@ def world_of_file(
         scale = unit_scale(unit, cloud, transform, path)
         feat = extractor(**columns, scale=scale, up=up, normals=normals)
         colorings["features"] = pca_colors(feat)
+    remarks = left_out(len(kept), len(cloud), gaussians)
     if gaussians is not None and up != "z":
         gaussians = rotate_gaussians(gaussians, R)
-    shown = f"{len(kept):,} of {len(cloud):,} points are shown"
-    remarks = (shown,) * (len(kept) < len(cloud))
     return World(path.name, xyz, colorings, gaussians=gaussians, remarks=remarks)
 
 # %% ../nbs/66_view.ipynb #v66run
@@ -247,7 +265,6 @@ def world_of_run(
     if samples.center:
         xyz = xyz - samples.rows(index)["xyz"].mean(0, dtype=np.float64)
     xyz = xyz.astype(np.float32)
-    shown = f"{len(kept):,} of {count:,} points are shown"
     return World(
         samples.name(index),
         xyz,
@@ -259,11 +276,12 @@ def world_of_run(
         as_pictures(views.rgb),
         as_pictures(rendered),
         tuple(recipe.objective.background),
-        (shown,) * (len(kept) < count),
+        left_out(len(kept), count, gaussians),
     )
 
 # %% ../nbs/66_view.ipynb #v66page
 REFERENCE, TARGET = (240, 150, 40), (70, 130, 230)  # colours of cameras
+STEPS = 16  # points along each of the eight edges of a camera's pyramid
 
 
 def cloud_extent(
@@ -279,7 +297,6 @@ def cloud_extent(
 def camera_points(
     camera: CameraBatch,
     size: float,  # depth of a pyramid, world units
-    steps: int = 16,  # points along an edge
 ) -> Float[np.ndarray, "v m 3"]:  # float32
     "Points along the edges of each camera's pyramid."
     h, w = camera.hw
@@ -288,7 +305,7 @@ def camera_points(
     apex = torch.zeros_like(corner)
     begin = torch.cat([apex, corner], 1)
     end = torch.cat([corner, corner.roll(-1, 1)], 1)
-    along = torch.linspace(0, 1, steps)[:, None, None, None]
+    along = torch.linspace(0, 1, STEPS)[:, None, None, None]
     edge = (begin + along * (end - begin)).permute(1, 0, 2, 3).flatten(1, 2)
     pose = camera.cam_to_world
     return (edge @ pose[:, :3, :3].mT + pose[:, None, :3, 3]).numpy()
@@ -329,6 +346,14 @@ h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
 """
 
 
+def page_room(
+    world: World,
+) -> int:
+    "How many points of its cloud a page has room for, beside the edges of its cameras."
+    views = 0 if world.camera is None else len(world.camera)
+    return MOST_POINTS - 8 * STEPS * views
+
+
 def points_html(
     world: World,
 ) -> str:
@@ -344,7 +369,7 @@ def points_html(
         distance = max(distance, 1.8 * float(np.median(away)))
         count = world.references * frusta.shape[1]
         paint = np.uint8([REFERENCE] * count + [TARGET] * (len(edges) - count))
-    kept = draw_rows(len(world.xyz), MOST_POINTS - len(edges))
+    kept = draw_rows(len(world.xyz), page_room(world))
     normal = world.normal
     if normal is not None:
         normal = torch.from_numpy(np.concatenate([normal[kept], np.zeros_like(edges)]))
@@ -381,14 +406,16 @@ def world_page(
     "Everything as one page that holds all it needs."
     parts = [("Points", points_html(world))]
     remarks = list(world.remarks)
+    if len(world.xyz) > page_room(world):
+        remarks.append(f"the picture has room for {page_room(world):,} of them")
     if world.gaussians is not None:
         some = strongest(world.gaussians)
-        if len(some) < len(world.gaussians):
-            remarks.append(f"{len(some):,} of {len(world.gaussians):,} Gaussians are shown")
-        _, radius = cloud_extent(some.mean.numpy())
+        remarks += thinned(len(some), len(world.gaussians), "Gaussians")
+        middle, radius = cloud_extent(some.mean.numpy())
         label = f"The Gaussians of {world.name}; arrow keys rotate them"
-        how = dict(background=world.background, azimuth=40.0, distance=3.2 * radius, label=label)
-        parts.append(("Gaussians", gaussian_viewer(some, **how)))
+        eye = dict(azimuth=40.0, distance=3.2 * radius, at=torch.from_numpy(middle))
+        picture = gaussian_viewer(some, background=world.background, label=label, **eye)
+        parts.append(("Gaussians", picture))
     if world.photos is not None:
         title = "Views: as taken" + ", and rendered beneath" * (world.rendered is not None)
         parts.append((title, views_html(world)))
@@ -403,14 +430,22 @@ def world_page(
     )
 
 
+def page_path(
+    path: str | Path,
+) -> Path:
+    "Where a page goes. Raises: ValueError for a name that does not end in .html."
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise refusal("--out", "a name that ends in .html", repr(path.name))
+    return path
+
+
 def write_page(
     world: World,
     path: str | Path,  # ends in .html
 ) -> Path:
     "Write the page, whole or not at all. Raises: ValueError for another ending, OSError."
-    path = Path(path).expanduser()
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise refusal("--out", "a name that ends in .html", repr(path.name))
+    path = page_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         partial.write_text(world_page(world), encoding="utf-8")

@@ -421,6 +421,7 @@ def gaussian_viewer(
     elevation: float = 20.0,  # degrees above the middle
     distance: float | None = None,  # from the middle, world units; None: from the size of the means
     fov: float = 49.134,  # degrees, of the height
+    at: Float[Tensor, "3"] | None = None,  # what is in the middle of the picture; None: the means
     spin: float = 0.0,  # degrees a second at first, until it is touched; 0 stands still
 ) -> str:  # HTML for a notebook or a page
     """Gaussians as an interactive picture: sorted and blended as `render` does, up to rounding.
@@ -428,9 +429,8 @@ def gaussian_viewer(
     Raises: ValueError of one line for several clouds, for none or too many Gaussians.
     """
     packed = pack_gaussians(gaussians)
-    camera = place_camera(
-        gaussians.mean, azimuth=azimuth, elevation=elevation, distance=distance, fov=fov
-    )
+    eye = dict(azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
+    camera = place_camera(gaussians.mean, **eye, at=at)
     shown = dict(camera=camera, background=background, spin=math.radians(spin))
     data = dict(vertex=VERTEX, fragment=FRAGMENT, gaussians=packed) | shown
     return to_page(data, label)

@@ -477,8 +477,8 @@ def table():
 
 @kernel
 def aligned(n):
-    "So many zeros that begin where a line of the cache does: no vector of them lies in two."
-    room = np.zeros(n + 16, np.float32)
+    "Room for so many floats that begins where a line of the cache does: no vector of them lies in two."
+    room = np.empty(n + 16, np.float32)
     skip = -room.ctypes.data % 64 // 4
     return room[skip : skip + n]
 
@@ -1337,6 +1337,7 @@ def draw_backward(
     terms = aligned(BATCH * (SQUARE + TILE_H))
     where, start = np.empty(4 * BATCH, np.int64), np.empty(12 * BATCH, np.float32)
     sums = aligned(16 * k)
+    sums[:] = ZERO
     ends = np.empty(LANES * CHANNELS, np.float32)
     zero, tiny, deep = all_of(ZERO), all_of(TINY), len(g_depth) > 0
     back_r, back_g, back_b, back_z = zero, zero, zero, zero
@@ -1383,93 +1384,19 @@ def draw_backward(
                     at, bands, own_at = where[4 * i], where[4 * i + 1], 16 * where[4 * i + 2]
                     rows, first = (SQUARE + TILE_H) * i, 12 * i
                     e, f, h, lo = start[first], start[first + 1], start[first + 2], start[first + 3]
-                    k1, k2, r, g = (
-                        start[first + 4],
-                        start[first + 5],
-                        start[first + 6],
-                        start[first + 7],
-                    )
-                    b, z = start[first + 8], start[first + 9]
-                    if deep and lo > LOG2_CAP:
-                        deep_backward_capped(
-                            buf,
-                            at,
-                            bands,
-                            C,
-                            terms,
-                            rows,
-                            e,
-                            f,
-                            h,
-                            k1,
-                            k2,
-                            r,
-                            g,
-                            b,
-                            z,
-                            sums,
-                            own_at,
-                        )
+                    k1, k2 = start[first + 4], start[first + 5]
+                    r, g, b = start[first + 6], start[first + 7], start[first + 8]
+                    z = start[first + 9]
+                    band = at, bands, C, terms, rows, e, f, h, k1, k2
+                    capped = lo > LOG2_CAP
+                    if deep and capped:
+                        deep_backward_capped(buf, *band, r, g, b, z, sums, own_at)
                     elif deep:
-                        deep_backward(
-                            buf,
-                            at,
-                            bands,
-                            C,
-                            terms,
-                            rows,
-                            e,
-                            f,
-                            h,
-                            k1,
-                            k2,
-                            r,
-                            g,
-                            b,
-                            z,
-                            sums,
-                            own_at,
-                        )
-                    elif lo > LOG2_CAP:
-                        blend_backward_capped(
-                            buf,
-                            at,
-                            bands,
-                            C,
-                            terms,
-                            rows,
-                            e,
-                            f,
-                            h,
-                            k1,
-                            k2,
-                            r,
-                            g,
-                            b,
-                            z,
-                            sums,
-                            own_at,
-                        )
+                        deep_backward(buf, *band, r, g, b, z, sums, own_at)
+                    elif capped:
+                        blend_backward_capped(buf, *band, r, g, b, z, sums, own_at)
                     else:
-                        blend_backward(
-                            buf,
-                            at,
-                            bands,
-                            C,
-                            terms,
-                            rows,
-                            e,
-                            f,
-                            h,
-                            k1,
-                            k2,
-                            r,
-                            g,
-                            b,
-                            z,
-                            sums,
-                            own_at,
-                        )
+                        blend_backward(buf, *band, r, g, b, z, sums, own_at)
                 if not alive(buf, y1 - y0):
                     break
     store(ends, 0, back_r)
@@ -1672,9 +1599,8 @@ def project_backward(
                     if not len(cov) and not det0 > SAFE * a * c:
                         n0, n1, n2 = normal_of(P, A, S)
                         det0 = n0 * n0 + n1 * n1 + n2 * n2
-                    if not det > SAFE * (a + eps2d) * (
-                        c + eps2d
-                    ):  # of a covariance, as in `project`
+                    # of a covariance, as in `project`
+                    if not det > SAFE * (a + eps2d) * (c + eps2d):
                         det = max(det0, 0.0) + eps2d * (a + c + eps2d)
                     i0 = 0.5 * got[0] / det0 if det0 > 0.0 else 0.0
                     i1 = 0.5 * got[0] / det
@@ -1812,10 +1738,12 @@ def plain_values(mean, scale, quat, opacity, sh):
 
     The tensors come as int32, one number behind another: so their order is that of whole numbers.
     """
-    for bits in (mean, scale, quat, sh):
+    for bits in (mean, quat, sh):
         if not extremes(bits)[1] < INFINITE:
             return False
-    if not (extremes(scale)[0] > 0 and extremes(opacity)[0] >= 0 and extremes(opacity)[1] <= ONE):
+    thinnest, widest = extremes(scale)
+    faintest, densest = extremes(opacity)
+    if not (thinnest > 0 and widest < INFINITE and faintest >= 0 and densest <= ONE):
         return False
     for i in range(0, len(quat), 4):
         all_four = quat[i] | quat[i + 1] | quat[i + 2] | quat[i + 3]
