@@ -448,20 +448,22 @@ def reproduce(
         bar_format="{l_bar}{bar}| " + counter,
     )
     with stop_requests() as stopping, bar:
-        while waiting or running:
-            collect_ended()
-            if stopping():
-                break
-            start_ready()
-            if waiting and free and time.time() > next_look:
-                notice_others()  # what is left waits for them
-                next_look = time.time() + 25 * wait
-            if waiting or running:
-                time.sleep(wait)
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        try:
+            while waiting or running:
+                collect_ended()
+                if stopping():
+                    break
+                start_ready()
+                if waiting and free and time.time() > next_look:
+                    notice_others()  # what is left waits for them
+                    next_look = time.time() + 25 * wait
+                if waiting or running:
+                    time.sleep(wait)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
     left = [r.key for r in rows if r.key in unrecorded and r.key not in failed]
     return {"done": done, "failed": failed, "left": left}
 
