@@ -22,6 +22,7 @@ SIZES = {
 }
 PROGRAM = """
 import json, sys, time
+from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel
 from unipre3d.backbones import StandardTransformer

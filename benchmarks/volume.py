@@ -113,19 +113,22 @@ def times(setting, repeats):
     return found
 
 
+def held_mb(name):
+    "Memory of this process: VmRSS now, or VmHWM at its peak."
+    with open("/proc/self/status") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines[name].split()[0]) / 1024
+
+
 def peak_growth(setting, kind):
     "MB by which a step raises the peak of this process."
     step = Step(setting, kind)
     step.whole()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak is now what is held
-    with open("/proc/self/status") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    before = int(lines["VmRSS"].split()[0])
+    before = held_mb("VmRSS")
     step.whole()
-    with open("/proc/self/status") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return (int(lines["VmHWM"].split()[0]) - before) / 1024
+    return held_mb("VmHWM") - before
 
 
 def memory(setting, rounds=3):

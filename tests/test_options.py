@@ -146,6 +146,7 @@ REFUSED = {
     "pretrain object-transformer-mini --min-coverage .5": "min-coverage: counts only with --init",
     "pretrain object-transformer-mini --terms.colour 0 --terms.alpha 1 --foreground-weight 2": "counts only with a colour term",
     "pretrain scene-sparseunet-mini --background-weight 2": "background-weight: counts only with a colour term and views with masks",
+    "pretrain object-volume-mini --backend dense": "backend: counts only with --scene gaussians",
     "pretrain masked-shapes-mini --layout odd": "layout: counts only with other recipes",
     "finetune cls-furniture-mini --variant OBJ_BG": "variant: counts only with --layout scans or scanobjectnn",
     "finetune cls-furniture-mini --episode 3": "episode: counts only with --ways or --shots",

@@ -15,6 +15,7 @@ import torch
 from unipre3d.cli import main
 from unipre3d.recipes import load_run, recipes
 from unipre3d.runs.checkpoint import load_tensors
+from unipre3d.runs.recipe import change
 from unipre3d.tasks.pretrain import PretrainRecipe
 
 SMALL = [
@@ -277,20 +278,21 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "device, gpu, gsplat, where",
+    "device, gpu, gsplat, where, scene",
     [
-        ("auto", True, False, "cpu"),
-        ("auto", True, True, "auto"),
-        ("auto", False, False, "auto"),
-        ("cpu", True, True, "cpu"),
+        ("auto", True, False, "cpu", "gaussians"),
+        ("auto", True, False, "auto", "volume"),  # which gsplat does not render
+        ("auto", True, True, "auto", "gaussians"),
+        ("auto", False, False, "auto", "gaussians"),
+        ("cpu", True, True, "cpu", "gaussians"),
     ],
 )
 def test_a_gpu_without_its_renderer_is_left_aside_and_this_is_said(
-    monkeypatch, device, gpu, gsplat, where
+    monkeypatch, device, gpu, gsplat, where, scene
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: gsplat or None)
-    found, because = PretrainRecipe().choose_device(device)
+    found, because = change(PretrainRecipe(), scene=scene).choose_device(device)
     assert found == where and ("pip install" in because) == (where != device)
 
 

@@ -158,18 +158,26 @@ def test_a_verdict_waits_for_all_pairs():
     assert judge(-np.append(few, 5.0)) == "second ahead"
 
 
-def toy_records(computer):
+def toy_records(computer, pairs=3):
     "Records of two conditions with the given computer of the second one."
     base = read_record("cls-shapes-mini")
     found = {}
     for arm, more, cpu in (("outline", 0.02, computer), ("colour", 0.0, "one")):
-        for seed in range(FIRST_SEED, FIRST_SEED + 3):
+        for seed in range(FIRST_SEED, FIRST_SEED + pairs):
             record = copy.deepcopy(base)
             record["row"] = plain(BY_KEY[f"ridge20-{arm}-{seed}"])
             record["metrics"]["oa_ridge"] = 0.4 + more + 0.001 * seed
             record["hardware"]["cpu"] = cpu
             found[f"ridge20-{arm}-{seed}"] = record
     return found
+
+
+def test_nothing_but_the_mean_is_shown_before_all_pairs():
+    interval = ["low", "high", "low8", "high8"]
+    table = second_effects(toy_records("one", PAIRS - 1)).iloc[0]
+    assert table[interval].isna().all() and table["mean"] == 2.0
+    table = second_effects(toy_records("one", PAIRS)).iloc[0]
+    assert table[interval].notna().all() and table["verdict"] == "first ahead"
 
 
 def test_pairs_of_two_computers_are_left_out_and_counted():
@@ -196,13 +204,13 @@ def test_a_checkpoint_is_made_again_and_its_features_score_in_closed_form(tmp_pa
     how = dict(steps=3, resolution=16, n_target=1, save_every=0, validate_every=0, picture_every=0)
     rows = [toy(f"pre-toy-{n}", "object-outline-mini", **how) for n in range(2)]
     records = [run_row(row, tmp_path, say=lambda text: None) for row in rows]
-    assert records[0]["checkpoint"] == records[1]["checkpoint"]  # one seed, two runs
+    assert records[0]["checkpoint_sha256"] == records[1]["checkpoint_sha256"]  # one seed, two runs
     other = run_row(toy("pre-toy-2", "object-outline-mini", seed=1, **how), tmp_path, print)
-    assert other["checkpoint"] != records[0]["checkpoint"]
+    assert other["checkpoint_sha256"] != records[0]["checkpoint_sha256"]
     fine = dict(classes=("bed", "lamp"), shots=4, steps=1, probe=True, ridge=2, hidden=16)
     row = toy("ridge-toy-0", "cls-furniture-mini", "finetune", "pre-toy-0", **fine)
     record = run_row(row, tmp_path, say=lambda text: None)
-    assert record["start"]["sha256"] == records[0]["checkpoint"]
+    assert record["start"]["sha256"] == records[0]["checkpoint_sha256"]
     metrics, details = record["metrics"], record["details"]
     assert 0 <= metrics["oa_ridge"] <= 1 and 0 <= metrics["val_oa_ridge"] <= 1
     equal = map(str.__eq__, details["answers_ridge"], details["true"])

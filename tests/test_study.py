@@ -462,6 +462,28 @@ def test_two_processes_share_a_study(tmp_path):
     assert pending(rows, tmp_path) == []
 
 
+def test_a_study_that_ends_with_an_error_leaves_no_run_behind(tmp_path):
+    "Another process writes the record of another version of a row while a long one runs here."
+    long = replace(FINE, key="cls-toy-1", start="none", changes=FINE.changes | dict(steps=10**6))
+    taken = replace(FINE, key="cls-toy-0", start="none")
+    other = {"row": plain(replace(taken, seed=7))}
+
+    def interfere():
+        while not (study.run_path(long.key, tmp_path) / "metrics.csv").is_file():
+            time.sleep(0.1)
+        write_json(study.record_path(taken.key, tmp_path), read_record("cls-shapes-mini") | other)
+
+    (tmp_path / "records").mkdir()
+    with study.row_lock(taken.key, tmp_path):
+        threading.Thread(target=interfere, daemon=True).start()
+        with pytest.raises(ValueError, match="found other seed"):
+            reproduce([long, taken], tmp_path, workers=2, say=lambda text: None)
+    assert not study.is_taken(long.key, tmp_path)
+    assert (
+        "go on with" in study.log_path(long.key, tmp_path).read_text()
+    )  # it was stopped, and has saved
+
+
 def test_full_classification_rows_have_the_points_and_rates_of_their_own_code():
     values = {
         r.key: recipe_of(r, "")

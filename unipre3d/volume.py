@@ -164,7 +164,7 @@ class VolumeReader(nn.Module):
         return f, self.colour(seen).sigmoid()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VolumeBatch(Packed):
     "A lattice of features for each cloud, and the networks that read it."
 
@@ -224,7 +224,7 @@ class VolumeHead(nn.Module):
         )
 
 # %% ../nbs/52_volume.ipynb #52vol021
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PixelBatch(ViewBatch):
     "Some pixels of each view, as images of height one."
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..image import autoencoder_folder
 from ..recipes import read_recipe
-from ..records import data_hash, read_record, write_json
+from ..records import read_record, write_json
 from .plan import COMPARISONS, SOURCES, Row, plan, plan_recipe, select
 from .second import EXPLORATORY, PRIMARY, plan_second
 from ..runs.checkpoint import has_state, is_finished
@@ -227,7 +227,6 @@ def run_row(
         raise ValueError(f"{row.key}: expected a run with finite losses, see {run / 'record.json'}")
     record["start"]["init"] = row.start
     record["row"] = recorded(row)
-    record["checkpoint"] = data_hash(run / "checkpoint.safetensors")
     if row.needs:
         record["values"]["data"] = row.needs  # nobody else's folders
         record["data"]["name"] = row.needs
@@ -418,7 +417,7 @@ def reproduce(
                 bar.set_postfix_str(f"about {rate * left / 3600:.1f} h to go")
 
     def notice_others():
-        still = {r.key for r in pending(rows, folder)}
+        still = {r.key for r in pending([r for r in rows if r.key in unrecorded], folder)}
         for row in [r for r in waiting if r.key not in still]:
             waiting.remove(row)
             unrecorded.discard(row.key)
@@ -449,20 +448,22 @@ def reproduce(
         bar_format="{l_bar}{bar}| " + counter,
     )
     with stop_requests() as stopping, bar:
-        while waiting or running:
-            collect_ended()
-            if stopping():
-                break
-            start_ready()
-            if waiting and free and time.time() > next_look:
-                notice_others()  # what is left waits for them
-                next_look = time.time() + 25 * wait
-            if waiting or running:
-                time.sleep(wait)
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        try:
+            while waiting or running:
+                collect_ended()
+                if stopping():
+                    break
+                start_ready()
+                if waiting and free and time.time() > next_look:
+                    notice_others()  # what is left waits for them
+                    next_look = time.time() + 25 * wait
+                if waiting or running:
+                    time.sleep(wait)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
     left = [r.key for r in rows if r.key in unrecorded and r.key not in failed]
     return {"done": done, "failed": failed, "left": left}
 

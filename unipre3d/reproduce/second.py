@@ -22,10 +22,10 @@ from .statistics import Interval, around, paired, read_study, runs_of
 # %% auto #0
 __all__ = ['QUESTIONS', 'STEPS', 'SECONDS', 'OUTLINE', 'GEOMETRY', 'PAIRS', 'ARMS', 'ABOUT', 'RATES', 'FIRST_SEED', 'TRIAL_SEED',
            'RIDGE', 'TUNED', 'PRIMARY', 'EXPLORATORY', 'FIRST_ARMS', 'LEVEL', 'RANDOM', 'GROUPS', 'equal_time',
-           'on_shapes', 'other_task', 'pair_differences', 'pooled_spread', 'half_width', 'pairs_needed', 'power',
-           'paired_interval', 'residuals', 'coverage', 'judge', 'same_computer', 'read_second', 'second_effects',
-           'ridge_row', 'train_row', 'rate_trials', 'trial_names', 'seed_rows', 'tune_rates', 'tune_row', 'tuned',
-           'plan_second']
+           'on_shapes', 'other_task', 'pair_differences', 'pooled_spread', 'student', 'half_width', 'pairs_needed',
+           'power', 'paired_interval', 'residuals', 'coverage', 'judge', 'same_computer', 'read_second',
+           'second_effects', 'ridge_row', 'tune_row', 'train_row', 'checkpoint_of', 'trial_names', 'rate_trials',
+           'seed_rows', 'tune_rates', 'tuned', 'plan_second']
 
 # %% ../../nbs/77_study2.ipynb #77s20007
 QUESTIONS = {
@@ -174,13 +174,21 @@ def pooled_spread(
     return float(np.sqrt(variance)), float(np.sqrt(bound))
 
 
+def student(
+    pairs: int,
+    level: float = 0.95,
+) -> float:
+    "Standard errors from the middle of an interval to its ends."
+    return float(stats.t.ppf(0.5 + level / 2, pairs - 1))
+
+
 def half_width(
     spread: float,  # standard deviation of a pair
     pairs: int,
     level: float = 0.95,
 ) -> float:
     "Half of the interval that is expected."
-    return float(stats.t.ppf(0.5 + level / 2, pairs - 1) * spread / np.sqrt(pairs))
+    return student(pairs, level) * spread / pairs**0.5
 
 
 def pairs_needed(
@@ -202,9 +210,8 @@ def power(
     level: float = 0.95,
 ) -> float:
     "The chance that the interval leaves zero out, on the right side."
-    border = stats.t.ppf(0.5 + level / 2, pairs - 1)
-    shift = abs(effect) * np.sqrt(pairs) / spread
-    return float(stats.nct.sf(border, pairs - 1, shift))
+    shift = abs(effect) * pairs**0.5 / spread
+    return float(stats.nct.sf(student(pairs, level), pairs - 1, shift))
 
 # %% ../../nbs/77_study2.ipynb #77s20019
 def paired_interval(
@@ -239,8 +246,8 @@ def coverage(
         d, truth = rng.normal(size=(draws, pairs)), 0.0
     else:
         d, truth = rng.choice(population, (draws, pairs)), population.mean()
-    border = stats.t.ppf(0.5 + level / 2, pairs - 1)
-    inside = abs(d.mean(1) - truth) <= border * d.std(1, ddof=1) / np.sqrt(pairs)
+    reach = student(pairs, level) * d.std(1, ddof=1) / pairs**0.5
+    inside = abs(d.mean(1) - truth) <= reach
     return float(inside.mean())
 
 # %% ../../nbs/77_study2.ipynb #77s20022
@@ -278,7 +285,7 @@ def read_second() -> dict[str, dict]:  # name of a row -> its record
 def second_effects(
     records: dict[str, dict] | None = None,  # default: the committed ones
 ) -> pd.DataFrame:
-    "Every comparison, primary ones first: mean, intervals and verdict, points of percent."
+    "Every comparison, primary ones first, points of percent; intervals and a verdict with all pairs only."
     records = read_second() if records is None else records
     rows = []
     for c in [*PRIMARY, *EXPLORATORY]:
@@ -289,8 +296,10 @@ def second_effects(
         row = {"question": c.claim, "comparison": c.what, "primary": c.primary}
         row |= {"pairs": len(d), "left out": len(seeds) - len(d), "verdict": judge(d)}
         if len(d):
+            row["mean"] = float(d.mean())
+        if len(d) >= PAIRS:
             i, strict = paired_interval(d), paired_interval(d, 1 - 0.05 / len(PRIMARY))
-            row |= {"mean": i.mean, "low": i.low, "high": i.high}
+            row |= {"low": i.low, "high": i.high}
             row |= {"low8": strict.low, "high8": strict.high} if c.primary else {}
         rows.append(row)
     columns = "question comparison primary pairs mean low high low8 high8 verdict".split()
@@ -300,13 +309,13 @@ def second_effects(
 RANDOM = "random"  # the condition without pre-training
 
 
-def ridge_row(key: str, claim: str, arm: str, seed: int, stage: str, start: str, **changes) -> Row:
+def ridge_row(key: str, claim: str, arm: str, seed: int, start: str, **changes) -> Row:
     "Frozen features by a linear layer in closed form."
     values = RIDGE.changes | changes | dict(episode=seed)
     return Row(
         key=key,
         claim=claim,
-        stage=stage,
+        stage="primary",
         part="ridge20",
         arm=arm,
         kind="finetune",
@@ -318,14 +327,22 @@ def ridge_row(key: str, claim: str, arm: str, seed: int, stage: str, start: str,
     )
 
 
-def train_row(key: str, claim: str, arm: str, seed: int, stage: str, **changes) -> Row:
+def tune_row(key: str, claim: str, arm: str, seed: int, start: str, **changes) -> Row:
+    "A fine-tuning of a condition at 20 shots."
+    row = ridge_row(key, claim, arm, seed, start)
+    values: dict[str, Any] = TUNED.changes | changes | dict(episode=seed)
+    minutes = round(values["steps"] * TUNED.seconds / 60 + 0.4, 1)
+    return replace(row, part="tune20", recipe=TUNED.recipe, changes=values, minutes=minutes)
+
+
+def train_row(key: str, claim: str, arm: str, seed: int, **changes) -> Row:
     "A pre-training of a condition."
     c = ARMS[arm]
     values = c.changes | changes
     return Row(
         key=key,
         claim=claim,
-        stage=stage,
+        stage="primary",
         part="pre",
         arm=arm,
         kind=c.kind,
@@ -336,85 +353,79 @@ def train_row(key: str, claim: str, arm: str, seed: int, stage: str, **changes) 
     )
 
 
-def rate_trials(claim: str, arm: str, stage: str) -> list[Row]:
+def checkpoint_of(arm: str, seed: int) -> str:
+    "The pre-training that a condition starts from."
+    return "none" if arm == RANDOM else f"pre-{arm}-{seed}"
+
+
+def trial_names(
+    arm: str,
+    part: str = "ridge20",  # its measurement
+    rates: Sequence[float] = RATES,
+) -> tuple[str, ...]:
+    "The rows whose validation chooses the rate of a condition."
+    return tuple(f"tune-{part}-{arm}-{rate:g}" for rate in rates)
+
+
+def rate_trials(claim: str, arm: str) -> list[Row]:
     "Short pre-trainings with each rate, and what validation scans say of their frozen features."
     short = ARMS[arm].changes["steps"] // 4
     rows = []
-    for rate in RATES:
+    for rate, name in zip(RATES, trial_names(arm)):
         key = f"tune-short-{arm}-{rate:g}"
-        rows.append(train_row(key, claim, arm, TRIAL_SEED, stage, steps=short, lr=rate))
-        how = dict(start=key, validation="split")
-        rows.append(ridge_row(f"tune-ridge20-{arm}-{rate:g}", claim, arm, TRIAL_SEED, stage, **how))
+        rows.append(train_row(key, claim, arm, TRIAL_SEED, steps=short, lr=rate))
+        rows.append(ridge_row(name, claim, arm, TRIAL_SEED, key, validation="split"))
     return rows
 
 
-def trial_names(arm: str) -> tuple[str, ...]:
-    "The rows whose validation chooses the rate of a condition."
-    return tuple(f"tune-ridge20-{arm}-{rate:g}" for rate in RATES)
-
-
-def seed_rows(claim: str, arms: Sequence[str], seed: int, stage: str) -> list[Row]:
+def seed_rows(claim: str, arms: Sequence[str], seed: int) -> list[Row]:
     "Pre-training and frozen features of some conditions for one seed."
     rows = []
     for arm in arms:
-        start = "none"
+        start = checkpoint_of(arm, seed)
         if arm != RANDOM:
-            start = f"pre-{arm}-{seed}"
-            row = train_row(start, claim, arm, seed, stage)
-            rows.append(replace(row, tune=trial_names(arm)))
-        rows.append(ridge_row(f"ridge20-{arm}-{seed}", claim, arm, seed, stage, start))
+            rows.append(replace(train_row(start, claim, arm, seed), tune=trial_names(arm)))
+        rows.append(ridge_row(f"ridge20-{arm}-{seed}", claim, arm, seed, start))
     return rows
 
 
-def tune_rates(claim: str, arm: str, stage: str) -> list[Row]:
+def tune_rates(claim: str, arm: str) -> list[Row]:
     "Fine-tunings of half the length for each rate, from the condition's first checkpoint."
-    start = "none" if arm == RANDOM else f"pre-{arm}-{FIRST_SEED}"
+    start = checkpoint_of(arm, FIRST_SEED)
+    steps = TUNED.changes["steps"] // 2
     rows = []
-    for rate in TUNED.rates:
-        changes = dict(steps=TUNED.changes["steps"] // 2, lr=rate)
-        key = f"tune-tune20-{arm}-{rate:g}"
-        row = tune_row(key, claim, arm, TRIAL_SEED, stage, **changes)
-        rows.append(replace(row, start=start))
+    for rate, name in zip(TUNED.rates, trial_names(arm, "tune20", TUNED.rates)):
+        rows.append(tune_row(name, claim, arm, TRIAL_SEED, start, steps=steps, lr=rate))
     return rows
 
 
-def tune_row(key: str, claim: str, arm: str, seed: int, stage: str, **changes) -> Row:
-    "A fine-tuning of a condition at 20 shots."
-    row = ridge_row(key, claim, arm, seed, stage, "none")
-    values: dict[str, Any] = TUNED.changes | changes | dict(episode=seed)
-    minutes = round(values["steps"] * TUNED.seconds / 60 + 0.4, 1)
-    return replace(row, part="tune20", recipe=TUNED.recipe, changes=values, minutes=minutes)
-
-
-def tuned(claim: str, arms: Sequence[str], stage: str) -> list[Row]:
+def tuned(claim: str, arms: Sequence[str]) -> list[Row]:
     "Rates, then fine-tunings of some conditions, seed after seed."
-    rows = [row for arm in arms for row in tune_rates(claim, arm, stage)]
+    rows = [row for arm in arms for row in tune_rates(claim, arm)]
     for seed in range(FIRST_SEED, FIRST_SEED + PAIRS):
         for arm in arms:
-            names = tuple(f"tune-tune20-{arm}-{rate:g}" for rate in TUNED.rates)
-            start = "none" if arm == RANDOM else f"pre-{arm}-{seed}"
-            row = tune_row(f"tune20-{arm}-{seed}", claim, arm, seed, stage)
-            rows.append(replace(row, start=start, tune=names))
+            row = tune_row(f"tune20-{arm}-{seed}", claim, arm, seed, checkpoint_of(arm, seed))
+            rows.append(replace(row, tune=trial_names(arm, "tune20", TUNED.rates)))
     return rows
 
 
 GROUPS = {
-    "s": ("primary", ("random", "colour", "outline", "outline.long", "both", "plain")),
-    "t": ("primary", ("geometry", "geometry.depth", "geometry.normal", "geometry.alone")),
-    "n": ("primary", ("volume",)),
-    "m": ("primary", ("masked",)),
-    "p": ("primary", ("contrast",)),
-}  # question -> stage of its rows, conditions that come with it
+    "s": ("random", "colour", "outline", "outline.long", "both", "plain"),
+    "t": ("geometry", "geometry.depth", "geometry.normal", "geometry.alone"),
+    "n": ("volume",),
+    "m": ("masked",),
+    "p": ("contrast",),
+}  # question -> conditions that come with it
 
 
 @lru_cache(maxsize=1)
 def plan_second() -> tuple[Row, ...]:
     "The rows of the second study, in the order in which they are run."
     rows = []
-    for claim, (stage, arms) in GROUPS.items():
+    for claim, arms in GROUPS.items():
         for arm in arms:
-            rows += rate_trials(claim, arm, stage) if arm != RANDOM else []
+            rows += rate_trials(claim, arm) if arm != RANDOM else []
         for seed in range(FIRST_SEED, FIRST_SEED + PAIRS):
-            rows += seed_rows(claim, arms, seed, stage)
-        rows += tuned(claim, ("colour", "outline"), stage) if claim == "s" else []
+            rows += seed_rows(claim, arms, seed)
+        rows += tuned(claim, ("colour", "outline")) if claim == "s" else []
     return tuple(rows)

@@ -501,6 +501,7 @@ VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
     **dict.fromkeys(
         ("corners", "lattice_width", "rays", "ray_samples", "finer_samples"), makes("volume")
     ),
+    "backend": makes("gaussians"),
     "convention": reads("shapenet"),
     "rooms": reads("scannet", "rooms"),
     "classes": reads("shapenet", "shapes"),
@@ -550,8 +551,9 @@ class PretrainRecipe(Recipe):
         return pretrain_task(self, device)
 
     def choose_device(self, device: str) -> tuple[str, str]:
-        "On a GPU gsplat renders; where it is not installed, the processor trains."
-        if device != "auto" or not torch.cuda.is_available() or importlib.util.find_spec("gsplat"):
+        "On a GPU gsplat renders Gaussians; where it is not installed, the processor trains."
+        renders = self.model.scene != "gaussians" or importlib.util.find_spec("gsplat")
+        if device != "auto" or renders or not torch.cuda.is_available():
             return device, ""
         return "cpu", " (not on the GPU, where gsplat renders: pip install -e '.[gpu]')"
 
