@@ -1239,7 +1239,7 @@ def shard_command(args: list[str]) -> int:
     if not hasattr(reader, "store"):
         raise ValueError(
             f"{folder}: expected views of objects, ScanNet or S3DIS, "
-            f"found {reader.layout.name}, which is a few files already; pass it as it is"
+            f"found {reader.layout.name}, which is read as it is; pass it without shards"
         )
     with used_alone(options.out):
         out = write_shards(reader.store, options.out, options.size_mb * 2**20)
