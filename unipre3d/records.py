@@ -448,7 +448,7 @@ def written_whole(
 def sort_remarks(
     path: str | Path,  # safetensors file
 ) -> None:
-    "Remarks in the order of their names: the library writes them in a new order each time, and equal runs have equal files."
+    "Remarks in the order of their names, so that equal runs have equal files; the library's order is by chance."
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         head = json.loads(file.read(size))
