@@ -266,6 +266,20 @@ def glb(path, mode, alpha, vertex=None, picture=None):
     return read_mesh(path)
 
 
+def test_a_damaged_glb_is_no_text(tmp_path):
+    "Its header is JSON, but nobody saves it as text; a .gltf is one."
+    from unipre3d.formats import load_gaussians
+
+    glb(tmp_path / "a.glb", "OPAQUE", 255)
+    data = bytearray((tmp_path / "a.glb").read_bytes())
+    data[40] = 0xFF
+    (tmp_path / "a.glb").write_bytes(data)
+    (tmp_path / "a.gltf").write_bytes(data[20:200])
+    for call in (read_mesh, load_gaussians):
+        refuses(lambda: call(tmp_path / "a.glb"), "a.glb: expected a", "copy or download it again")
+    refuses(lambda: read_mesh(tmp_path / "a.gltf"), "a.gltf: expected a glTF", "text in UTF-8")
+
+
 def test_gltf_multiplies_light_and_keeps_its_alpha_modes(tmp_path):
     from unipre3d.worlds.mesh import surface
 

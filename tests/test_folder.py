@@ -1,6 +1,7 @@
 """Clouds of a user in folders, from the files to a run and its predictions, by the commands of a shell."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from unipre3d.cli import main
+from unipre3d.data.check import find_readers
 from unipre3d.data.clouds import write_cloud
 from unipre3d.data.folder import SPLITS, FolderClouds, FolderScenes
 
@@ -60,7 +62,9 @@ def test_one_command_from_a_folder_of_classes_to_a_run_that_predicts(classes, tm
     capsys.readouterr()
     said = ["--from", str(out), "--out", str(tmp_path / "said")]
     assert main(["predict", str(classes / "rod" / "0.ply"), *said]) == 0
-    assert "rod" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:3]]
+    likely = {name: float(share) for _, name, share in rows}
+    assert likely.keys() == {"ball", "rod"} and abs(sum(likely.values()) - 1) < 1e-3
 
 
 def test_any_recipe_of_classes_takes_the_layout(classes, tmp_path):
@@ -82,6 +86,60 @@ def test_splits_of_ones_own_and_a_class_that_training_does_not_know(classes, tmp
     write_cloud(root / "test" / "cube" / "0.ply", draw("rod", np.random.default_rng(0)))
     with pytest.raises(ValueError, match=r"expected classes of training \(ball, rod\), found cube"):
         FolderClouds(root, split="test")
+
+
+def test_folders_that_would_train_on_something_else_are_refused(classes):
+    "Without training, with one file in two places; what macOS adds is passed over."
+    (classes / "__MACOSX" / "ball").mkdir(parents=True)
+    (classes / "__MACOSX" / "ball" / "._0.ply").write_bytes(b"\0")
+    assert FolderClouds(classes, split="train").classes == ["ball", "rod"]
+    (classes / "copy").symlink_to(classes / "ball")
+    with pytest.raises(ValueError, match="expected each file in one class of one split, found"):
+        FolderClouds(classes, split="train")
+    (classes / "copy").unlink()
+    only = classes.parent / "only"
+    for split in ("test", "val"):
+        (only / split).mkdir(parents=True)
+        for kind in ("ball", "rod"):
+            (only / split / kind).symlink_to(classes / kind)
+    with pytest.raises(ValueError, match="two or more classes, found a folder with test, val"):
+        FolderClouds(only, split="test")
+    (only / "train").symlink_to(classes)
+    with pytest.raises(ValueError, match="expected each file in one class of one split, found"):
+        FolderClouds(only, split="train")
+
+
+def test_classes_without_a_name_and_scenes_in_two_splits_are_refused(scenes):
+    for names in ("", "low\nlow\n"):
+        (scenes / "classes.txt").write_text(names)
+        with pytest.raises(ValueError, match=r"classes\.txt: expected a name of its own"):
+            FolderScenes(scenes, split="train")
+    (scenes / "classes.txt").write_text("low\nhigh\n")
+    (scenes / "val" / "again.ply").symlink_to(scenes / "train" / "0.ply")
+    with pytest.raises(ValueError, match="val: expected each file in one split, found"):
+        FolderScenes(scenes, split="train")
+
+
+@pytest.mark.parametrize("kind", ("classes", "own splits", "scenes"))
+def test_the_command_checks_labelled_folders(kind, classes, scenes, tmp_path, capsys):
+    "All that is there is counted; one bad file is named, and does not end it."
+    root = scenes if kind == "scenes" else classes
+    if kind == "own splits":
+        root = tmp_path / "own"
+        for name, reader in {s: FolderClouds(classes, split=s) for s in SPLITS}.items():
+            for _, label, path in reader.items:
+                home = root / name / reader.classes[label]
+                home.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, home)
+    count = sum(map(len, find_readers(root).values()))
+    assert count == (6 if kind == "scenes" else 20)
+    assert main(["data", "check", str(root)]) == 0
+    capsys.readouterr()
+    bad = next(root.rglob("0.ply"))
+    bad.write_bytes(bad.read_bytes()[:300])
+    assert main(["data", "check", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("refused: ") == 1 and f"refused: {bad}: expected" in printed
 
 
 def test_one_command_from_labelled_points_to_a_run(scenes, tmp_path):

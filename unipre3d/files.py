@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['HIDDEN', 'REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'VALUE', 'ARRAY', 'H5FILE', 'PLY_SIZES', 'PLY_LIST',
+__all__ = ['HIDDEN', 'REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'AS_TEXT', 'VALUE', 'ARRAY', 'H5FILE', 'PLY_SIZES', 'PLY_LIST',
            'PLY_HEADER', 'EMPTY_LINES', 'WEIGHTS', 'regular_file', 'files_below', 'stand_in', 'reason_of', 'Found',
            'file_error', 'reading', 'unpack_bound', 'check_unpacked', 'check_declared', 'encoding_of', 'decode_text',
            'read_file', 'read_words', 'check_values', 'decode_table', 'read_table', 'decode_json', 'read_json',
            'decode_array', 'read_array', 'open_zip', 'read_member', 'read_arrays', 'open_h5', 'h5_dataset',
-           'decode_picture', 'eight_bits', 'check_ply', 'plain_ply', 'read_ply', 'read_safetensors', 'check_weights']
+           'decode_picture', 'eight_bits', 'is_text_ply', 'check_ply', 'plain_ply', 'read_ply', 'read_safetensors',
+           'check_weights']
 
 # %% ../nbs/02_files.ipynb #f02regular
 def regular_file(
@@ -217,15 +218,19 @@ def encoding_of(
     return names.get(tuple(byte == 0 for byte in data[:2]), "utf-8")
 
 
+AS_TEXT = "save it as text in UTF-8"
+
+
 def decode_text(
     data: bytes,
     where: str | Path,  # the file, for messages
     expected: str = "text in UTF-8",
+    remedy: str = AS_TEXT,  # the end of a message
 ) -> str:  # lines end with \n
     """Text in UTF-8, UTF-16 or UTF-32.
 
     Raises: ValueError for other bytes."""
-    with reading(where, expected, "save it as text in UTF-8", data):
+    with reading(where, expected, remedy, data):
         if stand_in(data[:500]):
             raise Found("something else")
         text = data.decode(encoding_of(data))
@@ -319,7 +324,7 @@ def decode_json(
     kind: type = dict,  # or list
     needs: Mapping[str, Any] = {},  # keys that it must have, and the type of each value
     what: str = "",  # what it is, for messages
-    remedy: str = REMEDY,  # the end of a message
+    remedy: str = "",  # the end of a message; "": that of a text, or of a file
     bounded: bool = True,  # refuse more values than `unpack_bound` allows
 ) -> Any:
     """The value of a JSON text.
@@ -327,10 +332,10 @@ def decode_json(
     Raises: ValueError for another text, another kind of value, or a key that is missing."""
     names = {dict: "a JSON object", list: "a JSON list"}
     expected = what or names[kind]
-    text = decode_text(data, where, expected)
+    text = decode_text(data, where, expected, remedy or AS_TEXT)
     if bounded:
         check_values(text, "{[,", where)
-    with reading(where, expected, remedy, data):
+    with reading(where, expected, remedy or REMEDY, data):
         value = json.loads(text)
         if not isinstance(value, kind):
             raise Found(f"a {type(value).__name__}, not {names[kind]}")
@@ -347,13 +352,13 @@ def read_json(
     kind: type = dict,  # or list
     needs: Mapping[str, Any] = {},  # keys that it must have, and the type of each value
     what: str = "",  # what it is, for messages
-    remedy: str = REMEDY,  # the end of a message
+    remedy: str = "",  # the end of a message; "": that of a text, or of a file
     bounded: bool = True,  # refuse more values than `unpack_bound` allows
 ) -> Any:
     """The value of a JSON file; see `decode_json`.
 
     Raises: OSError or ValueError that names the file."""
-    data = read_file(path, what or "a JSON file", remedy)
+    data = read_file(path, what or "a JSON file", remedy or REMEDY)
     return decode_json(data, path, kind, needs, what, remedy, bounded)
 
 # %% ../nbs/02_files.ipynb #f02npy
@@ -521,6 +526,13 @@ PLY_LIST = 128  # bytes that a list of a row takes in memory
 PLY_HEADER = 2**16  # bytes that a header may take
 
 
+def is_text_ply(
+    head: bytes,  # of a PLY file
+) -> bool:
+    "Whether its rows are text; remarks may stand before the line that says so."
+    return re.search(rb"(?m)^format\s+ascii\b", head) is not None
+
+
 def check_ply(
     path: str | Path,
     expected: str = "a PLY file",
@@ -533,7 +545,7 @@ def check_ply(
         lines = [line.split() for line in head.decode("latin-1").splitlines()]
         if not head.startswith(b"ply") or not mark:
             raise ValueError("it does not begin with the header of a PLY file")
-        text = [b"ascii"] == head.split()[2:3]
+        text = is_text_ply(head)
         needed = lists = count = 0
         elements = []  # of each its rows and the types of its columns
         for word, *rest in filter(None, lines):
@@ -582,7 +594,7 @@ def plain_ply(
         except UnicodeDecodeError:
             text = plain.decode("latin-1")
         plain = text.encode(encoding, "replace")
-    text_rows = b"ascii" in head.split()[:4] and re.search(EMPTY_LINES, rows)
+    text_rows = is_text_ply(head) and re.search(EMPTY_LINES, rows)
     if plain == head and not text_rows:
         return data
     return plain + mark + (re.sub(EMPTY_LINES, b"\n", rows) if text_rows else rows)

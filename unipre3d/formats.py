@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .core import GaussianBatch
 from unipre3d.files import (
+    REMEDY,
     Found,
     check_declared,
     check_unpacked,
@@ -333,7 +334,7 @@ def load_glb(
         length, kind = struct.unpack_from("<I4s", data, 12)
         if (magic, version, kind) != (b"glTF", 2, b"JSON"):
             raise Found(f"magic {magic!r}, version {version}")
-        scene = decode_json(data[20 : 20 + length], path)
+        scene = decode_json(data[20 : 20 + length], path, what=expected, remedy=REMEDY)
         binary = data[28 + length :]
         meshes = [m for m in scene["meshes"] for m in m["primitives"]]
         splats = [m for m in meshes if SPLATS in m.get("extensions", {})]

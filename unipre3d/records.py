@@ -448,7 +448,7 @@ def written_whole(
 def sort_remarks(
     path: str | Path,  # safetensors file
 ) -> None:
-    "Remarks in the order of their names: the library writes them in a new order each time, and equal runs have equal files."
+    "Remarks in the order of their names, so that equal runs have equal files; the library's order is by chance."
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         head = json.loads(file.read(size))
@@ -568,15 +568,15 @@ def check_types(
 def write_json(
     path: str | Path,  # file to write
     value: dict,  # plain values, finite
-    finish: Callable[[], Any] = lambda: (
-        None
-    ),  # what must be done once the file is there, and before it has its name
+    finish: Callable[[], Any]
+    | None = None,  # called when the file is whole, before it has its name
 ) -> None:
     "Write plain values, readable and at once."
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with written_whole(path) as partial:
         partial.write_text(text)
-        finish()
+        if finish:
+            finish()
 
 
 def values_hash(

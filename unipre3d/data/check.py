@@ -16,12 +16,15 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .augment import PosedViews
+from .clouds import READERS
+from .folder import SPLITS, FolderClouds, FolderScenes
 from .labelled import S3DIS, ModelNet40, ScanObjectNN, ShapeNetPart
 from .posed import layouts_of
 from .readers import Reader, Store, check_view, found_at
 from .samples import check_meeting
 from .scannet import ScanNetFrames
 from .shapenet import ShapeNetViews
+from ..files import files_below
 from unipre3d.values import (
     MissingPoints,
     check_cloud,
@@ -74,8 +77,20 @@ def find_readers(
     if root.is_dir() and (posed := layouts_of(root)):
         hint = f"unipre3d data import {root} --out FOLDER makes one of it"
         raise refusal(str(root), "a data set", f"posed images ({', '.join(posed)})", hint)
-    known = "ShapeNet's views, ScanNet, S3DIS, ScanObjectNN, ModelNet40, ShapeNetPart, or what unipre3d data writes"
+    if root.is_dir() and (labelled := _labelled(root, store)):
+        return labelled
+    known = "ShapeNet's views, ScanNet, S3DIS, ScanObjectNN, ModelNet40, ShapeNetPart, a labelled folder, or what unipre3d data writes"
     raise refusal(str(root), f"a data set in the layout of {known}", found_at(root))
+
+
+def _labelled(root, store):
+    "Readers of a folder with labels; none where it is no such folder."
+    own = [split for split in SPLITS if (root / split).is_dir()]
+    if store.has("classes.txt"):
+        return {split: FolderScenes(root, split=split) for split in own}
+    home = "train" if "train" in own else ""
+    kinds = [k for k in store.folders(home) if files_below(root / home / k, tuple(READERS))]
+    return {s: FolderClouds(root, split=s) for s in own or SPLITS} if len(kinds) > 1 else {}
 
 
 def _scanobjectnn(root):

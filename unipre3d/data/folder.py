@@ -5,24 +5,27 @@
 # %% ../../nbs/data/24_folder.ipynb #f24imports
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from .augment import BLANK
-from .clouds import CloudFile, find_clouds, read_cloud
+from .clouds import READERS, CloudFile, find_clouds, read_cloud
 from unipre3d.data.readers import (
     RADIUS,
     Cloud,
     FileReader,
     Layout,
+    check_apart,
     check_option,
     fit_radius,
     found_at,
     hold_out,
 )
-from ..files import read_words
+from ..files import HIDDEN, files_below, read_words
 from ..values import check_labels, refusal
 
 # %% auto #0
@@ -45,7 +48,6 @@ def share_out(
 FOLDER = Layout(
     "A labelled folder",
     "<root>/<class>/*.ply, or <root>/{train,val,test}/<class>/*.ply; also other cloud files",
-    "your own clouds",
 )
 
 
@@ -53,7 +55,7 @@ def class_files(
     folder: Path,  # a folder for each class
 ) -> list[tuple[str, Path]]:  # class and file, sorted
     "Every cloud below a folder that is named as its class. Raises: ValueError for a class without clouds."
-    homes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    homes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN))
     return [(home.name, path) for home in homes for path in find_clouds(home)]
 
 
@@ -90,36 +92,42 @@ class FolderClouds(FileReader):
             say = self.layout.say(self.root, "a folder for each class", found_at(self.root))
             raise FileNotFoundError(say)
         self.radius = radius
-        own_splits = (self.root / "train").is_dir()
-        files = class_files(self.root / "train" if own_splits else self.root)
-        self.classes = sorted({kind for kind, _ in files})
-        if len(self.classes) < 2:
-            found = ", ".join(self.classes) or found_at(self.root)
-            raise ValueError(self.layout.say(self.root, "folders of two or more classes", found))
-        numbers = np.array([self.classes.index(kind) for kind, _ in files])
-        if own_splits and split != "train":
-            files = self._other(split)
-        if not own_splits:
-            files = [files[i] for i in share_out(numbers)[split]]
-        if not files:
-            raise ValueError(self.layout.say(self.root, f"clouds of split {split}", "none"))
-        for kind, path in files:
+        homes = {name: self.root / name for name in SPLITS if (self.root / name).is_dir()}
+        files = {name: class_files(home) for name, home in homes.items()} or self._shared()
+        self._check(files, homes.get("train", self.root), split)
+        for kind, path in files[split]:
             name = path.relative_to(self.root).as_posix()
             self.items.append((name, self.classes.index(kind), path))
 
-    def _other(self, split):
-        "The files of a split that does not train; its classes are those of training."
-        home = self.root / split
-        if not home.is_dir():
+    def _shared(self):
+        "The files of each split, where the folder has no splits of its own."
+        files = class_files(self.root)
+        _, numbers = np.unique([kind for kind, _ in files], return_inverse=True)
+        shares = share_out(numbers) if files else {}
+        return {name: [files[i] for i in share] for name, share in shares.items()}
+
+    def _check(self, files, home, split):
+        "Classes are those of training, the split has clouds of them, and no file has two places."
+        self.classes = sorted({kind for kind, _ in files.get("train", [])})
+        if len(self.classes) < 2:
+            found = ", ".join(self.classes) or found_at(home)
+            raise ValueError(self.layout.say(home, "folders of two or more classes", found))
+        place = self.root / split
+        if split not in files:
             hint = "; or validate on a share of training: --validation share"
-            say = self.layout.say(home, "a folder for each class", found_at(home))
+            say = self.layout.say(place, "a folder for each class", found_at(place))
             raise FileNotFoundError(say + (hint if split == "val" else ""))
-        files = class_files(home)
-        unknown = sorted({kind for kind, _ in files} - set(self.classes))
+        if not files[split]:
+            raise ValueError(self.layout.say(self.root, f"clouds of split {split}", "none"))
+        unknown = sorted({kind for kind, _ in files[split]} - set(self.classes))
         if unknown:
             expected = f"classes of training ({', '.join(self.classes)})"
-            raise ValueError(self.layout.say(home, expected, unknown[0]))
-        return files
+            raise ValueError(self.layout.say(place, expected, unknown[0]))
+        real = defaultdict(list)
+        for name, own in files.items():
+            for kind, path in own:
+                real[f"{self.root}: {kind} of {name}"].append(os.path.realpath(path))
+        check_apart(real, "file", "class of one split")
 
     def _read(self, i):
         path = self.items[i][2]
@@ -141,7 +149,6 @@ LABELS = ("segment", "label", "labels", "class", "classification", "part")  # co
 POINT_FOLDER = Layout(
     "A folder of labelled points",
     "<root>/classes.txt (a name a line) and <root>/{train,val,test}/*.ply with a column of labels",
-    "your own clouds",
 )
 
 
@@ -181,6 +188,16 @@ class FolderScenes(FileReader):
                 raise FileNotFoundError(self.layout.say(place, "this", found_at(self.root)))
         names = read_words(self.root / "classes.txt", "names of classes", self.layout.hint)
         self.classes = [line.strip() for line in names.splitlines() if line.strip()]
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            expected, found = "a name of its own for each class", ", ".join(self.classes) or "none"
+            raise ValueError(self.layout.say(self.root / "classes.txt", expected, found))
+        real = {}
+        for own in SPLITS:
+            files = (
+                files_below(self.root / own, tuple(READERS)) if (self.root / own).is_dir() else []
+            )
+            real[str(self.root / own)] = map(os.path.realpath, files)
+        check_apart(real, "file")
         for path in find_clouds(home):
             self.items.append((path.relative_to(self.root).as_posix(), None, path))
 

@@ -775,11 +775,12 @@ def read_image_scene(
         if not np.isfinite(pose).all():
             lost += 1
             continue
-        if known_size(color) is None:
+        hw = known_size(color)
+        if hw is None:
             broken.append(color)
             continue
         pose = check_poses(pose, f"{home}/pose/{color.stem}")
-        lens = _scene_lens(home / "intrinsic", color)
+        lens = _scene_lens(home / "intrinsic", color.stem, hw)
         depth = beside(home / "depth", color.stem, DEPTH)
         shots.append(PosedImage(color, pose, lens, depth))
     if not shots and broken:
@@ -803,15 +804,15 @@ def read_image_scene(
     )
 
 
-def _scene_lens(folder, color):
+def _scene_lens(folder, frame, hw):
     "Intrinsics of a frame or of its scene, which are for the colour images."
-    names = (color.stem, "intrinsic", "intrinsic_color", "intrinsics", "intrinsic_depth")
+    names = (frame, "intrinsic", "intrinsic_color", "intrinsics", "intrinsic_depth")
     found = [path for name in names if (path := beside(folder, name, (".npy", ".txt")))]
     if not found:
         raise FileNotFoundError(f"{folder}: expected intrinsic.npy (4 x 4), found none")
     K = read_matrix(found[0], 3)
     values = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-    return whole_centres(values, image_size(color), str(found[0]))
+    return whole_centres(values, hw, str(found[0]))
 
 # %% ../../nbs/data/27_posed.ipynb #p27which
 LAYOUTS = {

@@ -277,6 +277,7 @@ class Concat:
 def check_apart(
     lists: dict[str, Iterable[str]],  # which file or folder of a split -> what it names
     what: str = "object",  # for messages
+    place: str = "split",  # what each list stands for
 ) -> None:
     """Splits have nothing in common, or a run would be tested on what it was trained on.
 
@@ -286,7 +287,7 @@ def check_apart(
         for name in names:
             first = owner.setdefault(name, where)
             if first != where:
-                expected = f"each {what} in one split"
+                expected = f"each {what} in one {place}"
                 raise refusal(where, expected, f"{name}, which {first} has too", "keep one of them")
 
 
@@ -657,7 +658,7 @@ class Layout:
 
     name: str
     tree: str  # the files, in one line
-    source: str  # where to get it
+    source: str = ""  # where to get it; "": the user has it
 
     def say(
         self,
@@ -671,7 +672,8 @@ class Layout:
     @property
     def hint(self) -> str:
         "The end of a message."
-        return f"{self.name} looks like {self.tree}; get it from {self.source}"
+        source = f"; get it from {self.source}" if self.source else ""
+        return f"{self.name} looks like {self.tree}{source}"
 
 
 def found_at(

@@ -268,6 +268,7 @@ class Shards:
         self.sets: dict[
             str, list[str]
         ] = {}  # sample -> its entries, where it has others than its folder
+        self.rows: dict[str, int] = {}  # sample -> its row in `places`
         rows = []
         with reading(path, "an index of shards", LIST_REMEDY):
             self.tables = {name: tuple(facts) for name, facts in index["files"].items()}
@@ -275,11 +276,10 @@ class Shards:
             self.lists = [(one["list_size"], one["list_sha256"]) for one in index["shards"]]
             for number, shard in enumerate(index["shards"]):
                 for key, (first, size, crc, *entries) in shard["samples"].items():
+                    self.rows[key] = len(rows)
                     rows.append((number, first, size, crc))
                     if entries:
                         self.sets[key] = entries
-            keys = [key for shard in index["shards"] for key in shard["samples"]]
-            self.rows = {key: row for row, key in enumerate(keys)}
             self.places = np.array(rows, np.int64).reshape(-1, 4)  # shard, and the line in its list
             for name in (*self.tables, *(shard[0] for shard in self.shards)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:

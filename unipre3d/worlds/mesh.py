@@ -19,6 +19,7 @@ from PIL import Image
 from ..data.clouds import TO_Z_UP
 from ..data.objects import DISTANCE, FOV, RADIUS
 from unipre3d.files import (
+    REMEDY,
     Found,
     check_ply,
     check_unpacked,
@@ -383,9 +384,10 @@ def check_gltf(
     """Compare what a glTF file declares with its length.
 
     Raises: ValueError that names the file, also where it needs an extension that is not read."""
-    if data[:4] == b"glTF":
+    packed = data[:4] == b"glTF"
+    if packed:
         data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
-    header = decode_json(data, path, what="a glTF file")
+    header = decode_json(data, path, what="a glTF file", remedy=REMEDY if packed else "")
     with reading(path, "a glTF file"):
         items = sum(int(accessor["count"]) for accessor in header.get("accessors", []))
         required = set(map(str, header.get("extensionsRequired", []))) - readable_extensions()
