@@ -16,26 +16,29 @@ import shlex
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import unipre3d
+
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'DATA_KINDS', 'SHELLS', 'commands', 'one_line',
-           'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths', 'full_options', 'backbone_keywords',
-           'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows',
-           'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe',
-           'resumable', 'refuse_changes', 'unknown_recipe', 'train_command', 'describe_result', 'pretrain_command',
-           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'film_file',
-           'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'cloud_words',
-           'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command', 'ViewOptions',
-           'build_world', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not',
-           'prepare_command', 'import_command', 'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions',
-           'shard_command', 'data_command', 'cache_text', 'doctor_command', 'changed_values', 'value_text',
-           'run_state_text', 'info_command', 'option_choices', 'completion_words', 'completion_command', 'usage',
-           'spin_briefly', 'main']
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'DATA_KINDS', 'SHELLS', 'commands', 'python_warning',
+           'one_line', 'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths', 'full_options',
+           'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value',
+           'recipe_rows', 'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions', 'newest_run',
+           'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe', 'train_command', 'describe_result',
+           'pretrain_command', 'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for',
+           'film_file', 'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths',
+           'cloud_words', 'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command',
+           'ViewOptions', 'build_world', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
+           'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command', 'rooms_command',
+           'ShardOptions', 'shard_command', 'data_command', 'cache_text', 'doctor_command', 'changed_values',
+           'value_text', 'run_state_text', 'info_command', 'option_choices', 'completion_words', 'completion_command',
+           'usage', 'spin_briefly', 'one_line_warning', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -1243,7 +1246,7 @@ def shard_command(args: list[str]) -> int:
     if not hasattr(reader, "store"):
         raise ValueError(
             f"{folder}: expected views of objects, ScanNet or S3DIS, "
-            f"found {reader.layout.name}, which is a few files already; pass it as it is"
+            f"found {reader.layout.name}, which is read as it is; pass it without shards"
         )
     with used_alone(options.out):
         out = write_shards(reader.store, options.out, options.size_mb * 2**20)
@@ -1568,12 +1571,23 @@ def spin_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
+python_warning = warnings.formatwarning
+
+
+def one_line_warning(message, category, filename, lineno, line=None):
+    "A warning of this package as one line; those of others as Python has them."
+    if Path(filename).is_relative_to(Path(unipre3d.__file__).parent):
+        return f"unipre3d: {message}\n"
+    return python_warning(message, category, filename, lineno, line)
+
+
 def main(
     args: list[str] | None = None,  # default: the process's own
 ) -> int:
     "Run a command; a mistake is one line on standard error and exit status 2."
     args = sys.argv[1:] if args is None else args
     spin_briefly()
+    warnings.formatwarning = one_line_warning
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())

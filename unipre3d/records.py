@@ -456,8 +456,9 @@ def sort_remarks(
             return
         head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
         text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(size))  # the format allows spaces at its end
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))  # the format allows spaces at its end
 
 
 def write_weights(

@@ -195,7 +195,8 @@ def fuse_depth(
             rows, waiting = add_up(np.concatenate([rows, *waiting]), spacing), []
     rows = add_up(np.concatenate([rows, *waiting]), spacing)
     if not len(rows):
-        raise refusal(str(images[0].depth), f"depth below {far:g}", "none in any image")
+        hint = "pass --scale 0.001 for poses in millimetres, or a larger --far"
+        raise refusal(str(images[0].depth), f"depth below {far:g} m", "none in any image", hint)
     mean = rows[:, :9] / rows[:, 9:]
     color = mean[:, 3:6].round().astype(np.uint8)
     normal = plane_normals(mean[:, :3], mean[:, 6:9])
@@ -435,7 +436,8 @@ def check_fit(
     if views.depth is not None and not stated:
         others |= _with_units(others, depth_scale)
     fits = {choice: fit_of(*other, dense)[0] for choice, other in others.items()}
-    best = max(fits, key=fits.get)
+    good = [choice for choice in fits if fits[choice] > 0.9 * max(fits.values())]
+    best = min(good, key=lambda choice: (len(choice), -fits[choice]))  # the fewest words to add
     better = fits[best] > max(0.3, (1.15 if cloud is None else 1.5) * fit)
     if fit > 0.05 and not better:
         return fit, what
