@@ -436,7 +436,7 @@ def check_fit(
     if views.depth is not None and not stated:
         others |= _with_units(others, depth_scale)
     fits = {choice: fit_of(*other, dense)[0] for choice, other in others.items()}
-    good = [choice for choice in fits if fits[choice] > 0.9 * max(fits.values())]
+    good = [choice for choice in fits if fits[choice] >= 0.9 * max(fits.values())]
     best = min(good, key=lambda choice: (len(choice), -fits[choice]))  # the fewest words to add
     better = fits[best] > max(0.3, (1.15 if cloud is None else 1.5) * fit)
     if fit > 0.05 and not better:
