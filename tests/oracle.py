@@ -346,7 +346,7 @@ def pcd(data):
     "Columns by name, of ascii and of plain bytes."
     head, _, _ = data.partition(b"DATA ")
     facts = {
-        line.split()[0]: line.split()[1:]
+        line.split()[0].upper(): line.split()[1:]
         for line in head.decode("latin-1").splitlines()
         if line.split()
     }
@@ -396,6 +396,12 @@ def as_normal(raw):
 def as_labels(raw):
     raw = np.asarray(raw, dtype=np.float64)
     return np.where(np.isin(raw, [-1, -100, 255]), -1, raw)
+
+
+def as_objects(raw):
+    "Numbers of objects, of which 255 is one."
+    raw = np.asarray(raw, dtype=np.float64)
+    return np.where(np.isin(raw, [-1, -100]), -1, raw)
 
 
 def fraction(color):

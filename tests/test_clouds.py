@@ -377,3 +377,65 @@ def test_columns_without_names():
         assert list(labels.scalars) == ["column_7"] and labels.color is not None
         bits = plain_cloud(np.concatenate([XYZ, np.arange(3 * N).reshape(N, 3) % 2], 1), "rows")
         assert bits.color is None and len(bits.scalars) == 3  # zeros and ones could mean anything
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    (
+        ("1 2 3 4 5 6\n1 2 3 4\n", "4 numbers instead of 6 in row 2"),
+        ("# x y z i\n1 2 3 4\n\n1 2 3\n1 2 3 4\n", "3 numbers instead of 4 in row 2"),
+        ("1," * 20_000 + "\n", "a row of 20,000 numbers, more than 10,000"),
+    ),
+)
+def test_rows_of_a_text_are_of_one_length(tmp_path, text, said):
+    "Else a column moves to another, or a colour is lost."
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"a.txt: expected .* found {said}"):
+        read_cloud(tmp_path / "a.txt")
+
+
+def test_an_empty_cell_of_a_table_stays_a_gap(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,z,i\n1,2,3,4\n1,2,4,\n1,3,3,5\n")
+    found = read_cloud(tmp_path / "a.csv").scalars["i"]
+    np.testing.assert_array_equal(found, [4, np.nan, 5])
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    (
+        ("x,y,z,red, 9,109,125\n1,2,3,4\n", "before the first row"),
+        ("x y z\n1 2 three\n1 2 3\n", "before the first row"),
+    ),
+)
+def test_a_torn_row_is_no_header(tmp_path, text, said):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"a.csv: expected .* {said}"):
+        read_cloud(tmp_path / "a.csv")
+
+
+def test_a_cell_without_a_number_is_said(tmp_path):
+    "It makes a column of colours a plain one."
+    (tmp_path / "a.txt").write_text("1 2 3 9 9 9\n1 2 4 null 8 200\n1 3 3 9 9 9\n")
+    with pytest.warns(UserWarning, match="a.txt: 1 cells hold no number"):
+        assert read_cloud(tmp_path / "a.txt").color is None
+
+
+def pcd_text(count, rows):
+    head = f"FIELDS x y z part\nSIZE 4 4 4 4\nTYPE F F F I\nCOUNT 1 1 1 {count}\n"
+    return head + f"WIDTH {len(rows)}\nHEIGHT 1\nPOINTS {len(rows)}\nDATA ascii\n" + "\n".join(rows)
+
+
+def test_a_column_of_several_numbers_in_a_pcd_text(tmp_path):
+    (tmp_path / "a.pcd").write_text(pcd_text(2, ["1 2 3 4 5", "1 2 4 6 7"]))
+    np.testing.assert_array_equal(read_cloud(tmp_path / "a.pcd").xyz, [[1, 2, 3], [1, 2, 4]])
+    (tmp_path / "a.pcd").write_text(pcd_text(99999999999, ["1 2 3 4 5", "1 2 4 6 7"]))
+    with pytest.raises(
+        ValueError, match=r"a.pcd: expected a PCD file, found rows \[2, 5\] instead"
+    ):
+        read_cloud(tmp_path / "a.pcd")
+
+
+def test_two_of_three_colours_are_said(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,z,red,green,blua\n1,2,3,4,5,6\n1,2,4,4,5,6\n")
+    with pytest.warns(UserWarning, match="a.csv: no column blue, so that the cloud has no colours"):
+        assert read_cloud(tmp_path / "a.csv").color is None

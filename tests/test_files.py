@@ -101,6 +101,15 @@ def test_a_line_of_metrics_without_an_end_is_no_row(tmp_path):
     assert [row["loss"] for row in rows] == ["0.5", "0.4"]
 
 
+def test_a_row_of_metrics_holds_numbers(tmp_path):
+    "Only scores of a validation may be empty."
+    columns = ["step", "loss", "val_oa"]
+    lines = ["step,loss,val_oa", "1,0.5,", "2,,0.5", "3,x4,0.5", "4,nan,0.25"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    rows = readable_rows(tmp_path / "metrics.csv", columns, 9)
+    assert [row["step"] for row in rows] == ["1", "4"]
+
+
 def test_members_of_an_archive_are_named(objects, tmp_path):
     archive = shutil.make_archive(tmp_path / "set", "zip", objects)
     item = "/".join(ShapeNetViews(objects).items[0])

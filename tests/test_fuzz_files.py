@@ -81,7 +81,7 @@ def by_column(names, read):
     made = dict(
         xyz=lambda raw: oracle.as_points(raw)[0], coord=lambda raw: oracle.as_points(raw)[0]
     )
-    made |= dict(color=oracle.as_color, normal=oracle.as_normal)
+    made |= dict(color=oracle.as_color, normal=oracle.as_normal, instance=oracle.as_objects)
     own = dict(coord="xyz", color="colors", segment20="segment")
     return {f"0 {own.get(n, n)}": made.get(n, oracle.as_labels)(read(n)) for n in names}
 
@@ -706,7 +706,7 @@ def open_runs(folder):
     def metrics():
         MetricsFile(folder / "metrics.csv", ["step", "loss"], 1).close()
         rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
-        return {f"{row['step']} tensor": np.array(float(row["loss"])) for row in rows}
+        return {f"{row['step']} loss": np.array(float(row["loss"])) for row in rows}
 
     calls = {
         "record.json": lambda: text(read_record(folder / "record.json")),

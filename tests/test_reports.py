@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
-from test_posed import HW, K, WALK, colmap_folder, colmap_text, scene_folder, transforms_folder
+from plyfile import PlyData, PlyElement
+from test_posed import HW, WALK, K, colmap_folder, colmap_text, scene_folder, transforms_folder
 
 from unipre3d.cli import main
+from unipre3d.core import data_dir
 from unipre3d.data.clouds import read_cloud
 from unipre3d.data.imports import ImportOptions, import_posed
 from unipre3d.data.labelled import (
@@ -35,6 +37,7 @@ from unipre3d.data.scannet import (
 )
 from unipre3d.data.scannet import read_mesh as read_scan
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
+from unipre3d.image import load_autoencoder
 from unipre3d.values import check_labels, unit_colors
 from unipre3d.worlds.mesh import read_mesh, surface, to_linear, to_srgb
 from unipre3d.worlds.prepare import prepare_meshes
@@ -674,3 +677,122 @@ def test_a_pointer_in_the_place_of_colours(tmp_path):
     path = obj(tmp_path, pointer)
     with pytest.warns(UserWarning, match="a.obj: left out what it names and cannot be read: a.mtl"):
         read_mesh(path)
+
+
+@pytest.mark.parametrize("remark", ("plain", "Möbel"))
+def test_a_binary_ply_file_of_triangles_and_quads(tmp_path, remark):
+    "The quads are cut; colours of faces and the remarks go with their triangles."
+    vertex = np.array([*np.ndindex(2, 2, 2)], [(k, "f4") for k in "xyz"])
+    face = np.empty(3, [("vertex_indices", object), *((k, "u1") for k in ("red", "green", "blue"))])
+    corners = ([0, 1, 3], [4, 5, 7, 6], [0, 1])
+    face["vertex_indices"] = [np.array(one, "i4") for one in corners]
+    face["red"], face["green"], face["blue"] = (255, 0, 9), (0, 255, 9), (0, 0, 9)
+    elements = [PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face")]
+    path = tmp_path / "a.ply"
+    PlyData(elements, byte_order=">", comments=["remark"]).write(str(path))
+    data = path.read_bytes().replace(b"comment remark", f"comment {remark}".encode())
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="a.ply: left out 1 faces of fewer than three corners"):
+        mesh = read_mesh(path, up="z")
+    xyz = np.array([*np.ndindex(2, 2, 2)], float)
+    np.testing.assert_array_equal(mesh.corners, xyz[[[0, 1, 3], [4, 5, 7], [4, 7, 6]]])
+    colors = {tuple(material.color) for material in mesh.materials}
+    assert len(mesh.materials) == 2 and colors == {(1, 0, 0), (0, 1, 0)}
+    path.write_bytes(data + b"more bytes")
+    one_line(lambda: read_mesh(path), "a.ply: expected", "10 bytes behind the last row")
+
+
+def test_what_is_lost_in_an_obj_file_is_said(tmp_path):
+    path = tmp_path / "a.obj"
+    triangle = b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
+    path.write_bytes(triangle + b"\xff\xff\nmore of it\n")
+    with pytest.warns(UserWarning, match="a.obj: left out 2 lines that begin with no word"):
+        assert len(read_mesh(path).corners) == 1
+    for damaged in (triangle.replace(b"1 0 0", b"1 \xff 0"), triangle + b"f 1 \xff\xff 3\n"):
+        path.write_bytes(damaged)
+        one_line(lambda: read_mesh(path), "a.obj: expected", "which is not of numbers")
+
+
+@pytest.mark.parametrize("row", ("3 0 1 2\n", "1 0 0\n"))
+def test_an_off_file_has_the_rows_that_it_counts(tmp_path, row):
+    text = "OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 2 1 0\n"
+    path = tmp_path / "a.off"
+    path.write_text(text.replace(row, ""))
+    one_line(lambda: read_mesh(path), "a.off: expected", "4 rows instead of 5")
+    path.write_text(text.replace("3 2 1 0", "3 2 1"))
+    one_line(lambda: read_mesh(path), "a.off: expected", "no face")
+
+
+@pytest.mark.parametrize("line", (b"property f\0\0\0", b"prop\xff float x", b"property float"))
+def test_a_damaged_line_of_a_ply_header_is_named(tmp_path, line):
+    "Else a colour is lost without a word."
+    path = scan(tmp_path / "a.ply")
+    path.write_bytes(path.read_bytes().replace(b"end_header", line + b"\nend_header"))
+    for read in (read_mesh, read_scan, read_cloud):
+        one_line(lambda: read(path), "a.ply: expected", "in its header")
+
+
+def test_a_far_point_of_colmap_is_counted(tmp_path, frames):
+    folder = colmap_folder(tmp_path / "a", frames, write=colmap_text)
+    path = next(folder.rglob("points3D.txt"))
+    first, rest = path.read_text().split("\n", 1)
+    count = len(read_colmap(folder).cloud["coord"])
+    for word in ("inf", "99999999999"):
+        words = rest.split("\n", 1)[0].split()
+        words[1] = word
+        path.write_text("\n".join([first, " ".join(words), *rest.split("\n", 1)[1:]]))
+        with pytest.warns(UserWarning, match=f"points3D: left out 1 of {count} points"):
+            cloud = read_colmap(folder).cloud
+        assert len(cloud["coord"]) == len(cloud["color"]) == count - 1
+
+
+def test_an_array_of_no_known_name_is_said(tmp_path):
+    "A normal.npy that was misspelt leaves a room without normals."
+    write_box_rooms(tmp_path, rooms=dict(a="train"), n_frames=1, hw=(24, 32), spacing=0.5)
+    (tmp_path / "train" / "a" / "normal.npy").rename(tmp_path / "train" / "a" / "normals.npy")
+    with pytest.warns(
+        UserWarning, match="left out 1 arrays of no known name, such as a/normals.npy"
+    ):
+        ScanNetFrames(tmp_path, split="train")
+
+
+def test_an_autoencoder_of_too_many_layers_is_refused(tmp_path):
+    folder = tmp_path / "vae"
+    shutil.copytree(data_dir() / "autoencoder-mini", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(layers_per_block=2**31)))
+    one_line(lambda: load_autoencoder(folder), "expected weights that fit", "layers a block beside")
+
+
+def test_a_row_of_a_text_ply_has_its_numbers(tmp_path):
+    "Else the rows after it are read as others."
+    head = "ply\nformat ascii 1.0\nelement vertex 3\n"
+    head += "".join(f"property float {k}\n" for k in "xyz")
+    head += "element face 1\nproperty list uchar int vertex_indices\nend_header\n"
+    for row in ("1 0", "1 0 0 0"):
+        (tmp_path / "a.ply").write_text(head + f"0 0 0\n{row}\n0 1 0\n3 0 1 2\n")
+        for read in (read_mesh, read_cloud):
+            one_line(lambda: read(tmp_path / "a.ply"), "a.ply: expected", "where 3 numbers should")
+
+
+def test_texture_coordinates_that_are_not_finite_are_counted(tmp_path):
+    lines = [f"v {x} {y} 0" for x, y in ((0, 0), (1, 0), (0, 1))]
+    lines += ["vt nan 0", "vt 1 0", "vt 0 1", "f 1/1 2/2 3/3"]
+    (tmp_path / "a.obj").write_text("\n".join(lines) + "\n")
+    with pytest.warns(UserWarning, match="left out 1 texture coordinates that are not finite"):
+        mesh = read_mesh(tmp_path / "a.obj")
+    np.testing.assert_array_equal(mesh.uv, [[[0, 0], [1, 0], [0, 1]]])
+
+
+def test_a_face_of_an_obj_file_begins_at_one(tmp_path):
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\nf 2 1 0\n")
+    one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "corner 0")
+
+
+@pytest.mark.parametrize("row", ("3 0 1", "4 0 1 2", "3 0 1 2 9"))
+def test_a_face_of_a_text_ply_has_its_numbers(tmp_path, row):
+    head = "ply\nformat ascii 1.0\nelement vertex 3\n"
+    head += "".join(f"property float {k}\n" for k in "xyz")
+    head += "element face 2\nproperty list uchar int vertex_indices\nend_header\n"
+    (tmp_path / "a.ply").write_text(head + f"0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n{row}\n")
+    one_line(lambda: read_mesh(tmp_path / "a.ply"), "a.ply: expected", "numbers should be")

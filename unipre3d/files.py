@@ -15,10 +15,10 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['HIDDEN', 'REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'AS_TEXT', 'VALUE', 'ARRAY', 'H5FILE', 'PLY_SIZES', 'PLY_LIST',
-           'PLY_HEADER', 'EMPTY_LINES', 'WEIGHTS', 'regular_file', 'files_below', 'stand_in', 'reason_of', 'Found',
-           'file_error', 'reading', 'unpack_bound', 'check_unpacked', 'check_declared', 'encoding_of', 'decode_text',
-           'read_file', 'read_words', 'check_values', 'decode_table', 'read_table', 'decode_json', 'read_json',
-           'decode_array', 'read_array', 'open_zip', 'read_member', 'read_arrays', 'open_h5', 'h5_dataset',
+           'PLY_HEADER', 'PLY_WORDS', 'EMPTY_LINES', 'WEIGHTS', 'regular_file', 'files_below', 'stand_in', 'reason_of',
+           'Found', 'file_error', 'reading', 'unpack_bound', 'check_unpacked', 'check_declared', 'encoding_of',
+           'decode_text', 'read_file', 'read_words', 'check_values', 'decode_table', 'read_table', 'decode_json',
+           'read_json', 'decode_array', 'read_array', 'open_zip', 'read_member', 'read_arrays', 'open_h5', 'h5_dataset',
            'decode_picture', 'eight_bits', 'is_text_ply', 'check_ply', 'plain_ply', 'read_ply', 'read_safetensors',
            'check_weights']
 
@@ -524,6 +524,7 @@ PLY_SIZES = dict(char=1, uchar=1, short=2, ushort=2, int=4, uint=4, float=4, dou
 )
 PLY_LIST = 128  # bytes that a list of a row takes in memory
 PLY_HEADER = 2**16  # bytes that a header may take
+PLY_WORDS = ("ply", "format", "comment", "obj_info", "element", "property")
 
 
 def is_text_ply(
@@ -549,6 +550,14 @@ def check_ply(
         needed = lists = count = 0
         elements = []  # of each its rows and the types of its columns
         for word, *rest in filter(None, lines):
+            if (
+                word not in PLY_WORDS
+                or word == "property"
+                and not (rest and rest[-1].isprintable())
+            ):
+                raise Found(f"{' '.join([word, *rest])[:40]!r} in its header")
+            if word == "property" and len(rest) != (4 if rest[0] == "list" else 2):
+                raise Found(f"{' '.join([word, *rest])[:40]!r} in its header")
             if word == "element":
                 count = int(rest[1])
                 elements.append((count, []))
@@ -557,7 +566,7 @@ def check_ply(
             if word == "property":
                 lists += count * (rest[0] == "list")
                 needed += count * (2 if text else PLY_SIZES[rest[rest[0] == "list"]])
-                elements[-1][1].append(rest[0] if rest[0] != "list" else rest[2])
+                elements[-1][1].append(rest[0] if rest[0] != "list" else f"list {rest[2]}")
         there = os.path.getsize(path) - len(head) - len(mark)
         check_declared(max(0, needed - text), there, path, expected)
         check_unpacked(PLY_LIST * lists, there, path)
@@ -566,14 +575,27 @@ def check_ply(
             _check_text_rows(filter(bytes.strip, file), elements)
 
 
+def _row_width(words, lists):
+    "How many numbers a row of a text holds, whose lists begin with their own number."
+    wide = 0
+    for is_list in lists:
+        wide += 1 + (int(words[wide]) if is_list and wide < len(words) else 0)
+    return wide
+
+
 def _check_text_rows(lines, elements):
     "Each element of a text has its rows, and whole numbers where it says so."
     for count, kinds in elements:
-        whole = not {"float", "double", "float32", "float64"} & set(kinds)
+        whole = not {"float", "double", "float32", "float64"} & set(" ".join(kinds).split())
+        lists = [kind.startswith("list") for kind in kinds]
         found = 0
         for found, line in enumerate(islice(lines, count), 1):
             if whole and not re.fullmatch(rb"[-+\d\s]*", line):
                 raise Found(f"row {line[:40]!r} where all numbers are whole")
+            words = line.split()
+            wide = _row_width(words, lists) if any(lists) else len(lists)
+            if len(words) != wide:
+                raise Found(f"row {line[:40]!r} where {wide} numbers should be")
         if found < count:
             raise Found(f"{found} rows instead of {count}")
 

@@ -199,7 +199,7 @@ def check_gaussians(
 
     Raises: ValueError of one line where most cannot."""
     length = gaussians.quat.norm(dim=1)
-    real = (gaussians.mean.abs() < FAR).all(1) & (length > 0) & length.isfinite()
+    real = (gaussians.mean.abs() < FAR).all(1) & (length > 1e-9) & length.isfinite()
     real &= (gaussians.scale.isfinite() & (gaussians.scale >= 0)).all(1)
     real &= (gaussians.opacity >= 0) & (gaussians.opacity <= 1)
     real &= gaussians.sh.isfinite().flatten(1).all(1)

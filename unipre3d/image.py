@@ -133,12 +133,18 @@ def load_autoencoder(
     "Load an autoencoder. Raises: FileNotFoundError or ValueError in one line that names what is wrong."
     # imported here: it takes seconds, and most of the package does not need it
     import diffusers
+    from safetensors import safe_open
 
     folder = autoencoder_folder(source, subfolder)
     if source == "mini" or folder.is_dir():
         check_autoencoder_folder(folder, kind)
         weights = folder / "diffusion_pytorch_model.safetensors"
         with reading(weights, "weights that fit config.json beside them", "copy both files again"):
+            layers = read_json(folder / "config.json").get("layers_per_block", 1)
+            with safe_open(weights, "pt") as file:
+                count = len(file.keys())
+            if not 0 < layers <= count:
+                raise Found(f"{layers} layers a block beside {count} tensors")
             vae = getattr(diffusers, kind).from_pretrained(
                 folder, local_files_only=True, torch_dtype=torch.float32
             )

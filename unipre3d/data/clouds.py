@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +42,10 @@ from unipre3d.values import (
 )
 
 # %% auto #0
-__all__ = ['TO_Z_UP', 'NAMES', 'WHOLE', 'PCD_HEADER', 'READERS', 'CloudFile', 'cloud_of', 'named_cloud', 'is_color', 'is_normal',
-           'plain_cloud', 'read_ply_cloud', 'read_numpy_cloud', 'read_text_cloud', 'text_header', 'unpack_lzf',
-           'pcd_header', 'pcd_type', 'packed_color', 'read_pcd_cloud', 'need_package', 'read_las_cloud',
-           'read_e57_cloud', 'read_cloud', 'write_cloud', 'find_clouds']
+__all__ = ['TO_Z_UP', 'NAMES', 'WHOLE', 'MOST_COLUMNS', 'PCD_HEADER', 'READERS', 'CloudFile', 'cloud_of', 'named_cloud',
+           'is_color', 'is_normal', 'plain_cloud', 'read_ply_cloud', 'read_numpy_cloud', 'read_text_cloud',
+           'text_header', 'unpack_lzf', 'pcd_header', 'pcd_type', 'packed_color', 'read_pcd_cloud', 'need_package',
+           'read_las_cloud', 'read_e57_cloud', 'read_cloud', 'write_cloud', 'find_clouds']
 
 # %% ../../nbs/data/21_clouds.ipynb #c21cloud
 TO_Z_UP = dict(
@@ -132,6 +134,9 @@ def named_cloud(
                 own = [lower[name] for name in names]
                 found[kind] = np.stack([table[name] for name in own], 1)
                 used.update(own)
+    if "color" not in found and 0 < len(rest := {"red", "green", "blue"} - set(lower)) < 3:
+        said = f"no column {min(rest)}, so that the cloud has no colours"
+        warnings.warn(f"{where}: {said}", stacklevel=3)
     if "xyz" not in found:
         raise refusal(str(where), "columns x, y and z", ", ".join(map(str, table)) or "none")
     scalars = {}
@@ -274,14 +279,37 @@ def read_text_cloud(
         rows = table.to_numpy()
         if not len(rows):
             raise Found("no points")
+        if np.isnan(rows[:, -1]).any():
+            _check_widths(text[start:], mark, rows.shape[1])
         first = text[:start].strip()
         if first.isdecimal() and int(first) != len(rows):
             raise Found(f"{len(rows):,} rows instead of {int(first):,}, as its first line says")
     if names and len(names) == rows.shape[1]:
         return named_cloud(dict(zip(names, rows.T)), path)
+    if empty := int(np.isnan(rows[:, 3:]).sum()):
+        said = f"{empty} cells hold no number, so that their column is no colour and no normal"
+        warnings.warn(f"{path}: {said}", stacklevel=3)
     if path.suffix.lower() == ".pts" and rows.shape[1] == 7:
         rows = rows[:, [0, 1, 2, 4, 5, 6, 3]]  # x y z intensity r g b
     return plain_cloud(rows, path)
+
+
+def _is_torn(numbers, mark):
+    "Whether a line before the rows is one of them, perhaps with a piece of the header."
+    count = sum(map(bool, numbers))
+    return len(numbers) > 1 and 2 * count >= len(numbers) or bool(mark) and count > 2
+
+
+MOST_COLUMNS = 10_000  # of a row of text
+
+
+def _check_widths(text, mark, wide):
+    "Each row of a text has as many words as the first."
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    rows = [line.split(mark or None) for line in lines if line]
+    for k, row in enumerate(rows, 1):
+        if len(row) < wide:
+            raise Found(f"{len(row)} numbers instead of {wide} in row {k:,} of the points")
 
 
 def text_header(
@@ -301,13 +329,15 @@ def text_header(
         words = [
             word.strip(' "') for word in (bare.rstrip(mark).split(mark) if mark else bare.split())
         ]
+        if len(words) > MOST_COLUMNS:
+            raise Found(f"a row of {len(words):,} numbers, more than {MOST_COLUMNS:,}")
         numbers = [re.fullmatch(r"[-+]?(\d|\.\d|nan|inf)[\d.,eE+-]*", w.lower()) for w in words]
         remark = line.startswith(("#", "//"))
         if len(words) >= 3 and all(numbers) and not remark:
             return names, start, mark
         if words and not any(numbers):
             names = words
-        elif len(words) > 1 and 2 * sum(map(bool, numbers)) > len(words) and not remark:
+        elif any(numbers) and not remark and _is_torn(numbers, mark):
             raise Found(f"{line[:60]!r} before the first row")
         start = stop + 1
     return names, len(text), ""
@@ -439,11 +469,12 @@ def _pcd_table(form, data, start, kind, count, path):
     size = count * kind.itemsize
     if form == "ascii":
         rows = np.loadtxt(io.StringIO(data[start:].decode("latin-1")), ndmin=2)
-        if rows.shape != (count, len(kind.names)):
-            raise Found(f"rows {list(rows.shape)} instead of {[count, len(kind.names)]}")
+        widths = [math.prod(kind[name].shape) for name in kind.names]
+        if rows.shape != (count, sum(widths)):
+            raise Found(f"rows {list(rows.shape)} instead of {[count, sum(widths)]}")
         table = np.empty(count, kind)
-        for name, column in zip(kind.names, rows.T):
-            table[name] = column
+        for name, columns in zip(kind.names, np.split(rows, np.cumsum(widths)[:-1], 1)):
+            table[name] = columns.reshape(table[name].shape)
         return table
     if form == "binary":
         check_declared(size, len(data) - start, path, "a PCD file")

@@ -29,7 +29,7 @@ from unipre3d.files import (
     read_words,
     reading,
 )
-from ..values import check_intrinsics, check_poses, refusal
+from ..values import check_intrinsics, check_points, check_poses, refusal
 
 # %% auto #0
 __all__ = ['BROWN', 'FISHEYE', 'PICTURES', 'UNREADABLE', 'COLOR', 'DEPTH', 'COLMAP_LENSES', 'REFUSED', 'PLAIN_MODELS',
@@ -510,6 +510,8 @@ def read_colmap(
     cloud = None
     if len(points):
         rows = np.array(points, dtype=np.float64)
+        _, real = check_points(rows[:, :3], f"{place}: points3D")
+        rows = rows[real]
         cloud = dict(coord=rows[:, :3], color=rows[:, 3:].round().astype(np.uint8))
     return Capture(
         folder.resolve().name,
@@ -702,7 +704,10 @@ def read_tum(
     with reading(folder / "groundtruth.txt", "tx ty tz qx qy qz qw"):
         where = zip(nearest_stamps(times, depth_times), nearest_stamps(times, pose_times))
         for (color, *_), (k, p) in zip(colors, where):
-            if k is None or p is None or not (folder / color).is_file():
+            if k is None or p is None:
+                continue
+            depth = folder / depths[k][0]
+            if not ((folder / color).is_file() and depth.is_file()):
                 continue
             numbers = np.array(poses[p][:7], dtype=np.float64)
             if not (np.isfinite(numbers).all() and numbers[3:].any()):
@@ -712,7 +717,7 @@ def read_tum(
                 broken.append(color)
                 continue
             pose = rigid(numbers[[6, 3, 4, 5]], numbers[:3])
-            found.append((folder / color, pose, folder / depths[k][0]))
+            found.append((folder / color, pose, depth))
         if not found and wrong:
             raise Found("no pose of finite numbers")
         if not found and not broken:

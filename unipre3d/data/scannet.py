@@ -415,6 +415,12 @@ class _Film:
     files: dict[int, dict[str, str]]  # number -> kind -> path
 
 
+def _is_other(name):
+    "Whether a file of a cloud seems to be an array, but is none of those that are read."
+    stem, _, kind = name.partition(".")
+    return (kind == "npy") != (stem in COLUMNS)
+
+
 class ScanNetFrames(RoomReader):
     """Rooms in ScanNet's preprocessed layout: clouds, perhaps labels, and posed frames with depth.
 
@@ -487,7 +493,13 @@ class ScanNetFrames(RoomReader):
 
     def _scenes_of(self, split):
         names = self.store.names(split)
-        return sorted(name for name in names if self.store.holds(f"{split}/{name}"))
+        found = sorted(name for name in names if self.store.holds(f"{split}/{name}"))
+        held = {name: self.store.names(f"{split}/{name}") for name in found}
+        other = [f"{scene}/{n}" for scene in found for n in held[scene] if _is_other(n)]
+        if other:
+            said = f"left out {len(other)} arrays of no known name, such as {min(other)}"
+            warnings.warn(f"{self.root / split}: {said}; known: {', '.join(COLUMNS)}", stacklevel=4)
+        return found
 
     def _frame_files(self, i):
         "{number: {kind: path}} of all frames."
@@ -726,6 +738,8 @@ def read_sens_header(
     color_w, color_h, depth_w, depth_h = _take(file, "4I", name)
     (scale,) = _take(file, "f", name)
     (count,) = _take(file, "Q", name)
+    if not count:
+        raise ValueError(f"{name}: expected at least one frame, found none; the file is damaged")
     if not (depth_w and depth_h and 0 < scale < float("inf")):
         raise ValueError(
             f"{name}: expected a size and units of depth above 0, "

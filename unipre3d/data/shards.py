@@ -272,8 +272,9 @@ class Shards:
         rows = []
         with reading(path, "an index of shards", LIST_REMEDY):
             self.tables = {name: tuple(facts) for name, facts in index["files"].items()}
-            self.shards = [(one["name"], one["size"], one["sha256"]) for one in index["shards"]]
-            self.lists = [(one["list_size"], one["list_sha256"]) for one in index["shards"]]
+            listed = index["shards"]
+            self.shards = [(str(s["name"]), int(s["size"]), str(s["sha256"])) for s in listed]
+            self.lists = [(int(s["list_size"]), str(s["list_sha256"])) for s in listed]
             for number, shard in enumerate(index["shards"]):
                 for key, (first, size, crc, *entries) in shard["samples"].items():
                     self.rows[key] = len(rows)

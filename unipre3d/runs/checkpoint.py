@@ -282,10 +282,22 @@ def readable_rows(
     lines = Path(path).read_text(errors="replace").replace("\0", "").splitlines()
     for row in csv.DictReader(line for line in lines if len(line) < 10_000):
         step = row.get("step") or ""
-        whole = step.isdecimal() and list(row) == list(columns) and None not in row.values()
-        if whole and int(step) <= stop:
+        whole = list(row) == list(columns) and all(map(_is_cell, row.items()))
+        if step.isdecimal() and whole and int(step) <= stop:
             rows[int(step)] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def _is_cell(item):
+    "Whether a row has a number in a column; scores of a validation may be empty."
+    name, text = item
+    if not text:
+        return text is not None and name.startswith("val_")
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class MetricsFile:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64, importlib.util, io, json, logging, math, os, re, struct, warnings
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from unipre3d.files import (
     decode_picture,
     decode_text,
     eight_bits,
+    is_text_ply,
     plain_ply,
     read_file,
     reading,
@@ -36,14 +38,15 @@ from unipre3d.files import (
 from ..values import FAR, check_colors, check_points, color_scale
 
 # %% auto #0
-__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'GLOSSY', 'COLORED', 'BACKWARDS', 'GLASS',
-           'KEY_LIGHT', 'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh', 'face_vectors', 'unit',
-           'smooth_normals', 'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb', 'texture_pixels',
-           'gltf_material', 'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions', 'move_coordinates',
-           'gltf_numbers', 'check_gltf', 'plain_materials', 'lost_pictures', 'readable_gltf', 'fraction_colors',
-           'forward_faces', 'ply_colors', 'off_colors', 'load_scene', 'read_mesh', 'normalise', 'true_size',
-           'fit_textures', 'look_up_texture', 'on_surface', 'surface', 'shade', 'facing', 'Tracer', 'camera_rays',
-           'render_view', 'render_views', 'eyes_around', 'sample_faces', 'surface_cloud', 'visible_cloud']
+__all__ = ['CROWD', 'BLOCK', 'FOLDERS', 'PICTURES', 'MTL_OPTION', 'NUMBERS', 'GLOSSY', 'COLORED', 'BACKWARDS', 'BROKEN',
+           'OBJ_WORDS', 'OTHER', 'GLASS', 'KEY_LIGHT', 'FILL_LIGHT', 'SIZE', 'Material', 'Mesh', 'plain_mesh',
+           'face_vectors', 'unit', 'smooth_normals', 'find_beside', 'picture_name', 'Beside', 'to_linear', 'to_srgb',
+           'texture_pixels', 'gltf_material', 'vertex_tint', 'mtl_opacity', 'face_materials', 'readable_extensions',
+           'move_coordinates', 'gltf_numbers', 'check_gltf', 'plain_materials', 'lost_pictures', 'readable_gltf',
+           'fraction_colors', 'forward_faces', 'ply_colors', 'off_colors', 'check_off', 'check_obj', 'triangular_ply',
+           'load_scene', 'read_mesh', 'normalise', 'true_size', 'fit_textures', 'look_up_texture', 'on_surface',
+           'surface', 'shade', 'facing', 'Tracer', 'camera_rays', 'render_view', 'render_views', 'eyes_around',
+           'sample_faces', 'surface_cloud', 'visible_cloud']
 
 # %% ../../nbs/worlds/18_mesh.ipynb #69460dea
 @dataclass(frozen=True)
@@ -587,6 +590,102 @@ def off_colors(
     more = bool(last) and last[0][:9].isdigit() and len(last) > 1 + int(last[0][:9])
     return more or b"C" in lines[:10].partition(b"OFF")[0]
 
+
+def check_off(
+    text: str,  # of an OFF file
+) -> None:
+    "Raises: Found where rows are missing, or hold anything but numbers."
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    first = re.sub(r"^\w*OFF", "", lines[0]).strip()  # counts may stand beside the word
+    counts, rows = (first, lines[1:]) if first else (lines[1], lines[2:])
+    vertices, faces = map(int, counts.split()[:2])
+    if len(rows) < vertices + faces:
+        raise Found(f"{len(rows):,} rows instead of {vertices + faces:,}")
+    for row in rows[vertices : vertices + faces]:
+        corners = row.split()
+        if not corners[0].isdecimal() or len(corners) <= int(corners[0]):
+            raise Found(f"{row[:40]!r}, which is no face")
+    for row in rows:
+        if not re.fullmatch(NUMBERS, row):
+            raise Found(f"{row[:40]!r}, which is not of numbers")
+
+
+NUMBERS = r"[-+.\deEnNaAiIfF\s]*"
+BROKEN = rb"(?m)^[ \t]*((?:v[tnp]?|f)[ \t][^#\n]*?[^-+./\deEnNaAiIfF\s#][^\n]*)"  # a row with more than numbers
+OBJ_WORDS = """v vt vn vp vw f fo l p g o s mg bevel c_interp d_interp lod shadow_obj trace_obj mtllib usemtl maplib
+usemap deg bmat step cstype curv curv2 surf parm trim hole scrv sp end con stech ctech call csh"""
+OTHER = rb"(?m)^[ \t]*((?!(?:%s)\s)[^\s#]\S*)" % "|".join(OBJ_WORDS.split()).encode()
+
+
+def check_obj(
+    data: bytes,  # of an OBJ file
+    path: Path,  # the file, for messages
+) -> None:
+    """Warn of lines that begin with no word of the format.
+
+    Raises: Found for corners and faces of anything but numbers."""
+    if wrong := re.search(BROKEN, data):
+        raise Found(f"{wrong[1][:40].decode(errors='replace')!r}, which is not of numbers")
+    if re.search(rb"(?m)^[ \t]*f[ \t][^\n#]*?[ \t]0+(?![\d.])", data):
+        raise Found("a face with corner 0, where the first is 1")
+    if other := re.findall(OTHER, data):
+        example = other[0][:20].decode(errors="replace")
+        said = f"{len(other):,} lines that begin with no word of an OBJ file, such as {example!r}"
+        warnings.warn(f"{path}: left out {said}", stacklevel=4)
+
+
+def triangular_ply(
+    data: bytes,  # of a PLY file
+    path: Path,  # the file
+) -> bytes:
+    """A binary file with three corners in each face; faces of fewer are left out with a warning.
+
+    Raises: Found for bytes behind the last row."""
+    from plyfile import PlyData, PlyElement, PlyParseError
+
+    head = data.partition(b"end_header")[0]
+    face = head.partition(b"element face")[2].partition(b"element")[0]
+    lists = re.findall(rb"property\s+list\s+\w+\s+\w+\s+(\w+)", face)
+    names = [name.decode() for name in lists]
+    if is_text_ply(head) or not names:
+        return data
+    with suppress(PlyParseError, UnicodeError):  # another length, or letters in the remarks
+        PlyData.read(str(path), known_list_len={"face": {k: _wide(k) for k in names}})
+        return data
+    stream = io.BytesIO(plain_ply(data))
+    ply = PlyData.read(stream)
+    if rest := stream.read().strip():
+        raise Found(f"{len(rest):,} bytes behind the last row")
+    rows = ply["face"].data
+    sizes = np.array([len(corners) for corners in rows[names[0]]], int)
+    if few := int((sizes < 3).sum()):
+        warnings.warn(f"{path}: left out {few:,} faces of fewer than three corners", stacklevel=4)
+    more = np.maximum(sizes - 2, 0)  # triangles of each face, all from its first corner
+    of = np.repeat(np.arange(len(rows)), more)
+    second = np.arange(len(of)) - np.repeat(np.cumsum(more) - more, more) + 1
+    columns = {name: rows[name][of] for name in rows.dtype.names}
+    for name in names:
+        wide = _wide(name) // 3
+        corners = [row.reshape(-1, wide)[[0, k, k + 1]] for row, k in zip(columns[name], second)]
+        columns[name] = np.array(corners).reshape(-1, 3 * wide)
+    kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
+    table = np.empty(len(of), kinds)
+    for name, column in columns.items():
+        table[name] = column
+    triangles = PlyElement.describe(table, "face")
+    elements = [triangles if one.name == "face" else one for one in ply]
+    with io.BytesIO() as out:
+        PlyData(elements, byte_order="<").write(out)
+        form, element, rows = out.getvalue().partition(b"element")
+    remarks = re.findall(rb"(?m)^comment[ \t].*\n", head)
+    return b"".join([form, *remarks, element, rows])
+
+
+def _wide(name):
+    "Numbers of a list of a triangle: two for each corner of a picture."
+    return 6 if name == "texcoord" else 3
+
 # %% ../../nbs/worlds/18_mesh.ipynb #9179be05
 def load_scene(
     path: Path,  # a mesh file
@@ -605,9 +704,17 @@ def load_scene(
     if kind in ("glb", "gltf"):
         data = readable_gltf(path, data, beside)
     if kind == "ply":
-        data = plain_ply(data, "utf-8")
+        with reading(path, "a mesh of triangles and polygons", data=data):
+            data = triangular_ply(plain_ply(data, "utf-8"), path)
     if kind == "obj":
         data = forward_faces(fraction_colors(data, path), path)
+        with reading(path, "an OBJ file", data=data):
+            check_obj(data, path)
+    if kind == "off":
+        with reading(path, "an OFF file", data=data):
+            text = decode_text(data, path, "an OFF file")
+            check_off(text)
+            data = text.encode()
     if kind == "off" and off_colors(data):
         said = "left out its colours, which are not read from OFF; save it as PLY"
         warnings.warn(f"{path}: {said}", stacklevel=3)
@@ -655,6 +762,11 @@ def read_mesh(
             raise Found(f"vertices of {corners.shape[-1]} numbers")
         uv, material, materials = zip(*(face_materials(m, linear) for m in meshes))
         tints = [vertex_tint(m) for m in meshes]
+    uv = np.concatenate(uv)
+    if bad := int((~np.isfinite(uv).all(2)).sum()):
+        said = f"left out {bad} texture coordinates that are not finite"
+        warnings.warn(f"{path}: {said}", stacklevel=2)
+        uv = np.nan_to_num(uv, nan=0.0, posinf=0.0, neginf=0.0)
     corners = corners @ TO_Z_UP[up].T
     if bad := int((~(np.abs(corners) < FAR)).sum()):
         expected = f"finite vertices below {FAR:g}"
@@ -670,7 +782,7 @@ def read_mesh(
     joined = np.concatenate([p if t is None else t for t, p in zip(tints, plain)])
     return Mesh(
         corners=corners,
-        uv=np.concatenate(uv),
+        uv=uv,
         normal=smooth_normals(corners).astype(np.float32),
         material=np.concatenate([m + f for m, f in zip(material, first)]),
         part=np.zeros(len(corners), int),
