@@ -405,6 +405,7 @@ def test_an_empty_cell_of_a_table_stays_a_gap(tmp_path):
     (
         ("x,y,z,red, 9,109,125\n1,2,3,4\n", "before the first row"),
         ("x y z\n1 2 three\n1 2 3\n", "before the first row"),
+        ("0.125\n1 2 3\n", "before the first row"),
     ),
 )
 def test_a_torn_row_is_no_header(tmp_path, text, said):
@@ -430,7 +431,7 @@ def test_a_column_of_several_numbers_in_a_pcd_text(tmp_path):
     np.testing.assert_array_equal(read_cloud(tmp_path / "a.pcd").xyz, [[1, 2, 3], [1, 2, 4]])
     (tmp_path / "a.pcd").write_text(pcd_text(99999999999, ["1 2 3 4 5", "1 2 4 6 7"]))
     with pytest.raises(
-        ValueError, match=r"a.pcd: expected a PCD file, found rows \[2, 5\] instead"
+        ValueError, match="a.pcd: expected a PCD file, found a row of 100,000,000,002"
     ):
         read_cloud(tmp_path / "a.pcd")
 
@@ -439,3 +440,9 @@ def test_two_of_three_colours_are_said(tmp_path):
     (tmp_path / "a.csv").write_text("x,y,z,red,green,blua\n1,2,3,4,5,6\n1,2,4,4,5,6\n")
     with pytest.warns(UserWarning, match="a.csv: no column blue, so that the cloud has no colours"):
         assert read_cloud(tmp_path / "a.csv").color is None
+
+
+def test_a_header_of_another_number_of_columns_is_said(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,z,red\n1,2,3,4,5,6\n1,2,4,4,5,6\n")
+    with pytest.warns(UserWarning, match="a.csv: left out its header, which names 4 of 6 columns"):
+        assert len(read_cloud(tmp_path / "a.csv").color) == 2

@@ -95,6 +95,12 @@ def test_a_convention_that_no_camera_has_is_named(objects, change):
     refuses(lambda: ShapeNetViews(objects), path, "fov in 0..180", *change.values())
 
 
+def test_a_convention_with_another_suffix_is_named(objects):
+    path = objects / "convention.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(suffix="*png")))
+    refuses(lambda: ShapeNetViews(objects), path, "a suffix such as .png", "*png")
+
+
 def test_a_line_of_metrics_without_an_end_is_no_row(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n" + "2," * 10**5 + "\n2,0.4\n")
     rows = readable_rows(tmp_path / "metrics.csv", ["step", "loss"], 2)

@@ -279,7 +279,7 @@ def other_raw(path, values):
         found = np.full(len(segment), -1)
         for one in groups["segGroups"]:
             found[np.isin(segment, one["segments"])] = one["objectId"]
-        return {"1 instance": oracle.as_labels(found)}
+        return {"1 instance": oracle.as_objects(found)}
     return None
 
 
@@ -545,10 +545,11 @@ def other_clouds(path, values):
         rows = oracle.ply(data)["vertex"] if path.suffix == ".ply" else oracle.pcd(data)
         if rows is None:
             return None
-        names = set(rows.dtype.names) if hasattr(rows, "dtype") else set(rows)
-        raw = {"xyz": np.stack([rows[k] for k in "xyz"], 1)}
-        if set(rgb) <= names:
-            raw["color"] = np.stack([rows[k] for k in rgb], 1)
+        names = rows.dtype.names if hasattr(rows, "dtype") else rows
+        small = {name.lower(): rows[name] for name in names}
+        raw = {"xyz": np.stack([small[k] for k in "xyz"], 1)}
+        if set(rgb) <= set(small):
+            raw["color"] = np.stack([small[k] for k in rgb], 1)
     elif path.suffix == ".npz":
         raw = {name: array for name, array in np.load(path).items() if name in ("xyz", "color")}
     elif path.suffix == ".csv":
@@ -674,12 +675,9 @@ def other_runs(path, values):
             if path.suffix == ".safetensors"
             else torch.load(io.BytesIO(data), weights_only=True)
         )
-        tensors = {k: v for k, v in tensors.items() if k != "epoch"}
-        tensors = (
-            {f"model.{k}": v for k, v in tensors["model"].items()}
-            if "model" in tensors
-            else tensors
-        )
+        parts = {k: v for k, v in tensors.items() if isinstance(v, dict)}
+        inner = [{f"{part}.{k}": v for k, v in own.items()} for part, own in parts.items()]
+        tensors = inner[0] if inner else tensors
         return {
             f"0 {k} tensor": v.float().numpy()
             for k, v in tensors.items()

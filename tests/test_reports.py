@@ -787,6 +787,8 @@ def test_texture_coordinates_that_are_not_finite_are_counted(tmp_path):
 def test_a_face_of_an_obj_file_begins_at_one(tmp_path):
     (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\nf 2 1 0\n")
     one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "corner 0")
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1/ 2/ 3/")
+    one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "its end within a face")
 
 
 @pytest.mark.parametrize("row", ("3 0 1", "4 0 1 2", "3 0 1 2 9"))

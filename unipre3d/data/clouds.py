@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -286,6 +285,9 @@ def read_text_cloud(
             raise Found(f"{len(rows):,} rows instead of {int(first):,}, as its first line says")
     if names and len(names) == rows.shape[1]:
         return named_cloud(dict(zip(names, rows.T)), path)
+    if names and mark:
+        said = f"left out its header, which names {len(names)} of {rows.shape[1]} columns"
+        warnings.warn(f"{path}: {said}", stacklevel=3)
     if empty := int(np.isnan(rows[:, 3:]).sum()):
         said = f"{empty} cells hold no number, so that their column is no colour and no normal"
         warnings.warn(f"{path}: {said}", stacklevel=3)
@@ -294,13 +296,15 @@ def read_text_cloud(
     return plain_cloud(rows, path)
 
 
-def _is_torn(numbers, mark):
+def _is_torn(words, mark):
     "Whether a line before the rows is one of them, perhaps with a piece of the header."
-    count = sum(map(bool, numbers))
-    return len(numbers) > 1 and 2 * count >= len(numbers) or bool(mark) and count > 2
+    count = sum(bool(re.match(r"[-+]?\.?\d", word)) for word in words)
+    if len(words) < 2:  # a number of rows may stand alone
+        return count == 1 and not words[0].isdecimal()
+    return 2 * count >= len(words) or bool(mark) and count > 2
 
 
-MOST_COLUMNS = 10_000  # of a row of text
+MOST_COLUMNS = 10_000  # numbers of a row
 
 
 def _check_widths(text, mark, wide):
@@ -335,10 +339,10 @@ def text_header(
         remark = line.startswith(("#", "//"))
         if len(words) >= 3 and all(numbers) and not remark:
             return names, start, mark
+        if not remark and _is_torn(words, mark):
+            raise Found(f"{line[:60]!r} before the first row")
         if words and not any(numbers):
             names = words
-        elif any(numbers) and not remark and _is_torn(numbers, mark):
-            raise Found(f"{line[:60]!r} before the first row")
         start = stop + 1
     return names, len(text), ""
 
@@ -420,6 +424,8 @@ def pcd_type(
     lengths = [len(words) for words in (header["FIELDS"], header["TYPE"], header["SIZE"], counts)]
     if len(set(lengths)) > 1:
         raise Found(f"FIELDS, TYPE, SIZE and COUNT of {lengths} words")
+    if sum(map(int, counts)) > MOST_COLUMNS:
+        raise Found(f"a row of {sum(map(int, counts)):,} numbers, more than {MOST_COLUMNS:,}")
     names = {}
     columns = []
     for name, kind, size, count in zip(header["FIELDS"], header["TYPE"], header["SIZE"], counts):
@@ -469,12 +475,11 @@ def _pcd_table(form, data, start, kind, count, path):
     size = count * kind.itemsize
     if form == "ascii":
         rows = np.loadtxt(io.StringIO(data[start:].decode("latin-1")), ndmin=2)
-        widths = [math.prod(kind[name].shape) for name in kind.names]
-        if rows.shape != (count, sum(widths)):
-            raise Found(f"rows {list(rows.shape)} instead of {[count, sum(widths)]}")
+        if rows.shape != (count, len(kind.names)):
+            raise Found(f"rows {list(rows.shape)} instead of {[count, len(kind.names)]}")
         table = np.empty(count, kind)
-        for name, columns in zip(kind.names, np.split(rows, np.cumsum(widths)[:-1], 1)):
-            table[name] = columns.reshape(table[name].shape)
+        for name, column in zip(kind.names, rows.T):
+            table[name] = column
         return table
     if form == "binary":
         check_declared(size, len(data) - start, path, "a PCD file")

@@ -321,6 +321,9 @@ class ShapeNetViews:
             said = f"{found['fov']} and {found['views']}"
             expected = f"a fov in 0..180 degrees and 1..{MOST_VIEWS} views"
             raise refusal(self.store.where("convention.json"), expected, said)
+        if Path(f"1{found['suffix']}").suffix != found["suffix"]:
+            said = repr(found["suffix"])
+            raise refusal(self.store.where("convention.json"), "a suffix such as .png", said)
         return found
 
     def _read_json(self, name, needs):

@@ -629,6 +629,8 @@ def check_obj(
         raise Found(f"{wrong[1][:40].decode(errors='replace')!r}, which is not of numbers")
     if re.search(rb"(?m)^[ \t]*f[ \t][^\n#]*?[ \t]0+(?![\d.])", data):
         raise Found("a face with corner 0, where the first is 1")
+    if data.endswith(b"/"):
+        raise Found("its end within a face")
     if other := re.findall(OTHER, data):
         example = other[0][:20].decode(errors="replace")
         said = f"{len(other):,} lines that begin with no word of an OBJ file, such as {example!r}"
