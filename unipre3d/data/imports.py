@@ -645,6 +645,7 @@ def readable(
     progress: bool = True,  # show a bar
 ) -> Capture:
     """The images that are kept and whose files can be read; remarks count and name the others.
+    JPEGs are read to their end but drawn at an eighth of their size, which takes about half the time.
 
     Raises: OSError or ValueError that names the file, where fewer than two are left."""
     images = _kept_images(capture, options)
@@ -652,7 +653,8 @@ def readable(
     problems = []
     for one in tqdm(images, desc="reading pictures", unit="image", disable=not progress):
         try:
-            decode_picture(read_file(one.color), str(one.color), PICTURES)
+            whole = read_file(one.color)
+            decode_picture(whole, str(one.color), PICTURES, lambda image: image.draft(None, (1, 1)))
             if one.depth:
                 read_depth_map(one.depth)
         except (ValueError, OSError) as problem:
