@@ -612,8 +612,9 @@ def test_one_bad_capture_costs_itself_alone(tmp_path, frames):
     "Of three one has depth that fits nothing: the others are written, it is named, and nothing of it is there."
     films = [transforms_folder(tmp_path / "films" / name, frames) for name in "abc"]
     data = json.loads((films[1] / "transforms.json").read_text())
-    for row in data["frames"]:
-        row["transform_matrix"][0][3] += 40 * np.random.default_rng(0).normal()
+    away = 40 * np.random.default_rng(0).normal(size=len(data["frames"]))
+    for row, metres in zip(data["frames"], away):
+        row["transform_matrix"][0][3] += metres
     (films[1] / "transforms.json").write_text(json.dumps(data))
     with pytest.warns(UserWarning, match="left out 1 of 3 captures\n  b"):
         import_posed(tmp_path / "films", how(tmp_path / "out", split="train"), progress=False)

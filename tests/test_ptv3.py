@@ -407,7 +407,9 @@ def test_save_and_load(tmp_path):
 
 def some_patches():
     torch.manual_seed(0)
-    patches = cut_patches(torch.randperm(50), torch.tensor([23, 0, 27]), 16)
+    patches = cut_patches(
+        torch.randperm(32), torch.tensor([23, 0, 9]), 16
+    )  # of 16, 16 and 9 places
     return torch.randn(int(patches.lengths.sum()), 3, 2, 8), patches
 
 

@@ -313,7 +313,7 @@ class Here:
     def __init__(self, command, stdout, env, **how):
         assert env.items() >= study.ONE_THREAD.items()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            self.returncode = study.run_file(command[-1])
+            self.returncode = study.run_file(command[-1], "--force" in command)
 
     def poll(self):
         return self.returncode

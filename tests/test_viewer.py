@@ -109,7 +109,9 @@ def test_the_page_shows_what_render_shows(window, azimuth, elevation, bands, ant
     expected = rendered(**mode)
     found = pixels(window)
     assert found.shape == expected.shape and expected.std() > (0.04 if antialiased else 0.1)
-    assert not antialiased or np.abs(expected - rendered()).mean() > 0.03
+    assert (
+        not antialiased or np.abs(expected - rendered()).max() > 0.25
+    )  # what the page may not miss
     assert np.abs(found - expected).mean() < 0.01 and np.abs(found - expected).max() < 0.12
 
 
