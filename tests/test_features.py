@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -668,6 +669,42 @@ def test_a_room_in_millimetres_is_named(tmp_path, capsys):
     assert "a room in metres" in capsys.readouterr().err
     assert run_cli(*words, "--unit", "mm") == 0
     assert len(np.load(tmp_path / "a.npz")["feat"]) == 3000
+
+
+def test_an_object_in_millimetres_is_no_room_of_hundreds_of_metres(tmp_path, capsys):
+    "Its size and what the weights expect stand in one line; real rooms of 1 to 100 m are left alone."
+    folder = untrained("scene-sparseunet-mini", tmp_path / "run")
+    xyz, rgb = box_room(600)
+    xyz = (xyz - xyz.min(0)) / np.ptp(xyz, axis=0).max()
+    normal = estimate_normals(xyz, inside=True)
+    out = tmp_path / "a.npz"
+    for length, status in ((300, 2), (1500, 2), (0.3, 2), (1, 0), (99, 0)):
+        write_cloud(tmp_path / "one.ply", length * xyz, rgb, normal=normal)
+        assert run_cli("features", tmp_path / "one.ply", "--from", folder, "--out", out) == status
+        said = capsys.readouterr()
+        if status:
+            assert "expected a room in metres, 0.5 to 100 long, found one of" in said.err
+            assert "--unit mm" in said.err
+        else:
+            assert "read as a room of" in said.out and "rooms in metres, in voxels" in said.out
+    write_cloud(tmp_path / "one.ply", 300 * xyz, rgb, normal=normal)
+    words = ("features", tmp_path / "one.ply", "--from", folder, "--out", out, "--unit", "m")
+    assert run_cli(*words) == 0
+    assert "read as a room of 300.00 x 240.00 x 150.00 m" in capsys.readouterr().out
+
+
+def test_a_survey_is_no_object(tmp_path, capsys):
+    "Weights of objects read a thousand points of it: a warning says so, and its size is said."
+    run = untrained("object-transformer-mini", tmp_path / "run")
+    words = ("--from", run, "--out", tmp_path / "a.npz")
+    write_cloud(tmp_path / "far.ply", 500 * XYZ[:300] + [4.5e5, 5.4e6, 100])
+    with pytest.warns(UserWarning, match="coordinates of a survey, .* are read as one object"):
+        assert run_cli("features", tmp_path / "far.ply", *words) == 0
+    write_cloud(tmp_path / "near.ply", XYZ[:300])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_cli("features", tmp_path / "near.ply", *words) == 0
+    assert "read as one object" in capsys.readouterr().out
 
 
 def test_predictions_from_a_shell(tmp_path, capsys):

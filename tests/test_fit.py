@@ -211,6 +211,32 @@ def test_after_the_warm_up_everything_moves(tmp_path):
 # ---------------------------------------------------------------- the loop
 
 
+def test_a_batch_that_cannot_be_read_costs_no_step_before_it(tmp_path):
+    "Saved before the error, so that a run that goes on equals one without it; before the first step nothing is written."
+
+    def broken(start, stop):
+        yield from batches(start, min(stop, 7))
+        raise ValueError("0007.ply: expected a PLY file, found an empty file")
+
+    def trained(folder, batches, **how):
+        torch.manual_seed(0)
+        task = Task("boxes", Classifier(transformer()), None, loss, None, {}, columns=("acc",))
+        run = Run(steps=12, save_every=0)
+        return fit(task, batches, folder, optimiser=Optimiser(lr=3e-3), run=run, **how)
+
+    for name in ("whole", "parts", "first"):
+        (tmp_path / name).mkdir()
+    trained(tmp_path / "whole", batches)
+    with pytest.raises(ValueError, match="0007.ply"):
+        trained(tmp_path / "parts", broken)
+    assert trained(tmp_path / "parts", batches, resume=True).step == 12
+    a, b = (load_tensors(tmp_path / n / "checkpoint.safetensors")[0] for n in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="0007.ply"):
+        trained(tmp_path / "first", lambda start, stop: broken(7, 7))
+    assert not list((tmp_path / "first").glob("*.safetensors"))
+
+
 @pytest.fixture
 def float16():
     "Makes accelerators whose loss is scaled as for float16, here by 2^127, which overflows at first."

@@ -10,7 +10,8 @@ import pytest
 
 from unipre3d.cli import main
 from unipre3d.data.check import find_readers
-from unipre3d.data.clouds import write_cloud
+from unipre3d.data import folder
+from unipre3d.data.clouds import read_cloud, write_cloud
 from unipre3d.data.folder import SPLITS, FolderClouds, FolderScenes
 
 SMALL = "--steps 2 --batch-size 4 --validate-every 1 --workers 0 --device cpu".split()
@@ -21,6 +22,11 @@ def draw(kind, rng, n=160):
     if kind == "ball":
         return xyz / np.linalg.norm(xyz, axis=1, keepdims=True)
     return xyz * [0.2, 0.2, 1]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNIPRE3D_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -149,6 +155,68 @@ def test_one_command_from_labelled_points_to_a_run(scenes, tmp_path):
     assert main([*words, *small, "--out", str(out)]) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["classes"] == ["low", "high"] and record["start"]["coverage"] == 1
+
+
+def cut(path):
+    "Half of a file, as a copy that was stopped leaves it."
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_bad_cloud_does_not_end_a_run_and_is_named(classes, tmp_path):
+    "One of training and one of test: found before the first step, by a run of several epochs."
+    spoilt = [FolderClouds(classes, split=split).items[0][2] for split in ("train", "test")]
+    for path in spoilt:
+        cut(path)
+    out = tmp_path / "run"
+    words = ["finetune", "cls-folder-mini", "--data", str(classes), *SMALL, "--steps", "6"]
+    with pytest.warns(UserWarning, match="left out 1 of 14 clouds") as said:
+        assert main([*words, "--n-points", "64", "--out", str(out)]) == 0
+    text = "\n".join(str(one.message) for one in said)
+    assert all(f"  {path}: expected" in text for path in spoilt)
+    record = json.loads((out / "record.json").read_text())
+    assert {k: record["data"][k] for k in SPLITS} == {"train": 13, "val": 2, "test": 3}
+
+
+def test_a_bad_room_does_not_end_a_run_and_is_named(scenes, tmp_path):
+    write_cloud(scenes / "train" / "1.ply", np.random.default_rng(0).uniform(size=(50, 3)))
+    cut(scenes / "val" / "0.ply")
+    words = ["finetune", "sem-folder-mini", "--data", str(scenes), *SMALL, "--votes", "0"]
+    with pytest.warns(UserWarning) as said:
+        assert main([*words, "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
+    text = "\n".join(str(one.message) for one in said)
+    assert "left out 1 of 2 clouds" in text and "0.ply: expected" in text
+    assert "1.ply: expected a column of labels" in text
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert {k: record["data"][k] for k in SPLITS} == {"train": 1, "val": 1, "test": 2}
+
+
+def test_a_class_or_a_folder_of_which_nothing_is_left_is_refused(classes):
+    for path in (classes / "rod").iterdir():
+        cut(path)
+    with pytest.raises(ValueError, match="clouds of rod that can be read, found none; .*expected"):
+        FolderClouds(classes, split="train")
+    for path in (classes / "ball").iterdir():
+        cut(path)
+    with pytest.raises(ValueError, match="none of 4 files can be read"):
+        FolderClouds(classes, split="test")
+
+
+def test_files_are_tried_once_until_one_changes(classes, monkeypatch):
+    first, second = (FolderClouds(classes, split="train").items[k][2] for k in (0, 1))
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return read_cloud(path)
+
+    monkeypatch.setattr(folder, "read_cloud", counted)
+    assert len(FolderClouds(classes, split="train")) == 14 and not read
+    cut(first)
+    for tries in (15, 1):  # all of them and the bad one again; then the bad one alone
+        read.clear()
+        with pytest.warns(UserWarning, match="left out 1 of 14 clouds"):
+            kept = FolderClouds(classes, split="train")
+        assert len(read) == tries and kept.items[0][2] == second
 
 
 def test_labels_beyond_the_list_of_classes_are_named(scenes):

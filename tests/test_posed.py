@@ -583,6 +583,45 @@ def test_what_is_there_is_not_written_again(tmp_path, frames):
     )
 
 
+@pytest.mark.parametrize(
+    "left", ["2D/color/film/3.jpg", "2D/intrinsic/film.txt", "val/film/color.npy"]
+)
+def test_half_of_an_import_is_refused_before_anything_is_read_or_written(tmp_path, frames, left):
+    "What a killed import leaves of this scene, in whichever split; files of another scene do not count."
+    folder = transforms_folder(tmp_path / "film", frames)
+    for k in range(12):
+        (folder / f"{k:02d}.png").write_bytes((folder / f"{k:02d}.png").read_bytes()[:200])
+    place = tmp_path / "out" / left
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"")
+    refuses(
+        lambda: import_posed(folder, how(tmp_path / "out"), progress=False),
+        "no scene of this name, film",
+        "an import that was stopped",
+    )
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [place]
+
+
+def test_another_scene_may_be_there(tmp_path, frames):
+    folder = transforms_folder(tmp_path / "film", frames)
+    (tmp_path / "out" / "2D" / "color" / "films").mkdir(parents=True)
+    assert import_posed(folder, how(tmp_path / "out"), progress=False)
+
+
+def test_one_bad_capture_costs_itself_alone(tmp_path, frames):
+    "Of three one has depth that fits nothing: the others are written, it is named, and nothing of it is there."
+    films = [transforms_folder(tmp_path / "films" / name, frames) for name in "abc"]
+    data = json.loads((films[1] / "transforms.json").read_text())
+    away = 40 * np.random.default_rng(0).normal(size=len(data["frames"]))
+    for row, metres in zip(data["frames"], away):
+        row["transform_matrix"][0][3] += metres
+    (films[1] / "transforms.json").write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match="left out 1 of 3 captures\n  b"):
+        import_posed(tmp_path / "films", how(tmp_path / "out", split="train"), progress=False)
+    assert ScanNetFrames(tmp_path / "out", split="train").scenes == ["a", "c"]
+    assert not list((tmp_path / "out").rglob("b*"))
+
+
 def test_last_frames_are_of_those_that_have_depth(tmp_path, frames):
     "Half of the film has none: the scene of the last frames was empty."
     folder = transforms_folder(tmp_path / "film", frames)

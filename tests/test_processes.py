@@ -118,6 +118,42 @@ def test_shared_normalisation_is_the_usual_one_over_all_rows(tmp_path):
     assert said.count("expected at least 2 rows over all processes, got 1") == 2
 
 
+ANCHORS = """
+import torch
+from unipre3d.processes import SumOfProcesses, processes, shared_rows
+from unipre3d.tasks.contrast import contrast
+
+torch.distributed.init_process_group("gloo")
+rank, world = processes()
+torch.manual_seed(0)
+whole = torch.nn.functional.normalize(torch.randn(2, 9, 5), dim=2)
+for cut in (4, 1, 0):
+    alone = whole.clone().requires_grad_()
+    likeness = alone[0] @ alone[1].T / 0.1
+    wanted = -(likeness.log_softmax(1).diagonal() + likeness.log_softmax(0).diagonal()).mean() / 2
+    wanted.backward()
+    part = slice(0, cut) if rank == 0 else slice(cut, None)
+    own = whole[:, part].clone().requires_grad_()
+    loss = contrast(own[0], own[1], 0.1)
+    loss.backward()
+    mean = SumOfProcesses.apply(loss.detach()) / world
+    assert torch.allclose(mean, wanted, rtol=1e-5), (mean, wanted)
+    assert torch.allclose(own.grad / world, alone.grad[:, part], atol=1e-6)
+rows, first = shared_rows(whole[0, part])
+assert torch.equal(rows, whole[0]) and first == (0, cut)[rank]
+with torch.no_grad():  # a test, in which processes have unlike many batches
+    assert torch.equal(shared_rows(own[0])[0], own[0])
+print("equal")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_anchors_are_told_from_those_of_all_processes(tmp_path):
+    script = tmp_path / "anchors.py"
+    script.write_text(ANCHORS)
+    assert launched(2, script).count("equal") == 2
+
+
 def test_batches_are_of_unlike_sizes():
     "Otherwise a mean of means would be a mean: voxels of a cloud, and labelled points of a room."
     from unipre3d.data.loading import StepSampler

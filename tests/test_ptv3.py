@@ -1,14 +1,21 @@
 "Point Transformer V3: released numbers, patches, levels, ragged batches, odd clouds."
 
+import importlib.machinery
+import importlib.util
+import inspect
 import json
+import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from parity_cases import close
-from unipre3d.backbones import PTv3
+from unipre3d.backbones import PTv3, ptv3
 from unipre3d.backbones.ptv3 import (
     CURVES,
     attend_rectangle,
@@ -393,3 +400,91 @@ def test_save_and_load(tmp_path):
     model, p = small(), pack(cloud(50))
     model.save_pretrained(tmp_path)
     assert torch.equal(PTv3.from_pretrained(tmp_path)(p).feat, model(p).feat)
+
+
+# ---------------------------------------------------------------- attention of packed sequences
+
+
+def some_patches():
+    torch.manual_seed(0)
+    patches = cut_patches(
+        torch.randperm(32), torch.tensor([23, 0, 9]), 16
+    )  # of 16, 16 and 9 places
+    return torch.randn(int(patches.lengths.sum()), 3, 2, 8), patches
+
+
+def each_alone(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **how):
+    "What torch's kernel computes, a sequence at a time; its own refuses processors."
+    assert not how and cu_seq_q is cu_seq_k and max_q == max_k == int(cu_seq_q.diff().max())
+    assert cu_seq_q.dtype == torch.int32 and query.shape[1:] == key.shape[1:] == (2, 8)
+    cuts = cu_seq_q[1:-1].tolist()
+    parts = zip(*(x.tensor_split(cuts) for x in (query, key, value)))
+    sequences = ([x.transpose(0, 1) for x in part] for part in parts)
+    return torch.cat([F.scaled_dot_product_attention(*s).transpose(0, 1) for s in sequences])
+
+
+def test_torchs_packed_attention_is_taken_where_it_is_and_called_as_it_wants_to_be(monkeypatch):
+    "Bound to the signature of the installed torch; the result is that of the padded rectangle."
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    wants = inspect.signature(varlen.varlen_attn)
+    calls = []
+
+    def kernel(*args, **how):
+        calls.append(wants.bind(*args, **how))
+        return each_alone(*args, **how)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    flash = types.ModuleType("flash_attn")  # is here too, and torch's own comes first
+    flash.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    ptv3.packed_kernel.cache_clear()
+    qkv, patches = some_patches()
+    starts = F.pad(patches.lengths.cumsum(0), (1, 0)).int()
+    found = ptv3.packed_kernel()(qkv, starts, patches.longest)
+    ptv3.packed_kernel.cache_clear()
+    assert len(calls) == 1 and patches.mask is not None
+    assert torch.allclose(found, ptv3.attend_rectangle(qkv, patches), atol=1e-6)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_torchs_packed_attention_flash_attention_is_taken_if_it_is_there(
+    monkeypatch, there
+):
+    find = importlib.util.find_spec
+    missing = {"torch.nn.attention.varlen"} | (set() if there else {"flash_attn"})
+    flash = types.ModuleType("flash_attn")
+    flash.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    flash.flash_attn_varlen_qkvpacked_func = object()
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+    )
+    ptv3.packed_kernel.cache_clear()
+    found = ptv3.packed_kernel()
+    ptv3.packed_kernel.cache_clear()
+    assert found is (flash.flash_attn_varlen_qkvpacked_func if there else None)
+
+
+@pytest.mark.parametrize(
+    "cuda, dtype, width, packed",
+    [
+        (True, torch.bfloat16, 8, True),
+        (True, torch.float16, 16, True),
+        (True, torch.float32, 8, False),
+        (True, torch.bfloat16, 12, False),
+        (False, torch.bfloat16, 8, False),
+    ],
+)
+def test_packed_attention_is_for_half_precision_on_a_gpu(monkeypatch, cuda, dtype, width, packed):
+    _, patches = some_patches()
+    count = int(patches.lengths.sum())
+    qkv = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(count, 3, 2, width))
+    qkv.contiguous = lambda: "whole"
+    monkeypatch.setattr(ptv3, "packed_kernel", lambda: lambda *args: ("packed", args))
+    monkeypatch.setattr(ptv3, "attend_rectangle", lambda *args: ("rectangle", args))
+    kind, args = ptv3.attend(qkv, patches)
+    assert kind == ("packed" if packed else "rectangle")
+    if packed:
+        whole, starts, longest = args
+        assert whole == "whole" and longest == patches.longest
+        assert starts.tolist() == [0, *patches.lengths.cumsum(0).tolist()]

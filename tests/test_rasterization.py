@@ -4,6 +4,7 @@ the projection beside finite differences, what `meta` holds, what is refused, an
 UNIPRE3D_SETTINGS=200 tries that many settings (default 60), plain and extreme ones;
 `NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked python tests/test_rasterization.py 0 1000` from seed 0 so many extreme ones."""
 
+import inspect
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from unipre3d.gaussians import covariance, evaluate_sh
 from unipre3d.geometry.cameras import intrinsics_from_fov, look_at
 from unipre3d.rasterization import (
+    LATER,
     Density,
     Project,
     compute_relocation,
@@ -515,6 +517,11 @@ UNSUPPORTED = [
     ("ftheta_coeffs", "any"),
     ("rolling_shutter", "ROLLING_TOP_TO_BOTTOM"),
     ("viewmats_rs", torch.eye(4).repeat(2, 1, 1)),
+    ("return_normals", True),
+    ("global_z_order", False),
+    ("rays", torch.zeros(2, 40, 50, 6)),
+    ("extra_signals", torch.zeros(60, 2)),
+    ("renderer_config", "any"),
 ]
 
 
@@ -523,6 +530,40 @@ def test_what_only_gsplat_does_is_refused_by_name(name, value):
     with pytest.raises(NotImplementedError, match=f"rasterization: {name}: ") as error:
         rasterization(**some_cloud(), **some_views(), **{name: value})
     assert "\n" not in str(error.value)
+
+
+OLD = """means quats scales opacities colors viewmats Ks width height near_plane far_plane radius_clip eps2d sh_degree
+packed tile_size backgrounds render_mode sparse_grad absgrad rasterize_mode channel_chunk distributed camera_model
+segmented covars with_ut with_eval3d"""  # of both, in this order
+OF_1_5_3 = f"""{OLD} radial_coeffs tangential_coeffs thin_prism_coeffs ftheta_coeffs rolling_shutter viewmats_rs"""
+OF_1_6 = f"""{OLD} return_normals global_z_order rays radial_coeffs tangential_coeffs thin_prism_coeffs ftheta_coeffs
+lidar_coeffs external_distortion_coeffs rolling_shutter viewmats_rs ut_params extra_signals extra_signals_sh_degree
+renderer_config"""  # read from its source, version 1.6.0 of 2026-08-14
+
+
+def test_arguments_are_those_of_gsplat():
+    "All of 1.5.3 in their order; those that 1.6 added by name, with its defaults, change nothing; others are none."
+    *own, rest = inspect.signature(rasterization).parameters.values()
+    assert [p.name for p in own] == OF_1_5_3.split() and rest.kind is rest.VAR_KEYWORD
+    assert set(OF_1_6.split()) - set(OF_1_5_3.split()) == set(LATER)
+    given = some_cloud() | some_views()
+    plain = rasterization(**given)
+    again = rasterization(**given, **LATER, tile_size=None)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:2], again[:2]))
+    assert plain[2]["tile_size"] == again[2]["tile_size"] == 16
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ray'"):
+        rasterization(**given, ray=None)
+
+
+@pytest.mark.parametrize("mode", ["D", "ED"])
+def test_depth_alone_needs_no_colours(mode):
+    given = some_cloud() | some_views()
+    depth, alpha, _ = rasterization(**given, render_mode=mode)
+    for degree in (None, 2):
+        found = rasterization(**given | dict(colors=None), render_mode=mode, sh_degree=degree)
+        assert torch.equal(found[0], depth) and torch.equal(found[1], alpha)
+    with pytest.raises(ValueError, match="colors: expected a tensor for RGB[+]D, got None"):
+        rasterization(**given | dict(colors=None), render_mode="RGB+D")
 
 
 WRONG = [

@@ -834,6 +834,28 @@ def test_the_torch_renderer_of_the_benchmark_agrees(monkeypatch):
     assert all(gap < 1e-4 for gap in bench.torch_distance(gaussians, cameras).values())
 
 
+BOTH = """means quats scales opacities colors viewmats Ks width height near_plane far_plane radius_clip eps2d sh_degree
+packed tile_size backgrounds render_mode sparse_grad absgrad rasterize_mode channel_chunk distributed camera_model
+segmented covars with_ut with_eval3d""".split()  # arguments of gsplat 1.5.3 and of 1.6.0, in this order
+
+
+def test_gsplat_is_called_by_names_that_both_versions_have():
+    import ast
+    import inspect
+
+    from unipre3d import render as module
+
+    tree = ast.parse(inspect.getsource(module.render_gsplat))
+    (call,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "rasterization"
+    ]
+    named = [word.arg for word in call.keywords]
+    assert len(call.args) == BOTH.index("near_plane") and set(named) <= set(BOTH)
+    assert not set(named) & set(BOTH[: len(call.args)])
+
+
 # gsplat's padding is ours: its arguments are checked with a stand-in that draws with the reference
 
 

@@ -17,6 +17,7 @@ from unipre3d.records import contents_hash, read_record, write_config, write_jso
 from unipre3d.runs.recipe import change, from_values, to_values
 from unipre3d.runs.checkpoint import save_state
 from unipre3d.runs.run import claim_folder, held, is_held, own_folder, run_recipe
+from unipre3d.tasks.autoencoder import AutoencoderRecipe
 from unipre3d.tasks.classification import ClassificationRecipe
 from unipre3d.tasks.masked import MaskedRecipe
 from unipre3d.tasks.pretrain import PretrainRecipe
@@ -95,6 +96,13 @@ def test_a_fine_tuning_of_an_earlier_version_is_read(tmp_path):
     recipe = read_recipe(tmp_path)[1]
     augment = Augment(rotate="up")
     assert recipe == change(MaskedRecipe(), masked_fraction=0.7, augment=augment)
+
+
+def test_an_autoencoder_of_an_earlier_version_is_read(tmp_path):
+    old = {"name": "autoencoder-mini", "task": "autoencoder", "patch": 32, "shard_window": 0}
+    write_json(tmp_path / "config.json", old)
+    assert read_recipe(tmp_path)[1] == change(AutoencoderRecipe(), patch=32)
+    assert "shard_window" not in to_values(AutoencoderRecipe())
 
 
 def test_what_is_not_known_is_named_in_one_line(tmp_path):

@@ -225,6 +225,19 @@ def test_a_damaged_shard_is_one_line_with_its_name(copied, damage):
     assert "\n" not in str(problem.value) and ": expected " in str(problem.value)
 
 
+@pytest.mark.parametrize("ending", [".tar", ".jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_shard_that_is_not_whole_is_found_at_once(copied, damage, ending):
+    "The last one, of which a run would read an hour later."
+    path = (copied / index_of(copied)["shards"][-1]["name"]).with_suffix(ending)
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[:-1])
+    with pytest.raises((OSError, ValueError), match=f"{path.name}: expected a shard"):
+        Store(copied)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_a_damaged_list_is_one_line_with_its_name(copied, damage):
     shard = index_of(copied)["shards"][0]

@@ -1,14 +1,18 @@
 "Sparse convolution: equal to dense convolution in values and gradients, at any number of threads, in any order of rows."
 
+import configparser
 import gc
 import importlib.machinery
 import sys
 import types
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.requirements import Requirement
 
 from unipre3d.core import PointBatch
 from unipre3d.geometry.sparse import (
@@ -597,6 +601,39 @@ def test_spconv_built_for_processors_is_not_taken(monkeypatch):
     sparse.spconv_build.cache_clear()
     monkeypatch.undo()
     sparse.spconv_build.cache_clear()
+
+
+@pytest.mark.parametrize("build", ["", "CPU", "CUDA"])
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_spconv_counts_for_tensors_on_a_gpu_and_a_build_for_it(monkeypatch, build, cuda, dtype):
+    from unipre3d.geometry import sparse
+
+    monkeypatch.setattr(sparse, "spconv_build", lambda: build)
+    device = "cuda:0" if cuda else "cpu"
+    x = SimpleNamespace(feat=SimpleNamespace(is_cuda=cuda, dtype=dtype, device=device))
+    able = cuda and build == "CUDA"
+    theirs = dtype in (torch.float32, torch.float16)
+    assert sparse._use_spconv("SubMConv3d", "auto", x) is (able and theirs)
+    assert sparse._use_spconv("SubMConv3d", "torch", x) is False
+    if able:
+        assert sparse._use_spconv("SubMConv3d", "spconv", x) is True
+        return
+    words = f"found a tensor on {device} and {build or 'no'} build of spconv"
+    with pytest.raises(ValueError, match=words):
+        sparse._use_spconv("SubMConv3d", "spconv", x)
+
+
+def test_the_extra_of_that_name_is_for_pythons_that_have_it():
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(Path(__file__).resolve().parent.parent / "settings.ini")
+    wanted = settings["DEFAULT"]["spconv-cu120_requirements"].split()
+    (extra,) = [Requirement(text) for text in wanted if "spconv" in text]
+    assert extra.name == "spconv-cu120"
+    for python, there in (("3.11", True), ("3.12", False), ("3.13", False)):
+        assert extra.marker.evaluate({"python_version": python}) is there
+    usual = settings["DEFAULT"]["gpu_requirements"]
+    assert "spconv-cu126" in usual and "spconv-cu120" not in usual
 
 
 @pytest.mark.parametrize("mode", [True, False])

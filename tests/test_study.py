@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from unipre3d.cli import parse
 from unipre3d.data.labelled import ScanObjectNN
-from unipre3d.records import read_record, write_json
+from unipre3d.records import read_config, read_record, write_config, write_json
 from unipre3d.reproduce import run as study
 from unipre3d.reproduce.plan import (
     CLAIMS,
@@ -42,6 +43,7 @@ from unipre3d.reproduce.run import (
     reproduce,
     reproduce_command,
     row_of,
+    run_path,
 )
 from unipre3d.runs.recipe import change, to_values
 from unipre3d.worlds.shapes import KINDS
@@ -311,7 +313,7 @@ class Here:
     def __init__(self, command, stdout, env, **how):
         assert env.items() >= study.ONE_THREAD.items()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            self.returncode = study.run_file(command[-1])
+            self.returncode = study.run_file(command[-1], "--force" in command)
 
     def poll(self):
         return self.returncode
@@ -368,6 +370,33 @@ def test_toy_plan_is_interrupted_and_goes_on(tmp_path, here):
         fine["start"]["sha256"] == record["checkpoint_sha256"]
     )  # which weights a fine-tuning began with
     assert (tmp_path / "records" / "pre-toy-0.png").is_file()
+
+
+def test_a_row_of_other_code_goes_on_only_by_force(tmp_path, here):
+    here()
+    row = replace(FINE, start="none")
+    folder = run_path(row.key, tmp_path)
+    assert reproduce([row], tmp_path, say=lambda text: None)["done"] == [row.key]
+    for path in (folder / "record.json", tmp_path / "records" / f"{row.key}.json"):
+        path.unlink()  # as if it had been stopped after its last save
+    config = read_config(folder)
+    config["conditions"]["code"] = "of yesterday"
+    write_config(folder, config)
+    failed = reproduce([row], tmp_path, say=lambda text: None)["failed"][row.key]
+    assert "began with code of yesterday" in failed and "pass --force" in failed
+    assert reproduce([row], tmp_path, force=True, say=lambda text: None)["done"] == [row.key]
+    record = read_row(row, tmp_path)
+    assert record["resumed"] and any("of yesterday" in line for line in record["changed"])
+
+
+def test_the_command_to_go_on_has_the_flags_that_were_typed(tmp_path, monkeypatch, capsys):
+    left = {"done": [], "failed": {}, "left": ["pre-point-2"]}
+    given = {}
+    monkeypatch.setattr(study, "reproduce", lambda rows, out, **how: given.update(how) or left)
+    words = f"mini --only pre-point-2 --force --out {tmp_path}".split()
+    assert reproduce_command(words, parse) == 130 and given["force"] is True
+    printed = capsys.readouterr().out
+    assert f"unipre3d reproduce mini --only pre-point-2 --out {tmp_path} --force" in printed
 
 
 def test_a_row_that_fails_says_why_and_takes_those_after_it_along(tmp_path, here):

@@ -20,7 +20,7 @@ import trimesh
 from PIL import Image
 from untrained import save_run
 
-from unipre3d.cli import main
+from unipre3d.cli import main, reach
 from unipre3d.core import GaussianBatch
 from unipre3d.data.augment import PosedViews
 from unipre3d.data.clouds import write_cloud
@@ -201,6 +201,22 @@ def test_a_film_of_flat_gaussians(tmp_path, capsys):
     assert main(["render", str(tmp_path / "flat.glb"), "--frames", "1", "--size", "32"]) == 0
     with Image.open(tmp_path / "film-flat.gif") as film:
         assert np.asarray(film.convert("RGB")).std() > 10
+
+
+@pytest.mark.parametrize("ending", ("ply", "spz", "glb"))
+def test_the_mode_of_a_splat_is_that_of_its_header(tmp_path, ending):
+    for antialiased in (False, True):
+        save_gaussians(some_gaussians(), tmp_path / f"a.{ending}", antialiased=antialiased)
+        world = world_of_file(tmp_path / f"a.{ending}", "none")
+        assert world.antialiased is antialiased
+        assert ("for the antialiased mode" in world_page(world)) is antialiased
+        assert (f'"mip":{int(antialiased)}' in world_page(world)) is True
+
+
+def test_the_reach_of_more_points_than_torch_takes_quantiles_of():
+    xyz = torch.zeros(2**24 + 8, 3)
+    xyz[: 2**20, 0] = 7.0  # one of sixteen
+    assert reach(xyz) == 7.0 and reach(xyz[2**20 :]) == 1e-6
 
 
 def test_other_files_hold_no_gaussians(files):

@@ -66,13 +66,22 @@ def pixels(page):
 
 
 @pytest.mark.parametrize(
-    "azimuth, elevation, bands", [(40, 20, 4), (190, -50, 4), (75, 10, 1), (-20, 60, 9)]
+    "azimuth, elevation, bands, antialiased",
+    [
+        (40, 20, 4, False),
+        (190, -50, 4, False),
+        (75, 10, 1, False),
+        (-20, 60, 9, False),
+        (40, 20, 4, True),
+    ],
 )
-def test_the_page_shows_what_render_shows(window, azimuth, elevation, bands):
+def test_the_page_shows_what_render_shows(window, azimuth, elevation, bands, antialiased):
     g = some_gaussians(bands=bands)
-    show(
-        window, gaussian_viewer(g, azimuth=azimuth, elevation=elevation, background=(0.2, 0.1, 0.0))
-    )
+    if antialiased:  # of which the blur is a large part
+        g = g.derive(scale=0.15 * g.scale)
+    mode = dict(antialiased=antialiased)
+    how = dict(azimuth=azimuth, elevation=elevation, background=(0.2, 0.1, 0.0))
+    show(window, gaussian_viewer(g, **how, **mode))
     c = place_camera(g.mean, azimuth=azimuth, elevation=elevation, distance=None, fov=49.134)
     way = torch.tensor(
         [
@@ -92,11 +101,17 @@ def test_the_page_shows_what_render_shows(window, azimuth, elevation, bands):
     )
     if bands > 4:
         g = GaussianBatch(g.mean, g.scale, g.quat, g.opacity, g.sh[:, :4], g.batch, 1)
-    expected = (
-        render(g, camera, torch.tensor([0.2, 0.1, 0.0])).rgb[0].clamp(0, 1).permute(1, 2, 0).numpy()
-    )
+    background = torch.tensor([0.2, 0.1, 0.0])
+
+    def rendered(**mode):
+        return render(g, camera, background, **mode).rgb[0].clamp(0, 1).permute(1, 2, 0).numpy()
+
+    expected = rendered(**mode)
     found = pixels(window)
-    assert found.shape == expected.shape and expected.std() > 0.1
+    assert found.shape == expected.shape and expected.std() > (0.04 if antialiased else 0.1)
+    assert (
+        not antialiased or np.abs(expected - rendered()).max() > 0.25
+    )  # what the page may not miss
     assert np.abs(found - expected).mean() < 0.01 and np.abs(found - expected).max() < 0.12
 
 

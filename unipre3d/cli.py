@@ -32,7 +32,7 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'DATA_
            'recipe_rows', 'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions', 'newest_run',
            'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe', 'train_command', 'describe_result',
            'pretrain_command', 'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for',
-           'film_file', 'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths',
+           'reach', 'film_file', 'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths',
            'cloud_words', 'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command',
            'ViewOptions', 'build_world', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
            'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command', 'rooms_command',
@@ -667,6 +667,15 @@ def folder_for(
     return folder
 
 
+def reach(
+    xyz: Any,  # a tensor [n 3], of any number of points
+) -> float:  # above 0
+    "The distance from the origin within which nineteen of twenty points are."
+    import numpy as np
+
+    return max(float(np.quantile(xyz.norm(dim=1).numpy(), 0.95)), 1e-6)
+
+
 def film_file(
     path: Path,  # a file of Gaussians
     options: RenderOptions,
@@ -689,7 +698,7 @@ def film_file(
         raise ValueError(f"{path}: expected at least one Gaussian, found none")
     folder = folder_for(options.out or path.parent)
     around = gaussians.mean - gaussians.mean.median(0).values
-    radius = float(around.norm(dim=1).quantile(0.95).clamp(min=1e-6))
+    radius = reach(around)
     thin = torch.finfo(torch.float32).tiny  # of a flat one, whose file says 0
     scale = (gaussians.scale / radius).clamp(min=thin)
     gaussians = gaussians.derive(mean=around / radius, scale=scale)
@@ -850,7 +859,7 @@ def each_cloud(
     """
     from tqdm.auto import tqdm
 
-    from unipre3d.worlds.prepare import named
+    from unipre3d.files import named
 
     alone = len(paths) == 1
     for name, path in tqdm(paths.items(), desc="clouds", disable=alone):
@@ -892,6 +901,7 @@ def features_command(args: list[str]) -> int:
         check_point,
         file_columns,
         save_features,
+        size_text,
     )
 
     out = archive_path(options.out or f"{Path(given).expanduser().resolve().stem}-features.npz")
@@ -912,6 +922,7 @@ def features_command(args: list[str]) -> int:
     feat = extractor(**columns, progress=True)
     archive, picture = save_features(out, cloud, feat, options.similar)
     print(f"{given}: {len(feat):,} points, {feat.shape[1]} features each, from {options.weights}")
+    print(size_text(cloud, extractor.transform, columns["scale"]))
     shown = (
         "principal components"
         if options.similar is None
@@ -967,7 +978,7 @@ def predict_command(args: list[str]) -> int:
     paths = cloud_paths(given)
     import pandas as pd
 
-    from unipre3d.features import file_columns
+    from unipre3d.features import file_columns, size_text
     from unipre3d.predictions import Predictor, prediction_rows, save_prediction
     from unipre3d.records import written_whole
 
@@ -978,6 +989,8 @@ def predict_command(args: list[str]) -> int:
 
     def answer_for(path):
         cloud, columns = file_columns(path, predictor.transform, **how)
+        if len(paths) == 1:
+            print(f"{path}: {size_text(cloud, predictor.transform, columns['scale'])}")
         return cloud, predictor(**columns, category=options.category, progress=len(paths) == 1)
 
     rows = []

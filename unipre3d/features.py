@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -37,8 +38,8 @@ from .worlds.mesh import on_surface, read_mesh, sample_faces, surface
 __all__ = ['MADE_IN_BOX', 'MOST_VOXELS', 'MARGIN', 'STRIDE', 'ARTISTS', 'EMBEDDED', 'ROWS', 'MESH_FILES', 'UNITS', 'ROOM',
            'transform_of', 'cut_tiles', 'in_tiles', 'shipped_weights', 'fetch_weights', 'find_weights', 'load_weights',
            'FeatureExtractor', 'answer_places', 'card_text', 'pca_colors', 'check_point', 'likeness', 'scale_colors',
-           'check_nearest', 'nearest_clouds', 'open_cloud', 'check_unit', 'unit_scale', 'file_columns', 'archive_path',
-           'save_features']
+           'check_nearest', 'nearest_clouds', 'open_cloud', 'check_unit', 'unit_scale', 'sides_text', 'size_text',
+           'file_columns', 'archive_path', 'save_features']
 
 # %% ../nbs/63_features.ipynb #f63recipe
 MADE_IN_BOX = ("shapenet", "furniture", "shapes")  # layouts whose objects are centred by their box
@@ -535,7 +536,7 @@ def open_cloud(
 
 # %% ../nbs/63_features.ipynb #f63file
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254, "ft": 0.3048}  # in metres
-ROOM = (0.5, 2000.0)  # metres, shortest and longest side of a room that nobody doubts
+ROOM = (0.5, 100.0)  # metres, the longest side of a room that nobody doubts
 
 
 def check_unit(
@@ -561,13 +562,31 @@ def unit_scale(
     """
     check_unit(unit, transform)
     if unit is None and not transform.radius:
-        sides = np.ptp(cloud.xyz, axis=0)
-        if not ROOM[0] <= sides.max() <= ROOM[1]:
-            size = " x ".join(f"{side:,.4g}" for side in sides)
-            raise refusal(
-                str(where), "a room in metres", f"one of {size}", "say its unit, as in --unit mm"
-            )
+        if not ROOM[0] <= np.ptp(cloud.xyz, axis=0).max() <= ROOM[1]:
+            expected = f"a room in metres, {ROOM[0]:g} to {ROOM[1]:g} long"
+            remedy = "say its unit, as in --unit mm, or --unit m where it is so large"
+            raise refusal(str(where), expected, f"one of {sides_text(cloud)}", remedy)
     return UNITS[unit or "m"]
+
+
+def sides_text(
+    cloud: CloudFile,
+    scale: float = 1.0,
+) -> str:
+    "The sides of a cloud, such as 4.10 x 5.00 x 2.50."
+    return " x ".join(f"{scale * side:,.2f}" for side in np.ptp(cloud.xyz, axis=0))
+
+
+def size_text(
+    cloud: CloudFile,
+    transform: Transform,
+    scale: float,  # metres in a unit of the cloud
+) -> str:
+    "What size was found, and what the weights expect."
+    if transform.radius:
+        return f"read as one object, {sides_text(cloud)} in its own unit: of these weights any size is right"
+    voxel = f"voxels of {transform.voxel_size:g} m"
+    return f"read as a room of {sides_text(cloud, scale)} m: these weights know rooms in metres, in {voxel}"
 
 
 def file_columns(
@@ -583,6 +602,12 @@ def file_columns(
     """
     cloud, up = open_cloud(path, up)
     scale = unit_scale(unit, cloud, transform, path)
+    if transform.radius and cloud.offset.any():
+        warnings.warn(
+            f"{path}: coordinates of a survey, {sides_text(cloud)} long, are read as one object, of which "
+            f"{transform.n_points:,} points count; for a scan use weights of rooms (--from rooms)",
+            stacklevel=2,
+        )
     columns = dict(xyz=cloud.xyz, color=cloud.color, normal=cloud.normal)
     return cloud, columns | dict(scale=scale, up=up, normals=normals)
 

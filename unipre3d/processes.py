@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
 __all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'leave_with', 'launch_remark',
-           'launch_line', 'slurm_script', 'shared_count', 'shared_mean', 'SumOfProcesses', 'SharedBatchNorm',
-           'share_norms']
+           'launch_line', 'slurm_script', 'shared_count', 'shared_mean', 'SumOfProcesses', 'shared_rows',
+           'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -201,6 +201,24 @@ class SumOfProcesses(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
         return total
+
+
+def shared_rows(
+    x: Float[Tensor, "n c"],  # the rows of this process, as many as it has
+) -> tuple[Float[Tensor, "m c"], int]:  # those of all processes; place of the first of its own
+    """The rows of all processes, in their order; gradients go back to the process that has the row.
+
+    Only where gradients are recorded, which all processes do together; otherwise a process has its own rows.
+    """
+    rank, world = processes()
+    if world == 1 or not torch.is_grad_enabled():
+        return x, 0
+    counts = torch.zeros(world, dtype=torch.long, device=x.device)
+    counts[rank] = len(x)
+    torch.distributed.all_reduce(counts)
+    counts = counts.tolist()
+    before, behind = sum(counts[:rank]), sum(counts[rank + 1 :])
+    return SumOfProcesses.apply(nn.functional.pad(x, (0, 0, before, behind))), before
 
 # %% ../nbs/04_processes.ipynb #p04normexp
 class SharedBatchNorm(_BatchNorm):

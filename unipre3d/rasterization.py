@@ -28,13 +28,23 @@ from unipre3d.render import (
 )
 
 # %% auto #0
-__all__ = ['MODES', 'CAMERAS', 'refuse_unsupported', 'check_choices', 'check_shapes', 'check_values', 'Layout', 'layout_of',
-           'count_not_finite', 'Project', 'in_passes', 'Blend', 'tiles_reached', 'clouds_of', 'centres_of',
+__all__ = ['MODES', 'LATER', 'refuse_unsupported', 'check_choices', 'check_shapes', 'check_finite', 'check_values', 'Layout',
+           'layout_of', 'count_not_finite', 'Project', 'in_passes', 'Blend', 'tiles_reached', 'clouds_of', 'centres_of',
            'channels_of', 'describe_rows', 'rasterization', 'take_rows', 'Density', 'compute_relocation']
 
 # %% ../nbs/52_rasterization.ipynb #52a00007
 MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
-CAMERAS = ("viewmats", "Ks", "backgrounds")  # of which every number counts
+LATER = dict(
+    return_normals=False,
+    global_z_order=True,
+    rays=None,
+    lidar_coeffs=None,
+    external_distortion_coeffs=None,
+    ut_params=None,
+    extra_signals=None,
+    extra_signals_sh_degree=None,
+    renderer_config=None,
+)  # arguments that gsplat 1.6 added; only these values are supported
 
 
 def refuse_unsupported(
@@ -68,7 +78,7 @@ def check_choices(
 def check_shapes(
     **given: tuple[Tensor | None, tuple],  # name -> tensor, its shape; None: not given
 ) -> None:
-    """Refuse tensors of other shapes, devices or types than expected, and values that nothing is drawn of.
+    """Refuse tensors of other shapes, devices or types than expected.
 
     Raises: ValueError of one line that names the tensor.
     """
@@ -90,18 +100,23 @@ def check_shapes(
                 f"rasterization: {name}: expected torch.float32 or torch.float64 like means "
                 f"({dtype}), got {tensor.dtype}; convert it first"
             )
-        if name in CAMERAS and (count := int((~tensor.isfinite()).sum())):
+
+
+def check_finite(
+    **given: Tensor | None,  # of which every number counts; None: not given
+) -> None:
+    """Raises: ValueError of one line that names the tensor."""
+    for name, tensor in given.items():
+        count = 0 if tensor is None else int((~tensor.isfinite()).sum())
+        if count:
             raise ValueError(
                 f"rasterization: {name}: expected finite values, found {count} that are not"
-            )
-        if name == "quats" and (count := int((tensor == 0).all(-1).sum())):
-            raise ValueError(
-                f"rasterization: quats: expected quaternions that are not zero, found {count} rows of zeros"
             )
 
 
 def check_values(
-    opacities: Tensor,  # these as in `rasterization`
+    quats: Tensor | None,  # these as in `rasterization`
+    opacities: Tensor,
     Ks: Tensor,
     width: int,
     height: int,
@@ -128,6 +143,10 @@ def check_values(
         raise ValueError(
             "rasterization: Ks: gradients of intrinsics are not computed (nor in gsplat); "
             "pass Ks.detach()"
+        )
+    if quats is not None and (count := int((quats == 0).all(-1).sum())):
+        raise ValueError(
+            f"rasterization: quats: expected quaternions that are not zero, found {count} rows of zeros"
         )
     skew = Ks[..., 0, 1]
     if bool((skew != 0).any()):
@@ -481,7 +500,8 @@ def rasterization(
     quats: Float[Tensor, "*b n 4"] | None,  # rotations wxyz, any length but zero
     scales: Float[Tensor, "*b n 3"] | None,  # standard deviations, world units
     opacities: Float[Tensor, "*b n"],  # 0..1
-    colors: Tensor,  # [*b (c) n d], any d; with `sh_degree` harmonics [*b (c) n k 3]
+    colors: Tensor
+    | None,  # [*b (c) n d], any d; with `sh_degree` harmonics [*b (c) n k 3]; None: depth alone
     viewmats: Float[Tensor, "*b c 4 4"],  # world to camera
     Ks: Float[Tensor, "*b c 3 3"],  # intrinsics, pixels
     width: int,  # of the images, pixels
@@ -492,7 +512,7 @@ def rasterization(
     eps2d: float = 0.3,  # added to the diagonal of 2-D covariances, pixels^2
     sh_degree: int | None = None,  # 0..4; None: `colors` are colours or features
     packed: bool = True,  # `meta` has a row for each ellipse that is seen; else [*b c n ...]
-    tile_size: int = 16,  # of `meta["tiles_per_gauss"]`; no image depends on it
+    tile_size: int | None = 16,  # of `meta["tiles_per_gauss"]`; no image depends on it; None is 16
     backgrounds: Float[Tensor, "*b c d"] | None = None,  # None is zero
     render_mode: str = "RGB",  # "RGB", "D", "ED", "RGB+D", "RGB+ED"
     sparse_grad: bool = False,  # unsupported
@@ -511,6 +531,7 @@ def rasterization(
     ftheta_coeffs: Any = None,
     rolling_shutter: Any = None,  # None, or gsplat's GLOBAL
     viewmats_rs: Tensor | None = None,
+    **later: Any,  # of `LATER`
 ) -> tuple[Tensor, Tensor, dict]:
     """Images [*b c h w x], alphas [*b c h w 1] and `meta`, as gsplat 1.5.3 computes them, on the CPU.
 
@@ -532,16 +553,25 @@ def rasterization(
         ftheta_coeffs=(ftheta_coeffs, None),
         rolling_shutter=(rolling_shutter, None),
         viewmats_rs=(viewmats_rs, None),
+        **{name: (later.pop(name, usual), usual) for name, usual in LATER.items()},
     )
+    if later:
+        raise TypeError(f"rasterization() got an unexpected keyword argument {next(iter(later))!r}")
     check_choices(
         render_mode=(render_mode, MODES),
         rasterize_mode=(rasterize_mode, ("classic", "antialiased")),
         camera_model=(camera_model, ("pinhole", "ortho")),
     )
+    if colors is None and "RGB" in render_mode:
+        raise ValueError(f"rasterization: colors: expected a tensor for {render_mode}, got None")
+    if colors is None:
+        colors, sh_degree = torch.zeros_like(means[..., :1]), None
+    tile_size = tile_size or 16
     scene = means, quats, scales, opacities, colors, viewmats, Ks
     lay = layout_of(*scene, sh_degree, backgrounds, covars)
-    check_values(opacities, Ks, width, height, near_plane, far_plane, eps2d)
     own = dict(covars=covars) if covars is not None else dict(quats=quats, scales=scales)
+    check_finite(viewmats=viewmats, Ks=Ks, backgrounds=backgrounds)
+    check_values(own.get("quats"), opacities, Ks, width, height, near_plane, far_plane, eps2d)
     harmonics = colors if lay.k else None
     wrong = count_not_finite(lay, means=means, **own, opacities=opacities, colors=harmonics)
 

@@ -69,12 +69,14 @@ class World:
     rendered: UInt8[np.ndarray, "v h w 3"] | None = None  # of the Gaussians, by the same cameras
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rgb behind the Gaussians, 0..1
     remarks: tuple[str, ...] = ()  # what was left out, one line each
+    antialiased: bool = False  # whether the Gaussians are for that mode of the renderer
 
     def facts(self) -> str:
         "What it holds, in words."
         found = [f"{len(self.xyz):,} points"]
         if self.gaussians is not None:
-            found.append(f"{len(self.gaussians):,} Gaussians")
+            mode = " for the antialiased mode" if self.antialiased else ""
+            found.append(f"{len(self.gaussians):,} Gaussians{mode}")
         if self.camera is not None:
             found.append(f"{len(self.camera)} views, of which the model had {self.references}")
         return ", ".join(found)
@@ -179,7 +181,9 @@ def mean_colors(
 def open_any(
     path: str | Path,  # a cloud, a mesh or a splat
     up: str = "z",  # axis that points up in it
-) -> tuple[CloudFile, str, GaussianBatch | None]:  # cloud, axis that points up in it, Gaussians
+) -> tuple[
+    CloudFile, str, GaussianBatch | None, bool
+]:  # cloud, axis that points up in it, Gaussians, whether these are for the antialiased mode
     """The points of a file, and its Gaussians where it has some.
 
     Raises: ValueError for another ending, and as the readers of clouds, meshes and splats.
@@ -190,13 +194,13 @@ def open_any(
         found = f"a name that ends in {kind}" if kind else "a name without an ending"
         raise refusal(str(path), f"a cloud, a mesh or a splat ({', '.join(known)})", found)
     if not holds_gaussians(path):
-        return *open_cloud(path, up), None
-    gaussians, _ = load_gaussians(path)
+        return *open_cloud(path, up), None, False
+    gaussians, antialiased = load_gaussians(path)
     if not len(gaussians):
         raise refusal(str(path), "at least one Gaussian", "none")
     cloud = cloud_of(gaussians.mean.numpy(), path, mean_colors(gaussians))
     gaussians = gaussians.derive(mean=gaussians.mean - torch.from_numpy(cloud.offset).float())
-    return cloud, up, gaussians
+    return cloud, up, gaussians, antialiased
 
 
 def world_of_file(
@@ -217,7 +221,7 @@ def world_of_file(
     transform = Transform() if extractor is None else extractor.transform
     check_unit(unit, transform)
     transform.check_words(up, normals)
-    cloud, up, gaussians = open_any(path, up)
+    cloud, up, gaussians, antialiased = open_any(path, up)
     kept = draw_rows(len(cloud), points)
     given = dict(xyz=cloud.xyz, color=cloud.color, normal=cloud.normal)
     columns = {name: column[kept] for name, column in given.items() if column is not None}
@@ -231,7 +235,8 @@ def world_of_file(
     remarks = left_out(len(kept), len(cloud), gaussians)
     if gaussians is not None and up != "z":
         gaussians = rotate_gaussians(gaussians, R)
-    return World(path.name, xyz, colorings, gaussians=gaussians, remarks=remarks)
+    shown = dict(gaussians=gaussians, antialiased=antialiased, remarks=remarks)
+    return World(path.name, xyz, colorings, **shown)
 
 # %% ../nbs/66_view.ipynb #v66run
 @torch.no_grad()
@@ -414,7 +419,8 @@ def world_page(
         middle, radius = cloud_extent(some.mean.numpy())
         label = f"The Gaussians of {world.name}; arrow keys rotate them"
         eye = dict(azimuth=40.0, distance=3.2 * radius, at=torch.from_numpy(middle))
-        picture = gaussian_viewer(some, background=world.background, label=label, **eye)
+        how = dict(background=world.background, antialiased=world.antialiased)
+        picture = gaussian_viewer(some, label=label, **how, **eye)
         parts.append(("Gaussians", picture))
     if world.photos is not None:
         title = "Views: as taken" + ", and rendered beneath" * (world.rendered is not None)
@@ -537,6 +543,10 @@ def draw_scenes(
             )
             camera.on_click(_stand_at)
     text = [f"**{world.name}**", world.facts(), *world.remarks]
+    if world.antialiased:
+        text.append(
+            "Drawn here in the classic mode, which thickens thin ones; a page (--out) draws theirs"
+        )
     server.gui.add_markdown("\n\n".join(text))
     switch = server.gui.add_dropdown("show", tuple(nodes))
 

@@ -83,27 +83,31 @@ def pack_gaussians(
 # %% ../nbs/54_viewer.ipynb #ec233631
 VERTEX = """#version 300 es
 precision highp float; precision highp int;
-uniform highp sampler2D table; uniform mat3 rotation; uniform vec3 move, eye; uniform vec2 focal, size;
+uniform highp sampler2D table; uniform mat3 rotation; uniform vec3 move, eye; uniform vec2 focal, size; uniform float mip;
 in uint which;                       // the Gaussian, in the order of drawing
 out vec2 away; flat out vec4 color; flat out vec3 conic;
 vec4 row(int k) { int i = int(which) * 6 + k; return texelFetch(table, ivec2(i % 1536, i / 1536), 0); }
 void main() {
   vec4 mean = row(0), c0 = row(1), c1 = row(2);
+  float opacity = mean.w;
   vec3 p = rotation * mean.xyz + move;
   gl_Position = vec4(2, 2, 2, 1);    // outside: nothing is drawn
-  if (p.z < .01 || mean.w < 1. / 255.) return;
+  if (p.z < .01) return;
   mat3 sigma = mat3(c0.x, c0.y, c0.z, c0.y, c0.w, c1.x, c0.z, c1.x, c1.y);
   vec2 limit = .65 * size / focal, s = clamp(p.xy / p.z, -limit, limit);
   vec3 u = vec3(focal.x, 0, -focal.x * s.x) / p.z * rotation;    // rows of J W
   vec3 v = vec3(0, focal.y, -focal.y * s.y) / p.z * rotation;
   float a = dot(u, sigma * u) + .3, b = dot(u, sigma * v), c = dot(v, sigma * v) + .3;
-  conic = vec3(c, -b, a) / (a * c - b * b);
-  away = (vec2(gl_VertexID & 1, gl_VertexID >> 1) * 2. - 1.) * sqrt(2. * log(255. * mean.w) * vec2(a, c));
+  float area = a * c - b * b;
+  if (mip > 0.) opacity *= sqrt(max((a - .3) * (c - .3) - b * b, 0.) / area);
+  if (opacity < 1. / 255.) return;
+  conic = vec3(c, -b, a) / area;
+  away = (vec2(gl_VertexID & 1, gl_VertexID >> 1) * 2. - 1.) * sqrt(2. * log(255. * opacity) * vec2(a, c));
   vec2 pixel = focal * p.xy / p.z + .5 * size + away;
   gl_Position = vec4((2. * pixel / size - 1.) * vec2(1, -1), 0, 1);
   vec3 d = normalize(mean.xyz - eye), dark = vec3(c1.z, c1.w, row(3).x);
   vec3 y = vec3(row(3).yzw), z = vec3(row(4).xyz), x = vec3(row(4).w, row(5).xy);
-  color = vec4(max(.5 + .28209479 * dark + .48860251 * (-d.y * y + d.z * z - d.x * x), 0.), mean.w);
+  color = vec4(max(.5 + .28209479 * dark + .48860251 * (-d.y * y + d.z * z - d.x * x), 0.), opacity);
 }"""
 FRAGMENT = """#version 300 es
 precision highp float;
@@ -276,6 +280,7 @@ PROGRAM = r"""(root, data) => {
     gl.uniform3f(at("eye"), ...eye);
     gl.uniform2f(at("focal"), focal, focal);
     gl.uniform2f(at("size"), w, h);
+    gl.uniform1f(at("mip"), data.mip || 0);
     paint(forward);
     root.dataset.drawn = (+root.dataset.drawn || 0) + 1;
   };
@@ -423,6 +428,7 @@ def gaussian_viewer(
     fov: float = 49.134,  # degrees, of the height
     at: Float[Tensor, "3"] | None = None,  # what is in the middle of the picture; None: the means
     spin: float = 0.0,  # degrees a second at first, until it is touched; 0 stands still
+    antialiased: bool = False,  # that mode of `render`
 ) -> str:  # HTML for a notebook or a page
     """Gaussians as an interactive picture: sorted and blended as `render` does, up to rounding.
 
@@ -431,7 +437,9 @@ def gaussian_viewer(
     packed = pack_gaussians(gaussians)
     eye = dict(azimuth=azimuth, elevation=elevation, distance=distance, fov=fov)
     camera = place_camera(gaussians.mean, **eye, at=at)
-    shown = dict(camera=camera, background=background, spin=math.radians(spin))
+    shown = dict(
+        camera=camera, background=background, spin=math.radians(spin), mip=int(antialiased)
+    )
     data = dict(vertex=VERTEX, fragment=FRAGMENT, gaussians=packed) | shown
     return to_page(data, label)
 

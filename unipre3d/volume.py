@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .core import CameraBatch, Packed, PointBatch, ViewBatch
+from .geometry.cameras import pixel_centres
 from .geometry.pointops import three_nn
 from .render import Render
 
 # %% auto #0
-__all__ = ['pixel_rays', 'box_span', 'pixel_centres', 'section_weights', 'march', 'even_depths', 'finer_depths', 'VolumeReader',
-           'VolumeBatch', 'VolumeHead', 'PixelBatch', 'pick_pixels', 'read_lattice', 'render_rays', 'render_volume']
+__all__ = ['pixel_rays', 'box_span', 'section_weights', 'march', 'even_depths', 'finer_depths', 'VolumeReader', 'VolumeBatch',
+           'VolumeHead', 'PixelBatch', 'pick_pixels', 'read_lattice', 'render_rays', 'render_volume']
 
 # %% ../nbs/52_volume.ipynb #52vol007
 def pixel_rays(
@@ -49,16 +50,6 @@ def box_span(
     meets = leave > enter
     one = torch.ones_like(enter)
     return torch.where(meets, enter, one), torch.where(meets, leave, one), meets
-
-
-def pixel_centres(
-    hw: tuple[int, int],  # image height and width
-    like: Tensor,  # the result has its kind and device
-) -> Float[Tensor, "r 2"]:
-    "The centre of every pixel, row by row."
-    rows, columns = (torch.arange(n).to(like) + 0.5 for n in hw)
-    v, u = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([u, v], -1).view(-1, 2)
 
 # %% ../nbs/52_volume.ipynb #52vol012
 def section_weights(
@@ -249,7 +240,7 @@ def pick_pixels(
 
     parts = dict(rgb=take(views.rgb), depth=take(views.depth), mask=take(views.mask))
     camera = views.camera.derive(hw=(1, count))
-    pixels = pixel_centres((h, w), views.rgb)[index]
+    pixels = pixel_centres((h, w), views.rgb).flatten(0, 1)[index]
     return PixelBatch(camera=camera, pixels=pixels, **parts)
 
 
@@ -317,7 +308,7 @@ def render_volume(
     "Colour, alpha and depth of each view: of all its pixels, or of some, as images of height one."
     h, w = cameras.hw if pixels is None else (1, pixels.shape[1])
     if pixels is None:
-        pixels = pixel_centres((h, w), cameras.K).expand(len(cameras), -1, 2)
+        pixels = pixel_centres((h, w), cameras.K).flatten(0, 1).expand(len(cameras), -1, 2)
     background = background.expand(len(cameras), 3)
     reader = volume.reader
     rays = max(1, chunk // (len(cameras) * (reader.samples + reader.finer)))

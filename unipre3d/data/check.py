@@ -84,13 +84,15 @@ def find_readers(
 
 
 def _labelled(root, store):
-    "Readers of a folder with labels; none where it is no such folder."
+    "Readers of a folder with labels; none where it is no such folder. A report names what they leave out."
     own = [split for split in SPLITS if (root / split).is_dir()]
-    if store.has("classes.txt"):
-        return {split: FolderScenes(root, split=split) for split in own}
-    home = "train" if "train" in own else ""
-    kinds = [k for k in store.folders(home) if files_below(root / home / k, tuple(READERS))]
-    return {s: FolderClouds(root, split=s) for s in own or SPLITS} if len(kinds) > 1 else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if store.has("classes.txt"):
+            return {split: FolderScenes(root, split=split) for split in own}
+        home = "train" if "train" in own else ""
+        kinds = [k for k in store.folders(home) if files_below(root / home / k, tuple(READERS))]
+        return {s: FolderClouds(root, split=s) for s in own or SPLITS} if len(kinds) > 1 else {}
 
 
 def _scanobjectnn(root):
@@ -211,6 +213,8 @@ def check_data(
         except (ValueError, TypeError, OSError) as problem:
             report.refuse(problem)
     for reader in readers.values():
+        for line in getattr(reader, "left_out", ()):
+            report.refuse(ValueError(line))
         for reason, count in getattr(reader, "skipped", {}).items():
             report.dropped["views"] += count
             report.lines.append(f"dropped: {count} frames: {reason}")

@@ -5,12 +5,15 @@
 # %% ../../nbs/data/24_folder.ipynb #f24imports
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
+from tqdm.auto import tqdm
 
 from .augment import BLANK
 from .clouds import READERS, CloudFile, find_clouds, read_cloud
@@ -25,11 +28,12 @@ from unipre3d.data.readers import (
     found_at,
     hold_out,
 )
-from ..files import HIDDEN, files_below, read_words
-from ..values import check_labels, refusal
+from ..files import HIDDEN, files_below, named, read_json, read_words, tell
+from ..records import cached, code_hash
+from ..values import MissingPoints, check_labels, refusal
 
 # %% auto #0
-__all__ = ['SPLITS', 'FOLDER', 'LABELS', 'POINT_FOLDER', 'share_out', 'class_files', 'all_columns', 'FolderClouds',
+__all__ = ['SPLITS', 'FOLDER', 'LABELS', 'POINT_FOLDER', 'share_out', 'OwnClouds', 'class_files', 'all_columns', 'FolderClouds',
            'label_column', 'FolderScenes']
 
 # %% ../../nbs/data/24_folder.ipynb #f24split
@@ -43,6 +47,44 @@ def share_out(
     rest, test = hold_out(labels, 0.2)
     train, val = hold_out(labels[rest], 0.125, seed=1)
     return dict(train=rest[train], val=rest[val], test=test)
+
+# %% ../../nbs/data/24_folder.ipynb #f24bad
+class OwnClouds(FileReader):
+    "What readers of your own files share: `items` end in a path, and `_read(i)` gives the table of one."
+
+    left_out: list[str] = []  # a line for each file of the split that cannot be read
+
+    def leave_out(self) -> None:
+        """Read every file once, and leave out what cannot be read; a warning counts and names it.
+
+        Raises: ValueError where no file can be read."""
+        paths = [path for _, _, path in self.items]
+        facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        code = code_hash("unipre3d.data.clouds", "unipre3d.data.folder", "unipre3d.files")
+        values = [type(self).__name__, code, self.classes, facts]
+        doubtful = read_json(cached("readable.json", values, self._note_doubtful), list)
+        lines = {i: self._problem(i) for i in doubtful}  # a disk may have been busy the first time
+        lines = {i: line for i, line in lines.items() if line}
+        self.left_out = list(lines.values())
+        if len(lines) == len(paths):
+            raise ValueError(f"{self.left_out[0]}; none of {len(paths)} files can be read")
+        self.items = [item for i, item in enumerate(self.items) if i not in lines]
+        tell(self.left_out, f"{self.root}: left out {len(lines)} of {len(paths)} clouds")
+
+    def _note_doubtful(self, place):
+        "A JSON list of the numbers of those that cannot be read."
+        numbers = tqdm(range(len(self.items)), desc="reading clouds", disable=None, delay=1)
+        place.write_text(json.dumps([i for i in numbers if self._problem(i)]))
+
+    def _problem(self, i):
+        "What is wrong with a file, in a line; empty where nothing is. Dropped points are said when it is used."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MissingPoints)
+            try:
+                self._read(i)
+            except (ValueError, OSError, MemoryError) as problem:
+                return named(problem, self.items[i][2])
+        return ""
 
 # %% ../../nbs/data/24_folder.ipynb #f24class
 FOLDER = Layout(
@@ -71,7 +113,7 @@ def all_columns(
     return found
 
 
-class FolderClouds(FileReader):
+class FolderClouds(OwnClouds):
     """Clouds in a folder for each class. Rows: `xyz`, `normal`, `color`.
 
     Raises: FileNotFoundError or ValueError that say what the folder should hold."""
@@ -98,6 +140,14 @@ class FolderClouds(FileReader):
         for kind, path in files[split]:
             name = path.relative_to(self.root).as_posix()
             self.items.append((name, self.classes.index(kind), path))
+        self.leave_out()
+        gone = set(range(len(self.classes))) - {label for _, label, _ in self.items}
+        if split == "train" and gone:
+            kind = self.classes[min(gone)]
+            found = f"none; {self.left_out[0]}"
+            raise ValueError(
+                self.layout.say(self.root, f"clouds of {kind} that can be read", found)
+            )
 
     def _shared(self):
         "The files of each split, where the folder has no splits of its own."
@@ -166,7 +216,7 @@ def label_column(
     raise refusal(str(where), f"a column of labels ({', '.join(LABELS)})", found)
 
 
-class FolderScenes(FileReader):
+class FolderScenes(OwnClouds):
     """Clouds with a label for each point. Rows: `xyz` metres, `normal`, `color`, `segment`, `instance`.
 
     Raises: FileNotFoundError or ValueError that say what the folder should hold."""
@@ -200,6 +250,7 @@ class FolderScenes(FileReader):
         check_apart(real, "file")
         for path in find_clouds(home):
             self.items.append((path.relative_to(self.root).as_posix(), None, path))
+        self.leave_out()
 
     def _read(self, i):
         path = self.items[i][2]

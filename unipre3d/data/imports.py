@@ -43,7 +43,7 @@ from unipre3d.data.scannet import (
     write_frame,
     write_intrinsics,
 )
-from ..files import decode_picture, eight_bits, read_file
+from ..files import decode_picture, eight_bits, read_file, tell
 from ..geometry.pointops import voxelize
 from ..values import check_array, check_points, refusal, store_column
 
@@ -51,7 +51,7 @@ from ..values import check_array, check_points, refusal, store_column
 __all__ = ['UNITS', 'UPS', 'VALUES', 'Choice', 'draw_color', 'draw_depth', 'smaller', 'sketch', 'view_points', 'add_up',
            'plane_normals', 'fuse_depth', 'nearest_points', 'depth_ratio', 'scaled_depth', 'half_meeting',
            'find_depth_scale', 'cameras_up', 'to_z_up', 'points_at_depth', 'color_likeness', 'fit_of', 'option_words',
-           'file_readings', 'check_fit', 'contact_sheet', 'ImportOptions', 'Settled', 'settle', 'readable',
+           'file_readings', 'check_fit', 'contact_sheet', 'ImportOptions', 'Settled', 'settle', 'readable', 'check_new',
            'write_scene', 'place_scenes', 'import_posed']
 
 # %% ../../nbs/data/28_import.ipynb #p28view
@@ -645,6 +645,7 @@ def readable(
     progress: bool = True,  # show a bar
 ) -> Capture:
     """The images that are kept and whose files can be read; remarks count and name the others.
+    JPEGs are read to their end but drawn at an eighth of their size, which takes about half the time.
 
     Raises: OSError or ValueError that names the file, where fewer than two are left."""
     images = _kept_images(capture, options)
@@ -652,7 +653,8 @@ def readable(
     problems = []
     for one in tqdm(images, desc="reading pictures", unit="image", disable=not progress):
         try:
-            decode_picture(read_file(one.color), str(one.color), PICTURES)
+            whole = read_file(one.color)
+            decode_picture(whole, str(one.color), PICTURES, lambda image: image.draft(None, (1, 1)))
             if one.depth:
                 read_depth_map(one.depth)
         except (ValueError, OSError) as problem:
@@ -744,6 +746,22 @@ def _upright(capture, cloud, scale, own, up):
     return replace(capture, images=images), cloud, up
 
 # %% ../../nbs/data/28_import.ipynb #p28write
+def check_new(
+    out: str | Path,  # the data set's folder
+    scene: str,
+) -> None:
+    """Raises: ValueError where files of a scene of this name are there, also those of an import that was stopped."""
+    frames = [Path(out) / "2D" / kind / scene for kind in ("color", "depth", "pose")]
+    clouds = [Path(out) / split / scene for split in ("train", "val", "test")]
+    for place in (*clouds, *frames, Path(out) / "2D" / "intrinsic" / f"{scene}.txt"):
+        if not place.exists():
+            continue
+        whole = any((folder / "coord.npy").is_file() for folder in clouds)
+        found = "one" if whole else f"a part of one, from an import that was stopped: {place}"
+        remedy = "delete its files, or name another --out"
+        raise refusal(str(out), f"no scene of this name, {scene}", found, remedy)
+
+
 def write_scene(
     settled: Settled,
     out: str | Path,  # the data set's folder
@@ -756,9 +774,7 @@ def write_scene(
 
     Raises: ValueError where there is one of this name."""
     out = Path(out)
-    if (out / split / scene / "coord.npy").exists():
-        remedy = "delete it, or name another folder"
-        raise refusal(str(out / split / scene), "no scene of this name", "one", remedy)
+    check_new(out, scene)
     write_intrinsics(out / "2D" / "intrinsic" / f"{scene}.txt", settled.pinhole.K)
     for number, one in enumerate(tqdm(images, desc=scene, unit="image", disable=not progress)):
         depth = None
@@ -802,7 +818,7 @@ def import_posed(
     options: ImportOptions = ImportOptions(),
     progress: bool = True,  # show bars
 ) -> list[str]:  # what was found and written, a line each
-    """Posed images of other programs as a data set for every scene recipe.
+    """Posed images of other programs as a data set for every scene recipe; of several captures a bad one costs no other.
 
     Raises: FileNotFoundError or ValueError of one line that names file, option and remedy."""
     options.check()
@@ -811,16 +827,24 @@ def import_posed(
     if options.cloud and len(captures) > 1 and not all(one.split for one in captures):
         found = f"{len(captures)} captures"
         raise refusal("--cloud", "one capture, whose points these are", found)
-    captures = [readable(one, options, progress) for one in captures]
-    options = replace(options, every=1)
-    placed = place_scenes(captures, options)
-    scenes = [place[1] for places in placed for place in places]
+    scenes = [place[1] for places in place_scenes(captures, options) for place in places]
     if len(set(scenes)) < len(scenes):
         twice = next(name for name in scenes if scenes.count(name) > 1)
         raise refusal(str(folder), "captures of different names", f"{twice} twice", "rename one")
-    lines = []
+    for scene in scenes:
+        check_new(out, scene)
+    captures = [readable(one, options, progress) for one in captures]
+    options = replace(options, every=1)
+    placed = place_scenes(captures, options)
+    lines, problems = [], []
     for capture, places in zip(captures, placed):
-        settled = settle(capture, options, progress)
+        try:
+            settled = settle(capture, options, progress)
+        except (ValueError, OSError) as problem:
+            if len(captures) == 1:
+                raise
+            problems.append(str(problem))
+            continue
         lines += [f"{capture.name}: {line}" for line in settled.lines]
         for split, scene, part in places:
             images = settled.capture.images[part]
@@ -833,4 +857,7 @@ def import_posed(
         lines.append(f"wrote {sheet}: points over pictures")
         if len(places) > 1:
             lines.append("val has the last images of the same place: it tells nothing of new ones")
+    if len(problems) == len(captures):
+        raise ValueError(f"{problems[0]}; none of {len(captures)} captures could be read")
+    tell(problems, f"{folder}: left out {len(problems)} of {len(captures)} captures")
     return lines

@@ -45,10 +45,10 @@ from ..tasks.heads import LabelObjective
 
 # %% auto #0
 __all__ = ['CHILD', 'ONE_THREAD', 'ELSEWHERE', 'PAPER_MEMORY', 'plain', 'row_of', 'recorded', 'record_path', 'run_path',
-           'read_row', 'trial_score', 'chosen_rate', 'recipe_of', 'missing', 'letters', 'AnswersRecipe', 'with_answers',
-           'goes_on', 'run_row', 'pending', 'row_lock', 'is_taken', 'is_done', 'run_file', 'visible_gpus', 'log_path',
-           'start_row', 'last_line', 'reproduce', 'StudyOptions', 'why_not', 'plan_table', 'lacks', 'missing_table',
-           'planned', 'reproduce_command']
+           'read_row', 'trial_score', 'chosen_rate', 'recipe_of', 'lacks', 'missing', 'letters', 'AnswersRecipe',
+           'with_answers', 'goes_on', 'run_row', 'pending', 'row_lock', 'is_taken', 'is_done', 'run_file',
+           'visible_gpus', 'log_path', 'start_row', 'last_line', 'reproduce', 'StudyOptions', 'why_not', 'plan_table',
+           'missing_table', 'planned', 'reproduce_command']
 
 # %% ../../nbs/78_reproduce.ipynb #98cb9c12
 def plain(row: Row) -> dict[str, Any]:
@@ -143,15 +143,31 @@ def recipe_of(
     return plan_recipe(row.recipe, values, row.key)
 
 
-def missing(row: Row) -> str:  # "" if nothing is
-    "Why a row cannot be run here."
+def lacks(
+    row: Row,
+) -> dict[str, str]:  # of code, data, weights, machine: what it is; empty where nothing is missing
+    "Everything that a row needs and that is not here."
     try:
-        recipe_of(replace(row, tune=()), "")
+        recipe = recipe_of(replace(row, tune=()), "")
     except ValueError as problem:
-        return str(problem).removeprefix(f"{row.key}: ")
+        return {"code": str(problem).removeprefix(f"{row.key}: ")}
+    found = {}
     if row.needs and not row.changes["data"]:
-        return f"needs {SOURCES[row.needs]}; pass --{row.needs} FOLDER"
-    return "needs a GPU" if row.stage == "full" and not torch.cuda.is_available() else ""
+        found["data"] = f"{SOURCES[row.needs]}; pass --{row.needs} FOLDER"
+    image = getattr(recipe.model, "image", "")
+    if "/" in image and not autoencoder_folder(image, recipe.model.image_subfolder).is_dir():
+        found["weights"] = f"{image}, fetched at first use where there is a network"
+    if row.stage == "full" and not torch.cuda.is_available():
+        found["machine"] = "a GPU"
+    return found
+
+
+def missing(row: Row) -> str:  # "" if nothing is
+    "Why a row cannot be run here; weights are fetched when it runs."
+    for kind, what in lacks(row).items():
+        if kind != "weights":
+            return what if kind == "code" else f"needs {what}"
+    return ""
 
 # %% ../../nbs/78_reproduce.ipynb #3bed793a
 def letters(
@@ -208,6 +224,7 @@ def run_row(
     row: Row,
     folder: str | Path,  # of the study
     say: Callable[[str], None] = print,  # where messages go
+    force: bool = False,  # go on although code, threads or data are not the same
 ) -> dict | None:  # the record; None if it was interrupted
     """Run a row in this process, or go on with it, and write its record.
 
@@ -219,7 +236,8 @@ def run_row(
     if run.exists() and not resume:
         shutil.rmtree(run)  # of other values, or its record was taken away: it starts anew
     init = "none" if row.start == "none" else run_path(row.start, folder)
-    done = run_recipe(row.recipe, recipe, run, init=init, resume=resume, say=say)
+    how = dict(init=init, resume=resume, force=force and resume)
+    done = run_recipe(row.recipe, recipe, run, say=say, **how)
     record = done.record
     if record is None:
         return None
@@ -238,7 +256,10 @@ def run_row(
     return record
 
 # %% ../../nbs/78_reproduce.ipynb #8125b8cb
-CHILD = "import sys; from unipre3d.reproduce.run import run_file; sys.exit(run_file(sys.argv[1]))"
+CHILD = (
+    "import sys; from unipre3d.reproduce.run import run_file; "
+    "sys.exit(run_file(sys.argv[-1], '--force' in sys.argv))"
+)
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -304,6 +325,7 @@ def is_done(
 
 def run_file(
     path: str | Path,  # rows/ROW.json in the folder of the study
+    force: bool = False,  # as for `run_row`
 ) -> int:  # 0 done, 75 runs elsewhere, 130 interrupted, 1 failed, with the reason on the last line
     "What the process of a row does."
     torch.set_num_threads(1)
@@ -314,7 +336,7 @@ def run_file(
         with row_lock(row.key, folder):
             if is_done(row, folder):  # by another process, a moment ago
                 return 0
-            record = run_row(row, folder)
+            record = run_row(row, folder, force=force)
     except Timeout:
         return ELSEWHERE
     except Exception as problem:
@@ -345,6 +367,7 @@ def start_row(
     row: Row,
     folder: str | Path,  # of the study
     gpu: str = "",  # the one that it sees; "" is none, or all there are
+    force: bool = False,  # as for `run_row`
 ) -> subprocess.Popen:
     "Begin a row in a process of its own."
     log = log_path(row.key, folder)
@@ -354,7 +377,7 @@ def start_row(
     one_gpu = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
     with open(log, "a") as file:
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(values)],
+            [sys.executable, "-c", CHILD, *["--force"] * force, str(values)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | ONE_THREAD | one_gpu,
@@ -376,6 +399,7 @@ def reproduce(
     folder: str | Path,  # of the study: gets runs/ROW, rows/ROW.log and records/ROW.json
     *,
     workers: int = 0,  # rows at a time, one thread each; 0 is one for each GPU, or two without
+    force: bool = False,  # go on with interrupted rows although code, threads or data changed
     say: Callable[[str], None] = tqdm.write,  # where messages go
     wait: float = 0.2,  # seconds between two checks of the processes
 ) -> dict[str, Any]:  # done: names; failed: name -> why; left: names
@@ -438,7 +462,7 @@ def reproduce(
                 fail(row, "not run", why)
             else:
                 gpu = free.pop(0)
-                running[start_row(row, folder, gpu)] = row, gpu
+                running[start_row(row, folder, gpu, force)] = row, gpu
 
     counter = "{n:.0f}/{total:.0f} planned minutes of one core [{elapsed}{postfix}]"
     bar = tqdm(
@@ -475,6 +499,7 @@ class StudyOptions:
     only: str = ""  # a claim (k has no runs), a row or its beginning; with what they need
     out: str = "runs/study"  # folder of the study: runs and records
     workers: int = 0  # rows at a time, one thread each; 0 is one for each GPU, or two without
+    force: bool = False  # go on with interrupted rows of other code, threads or data too; their records say so
     list: bool = False  # only print the plan
     shapenet: str = ""  # folder of ShapeNet's rendered views, for the full plan
     scannet: str = ""  # folder of ScanNet, for the full plan
@@ -532,25 +557,6 @@ PAPER_MEMORY = {
 }
 
 
-def lacks(
-    row: Row,
-) -> list[str]:  # "data: ...", "weights: ...", "a GPU"; empty where it can be run
-    "Everything that a row needs and that is not here."
-    try:
-        recipe = recipe_of(replace(row, tune=()), "")
-    except ValueError as problem:
-        return [f"code: {problem}"]
-    found = []
-    if row.needs and not row.changes["data"]:
-        found.append(f"data: {SOURCES[row.needs]}; pass --{row.needs} FOLDER")
-    image = getattr(recipe.model, "image", "")
-    if "/" in image and not autoencoder_folder(image, recipe.model.image_subfolder).is_dir():
-        found.append(f"weights: {image}, fetched at first use where there is a network")
-    if row.stage == "full" and not torch.cuda.is_available():
-        found.append("a GPU")
-    return found
-
-
 def missing_table(
     rows: Sequence[Row],
     folder: str | Path,  # of the study
@@ -559,8 +565,9 @@ def missing_table(
     left = {r.key for r in pending(rows, folder)}
     found: dict[str, list[Row]] = {}
     for row in rows:
-        for thing in lacks(row) if row.key in left else ():
-            found.setdefault(thing, []).append(row)
+        things = lacks(row) if row.key in left else {}
+        for kind, what in things.items():
+            found.setdefault(f"{kind}: {what}", []).append(row)
     lines = ["rows   hours  memory of a GPU                  missing"]
     for thing, own in sorted(found.items(), key=lambda pair: -len(pair[1])):
         scene = any(r.needs in ("scannet", "s3dis") for r in own)
@@ -618,11 +625,14 @@ def reproduce_command(
         return 0
     why = why_not(rows, options.out)
     able = [r for r in rows if r.key not in why]
-    outcome = reproduce(able, options.out, workers=options.workers)
+    outcome = reproduce(able, options.out, workers=options.workers, force=options.force)
     counts = ", ".join(f"{len(outcome[name])} {name}" for name in ("failed", "left"))
     print(f"{len(outcome['done'])} rows done, {counts}; records: {options.out}/records")
     if outcome["left"]:
-        given = [f"--{k} {v}" for k, v in asdict(options).items() if v not in ("", False)]
+        given = []
+        for name, value in asdict(options).items():
+            if value not in ("", False, 0):
+                given.append(f"--{name}" if value is True else f"--{name} {value}")
         print("go on with:", " ".join(["unipre3d reproduce", budget, *given]))
         return 130
     return int(bool(outcome["failed"]))

@@ -44,7 +44,8 @@ from .recipe import Optimiser, Run, learning_rate
 
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
-           'steady', 'new_accelerator', 'forward', 'take_step', 'Progress', 'timed', 'check_task', 'is_due', 'fit']
+           'steady', 'saved_first', 'new_accelerator', 'forward', 'take_step', 'Progress', 'timed', 'check_task',
+           'is_due', 'fit']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -245,6 +246,20 @@ def steady(
             if lost == 3:
                 raise
             say(f"{problem}; reading goes on with step {step + 1}")
+
+
+def saved_first(
+    batches: Iterator,
+    save: Callable[[], None],  # the state of the run
+) -> Iterator:  # the same batches
+    """Batches; where one cannot be read, the run is saved before that ends it.
+
+    Raises: what reading raises."""
+    try:
+        yield from batches
+    except (ValueError, OSError):
+        save()
+        raise
 
 # %% ../../nbs/58_fit.ipynb #1f562091
 def new_accelerator(
@@ -499,6 +514,11 @@ def fit(
 
     if resume and main:
         write_checkpoint()  # a kill may have come between the state and the checkpoint
+
+    def save_progress():
+        if now.step > start:
+            save()
+
     start = now.step
     if has_failed():  # it had ended, and its record was cut short
         now.ended = "diverged"
@@ -510,7 +530,8 @@ def fit(
         stop_requests() as stopping,
         tqdm(total=run.steps, initial=start, desc=task.name, disable=not main) as bar,
     ):
-        for batch in timed(steady(batches, start, run.steps, say), now):
+        steps = timed(steady(batches, start, run.steps, say), now)
+        for batch in saved_first(steps, save_progress):
             torch.manual_seed(
                 run.seed
                 + 1_000_003 * (1 + now.step * accelerator.num_processes + accelerator.process_index)

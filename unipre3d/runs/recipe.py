@@ -18,9 +18,10 @@ from ..data.augment import Augment
 from ..files import reading
 
 # %% auto #0
-__all__ = ['Limit', 'Condition', 'NEVER', 'LIMITS', 'CONDITIONS', 'OLD_NAMES', 'Data', 'Model', 'Objective', 'Optimiser', 'Run',
-           'within', 'above', 'one_of', 'reads', 'Recipe', 'groups', 'change', 'freeze', 'to_values', 'augment_of',
-           'value_of', 'same_kind', 'from_values', 'learning_rate', 'check_recipe', 'check_changes', 'names_embedded']
+__all__ = ['Limit', 'Condition', 'NEVER', 'LIMITS', 'CONDITIONS', 'OLD_NAMES', 'DROPPED', 'Data', 'Model', 'Objective',
+           'Optimiser', 'Run', 'within', 'above', 'one_of', 'reads', 'Recipe', 'groups', 'change', 'freeze',
+           'to_values', 'augment_of', 'value_of', 'same_kind', 'from_values', 'learning_rate', 'check_recipe',
+           'check_changes', 'names_embedded']
 
 # %% ../../nbs/56_recipe.ipynb #1c52b752
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class Run:
     validate_every: int = 0  # steps between validations; 0 is off, but for the last
     patience: int = 0  # end after so many validations without a better one; 0 is off
     save_every: int = 500  # steps between saves; 0 is off, but for the last
-    keep: int = 0  # weights of so many last saves stay, and those of the best validation
+    keep: int = (
+        0  # weights of so many last saves stay; with --validate-every also those of the best
+    )
     picture_every: int = 0  # steps between pictures; 0 is off, but for the last
 
 # %% ../../nbs/56_recipe.ipynb #56a00002
@@ -248,6 +251,11 @@ OLD_NAMES = {
     "eval_every": "validate_every",
     "need": "min_coverage",
 }  # in files -> in a recipe; a task's recipes may have more
+DROPPED = (
+    "rotate",
+    "flip",
+    "shard_window",
+)  # of earlier files: part of `augment` now, or of no meaning
 
 
 def freeze(value: Any) -> Any:
@@ -332,7 +340,7 @@ def from_values(
         name = renamed.get(old, old)
         if name in known or name == "about":
             found[name] = freeze(value)
-        elif old not in ("rotate", "flip"):
+        elif old not in DROPPED:
             unknown.append(old)
     if unknown:
         raise ValueError(

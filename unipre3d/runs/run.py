@@ -336,7 +336,7 @@ def run_order(
     """What decides the order of a run's clouds, beside their number and the seed.
 
     Raises: ValueError for a window of shards where there are none."""
-    window = recipe.data.shard_window
+    window = getattr(recipe.data, "shard_window", 0)  # images of an autoencoder lie in no shards
     if not window:
         return {}
     blocks = getattr(samples, "shards", None)
@@ -559,6 +559,12 @@ def run_recipe(
             if rank == 0:
                 then = f"go on from the last save with: {go_on}"
                 say(f"stopped at once; {then if has_state(folder) else 'nothing was saved yet'}")
+            raise
+        except (ValueError, OSError):  # such as a file that cannot be read
+            if rank == 0 and has_state(folder):
+                say(
+                    f"stopped by what follows; mend it, then go on from the last save with: {go_on} --force"
+                )
             raise
         if done.ended == "diverged" and rank == 0:
             say(

@@ -191,7 +191,6 @@ class ImageData:
     patch: int = 64  # side of a patch, pixels
     workers: int = 0  # loader processes
     prefetch: int = 4  # batches that each loader process has ready
-    shard_window: int = 0  # images do not lie in shards: 0
 
 
 @dataclass(frozen=True)

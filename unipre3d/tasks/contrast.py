@@ -19,7 +19,8 @@ from ..core import PointBatch, offsets
 from ..data.augment import Augment
 from ..data.samples import CloudSamples
 from ..geometry.pointops import interpolate
-from ..runs.fit import Task, gathered
+from ..processes import gathered, shared_count, shared_rows
+from ..runs.fit import Task
 from unipre3d.runs.recipe import (
     Condition,
     Limit,
@@ -50,10 +51,12 @@ def contrast(
     b: Float[Tensor, "n c"],  # of the same anchors in the other
     temperature: float,
 ) -> Float[Tensor, ""]:
-    "How badly each anchor is told from the others, both ways."
-    likeness = a @ b.T / temperature
-    own = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(likeness, own) + F.cross_entropy(likeness.T, own)) / 2
+    "How badly each anchor is told from the others, both ways; in training from those of all processes."
+    (all_a, first), (all_b, _) = shared_rows(a), shared_rows(b)
+    own = first + torch.arange(len(a), device=a.device)
+    forth = F.cross_entropy(a @ all_b.T / temperature, own, reduction="sum")
+    back = F.cross_entropy(b @ all_a.T / temperature, own, reduction="sum")
+    return (forth + back) / 2 / shared_count(own.new_tensor(len(a)))
 
 # %% ../../nbs/tasks/68_contrast.ipynb #68con011
 def lowest_rows(
@@ -143,7 +146,7 @@ class Contrasted(Model):
     "A backbone and a projection."
 
     projection: int = 64  # width of the features that are compared
-    anchors: int = 32  # of each cloud, told from all others of the batch
+    anchors: int = 32  # of each cloud, told from all others of the step, whatever the processes
     kept: float = 0.6  # fraction of a cloud in each view, above 0.5
     temperature: float = 0.1  # of the likeness
 
@@ -159,6 +162,7 @@ class ContrastRecipe(Recipe):
     command: ClassVar[str] = "pretrain"
     limits: ClassVar[dict[str, Limit]] = SHAPE_LIMITS | {
         "features": ('("xyz",): views change coordinates alone', lambda names: names == ("xyz",)),
+        "accumulate": ("1: anchors are told from all others of a step", lambda parts: parts == 1),
         "projection": within(1),
         "anchors": within(1),
         "kept": above(0.5, 1),

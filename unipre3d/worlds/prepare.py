@@ -29,7 +29,7 @@ from unipre3d.data.objects import (
 from ..data.readers import found_at
 from ..data.shapenet import split_objects
 from ..processes import leave_with
-from ..files import files_below, read_json
+from ..files import files_below, named, read_json, tell
 from ..records import code_hash, written_whole
 from ..values import refusal
 from unipre3d.worlds.mesh import (
@@ -44,7 +44,7 @@ from unipre3d.worlds.mesh import (
 
 # %% auto #0
 __all__ = ['MESHES', 'COLLECTIONS', 'prepare_own', 'find_meshes', 'MeshFile', 'synset_names', 'describe_meshes', 'split_meshes',
-           'run_jobs', 'named', 'tell', 'draw_object', 'prepare_meshes']
+           'run_jobs', 'draw_object', 'prepare_meshes']
 
 # %% ../../nbs/worlds/25_prepare.ipynb #947bf2af
 def prepare_own(
@@ -215,26 +215,6 @@ def _in_pool(function, jobs, chosen, workers):
         pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/worlds/25_prepare.ipynb #8bb6444f
-def named(
-    problem: Exception,
-    path: Path,
-) -> str:
-    "An error's line, with the file in front where it does not begin with it."
-    text = " ".join(str(problem).split())
-    return text if text.startswith(str(path)) else f"{path}: {text}"
-
-
-def tell(
-    lines: list[str],  # one for each file
-    count: str,  # what is said of them together
-    show: int = 20,  # lines that are shown
-) -> None:
-    "One warning for all of them; none for no lines."
-    if lines:
-        more = [f"and {len(lines) - show} more"] * (len(lines) > show)
-        warnings.warn("\n  ".join([count, *lines[:show], *more]), stacklevel=3)
-
-
 def draw_object(
     item: MeshFile,
     place: Path,  # the object's files, a zip
