@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 
+RECORD = Path(__file__).parent.parent / "data" / "records" / "outcomes" / "fuzz.json"
 DEFAULT = (60, 40)  # mutated and hostile inputs of the default run
 LIMIT_S = 30
 GIGABYTE = 2**30
@@ -1169,6 +1170,15 @@ def test_the_oracle_finds_what_is_silent():
     wrong |= dict(poses=np.full((1, 4, 4), 2.0), normal=moved, tensor=np.array(np.inf))
     for name, value in wrong.items():
         assert says(warned=True, **{name: value}).startswith(f"silent: 0 {name}")
+
+
+def test_the_record_of_the_long_run_holds_nothing_wrong():
+    record = json.loads(RECORD.read_text())
+    assert record["mutated"] >= 10_000 and record["hostile"] >= 1_000 and not record["wrong"]
+    rows = record["outcomes"].values()
+    assert set(record["outcomes"]) == set(KITS) and {k for row in rows for k in row} <= set(ALLOWED)
+    assert sum(sum(row.values()) for row in rows) == record["mutated"] + record["hostile"]
+    assert record["most_megabytes_above_file"] < 1024
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_files.ipynb #f02imports
 from __future__ import annotations
-import codecs, csv, io, json, os, re, stat, zipfile
+import codecs, csv, io, json, os, re, stat, warnings, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -16,11 +16,11 @@ import numpy as np
 # %% auto #0
 __all__ = ['HIDDEN', 'REMEDY', 'STAND_INS', 'UNPACKED', 'MARKS', 'AS_TEXT', 'VALUE', 'ARRAY', 'H5FILE', 'PLY_SIZES', 'PLY_LIST',
            'PLY_HEADER', 'PLY_WORDS', 'EMPTY_LINES', 'WEIGHTS', 'regular_file', 'files_below', 'stand_in', 'reason_of',
-           'Found', 'file_error', 'reading', 'unpack_bound', 'check_unpacked', 'check_declared', 'encoding_of',
-           'decode_text', 'read_file', 'read_words', 'check_values', 'decode_table', 'read_table', 'decode_json',
-           'read_json', 'decode_array', 'read_array', 'open_zip', 'read_member', 'read_arrays', 'open_h5', 'h5_dataset',
-           'decode_picture', 'eight_bits', 'is_text_ply', 'check_ply', 'plain_ply', 'read_ply', 'read_safetensors',
-           'check_weights']
+           'Found', 'file_error', 'reading', 'named', 'tell', 'unpack_bound', 'check_unpacked', 'check_declared',
+           'encoding_of', 'decode_text', 'read_file', 'read_words', 'check_values', 'decode_table', 'read_table',
+           'decode_json', 'read_json', 'decode_array', 'read_array', 'open_zip', 'read_member', 'read_arrays',
+           'open_h5', 'h5_dataset', 'decode_picture', 'eight_bits', 'is_text_ply', 'check_ply', 'plain_ply', 'read_ply',
+           'read_safetensors', 'check_weights']
 
 # %% ../nbs/02_files.ipynb #f02regular
 def regular_file(
@@ -156,6 +156,26 @@ def reading(
         raise
     except Exception as problem:
         raise file_error(problem, where, expected, remedy, data) from problem
+
+# %% ../nbs/02_files.ipynb #f02named
+def named(
+    problem: Exception,
+    path: Path,
+) -> str:
+    "An error's line, with the file in front where it does not begin with it."
+    text = " ".join(str(problem).split())
+    return text if text.startswith(str(path)) else f"{path}: {text}"
+
+
+def tell(
+    lines: list[str],  # one for each file
+    count: str,  # what is said of them together
+    show: int = 20,  # lines that are shown
+) -> None:
+    "One warning for all of them; none for no lines."
+    if lines:
+        more = [f"and {len(lines) - show} more"] * (len(lines) > show)
+        warnings.warn("\n  ".join([count, *lines[:show], *more]), stacklevel=3)
 
 # %% ../nbs/02_files.ipynb #f02sizes
 UNPACKED = 2**28  # bytes that a file may unpack to, above its own size

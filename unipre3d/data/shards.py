@@ -27,8 +27,8 @@ from ..values import refusal
 
 # %% auto #0
 __all__ = ['INDEX', 'FORMAT', 'VERSION', 'LIST_REMEDY', 'MOST_OPEN', 'MOST_LISTS', 'ORIGIN', 'sample_key', 'member_name',
-           'file_names', 'room_folders', 'list_samples', 'write_shards', 'kept_bytes', 'Shards', 'open_shards',
-           'fetch_shard', 'make_room', 'local_root']
+           'file_names', 'room_folders', 'list_samples', 'write_shards', 'kept_bytes', 'check_copy', 'Shards',
+           'open_shards', 'fetch_shard', 'make_room', 'local_root']
 
 # %% ../../nbs/data/18_shards.ipynb #s18key
 def sample_key(
@@ -249,6 +249,16 @@ def kept_bytes() -> int:
     return int(megabytes) * 2**20 if megabytes.isdecimal() else 50 * 10**9
 
 
+def check_copy(
+    path: Path,  # a shard, or its list
+    size: int,  # bytes that it must have
+) -> None:
+    "Raises: FileNotFoundError or ValueError for a file that is not there, or not whole."
+    found = regular_file(path, "a shard", "copy it again").stat().st_size
+    if found != size:
+        raise refusal(f"{path}", f"a shard of {size:,} bytes", f"{found:,}", "copy it again")
+
+
 class Shards:
     """Files of a data set that lie in shards; safe to hand to other processes.
 
@@ -412,15 +422,17 @@ class Shards:
             return self._open[path]
         if self.url:
             fetch_shard(f"{self.url}/{path.name}", path, size, sha256)
-        file = open(regular_file(path, "a shard", "copy it again"), "rb")
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
-            file.close()
-            raise refusal(f"{path}", f"a shard of {size:,} bytes", f"{found:,}", "copy it again")
-        self._open[path] = file
+        check_copy(path, size)
+        file = self._open[path] = open(path, "rb")
         while len(self._open) > 2 * MOST_OPEN:
             self._open.popitem(last=False)[1].close()
         return file
+
+    def check_copies(self) -> None:
+        "Raises: OSError or ValueError for the first shard or list that is not there, or not whole."
+        for (name, size, _), (list_size, _) in zip(self.shards, self.lists):
+            check_copy(self.root / name, size)
+            check_copy((self.root / name).with_suffix(".jsonl"), list_size)
 
     def shard(self, number: int) -> io.BufferedIOBase:
         "An archive, opened once in each process."
@@ -454,12 +466,19 @@ class Shards:
 def open_shards(
     root: str | Path,  # a folder
 ) -> Shards | None:  # None where it holds other files
-    "The shards of a folder, if it holds any."
+    """The shards of a folder, if it holds any; those of no address are all there, or it is refused at once.
+
+    Raises: as `Shards`, and OSError or ValueError for a shard that is not there or not whole."""
     path = Path(root) / INDEX
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        return Shards(root) if FORMAT.encode() in file.read(100) else None
+        if FORMAT.encode() not in file.read(100):
+            return None
+    shards = Shards(root)
+    if not shards.url:
+        shards.check_copies()
+    return shards
 
 # %% ../../nbs/data/18_shards.ipynb #s18far
 ORIGIN = "origin.json"  # beside an index that came from an address
