@@ -246,6 +246,8 @@ def test_vertices_of_two_numbers_are_named(tmp_path):
     "An OBJ that was cut, or a drawing in a plane."
     (tmp_path / "a.obj").write_text("v 0 0\nv 1 0\nv 1 1\nf 1 2 3\n")
     one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "vertices of 2 numbers")
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv \nv 1 0 0\nv 1 1 0\nf 1 2 3\n")
+    one_line(lambda: read_mesh(tmp_path / "a.obj"), "a.obj: expected", "vertices of 0 numbers")
 
 
 @pytest.mark.parametrize("first", ("OFF\n4 2 0", "OFF4 2 0", "OFF\n# mine\n\n4 2 0"))

@@ -629,6 +629,8 @@ def check_obj(
         raise Found(f"{wrong[1][:40].decode(errors='replace')!r}, which is not of numbers")
     if re.search(rb"(?m)^[ \t]*f[ \t][^\n#]*?[ \t]0+(?![\d.])", data):
         raise Found("a face with corner 0, where the first is 1")
+    if short := re.search(rb"(?m)^[ \t]*v(?:[ \t]+[^\s#]+){0,2}[ \t]*\r?$", data):
+        raise Found(f"vertices of {len(short[0].split()) - 1} numbers")
     if data.endswith(b"/"):
         raise Found("its end within a face")
     if other := re.findall(OTHER, data):
