@@ -167,6 +167,7 @@ def differing(values, found):
 
 
 TOLERANCES = dict(radii=1e-4, shade=8, soup=1e-4)  # a picture that was scaled keeps its mean, about
+TOLERANCES |= dict(turns=1e-3)  # a rotation is made one, where it is so near
 
 
 def derived(values, key):

@@ -29,8 +29,8 @@ from unipre3d.render import (
 
 # %% auto #0
 __all__ = ['MODES', 'LATER', 'refuse_unsupported', 'check_choices', 'check_shapes', 'check_finite', 'check_values', 'Layout',
-           'layout_of', 'count_not_finite', 'Project', 'in_passes', 'Blend', 'tiles_reached', 'clouds_of', 'centres_of',
-           'channels_of', 'describe_rows', 'rasterization', 'take_rows', 'Density', 'compute_relocation']
+           'layout_of', 'count_not_finite', 'held', 'Project', 'in_passes', 'Blend', 'tiles_reached', 'clouds_of',
+           'centres_of', 'channels_of', 'describe_rows', 'rasterization', 'take_rows', 'Density', 'compute_relocation']
 
 # %% ../nbs/52_rasterization.ipynb #52a00007
 MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
@@ -272,6 +272,15 @@ def count_not_finite(
     return count
 
 # %% ../nbs/52_rasterization.ipynb #52a00010
+def held(
+    grad: Tensor,
+    dtype: torch.dtype = torch.float32,  # of what it is for
+) -> Tensor:
+    "A gradient within what float32 can say; NaN stays NaN."
+    most = torch.finfo(torch.float32).max
+    return grad.clamp(-most, most).to(dtype)
+
+
 class Project(torch.autograd.Function):
     "The compiled projection as one differentiable operation; its rows are those of the ellipses."
 
@@ -316,9 +325,9 @@ class Project(torch.autograd.Function):
         g_mean, g_quat, g_scale, g_cov, _, g_sh = (torch.from_numpy(g) for g in g_cloud)
         rotation, translation, centre = torch.from_numpy(g_view).split([9, 3, 3], 1)
         g_pose = torch.cat([rotation.unflatten(1, (3, 3)), translation[:, :, None]], 2)
-        most = torch.finfo(pose.dtype).max
-        g_pose = F.pad(g_pose.clamp(-most, most), (0, 0, 0, 1)).to(pose.dtype)
-        return g_mean, g_quat, g_scale, g_cov, g_sh, g_pose, centre, None, None
+        g_pose = F.pad(held(g_pose, pose.dtype), (0, 0, 0, 1))
+        g_cloud = (held(g, g.dtype) for g in (g_mean, g_quat, g_scale, g_cov, g_sh))
+        return *g_cloud, g_pose, centre, None, None
 
 # %% ../nbs/52_rasterization.ipynb #52a00012
 def in_passes(
@@ -368,7 +377,9 @@ class Blend(torch.autograd.Function):
             alphas[:, :, : ctx.width] = g_alpha[..., 0]
         grads = g_rgb.numpy(), g_last.numpy(), alphas.numpy()
         sums, g_back = draw_views_backward(e, d, *grads)
-        sums, rec, bits = torch.from_numpy(sums), torch.from_numpy(e.rec), 2 * math.log(2)
+        sums, rec, bits = torch.from_numpy(sums).double(), torch.from_numpy(e.rec), 2 * math.log(2)
+        if not (sums.isfinite().all() or images.isnan().any() or alphas.isnan().any()):
+            sums = sums.nan_to_num(nan=0.0)  # colours near the largest number, one less another
         s0, s1, s2, s11, s12, s22 = sums[:, :6].unbind(1)
         e11, f12, h22 = rec[:, 2:5].unbind(1)
         g_centre = bits * torch.stack([e11 * s1, f12 * s1 + h22 * s2], 1)
@@ -376,7 +387,7 @@ class Blend(torch.autograd.Function):
         g_back = torch.from_numpy(g_back).flatten(1)[:, :x]
         found = s0 / opacity, sums[:, 6 : 6 + x], g_back
         dtype = channels.dtype
-        return g_centre.to(dtype), g_root, *(g.to(dtype) for g in found), None, None
+        return held(g_centre, dtype), held(g_root), *(held(g, dtype) for g in found), None, None
 
 # %% ../nbs/52_rasterization.ipynb #52a00015
 def tiles_reached(
