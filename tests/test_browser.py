@@ -107,7 +107,7 @@ def test_a_page_of_results_is_short_and_begins_with_a_picture(tmp_path):
         pytest.skip(f"no page walked: {more}")
     assert problems == [
         "results_bare.html: no picture on a page of results",
-        "results_late.html: the first picture begins 3.0 screens down; the limit is 2",
+        "results_late.html: the first picture begins 3.1 screens down; the limit is 2",
         "results_long.html: 16.1 screens long; the limit is 15",
     ]
 
