@@ -1,6 +1,7 @@
 "What a newcomer meets in a shell: where to write, what comes next, what else lies in a folder, what the shell offers."
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,17 @@ def test_info_of_a_finished_run_says_what_next(here, capsys):
     write_json(run / "record.json", read_record("cls-shapes-mini"))
     assert main(["info", "run"]) == 0
     assert "next     unipre3d predict CLOUD --from run" in capsys.readouterr().out
+
+
+def test_weights_fit_the_fine_tuning_that_is_proposed():
+    from unipre3d.runs.recipe import change
+
+    usual = EVERY["object-transformer-mini"]
+    coloured = change(usual, features=("xyz", "normal", "color_signed"))
+    assert "finetune cls-shapes-mini --init" in next_commands(usual, Path("r"))[-1]
+    assert "finetune cls-folder-mini --data FOLDER" in next_commands(coloured, Path("r"))[-1]
+    other = change(usual, features=("xyz", "color"))
+    assert not any("finetune" in line for line in next_commands(other, Path("r")))
 
 
 def test_few_objects_begin_with_weights_that_fit():

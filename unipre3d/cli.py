@@ -546,6 +546,8 @@ def next_commands(
     folder: Path,  # of the run
 ) -> list[str]:  # the first is the nearest
     "What a finished run is good for, as commands."
+    from unipre3d.recipes import finetune_recipes
+
     place = shlex.quote(str(folder))
     if recipe.command == "finetune":
         category = " --category chair" if recipe.task == "part segmentation" else ""
@@ -553,8 +555,11 @@ def next_commands(
     if recipe.task == "autoencoder":
         return []  # an image model: no cloud goes through it
     found = [f"unipre3d features CLOUD --from {place}"]
-    if recipe.model.backbone == "StandardTransformer":
-        found.append(f"unipre3d finetune cls-shapes-mini --init {place}")
+    for name, more in (("cls-shapes-mini", ""), ("cls-folder-mini", " --data FOLDER")):
+        other = finetune_recipes[name]
+        if other.model.backbone == recipe.model.backbone:
+            if other.data.features == recipe.data.features:  # or the weights would not fit
+                found.append(f"unipre3d finetune {name}{more} --init {place}")
     scene = getattr(recipe.model, "scene", None)
     if scene:
         found.insert(0, f"unipre3d {'render' if scene == 'gaussians' else 'view'} {place}")
