@@ -84,7 +84,7 @@ def test_a_page_without_faults_is_passed(walked):
     assert not [line for line in walked if line.startswith("ok.html")]
 
 
-RESULTS = """<!doctype html><html><head><title>r</title><link rel="icon" href="data:,"><style>body {{ margin: 0 }}</style></head>
+RESULTS = """<!doctype html><html><head><title>r</title><link rel="icon" href="data:,"><style>body, figure {{ margin: 0 }} svg {{ display: block }}</style></head>
 <body><main><div style="height: {above}px"></div>{picture}<div style="height: {below}px"></div></main></body></html>"""
 DRAWN = '<svg width="{0}" height="100" aria-label="d"><rect width="9" height="9"/></svg>'
 
