@@ -1431,7 +1431,6 @@ def install_line(
 
 def extras() -> dict[str, list[str]]:  # extra -> what it lacks here
     "The optional parts that this system can have, without those of developers."
-    from packaging.requirements import Requirement
 
     def have(package):
         try:
@@ -1445,11 +1444,10 @@ def extras() -> dict[str, list[str]]:  # extra -> what it lacks here
         if name in ("dev", "docs") or name.startswith("spconv"):
             continue
         for line in metadata.requires("unipre3d") or []:
-            need = Requirement(line)
-            if need.marker and need.marker.evaluate({"extra": name}):
-                if not need.marker.evaluate({"extra": ""}):
-                    missing = found.setdefault(name, [])
-                    missing += [] if have(need.name) else [need.name]
+            package = re.match(r"[\w.-]+", line)[0]
+            if re.search(rf"""extra == ['"]{re.escape(name)}['"]""", line):
+                missing = found.setdefault(name, [])
+                missing += [] if have(package) else [package]
     return found
 
 
