@@ -84,6 +84,34 @@ def test_a_page_without_faults_is_passed(walked):
     assert not [line for line in walked if line.startswith("ok.html")]
 
 
+RESULTS = """<!doctype html><html><head><title>r</title><link rel="icon" href="data:,"><style>body, figure {{ margin: 0 }} svg {{ display: block }}</style></head>
+<body><main><div style="height: {above}px"></div>{picture}<div style="height: {below}px"></div></main></body></html>"""
+DRAWN = '<svg width="{0}" height="100" aria-label="d"><rect width="9" height="9"/></svg>'
+
+
+def test_a_page_of_results_is_short_and_begins_with_a_picture(tmp_path):
+    screen = check_site.DESK["height"]
+    figure = "<figure>" + DRAWN.format(300) + "</figure>"
+    pages = {
+        "results_good.html": (screen, figure, 13 * screen - 200),
+        "results_long.html": (screen, figure, 15 * screen),
+        "results_late.html": (3 * screen, DRAWN.format(20) + figure, 0),
+        "results_bare.html": (screen, DRAWN.format(300), 0),  # not a figure
+        "other.html": (16 * screen, "", 0),
+    }
+    for name, (above, picture, below) in pages.items():
+        text = RESULTS.format(above=above, picture=picture, below=below)
+        (tmp_path / name).write_text(text)
+    problems, more = check_site.walk(tmp_path, windows=1)
+    if problems is None:
+        pytest.skip(f"no page walked: {more}")
+    assert problems == [
+        "results_bare.html: no picture on a page of results",
+        "results_late.html: the first picture begins 3.1 screens down; the limit is 2",
+        "results_long.html: 16.1 screens long; the limit is 15",
+    ]
+
+
 SEARCH = """<!doctype html><html><head><title>i</title><link rel="icon" href="data:,"><style>.quarto-dark input { background: #222 }</style><script>
 const index = %s, box = () => document.querySelector('input');
 window.smalldocsToggleScheme = () => { %s };

@@ -7,7 +7,19 @@ import pytest
 from scipy import stats
 
 from unipre3d.records import FINETUNE, PRETRAIN, read_record, write_json
-from unipre3d.reproduce.plan import COMPARISONS, MASKED_RATES, plan
+from unipre3d.reproduce.claims import REASONS, SECTIONS, findings, headline, in_order
+from unipre3d.reproduce.curves import late_rise
+from unipre3d.reproduce.paper import (
+    FULL_METRIC,
+    GAINS,
+    MINI,
+    TABLES,
+    compare_table,
+    full_key,
+    paper_gain,
+    paper_table,
+)
+from unipre3d.reproduce.plan import CLAIMS, COMPARISONS, MASKED_RATES, plan
 from unipre3d.reproduce.statistics import (
     class_accuracy,
     crossed_interval,
@@ -19,22 +31,10 @@ from unipre3d.reproduce.statistics import (
     scores,
 )
 from unipre3d.reproduce.tables import (
-    FULL_METRIC,
-    GAINS,
-    MINI,
-    REASONS,
-    TABLES,
     all_frame,
     chosen_rates,
-    compare_table,
     every_seed,
-    findings,
-    full_key,
-    headline,
     label_counts,
-    late_rise,
-    paper_gain,
-    paper_table,
     repeated,
     stale_tables,
     tables,
@@ -263,6 +263,17 @@ def test_findings_and_headline_follow_the_records():
         and headline({}).count("not run yet") == 6
     )
     assert headline(some()) != headline({})
+
+
+def test_claims_stand_in_the_order_of_the_paper():
+    order = "".join(SECTIONS.values())
+    assert sorted(order) == sorted(CLAIMS)
+    table = in_order(effects({}))
+    assert sorted(table.index) == list(range(len(COMPARISONS)))
+    assert list(dict.fromkeys(table.claim)) == [c for c in order if c in REASONS]
+    assert [line[1] for line in findings({})] == [c for c in order if c in REASONS]
+    first = [line[3] for line in headline({}).splitlines() if line.startswith("| (")]
+    assert first == sorted(first, key=order.index)
 
 
 def test_headline_says_the_stricter_level_on_both_sides():

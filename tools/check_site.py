@@ -5,7 +5,7 @@
 On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
 mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
 theme, a visible mark on what the keyboard reaches. No code block is cut and no link is left as Markdown, on a desk and on a phone, and on a
-phone no table is crushed. On the whole site: search, also by keyboard alone, what some words find first, and the theme, also of the search box.
+phone no table is crushed. A page of results holds few screens, and a picture near its top. On the whole site: search, also by keyboard alone, what some words find first, and the theme, also of the search box.
 The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one
 line says. Two variables of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing
 browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser is used even where there is one.
@@ -37,6 +37,10 @@ FIRST = {  # what newcomers type, and the pages that may come first
     "COLMAP": ("tutorials/photographs.html", "data/imports.html"),
     "GPU": ("render.html", "index.html"),
 }
+SCREENS, PICTURE = (
+    15,
+    2,
+)  # of a desk: the most that a page of results holds, and where its first picture begins
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
 
 READ = """async () => {
@@ -91,6 +95,14 @@ CRUSHED = """() => {
   const crushed = e => { const n = lines(e); return n > 2 && length(e) / n < 5 || n > 12 && e.clientWidth < 160; };
   return [...document.querySelectorAll('main td, main th')].filter(e => e.getClientRects().length && !e.querySelector('.katex, img, svg, table') && crushed(e))
     .map(e => '"' + e.textContent.trim().slice(0, 40) + '"');
+}"""
+
+# The page as it opens, in screens: how long it is, and where its first picture begins.
+LENGTH = """() => {
+  const screens = pixels => pixels / window.innerHeight;
+  const drawn = [...document.querySelectorAll('main img, main canvas, main figure svg')];
+  const tops = drawn.map(e => e.getBoundingClientRect()).filter(r => r.width >= 200).map(r => r.top + window.scrollY);
+  return {whole: screens(document.documentElement.scrollHeight), picture: tops.length ? screens(Math.min(...tops)) : null};
 }"""
 
 MARKDOWN = """() => {
@@ -336,6 +348,17 @@ class Walk:
         if found:
             self.note(f"{what}, {len(found)} times, first {found[0]}")
 
+    def length(self):
+        "A page of results that is too long, or that begins without a picture."
+        found = self.page.evaluate(LENGTH)
+        if found["whole"] > SCREENS:
+            self.note(f"{found['whole']:.1f} screens long; the limit is {SCREENS}")
+        if found["picture"] is None:
+            self.note("no picture on a page of results")
+        elif found["picture"] > PICTURE:
+            where = f"{found['picture']:.1f} screens down"
+            self.note(f"the first picture begins {where}; the limit is {PICTURE}")
+
     def visit(self, name):
         "All that one page can get wrong by itself; what it links to is kept for `links`."
         self.name, self.weight = name, 0
@@ -356,6 +379,8 @@ class Walk:
                 self.note(f"{what}: {text}")
         for label in {i for i in found["ids"] if found["ids"].count(i) > 1}:
             self.note(f"the id {label} is used twice")
+        if Path(name).name.startswith("results"):
+            self.length()
         self.page.keyboard.press("Tab")
         for kind in self.page.evaluate(FOCUS):
             self.note(f"keyboard focus does not show on {kind}")

@@ -42,7 +42,7 @@ PRELOAD = [
 # Started first, so that no process is left alone with a long one at the end.
 LONG = (
     "60_pretrain",
-    "80_results",
+    "80_results_runs",
     "78_reproduce",
     "67_autoencoder",
     "idea",

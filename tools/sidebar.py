@@ -108,6 +108,14 @@ WORKSHOP = {
     ],
     "Your own clouds": ["63_features", "64_predict", "66_view"],
     "Study": ["62_compare", "76_study", "77_statistics", "77_study2", "78_reproduce"],
+    "Results in full": [
+        "80_results_paper",
+        "80_results_objects",
+        "80_results_rooms",
+        "80_results_efficiency",
+        "80_results_claims",
+        "80_results_runs",
+    ],
     "Differences, command line, API": ["81_differences", "90_cli", "91_api"],
 }
 PARTS = {"Core": CORE, "Workshop": WORKSHOP}

@@ -24,12 +24,12 @@ from .core import data_dir
 from .files import read_json, reading
 
 # %% auto #0
-__all__ = ['END', 'MOST_OPENED', 'DISK', 'PLACES', 'HEAD', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES',
+__all__ = ['END', 'MOST_OPENED', 'DISK', 'PLACES', 'HEAD', 'REFUSED', 'PRETRAIN', 'FINETUNE', 'AUTOENCODER', 'FIELDS', 'TYPES',
            'CONFIG_TYPES', 'code_version', 'hardware', 'peak_memory_mb', 'code_hash', 'data_hash', 'contents_hash',
            'write_error', 'writing', 'cache_dir', 'cached', 'ArrayFile', 'checksum', 'trim_cache', 'open_arrays',
-           'flush', 'is_alive', 'remove_halves', 'check_writable', 'written_whole', 'sort_remarks', 'write_weights',
-           'save_figure', 'used_alone', 'check_types', 'write_json', 'values_hash', 'write_config', 'read_config',
-           'check_record', 'read_record', 'read_records']
+           'flush', 'is_alive', 'remove_halves', 'check_writable', 'writable_folder', 'written_whole', 'sort_remarks',
+           'write_weights', 'save_figure', 'used_alone', 'check_types', 'write_json', 'values_hash', 'write_config',
+           'read_config', 'check_record', 'read_record', 'read_records']
 
 # %% ../nbs/01_records.ipynb #de1db585
 @functools.cache
@@ -413,10 +413,30 @@ def check_writable(
 
     Raises: OSError in one line.
     """
-    if not os.access(folder, os.W_OK):
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise OSError(
             f"{folder}: expected a folder that can be written, found one that cannot; name another with --out"
         )
+
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
+
+
+def writable_folder(
+    folder: str | Path,  # where something will be written
+) -> Path:
+    """The folder, made if it is not there.
+
+    Raises: OSError, as `check_writable`, where it cannot be made or written.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+    check_writable(folder)
+    return folder
 
 
 @contextmanager
@@ -510,7 +530,7 @@ def used_alone(
     beside = Path(lock_file or whole.with_name(f"{whole.name}.lock"))
     lock = FileLock(beside, blocking=False)
     with writing(place):
-        beside.parent.mkdir(parents=True, exist_ok=True)
+        writable_folder(beside.parent)
         try:
             lock.acquire()
         except Timeout:

@@ -5,6 +5,7 @@
 # %% ../../nbs/77_statistics.ipynb #daca426b
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from .plan import COMPARISONS, HELD_OUT, Comparison, Row, is_trial, plan, select
 # %% auto #0
 __all__ = ['EFFECT_COLUMNS', 'read_study', 'Interval', 'as_matrix', 'around', 'interval', 'crossed_interval', 'right',
            'class_accuracy', 'runs_of', 'scores', 'scores_interval', 'paired', 'planned_rows', 'to_run', 'some_seeds',
-           'planned_pairs', 'verdict', 'effect_row', 'effects']
+           'planned_pairs', 'verdict', 'effect_row', 'effects', 'draw_effects', 'small_picture']
 
 # %% ../../nbs/77_statistics.ipynb #53bd5380
 def read_study(
@@ -322,3 +323,41 @@ def effects(
     "Every comparison of the protocol; points of percent, dB where it says so."
     table = pd.DataFrame([effect_row(records, c) for c in COMPARISONS], columns=EFFECT_COLUMNS)
     return table.round(2).astype({"mixed": "Int64"})
+
+# %% ../../nbs/77_statistics.ipynb #77draw02
+def draw_effects(
+    ax: Any,  # of matplotlib
+    table: pd.DataFrame,  # rows of `effects`, all in points or all in dB
+    unit: str = "points",
+) -> None:
+    "A dot for each comparison, a bar for its interval, a thin line at the stricter level; open with one pair."
+    for y, row in enumerate(table.itertuples()):
+        if not row.pairs:
+            ax.text(0, y, " not run", color="0.6", fontsize=7, va="center")
+            continue
+        ax.plot([row.low6, row.high6], [y, y], lw=0.8, color="C0")
+        ax.plot([row.low, row.high], [y, y], lw=2.5, color="C0")
+        ax.plot(row.effect, y, "o", color="C0", ms=5, mfc="C0" if row.pairs > 1 else "w")
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.axvline(0, color="0.4", lw=0.8)
+    ax.set_yticks(range(len(table)), table.comparison, fontsize=7)
+    for label, primary in zip(ax.get_yticklabels(), table.primary):
+        label.set(fontweight="bold" if primary else "normal", color="black" if primary else "0.3")
+    if not (table.pairs > 0).any():
+        ax.set(xlim=(-1, 10), xticks=[0])
+    ax.set_xlabel(f"first minus second ({unit})", fontsize=8)
+
+
+def small_picture(
+    fig: Any,  # of matplotlib; it is closed
+    colours: int = 256,  # 2..256
+) -> Any:  # an image of PIL, which a notebook shows
+    "A figure with few colours, in which every point keeps nearly its own."
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", bbox_inches="tight")
+    plt.close(fig)
+    whole = Image.open(drawn).convert("RGB")
+    return whole.quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=3)
