@@ -321,7 +321,8 @@ ROWS = [('about', 'str', '20 classes in composed rooms: the small PTv3 of scene-
  ('index', 'int', '0', 'of a run, which cloud of the split'),
  ('index', 'int', '0', 'which cloud of the split'),
  ('init', 'str', 'none',
-  'first weights: "none", a run folder, a released checkpoint, or shipped weights by name'),
+  'first weights: "none"; "objects" or "rooms", which come with the package; a run folder or a released '
+  'checkpoint'),
  ('intrinsics', 'tuple[float, ...]', '', 'of TUM RGB-D: fx fy cx cy, perhaps k1 k2 p1 p2 k3'),
  ('layout', 'str', 'auto', 'or "transforms", "tum", "images", "colmap": which files count'),
  ('list', 'bool', 'False', 'only print the plan'),

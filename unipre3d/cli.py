@@ -26,19 +26,20 @@ from typing import Annotated, Any, get_type_hints
 import unipre3d
 
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'DATA_KINDS', 'SHELLS', 'commands', 'python_warning',
-           'one_line', 'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths', 'full_options',
-           'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms', 'typed_value',
-           'recipe_rows', 'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions', 'newest_run',
-           'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe', 'train_command', 'describe_result',
-           'pretrain_command', 'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for',
-           'reach', 'film_file', 'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths',
-           'cloud_words', 'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command',
-           'ViewOptions', 'build_world', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
-           'why_not', 'prepare_command', 'import_command', 'CheckOptions', 'check_command', 'rooms_command',
-           'ShardOptions', 'shard_command', 'data_command', 'cache_text', 'doctor_command', 'changed_values',
-           'value_text', 'run_state_text', 'info_command', 'option_choices', 'completion_words', 'completion_command',
-           'usage', 'spin_briefly', 'one_line_warning', 'main']
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'FEW', 'DATA_KINDS', 'SHELLS', 'NO_FILE', 'commands',
+           'python_warning', 'one_line', 'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths',
+           'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms',
+           'typed_value', 'recipe_rows', 'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions',
+           'newest_run', 'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe', 'train_command',
+           'next_commands', 'describe_result', 'pretrain_command', 'finetune_command', 'reproduce_command',
+           'RenderOptions', 'write_film', 'folder_for', 'reach', 'film_file', 'render_command', 'convert_command',
+           'FeatureOptions', 'PredictOptions', 'cloud_paths', 'holds_no_cloud', 'cloud_words', 'each_cloud',
+           'name_refused', 'features_command', 'folder_features', 'predict_command', 'ViewOptions', 'build_world',
+           'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not', 'prepare_command',
+           'shipped_start', 'import_command', 'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions',
+           'shard_command', 'data_help', 'data_command', 'cache_text', 'install_line', 'extras', 'doctor_command',
+           'changed_values', 'value_text', 'run_state_text', 'info_command', 'option_choices', 'completion_words',
+           'completion_command', 'usage', 'spin_briefly', 'one_line_warning', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -354,7 +355,8 @@ class RunOptions:
     "Where a run goes, and where it starts."
 
     out: str | None = None  # run folder; default runs/RECIPE, or runs/RECIPE-2 if that is taken
-    init: str = "none"  # first weights: "none", a run folder, a released checkpoint, or shipped weights by name
+    # first weights: "none"; "objects" or "rooms", which come with the package; a run folder or a released checkpoint
+    init: str = "none"
     resume: bool = (
         False  # go on with the interrupted run in --out (default: the newest of this recipe)
     )
@@ -534,9 +536,34 @@ def train_command(
         print(describe_result(done.record["metrics"]))
         pictures = ", ".join(str(path) for path in sorted(done.folder.glob("*.png")))
         print(f"record: {done.folder / 'record.json'}   pictures: {pictures or 'none'}")
-        if "psnr" in done.record["metrics"]:
-            print(f"next: unipre3d render {shlex.quote(str(done.folder))}")
+        for line in next_commands(recipe, done.folder):
+            print(f"next: {line}")
     return 0
+
+
+def next_commands(
+    recipe: Any,  # of a finished run
+    folder: Path,  # of the run
+) -> list[str]:  # the first is the nearest
+    "What a finished run is good for, as commands."
+    from unipre3d.recipes import finetune_recipes
+
+    place = shlex.quote(str(folder))
+    if recipe.command == "finetune":
+        category = " --category chair" if recipe.task == "part segmentation" else ""
+        return [f"unipre3d predict CLOUD --from {place}{category}"]
+    if recipe.task == "autoencoder":
+        return []  # an image model: no cloud goes through it
+    found = [f"unipre3d features CLOUD --from {place}"]
+    for name, more in (("cls-shapes-mini", ""), ("cls-folder-mini", " --data FOLDER")):
+        other = finetune_recipes[name]
+        if other.model.backbone == recipe.model.backbone:
+            if other.data.features == recipe.data.features:  # or the weights would not fit
+                found.append(f"unipre3d finetune {name}{more} --init {place}")
+    scene = getattr(recipe.model, "scene", None)
+    if scene:
+        found.insert(0, f"unipre3d {'render' if scene == 'gaussians' else 'view'} {place}")
+    return found
 
 
 def describe_result(
@@ -659,12 +686,9 @@ def folder_for(
 
     Raises: OSError where it cannot be made or written.
     """
-    from unipre3d.records import check_writable
+    from unipre3d.records import writable_folder
 
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
-    return folder
+    return writable_folder(out)
 
 
 def reach(
@@ -776,6 +800,7 @@ def convert_command(args: list[str]) -> int:
     from unipre3d.formats import load_gaussians, save_gaussians
 
     gaussians, antialiased = load_gaussians(args[0])
+    folder_for(Path(args[1]).expanduser().parent)
     path = save_gaussians(gaussians, args[1], antialiased)
     mode = "antialiased" if antialiased else "classic"
     print(f"wrote {path}: {len(gaussians):,} Gaussians, {mode}, {path.stat().st_size:,} bytes")
@@ -828,12 +853,48 @@ def cloud_paths(
     from unipre3d.features import MESH_FILES
 
     found = {}
-    for path in find_clouds(place, (*READERS, *MESH_FILES)):
+    paths = find_clouds(place, (*READERS, *MESH_FILES))
+    other = [path for path in paths if holds_no_cloud(path)]
+    if other:
+        names = ", ".join(path.name for path in other)
+        print(
+            f"passed over {len(other)} of {len(paths)} files, which hold no points: {names}",
+            file=sys.stderr,
+        )
+    if len(other) == len(paths):
+        raise ValueError(f"{place}: expected cloud files, found none that holds points")
+    for path in paths:
+        if path in other:
+            continue
         name = "-".join(path.relative_to(place).with_suffix("").parts)
         while name in found:
             name += path.suffix
         found[name] = path
     return found
+
+
+def holds_no_cloud(
+    path: Path,  # of a folder of clouds
+) -> bool:
+    "Whether a file beside clouds is another thing: a text without a row of numbers, or features that were written here."
+    import numpy as np
+
+    from unipre3d.data.clouds import READERS, read_text_cloud, text_header
+
+    if path.suffix.lower() == ".npz":
+        try:
+            with np.load(path) as arrays:
+                return "feat" in arrays.files
+        except (ValueError, OSError):
+            return False  # its reader says what is wrong
+    if READERS.get(path.suffix.lower()) is not read_text_cloud:
+        return False
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(2**16)
+        return bool(text.strip()) and text_header(text)[1] == len(text)
+    except (ValueError, OSError):
+        return False
 
 
 def cloud_words(
@@ -1171,9 +1232,26 @@ def prepare_command(args: list[str]) -> int:
     problem = why_not(path)
     if problem:
         print(f"{default_recipe} does not read it: {problem}; change --split or --views")
+        return 0
+    command = f"unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}"
+    if len(kept) < FEW:
+        print(f"next: {command} {shipped_start()}")
+        print(f"(it begins with weights that know other objects, since {len(kept)} are few)")
     else:
-        print(f"next: unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}")
+        print(f"next: {command}")
     return 0
+
+
+FEW = 500  # objects, about as many as the embedded ones
+
+
+def shipped_start() -> str:
+    "The options with which a run on few objects begins with the weights that come with the package."
+    from unipre3d.features import shipped_weights
+    from unipre3d.files import read_json
+
+    transform = read_json(shipped_weights()["objects"] / "config.json")["transform"]
+    return f"--init objects --features {' '.join(transform['features'])}"
 
 
 def import_command(args: list[str]) -> int:
@@ -1270,14 +1348,37 @@ def shard_command(args: list[str]) -> int:
     return 0
 
 
-DATA_KINDS = ("prepare", "check", "rooms", "import", "shard", "furniture", "autoencoder")
+DATA_KINDS = {
+    "prepare": ("your own meshes, drawn from all sides", "prepare meshes --up z --out mine.zip"),
+    "check": ("what a data set holds: accepted, dropped, refused", "check scannet"),
+    "rooms": ("compose rooms of the embedded furniture", "rooms --rooms 4 --out rooms"),
+    "import": ("posed images of COLMAP, transforms.json or TUM", "import film --out scenes"),
+    "shard": ("a data set in a few large files", "shard scannet --out shards"),
+    "furniture": ("the embedded objects, built again or unpacked", "furniture --unpack"),
+    "autoencoder": ("train the small image model again", "autoencoder --steps 100"),
+}  # what each does, and an example
+
+
+def data_help() -> str:
+    "What `unipre3d data --help` prints."
+    lines = [
+        f"usage: unipre3d data {' | '.join(DATA_KINDS)} ...",
+        "",
+        "Make, check or pack data.",
+        "",
+    ]
+    for kind, (about, example) in DATA_KINDS.items():
+        lines.append(f"  {kind:12} {about}")
+        lines.append(f"  {'':12} unipre3d data {example}")
+    lines += ["", "unipre3d data KIND --help lists the options of one."]
+    return "\n".join(lines)
 
 
 def data_command(args: list[str]) -> int:
     "unipre3d data prepare | check | rooms | import | shard | furniture | autoencoder: make, check or pack data."
     kind = args[0] if args else "nothing"
     if kind in ("-h", "--help"):
-        print(f"usage: unipre3d data {' | '.join(DATA_KINDS)} [--help]")
+        print(data_help())
         return 0
     if kind not in DATA_KINDS:
         hint = did_you_mean(kind, DATA_KINDS)
@@ -1334,6 +1435,35 @@ def cache_text(
     return f"{folder}: {kinds}; delete any of it while nothing runs, it is made again"
 
 
+def install_line(
+    extra: str,  # such as "view"
+) -> str:
+    "What brings the packages of an extra to an installation that is there."
+    return f'pip install "unipre3d[{extra}]"'
+
+
+def extras() -> dict[str, list[str]]:  # extra -> what it lacks here
+    "The optional parts that this system can have, without those of developers."
+
+    def have(package):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return False
+        return True
+
+    found: dict[str, list[str]] = {}
+    for name in metadata.metadata("unipre3d").get_all("Provides-Extra") or []:
+        if name in ("dev", "docs") or name.startswith("spconv"):
+            continue
+        for line in metadata.requires("unipre3d") or []:
+            package = re.match(r"[\w.-]+", line)[0]
+            if re.search(rf"""extra == ['"]{re.escape(name)}['"]""", line):
+                missing = found.setdefault(name, [])
+                missing += [] if have(package) else [package]
+    return found
+
+
 def doctor_command(args: list[str]) -> int:
     "unipre3d doctor: which backends, data and weights are here."
     parse(make_dataclass("Doctor", []), args, "unipre3d doctor")
@@ -1341,7 +1471,7 @@ def doctor_command(args: list[str]) -> int:
 
     from unipre3d.core import data_dir
     from unipre3d.features import shipped_weights
-    from unipre3d.recipes import recipes
+    from unipre3d.recipes import finetune_recipes, recipes
     from unipre3d.records import cache_dir, code_version, hardware
 
     def have(module):
@@ -1356,7 +1486,7 @@ def doctor_command(args: list[str]) -> int:
 
     machine = hardware()
     folder = data_dir()
-    gsplat = "not installed (pip install -e '.[gpu]')"
+    gsplat = f"not installed ({install_line('gpu')})"
     if have("gsplat"):
         gsplat = "ready" if torch.cuda.is_available() else "installed, but no GPU"
     weights = folder / "autoencoder-mini" / "diffusion_pytorch_model.safetensors"
@@ -1373,10 +1503,14 @@ def doctor_command(args: list[str]) -> int:
         "made data and maps": cache_text(cache_dir()),
         "ffmpeg (MP4)": "ready" if shutil.which("ffmpeg") else "not found (GIF is used)",
         "features of clouds": ", ".join(shipped_weights()) or "MISSING: data/weights",
-        "recipes": ", ".join(recipes),
+        "to pre-train": ", ".join(recipes),
+        "to fine-tune": ", ".join(finetune_recipes),
     }
     for name, value in lines.items():
         print(f"{name:18} {value}")
+    for name, missing in extras().items():
+        what = f"without {', '.join(missing)}: {install_line(name)}" if missing else "installed"
+        print(f"{'extra ' + name:18} {what}")
     return int(any(value.startswith("MISSING") for value in lines.values()))
 
 # %% ../nbs/90_cli.ipynb #90b00002
@@ -1467,17 +1601,21 @@ def info_command(args: list[str]) -> int:
     for key, value in lines.items():
         if value:
             print(f"{key:8} {value}")
+    if is_finished(folder):
+        for line in next_commands(recipe, folder):
+            print(f"{'next':8} {line}")
     return 0
 
 # %% ../nbs/90_cli.ipynb #90c00001
 SHELLS = {
     "bash": """_unipre3d() {
-    local words="$(unipre3d completion words "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)"
+    local words="$(unipre3d completion words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)"
     COMPREPLY=($(compgen -o default -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _unipre3d unipre3d""",
-    "fish": "complete -c unipre3d -a '(unipre3d completion words (commandline -opc)[2..] 2>/dev/null)'",
+    "fish": "complete -c unipre3d -a '(unipre3d completion words (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'",
 }
+NO_FILE = ("data rooms", "data furniture", "data autoencoder", "reproduce")  # begin with an option
 SHELLS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SHELLS["bash"]
 
 
@@ -1485,48 +1623,53 @@ def option_choices(
     option: str,  # as it was typed, such as --device
     rows: Sequence[Row],  # the options that there are
 ) -> tuple[str, list[str]]:  # its type, and the values that its description names in quotes
-    "What may stand behind an option."
+    "What may stand behind an option: what its description names in quotes, and the default."
     name = option.removeprefix("--").replace("_", "-")
-    for path, kind, _, comment in rows:
+    for path, kind, default, comment in rows:
         if path == name or path.endswith(f".{name}"):
-            return kind, re.findall(r'"([\w.-]+)"', comment)
+            choices = re.findall(r'"([\w.-]+)"', comment)
+            usual = [default] if choices and re.fullmatch(r"[a-z]+", default) else []
+            usual = [] if kind.endswith("None") else usual
+            return kind, list(dict.fromkeys([*choices, *usual]))
     return "", []
 
 
 def completion_words(
     words: Sequence[str],  # whole words after `unipre3d`
-) -> list[str]:  # what may follow
-    "What a shell offers next: commands, then recipes or kinds, then options."
+    current: str = "",  # the one that is being typed
+) -> list[str]:  # what it may become
+    "What a shell offers next: commands, then recipes or kinds, then options; nothing where it offers files."
     from unipre3d._options import ABOUT, OPTIONS
 
     if not words:
-        return list(commands)
+        return [*commands, "--help", "--version"]
     command, *rest = words
-    if command in ABOUT and not rest:
-        return [*ABOUT[command]]
-    if command in OPTIONS and command != "reproduce" and not rest:
-        return []  # a file or a folder, which the shell knows
-    kinds = {"data": DATA_KINDS, "reproduce": ("mini", "full"), "completion": tuple(SHELLS)}
-    if command in kinds and not rest:
+    option = current.startswith("-")
+    kinds = {"data": tuple(DATA_KINDS), "reproduce": ("mini", "second", "full")}
+    kinds |= {"completion": tuple(SHELLS), **{name: tuple(own) for name, own in ABOUT.items()}}
+    if command in kinds and not rest and not option:
         return list(kinds[command])
-    name = (
-        rest[0]
-        if command in ABOUT
-        else " ".join([command, *rest[:1]])
-        if command == "data"
-        else command
-    )
+    name = command
+    if command in ABOUT:
+        typed = bool(rest) and not rest[0].startswith("-")
+        name = rest[0] if typed else default_recipe if command == "pretrain" else ""
+    elif command == "data":
+        name = " ".join([command, *rest[:1]])
+        rest = rest[1:]
     if name not in OPTIONS:
         return []
-    rows = recipe_rows(name, rest[1:])
-    if rest[-1].startswith("--"):
+    if not rest and not option and name not in NO_FILE:
+        return []  # a file or a folder, which the shell knows
+    rows = recipe_rows(name, rest)
+    if rest and rest[-1].startswith("--"):
         kind, choices = option_choices(rest[-1], rows)
         if kind != "bool":
             return choices  # where there are none, the shell offers files
     paths = [path for path, *_ in rows]
     last_names = [path.rpartition(".")[2] for path in paths]
     once = [name for name in last_names if last_names.count(name) == 1]
-    return [f"--{path}" for path in dict.fromkeys([*once, *paths])]
+    short = ["data"] if "data.source" in paths else []  # as it is typed
+    return [f"--{path}" for path in dict.fromkeys([*short, *once, *paths])]
 
 
 def completion_command(args: list[str]) -> int:
@@ -1537,7 +1680,8 @@ def completion_command(args: list[str]) -> int:
         )
         return 0
     if args[:1] == ["words"]:
-        print(*completion_words(args[1:]), sep="\n")
+        *words, current = args[1:] or [""]
+        print(*completion_words(words, current), sep="\n")
         return 0
     if len(args) != 1 or args[0] not in SHELLS:
         raise ValueError(

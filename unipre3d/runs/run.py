@@ -34,6 +34,7 @@ from unipre3d.records import (
     peak_memory_mb,
     read_config,
     used_alone,
+    writable_folder,
     write_config,
     write_json,
 )
@@ -212,14 +213,13 @@ def claim_folder(
 ) -> Path:
     """Make a folder for a run, one that nobody else has.
 
-    Raises: ValueError where an exact folder holds files.
+    Raises: ValueError where an exact folder holds files, OSError where none can be made.
     """
     folder = Path(folder)
     if exact:
         check_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+        return writable_folder(folder)
+    writable_folder(folder.parent)
     number = 1
     while True:
         candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
