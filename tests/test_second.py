@@ -44,6 +44,10 @@ from unipre3d.reproduce.second import (
     pooled_spread,
     residuals,
     second_effects,
+    short_answer,
+    short_effects,
+    short_left,
+    short_seeds,
 )
 from unipre3d.reproduce.statistics import interval, read_study
 from unipre3d.runs.recipe import to_values
@@ -256,22 +260,41 @@ def test_the_short_part_has_the_same_conditions_and_whole_seeds():
     assert {r.claim for r in planned("second", "short")} == {"short"}
 
 
-def test_the_short_part_shows_an_interval_for_the_pairs_that_are_there():
+def short_records(pairs):
+    "Records of outline and colour in the short part, colour ahead by two points."
     base = read_record("cls-shapes-mini")
     records = {}
     for arm, more in (("colour", 0.02), ("outline", 0.0)):
-        for seed in range(SHORT_SEED, SHORT_SEED + SHORT_LEAST):
+        for seed in range(SHORT_SEED, SHORT_SEED + pairs):
             record = copy.deepcopy(base)
             record["row"] = plain(BY_KEY[f"short-ridge80-{arm}-{seed}"])
-            record["metrics"]["oa_ridge"] = 0.4 + more * (1 + 0.01 * seed)
+            record["metrics"]["oa_ridge"] = 0.4 + more + 0.001 * seed * (arm == "colour")
             records[f"short-ridge80-{arm}-{seed}"] = record
-    how = dict(planned=SHORT_PAIRS, needed=SHORT_LEAST, failed={})
-    table = second_effects(records, SHORT, **how).iloc[0]
+    return records
+
+
+def test_the_short_part_shows_an_interval_for_the_pairs_that_are_there():
+    table = short_effects(short_records(SHORT_LEAST), {}).iloc[0]
     assert (table["pairs"], table["verdict"]) == (SHORT_LEAST, "first ahead")
     assert table[["low", "high", "low4", "high4"]].notna().all()
-    del records[f"short-ridge80-outline-{SHORT_SEED}"]
-    table = second_effects(records, SHORT, **how).iloc[0]
+    table = short_effects(short_records(SHORT_LEAST - 1), {}).iloc[0]
     assert table["verdict"] == f"{SHORT_LEAST - 1} of {SHORT_LEAST} pairs: no verdict"
+    assert table[["low", "high", "low4", "high4"]].isna().all()
+
+
+def test_the_short_part_says_what_is_there_and_what_is_not():
+    records = short_records(SHORT_LEAST)
+    lines = short_answer(short_effects(records, {})).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("colour - outline, equal steps, all labels: first ahead, +")
+    assert lines[0].endswith(f"{SHORT_LEAST} of {SHORT_PAIRS} pairs")
+    assert lines[1].endswith(f"0 of {SHORT_LEAST} pairs: no verdict")
+    table = short_seeds(records)
+    assert table.loc["outline", SHORT_SEED] == 40.0
+    assert table.loc["colour"].notna().sum() == SHORT_LEAST and table.loc["random"].isna().all()
+    rest = len(SHORT_ROWS) - len(records)
+    assert short_left(records).startswith(f"{rest} of {len(SHORT_ROWS)} rows are not run: unipre3d")
+    assert short_left(BY_KEY) == ""
 
 
 NET = dict(width=32, depth=1, num_heads=2, num_groups=16, group_size=8, radius=None)

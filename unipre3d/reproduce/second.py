@@ -26,7 +26,7 @@ from unipre3d.reproduce.plan import (
     few_shots,
     is_trial,
 )
-from .statistics import Interval, around, paired, read_study, runs_of
+from .statistics import Interval, around, paired, read_study, runs_of, scores
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'STEPS', 'SECONDS', 'OUTLINE', 'GEOMETRY', 'PAIRS', 'ARMS', 'ABOUT', 'RATES', 'FIRST_SEED', 'TRIAL_SEED',
@@ -37,7 +37,7 @@ __all__ = ['QUESTIONS', 'STEPS', 'SECONDS', 'OUTLINE', 'GEOMETRY', 'PAIRS', 'ARM
            'coverage', 'judge', 'same_computer', 'read_second', 'read_failed', 'lost_pairs', 'second_effects',
            'made_again', 'ridge_row', 'tune_row', 'train_row', 'checkpoint_of', 'trial_names', 'rate_trials',
            'seed_rows', 'tune_rates', 'tuned', 'again_row', 'plan_second', 'short_train', 'short_ridge', 'plan_short',
-           'short_comparisons']
+           'short_comparisons', 'short_effects', 'short_seeds', 'short_answer', 'short_left']
 
 # %% ../../nbs/77_study2.ipynb #77s20007
 QUESTIONS = {
@@ -572,3 +572,52 @@ SHORT += [
     Comparison("short", f"{arm} - random, all labels", "ridge80.short", arm, RANDOM, "oa_ridge")
     for arm in SHORT_RATES
 ]
+
+# %% ../../nbs/77_study2.ipynb #77s20034
+def short_effects(
+    records: dict[str, dict] | None = None,  # default: the committed ones
+    failed: dict[str, dict] | None = None,  # default: the committed ones
+) -> pd.DataFrame:
+    "The comparisons of the short part, with the pairs that are there."
+    return second_effects(records, SHORT, SHORT_PAIRS, SHORT_LEAST, failed)
+
+
+def short_seeds(
+    records: dict[str, dict] | None = None,  # default: the committed ones
+    shots: int = 80,  # key of SHORT_DRAWS
+) -> pd.DataFrame:  # condition x seed -> percent of the test scans that are right
+    "What every run of the short part scored."
+    records = read_second() if records is None else records
+    found = {}
+    for arm in SHORT_ARMS:
+        runs = scores(records, f"ridge{shots}.short", arm, "oa_ridge")
+        found[arm] = {seed: float(value.mean()) for seed, value in sorted(runs.items())}
+    seeds = range(SHORT_SEED, SHORT_SEED + SHORT_PAIRS)
+    return pd.DataFrame(found, index=seeds).T.round(1)
+
+
+def short_answer(
+    effects: pd.DataFrame,  # as `short_effects` gives them
+) -> str:
+    "What the primary comparisons say, a line each."
+    lines = []
+    for row in effects[effects.primary].itertuples():
+        line = f"{row.comparison}: {row.verdict}"
+        if row.low == row.low:
+            line += f", {row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
+            line += f", {row.pairs} of {SHORT_PAIRS} pairs"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def short_left(
+    records: dict[str, dict] | None = None,  # default: the committed ones
+) -> str:
+    "Which rows have no record, and the command for them; empty where there are none."
+    records = read_second() if records is None else records
+    left = [row for row in plan_short() if row.key not in records]
+    if not left:
+        return ""
+    hours = sum(row.minutes for row in left) / 60
+    command = f"unipre3d reproduce second --only short ({hours:.1f} core hours)"
+    return f"{len(left)} of {len(plan_short())} rows are not run: {command}"
