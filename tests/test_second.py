@@ -328,8 +328,8 @@ def test_a_checkpoint_is_made_again_and_its_features_score_in_closed_form(tmp_pa
 
 
 def test_a_run_that_fails_is_recorded_and_is_no_result(tmp_path):
-    how = dict(steps=8, resolution=16, n_target=1, save_every=0, validate_every=0, picture_every=0)
-    row = toy("pre-toy-9", "object-outline-mini", lr=1e30, clip=0.0, **how)
+    how = dict(steps=40, resolution=16, n_target=1, save_every=0, validate_every=0, picture_every=0)
+    row = toy("pre-toy-9", "object-outline-mini", lr=1e30, clip=1e38, **how)
     with pytest.raises(ValueError, match="expected a run with finite losses"):
         run_row(row, tmp_path, say=lambda text: None)
     assert not (tmp_path / "records").exists()
