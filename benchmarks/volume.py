@@ -152,6 +152,8 @@ def main():
     parser.add_argument("--json", help="where to write the record")
     parser.add_argument("--peak", nargs=2, help="setting and kind: print the growth in MB")
     args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error(f"--repeats: expected at least 2, for an interval, got {args.repeats}")
     torch.set_num_threads(1)
     if args.peak:
         print(peak_growth(*args.peak))
