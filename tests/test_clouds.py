@@ -404,6 +404,7 @@ def test_an_empty_cell_of_a_table_stays_a_gap(tmp_path):
     "text, said",
     (
         ("x,y,z,red, 9,109,125\n1,2,3,4\n", "before the first row"),
+        ("x,y,z,r9,125\n1,2,3,4\n", "before the first row"),
         ("x y z\n1 2 three\n1 2 3\n", "before the first row"),
         ("0.125\n1 2 3\n", "before the first row"),
     ),

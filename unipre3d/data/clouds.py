@@ -301,7 +301,7 @@ def _is_torn(words, mark):
     count = sum(bool(re.match(r"[-+]?\.?\d", word)) for word in words)
     if len(words) < 2:  # a number of rows may stand alone
         return count == 1 and not words[0].isdecimal()
-    return 2 * count >= len(words) or bool(mark) and count > 2
+    return 2 * count >= len(words) or bool(mark and count and len(words) > 2)
 
 
 MOST_COLUMNS = 10_000  # numbers of a row

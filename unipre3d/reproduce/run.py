@@ -27,7 +27,7 @@ from ..image import autoencoder_folder
 from ..recipes import read_recipe
 from ..records import read_record, write_json
 from .plan import COMPARISONS, SOURCES, Row, plan, plan_recipe, select
-from .second import EXPLORATORY, PRIMARY, plan_second
+from .second import EXPLORATORY, PRIMARY, SHORT, plan_second, plan_short
 from ..runs.checkpoint import has_state, is_finished
 from ..runs.fit import Task, stop_requests
 from ..runs.recipe import Optimiser, Recipe, change, freeze, to_values
@@ -241,13 +241,16 @@ def run_row(
     record = done.record
     if record is None:
         return None
-    if done.ended == "diverged":
-        raise ValueError(f"{row.key}: expected a run with finite losses, see {run / 'record.json'}")
     record["start"]["init"] = row.start
     record["row"] = recorded(row)
     if row.needs:
         record["values"]["data"] = row.needs  # nobody else's folders
         record["data"]["name"] = row.needs
+    if done.ended == "diverged":
+        path = record_path(row.key, Path(folder) / "failed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        raise ValueError(f"{row.key}: expected a run with finite losses, see {path}")
     path = record_path(row.key, folder)
     path.parent.mkdir(exist_ok=True)
     if row.kind == "pretrain" and row.seed == 0:
@@ -587,7 +590,8 @@ def planned(
     Raises: ValueError for another budget, or where no row is meant.
     """
     if budget == "second":
-        return select(plan_second(), only, [*PRIMARY, *EXPLORATORY])
+        rows = [*plan_short(), *plan_second()]
+        return select(rows, only, [*SHORT, *PRIMARY, *EXPLORATORY])
     return select(plan(budget, data), only, COMPARISONS)
 
 
