@@ -490,7 +490,7 @@ def claimed_twice(folder, kind="classification"):
     "Two runs want one folder by name, one after the other."
     straight, _ = straight_run(kind, folder)
     run = folder / "claimed"
-    child = attempt(kind, run, slowly)
+    child = attempt(kind, run, functools.partial(slowly, 0.6))  # until the second has begun
     until(lambda: has_rows(run, 2))
     code, text = wait(attempt(kind, run)), said_by(run)
     refused = code == 2 and len(text.splitlines()) == 1 and "in use by another process" in text
