@@ -299,8 +299,8 @@ def read_text_cloud(
 def _is_torn(words, mark):
     "Whether a line before the rows is one of them, perhaps with a piece of the header."
     count = sum(bool(re.match(r"[-+]?\.?\d", word)) for word in words)
-    if len(words) < 2:  # a number of rows may stand alone
-        return count == 1 and not words[0].isdecimal()
+    if len(words) < 3:  # a number of rows may stand alone
+        return count == len(words) and not (count == 1 and words[0].isdecimal())
     return 2 * count >= len(words) or bool(mark and count and len(words) > 2)
 
 

@@ -613,8 +613,8 @@ def check_off(
 
 NUMBERS = r"[-+.\deEnNaAiIfF\s]*"
 BROKEN = rb"(?m)^[ \t]*((?:v[tnp]?|f)[ \t][^#\n]*?[^-+./\deEnNaAiIfF\s#][^\n]*)"  # a row with more than numbers
-OBJ_WORDS = """v vt vn vp vw f fo l p g o s mg bevel c_interp d_interp lod shadow_obj trace_obj mtllib usemtl maplib
-usemap deg bmat step cstype curv curv2 surf parm trim hole scrv sp end con stech ctech call csh"""
+OBJ_WORDS = "v vt vn vp vw f fo l p g o s mg bevel c_interp d_interp lod shadow_obj trace_obj mtllib usemtl maplib"
+OBJ_WORDS += " usemap deg bmat step cstype curv curv2 surf parm trim hole scrv sp end con stech ctech call csh"
 OTHER = rb"(?m)^[ \t]*((?!(?:%s)\s)[^\s#]\S*)" % "|".join(OBJ_WORDS.split()).encode()
 
 
