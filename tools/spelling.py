@@ -21,7 +21,10 @@ RIGHT = {
     "widht",
     "transfromer",
     "donot",
-}  # names of workloads and layouts; parts of patterns; what is misspelt on purpose
+    "fo",
+    "lod",
+    "parm",
+}  # names of workloads and layouts; words of OBJ files; parts of patterns; what is misspelt on purpose
 BOTH = {
     "serialization",
     "serialized",
