@@ -68,7 +68,9 @@ def test_one_command_from_a_folder_of_classes_to_a_run_that_predicts(classes, tm
     capsys.readouterr()
     said = ["--from", str(out), "--out", str(tmp_path / "said")]
     assert main(["predict", str(classes / "rod" / "0.ply"), *said]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:3]]
+    size, head, *lines = capsys.readouterr().out.splitlines()
+    assert "read as one object" in size and "probability" in head
+    rows = [line.split() for line in lines[:2]]
     likely = {name: float(share) for _, name, share in rows}
     assert likely.keys() == {"ball", "rod"} and abs(sum(likely.values()) - 1) < 1e-3
 

@@ -292,7 +292,7 @@ def _is_cell(item):
     "Whether a row has a number in a column; scores of a validation may be empty."
     name, text = item
     if not text:
-        return text is not None and name.startswith("val_")
+        return text is not None and name.startswith("val")
     try:
         float(text)
     except ValueError:
