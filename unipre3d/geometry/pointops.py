@@ -302,9 +302,8 @@ def _weighted_rows(weight: Tensor, feat: Tensor, index: Tensor, chunk: int = 2**
     rows = max(1, chunk // max(1, index.shape[1] * feat.shape[1]))
     recorded = torch.is_grad_enabled() and (weight.requires_grad or feat.requires_grad)
     if recorded or len(index) <= rows:
-        near = feat.index_select(0, index.flatten()).view(
-            *index.shape, -1
-        )  # as feat[index], faster
+        near = feat.index_select(0, index.flatten())  # as feat[index], faster
+        near = near.view(*index.shape, feat.shape[1])
         return (weight[..., None] * near).sum(1)
     dtype = torch.result_type(weight, feat)
     out = torch.empty(len(index), feat.shape[1], dtype=dtype, device=feat.device)
