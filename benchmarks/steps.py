@@ -103,8 +103,8 @@ def main():
                 rows[name]["ratio"] = round(ratio, 2)
                 line += f", {ratio:.2f} times as fast"
             tqdm.write(f"{name}: {line}")
+            write_record(args.json, against=args.against, steps=args.steps, recipes=rows)
         bar.close()
-    write_record(args.json, against=args.against, steps=args.steps, recipes=rows)
 
 
 if __name__ == "__main__":
