@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from unipre3d.core import GaussianBatch
 from unipre3d.formats import AXES, linear_colour, load_gaussians, save_gaussians
-from unipre3d.gaussians import covariance, ply_mode
+from unipre3d.gaussians import check_gaussians, covariance, ply_mode
 
 SPLAT_TRANSFORM = os.environ.get("UNIPRE3D_SPLAT_TRANSFORM") or shutil.which("splat-transform")
 
@@ -197,3 +197,12 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         with pytest.raises(ValueError, match="scale: expected deviations from 0, found 180 below"):
             save_gaussians(cloud.derive(scale=-cloud.scale), path)
         assert not path.exists()
+
+
+def test_a_rotation_of_next_to_no_length_is_counted():
+    cloud = some_cloud(0)
+    quat = cloud.quat.clone()
+    quat[0] = 1e-30
+    with pytest.warns(UserWarning, match=f"left out 1 of {len(quat)} Gaussians"):
+        found = check_gaussians(cloud.derive(quat=quat), "a.glb")
+    assert torch.allclose(found.quat.norm(dim=1), torch.ones(len(quat) - 1))

@@ -37,6 +37,7 @@ from unipre3d.data.posed import (
     read_colmap,
     read_depth_map,
     read_transforms,
+    read_tum,
     redraw,
     straighten,
 )
@@ -399,6 +400,16 @@ def test_time_stamps_take_the_nearest():
     for k, place in enumerate(found):
         assert (place is None) == (gap[k].min() > 0.05)
         assert place is None or gap[k, place] == gap[k].min()
+
+
+def test_depth_that_a_list_names_and_nobody_has_costs_its_image(tmp_path, frames):
+    folder = tum_folder(tmp_path / "freiburg3_box", frames)
+    lens = (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
+    whole = read_tum(folder, lens)
+    next(iter(sorted((folder / "depth").iterdir()))).unlink()
+    found = read_tum(folder, lens)
+    assert len(found.images) == len(whole.images) - 1
+    assert f"left out 1 of {len(whole.images)} images" in found.remarks[0]
 
 
 def test_a_film_without_poses_in_time_is_refused(tmp_path, frames):

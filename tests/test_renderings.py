@@ -56,3 +56,10 @@ def test_a_crash_is_counted_and_the_next_scene_goes_on():
     assert counts.items() <= row.items() and not renderings.accepted(row)
     assert [line.split(":")[0] for line in row["problems"]] == ["seed 4", "seed 5", "seed 6"]
     assert row["problems"][-1] == "seed 6: ended with -11"
+
+
+@pytest.mark.parametrize("seed", [11421, 15328])
+def test_colours_near_the_largest_number_have_finite_gradients(seed):
+    "Of 20,000 settings the two that had others."
+    finite, wrong, _ = renderings.by_settings(seed)
+    assert finite and not wrong

@@ -800,3 +800,16 @@ def test_a_face_of_a_text_ply_has_its_numbers(tmp_path, row):
     head += "element face 2\nproperty list uchar int vertex_indices\nend_header\n"
     (tmp_path / "a.ply").write_text(head + f"0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n{row}\n")
     one_line(lambda: read_mesh(tmp_path / "a.ply"), "a.ply: expected", "numbers should be")
+
+
+def test_corners_of_a_binary_ply_stand_behind_picture_coordinates(tmp_path):
+    vertex = np.array([*np.ndindex(2, 2, 2)], [(k, "f4") for k in "xyz"])
+    face = np.empty(2, [("texcoord", object), ("vertex_indices", object)])
+    face["vertex_indices"] = [np.array(one, "i4") for one in ([0, 1, 3], [4, 5, 7, 6])]
+    uv = [(0, 0), (1, 0), (1, 1), (0, 1)]
+    face["texcoord"] = [np.array(uv[:n], "f4").ravel() for n in (3, 4)]
+    elements = [PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face")]
+    PlyData(elements, byte_order="<").write(str(tmp_path / "a.ply"))
+    mesh = read_mesh(tmp_path / "a.ply", up="z")
+    xyz = np.array([*np.ndindex(2, 2, 2)], float)
+    np.testing.assert_array_equal(mesh.corners, xyz[[[0, 1, 3], [4, 5, 7], [4, 7, 6]]])

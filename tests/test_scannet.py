@@ -865,6 +865,7 @@ def test_a_film_that_is_damaged(scan):
         damaged(21 + 256, struct.pack("<2i", 0, 1)), "a.sens: expected JPEG colour and zlib depth"
     )
     refuses(damaged(21 + 256 + 24, struct.pack("<f", 0)), "a.sens: expected", "0 a metre")
+    refuses(damaged(21 + 256 + 28, struct.pack("<Q", 0)), "a.sens: expected at least one frame")
     good = zlib.compress(bytes(10))
     refuses(damaged(depth, good), "a.sens, frame 0: expected depth of 32 x 24")
 

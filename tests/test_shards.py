@@ -238,6 +238,15 @@ def test_a_shard_that_is_not_whole_is_found_at_once(copied, damage, ending):
         Store(copied)
 
 
+@pytest.mark.parametrize("key", ["size", "list_size"])
+def test_a_size_of_another_type_is_named(copied, key):
+    index = index_of(copied)
+    index["shards"][0][key] = []
+    (copied / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json: expected an index of shards"):
+        Store(copied)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_a_damaged_list_is_one_line_with_its_name(copied, damage):
     shard = index_of(copied)["shards"][0]

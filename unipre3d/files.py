@@ -570,13 +570,10 @@ def check_ply(
         needed = lists = count = 0
         elements = []  # of each its rows and the types of its columns
         for word, *rest in filter(None, lines):
-            if (
-                word not in PLY_WORDS
-                or word == "property"
-                and not (rest and rest[-1].isprintable())
-            ):
-                raise Found(f"{' '.join([word, *rest])[:40]!r} in its header")
-            if word == "property" and len(rest) != (4 if rest[0] == "list" else 2):
+            known = word in PLY_WORDS
+            if word == "property":  # list, two types and a name, or a type and a name
+                known = len(rest) == (4 if rest[:1] == ["list"] else 2) and rest[-1].isprintable()
+            if not known:
                 raise Found(f"{' '.join([word, *rest])[:40]!r} in its header")
             if word == "element":
                 count = int(rest[1])

@@ -494,12 +494,18 @@ class ScanNetFrames(RoomReader):
     def _scenes_of(self, split):
         names = self.store.names(split)
         found = sorted(name for name in names if self.store.holds(f"{split}/{name}"))
-        held = {name: self.store.names(f"{split}/{name}") for name in found}
-        other = [f"{scene}/{n}" for scene in found for n in held[scene] if _is_other(n)]
+        if split == self.split:
+            self._name_others(found)
+        return found
+
+    def _name_others(self, scenes):
+        "One warning for arrays of no known name."
+        names = {scene: self.store.names(f"{self.split}/{scene}") for scene in scenes}
+        other = [f"{scene}/{n}" for scene in scenes for n in names[scene] if _is_other(n)]
         if other:
             said = f"left out {len(other)} arrays of no known name, such as {min(other)}"
-            warnings.warn(f"{self.root / split}: {said}; known: {', '.join(COLUMNS)}", stacklevel=4)
-        return found
+            known = ", ".join(COLUMNS)
+            warnings.warn(f"{self.root / self.split}: {said}; known: {known}", stacklevel=6)
 
     def _frame_files(self, i):
         "{number: {kind: path}} of all frames."

@@ -652,7 +652,8 @@ def triangular_ply(
     face = head.partition(b"element face")[2].partition(b"element")[0]
     lists = re.findall(rb"property\s+list\s+\w+\s+\w+\s+(\w+)", face)
     names = [name.decode() for name in lists]
-    if is_text_ply(head) or not names:
+    own = next((name for name in names if name.startswith("vertex_ind")), None)
+    if is_text_ply(head) or own is None:
         return data
     with suppress(PlyParseError, UnicodeError):  # another length, or letters in the remarks
         PlyData.read(str(path), known_list_len={"face": {k: _wide(k) for k in names}})
@@ -662,7 +663,7 @@ def triangular_ply(
     if rest := stream.read().strip():
         raise Found(f"{len(rest):,} bytes behind the last row")
     rows = ply["face"].data
-    sizes = np.array([len(corners) for corners in rows[names[0]]], int)
+    sizes = np.array([len(corners) for corners in rows[own]], int)
     if few := int((sizes < 3).sum()):
         warnings.warn(f"{path}: left out {few:,} faces of fewer than three corners", stacklevel=4)
     more = np.maximum(sizes - 2, 0)  # triangles of each face, all from its first corner
