@@ -118,6 +118,21 @@ def test_waiting_threads_give_way_unless_the_user_says_otherwise(given, spins):
     assert done.stdout.split()[-1] == str(given.get("GOMP_SPINCOUNT", None if given else "1000"))
 
 
+PLACE = (
+    "import mmap; from unipre3d.cli import main; main(['doctor']); import torch; "
+    "print(torch.empty(2**23, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE)"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has large pages on Linux alone")
+@pytest.mark.parametrize("given, large", [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_large_tensors_begin_at_a_page_unless_the_user_says_otherwise(given, large):
+    env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | given
+    run = [sys.executable, "-c", PLACE]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
+    assert (done.stdout.split()[-1] == "0") == large, done.stderr
+
+
 def test_a_run_that_goes_on_takes_no_value_not_even_the_usual_one(tmp_path):
     from unipre3d.cli import refuse_changes
 

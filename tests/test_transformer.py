@@ -5,7 +5,8 @@ import torch
 
 from parity_cases import close, recorded
 from unipre3d.backbones import StandardTransformer
-from unipre3d.backbones.layers import GroupEncoder, GroupMax, drop_path
+from unipre3d.backbones import layers
+from unipre3d.backbones.layers import GroupEncoder, GroupMax, LinearMax, drop_path, linear_max
 from unipre3d.backbones.transformer import group_points
 from unipre3d.core import PointBatch
 
@@ -92,6 +93,43 @@ def test_group_maximum():
     assert torch.autograd.gradcheck(
         GroupMax.apply, torch.rand(4, 5, 3, dtype=torch.double, requires_grad=True)
     )
+
+
+def test_linear_maximum():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 4).double()
+    x = torch.randn(11, 5, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(LinearMax.apply, (x, layer.weight))
+    torch.testing.assert_close(linear_max(x, layer), layer(x).amax(1))
+    assert linear_max(x[:0], layer).shape == (0, 4)
+
+
+def test_linear_maximum_in_pieces(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(3, 4), torch.randn(11, 5, 3)
+    whole = linear_max(x, layer)
+    monkeypatch.setattr(layers, "NEAR", 45)  # two groups at once
+    torch.testing.assert_close(linear_max(x, layer), whole)
+
+
+def test_equal_rows_give_the_weights_one_gradient():
+    torch.manual_seed(0)
+    encoder = GroupEncoder(3, 4, (5, 6, 7)).double().eval()  # in training statistics count rows
+    x = torch.randn(6, 4, 3, dtype=torch.double)
+    padded, g = torch.cat([x, x[:, :1], x[:, :1]], 1), torch.randn(6, 4, dtype=torch.double)
+    weights = list(encoder.parameters())
+    found = [torch.autograd.grad(encoder(groups), weights, g) for groups in (x, padded)]
+    torch.testing.assert_close(*found)
+
+
+def test_what_is_no_number_stays_so():
+    layer, x = torch.nn.Linear(3, 4), torch.randn(3, 5, 3)
+    x[1, 2, 0] = float("nan")
+    x.requires_grad_()
+    top = linear_max(x, layer)
+    assert top[1].isnan().all() and top[[0, 2]].isfinite().all()
+    grad = torch.autograd.grad(GroupMax.apply(x), x, torch.ones(3, 3))[0]
+    assert grad[1, :, 0].isnan().all() and grad[0].isfinite().all()
 
 
 def test_stochastic_depth_keeps_the_mean():

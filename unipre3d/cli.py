@@ -39,7 +39,7 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'FEW',
            'shipped_start', 'import_command', 'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions',
            'shard_command', 'data_help', 'data_command', 'cache_text', 'install_line', 'extras', 'doctor_command',
            'changed_values', 'value_text', 'run_state_text', 'info_command', 'option_choices', 'completion_words',
-           'completion_command', 'usage', 'spin_briefly', 'one_line_warning', 'main']
+           'completion_command', 'usage', 'prepare_torch', 'one_line_warning', 'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -1722,10 +1722,13 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def spin_briefly() -> None:
-    "Waiting threads of OpenMP give way after microseconds; counts before torch is imported. What the user set stays."
+def prepare_torch() -> None:
+    """What OpenMP and torch read before they start; what the user set stays.
+
+    Waiting threads give way after microseconds. Tensors of megabytes lie in pages of 2 MB, where Linux has them."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 python_warning = warnings.formatwarning
@@ -1743,7 +1746,7 @@ def main(
 ) -> int:
     "Run a command; a mistake is one line on standard error and exit status 2."
     args = sys.argv[1:] if args is None else args
-    spin_briefly()
+    prepare_torch()
     warnings.formatwarning = one_line_warning
     try:
         if not args or args[0] in ("-h", "--help"):

@@ -5,6 +5,8 @@
 # %% ../../nbs/backbones/39_layers.ipynb #1f5c0a14
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from ..core import offsets
 from ..geometry.pointops import farthest_point_sample
+from ..kernels.threads import in_threads
 
 # %% auto #0
-__all__ = ['farthest_fraction', 'shared_mlp', 'scene_norm', 'gather_rows', 'GroupMax', 'GroupEncoder', 'drop_path', 'prepend',
-           'spread']
+__all__ = ['BLOCKS', 'NEAR', 'farthest_fraction', 'shared_mlp', 'scene_norm', 'gather_rows', 'is_compiled', 'over_groups',
+           'GroupMax', 'LinearMax', 'linear_max', 'GroupEncoder', 'drop_path', 'prepend', 'spread']
 
 # %% ../../nbs/backbones/39_layers.ipynb #1f5c0a17
 def farthest_fraction(
@@ -58,6 +61,27 @@ def gather_rows(
     return x.index_select(0, index.flatten()).view(*index.shape, -1)
 
 # %% ../../nbs/backbones/39_layers.ipynb #b6927d96
+BLOCKS = 8  # ranges of groups that threads share, however many threads there are
+NEAR = 2**19  # numbers of a layer that are made at once
+
+
+def is_compiled(x: Tensor) -> bool:
+    "Whether the compiled functions take this tensor."
+    plain = x.dtype in (torch.float32, torch.float64)
+    return plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def over_groups(
+    task: Callable[..., None],  # called as task(block, first, last, *arrays)
+    count: int,  # groups
+    *arrays: Tensor,
+) -> None:
+    "Ranges of groups on several threads."
+    edges = [count * i // BLOCKS for i in range(BLOCKS + 1)]
+    arrays = [x.numpy() for x in arrays]
+    in_threads(task, [(i, edges[i], edges[i + 1], *arrays) for i in range(BLOCKS)])
+
+
 class GroupMax(torch.autograd.Function):
     "The maximum over each group, [m k c] to [m c]; ties divide the gradient equally."
 
@@ -71,8 +95,60 @@ class GroupMax(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Float[Tensor, "m c"]) -> Float[Tensor, "m k c"]:
         x, top = ctx.saved_tensors
-        hit = torch.eq(x, top[:, None], out=torch.empty_like(x))
-        return hit.mul_((grad / hit.sum(1))[:, None])
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if is_compiled(x):
+            from unipre3d.kernels.groups import share
+
+            over_groups(share, len(x), x.contiguous(), top, grad.contiguous(), out)
+            return out
+        torch.eq(x, top[:, None], out=out)
+        return out.mul_((grad / out.sum(1))[:, None])
+
+
+class LinearMax(torch.autograd.Function):
+    "The maximum over each group of rows times a matrix; the first of equal rows has the gradient."
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Float[Tensor, "m k d"],  # on the CPU
+        weight: Float[Tensor, "c d"],
+    ) -> Float[Tensor, "m c"]:
+        from unipre3d.kernels.groups import rise
+
+        m, k, _ = x.shape
+        top = x.new_empty(m, len(weight))
+        row = torch.empty_like(top, dtype=torch.int32)
+        some = max(1, NEAR // (k * len(weight)))
+        for part in range(0, m, some):
+            rows = F.linear(x[part : part + some], weight)
+            found = top[part : part + some], row[part : part + some]
+            over_groups(rise, len(rows), rows, *found)
+        ctx.save_for_backward(x, weight, row)
+        return top
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Float[Tensor, "m c"]):
+        from unipre3d.kernels.groups import collect, spread
+
+        x, weight, row = ctx.saved_tensors
+        grad = grad.contiguous()
+        g_x = torch.empty_like(x)
+        over_groups(spread, len(x), grad, row, weight, g_x)
+        g_weight = weight.new_empty(BLOCKS, *weight.shape)
+        over_groups(collect, len(x), grad, row, x, g_weight)
+        return g_x, g_weight.sum(0)
+
+
+def linear_max(
+    x: Float[Tensor, "m k d"],
+    layer: nn.Linear,  # to c columns
+) -> Float[Tensor, "m c"]:
+    "The maximum over each group of a linear layer's rows."
+    if is_compiled(x):
+        return LinearMax.apply(x.contiguous(), layer.weight) + layer.bias
+    return GroupMax.apply(layer(x))
 
 
 class GroupEncoder(nn.Module):
@@ -95,9 +171,9 @@ class GroupEncoder(nn.Module):
         join = self.second[0]
         from_summary, from_point = join.weight.chunk(2, 1)
         summary = F.linear(GroupMax.apply(local), from_summary, join.bias)
-        x = F.linear(local, from_point) + summary[:, None]
-        x = self.second[1:](x.flatten(0, 1))
-        return GroupMax.apply(x.view(m, k, -1))
+        x = F.linear(local, from_point).add_(summary[:, None])
+        x = self.second[1:-1](x.flatten(0, 1))
+        return linear_max(x.view(m, k, -1), self.second[-1])
 
 # %% ../../nbs/backbones/39_layers.ipynb #1f5c0a1e
 def drop_path(
@@ -109,7 +185,7 @@ def drop_path(
     if not training or rate == 0:
         return x
     keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
+    return x * (keep / (1 - rate))
 
 
 def prepend(

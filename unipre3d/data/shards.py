@@ -285,6 +285,7 @@ class Shards:
             listed = index["shards"]
             self.shards = [(str(s["name"]), int(s["size"]), str(s["sha256"])) for s in listed]
             self.lists = [(int(s["list_size"]), str(s["list_sha256"])) for s in listed]
+            self.archives = [self.root / name for name, _, _ in self.shards]
             for number, shard in enumerate(index["shards"]):
                 for key, (first, size, crc, *entries) in shard["samples"].items():
                     self.rows[key] = len(rows)
@@ -338,7 +339,7 @@ class Shards:
             self._listed.move_to_end(key)
             return self._listed[key]
         number, first, size, crc = self.places[self.rows[key]].tolist()
-        path = (self.root / self.shards[number][0]).with_suffix(".jsonl")
+        path = self.archives[number].with_suffix(".jsonl")
         with reading(path, "a list of files", LIST_REMEDY):
             file = self.opened(path, *self.lists[number])
             file.seek(first)
@@ -363,8 +364,7 @@ class Shards:
     def where(self, name: str) -> str:
         "What messages call a file: `shard: file`."
         found = self.find(name)
-        path = self.root / name
-        return f"{self.root / self.shards[found[0]][0]}: {name}" if found else str(path)
+        return f"{self.archives[found[0]]}: {name}" if found else str(self.root / name)
 
     def facts(self, name: str) -> tuple[int, int]:
         "Bytes and checksum of a file."
@@ -430,14 +430,14 @@ class Shards:
 
     def check_copies(self) -> None:
         "Raises: OSError or ValueError for the first shard or list that is not there, or not whole."
-        for (name, size, _), (list_size, _) in zip(self.shards, self.lists):
-            check_copy(self.root / name, size)
-            check_copy((self.root / name).with_suffix(".jsonl"), list_size)
+        for path, (_, size, _), (list_size, _) in zip(self.archives, self.shards, self.lists):
+            check_copy(path, size)
+            check_copy(path.with_suffix(".jsonl"), list_size)
 
     def shard(self, number: int) -> io.BufferedIOBase:
         "An archive, opened once in each process."
-        name, size, sha256 = self.shards[number]
-        return self.opened(self.root / name, size, sha256)
+        _, size, sha256 = self.shards[number]
+        return self.opened(self.archives[number], size, sha256)
 
     def open(self, name: str) -> io.BufferedIOBase:
         "One file to read from."
@@ -451,7 +451,7 @@ class Shards:
             size, crc = self.tables[name]
         elif place:
             number, first, size, crc = place
-            file, where = self.shard(number), f"{self.root / self.shards[number][0]}: {name}"
+            file, where = self.shard(number), f"{self.archives[number]}: {name}"
             with reading(where, "this file", "copy the shard again"):
                 file.seek(first)
                 data = file.read(size)
