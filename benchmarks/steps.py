@@ -4,11 +4,13 @@
 
 Each run is what a user types, `unipre3d pretrain NAME` or `unipre3d finetune NAME`, in a process of its own; the older commit is unpacked
 into a temporary folder. A step's time is the median over the steps after the first quarter, taken from the run's own metrics.csv; of the
-rounds the median counts. Both sides use the same Python, the same threads and the same cached data.
+rounds the median counts. Both sides use the same Python, the same threads and the same cached data. A record that is there keeps the
+rows of recipes that are not named; each row has its own date and code.
 """
 
 import argparse
 import csv
+import datetime
 import json
 import os
 import statistics
@@ -19,6 +21,8 @@ from pathlib import Path
 
 from common import checkouts, write_record
 from tqdm import tqdm
+
+from unipre3d.records import code_version
 
 RECIPES = {
     "object-transformer-mini": "pretrain",
@@ -81,6 +85,14 @@ def compare(trees, name, steps, rounds, bar):
     }
 
 
+def earlier(path, against):
+    "Rows of a record that is there already, against the same commit; recipes that are not timed again stay."
+    if path is None or not Path(path).is_file():
+        return {}
+    record = json.loads(Path(path).read_text())
+    return record["recipes"] if record["against"] == against else {}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,7 +105,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trees = checkouts(args.against, folder)
-        rows = {}
+        rows = earlier(args.json, args.against)
         bar = tqdm(total=len(args.recipes) * args.rounds * len(trees), desc="runs")
         for name in args.recipes:
             rows[name] = compare(trees, name, args.steps, args.rounds, bar)
@@ -103,7 +115,9 @@ def main():
                 rows[name]["ratio"] = round(ratio, 2)
                 line += f", {ratio:.2f} times as fast"
             tqdm.write(f"{name}: {line}")
-            write_record(args.json, against=args.against, steps=args.steps, recipes=rows)
+            when = datetime.date.today().isoformat()
+            rows[name] |= dict(steps=args.steps, code=code_version(), date=when)
+            write_record(args.json, against=args.against, recipes=rows)
         bar.close()
 
 

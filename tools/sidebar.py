@@ -113,6 +113,7 @@ WORKSHOP = {
         "80_results_objects",
         "80_results_rooms",
         "80_results_efficiency",
+        "79_benchmarks",
         "80_results_claims",
         "80_results_runs",
     ],
