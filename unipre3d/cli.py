@@ -578,9 +578,13 @@ def weights_fit(
     other: Any,  # that made them
 ) -> bool:
     "Whether two recipes have a backbone of the same kind and sizes, which reads the same columns."
-    same = recipe.model.backbone == other.model.backbone
-    same = same and recipe.model.backbone_options == other.model.backbone_options
-    return same and recipe.data.features == other.data.features
+    from unipre3d.runs.run import build_backbone
+
+    if recipe.model.backbone != other.model.backbone or recipe.data.features != other.data.features:
+        return False
+    own, theirs = (build_backbone(one).state_dict() for one in (recipe, other))
+    sizes = {name: value.shape for name, value in own.items()}
+    return sizes == {name: value.shape for name, value in theirs.items()}
 
 
 def describe_result(
