@@ -9,6 +9,7 @@ from untrained import save_run
 
 from unipre3d.cli import (
     DATA_KINDS,
+    ROOM_RECIPE,
     commands,
     completion_words,
     extras,
@@ -149,13 +150,20 @@ def test_weights_fit_the_fine_tuning_that_is_proposed():
     assert "finetune cls-shapes-mini --init" in next_commands(usual, Path("r"))[-1]
     assert "finetune cls-folder-mini --data FOLDER" in next_commands(coloured, Path("r"))[-1]
     other = change(usual, features=("xyz", "color"))
-    assert not any("finetune" in line for line in next_commands(other, Path("r")))
+    for recipe in (other, EVERY["object-transformer"], EVERY["scene-sparseunet"]):
+        assert not any("finetune" in line for line in next_commands(recipe, Path("r")))
+    rooms = next_commands(EVERY["scene-sparseunet-mini"], Path("r"))
+    assert rooms[-2:] == [
+        "unipre3d finetune sem-rooms-mini --init r",
+        "unipre3d finetune sem-folder-mini --data FOLDER --init r",
+    ]
 
 
-def test_few_objects_begin_with_weights_that_fit():
-    words = shipped_start().split()
+def test_few_clouds_begin_with_weights_that_fit():
+    words = shipped_start("objects", "object-transformer-mini").split()
     assert words[:3] == ["--init", "objects", "--features"]
     assert words[3:] == ["xyz", "normal", "color_signed"]
+    assert shipped_start("rooms", ROOM_RECIPE) == "--init rooms"  # which read the recipe's columns
 
 
 def test_the_shell_offers_choices_and_options():

@@ -702,7 +702,8 @@ def test_the_command_says_what_it_found(tmp_path, frames, capsys):
     for words in (
         "transforms.json: 12 images of 80 x 60",
         "cameras and points fit",
-        "next: unipre3d",
+        "next: unipre3d pretrain scene-sparseunet-mini --data",
+        " --init rooms\n",
     ):
         assert words in said
     refuses(lambda: data_command(["import", str(folder), "--scle", "2"]), "did you mean --scale")

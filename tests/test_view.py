@@ -1,4 +1,4 @@
-"""Runs and files as worlds: one frame for all of it, pages that need nothing, a live server that ends, faults in one line."""
+"""Runs and files as exhibits: one frame for all of it, pages that need nothing, a live server that ends, faults in one line."""
 
 import importlib.util
 import json
@@ -33,13 +33,13 @@ from unipre3d.runs.recipe import change
 from unipre3d.view import (
     check_port,
     draw_scenes,
+    exhibit_of_file,
+    exhibit_of_run,
+    exhibit_page,
     holds_gaussians,
     open_any,
-    serve_world,
+    serve_exhibit,
     strongest,
-    world_of_file,
-    world_of_run,
-    world_page,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,51 +105,51 @@ def refuses(call, *words, kind=ValueError):
 # ---------------------------------------------------------------- one frame
 
 
-def on_photos(world):
+def on_photos(exhibit):
     "Points that are nearest in their pixel: their colours, and those of the pictures, [k 3] each."
-    K = world.camera.K.double().numpy()
-    pose = world.camera.world_to_cam.double().numpy()
-    views = PosedViews(world.photos, None, None, pose, K)
+    K = exhibit.camera.K.double().numpy()
+    pose = exhibit.camera.world_to_cam.double().numpy()
+    views = PosedViews(exhibit.photos, None, None, pose, K)
     own, seen = [], []
-    for v, photo in enumerate(world.photos):
-        _, (row, column, index) = nearest_points(world.xyz.astype(np.float64), views, v)
-        own.append(world.colorings["colour"][index])
+    for v, photo in enumerate(exhibit.photos):
+        _, (row, column, index) = nearest_points(exhibit.xyz.astype(np.float64), views, v)
+        own.append(exhibit.colorings["colour"][index])
         seen.append(photo[row, column])
     return np.concatenate(own) / 255, np.concatenate(seen) / 255
 
 
 def test_points_and_pictures_of_an_object_are_in_one_frame(object_run):
-    world = world_of_run(object_run, index=3)
-    own, seen = on_photos(world)
+    exhibit = exhibit_of_run(object_run, index=3)
+    own, seen = on_photos(exhibit)
     assert (seen.max(1) > 0).mean() > 0.95  # on the object, not on the black behind it
-    moved = world.xyz[:, [1, 0, 2]]
-    own, seen = on_photos(type(world)(**vars(world) | dict(xyz=moved)))
+    moved = exhibit.xyz[:, [1, 0, 2]]
+    own, seen = on_photos(type(exhibit)(**vars(exhibit) | dict(xyz=moved)))
     assert (seen.max(1) > 0).mean() < 0.95
 
 
 def test_points_and_pictures_of_a_room_are_in_one_frame(room_run):
-    world = world_of_run(room_run)
-    assert abs(world.xyz.mean(0)).max() < 0.05  # about its mean, as the model has it
-    own, seen = on_photos(world)
+    exhibit = exhibit_of_run(room_run)
+    assert abs(exhibit.xyz.mean(0)).max() < 0.05  # about its mean, as the model has it
+    own, seen = on_photos(exhibit)
     near = np.abs(own - seen).mean()
     assert near < 0.06 and near < 0.5 * np.abs(own[RNG.permutation(len(own))] - seen).mean()
-    assert world.background == (1.0, 1.0, 1.0) and len(world.camera) > world.references > 1
+    assert exhibit.background == (1.0, 1.0, 1.0) and len(exhibit.camera) > exhibit.references > 1
 
 
 def test_what_is_rendered_is_what_the_renderer_gives(object_run):
-    world = world_of_run(object_run)
-    rgb = render(world.gaussians, world.camera, torch.zeros(3)).rgb.detach().clamp(0, 1)
-    assert np.abs(rgb.permute(0, 2, 3, 1).numpy() * 255 - world.rendered).max() <= 0.51
-    again = world_of_run(object_run / "checkpoint.safetensors")
-    assert np.array_equal(again.rendered, world.rendered)
-    assert np.array_equal(again.colorings["features"], world.colorings["features"])
+    exhibit = exhibit_of_run(object_run)
+    rgb = render(exhibit.gaussians, exhibit.camera, torch.zeros(3)).rgb.detach().clamp(0, 1)
+    assert np.abs(rgb.permute(0, 2, 3, 1).numpy() * 255 - exhibit.rendered).max() <= 0.51
+    again = exhibit_of_run(object_run / "checkpoint.safetensors")
+    assert np.array_equal(again.rendered, exhibit.rendered)
+    assert np.array_equal(again.colorings["features"], exhibit.colorings["features"])
 
 
 def test_points_keep_their_order(files):
-    world = world_of_file(files / "cloud.ply")
-    assert np.array_equal(world.xyz, XYZ)
-    assert np.array_equal(world.colorings["colour"], np.round(255 * COLOR).astype(np.uint8))
-    some = world_of_file(files / "cloud.ply", points=100)
+    exhibit = exhibit_of_file(files / "cloud.ply")
+    assert np.array_equal(exhibit.xyz, XYZ)
+    assert np.array_equal(exhibit.colorings["colour"], np.round(255 * COLOR).astype(np.uint8))
+    some = exhibit_of_file(files / "cloud.ply", points=100)
     place = [np.flatnonzero((XYZ == row).all(1))[0] for row in some.xyz]
     assert place == sorted(place) and len(place) == 100
     assert some.remarks == ("100 of 500 points are shown",)
@@ -158,38 +158,38 @@ def test_points_keep_their_order(files):
 @pytest.mark.parametrize("ending", ["ply", "spz", "glb"])
 def test_the_means_of_a_splat_are_its_cloud(files, ending):
     path = files / f"splat.{ending}"
-    world = world_of_file(path, "none")
+    exhibit = exhibit_of_file(path, "none")
     gaussians, _ = load_gaussians(path)
-    assert holds_gaussians(path) and torch.equal(world.gaussians.mean, gaussians.mean)
-    assert np.array_equal(world.xyz, gaussians.mean.numpy())
-    up = world_of_file(path, "none", up="y")
+    assert holds_gaussians(path) and torch.equal(exhibit.gaussians.mean, gaussians.mean)
+    assert np.array_equal(exhibit.xyz, gaussians.mean.numpy())
+    up = exhibit_of_file(path, "none", up="y")
     assert np.abs(up.xyz - up.gaussians.mean.numpy()).max() < 1e-6
-    assert np.array_equal(up.xyz[:, 2], world.xyz[:, 1])
+    assert np.array_equal(up.xyz[:, 2], exhibit.xyz[:, 1])
 
 
 def test_a_splat_far_from_the_origin(tmp_path):
     far = some_gaussians()
     far = far.derive(mean=1000 * far.mean + torch.tensor([2e5, 0.0, 0.0]), scale=30 * far.scale)
     save_gaussians(far, tmp_path / "far.ply")
-    world = world_of_file(tmp_path / "far.ply", "none")
-    assert np.abs(world.xyz - world.gaussians.mean.numpy()).max() < 0.1
-    assert np.abs(world.xyz).max() < 1e4  # about an origin of its own
+    exhibit = exhibit_of_file(tmp_path / "far.ply", "none")
+    assert np.abs(exhibit.xyz - exhibit.gaussians.mean.numpy()).max() < 0.1
+    assert np.abs(exhibit.xyz).max() < 1e4  # about an origin of its own
 
 
 @pytest.mark.parametrize("up", ["z", "y"])
 def test_harmonics_that_are_left_out_are_a_remark(tmp_path, up):
     for degree in (0, 1, 2, 3):
         save_gaussians(some_gaussians(degree=degree), tmp_path / "splat.ply")
-        world = world_of_file(tmp_path / "splat.ply", "none", up=up)
-        said = "harmonics above degree 1 are left out" in "\n".join(world.remarks)
-        assert said == ("harmonics above degree 1" in world_page(world)) == (degree > 1)
+        exhibit = exhibit_of_file(tmp_path / "splat.ply", "none", up=up)
+        said = "harmonics above degree 1 are left out" in "\n".join(exhibit.remarks)
+        assert said == ("harmonics above degree 1" in exhibit_page(exhibit)) == (degree > 1)
 
 
 def test_a_few_gaussians_far_away_do_not_move_the_picture(tmp_path):
     cloud = some_gaussians()
     cloud.mean[:3] += 100
     save_gaussians(cloud, tmp_path / "splat.ply")
-    page = world_page(world_of_file(tmp_path / "splat.ply", "none"))
+    page = exhibit_page(exhibit_of_file(tmp_path / "splat.ply", "none"))
     middles = [json.loads(text) for text in re.findall(r'"camera":{"at":(\[[^\]]*\])', page)]
     assert len(middles) == 2 and np.abs(middles).max() < 0.5
 
@@ -207,10 +207,10 @@ def test_a_film_of_flat_gaussians(tmp_path, capsys):
 def test_the_mode_of_a_splat_is_that_of_its_header(tmp_path, ending):
     for antialiased in (False, True):
         save_gaussians(some_gaussians(), tmp_path / f"a.{ending}", antialiased=antialiased)
-        world = world_of_file(tmp_path / f"a.{ending}", "none")
-        assert world.antialiased is antialiased
-        assert ("for the antialiased mode" in world_page(world)) is antialiased
-        assert (f'"mip":{int(antialiased)}' in world_page(world)) is True
+        exhibit = exhibit_of_file(tmp_path / f"a.{ending}", "none")
+        assert exhibit.antialiased is antialiased
+        assert ("for the antialiased mode" in exhibit_page(exhibit)) is antialiased
+        assert (f'"mip":{int(antialiased)}' in exhibit_page(exhibit)) is True
 
 
 def test_the_reach_of_more_points_than_torch_takes_quantiles_of():
@@ -241,10 +241,10 @@ def check_page(page, canvases, pictures=0):
 
 def test_the_page_of_a_run_holds_everything(object_run, room_run):
     for run, views in ((object_run, 5), (room_run, None)):
-        world = world_of_run(run)
-        page = world_page(world)
-        check_page(page, 2, 2 * (views or len(world.photos)))
-        assert "features" in page and page == world_page(world_of_run(run))
+        exhibit = exhibit_of_run(run)
+        page = exhibit_page(exhibit)
+        check_page(page, 2, 2 * (views or len(exhibit.photos)))
+        assert "features" in page and page == exhibit_page(exhibit_of_run(run))
 
 
 NAMES = "cloud.ply cloud.npy cloud.xyz box.obj box.glb splat.ply splat.spz splat.glb".split()
@@ -252,9 +252,9 @@ NAMES = "cloud.ply cloud.npy cloud.xyz box.obj box.glb splat.ply splat.spz splat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_of_a_file(files, name):
-    world = world_of_file(files / name)
-    check_page(world_page(world), 1 + ("splat" in name))
-    assert list(world.colorings) == [next(iter(world.colorings)), "features"]
+    exhibit = exhibit_of_file(files / name)
+    check_page(exhibit_page(exhibit), 1 + ("splat" in name))
+    assert list(exhibit.colorings) == [next(iter(exhibit.colorings)), "features"]
 
 
 def test_a_large_splat_is_thinned_by_what_it_covers():
@@ -266,17 +266,17 @@ def test_a_large_splat_is_thinned_by_what_it_covers():
 
 
 def test_a_page_says_for_how_many_points_it_has_room(tmp_path):
-    world = world_of_file(write_cloud(tmp_path / "cloud.ply", RNG.random((60_001, 3))), "none")
-    assert world.remarks == ("60,000 of 60,001 points are shown",)
-    whole = replace(world, xyz=np.zeros((60_001, 3), np.float32), remarks=())
+    exhibit = exhibit_of_file(write_cloud(tmp_path / "cloud.ply", RNG.random((60_001, 3))), "none")
+    assert exhibit.remarks == ("60,000 of 60,001 points are shown",)
+    whole = replace(exhibit, xyz=np.zeros((60_001, 3), np.float32), remarks=())
     whole.colorings["height"] = np.zeros((60_001, 3), np.uint8)
-    assert "the picture has room for 60,000 of them" in world_page(whole)
+    assert "the picture has room for 60,000 of them" in exhibit_page(whole)
 
 
 def test_names_of_files_do_not_break_the_page(tmp_path):
     path = tmp_path / "<b>&\"'.ply"
     write_cloud(path, XYZ)
-    page = world_page(world_of_file(path, "none"))
+    page = exhibit_page(exhibit_of_file(path, "none"))
     assert "<b>" not in page and "&lt;b&gt;&amp;" in page
 
 
@@ -287,7 +287,7 @@ def test_the_page_in_a_browser(object_run):
         page = browser.new_page(viewport={"width": 1000, "height": 900})
         faults = []
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.set_content(world_page(world_of_run(object_run)))
+        page.set_content(exhibit_page(exhibit_of_run(object_run)))
         drawn = "() => [...document.querySelectorAll('.viewer')].every(one => one.dataset.drawn)"
         page.wait_for_function(drawn, timeout=60_000)
         if "needs WebGL 2" in page.inner_text(".viewer-hint >> nth=0"):
@@ -313,8 +313,8 @@ def free_port():
 
 @needs_viser
 def test_a_live_server_has_every_node_and_ends(object_run):
-    world = world_of_run(object_run)
-    server = serve_world(world, port=0)
+    exhibit = exhibit_of_run(object_run)
+    server = serve_exhibit(exhibit, port=0)
     port = server.get_port()
     try:
         names = ["reference/points", "rendered/gaussians", "features/points"]
@@ -323,10 +323,10 @@ def test_a_live_server_has_every_node_and_ends(object_run):
         nodes = [server.scene.get_handle_by_name(f"/{name}") for name in names]
         assert None not in nodes
         for v, node in ((0, nodes[3]), (1, nodes[6])):
-            assert np.abs(node.position - world.camera.center[v].numpy()).max() < 1e-6
+            assert np.abs(node.position - exhibit.camera.center[v].numpy()).max() < 1e-6
         points = server.scene.get_handle_by_name("/reference/points")
-        assert np.array_equal(points.points, world.xyz)
-        refuses(lambda: serve_world(world, port=port), "--port", str(port), kind=OSError)
+        assert np.array_equal(points.points, exhibit.xyz)
+        refuses(lambda: serve_exhibit(exhibit, port=port), "--port", str(port), kind=OSError)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=20) as answer:
             assert answer.status == 200
     finally:
@@ -340,7 +340,7 @@ def test_the_switch_shows_one_scene(files):
 
     server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
     try:
-        switch = draw_scenes(server, world_of_file(files / "splat.ply"))
+        switch = draw_scenes(server, exhibit_of_file(files / "splat.ply"))
         scenes = ("reference", "rendered", "features")
         nodes = [server.scene.get_handle_by_name(f"/{name}") for name in scenes]
         assert switch.options == scenes

@@ -370,9 +370,10 @@ def flush(
     path: str | Path,  # a file, or a folder whose names should be on the disk too
 ) -> None:
     "Wait until the system has written it to the disk."
-    if os.name == "nt" and Path(path).is_dir():
+    windows = os.name == "nt"
+    if windows and Path(path).is_dir():
         return  # Windows opens no folders
-    number = os.open(path, os.O_RDONLY)
+    number = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and flushes no reader's file
     try:
         os.fsync(number)
     finally:

@@ -47,15 +47,15 @@ from .values import refusal
 from .viewer import MOST_GAUSSIANS, MOST_POINTS, gaussian_viewer, point_viewer
 
 # %% auto #0
-__all__ = ['SPLAT_MARKS', 'SPLAT_HEADER', 'REFERENCE', 'TARGET', 'STEPS', 'PAGE_STYLE', 'INSTALL', 'PORT', 'World', 'draw_rows',
+__all__ = ['SPLAT_MARKS', 'SPLAT_HEADER', 'REFERENCE', 'TARGET', 'STEPS', 'PAGE_STYLE', 'INSTALL', 'PORT', 'Exhibit', 'draw_rows',
            'thinned', 'left_out', 'own_colors', 'as_pictures', 'holds_gaussians', 'rotate_gaussians', 'mean_colors',
-           'open_any', 'world_of_file', 'world_of_run', 'cloud_extent', 'camera_points', 'strongest', 'picture_html',
-           'page_room', 'points_html', 'views_html', 'world_page', 'page_path', 'write_page', 'has_viser', 'check_port',
-           'scenes_of', 'frustum', 'draw_scenes', 'serve_world']
+           'open_any', 'exhibit_of_file', 'exhibit_of_run', 'cloud_extent', 'camera_points', 'strongest',
+           'picture_html', 'page_room', 'points_html', 'views_html', 'exhibit_page', 'page_path', 'write_page',
+           'has_viser', 'check_port', 'scenes_of', 'frustum', 'draw_scenes', 'serve_exhibit']
 
 # %% ../nbs/66_view.ipynb #v66world
 @dataclass(frozen=True, eq=False)
-class World:
+class Exhibit:
     "What there is to see of a run or of a file, in one frame, z up."
 
     name: str
@@ -114,7 +114,7 @@ def left_out(
     count: int,  # points that there are
     gaussians: GaussianBatch | None,  # as they came
 ) -> tuple[str, ...]:
-    "The remarks of a world."
+    "The remarks of an exhibit."
     high = gaussians is not None and gaussians.sh.shape[1] > 4
     return thinned(kept, count) + ("harmonics above degree 1 are left out",) * high
 
@@ -203,7 +203,7 @@ def open_any(
     return cloud, up, gaussians, antialiased
 
 
-def world_of_file(
+def exhibit_of_file(
     path: str | Path,  # a cloud, a mesh or a splat
     weights: str | Path = "objects",  # name, run folder, folder of weights, owner/name; or "none"
     *,
@@ -211,7 +211,7 @@ def world_of_file(
     unit: str | None = None,  # of its coordinates; counts for weights of rooms
     up: str = "z",  # axis that points up in it
     normals: str = "given",  # or "estimate", for weights that need them
-) -> World:
+) -> Exhibit:
     """Everything that a file holds, and the features of its points.
 
     Raises: FileNotFoundError, OSError or ValueError of one line, as the readers and `FeatureExtractor`.
@@ -236,17 +236,17 @@ def world_of_file(
     if gaussians is not None and up != "z":
         gaussians = rotate_gaussians(gaussians, R)
     shown = dict(gaussians=gaussians, antialiased=antialiased, remarks=remarks)
-    return World(path.name, xyz, colorings, **shown)
+    return Exhibit(path.name, xyz, colorings, **shown)
 
 # %% ../nbs/66_view.ipynb #v66run
 @torch.no_grad()
-def world_of_run(
+def exhibit_of_run(
     run: str | Path,  # folder of a pre-training, or the checkpoint.safetensors in it
     *,
     split: str = "val",  # "train", "val" or "test"
     index: int = 0,  # which cloud of the split
     points: int = MOST_POINTS,  # that are shown, at most
-) -> World:
+) -> Exhibit:
     """A cloud of a run's data, and what its model makes of it.
 
     Raises: FileNotFoundError or ValueError of one line, as `load_predictor` and `build_views`, or for no such cloud.
@@ -270,7 +270,7 @@ def world_of_run(
     if samples.center:
         xyz = xyz - samples.rows(index)["xyz"].mean(0, dtype=np.float64)
     xyz = xyz.astype(np.float32)
-    return World(
+    return Exhibit(
         samples.name(index),
         xyz,
         own_colors(xyz, columns.get("color")) | {"features": pca_colors(feat)},
@@ -352,39 +352,39 @@ h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
 
 
 def page_room(
-    world: World,
+    exhibit: Exhibit,
 ) -> int:
     "How many points of its cloud a page has room for, beside the edges of its cameras."
-    views = 0 if world.camera is None else len(world.camera)
+    views = 0 if exhibit.camera is None else len(exhibit.camera)
     return MOST_POINTS - 8 * STEPS * views
 
 
 def points_html(
-    world: World,
+    exhibit: Exhibit,
 ) -> str:
     "The cloud with its colourings, and where the cameras are."
-    middle, radius = cloud_extent(world.xyz)
+    middle, radius = cloud_extent(exhibit.xyz)
     distance = 3.2 * radius
     edges = np.zeros((0, 3), np.float32)
     paint = np.zeros((0, 3), np.uint8)
-    if world.camera is not None:
-        frusta = camera_points(world.camera, 0.2 * radius)
+    if exhibit.camera is not None:
+        frusta = camera_points(exhibit.camera, 0.2 * radius)
         edges = frusta.reshape(-1, 3)
-        away = np.linalg.norm(world.camera.center.numpy() - middle, axis=1)
+        away = np.linalg.norm(exhibit.camera.center.numpy() - middle, axis=1)
         distance = max(distance, 1.8 * float(np.median(away)))
-        count = world.references * frusta.shape[1]
+        count = exhibit.references * frusta.shape[1]
         paint = np.uint8([REFERENCE] * count + [TARGET] * (len(edges) - count))
-    kept = draw_rows(len(world.xyz), page_room(world))
-    normal = world.normal
+    kept = draw_rows(len(exhibit.xyz), page_room(exhibit))
+    normal = exhibit.normal
     if normal is not None:
         normal = torch.from_numpy(np.concatenate([normal[kept], np.zeros_like(edges)]))
     colors = {
         name: torch.from_numpy(np.concatenate([rgb[kept], paint])).float() / 255
-        for name, rgb in world.colorings.items()
+        for name, rgb in exhibit.colorings.items()
     }
-    xyz = torch.from_numpy(np.concatenate([world.xyz[kept], edges]))
+    xyz = torch.from_numpy(np.concatenate([exhibit.xyz[kept], edges]))
     size = 3 * radius / len(kept) ** 0.5
-    label = f"The points of {world.name}; arrow keys rotate them"
+    label = f"The points of {exhibit.name}; arrow keys rotate them"
     at = torch.from_numpy(middle)
     return point_viewer(
         xyz, labels=colors, normal=normal, size=size, distance=distance, label=label, at=at
@@ -392,42 +392,42 @@ def points_html(
 
 
 def views_html(
-    world: World,
+    exhibit: Exhibit,
 ) -> str:
     "Each picture, and what was rendered beneath it."
     figures = ""
-    for v, photo in enumerate(world.photos):
-        name = world.view_name(v)
+    for v, photo in enumerate(exhibit.photos):
+        name = exhibit.view_name(v)
         pair = picture_html(photo, f"{name}, as it was taken")
-        if world.rendered is not None:
-            pair += picture_html(world.rendered[v], f"{name}, rendered")
+        if exhibit.rendered is not None:
+            pair += picture_html(exhibit.rendered[v], f"{name}, rendered")
         figures += f"<figure>{pair}<figcaption>{name}</figcaption></figure>"
     return f'<div class="views">{figures}</div>'
 
 
-def world_page(
-    world: World,
+def exhibit_page(
+    exhibit: Exhibit,
 ) -> str:  # HTML
     "Everything as one page that holds all it needs."
-    parts = [("Points", points_html(world))]
-    remarks = list(world.remarks)
-    if len(world.xyz) > page_room(world):
-        remarks.append(f"the picture has room for {page_room(world):,} of them")
-    if world.gaussians is not None:
-        some = strongest(world.gaussians)
-        remarks += thinned(len(some), len(world.gaussians), "Gaussians")
+    parts = [("Points", points_html(exhibit))]
+    remarks = list(exhibit.remarks)
+    if len(exhibit.xyz) > page_room(exhibit):
+        remarks.append(f"the picture has room for {page_room(exhibit):,} of them")
+    if exhibit.gaussians is not None:
+        some = strongest(exhibit.gaussians)
+        remarks += thinned(len(some), len(exhibit.gaussians), "Gaussians")
         middle, radius = cloud_extent(some.mean.numpy())
-        label = f"The Gaussians of {world.name}; arrow keys rotate them"
+        label = f"The Gaussians of {exhibit.name}; arrow keys rotate them"
         eye = dict(azimuth=40.0, distance=3.2 * radius, at=torch.from_numpy(middle))
-        how = dict(background=world.background, antialiased=world.antialiased)
+        how = dict(background=exhibit.background, antialiased=exhibit.antialiased)
         picture = gaussian_viewer(some, label=label, **how, **eye)
         parts.append(("Gaussians", picture))
-    if world.photos is not None:
-        title = "Views: as taken" + ", and rendered beneath" * (world.rendered is not None)
-        parts.append((title, views_html(world)))
+    if exhibit.photos is not None:
+        title = "Views: as taken" + ", and rendered beneath" * (exhibit.rendered is not None)
+        parts.append((title, views_html(exhibit)))
     body = "".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in parts)
-    name = html.escape(world.name)
-    facts = html.escape(". ".join([world.facts(), *remarks]))
+    name = html.escape(exhibit.name)
+    facts = html.escape(". ".join([exhibit.facts(), *remarks]))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -447,14 +447,14 @@ def page_path(
 
 
 def write_page(
-    world: World,
+    exhibit: Exhibit,
     path: str | Path,  # ends in .html
 ) -> Path:
     "Write the page, whole or not at all. Raises: ValueError for another ending, OSError."
     path = page_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
-        partial.write_text(world_page(world), encoding="utf-8")
+        partial.write_text(exhibit_page(exhibit), encoding="utf-8")
     return path
 
 # %% ../nbs/66_view.ipynb #v66live
@@ -486,14 +486,14 @@ def check_port(
 
 
 def scenes_of(
-    world: World,
+    exhibit: Exhibit,
 ) -> dict[str, tuple[str | None, UInt8[np.ndarray, "v h w 3"] | None]]:
     "What the switch offers: name -> a colouring of the cloud or None for Gaussians, pictures."
-    first, *others = world.colorings
-    found = {"reference": (first, world.photos)}
-    if world.gaussians is not None:
-        found["rendered"] = (None, world.rendered)
-    return found | {name: (name, world.photos) for name in others}
+    first, *others = exhibit.colorings
+    found = {"reference": (first, exhibit.photos)}
+    if exhibit.gaussians is not None:
+        found["rendered"] = (None, exhibit.rendered)
+    return found | {name: (name, exhibit.photos) for name in others}
 
 
 def frustum(
@@ -510,40 +510,40 @@ def frustum(
 
 def draw_scenes(
     server: Any,  # a ViserServer
-    world: World,
+    exhibit: Exhibit,
 ) -> Any:  # the switch, a dropdown
     "Put a node for each scene on a server, with a switch between them."
-    middle, radius = cloud_extent(world.xyz)
+    middle, radius = cloud_extent(exhibit.xyz)
     server.initial_camera.position = middle + radius * np.array([2.2, 2.2, 1.4])
     server.initial_camera.look_at = middle
     nodes = {}
-    for name, (coloring, pictures) in scenes_of(world).items():
+    for name, (coloring, pictures) in scenes_of(exhibit).items():
         nodes[name] = server.scene.add_frame(f"/{name}", show_axes=False, visible=not nodes)
         if coloring is None:
-            _add_gaussians(server, f"/{name}/gaussians", world.gaussians)
+            _add_gaussians(server, f"/{name}/gaussians", exhibit.gaussians)
         else:
-            size = 1.5 * radius / len(world.xyz) ** 0.5
+            size = 1.5 * radius / len(exhibit.xyz) ** 0.5
             server.scene.add_point_cloud(
                 f"/{name}/points",
-                world.xyz,
-                world.colorings[coloring],
+                exhibit.xyz,
+                exhibit.colorings[coloring],
                 point_size=size,
                 point_shape="circle",
                 precision="float32",
             )
         for v in range(len(pictures) if pictures is not None else 0):
             camera = server.scene.add_camera_frustum(
-                f"/{name}/{world.view_name(v)}",
-                **frustum(world.camera, v),
+                f"/{name}/{exhibit.view_name(v)}",
+                **frustum(exhibit.camera, v),
                 scale=0.2 * radius,
                 thickness=0.005 * radius,
-                color=REFERENCE if v < world.references else TARGET,
+                color=REFERENCE if v < exhibit.references else TARGET,
                 image=pictures[v],
                 format="png",
             )
             camera.on_click(_stand_at)
-    text = [f"**{world.name}**", world.facts(), *world.remarks]
-    if world.antialiased:
+    text = [f"**{exhibit.name}**", exhibit.facts(), *exhibit.remarks]
+    if exhibit.antialiased:
         text.append(
             "Drawn here in the classic mode, which thickens thin ones; a page (--out) draws theirs"
         )
@@ -578,12 +578,12 @@ def _stand_at(event):
         eye.fov = event.target.fov
 
 
-def serve_world(
-    world: World,
+def serve_exhibit(
+    exhibit: Exhibit,
     host: str = "127.0.0.1",  # address; "0.0.0.0" lets other machines in
     port: int = PORT,  # 0: any that is free
 ) -> Any:  # a ViserServer that runs; `stop` ends it
-    """Show a world to browsers.
+    """Show an exhibit to browsers.
 
     Raises: ImportError, OSError or ValueError of one line without viser, or for a port that cannot be used.
     """
@@ -593,9 +593,9 @@ def serve_world(
     import viser
 
     with contextlib.redirect_stdout(io.StringIO()):  # its own words about addresses
-        server = viser.ViserServer(host=host, port=port, label=world.name, verbose=False)
+        server = viser.ViserServer(host=host, port=port, label=exhibit.name, verbose=False)
     try:
-        draw_scenes(server, world)
+        draw_scenes(server, exhibit)
     except BaseException:
         server.stop()
         raise
