@@ -138,7 +138,9 @@ def growth(axis, settings, repeats, bar):
             bar.update()
     seconds = {size: round(statistics.median(own), 4) for size, own in taken.items()}
     slope, _ = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)
-    return dict(seconds={str(size): own for size, own in seconds.items()}, slope=round(float(slope), 2))
+    return dict(
+        seconds={str(size): own for size, own in seconds.items()}, slope=round(float(slope), 2)
+    )
 
 
 def main():

@@ -447,3 +447,15 @@ def test_a_header_of_another_number_of_columns_is_said(tmp_path):
     (tmp_path / "a.csv").write_text("x,y,z,red\n1,2,3,4,5,6\n1,2,4,4,5,6\n")
     with pytest.warns(UserWarning, match="a.csv: left out its header, which names 4 of 6 columns"):
         assert len(read_cloud(tmp_path / "a.csv").color) == 2
+
+
+@pytest.mark.parametrize("head", ["# 3D point list with one line of data per point:\n", ""])
+@pytest.mark.parametrize("track", ["", " 0.5 3 17 4 2"])
+def test_points_of_colmap_are_no_numbers_of_points(tmp_path, head, track):
+    path = tmp_path / "points3D.txt"
+    path.write_text(
+        head + f"7 1.5 2 3 255 0 51{track}\n9 -1 4 0.5 0 255 0{track and track + ' 8 1'}\n"
+    )
+    cloud = read_cloud(path)
+    assert cloud.xyz.tolist() == [[1.5, 2, 3], [-1, 4, 0.5]]
+    assert cloud.color[0] == pytest.approx([1, 0, 0.2])

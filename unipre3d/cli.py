@@ -26,20 +26,21 @@ from typing import Annotated, Any, get_type_hints
 import unipre3d
 
 # %% auto #0
-__all__ = ['default_recipe', 'Row', 'GOES_ON', 'RUN_WORDS', 'FILE_WORDS', 'FEW', 'DATA_KINDS', 'SHELLS', 'NO_FILE', 'commands',
-           'python_warning', 'one_line', 'did_you_mean', 'called', 'parse', 'parse_after', 'option_paths',
-           'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape', 'with_all_terms', 'with_own_terms',
-           'typed_value', 'recipe_rows', 'value_words', 'option_help', 'check_options', 'help_or_check', 'RunOptions',
-           'newest_run', 'parse_recipe', 'resumable', 'refuse_changes', 'unknown_recipe', 'train_command',
-           'next_commands', 'describe_result', 'pretrain_command', 'finetune_command', 'reproduce_command',
-           'RenderOptions', 'write_film', 'folder_for', 'reach', 'film_file', 'render_command', 'convert_command',
-           'FeatureOptions', 'PredictOptions', 'cloud_paths', 'holds_no_cloud', 'cloud_words', 'each_cloud',
-           'name_refused', 'features_command', 'folder_features', 'predict_command', 'ViewOptions', 'build_world',
-           'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions', 'why_not', 'prepare_command',
-           'shipped_start', 'import_command', 'CheckOptions', 'check_command', 'rooms_command', 'ShardOptions',
-           'shard_command', 'data_help', 'data_command', 'cache_text', 'install_line', 'extras', 'doctor_command',
-           'changed_values', 'value_text', 'run_state_text', 'info_command', 'option_choices', 'completion_words',
-           'completion_command', 'usage', 'prepare_torch', 'one_line_warning', 'main']
+__all__ = ['default_recipe', 'Row', 'GOES_ON', 'OWN_START', 'RUN_WORDS', 'FILE_WORDS', 'FEW', 'ROOM_RECIPE', 'DATA_KINDS',
+           'SHELLS', 'NO_FILE', 'commands', 'python_warning', 'one_line', 'did_you_mean', 'called', 'parse',
+           'parse_after', 'option_paths', 'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape',
+           'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
+           'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes',
+           'unknown_recipe', 'train_command', 'next_commands', 'weights_fit', 'describe_result', 'pretrain_command',
+           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'reach', 'film_file',
+           'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'holds_no_cloud',
+           'cloud_words', 'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command',
+           'ViewOptions', 'build_exhibit', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
+           'why_not', 'prepare_command', 'shipped_start', 'import_command', 'CheckOptions', 'check_command',
+           'rooms_command', 'ShardOptions', 'shard_command', 'data_help', 'data_command', 'cache_text', 'install_line',
+           'extras', 'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command',
+           'option_choices', 'completion_words', 'completion_command', 'usage', 'prepare_torch', 'one_line_warning',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #51c9b62e
 def one_line(
@@ -541,6 +542,14 @@ def train_command(
     return 0
 
 
+OWN_START = {
+    "cls-shapes-mini": "",
+    "cls-folder-mini": " --data FOLDER",
+    "sem-rooms-mini": "",
+    "sem-folder-mini": " --data FOLDER",
+}  # fine-tuning that a pre-trained backbone may be for, and what it needs beside the backbone
+
+
 def next_commands(
     recipe: Any,  # of a finished run
     folder: Path,  # of the run
@@ -555,15 +564,27 @@ def next_commands(
     if recipe.task == "autoencoder":
         return []  # an image model: no cloud goes through it
     found = [f"unipre3d features CLOUD --from {place}"]
-    for name, more in (("cls-shapes-mini", ""), ("cls-folder-mini", " --data FOLDER")):
-        other = finetune_recipes[name]
-        if other.model.backbone == recipe.model.backbone:
-            if other.data.features == recipe.data.features:  # or the weights would not fit
-                found.append(f"unipre3d finetune {name}{more} --init {place}")
+    for name, more in OWN_START.items():
+        if weights_fit(finetune_recipes[name], recipe):
+            found.append(f"unipre3d finetune {name}{more} --init {place}")
     scene = getattr(recipe.model, "scene", None)
     if scene:
         found.insert(0, f"unipre3d {'render' if scene == 'gaussians' else 'view'} {place}")
     return found
+
+
+def weights_fit(
+    recipe: Any,  # that would begin with the weights
+    other: Any,  # that made them
+) -> bool:
+    "Whether two recipes have a backbone of the same kind and sizes, which reads the same columns."
+    from unipre3d.runs.run import build_backbone
+
+    if recipe.model.backbone != other.model.backbone or recipe.data.features != other.data.features:
+        return False
+    own, theirs = (build_backbone(one).state_dict() for one in (recipe, other))
+    sizes = {name: value.shape for name, value in own.items()}
+    return sizes == {name: value.shape for name, value in theirs.items()}
 
 
 def describe_result(
@@ -1091,10 +1112,10 @@ class ViewOptions:
 RUN_WORDS, FILE_WORDS = ("split", "index"), ("weights", "unit", "up", "normals")
 
 
-def build_world(
+def build_exhibit(
     given: Path,  # a run folder, its checkpoint, or a file
     options: ViewOptions,
-) -> Any:  # a `World`
+) -> Any:  # an `Exhibit`
     """What there is to see.
 
     Raises: FileNotFoundError or ValueError of one line, also for options that do not count.
@@ -1108,11 +1129,11 @@ def build_world(
             raise ValueError(f"--{option}: counts only for {kind}")
     if options.points < 1:
         raise ValueError(f"--points: expected at least 1, got {options.points}")
-    from unipre3d.view import world_of_file, world_of_run
+    from unipre3d.view import exhibit_of_file, exhibit_of_run
 
     names = RUN_WORDS if whole else FILE_WORDS
     how = {name: getattr(options, name) for name in ("points", *names)}
-    return world_of_run(given, **how) if whole else world_of_file(given, **how)
+    return exhibit_of_run(given, **how) if whole else exhibit_of_file(given, **how)
 
 
 def view_command(args: list[str]) -> int:
@@ -1130,21 +1151,21 @@ def view_command(args: list[str]) -> int:
             "--port, --host: count only for the live viewer, without --out and with the package viser: "
             'pip install "unipre3d[view]"'
         )
-    from unipre3d.view import INSTALL, check_port, page_path, serve_world, write_page
+    from unipre3d.view import INSTALL, check_port, page_path, serve_exhibit, write_page
 
     out = page_path(options.out or f"{given.resolve().stem}-view.html")
     if page:
         folder_for(out.parent)
     else:
         check_port(options.host, options.port)
-    world = build_world(given, options)
-    print(f"{world.name}: {'; '.join([world.facts(), *world.remarks])}")
+    exhibit = build_exhibit(given, options)
+    print(f"{exhibit.name}: {'; '.join([exhibit.facts(), *exhibit.remarks])}")
     if page:
         if options.out is None:
             print(f"viser, the live viewer, is not installed ({INSTALL}); a page instead:")
-        print(f"page: {write_page(world, out)}")
+        print(f"page: {write_page(exhibit, out)}")
         return 0
-    server = serve_world(world, options.host, options.port)
+    server = serve_exhibit(exhibit, options.host, options.port)
     try:
         print(f"viewer: http://{options.host}:{server.get_port()}   (Ctrl-C ends it)", flush=True)
         server.sleep_forever()
@@ -1235,7 +1256,7 @@ def prepare_command(args: list[str]) -> int:
         return 0
     command = f"unipre3d pretrain {default_recipe} --data {shlex.quote(str(path))}"
     if len(kept) < FEW:
-        print(f"next: {command} {shipped_start()}")
+        print(f"next: {command} {shipped_start('objects', default_recipe)}")
         print(f"(it begins with weights that know other objects, since {len(kept)} are few)")
     else:
         print(f"next: {command}")
@@ -1245,13 +1266,20 @@ def prepare_command(args: list[str]) -> int:
 FEW = 500  # objects, about as many as the embedded ones
 
 
-def shipped_start() -> str:
-    "The options with which a run on few objects begins with the weights that come with the package."
+def shipped_start(
+    weights: str,  # "objects" or "rooms"
+    recipe: str,  # of pre-training
+) -> str:
+    "The options with which a run on few clouds begins with weights that come with the package."
     from unipre3d.features import shipped_weights
     from unipre3d.files import read_json
+    from unipre3d.recipes import recipes
 
-    transform = read_json(shipped_weights()["objects"] / "config.json")["transform"]
-    return f"--init objects --features {' '.join(transform['features'])}"
+    transform = read_json(shipped_weights()[weights] / "config.json")["transform"]
+    start = f"--init {weights}"
+    if tuple(transform["features"]) == recipes[recipe].data.features:
+        return start
+    return f"{start} --features {' '.join(transform['features'])}"
 
 
 def import_command(args: list[str]) -> int:
@@ -1267,10 +1295,15 @@ def import_command(args: list[str]) -> int:
     with used_alone(options.out):
         lines = import_posed(folder, options)
     print(*lines, sep="\n")
-    more = " --fusion FeatureFusion" * any("no depth" in line for line in lines)
+    start = shipped_start("rooms", ROOM_RECIPE)
+    start += " --fusion FeatureFusion" * any("no depth" in line for line in lines)
     data = shlex.quote(options.out)
-    print(f"next: unipre3d pretrain scene-sparseunet-mini --data {data}{more}")
+    print(f"next: unipre3d pretrain {ROOM_RECIPE} --data {data} {start}")
+    print("(it begins with weights that know other rooms)")
     return 0
+
+
+ROOM_RECIPE = "scene-sparseunet-mini"  # for rooms of one's own
 
 
 @dataclass(frozen=True)
@@ -1308,6 +1341,7 @@ def rooms_command(args: list[str]) -> int:
     with used_alone(options.out):
         path = make_rooms(**asdict(options))
     print(f"wrote {path}")
+    print(f"next: unipre3d pretrain {ROOM_RECIPE} --data {shlex.quote(str(path))}")
     return 0
 
 

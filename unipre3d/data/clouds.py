@@ -268,6 +268,8 @@ def read_text_cloud(
     path = Path(path)
     expected = "text with x, y, z and perhaps more in each line"
     text = decode_text(read_file(path, expected), path, expected)
+    if path.name == "points3D.txt":
+        text = _colmap_text(text)
     with reading(path, expected):
         names, start, mark = text_header(text)
         how = dict(sep=mark or r"\s+", header=None, comment="#", dtype=np.float64)
@@ -294,6 +296,13 @@ def read_text_cloud(
     if path.suffix.lower() == ".pts" and rows.shape[1] == 7:
         rows = rows[:, [0, 1, 2, 4, 5, 6, 3]]  # x y z intensity r g b
     return plain_cloud(rows, path)
+
+
+def _colmap_text(text):
+    "COLMAP's points with a header, without what follows their colours."
+    rows = [line.split() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    lines = [" ".join(row[:7]) for row in rows if row]
+    return "\n".join(["id x y z red green blue", *lines])
 
 
 def _is_torn(words, mark):
