@@ -121,14 +121,15 @@ def test_values_and_gradients_are_those_of_torchmetrics(torch_home, tmp_path, mo
     torch.save(getattr(models, kind.model)(weights=None).state_dict(), whole)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     theirs = LearnedPerceptualImagePatchSimilarity(network, reduction="sum", normalize=True)
-    pred, target = images(64, 80)
+    theirs.net.double()  # in float32 a ReLU near zero is open in one of both and closed in the other
+    pred, target = images(64, 80).double()
     pred.requires_grad_()
     values = lpips(pred, target, network).sum(), theirs(pred, target)
     whole.unlink()  # VGG16's has half a gigabyte
-    assert torch.allclose(*values, rtol=1e-5)
+    assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-6)
     ours, other = (torch.autograd.grad(value, pred)[0] for value in values)
     assert (ours - other).norm() <= 1e-4 * other.norm() and other.norm() > 0
-    assert kind.file == getattr(models, f"{kind.model.replace('vgg', 'VGG').replace('alexn', 'AlexN')}_Weights").DEFAULT.url.rpartition("/")[2]  # fmt: skip
+    assert models.get_model_weights(kind.model).DEFAULT.url.endswith(f"/{kind.file}")
 
 
 def test_the_term_trains_objects_alone(weights, tmp_path):
@@ -136,9 +137,6 @@ def test_the_term_trains_objects_alone(weights, tmp_path):
     row, moved = one_step(recipe, tmp_path)
     assert row["skipped"] == "0" and float(row["loss"]) > 0 and float(row["grad_norm"]) > 0
     assert {"backbone", "head"} <= moved
-    assert not any(
-        "layers" in name for name in pretrain_task(recipe).model.state_dict() if "lpips" in name
-    )
 
 
 def test_the_term_adds_up_and_has_a_column(weights, rooms, tmp_path):  # noqa: F811
