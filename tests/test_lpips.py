@@ -193,7 +193,7 @@ def test_the_command_line_says_it_in_one_line(empty_home, tmp_path, capsys):
     words = [
         "pretrain",
         "object-transformer-mini",
-        "--terms.lpips",
+        "--lpips",
         "0.1",
         "--out",
         str(tmp_path / "run"),
