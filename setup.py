@@ -45,7 +45,7 @@ def requirements(name):
 
 EXTRAS = (
     *("dev", "docs", "gpu", "spconv-cu120"),
-    *("worlds", "prepare", "clouds", "vision", "trackers", "view"),
+    *("worlds", "prepare", "clouds", "vision", "lpips", "trackers", "view"),
 )
 
 statuses = [

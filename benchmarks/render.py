@@ -1,7 +1,8 @@
 """Times the CPU renderer beside a plain torch one on six workloads, forward and backward, in one run.
 
     python benchmarks/render.py [--workloads Os Om Ol Olt S V] [--repeats 5] [--torch-views 4] [--json PATH]
-    python benchmarks/render.py --against REV [--workloads ...] [--repeats ...]
+    python benchmarks/render.py --against REV [--workloads ...] [--repeats ...] [--json RECORD]
+    python benchmarks/render.py --parts RECORD [--repeats ...]
 
 Workloads (float32): O is 32 objects x 4 views of 128x128, 1,024 Gaussians in the unit sphere, camera distance 1.75, field of view
 49.134 degrees, harmonics of degree 1; Os, Om, Ol have a median scale of 0.03, 0.1, 0.37; Olt is Ol with faint Gaussians (large and
@@ -11,8 +12,9 @@ transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.0
 The torch renderer is tiled, vectorised over tiles, Gaussians and pixels, and drops tiles that are opaque; autograd does its backward.
 It is timed on a few views and scaled by the number of views; every row says how many were drawn.
 
-With --against nothing is written: this checkout and another commit run alternately, each in a process of its own, and ratios of
-their best times are printed, with the distance of their images and gradients.
+With --against this checkout and another commit run alternately, each in a process of its own, and ratios of their best times are
+printed, with the distance of their images and gradients; --json adds the ratios of processor times to a record. --parts measures
+again what processor time alone tells: the arithmetic limit, and the time of each compiled function on one thread.
 """
 
 import argparse
@@ -314,25 +316,39 @@ def contributing_pairs(gaussians, cameras, n_views=4):
     return pairs * len(cameras) // n_views
 
 
-@numba.njit(fastmath=True, nogil=True)
-def spin(n):
-    "2 x 96 x n flops that never leave the registers."
-    a = np.ones(96, np.float32)
-    for _ in range(n):
-        for i in range(96):
-            a[i] = a[i] * np.float32(0.999) + np.float32(1e-3)
-    return a.sum()
+def spinning():
+    "A loop of flops that never leave the registers, as wide as those of the renderer, and the flops of one turn."
+    from unipre3d.kernels import splat  # an older commit has no such vectors
+
+    load, store, all_of, n = splat.load, splat.store, splat.all_of, splat.LANES
+
+    @numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+    def spin(turns):
+        buf = splat.aligned(12 * n)
+        buf[:] = np.float32(1)
+        c, d = all_of(np.float32(0.999)), all_of(np.float32(1e-3))
+        a0, a1, a2, a3 = load(buf, 0), load(buf, n), load(buf, 2 * n), load(buf, 3 * n)
+        b0, b1, b2, b3 = load(buf, 4 * n), load(buf, 5 * n), load(buf, 6 * n), load(buf, 7 * n)
+        c0, c1, c2, c3 = load(buf, 8 * n), load(buf, 9 * n), load(buf, 10 * n), load(buf, 11 * n)
+        for _ in range(turns):
+            a0, a1, a2, a3 = a0 * c + d, a1 * c + d, a2 * c + d, a3 * c + d
+            b0, b1, b2, b3 = b0 * c + d, b1 * c + d, b2 * c + d, b3 * c + d
+            c0, c1, c2, c3 = c0 * c + d, c1 * c + d, c2 * c + d, c3 * c + d
+        store(buf, 0, a0 + a1 + a2 + a3 + b0 + b1 + b2 + b3 + c0 + c1 + c2 + c3)
+        return buf[0]
+
+    return spin, 2 * 12 * n
 
 
 def peak_gflops():
     "Arithmetic limit of the threads in use, GFLOP/s: from the processor time of one, so that other programs do not count."
-    n, seconds = 1_000_000, []
+    (spin, flops), turns, seconds = spinning(), 1_000_000, []
     spin(1)
     for _ in range(5):
         start = time.thread_time()
-        spin(n)
+        spin(turns)
         seconds.append(time.thread_time() - start)
-    return 2 * 96 * n * torch.get_num_threads() / min(seconds) / 1e9
+    return flops * turns * torch.get_num_threads() / min(seconds) / 1e9
 
 
 def bandwidth():
@@ -353,6 +369,63 @@ def traffic(gaussians, cameras):
     numbers = sum(getattr(gaussians, name).numel() for name in NAMES)
     pixels = len(cameras) * cameras.hw[0] * cameras.hw[1]
     return 4 * (3 * numbers + (2 * 6 + 3) * pixels)
+
+
+PARTS = (
+    "project",
+    "settle",
+    "strip_lists",
+    "draw",
+    "draw_backward",
+    "add_rows",
+    "project_backward",
+)  # compiled functions
+
+
+def time_parts(gaussians, cameras, repeats):
+    "Processor time of each compiled function and of the rest, one thread, seconds: the best of several runs each."
+    from unipre3d.kernels import splat
+
+    g, _ = leaves(gaussians)
+    gradient, spent, best = image_gradient(cameras), {}, {}
+    functions = {name: getattr(splat, name) for name in PARTS}
+
+    def timed(name, function):
+        def call(*args):
+            start = time.thread_time()
+            result = function(*args)
+            spent[name] += time.thread_time() - start
+            return result
+
+        return call
+
+    try:
+        for name, function in functions.items():
+            setattr(splat, name, timed(name, function))
+        for _ in range(repeats + 1):
+            spent |= dict.fromkeys(PARTS, 0.0)
+            _, (_, _, used) = one_run(g, cameras, gradient)
+            now = spent | {"rest": used - sum(spent.values())}
+            best = {name: min(seconds, best.get(name, seconds)) for name, seconds in now.items()}
+    finally:
+        for name, function in functions.items():
+            setattr(splat, name, function)
+    return best
+
+
+def write_parts(path, repeats):
+    "Measure a record's arithmetic limit and parts again."
+    record = json.loads(path.read_text())
+    record["peak_gflops"] = peak_gflops()
+    for row in record["rows"]:
+        gaussians, cameras = WORKLOADS[row["workload"]]()
+        row["limit_s"] = row["flops"] / record["peak_gflops"] / 1e9
+        row["parts_s"] = with_threads(1, time_parts, gaussians, cameras, repeats)
+        print(row["workload"], {name: round(1e3 * s, 1) for name, s in row["parts_s"].items()})
+    now = provenance()
+    record["parts"] = {"date": now["date"], "code": now["code"]}
+    record["parts"]["load_before"] = now["hardware"]["load_before"]
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 TINY = "import sys; sys.path.insert(0, {here!r}); import render as r; from unipre3d.render import render"
@@ -453,10 +526,13 @@ class Build:
 
 
 def compare_builds(against, workloads, repeats):
-    "Print how many times faster this checkout is than another commit: ratios of the best of alternate runs."
+    """Print how many times faster this checkout is than another commit: ratios of the best of alternate runs.
+
+    Returns those of processor times, by workload."""
     from common import checkouts
 
     many = torch.get_num_threads()
+    ratios = {}
     with tempfile.TemporaryDirectory() as folder:
         older = Path(folder) / "older"
         older.mkdir()
@@ -485,12 +561,22 @@ def compare_builds(against, workloads, repeats):
             images = max(gaps[k] for k in gaps if k not in NAMES)
             gradients = max(gaps[k] for k in NAMES)
             wall, used = (best[against][i] / best["now"][i] for i in range(2))
+            ratios[workload] = used
             print(
                 f"{workload:4} {wall:16.2f} {used:20.2f} {images:9.1e} {gradients:10.1e}",
                 flush=True,
             )
         for build in builds.values():
             build.close()
+    return ratios
+
+
+def write_ratios(path, against, ratios):
+    "Add the ratios to another commit to a record."
+    record, now = json.loads(path.read_text()), provenance()
+    record["against"] = {"commit": against, "ratio_processor": ratios, "date": now["date"]}
+    record["against"] |= {"code": now["code"], "load_before": now["hardware"]["load_before"]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------------ record
@@ -553,10 +639,16 @@ def main():
         help="the fastest counts; must hold 1",
     )
     parser.add_argument("--json", type=Path, help="write the record here")
-    parser.add_argument("--against", help="a commit; print only ratios to its renderer")
+    parser.add_argument("--against", help="a commit; only ratios to its renderer")
+    parser.add_argument("--parts", type=Path, help="a record; only its limit and its parts")
     args = parser.parse_args()
     if args.against:
-        return compare_builds(args.against, args.workloads, args.repeats)
+        ratios = compare_builds(args.against, args.workloads, args.repeats)
+        if args.json:
+            write_ratios(args.json, args.against, ratios)
+        return
+    if args.parts:
+        return write_parts(args.parts, args.repeats)
     many = torch.get_num_threads()
     record = {
         "benchmark": "render_cpu",
@@ -593,6 +685,7 @@ def main():
             "pair_ns": 1e9 * alone[2] / pairs,
             "flops": pairs * FLOPS_PER_PAIR,
             "bytes": traffic(gaussians, cameras),
+            "parts_s": with_threads(1, time_parts, gaussians, cameras, args.repeats),
         }
         if args.torch_views:
             views = min(args.torch_views, len(cameras))

@@ -136,7 +136,7 @@ def test_terms_add_up_and_each_has_a_column(rooms, tmp_path):
     [
         (
             dict(terms={"color": 1.0}),
-            "expected some of colour, alpha, depth, ssim, normal; got 'color'",
+            "expected some of colour, alpha, depth, ssim, normal, lpips; got 'color'",
         ),
         (dict(terms={"colour": -1.0}), "terms.colour: expected a weight of at least 0"),
         (dict(terms={"colour": float("nan")}), "terms.colour: expected a weight of at least 0"),

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from .core import CameraBatch, GaussianBatch, ViewBatch
 from .geometry.cameras import unproject
-from .losses import ssim, weighted_mse
+from .losses import PERCEPTUAL, lpips, ssim, weighted_mse
 from .processes import shared_count
 from .render import Render, render
 from .volume import VolumeBatch, render_volume
 
 # %% auto #0
 __all__ = ['TERMS', 'GAUSSIAN_FIELDS', 'RenderObjective', 'colour_term', 'alpha_term', 'depth_term', 'depth_normals',
-           'normal_term', 'ssim_term', 'check_objective', 'active_terms', 'draw_scene', 'render_loss', 'one_or_nan']
+           'normal_term', 'ssim_term', 'lpips_term', 'check_objective', 'active_terms', 'draw_scene', 'render_loss',
+           'one_or_nan']
 
 # %% ../nbs/55_objective.ipynb #6444dc20
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class RenderObjective:
     foreground_weight: float = 4.0  # w_fg of the colour
     background_weight: float = 1.0  # w_bg of the colour
     backend: str = "auto"  # renderer: "auto", "cpu" or "gsplat"
+    lpips_network: str = "alex"  # of the lpips term: "alex" or "vgg"
+    lpips_weights: str = ""  # of that network, a file; "" is the one in torch's cache
 
 
 def colour_term(image: Render, target: ViewBatch, values: RenderObjective) -> Float[Tensor, ""]:
@@ -97,12 +100,19 @@ def ssim_term(image: Render, target: ViewBatch, values: RenderObjective) -> Floa
     return 1 - ssim(image.rgb, target.rgb).mean()
 
 
+def lpips_term(image: Render, target: ViewBatch, values: RenderObjective) -> Float[Tensor, ""]:
+    "Perceptual distance."
+    which = values.lpips_network, values.lpips_weights
+    return lpips(image.rgb, target.rgb, *which).mean()
+
+
 TERMS: dict[str, Callable[[Render, ViewBatch, RenderObjective], Tensor]] = {
     "colour": colour_term,
     "alpha": alpha_term,
     "depth": depth_term,
     "ssim": ssim_term,
     "normal": normal_term,
+    "lpips": lpips_term,
 }
 
 # %% ../nbs/55_objective.ipynb #52dba4e9
@@ -126,6 +136,10 @@ def check_objective(
     if values.backend not in ("auto", "cpu", "gsplat", "dense"):
         raise ValueError(
             f"backend: expected 'auto', 'cpu', 'gsplat' or 'dense', got {values.backend!r}"
+        )
+    if values.lpips_network not in PERCEPTUAL:
+        raise ValueError(
+            f"lpips_network: expected one of {', '.join(PERCEPTUAL)}; got {values.lpips_network!r}"
         )
     if not all(0 <= value <= 1 for value in values.background):
         raise ValueError(f"background: expected three numbers in 0..1, got {values.background}")

@@ -34,7 +34,14 @@ from unipre3d.image import (
     load_image_encoder,
     rgb_features,
 )
-from ..losses import best_constant_colour, psnr, ssim
+from unipre3d.losses import (
+    PERCEPTUAL,
+    best_constant_colour,
+    perceptual_files,
+    perceptual_net,
+    psnr,
+    ssim,
+)
 from unipre3d.objective import (
     RenderObjective,
     active_terms,
@@ -70,9 +77,9 @@ from ..volume import VolumeBatch, VolumeHead, pick_pixels
 __all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAPER', 'SHAPENET', 'SCENES', 'ROOMS', 'SCANNET',
            'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
            'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
-           'build_head', 'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground', 'makes',
-           'PretrainRecipe', 'build_views', 'cache_remarks', 'check_terms', 'pretrain_task', 'small_object',
-           'paper_object', 'small_room', 'paper_scene']
+           'build_head', 'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground',
+           'compares_features', 'makes', 'PretrainRecipe', 'build_views', 'cache_remarks', 'check_terms',
+           'check_network', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene']
 
 # %% ../../nbs/60_pretrain.ipynb #3838d1ea
 class UniPre3D(nn.Module):
@@ -476,6 +483,7 @@ VIEW_LIMITS: dict[str, Limit] = LIMITS | {
     "ray_samples": within(2),
     "finer_samples": within(0),
     "background": ("three fractions in 0..1", lambda rgb: all(0 <= value <= 1 for value in rgb)),
+    "lpips_network": one_of(*PERCEPTUAL),
     "foreground_weight": within(0),
     "background_weight": within(0),
 }
@@ -489,6 +497,11 @@ def joins_images(recipe: Recipe) -> bool:
 def weighs_foreground(recipe: Recipe) -> bool:
     "Whether the foreground is weighed: there is a colour term, and the views have masks."
     return bool(recipe.objective.terms.get("colour")) and recipe.data.layout == "shapenet"
+
+
+def compares_features(recipe: Recipe) -> bool:
+    "Whether there is an LPIPS term, which reads a network."
+    return bool(recipe.objective.terms.get("lpips"))
 
 
 def makes(scene: str) -> Condition:
@@ -514,6 +527,8 @@ VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
     "feature_cache_mb": ("with a fusion", joins_images),
     "foreground_weight": ("with a colour term and views with masks", weighs_foreground),
     "background_weight": ("with a colour term and views with masks", weighs_foreground),
+    "lpips_network": ("with an lpips term", compares_features),
+    "lpips_weights": ("with an lpips term", compares_features),
     "patience": NEVER,
     "keep_workers": ("with --workers", lambda recipe: recipe.data.workers > 0),
 }
@@ -597,15 +612,35 @@ def check_terms(
 ) -> None:
     """Refuse an objective that cannot be, or not with the recipe's scene.
 
-    Raises: ValueError that names the term.
+    Raises: ValueError that names the term; as `check_network`.
     """
     check_objective(recipe.objective)
-    whole = sorted({"ssim", "normal"} & set(active_terms(recipe.objective)))
+    active = set(active_terms(recipe.objective))
+    whole = sorted({"ssim", "normal", "lpips"} & active)
     if whole and recipe.model.scene == "volume":
         raise ValueError(
             f"terms.{whole[0]}: expected colour, alpha or depth with --scene volume, "
             "of which some pixels are rendered; use --scene gaussians for terms of whole images"
         )
+    if "lpips" in active:
+        check_network(recipe)
+
+
+def check_network(
+    recipe: PretrainRecipe,  # with an lpips term
+) -> None:
+    """Read the network of LPIPS now: what is wrong with it should be known before any long work.
+
+    Raises: ValueError for views that are too small, and as `perceptual_files` and `PerceptualNet`.
+    """
+    network = recipe.objective.lpips_network
+    side = PERCEPTUAL[network].side
+    if recipe.data.resolution < side:
+        raise ValueError(
+            f"terms.lpips: expected views of at least {side} pixels for {network!r}, "
+            f"got --resolution {recipe.data.resolution}"
+        )
+    perceptual_net(network, *perceptual_files(network, recipe.objective.lpips_weights))
 
 
 def pretrain_task(
