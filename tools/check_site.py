@@ -414,7 +414,7 @@ class Walk:
         box.fill(name)
         try:
             self.page.wait_for_selector(
-                ".smalldocs-search-results.show a.search-result", timeout=30_000
+                ".smalldocs-search-results.show a.search-result", timeout=120_000
             )
         except Exception:
             self.note(f"nothing found for {name}")
@@ -455,7 +455,7 @@ class Walk:
             return self.note("Ctrl-K does not lead to the search box")
         self.page.keyboard.type(name)
         try:
-            self.page.wait_for_selector("a.search-result", timeout=30_000)
+            self.page.wait_for_selector("a.search-result", timeout=120_000)
         except Exception:
             return self.note(f"nothing found for {name}")
         self.page.wait_for_timeout(200)
