@@ -11,7 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(name, "1")
 
 SLOWEST = (
+    "test_crash",
+    "test_outputs",
     "test_pretrain",
+    "test_processes",
+    "test_launch",
     "test_rooms",
     "test_objective",
     "test_render_fuzz",

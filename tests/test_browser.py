@@ -80,6 +80,19 @@ def test_one_window_finds_what_two_find(walked, faulty):
     assert weights["faulty.html"] > check_site.HEAVY > weights["ok.html"] > 0
 
 
+def test_no_other_host_is_reached(tmp_path, faulty):
+    "Not even another name of this machine, on which something answers."
+    with check_site.served(faulty) as base:
+        elsewhere = base.replace(check_site.HERE, "localhost") + "dot.svg"
+        page = f'<!doctype html><title>p</title><link rel="icon" href="data:,"><img src="{elsewhere}" alt="a dot">'
+        (tmp_path / "asks.html").write_text(page)
+        problems, more = check_site.walk(tmp_path, ["asks.html"])
+    if problems is None:
+        pytest.skip(f"no page walked: {more}")
+    assert f"asks.html: asks another host for {elsewhere}" in problems
+    assert any("picture does not load" in line for line in problems), problems
+
+
 def test_a_page_without_faults_is_passed(walked):
     assert not [line for line in walked if line.startswith("ok.html")]
 

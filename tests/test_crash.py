@@ -17,6 +17,7 @@ import crash
 import numpy as np
 import pytest
 import torch
+from warm import Command
 
 import unipre3d.runs.fit as loop
 from unipre3d.recipes import finetune_recipes
@@ -130,28 +131,17 @@ def small_run(folder, **values):
     return run_recipe("cls-furniture-mini", recipe, folder, device="cpu", say=lambda text: None)
 
 
-def hear_hangups():
-    "Whatever started the tests may ignore them, as nohup does, and a child inherits that."
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def started(folder, *options):
     "A fine-tuning in a process group of its own that has made a few steps."
     names = ["--classes", "bed", "lamp", "--n-points", "64", "--batch-size", "4"]
     small = ["--num-groups", "8", "--group-size", "8", "--depth", "1", "--save-every", "100000"]
-    command = [sys.executable, "-m", "unipre3d", "finetune", "cls-furniture-mini", *names, *small]
-    run = subprocess.Popen(
-        [*command, "--steps", "100000", "--device", "cpu", "--out", str(folder), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hear_hangups,
-    )
+    words = ["--steps", "100000", "--device", "cpu", "--out", folder, *options]
+    command = ["finetune", "cls-furniture-mini", *names, *small, *words]
+    run = Command(*command)
     metrics = folder / "metrics.csv"
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
         time.sleep(0.1)
     return run
 
@@ -164,7 +154,7 @@ def test_a_signal_to_the_whole_group_saves_the_run(tmp_path, workers, number):
     run = started(tmp_path / "run", "--workers", str(workers))
     os.killpg(run.pid, number)
     try:
-        text = run.communicate(timeout=120)[0]
+        text = "".join(run.communicate(timeout=120))
     finally:
         run.kill()
     assert run.returncode == 130 and "go on with: unipre3d finetune" in text
@@ -183,10 +173,10 @@ def test_a_loader_that_the_system_killed_is_started_again(tmp_path):
     rows = len((tmp_path / "run" / "metrics.csv").read_text().splitlines())
     deadline = time.monotonic() + 120
     while len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) < rows + 20:
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
         time.sleep(0.1)
     os.kill(run.pid, signal.SIGTERM)
-    text = run.communicate(timeout=120)[0]
+    text = "".join(run.communicate(timeout=120))
     assert "reading goes on with step" in text and run.returncode == 130
 
 

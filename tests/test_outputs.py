@@ -4,12 +4,14 @@
 """
 
 import hashlib
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":  # it forks, so torch has one thread
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from warm import Command
 
 from unipre3d.backbones import StandardTransformer
 from unipre3d.cli import main
@@ -34,12 +37,16 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 LARGEST = 2000  # bytes of a file, for a disk that is full
 
 
-def command(*words, **how):
-    "A command line in a process of its own."
+def limit_files():
+    "A disk that is full, for files of this process."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))
+
+
+def new_python(*words):
+    "A command line in a Python that has imported nothing, on a disk that is full."
     program = [sys.executable, "-m", "unipre3d", *map(str, words)]
-    return subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **how
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(program, env=ENV, preexec_fn=limit_files, **pipes)
 
 
 def cloud_of_gaussians(path, n=200):
@@ -90,8 +97,7 @@ def test_a_full_disk_is_one_line_that_names_the_place(tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()
     words = COMMANDS[name](tmp_path, out)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))  # noqa: E731
-    run = command(*words, preexec_fn=limit)
+    run = new_python(*words) if name == "convert" else Command(*words, largest=LARGEST)
     _, said = run.communicate(timeout=300)
     lines = [line for line in said.splitlines() if line.startswith("unipre3d: ")]
     assert run.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
@@ -122,7 +128,7 @@ def test_a_folder_in_which_another_command_works_is_refused(tmp_path, name):
     words = COMMANDS[name](tmp_path, out)
     place = Path(words[words.index("--out") + 1])
     with used_alone(place):
-        run = command(*words)
+        run = Command(*words)
         _, said = run.communicate(timeout=300)
     assert run.returncode == 2 and f"{place} is in use by another process" in said
     assert not place.exists() and not list(out.iterdir())
@@ -215,7 +221,13 @@ def contents(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).digest() for p in files}
 
 
-def forked(words, prepare=lambda: None):
+def write_modules(path):
+    "The names of all modules that this process has imported."
+    known = [name for name, module in sys.modules.items() if getattr(module, "__spec__", None)]
+    path.write_text("\n".join(name for name in known if name != "__main__"))
+
+
+def forked(words, prepare=lambda: None, last=lambda: None):
     "The exit status of a command in a fork of this process; -9 where it was killed."
     child = os.fork()
     if child:
@@ -224,7 +236,9 @@ def forked(words, prepare=lambda: None):
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     prepare()
-    os._exit(main([str(word) for word in words]))
+    code = main([str(word) for word in words])
+    last()
+    os._exit(code)
 
 
 def kill_everywhere(name, home):
@@ -232,8 +246,11 @@ def kill_everywhere(name, home):
     out = home / "out"
     out.mkdir()
     words = COMMANDS[name](home, out)
-    assert forked(words) == 0
+    assert forked(words, last=lambda: write_modules(home / "modules")) == 0
     straight = contents(out)
+    for module in (home / "modules").read_text().split():  # once, not in each fork
+        with suppress(ImportError):  # a name that a library made up
+            importlib.import_module(module)
     count, kills, killed = 0, 0, True
     while killed:
         count += 1

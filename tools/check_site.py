@@ -42,6 +42,9 @@ SCREENS, PICTURE = (
     2,
 )  # of a desk: the most that a page of results holds, and where its first picture begins
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
+HERE = "127.0.0.1"
+# The browser knows no other host. Routes of Playwright would stop requests too, but they switch its cache off.
+OFFLINE = ["--no-sandbox", f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {HERE}"]
 
 READ = """async () => {
   const shown = e => e.getClientRects().length > 0, about = e => (e.outerHTML || '').slice(0, 90);
@@ -116,6 +119,9 @@ MARKDOWN = """() => {
   return found;
 }"""
 
+# Nothing moves while it is looked at.
+STILL = "* { transition: none !important; animation: none !important; }"
+
 # Before the window becomes wide again for the next page: this one is not laid out once more.
 HIDE = "() => { document.documentElement.style.display = 'none' }"
 
@@ -127,8 +133,6 @@ FOCUS = """() => {
     if (box.width && getComputedStyle(e).visibility !== 'hidden' && !kinds.has(kind)) kinds.set(kind, e);
   }
   const look = e => { const s = getComputedStyle(e); return [s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) ? s.outline : '', s.boxShadow, s.backgroundColor, s.borderColor].join('|'); };
-  const still = document.head.appendChild(document.createElement('style'));
-  still.textContent = '* { transition: none !important; animation: none !important; }';
   const hidden = [];
   for (const [kind, e] of kinds) {
     document.activeElement && document.activeElement.blur();
@@ -136,7 +140,6 @@ FOCUS = """() => {
     e.focus({preventScroll: true});
     if (document.activeElement === e && look(e) === before) hidden.push(kind);
   }
-  still.remove();
   document.activeElement && document.activeElement.blur();
   return hidden;
 }"""
@@ -187,8 +190,14 @@ BOX = """() => {
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    "Files without a word about them; what pages share is read and compiled once by each window."
+
     def log_message(self, *args):
         pass
+
+    def end_headers(self):
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
 
 
 class Server(ThreadingHTTPServer):
@@ -203,10 +212,10 @@ class Server(ThreadingHTTPServer):
 @contextmanager
 def served(folder):
     "The folder on a port of this machine, for as long as the block lasts."
-    server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    server = Server((HERE, 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"http://{HERE}:{server.server_address[1]}/"
     finally:
         server.shutdown()
         server.server_close()
@@ -248,9 +257,7 @@ def started():
         # Playwright starts its own without being told where it is, and may choose a smaller build of it.
         own = path == play.chromium.executable_path
         try:
-            found = play.chromium.launch(
-                executable_path=None if own else path, args=["--no-sandbox"]
-            )
+            found = play.chromium.launch(executable_path=None if own else path, args=OFFLINE)
         except Error as error:
             yield None, f"Chromium did not start: {str(error).splitlines()[0]}"
             return
@@ -280,11 +287,9 @@ class Walk:
         self.name = ""
         self.weight = 0
         self.context = browser.new_context(viewport=DESK, color_scheme="light")
-        # A pattern, not a function: Playwright then sends only what matches here.
-        elsewhere = re.compile(rf"^(?!{re.escape(base)}|data:|blob:)")
-        self.context.route(elsewhere, self.outside)
         self.page = self.context.new_page()
         self.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
+        self.page.on("request", self.requested)
         self.page.on("requestfailed", self.failed)
         self.page.on("response", self.received)
         self.page.on("pageerror", lambda e: self.note(f"script error: {str(e).splitlines()[0]}"))
@@ -296,9 +301,9 @@ class Walk:
     def note(self, text):
         self.problems.append(f"{self.name}: {text}")
 
-    def outside(self, route):
-        self.note(f"asks another host for {route.request.url[:80]}")
-        route.abort()
+    def requested(self, request):
+        if not request.url.startswith((self.base, "data:", "blob:")):
+            self.note(f"asks another host for {request.url[:80]}")
 
     def failed(self, request):
         if request.url.startswith(self.base) and "ERR_ABORTED" not in request.failure:
@@ -335,7 +340,6 @@ class Walk:
 
     def contrast(self):
         "Words that are too faint, in both themes."
-        self.page.add_style_tag(content="* { transition: none !important; }")
         for theme in ("light", "dark"):
             for text in self.page.evaluate(CONTRAST)[:5]:
                 self.note(f"contrast of {text}, {theme} theme")
@@ -381,14 +385,15 @@ class Walk:
             self.note(f"the id {label} is used twice")
         if Path(name).name.startswith("results"):
             self.length()
-        self.page.keyboard.press("Tab")
-        for kind in self.page.evaluate(FOCUS):
-            self.note(f"keyboard focus does not show on {kind}")
-        self.weights[name] = self.weight
+        self.weights[name] = self.weight  # the search box loads its index when it is focused
         if self.weight > HEAVY:
             self.note(
                 f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB"
             )
+        self.page.add_style_tag(content=STILL)
+        self.page.keyboard.press("Tab")
+        for kind in self.page.evaluate(FOCUS):
+            self.note(f"keyboard focus does not show on {kind}")
         self.contrast()
         self.many("link left as Markdown", MARKDOWN)
         self.many(f"code cut at {DESK['width']} px", CLIPPED)
@@ -409,7 +414,7 @@ class Walk:
         box.fill(name)
         try:
             self.page.wait_for_selector(
-                ".smalldocs-search-results.show a.search-result", timeout=30_000
+                ".smalldocs-search-results.show a.search-result", timeout=120_000
             )
         except Exception:
             self.note(f"nothing found for {name}")
@@ -450,7 +455,7 @@ class Walk:
             return self.note("Ctrl-K does not lead to the search box")
         self.page.keyboard.type(name)
         try:
-            self.page.wait_for_selector("a.search-result", timeout=30_000)
+            self.page.wait_for_selector("a.search-result", timeout=120_000)
         except Exception:
             return self.note(f"nothing found for {name}")
         self.page.wait_for_timeout(200)
@@ -482,7 +487,7 @@ class Walk:
         "The search box is light where the page is light, and dark where it is dark."
         self.name = "search box"
         self.page.goto(self.base + "index.html")
-        self.page.add_style_tag(content="* { transition: none !important; }")
+        self.page.add_style_tag(content=STILL)
         for theme in ("light", "dark"):
             if theme == "dark":
                 self.toggle()

@@ -19,12 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "_executed"
-# Imported once, before the processes fork; all of the package's own modules are imported by each notebook.
+# Imported once, before the processes fork, as is the package itself: a notebook then finds them in memory.
 PRELOAD = [
     "numpy",
     "matplotlib.pyplot",
     "pandas",
     "torch",
+    "torch._dynamo",  # by each optimiser
     "nbdev.process",
     "nbdev.frontmatter",
     "execnb.shell",
@@ -62,6 +63,13 @@ def notebooks(names=()):
 def longest_first(paths):
     "The same notebooks in the order in which they are started."
     return sorted(paths, key=lambda p: LONG.index(p.stem) if p.stem in LONG else len(LONG))
+
+
+def modules():
+    "The names of the package's modules."
+    paths = (p.relative_to(ROOT).with_suffix("") for p in (ROOT / "unipre3d").rglob("*.py"))
+    names = (".".join(p.parts) for p in sorted(paths) if not p.stem.startswith("_"))
+    return ["unipre3d", *names]
 
 
 def package_key():
@@ -110,11 +118,8 @@ def with_outputs(source, ran):
 
 def execute(path, flags, key, limit):
     "Run one notebook in this process; return its seconds, those of processors, and what went wrong."
-    os.environ |= {
-        "IN_TEST": "1",
-        "ACCELERATE_USE_CPU": "1",
-    }  # runs are compared bit by bit, which a GPU's sums do not allow
     import torch
+    import unipre3d
     from execnb.shell import CaptureShell
     from fastcore.ansi import strip_ansi
     from fastcore.basics import str2bool
@@ -123,6 +128,7 @@ def execute(path, flags, key, limit):
     from nbdev.process import NBProcessor
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    assert Path(unipre3d.__file__).parent == ROOT / "unipre3d", "another copy of the package"
     source, skipped = (
         ROOT / "nbs" / path,
         set(get_config(path=ROOT).tst_flags.split()) - set(flags.split()),
@@ -209,8 +215,13 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
     os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ |= {
+        "IN_TEST": "1",
+        "ACCELERATE_USE_CPU": "1",
+    }  # runs are compared bit by bit, which a GPU's sums do not allow
+    os.chdir(ROOT)  # where the server that forks finds the package
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *modules()])
     failed, total = [], 0.0
     with ProcessPoolExecutor(args.workers, mp_context=context, max_tasks_per_child=1) as pool:
         jobs = {pool.submit(execute, p, args.flags, keys[p], args.limit): p for p in todo}

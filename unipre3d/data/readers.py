@@ -473,7 +473,7 @@ class ZipFiles:
     def __init__(self, root: Path):
         self.root = root
         self._zip = self._pid = self._tree = None  # of this process
-        self.names()
+        self.has("")  # what is no archive is refused at once
 
     def __getstate__(self):
         return {**self.__dict__, "_zip": None, "_pid": None, "_tree": None}
