@@ -24,6 +24,7 @@ FREE = {
     "backbone_options",
     "image",
     "image_subfolder",
+    "lpips_weights",
 }
 FREE |= {"fusion", "terms", "backend", "variant", "probe", "group_unmoved", "keep_workers"}
 
