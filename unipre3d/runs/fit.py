@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone, decay_names
 from ..core import PointBatch, to_device
-from ..data.loading import LoaderLost
+from ..data.loading import LoaderLost, StepSampler
 from ..processes import gathered, own_part, processes, share_norms
 from unipre3d.runs.checkpoint import (
     MetricsFile,
@@ -45,7 +45,7 @@ from .recipe import Optimiser, Run, learning_rate
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'Task', 'units', 'layer_order', 'parameter_groups', 'set_training', 'average_weights', 'stop_requests',
            'steady', 'saved_first', 'new_accelerator', 'forward', 'take_step', 'Progress', 'timed', 'check_task',
-           'is_due', 'fit']
+           'is_due', 'fit', 'Chosen', 'Alternating', 'second_name', 'alternate']
 
 # %% ../../nbs/58_fit.ipynb #5c746270
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Task:
         None  # model, step, folder: writes a picture
     )
     min_clouds: int = 1  # clouds that a batch of one process needs
+    whole: bool = False  # an item of `samples` is a whole batch, of which a step takes one
     remarks: tuple[str, ...] = ()  # lines for the user before the run begins
 
 # %% ../../nbs/58_fit.ipynb #7e8bc1ef
@@ -590,3 +591,99 @@ def fit(
     if main:
         log.close()
     return now
+
+# %% ../../nbs/58_fit.ipynb #58altexp
+@dataclass(frozen=True)
+class Chosen:
+    "A batch of one of two tasks."
+
+    batch: Any  # as its own task gives it
+    second: bool  # whether it is of the second task
+
+
+class Alternating(Dataset):
+    "Batches of two tasks: item 0 is a batch of the first and item 1 one of the second; draw k is batch k of its task."
+
+    def __init__(
+        self,
+        samples: tuple[Dataset, Dataset],  # of each task
+        batch_sizes: tuple[int, int],  # clouds of a batch of each
+        seed: int = 0,  # of the order
+    ):
+        self.samples = samples
+        sizes = zip(samples, batch_sizes)
+        self.orders = [StepSampler(len(own), size, seed) for own, size in sizes]
+
+    def __len__(self):
+        return 2
+
+    def name(self, index: int) -> str:
+        "Which task a batch is of."
+        return ("a batch of the first task", "a batch of the second task")[index]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Chosen:
+        [(index, draw)] = keys
+        own = self.orders[index].batch(draw)
+        return Chosen(self.samples[index].__getitems__(own), bool(index))
+
+
+def second_name(
+    name: str,  # of a score of a task
+) -> str:
+    "What it is called where the task is the second of two."
+    if name.startswith("val_"):
+        return f"val_second_{name.removeprefix('val_')}"
+    return f"second_{name}"
+
+
+def alternate(
+    first: Task,  # its name, pictures and remarks stay; both validate
+    second: Task,
+    model: nn.Module,  # of both tasks; it is a model of the first
+    second_of: Callable[[nn.Module], nn.Module],  # the model of the second that is part of it
+    batch_sizes: tuple[int, int],  # clouds of a batch of each
+    seed: int = 0,  # of the order
+) -> Task:
+    """One task of two that share a backbone; scores of the second are called so.
+
+    Raises: ValueError for several processes.
+    """
+    _, world = processes()
+    if world > 1:
+        raise ValueError(
+            f"alternate: expected one process, since a step trains a part of the model; got {world}"
+        )
+    validated = [name for name in first.columns if name.startswith("val_")]
+    validated += [second_name(name) for name in second.columns if name.startswith("val_")]
+    trained = [name for name in first.columns + second.columns if not name.startswith("val_")]
+
+    def loss(model, chosen):
+        if chosen.second:
+            value, scores = second.loss(second_of(model), chosen.batch)
+        else:
+            value, scores = first.loss(model, chosen.batch)
+        scores["second"] = value.new_tensor(float(chosen.second))
+        return value, dict.fromkeys(trained, value.new_tensor(math.nan)) | scores
+
+    def of_both(one, other):
+        return one | {second_name(name): value for name, value in other.items()}
+
+    def validate(model):
+        return of_both(first.validate(model), second.validate(second_of(model)))
+
+    def test(model, folder):
+        scores, details = first.test(model, folder)
+        others, more = second.test(second_of(model), folder)
+        return of_both(scores, others), of_both(details, more)
+
+    return replace(
+        first,
+        model=model,
+        samples=Alternating((first.samples, second.samples), batch_sizes, seed),
+        loss=loss,
+        test=test,
+        data=of_both(first.data, second.data),
+        columns=tuple(dict.fromkeys((*trained, "second", *validated))),
+        validate=validate,
+        whole=True,
+    )

@@ -489,6 +489,7 @@ def run_recipe(
             f"batch_size: expected a multiple of the {world} processes, got {recipe.run.batch_size}"
         )
     task = recipe.build_task(accelerator.device)
+    own_batch = 1 if task.whole else own_batch
     if own_batch < task.min_clouds:
         raise ValueError(
             f"batch_size: expected at least {task.min_clouds} clouds for each of the {world} processes "
@@ -573,9 +574,7 @@ def run_recipe(
                 f"lower --lr, or check the values (unipre3d data check FOLDER); "
                 f"the weights before are in {folder}"
             )
-        blamed = suspects(
-            task.samples, done.bad_steps, recipe.run.batch_size, recipe.run.seed, **order
-        )
+        blamed = suspects(task.samples, done.bad_steps, own_batch * world, recipe.run.seed, **order)
         if done.skipped and rank == 0:
             some = [f"{cloud} ({count})" for cloud, count in list(blamed.items())[:5]]
             clouds = f"; clouds that were in most of them: {', '.join(some)}" if some else ""
