@@ -456,6 +456,19 @@ def prepare_run(
     return claimed, summary, []
 
 
+def _check_parts(
+    clouds: int,  # that a process has in a step
+    parts: int,  # that they are added up in
+    fewest: int,  # clouds of a part
+) -> None:
+    "Raises: ValueError for parts that are not equal, or too small."
+    if clouds % parts or clouds // parts < fewest:
+        raise ValueError(
+            f"accumulate: expected a divisor of the {clouds} clouds that a process has in a step, "
+            f"with parts of at least {fewest}, got {parts}"
+        )
+
+
 def run_recipe(
     name: str,  # the recipe's name, for the record
     recipe: Recipe,
@@ -488,6 +501,7 @@ def run_recipe(
         raise ValueError(
             f"batch_size: expected a multiple of the {world} processes, got {recipe.run.batch_size}"
         )
+    _check_parts(own_batch, recipe.run.accumulate, 1)  # before data are made
     task = recipe.build_task(accelerator.device)
     own_batch = 1 if task.whole else own_batch
     if own_batch < task.min_clouds:
@@ -495,12 +509,7 @@ def run_recipe(
             f"batch_size: expected at least {task.min_clouds} clouds for each of the {world} processes "
             f"(batch normalisation), got {recipe.run.batch_size}"
         )
-    parts = recipe.run.accumulate
-    if own_batch % parts or own_batch // parts < task.min_clouds:
-        raise ValueError(
-            f"accumulate: expected a divisor of the {own_batch} clouds that a process has in a step, "
-            f"with parts of at least {task.min_clouds}, got {parts}"
-        )
+    _check_parts(own_batch, recipe.run.accumulate, task.min_clouds)
     check_task(task, recipe.optimiser, recipe.run)
     order = run_order(recipe, task.samples)
     with ExitStack() as until_end, ExitStack() as following:
