@@ -501,7 +501,8 @@ def run_recipe(
         raise ValueError(
             f"batch_size: expected a multiple of the {world} processes, got {recipe.run.batch_size}"
         )
-    _check_parts(own_batch, recipe.run.accumulate, 1)  # before data are made
+    parts = recipe.run.accumulate
+    _check_parts(own_batch, parts, 1)  # before data are made
     task = recipe.build_task(accelerator.device)
     own_batch = 1 if task.whole else own_batch
     if own_batch < task.min_clouds:
@@ -509,7 +510,7 @@ def run_recipe(
             f"batch_size: expected at least {task.min_clouds} clouds for each of the {world} processes "
             f"(batch normalisation), got {recipe.run.batch_size}"
         )
-    _check_parts(own_batch, recipe.run.accumulate, task.min_clouds)
+    _check_parts(own_batch, parts, task.min_clouds)
     check_task(task, recipe.optimiser, recipe.run)
     order = run_order(recipe, task.samples)
     with ExitStack() as until_end, ExitStack() as following:
