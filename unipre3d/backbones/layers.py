@@ -130,12 +130,12 @@ class LinearMax(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Float[Tensor, "m c"]):
-        from unipre3d.kernels.groups import collect, spread
+        from unipre3d.kernels.groups import collect, follow
 
         x, weight, row = ctx.saved_tensors
         grad = grad.contiguous()
         g_x = torch.empty_like(x)
-        over_groups(spread, len(x), grad, row, weight, g_x)
+        over_groups(follow, len(x), grad, row, weight, g_x)
         g_weight = weight.new_empty(BLOCKS, *weight.shape)
         over_groups(collect, len(x), grad, row, x, g_weight)
         return g_x, g_weight.sum(0)

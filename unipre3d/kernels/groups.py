@@ -4,7 +4,7 @@ The chapter `39_layers` teaches what is computed here; this file is about doing 
 
 1. `share` makes the gradient of a maximum over each group. Rows that reach it get equal parts.
 2. `rise` finds the maximum and its row, the first where several reach it; a NaN wins.
-3. `spread` and `collect` make the gradients of a linear map whose rows were only needed for their maximum:
+3. `follow` and `collect` make the gradients of a linear map whose rows were only needed for their maximum:
    one row of each group and column has a gradient, so there is little to do.
 
 Every function works on a block of groups, first .. last, writes to memory of its own and releases the interpreter
@@ -53,7 +53,7 @@ def rise(block, first, last, x, top, row):
 
 
 @kernel
-def spread(block, first, last, grad, row, weight, out):
+def follow(block, first, last, grad, row, weight, out):
     "out [m k d]: the gradient of the rows of a map weight [c d], of which grad [m c] reaches row [m c]."
     width, inner = weight.shape
     for group in range(first, last):

@@ -579,9 +579,8 @@ class PretrainRecipe(Recipe):
         if not self.data.alternate:
             return pretrain_task(self, device)
         other = second_recipe(self)
-        build_views(
-            other, "train"
-        )  # what is wrong with its data is known before rooms are composed
+        # What is wrong with its data is known before rooms are composed.
+        build_views(other, "train")
         first, second = pretrain_task(self, device), pretrain_task(other, device)
         model = PairedUniPre3D(first.model, second.model)
         sizes = self.run.batch_size, other.run.batch_size
