@@ -5,6 +5,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 WORKERS ?= 2
+# A test that waits for ever shows where it stands, and ends them all.
+LIMIT := -o faulthandler_timeout=500 --timeout 600 --timeout-method thread --max-worker-restart 0
 RECIPE ?= object-transformer-mini
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 .DEFAULT_GOAL := help
@@ -35,7 +37,7 @@ notebooks: .venv/dev  ## run every notebook
 	$(BIN)/python tools/run_notebooks.py --workers $(WORKERS)
 
 test: .venv/dev notebooks  ## install, run every notebook, then pytest
-	$(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LIMIT) $(ARGS)
 
 site: .venv/dev
 	$(BIN)/python tools/build_site.py

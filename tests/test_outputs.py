@@ -28,6 +28,7 @@ from warm import Command
 from unipre3d.backbones import StandardTransformer
 from unipre3d.cli import main
 from unipre3d.core import GaussianBatch
+from unipre3d.data.objects import map_jobs
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
 from unipre3d.gaussians import save_ply
 from unipre3d.records import used_alone, written_whole
@@ -182,6 +183,18 @@ def children_of(process):
     return [int(pid) for pid in subprocess.run(listing, capture_output=True).stdout.split()]
 
 
+def below(process):
+    "All processes that it or one of these started."
+    children = children_of(process)
+    return children + [grandchild for child in children for grandchild in below(child)]
+
+
+def is_helper(process):
+    "Whether it does jobs: it watches its parent in a thread."
+    listing = subprocess.run(["ps", "-o", "nlwp=", "-p", str(process)], capture_output=True)
+    return int(listing.stdout or 0) > 1
+
+
 def is_running(process):
     "Whether a process is there, and no zombie."
     state = ["ps", "-o", "state=", "-p", str(process)]
@@ -208,11 +221,39 @@ list(map_jobs(time.sleep, [(0.2,)] * 1000, 2))
 def test_helpers_end_with_a_killed_command(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, env=ENV)
     run.stdout.readline()
-    until(lambda: len(children_of(run.pid)) == 2)
-    helpers = children_of(run.pid)
+    until(lambda: sum(map(is_helper, below(run.pid))) == 2)
+    helpers = below(run.pid)
     os.kill(run.pid, signal.SIGKILL)
     run.communicate()
     until(lambda: not any(map(is_running, helpers)), seconds=20)
+
+
+SCRIPT = """
+import torch
+from unipre3d.data.objects import map_jobs
+
+print("at work:", torch.get_num_threads(), torch.ones(2_000_000).exp().numel())
+large = "__import__('torch').ones(2_000_000).exp().numel()"
+print(list(map_jobs(eval, [(large,), (large,)], 2)))
+"""
+
+
+def test_helpers_are_no_copies_of_a_process_with_threads(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)  # without a guard for its name
+    words = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env=ENV | {"OMP_NUM_THREADS": "2"}
+    )
+    assert done.stdout.splitlines() == ["at work: 2 2000000", "[2000000, 2000000]"], done.stderr
+
+
+def test_helpers_work_where_their_parent_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNIPRE3D_CACHE", "nearby")
+    assert list(map_jobs(os.path.abspath, [("x",)], 2)) == [str(tmp_path / "x")]
+    assert list(map_jobs(os.getenv, [("UNIPRE3D_CACHE",), ("none",)], 2)) == ["nearby", None]
+    with pytest.raises(ValueError, match="workers: expected a function of a module"):
+        list(map_jobs(eval("lambda: 1", {"__name__": "__main__"}), [(), ()], 2))
 
 
 def contents(folder):

@@ -5,24 +5,29 @@
 # %% ../nbs/04_processes.ipynb #p04imp
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import signal
+import sys
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed
 from jaxtyping import Float, Int
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'leave_with', 'launch_remark',
-           'launch_line', 'slurm_script', 'shared_count', 'shared_mean', 'SumOfProcesses', 'shared_rows',
-           'SharedBatchNorm', 'share_norms']
+__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper', 'without_script',
+           'started_jobs', 'launch_remark', 'launch_line', 'slurm_script', 'shared_count', 'shared_mean',
+           'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -59,18 +64,61 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 # %% ../nbs/04_processes.ipynb #p04leaveexp
-def leave_with(
-    parent: int,  # number of the process that started this one
+def begin_helper(
+    folder: str,  # where relative paths start
+    variables: dict[str, str],  # of the environment
 ) -> None:
-    "End this process soon after its parent, however that ended; interrupts are the parent's to hear."
+    "What a helper does first: it takes over the place of its parent, works on one core and ends with its parent."
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it
     threading.Thread(target=watch, daemon=True).start()
+    threadpool_limits(1)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+@contextmanager
+def without_script() -> Iterator[None]:
+    "While processes start, the script at work has no name, so that they do not run it too."
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+@contextmanager
+def started_jobs(
+    function: Callable,  # importable, so that other processes find it
+    jobs: list[tuple],  # arguments of each call
+    workers: int,  # processes at most
+) -> Iterator[list[Future]]:  # results to come, in the order of the jobs
+    """Jobs at work in new processes; those that have not begun are dropped at the end.
+
+    Raises: ValueError for a function of the script or notebook at work, which other processes do not know.
+    """
+    if function.__module__ == "__main__":
+        found = f"{function.__name__} of the script or notebook at work"
+        raise ValueError(f"workers: expected a function of a module where more than 1, got {found}")
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload([function.__module__])  # imported once, for all of them
+    count = max(1, min(workers, len(jobs)))
+    place = (os.getcwd(), dict(os.environ))
+    pool = ProcessPoolExecutor(count, context, begin_helper, place)
+    try:
+        with without_script():
+            results = [pool.submit(function, *job) for job in jobs]
+        yield results
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/04_processes.ipynb #p04launchexp
 COUNTS = (

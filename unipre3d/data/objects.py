@@ -6,14 +6,13 @@
 from __future__ import annotations
 import csv, hashlib, io, json, os, zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..processes import leave_with
+from ..processes import started_jobs
 
 # %% auto #0
 __all__ = ['RADIUS', 'DISTANCE', 'FOV', 'BITS', 'STEPS', 'CODE_BYTES', 'spiral_views', 'orbit_poses', 'pack_cloud',
@@ -232,6 +231,7 @@ def map_jobs(
     if workers == 1:
         yield from starmap(function, jobs)
     else:
-        count = max(1, min(workers, len(jobs)))
-        with ProcessPoolExecutor(count, initializer=leave_with, initargs=(os.getpid(),)) as pool:
-            yield from pool.map(function, *zip(*jobs))
+        with started_jobs(function, jobs, workers) as results:
+            results.reverse()
+            while results:  # none is held longer than needed
+                yield results.pop().result()

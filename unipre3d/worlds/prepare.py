@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, json, os, re, shutil, warnings, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +28,7 @@ from unipre3d.data.objects import (
 )
 from ..data.readers import found_at
 from ..data.shapenet import split_objects
-from ..processes import leave_with
+from ..processes import started_jobs
 from ..files import files_below, named, read_json, tell
 from ..records import code_hash, written_whole
 from ..values import refusal
@@ -202,17 +202,14 @@ def run_jobs(
 
 def _in_pool(function, jobs, chosen, workers):
     "Results of some jobs from as many processes; fewer, where a process ends."
-    pool = ProcessPoolExecutor(workers, initializer=leave_with, initargs=(os.getpid(),))
-    try:
-        futures = {pool.submit(function, *jobs[k]): k for k in chosen}
-        for future in as_completed(futures):
+    with started_jobs(function, [jobs[k] for k in chosen], workers) as results:
+        numbers = dict(zip(results, chosen))
+        for future in as_completed(results):
             try:
                 result = future.result()
             except BrokenProcessPool:
                 continue
-            yield futures[future], result
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield numbers[future], result
 
 # %% ../../nbs/worlds/25_prepare.ipynb #8bb6444f
 def draw_object(

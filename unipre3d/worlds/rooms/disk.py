@@ -4,22 +4,18 @@
 
 # %% ../../../nbs/worlds/37_rooms_disk.ipynb #c8cd00f8
 from __future__ import annotations
-import hashlib, json, os, shutil, tempfile
-from concurrent.futures import ProcessPoolExecutor
+import hashlib, json, shutil, tempfile
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ...core import data_dir
-from ...processes import leave_with
 from ...records import cache_dir, code_hash, data_hash, cached, written_whole
-from ...data.objects import csv_text
+from ...data.objects import csv_text, map_jobs
 from ...data.shapenet import SPLITS
 from .cloud import frame_points, fuse_frames, label_points
 from .film import K, film
@@ -113,12 +109,6 @@ def finished_rooms(
     return done
 
 
-def _begin(parent):
-    "What a process that films rooms does first."
-    threadpool_limits(1)
-    leave_with(parent)
-
-
 def make_rooms(
     out: str | Path = "rooms",  # folder that gets the rooms
     *,
@@ -143,15 +133,10 @@ def make_rooms(
     intrinsics[:2, 2] -= 0.5  # ScanNet's files have pixel centres on whole numbers
     with written_whole(out / "2D" / "intrinsics.txt") as part:
         np.savetxt(part, intrinsics, fmt="%.9g")
-    write = partial(write_room, out, frames=frames, pieces=pieces)
-    jobs = [plan for plan in plans if plan["room"] not in rows]
-    room_models()  # read once, before there are processes
-    with (
-        tqdm(total=len(jobs), desc="rooms", unit="room", disable=not jobs) as bar,
-        ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(),)) as pool,
-    ):  # one core each; processes start with their first job
-        run = pool.map if workers > 1 and len(jobs) > 1 else map
-        for row in run(write, jobs):
+    todo = [(out, plan, frames, pieces) for plan in plans if plan["room"] not in rows]
+    several = workers if len(todo) > 1 else 1
+    with tqdm(total=len(todo), desc="rooms", unit="room", disable=not todo) as bar:
+        for row in map_jobs(write_room, todo, several):
             rows[row["room"]] = row
             bar.update()
     table = csv_text([rows[plan["room"]] for plan in plans])
