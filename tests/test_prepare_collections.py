@@ -159,15 +159,18 @@ def test_the_bytes_are_those_of_one_process(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box", "one.zip", "two.zip"]
 
 
-RUN = """
-import sys, time
-from pathlib import Path
-from unipre3d.worlds import prepare
-draw = prepare.prepare_own
-def slowly(*args, **how):
+SLOW = """
+import time
+from unipre3d.worlds.prepare import draw_object
+def slowly(*args):
     time.sleep(0.3)
-    return draw(*args, **how)
-prepare.prepare_own = slowly
+    return draw_object(*args)
+"""
+RUN = """
+import sys
+import slow
+from unipre3d.worlds import prepare
+prepare.draw_object = slow.slowly
 files = prepare.find_meshes(sys.argv[1])
 prepare.prepare_meshes(files, sys.argv[2], views=2, size=16, points=64, workers=int(sys.argv[3]))
 """
@@ -181,14 +184,17 @@ def test_a_killed_job_goes_on(tmp_path, monkeypatch, workers):
     out = tmp_path / "out.zip"
     waiting = tmp_path / "out.zip.objects"
     command = [sys.executable, "-c", RUN, str(tmp_path / "box"), str(out), str(workers)]
-    job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    (tmp_path / "slow.py").write_text(SLOW)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    env = os.environ | {"PYTHONPATH": path}
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env)
     end = time.monotonic() + 60
     while len(list(waiting.glob("*.zip"))) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert not out.exists()
-    time.sleep(2.5 if workers > 1 else 0)  # its processes follow
+    time.sleep(1 if workers > 1 else 0)  # its processes follow
     finished = {p.name: p.stat().st_mtime_ns for p in waiting.glob("*.zip")}
     assert 2 <= len(finished) < 8
     for path in waiting.glob("*.zip"):
