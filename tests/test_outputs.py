@@ -238,6 +238,19 @@ print(list(map_jobs(eval, [(large,), (large,)], 2)))
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="ps of Linux")
+def test_an_interrupt_ends_helpers_at_once(tmp_path):
+    words = ("data", "rooms", "--rooms", 8, "--out", tmp_path / "rooms")
+    run = Command(*words)
+    until(lambda: list((tmp_path / "rooms").glob(".part-*")))  # two rooms are being composed
+    helpers = below(run.pid)
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and said.splitlines()[-1] == "unipre3d: interrupted"
+    until(lambda: not any(map(is_running, helpers)), seconds=20)
+    assert not list((tmp_path / "rooms").glob("*/room*"))
+
+
 def test_helpers_are_no_copies_of_a_process_with_threads(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)  # without a guard for its name
     words = [sys.executable, str(tmp_path / "script.py")]

@@ -1802,6 +1802,7 @@ def main(
         print(f"unipre3d: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("unipre3d: interrupted", file=sys.stderr)
         return 130
 
 # %% ../nbs/90_cli.ipynb #17dead3c

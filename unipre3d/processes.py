@@ -99,7 +99,7 @@ def started_jobs(
     jobs: list[tuple],  # arguments of each call
     workers: int,  # processes at most
 ) -> Iterator[list[Future]]:  # results to come, in the order of the jobs
-    """Jobs at work in new processes; those that have not begun are dropped at the end.
+    """Jobs at work in new processes. Those that have not begun are dropped at the end; an interrupt ends all.
 
     Raises: ValueError for a function of the script or notebook at work, which other processes do not know.
     """
@@ -112,11 +112,17 @@ def started_jobs(
         context.set_forkserver_preload([function.__module__])  # imported once, for all of them
     count = max(1, min(workers, len(jobs)))
     place = (os.getcwd(), dict(os.environ))
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(count, context, begin_helper, place)
     try:
         with without_script():
             results = [pool.submit(function, *job) for job in jobs]
         yield results
+    except (KeyboardInterrupt, GeneratorExit):
+        for helper in multiprocessing.active_children():
+            if helper not in others:
+                helper.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
