@@ -492,7 +492,6 @@ def train_command(
         raise ValueError(unknown_recipe(command, name))
     prog = f"unipre3d {command} {name}"
     help_or_check(prog, known[name], recipe_rows(name, rest), rest)
-    from unipre3d.processes import leave_processes
     from unipre3d.recipes import finetune_recipes, read_recipe, recipes
     from unipre3d.runs.recipe import check_changes, check_recipe
     from unipre3d.runs.run import run_recipe
@@ -528,7 +527,6 @@ def train_command(
         tracker=options.tracker,
     )
     done = run_recipe(name, recipe, folder, **how)
-    leave_processes()
     if done.ended == "interrupted":
         return 130
     if done.ended == "diverged":
@@ -1775,13 +1773,10 @@ def one_line_warning(message, category, filename, lineno, line=None):
     return python_warning(message, category, filename, lineno, line)
 
 
-def main(
-    args: list[str] | None = None,  # default: the process's own
+def _answer(
+    args: list[str],
 ) -> int:
     "Run a command; a mistake is one line on standard error and exit status 2."
-    args = sys.argv[1:] if args is None else args
-    prepare_torch()
-    warnings.formatwarning = one_line_warning
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())
@@ -1804,6 +1799,19 @@ def main(
     except KeyboardInterrupt:
         print("unipre3d: interrupted", file=sys.stderr)
         return 130
+
+
+def main(
+    args: list[str] | None = None,  # default: the process's own
+) -> int:
+    "Run a command and return its exit status; one of several processes ends here."
+    args = sys.argv[1:] if args is None else args
+    prepare_torch()
+    warnings.formatwarning = one_line_warning
+    status = _answer(args)
+    if "unipre3d.processes" in sys.modules:
+        sys.modules["unipre3d.processes"].leave_processes(status)
+    return status
 
 # %% ../nbs/90_cli.ipynb #17dead3c
 if __name__ == "__main__" and globals().get("__spec__") is not None:

@@ -5,6 +5,7 @@
 # %% ../nbs/04_processes.ipynb #p04imp
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import shlex
@@ -58,10 +59,18 @@ def gathered(
     return [part[k] for k in range(longest) for part in parts if k < len(part)]
 
 
-def leave_processes() -> None:
-    "End this process's part in the group: an interpreter that ends with the group open may abort."
+def leave_processes(
+    status: int = 0,  # of this process
+) -> None:
+    """End this process if it is one of several; alone, nothing happens.
+
+    It ends at once, after what is to be done at an exit: threads of the group may abort an interpreter that takes itself apart.
+    """
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 # %% ../nbs/04_processes.ipynb #p04leaveexp
 def begin_helper(
