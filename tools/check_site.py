@@ -125,7 +125,9 @@ STILL = "* { transition: none !important; animation: none !important; }"
 
 # A viewer in sight has drawn its picture, and then spins until somebody takes hold of it.
 DRAWN = "() => [...document.querySelectorAll('.viewer')].every(e => !e.getClientRects().length || e.dataset.drawn)"
-HOLD = "() => document.querySelectorAll('.viewer').forEach(e => e.dispatchEvent(new Event('click')))"
+HOLD = (
+    "() => document.querySelectorAll('.viewer').forEach(e => e.dispatchEvent(new Event('click')))"
+)
 
 # Before the window becomes wide again for the next page: this one is not laid out once more.
 HIDE = "() => { document.documentElement.style.display = 'none' }"
