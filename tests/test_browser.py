@@ -125,6 +125,25 @@ def test_a_page_of_results_is_short_and_begins_with_a_picture(tmp_path):
     ]
 
 
+VIEWER = "<!doctype html><html><head><title>v</title><link rel='icon' href='data:,'></head><body><main>{}</main></body></html>"
+
+
+def test_a_viewer_has_drawn_and_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_site, "PATIENCE", 2_000)
+    stopped = "<div class='viewer' data-drawn='1' onclick='console.error(1)'>v</div>"
+    pages = {
+        "blank.html": "<div class='viewer'>v</div>",
+        "folded.html": "<div class='viewer' style='display: none'>v</div>",
+        "stopped.html": stopped,
+    }
+    for name, viewer in pages.items():
+        (tmp_path / name).write_text(VIEWER.format(viewer))
+    problems, more = check_site.walk(tmp_path, windows=1)
+    if problems is None:
+        pytest.skip(f"no page walked: {more}")
+    assert problems == ["blank.html: a viewer draws nothing", "stopped.html: console error: 1"]
+
+
 SEARCH = """<!doctype html><html><head><title>i</title><link rel="icon" href="data:,"><style>.quarto-dark input { background: #222 }</style><script>
 const index = %s, box = () => document.querySelector('input');
 window.smalldocsToggleScheme = () => { %s };
@@ -154,7 +173,8 @@ def whole_site(tmp_path, *parts):
     return problems
 
 
-def test_search_keyboard_and_theme_can_fail(tmp_path):
+def test_search_keyboard_and_theme_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_site, "PATIENCE", 3_000)  # what never comes is waited for
     found = "\n".join(whole_site(tmp_path, "['wrong.html']", "", "", ""))
     for fault in (
         "brings wrong.html, not core.html",

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -439,11 +440,16 @@ def test_each_row_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert study.visible_gpus() == []
 
 
-SHARED = """
+SHARED = f"""
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_study import Here, study, subprocess
 from unipre3d.reproduce.run import reproduce, row_of
 
+study.subprocess = SimpleNamespace(Popen=Here, STDOUT=subprocess.STDOUT)
 folder = Path(sys.argv[1])
 rows = [row_of(row) for row in json.loads((folder / "rows.json").read_text())]
 print(json.dumps(reproduce(rows, folder, workers=1, say=lambda text: None)))

@@ -2,7 +2,7 @@
 
     python tools/check_site.py [folder]        the folder is _docs/ unless told otherwise
 
-On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described,
+On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described, viewers drawn,
 mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
 theme, a visible mark on what the keyboard reaches. No code block is cut and no link is left as Markdown, on a desk and on a phone, and on a
 phone no table is crushed. A page of results holds few screens, and a picture near its top. On the whole site: search, also by keyboard alone, what some words find first, and the theme, also of the search box.
@@ -42,6 +42,7 @@ SCREENS, PICTURE = (
     2,
 )  # of a desk: the most that a page of results holds, and where its first picture begins
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
+PATIENCE = 60_000  # milliseconds for what takes none: a busy machine is slow, not wrong
 HERE = "127.0.0.1"
 # The browser knows no other host. Routes of Playwright would stop requests too, but they switch its cache off.
 OFFLINE = ["--no-sandbox", f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {HERE}"]
@@ -122,15 +123,22 @@ MARKDOWN = """() => {
 # Nothing moves while it is looked at.
 STILL = "* { transition: none !important; animation: none !important; }"
 
+# A viewer in sight has drawn its picture, and then spins until somebody takes hold of it.
+DRAWN = "() => [...document.querySelectorAll('.viewer')].every(e => !e.getClientRects().length || e.dataset.drawn)"
+HOLD = (
+    "() => document.querySelectorAll('.viewer').forEach(e => e.dispatchEvent(new Event('click')))"
+)
+
 # Before the window becomes wide again for the next page: this one is not laid out once more.
 HIDE = "() => { document.documentElement.style.display = 'none' }"
 
 FOCUS = """() => {
   const kinds = new Map();
   for (const e of document.querySelectorAll('a[href], button, input, select, summary, [tabindex="0"]')) {
-    const place = (e.closest('nav, main, header, footer, #TOC') || document.body), box = e.getBoundingClientRect();
+    const place = (e.closest('nav, main, header, footer, #TOC') || document.body);
     const kind = e.tagName + '.' + [...e.classList].sort().join('.') + ' in ' + place.tagName + '#' + place.id;
-    if (box.width && getComputedStyle(e).visibility !== 'hidden' && !kinds.has(kind)) kinds.set(kind, e);
+    if (kinds.has(kind)) continue;
+    if (e.getBoundingClientRect().width && getComputedStyle(e).visibility !== 'hidden') kinds.set(kind, e);
   }
   const look = e => { const s = getComputedStyle(e); return [s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) ? s.outline : '', s.boxShadow, s.backgroundColor, s.borderColor].join('|'); };
   const hidden = [];
@@ -163,9 +171,10 @@ CONTRAST = """() => {
   const seen = new Set(), faint = [], words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (words.nextNode()) {
     const e = words.currentNode.parentElement, text = words.currentNode.data.trim();
-    if (!text || /^\\W+$/.test(text) || e.closest('script, style, noscript, [aria-hidden=true], .visually-hidden, .katex-mathml, svg, canvas, [disabled]')) continue;
+    if (!text || /^\\W+$/.test(text)) continue;
     const style = getComputedStyle(e), kind = [e.tagName, e.className, e.parentElement.className, style.color].join('|');
-    if (seen.has(kind) || style.visibility === 'hidden' || !e.getClientRects().length) continue;
+    if (seen.has(kind) || e.closest('script, style, noscript, [aria-hidden=true], .visually-hidden, .katex-mathml, svg, canvas, [disabled]')) continue;
+    if (style.visibility === 'hidden' || !e.getClientRects().length) continue;
     seen.add(kind);
     const under = behind(e);
     if (!under) continue;
@@ -333,7 +342,7 @@ class Walk:
         before = self.page.evaluate(dark)
         button.evaluate("e => e.click()")
         try:
-            self.until(f"() => ({dark})() !== {json.dumps(before)}", timeout=10_000)
+            self.until(f"() => ({dark})() !== {json.dumps(before)}", timeout=PATIENCE)
         except Exception:
             self.note("the theme toggle does not change the theme")
         return True
@@ -363,6 +372,14 @@ class Walk:
             where = f"{found['picture']:.1f} screens down"
             self.note(f"the first picture begins {where}; the limit is {PICTURE}")
 
+    def hold(self):
+        "Note a viewer that draws nothing, and stop those that spin: each frame costs what a page costs."
+        try:
+            self.until(DRAWN, timeout=PATIENCE)
+        except Exception:
+            self.note("a viewer draws nothing")
+        self.page.evaluate(HOLD)
+
     def visit(self, name):
         "All that one page can get wrong by itself; what it links to is kept for `links`."
         self.name, self.weight = name, 0
@@ -390,6 +407,7 @@ class Walk:
             self.note(
                 f"weighs {self.weight / (1 << 20):.1f} MB with what it loads; the limit is {HEAVY >> 20} MB"
             )
+        self.hold()
         self.page.add_style_tag(content=STILL)
         self.page.keyboard.press("Tab")
         for kind in self.page.evaluate(FOCUS):
@@ -462,7 +480,7 @@ class Walk:
         self.page.keyboard.press("ArrowDown")
         self.page.keyboard.press("Enter")
         try:
-            self.page.wait_for_url(lambda url: url != before, timeout=10_000)
+            self.page.wait_for_url(lambda url: url != before, timeout=PATIENCE)
         except Exception:
             self.note("Enter on a result leads nowhere")
 
@@ -533,6 +551,7 @@ def whole_site(site, trip):
     "What belongs to no page: search, also by keyboard alone, and the theme."
     if not (site / "search.json").exists():
         return
+    trip.page.emulate_media(reduced_motion="reduce")  # where viewers do not spin
     found = functions(site)
     for name, place in found:
         trip.search(name, place.split("#")[0])
@@ -542,6 +561,7 @@ def whole_site(site, trip):
     trip.keyboard(found[0][0])
     trip.theme()
     trip.box()
+    trip.page.emulate_media(reduced_motion="no-preference")
 
 
 def stroll(base, errands):
