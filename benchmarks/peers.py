@@ -3,8 +3,8 @@
     python benchmarks/peers.py [--repeats 12] [--steps 100] [--json PATH]
 
 One thread. On objects everything but the kind of scene is equal, the network, the rate and the seed too. Steps of all kinds alternate,
-and a time is the median of the processor time of a step without the optimiser. Then each kind of scene is trained for some steps and
-scored on whole held-out views. The recipe of rooms by pictures reads one room a step, the masked one two crops: each as it is.
+and a time is the median of the processor time of a step without the optimiser. Then each kind of scene is trained for some steps of a
+few objects and scored on whole held-out views. The recipe of rooms by pictures reads one room a step, the masked one two crops: each as it is.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from unipre3d.recipes import recipes
 from unipre3d.runs.recipe import change, value_of
 from unipre3d.runs.run import run_recipe
 
+CLOUDS = 8  # objects of a step
 VOLUME = ("rays", "corners", "ray_samples", "finer_samples")
 ROOMS = {
     "by pictures": "scene-sparseunet-mini",
@@ -30,7 +31,7 @@ ROOMS = {
 
 def of_objects():
     "The recipes of objects: three kinds of scenes, all else equal."
-    base = change(recipes["object-attention-mini"], workers=0)
+    base = change(recipes["object-attention-mini"], workers=0, batch_size=CLOUDS)
     volume = {name: value_of(recipes["object-volume-mini"], name) for name in VOLUME}
     return {
         "gaussians": change(base, scene="gaussians"),
@@ -95,7 +96,9 @@ def main():
     for name, recipe in objects.items():
         found["objects"][name] |= scores(recipe, args.steps)
     print(json.dumps(found, indent=1))
-    write_record(args.json, **found, repeats=args.repeats, steps=args.steps, threads=1)
+    write_record(
+        args.json, **found, repeats=args.repeats, steps=args.steps, clouds=CLOUDS, threads=1
+    )
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ class MaskedScenes(ScenePoints):
 
     def batch(self, keys: list[tuple[int, int]]) -> MaskedRooms:
         "The packed crops of several `(index, draw)`."
-        points = super().batch(keys).points
+        points = self.pack([index for index, _ in keys], [self.cloud(*key) for key in keys])
         crops = points.xyz.split(points.counts.tolist())
         hidden = [self.hide(xyz.numpy(), *key) for xyz, key in zip(crops, keys)]
         return MaskedRooms(points, torch.from_numpy(np.concatenate(hidden)))
@@ -390,8 +390,8 @@ class MaskedRoomRecipe(Recipe):
         "Readers, model, loss and scores of masked rooms."
         d, m = self.data, self.model
         model = self.build_model()
-        train = read_rooms(d, "train")
-        held_out = read_rooms(d, "val")
+        train = read_rooms(d, "train", labelled=False)
+        held_out = read_rooms(d, "val", labelled=False)
 
         def samples(reader, augment, seed):
             how = dict(n_points=d.n_points or None, crop=d.crop, augment=augment, seed=seed)
