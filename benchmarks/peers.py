@@ -90,15 +90,15 @@ def main():
     objects = of_objects()
     rooms = {name: change(recipes[recipe], workers=0) for name, recipe in ROOMS.items()}
     found = {"objects": {}, "rooms": {}}
+    facts = dict(repeats=args.repeats, steps=args.steps, clouds=CLOUDS, threads=1)
     for part, given in (("objects", objects), ("rooms", rooms)):
         for name, own in seconds(given, args.repeats).items():
             found[part][name] = {"seconds a step": own}
+            print(part, name, own, flush=True)
     for name, recipe in objects.items():
         found["objects"][name] |= scores(recipe, args.steps)
-    print(json.dumps(found, indent=1))
-    write_record(
-        args.json, **found, repeats=args.repeats, steps=args.steps, clouds=CLOUDS, threads=1
-    )
+        print(name, json.dumps(found["objects"][name]), flush=True)
+        write_record(args.json, **found, **facts)
 
 
 if __name__ == "__main__":

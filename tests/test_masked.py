@@ -30,7 +30,7 @@ NETS = {"SparseUNet": UNET, "PTv3": PTV3 | dict(voxel_size=0.2, shuffle_orders=F
 def boxes(tmp_path_factory):
     "Rooms of ScanNet's layout without a label."
     root = tmp_path_factory.mktemp("rooms") / "box"
-    write_box_rooms(root, rooms=dict(a="train", b="train", c="val"), n_frames=2, spacing=0.1)
+    write_box_rooms(root, rooms=dict(a="train", b="train", c="val"), n_frames=2, spacing=0.15)
     for path in [*root.rglob("segment*.npy"), *root.rglob("instance.npy")]:
         path.unlink()
     return root
@@ -157,7 +157,9 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(whole, small, tmp_path, monke
 
 @pytest.mark.parametrize("name", ["sem-rooms-mini", "inst-rooms-mini"])
 def test_the_backbone_starts_a_fine_tuning(name, whole, tmp_path):
-    values = dict(source=str(write_box_rooms(tmp_path / "box")), steps=1, batch_size=2)
+    split = dict(a="train", c="val")
+    source = write_box_rooms(tmp_path / "box", rooms=split, n_frames=2, spacing=0.15)
+    values = dict(source=str(source), steps=1, batch_size=2)
     values |= dict(n_points=300, voxel_size=0.2, validate_every=0, workers=0)
     values |= dict(test_split="val", validation="none")
     recipe = change(finetune_recipes[name], backbone_options=UNET, **values)

@@ -100,8 +100,8 @@ class Photographer(nn.Module):
         memory: Float[Tensor, "b m c"],  # of each cloud
         mask: Bool[Tensor, "b m"],  # rows that exist
         cameras: CameraBatch,
-    ) -> Float[Tensor, "v 3 h w"]:  # 0..1
-        "What each camera sees."
+    ) -> Float[Tensor, "v 3 h w"]:  # about 0..1
+        "What each camera sees; a sigmoid at the end would be stuck where most of an image is black."
         nothing = self.nothing.expand(len(memory), 1, -1)
         memory = torch.cat([nothing, memory], 1)
         mask = F.pad(mask, (1, 0), value=True)
@@ -112,7 +112,7 @@ class Photographer(nn.Module):
         image = self.norm(x).transpose(1, 2).unflatten(2, (-1, -(-w // self.edge)))
         for double in self.doubling:
             image = F.gelu(double(image))
-        return self.last(image).sigmoid()[..., :h, :w]
+        return self.last(image)[..., :h, :w]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
