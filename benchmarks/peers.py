@@ -1,6 +1,6 @@
 """What the peers of splatting cost, and how they begin: three kinds of scenes on objects, masked blocks beside pictures on rooms.
 
-    python benchmarks/peers.py [--repeats 12] [--steps 100] [--json PATH]
+    python benchmarks/peers.py [--repeats 12] [--steps 100] [--only KIND] [--json PATH]
 
 One thread. On objects everything but the kind of scene is equal, the network, the rate and the seed too. Steps of all kinds alternate,
 and a time is the median of the processor time of a step without the optimiser. Then each kind of scene is trained for some steps of a
@@ -78,25 +78,39 @@ def scores(recipe, steps):
     return {name: round(done.record["metrics"][name], 4) for name in names}
 
 
+def begun(path, facts):
+    "What an earlier sitting has measured with the same numbers of steps; nothing where there was none."
+    if path is None or not Path(path).exists():
+        return {}
+    record = json.loads(Path(path).read_text())
+    if any(record[name] != value for name, value in facts.items()):
+        return {}
+    return {part: record[part] for part in ("objects", "rooms")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--json", help="where to write the record")
+    parser.add_argument("--only", default="", help="kinds of scenes to train whose name holds this")
+    parser.add_argument(
+        "--json", help="where to write the record; what stands there is not repeated"
+    )
     args = parser.parse_args()
     if min(args.repeats, args.steps) < 1:
         parser.error(f"--repeats, --steps: expected at least 1, got {args.repeats}, {args.steps}")
     torch.set_num_threads(1)
     objects = of_objects()
     rooms = {name: change(recipes[recipe], workers=0) for name, recipe in ROOMS.items()}
-    found = {"objects": {}, "rooms": {}}
     facts = dict(repeats=args.repeats, steps=args.steps, clouds=CLOUDS, threads=1)
+    found = begun(args.json, facts)
     for part, given in (("objects", objects), ("rooms", rooms)):
-        for name, own in seconds(given, args.repeats).items():
-            found[part][name] = {"seconds a step": own}
-            print(part, name, own, flush=True)
+        if part not in found:
+            times = seconds(given, args.repeats)
+            found[part] = {name: {"seconds a step": own} for name, own in times.items()}
     for name, recipe in objects.items():
-        found["objects"][name] |= scores(recipe, args.steps)
+        if args.only in name and "psnr" not in found["objects"][name]:
+            found["objects"][name] |= scores(recipe, args.steps)
         print(name, json.dumps(found["objects"][name]), flush=True)
         write_record(args.json, **found, **facts)
 
