@@ -21,7 +21,7 @@ LAYERS = (
     ("core", "files", "values", "records", "processes"),
     ("geometry", "kernels"),
     ("backbones", "image", "losses", "gaussians", "released"),
-    ("fusion", "render", "volume", "viewer", "formats"),
+    ("fusion", "render", "volume", "photograph", "viewer", "formats"),
     ("rasterization",),
     ("objective",),
     ("data",),

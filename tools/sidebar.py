@@ -69,7 +69,7 @@ WORKSHOP = {
         "worlds/37_rooms_disk",
     ],
     "More geometry": ["geometry/12_serialization", "geometry/13_sparse"],
-    "More rendering": ["52_rasterization", "52_volume", "54_formats", "54_viewer"],
+    "More rendering": ["52_rasterization", "52_volume", "52_photograph", "54_formats", "54_viewer"],
     "More backbones": [
         "backbones/39_layers",
         "backbones/41_pointnet2",

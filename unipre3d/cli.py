@@ -590,7 +590,7 @@ def describe_result(
 ) -> str:
     "The scores of a run in one line."
     if "psnr" not in metrics:
-        forms = {"psnr": "{:.2f} dB", "chamfer": "{:.4f}"}
+        forms = {"psnr": "{:.2f} dB", "chamfer": "{:.4f}", "cosine": "{:.3f}", "contrast": "{:.3f}"}
         parts = []
         for name, value in metrics.items():
             form = forms.get(name.split("_")[0], "{:.1%}")

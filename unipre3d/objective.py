@@ -16,12 +16,13 @@ from torch import Tensor
 from .core import CameraBatch, GaussianBatch, ViewBatch
 from .geometry.cameras import unproject
 from .losses import PERCEPTUAL, lpips, ssim, weighted_mse
+from .photograph import MemoryBatch, take_photographs
 from .processes import shared_count
 from .render import Render, render
 from .volume import VolumeBatch, render_volume
 
 # %% auto #0
-__all__ = ['TERMS', 'GAUSSIAN_FIELDS', 'RenderObjective', 'colour_term', 'alpha_term', 'depth_term', 'depth_normals',
+__all__ = ['TERMS', 'Scene', 'SCENE_FIELDS', 'RenderObjective', 'colour_term', 'alpha_term', 'depth_term', 'depth_normals',
            'normal_term', 'ssim_term', 'lpips_term', 'check_objective', 'active_terms', 'draw_scene', 'render_loss',
            'one_or_nan']
 
@@ -116,7 +117,12 @@ TERMS: dict[str, Callable[[Render, ViewBatch, RenderObjective], Tensor]] = {
 }
 
 # %% ../nbs/55_objective.ipynb #52dba4e9
-GAUSSIAN_FIELDS = ("mean", "scale", "quat", "opacity", "sh")
+Scene = GaussianBatch | VolumeBatch | MemoryBatch  # what a head makes of points
+SCENE_FIELDS = {
+    GaussianBatch: ("mean", "scale", "quat", "opacity", "sh"),
+    VolumeBatch: ("lattice",),
+    MemoryBatch: ("feat",),
+}  # the numbers that a scene consists of
 
 
 def check_objective(
@@ -160,9 +166,9 @@ def active_terms(
 
 
 def draw_scene(
-    scene: GaussianBatch | VolumeBatch,
+    scene: Scene,
     target: ViewBatch,  # whose cameras are drawn; of a `PixelBatch` some pixels
-    background: Float[Tensor, "3"] | Float[Tensor, "v 3"],  # colour behind everything
+    background: Float[Tensor, "3"] | Float[Tensor, "v 3"],  # colour behind Gaussians or a volume
     backend: str = "auto",  # renderer of Gaussians
     check: bool = True,  # of Gaussians, whether they can be drawn
 ) -> Render:
@@ -170,11 +176,13 @@ def draw_scene(
     if isinstance(scene, VolumeBatch):
         pixels = getattr(target, "pixels", None)
         return render_volume(scene, target.camera, background, pixels)
+    if isinstance(scene, MemoryBatch):
+        return take_photographs(scene, target.camera)
     return render(scene, target.camera, background, backend=backend, check=check)
 
 
 def render_loss(
-    scene: GaussianBatch | VolumeBatch,
+    scene: Scene,
     target: ViewBatch,  # true views; of a volume perhaps some pixels of them
     values: RenderObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Render]:  # loss, each term, what was rendered
@@ -187,10 +195,9 @@ def render_loss(
 
 
 def one_or_nan(
-    scene: GaussianBatch | VolumeBatch,
+    scene: Scene,
 ) -> Float[Tensor, ""]:
     "One where all of it is finite, else NaN: the renderer drops what is not, a loss must not."
-    names = ("lattice",) if isinstance(scene, VolumeBatch) else GAUSSIAN_FIELDS
-    fields = [getattr(scene, name) for name in names]
+    fields = [getattr(scene, name) for name in SCENE_FIELDS[type(scene)]]
     finite = torch.stack([field.detach().isfinite().all() for field in fields]).all()
     return torch.where(finite, 1.0, torch.nan)

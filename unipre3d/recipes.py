@@ -17,7 +17,7 @@ from .tasks.autoencoder import AutoencoderRecipe, autoencoder_recipes
 from .tasks.classification import ClassificationRecipe, classification_recipes
 from .tasks.contrast import ContrastRecipe, contrast_recipes
 from .tasks.instances import InstanceRecipe, instance_recipes
-from .tasks.masked import MaskedRecipe, masked_recipes
+from .tasks.masked import MaskedRecipe, MaskedRoomRecipe, masked_recipes
 from .tasks.parts import PartRecipe, part_recipes
 from .tasks.pretrain import PretrainRecipe, UniPre3D, build_image_net, pretrain_recipes
 from .tasks.semantic import SemanticRecipe, semantic_recipes
@@ -37,6 +37,7 @@ KINDS: dict[str, type[Recipe]] = {
     for kind in (
         PretrainRecipe,
         MaskedRecipe,
+        MaskedRoomRecipe,
         ContrastRecipe,
         AutoencoderRecipe,
         ClassificationRecipe,

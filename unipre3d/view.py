@@ -39,9 +39,9 @@ from unipre3d.features import (
 from .files import regular_file
 from .formats import AXES, SPLATS, load_gaussians
 from .gaussians import covariance, select_rows
+from .objective import draw_scene
 from .recipes import load_predictor
 from .records import written_whole
-from .render import render
 from .tasks.pretrain import build_views, predict
 from .values import refusal
 from .viewer import MOST_GAUSSIANS, MOST_POINTS, gaussian_viewer, point_viewer
@@ -256,10 +256,11 @@ def exhibit_of_run(
     if not 0 <= index < len(samples):
         raise refusal("--index", f"0..{len(samples) - 1} in the {split} split", str(index))
     sample = samples[index]
-    gaussians = predict(sample.points, sample.ref, image_net, model)
+    scene = predict(sample.points, sample.ref, image_net, model)
+    gaussians = scene if isinstance(scene, GaussianBatch) else None
     views = cat_views([sample.ref, sample.target], [0, 0])
     background = torch.tensor(recipe.objective.background)
-    rendered = render(gaussians, views.camera, background).rgb
+    rendered = draw_scene(scene, views, background).rgb
     columns = samples.take(samples.rows(index), ("xyz", "color", "normal"))
     count = len(columns["xyz"])
     kept = draw_rows(count, points)

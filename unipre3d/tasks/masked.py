@@ -5,12 +5,14 @@
 # %% ../../nbs/tasks/68_masked.ipynb #dcd16df0
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
@@ -18,10 +20,12 @@ from ..backbones.transformer import StandardTransformer, TransformerBlock, group
 from ..core import PointBatch, to_device
 from ..data.augment import Augment
 from ..data.readers import Reader
-from ..data.samples import CloudSamples
-from ..processes import shared_mean
+from ..data.samples import FEATURES, CloudSamples
+from ..geometry.pointops import voxelize
+from ..processes import shared_count, shared_mean
 from ..runs.fit import Task, gathered
 from unipre3d.runs.recipe import (
+    NEVER,
     Condition,
     Limit,
     Model,
@@ -29,8 +33,9 @@ from unipre3d.runs.recipe import (
     Optimiser,
     Recipe,
     Run,
+    above,
     change,
-    one_of,
+    reads,
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone
@@ -41,9 +46,20 @@ from unipre3d.tasks.heads import (
     own_batches,
     read_shapes,
 )
+from unipre3d.tasks.scenes import (
+    SCENE_CONDITIONS,
+    SCENE_LIMITS,
+    PointModel,
+    SceneData,
+    ScenePoints,
+    describe_rooms,
+    read_rooms,
+)
 
 # %% auto #0
-__all__ = ['masked_recipes', 'chamfer', 'MaskedModel', 'Masked', 'MaskedSamples', 'MaskedDecoder', 'MaskedRecipe']
+__all__ = ['masked_recipes', 'ROOM_LIMITS', 'chamfer', 'MaskedModel', 'Masked', 'MaskedSamples', 'MaskedDecoder', 'MaskedRecipe',
+           'hidden_error', 'hide_blocks', 'hidden_columns', 'MaskedRooms', 'MaskedScenes', 'MaskedRoomModel',
+           'MaskedBlocks', 'HiddenObjective', 'hides_both', 'MaskedRoomRecipe', 'masked_rooms']
 
 # %% ../../nbs/tasks/68_masked.ipynb #0c093971
 def chamfer(
@@ -200,7 +216,7 @@ class MaskedRecipe(Recipe):
         return Task(self.task, model, training, loss, test, data=data, classes=train.classes)
 
 
-masked_recipes: dict[str, MaskedRecipe] = {
+masked_recipes: dict[str, Recipe] = {
     "masked-shapes-mini": change(
         MaskedRecipe(),
         about="baseline: masked reconstruction of generated shapes, a small Transformer",
@@ -213,4 +229,229 @@ masked_recipes: dict[str, MaskedRecipe] = {
         steps=2000,
         batch_size=24,
     )
+}
+
+# %% ../../nbs/tasks/68_masked.ipynb #m68room3
+def hidden_error(
+    predicted: Float[Tensor, "h 6"],  # colour and unit normal of hidden points
+    true: Float[Tensor, "h 6"],
+    normal_weight: float,  # of one minus the cosine, beside the squared error of the colour
+) -> Float[Tensor, ""]:
+    "How far colours and normals are from the true ones; in training over the points of all processes."
+    colour = (predicted[:, :3] - true[:, :3]).square().sum()
+    normal = (1 - (predicted[:, 3:] * true[:, 3:]).sum(1)).sum()
+    count = torch.tensor(len(true), device=true.device)
+    return (colour + normal_weight * normal) / shared_count(count)
+
+
+def hide_blocks(
+    xyz: Float[np.ndarray, "n 3"],
+    block_size: float,  # edge of a block, same unit
+    fraction: float,  # of the blocks that are hidden, 0..1
+    rng: np.random.Generator,
+) -> Bool[np.ndarray, "n"]:  # whether a point is hidden
+    "The points in some blocks of space, at the fewest one block."
+    one_cloud = torch.zeros(len(xyz), dtype=torch.long)
+    blocks, own = voxelize(torch.from_numpy(xyz), one_cloud, block_size)
+    hidden = np.zeros(len(blocks), dtype=bool)
+    hidden[rng.permutation(len(blocks))[: max(1, round(fraction * len(blocks)))]] = True
+    return hidden[own.numpy()]
+
+
+def hidden_columns(
+    points: PointBatch,
+    features: Sequence[str],  # names of the columns of its features, as in a recipe
+) -> Float[Tensor, "n 6"]:  # colour in 0..1, then normal
+    "What is hidden of each point and predicted."
+    widths = [FEATURES[name] for name in features]
+    column = dict(zip(features, points.feat.split(widths, 1)))
+    colour = column["color"] if "color" in column else (column["color_signed"] + 1) / 2
+    return torch.cat([colour, column["normal"]], 1)
+
+# %% ../../nbs/tasks/68_masked.ipynb #m68room6
+@dataclass(frozen=True, eq=False)
+class MaskedRooms:
+    "Crops of rooms, and which of their points are hidden."
+
+    points: PointBatch
+    hidden: Bool[Tensor, "n"]
+
+
+class MaskedScenes(ScenePoints):
+    "Crops of rooms of which some blocks are hidden; a batch is a `MaskedRooms`."
+
+    def __init__(
+        self,
+        source: Reader,
+        block_size: float,  # metres
+        masked_fraction: float,  # of the blocks, 0..1
+        **how: Any,  # of `ScenePoints`
+    ):
+        super().__init__(source, **how)
+        self.block_size = block_size
+        self.masked_fraction = masked_fraction
+
+    def hide(self, xyz: Float[np.ndarray, "n 3"], index: int, draw: int) -> Bool[np.ndarray, "n"]:
+        "The hidden points of one crop."
+        rng = np.random.default_rng((self.seed, draw, index, 0x41DE))
+        return hide_blocks(xyz, self.block_size, self.masked_fraction, rng)
+
+    def batch(self, keys: list[tuple[int, int]]) -> MaskedRooms:
+        "The packed crops of several `(index, draw)`."
+        points = self.pack([index for index, _ in keys], [self.cloud(*key) for key in keys])
+        crops = points.xyz.split(points.counts.tolist())
+        hidden = [self.hide(xyz.numpy(), *key) for xyz, key in zip(crops, keys)]
+        return MaskedRooms(points, torch.from_numpy(np.concatenate(hidden)))
+
+
+class MaskedRoomModel(PointModel):
+    "A backbone on voxels that reads a token where points are hidden, and a layer that predicts their columns."
+
+    def __init__(
+        self,
+        backbone: Backbone,  # a SparseUNet or a PTv3
+    ):
+        if not hasattr(backbone, "voxel_size"):
+            raise ValueError(
+                "backbone: masked rooms hide columns of voxels, expected SparseUNet or PTv3, "
+                f"got {type(backbone).__name__}"
+            )
+        super().__init__(backbone, 6)
+        self.token = nn.Parameter(torch.zeros(backbone.in_channels))
+
+    def forward(
+        self,
+        points: PointBatch,
+        hidden: Bool[Tensor, "n"],
+    ) -> Float[Tensor, "h 6"]:
+        "Colour and unit normal of each hidden point."
+        read = torch.where(hidden[:, None], self.token, points.feat)
+        features = self.features(points.with_feat(read))
+        colour, normal = self.head(features[hidden]).split(3, 1)
+        return torch.cat([colour, F.normalize(normal, dim=1)], 1)
+
+# %% ../../nbs/tasks/68_masked.ipynb #m68room9
+@dataclass(frozen=True)
+class MaskedBlocks(Model):
+    "A backbone on voxels, and what is hidden from it."
+
+    backbone: str = "SparseUNet"
+    masked_fraction: float = 0.4  # of the blocks, above 0 and at most 1
+    block_size: float = 0.3  # edge of a block, metres
+
+
+@dataclass(frozen=True)
+class HiddenObjective(Objective):
+    "Squared error of colours and cosine of normals."
+
+    normal_weight: float = 1.0  # of one minus the cosine, beside the colour
+
+
+def hides_both(features: Sequence[str]) -> bool:
+    "Whether normals and colours are among the columns."
+    return "normal" in features and bool({"color", "color_signed"} & set(features))
+
+
+ROOM_LIMITS: dict[str, Limit] = {
+    name: limit
+    for name, limit in SCENE_LIMITS.items()
+    if name not in ("smoothing", "lovasz", "votes")
+}
+ROOM_LIMITS |= {
+    "features": ("normal, and color or color_signed, which are hidden", hides_both),
+    "masked_fraction": above(0, 1),
+    "block_size": above(0),
+    "normal_weight": within(0),
+}
+
+
+@dataclass(frozen=True)
+class MaskedRoomRecipe(Recipe):
+    "One masked reconstruction of rooms, as plain values."
+
+    data: SceneData = SceneData()
+    model: MaskedBlocks = MaskedBlocks()
+    objective: HiddenObjective = HiddenObjective()
+
+    task: ClassVar[str] = "masked rooms"
+    command: ClassVar[str] = "pretrain"
+    limits: ClassVar[dict[str, Limit]] = ROOM_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = SCENE_CONDITIONS | {
+        **dict.fromkeys(("labels", "validation", "validation_fraction", "test_split"), NEVER),
+        **dict.fromkeys(("validate_every", "patience", "picture_every"), NEVER),
+        "val_area": reads("s3dis"),
+    }
+
+    def build_model(self, classes: int = 0) -> MaskedRoomModel:
+        "Backbone, token and layer, with weights drawn from the seed."
+        return MaskedRoomModel(build_backbone(self))
+
+    def build_task(self, device: str | torch.device = "cpu") -> Task:
+        "Readers, model, loss and scores of masked rooms."
+        d, m = self.data, self.model
+        model = self.build_model()
+        train = read_rooms(d, "train", labelled=False)
+        held_out = read_rooms(d, "val", labelled=False)
+
+        def samples(reader, augment, seed):
+            how = dict(n_points=d.n_points or None, crop=d.crop, augment=augment, seed=seed)
+            how |= dict(voxel_size=d.voxel_size, features=d.features)
+            return MaskedScenes(reader, m.block_size, m.masked_fraction, **how)
+
+        validation = samples(held_out, Augment(), 0)
+
+        def loss(model, batch):
+            true = hidden_columns(batch.points, d.features)[batch.hidden]
+            predicted = model(batch.points, batch.hidden)
+            return hidden_error(predicted, true, self.objective.normal_weight), {}
+
+        @torch.no_grad()
+        def test(model, folder) -> tuple[dict[str, float], dict[str, Any]]:
+            model.eval()
+            own = []
+            for batch in own_batches(validation, batch_size=1):
+                batch = to_device(batch, device)
+                columns = hidden_columns(batch.points, d.features)
+                true = columns[batch.hidden]
+                predicted = model(batch.points, batch.hidden)
+                mean = columns[~batch.hidden, :3].mean(0)
+                wrong = (predicted[:, :3] - true[:, :3]).square().mean()
+                constant = (mean - true[:, :3]).square().mean()
+                cosine = (predicted[:, 3:] * true[:, 3:]).sum(1).mean()
+                own.append(torch.stack([wrong, constant, cosine]).cpu())
+            wrong, constant, cosine = torch.stack(gathered(own)).mean(0)
+            scores = {"psnr_colour": wrong, "psnr_mean_colour": constant}
+            scores = {name: float(-10 * error.log10()) for name, error in scores.items()}
+            return scores | {"cosine_normal": float(cosine)}, {}
+
+        data = describe_rooms(d, train, held_out, held_out)
+        training = samples(train, d.augment, self.run.seed)
+        return Task(self.task, model, training, loss, test, data=data)
+
+
+def masked_rooms(backbone: str) -> MaskedRoomRecipe:
+    "Composed rooms with a small backbone."
+    return change(
+        MaskedRoomRecipe(),
+        about=f"baseline: masked blocks of composed rooms, a small {backbone}",
+        source="rooms",
+        features=("normal", "color_signed"),
+        voxel_size=0.07,
+        n_points=6000,
+        crop="column",
+        augment=Augment(rotate="up", scale=(0.9, 1.1), mirror=True, jitter=0.005, color=0.1),
+        backbone=backbone,
+        backbone_options=SMALL_BACKBONES[backbone] | dict(voxel_size=0.07),
+        lr=4e-3,
+        warmup=40,
+        clip=1.0,
+        ema=0.99,
+        steps=800,
+        batch_size=2,
+    )
+
+
+masked_recipes |= {
+    "masked-rooms-mini": masked_rooms("SparseUNet"),
+    "masked-rooms-ptv3-mini": masked_rooms("PTv3"),
 }

@@ -45,11 +45,13 @@ from unipre3d.losses import (
 )
 from unipre3d.objective import (
     RenderObjective,
+    Scene,
     active_terms,
     check_objective,
     draw_scene,
     render_loss,
 )
+from ..photograph import HEADS, PhotographHead
 from ..records import save_figure
 from ..runs.fit import Task, alternate, gathered, processes
 from unipre3d.runs.recipe import (
@@ -80,7 +82,7 @@ __all__ = ['LAYOUTS', 'VIEW_LIMITS', 'VIEW_CONDITIONS', 'OBJECTS', 'SMALL', 'PAP
            'HEIGHT', 'FROM_SHAPENET', 'pretrain_recipes', 'UniPre3D', 'predict', 'rows_of_views', 'save_views',
            'evaluate', 'constant_baselines', 'ViewData', 'GaussianModel', 'build_image_net', 'cached_image_net',
            'build_head', 'build_fusion', 'read_views', 'open_views', 'joins_images', 'weighs_foreground',
-           'compares_features', 'makes', 'PretrainRecipe', 'build_views', 'cache_remarks', 'check_terms',
+           'compares_features', 'makes', 'PretrainRecipe', 'build_views', 'cache_remarks', 'check_terms', 'check_scene',
            'check_network', 'pretrain_task', 'small_object', 'paper_object', 'small_room', 'paper_scene',
            'PairedUniPre3D', 'second_recipe']
 
@@ -92,7 +94,7 @@ class UniPre3D(nn.Module):
         self,
         backbone: nn.Module,  # stem, body, norm; see the backbone chapters
         fusion: nn.Module,  # early and late
-        head: nn.Module,  # features to Gaussians, or to a volume
+        head: nn.Module,  # features to Gaussians, a volume or a memory
     ):
         super().__init__()
         self.backbone = backbone
@@ -104,8 +106,8 @@ class UniPre3D(nn.Module):
         points: PointBatch,  # the clouds
         maps: Float[Tensor, "v c h w"] | None,  # frozen features of the reference images, if any
         ref: ViewBatch,  # the reference views
-    ) -> GaussianBatch | VolumeBatch:
-        "One Gaussian for each point that the backbone returns, or a volume for each cloud."
+    ) -> Scene:
+        "One Gaussian for each point that the backbone returns; or a volume or a memory for each cloud."
         p = self.fusion.early(self.backbone.stem(points), maps, ref)  # point fusion acts here
         p = self.fusion.late(self.backbone.body(p), maps, ref)  # feature fusion acts here
         return self.head(p.with_feat(self.backbone.norm(p.feat)))
@@ -117,7 +119,7 @@ def predict(
     image_net: Callable[[Tensor], Tensor]
     | None,  # frozen: images [v 3 h w] in 0..1 to maps [v c h w]
     model: nn.Module,  # a `UniPre3D`
-) -> GaussianBatch | VolumeBatch:
+) -> Scene:
     """Points and reference images to a scene; without an image model there is no fusion.
 
     Raises: ValueError outside training for coordinates that are not finite; in training the step is skipped."""
@@ -291,12 +293,17 @@ class GaussianModel(Model):
     )
     min_scale: float = 0.0  # floor of the standard deviation; the released code has 0.37
     max_scale: float = 100.0  # its ceiling, world units; the released code has e^20
-    scene: str = "gaussians"  # what is rendered: "gaussians", or "volume" by rays through a lattice
+    scene: str = (
+        "gaussians"  # what is drawn: "gaussians", "volume" (rays through a lattice) or "attention"
+    )
     corners: int = 24  # volume: corners of the lattice along an edge
     lattice_width: int = 16  # volume: features of a corner
     rays: int = 256  # volume: of a target view, in a training step
     ray_samples: int = 96  # volume: places along a ray
     finer_samples: int = 36  # volume: further places where a surface was found
+    query_pixels: int = 8  # attention: pixels along an edge of what a query stands for
+    query_width: int = 96  # attention: numbers of a query
+    query_depth: int = 2  # attention: times that queries read the points
 
 
 LAYOUTS = {
@@ -335,7 +342,7 @@ def cached_image_net(
 def build_head(
     model: GaussianModel,
     width: int,  # features of a point
-) -> GaussianHead | VolumeHead:
+) -> GaussianHead | VolumeHead | PhotographHead:
     "What makes a scene of the features."
     if model.scene == "volume":
         return VolumeHead(
@@ -346,6 +353,13 @@ def build_head(
             rays=model.rays,
             samples=model.ray_samples,
             finer=model.finer_samples,
+        )
+    if model.scene == "attention":
+        return PhotographHead(
+            width,
+            query_width=model.query_width,
+            depth=model.query_depth,
+            edge=model.query_pixels,
         )
     return GaussianHead(
         width,
@@ -486,12 +500,15 @@ VIEW_LIMITS: dict[str, Limit] = LIMITS | {
     "initial_scale": above(0),
     "min_scale": within(0),
     "max_scale": above(0),
-    "scene": one_of("gaussians", "volume"),
+    "scene": one_of("gaussians", "volume", "attention"),
     "corners": within(2),
     "lattice_width": within(1),
     "rays": within(1),
     "ray_samples": within(2),
     "finer_samples": within(0),
+    "query_pixels": one_of(2, 4, 8, 16),
+    "query_width": (f"a multiple of {HEADS}", lambda width: width > 0 and width % HEADS == 0),
+    "query_depth": within(1),
     "background": ("three fractions in 0..1", lambda rgb: all(0 <= value <= 1 for value in rgb)),
     "lpips_network": one_of(*PERCEPTUAL),
     "foreground_weight": within(0),
@@ -514,9 +531,9 @@ def compares_features(recipe: Recipe) -> bool:
     return bool(recipe.objective.terms.get("lpips"))
 
 
-def makes(scene: str) -> Condition:
-    "When a value counts: with one kind of scene."
-    return f"with --scene {scene}", lambda recipe: recipe.model.scene == scene
+def makes(*scenes: str) -> Condition:
+    "When a value counts: with some kinds of scenes."
+    return f"with --scene {' or '.join(scenes)}", lambda recipe: recipe.model.scene in scenes
 
 
 VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
@@ -524,6 +541,8 @@ VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
     **dict.fromkeys(
         ("corners", "lattice_width", "rays", "ray_samples", "finer_samples"), makes("volume")
     ),
+    **dict.fromkeys(("query_pixels", "query_width", "query_depth"), makes("attention")),
+    "background": makes("gaussians", "volume"),
     "backend": makes("gaussians"),
     "convention": reads("shapenet"),
     "rooms": reads("scannet", "rooms"),
@@ -637,14 +656,35 @@ def check_terms(
     """
     check_objective(recipe.objective)
     active = set(active_terms(recipe.objective))
+    scene = recipe.model.scene
     whole = sorted({"ssim", "normal", "lpips"} & active)
-    if whole and recipe.model.scene == "volume":
+    if whole and scene == "volume":
         raise ValueError(
             f"terms.{whole[0]}: expected colour, alpha or depth with --scene volume, "
             "of which some pixels are rendered; use --scene gaussians for terms of whole images"
         )
+    shape = sorted({"alpha", "depth", "normal"} & active)
+    if shape and scene == "attention":
+        raise ValueError(
+            f"terms.{shape[0]}: expected colour, ssim or lpips with --scene attention, "
+            "whose pictures have no outline and no depth; use --scene gaussians for terms of shape"
+        )
     if "lpips" in active:
         check_network(recipe)
+
+
+def check_scene(
+    recipe: PretrainRecipe,
+) -> None:
+    """Refuse views generated by attention where there is more than one object about the origin.
+
+    Raises: ValueError of one line.
+    """
+    if recipe.model.scene == "attention" and recipe.data.layout != "shapenet":
+        raise ValueError(
+            "scene: expected gaussians or volume with --layout scannet, got attention, "
+            "which generates views of single objects; use an object recipe for it"
+        )
 
 
 def check_network(
@@ -669,6 +709,7 @@ def pretrain_task(
     device: str | torch.device = "cpu",
 ) -> Task:
     "Samples, model, loss, scores and pictures of a pre-training."
+    check_scene(recipe)
     check_terms(recipe)
     train = build_views(recipe, "train")
     held_out = build_views(recipe, "val")
@@ -865,6 +906,12 @@ pretrain_recipes: dict[str, PretrainRecipe] = {
         corners=16,
         ray_samples=24,
         finer_samples=12,
+    ),
+    "object-attention-mini": change(
+        OBJECTS,
+        about="objects: views by cross-attention instead of Gaussians (as TAP), a small Transformer",
+        backbone_options=SMALL_BACKBONES["StandardTransformer"],
+        scene="attention",
     ),
     "object-transformer": paper_object("StandardTransformer", FROM_SHAPENET),
     "object-pointnet2-mini": small_object("PointNet2", "a small PointNet++"),

@@ -401,6 +401,7 @@ SCENE_FULL: dict[str, Any] = dict(
 def read_rooms(
     data: SceneData,
     split: str,  # "train", "val" or "test"
+    labelled: bool = True,  # whether ScanNet's layout must have labels
 ) -> Reader:
     """All rooms of one split; composed rooms are made on first use and kept.
 
@@ -425,7 +426,7 @@ def read_rooms(
         from unipre3d.worlds.rooms.disk import embedded_rooms
 
         root = embedded_rooms(rooms=data.rooms)
-    return ScanNetFrames(root, split=split, labels=data.labels)
+    return ScanNetFrames(root, split=split, labels=data.labels if labelled else None)
 
 
 def check_labelled(
