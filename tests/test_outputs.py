@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from unipre3d.data.objects import map_jobs
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
 from unipre3d.gaussians import save_ply
 from unipre3d.records import used_alone, written_whole
+from unipre3d.worlds.prepare import run_jobs
 
 resource = pytest.importorskip("resource", reason="limits of processes are those of Unix")
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -236,6 +238,33 @@ print("at work:", torch.get_num_threads(), torch.ones(2_000_000).exp().numel())
 large = "__import__('torch').ones(2_000_000).exp().numel()"
 print(list(map_jobs(eval, [(large,), (large,)], 2)))
 """
+
+
+ENDS = ("__import__('os')._exit(9)",)
+
+
+def test_a_helper_that_is_killed_is_named():
+    with pytest.raises(ChildProcessError, match="ended from outside.*--workers 1"):
+        list(map_jobs(eval, [("1",), ENDS, ("2",)], 2))
+
+
+def test_a_job_that_ends_its_process_early_costs_no_other():
+    done = dict(run_jobs(eval, [ENDS, *((str(k),) for k in range(1, 300))], 6))
+    assert done == {0: None} | {k: k for k in range(1, 300)}
+
+
+def test_several_threads_start_helpers():
+    script, made = sys.modules["__main__"], []
+    words = [(str(k),) for k in range(4)]
+    threads = [
+        threading.Thread(target=lambda: made.append(list(map_jobs(eval, words, 2))))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [[0, 1, 2, 3]] * 3 and sys.modules["__main__"] is script
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="ps of Linux")

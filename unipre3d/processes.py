@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper', 'without_script',
-           'started_jobs', 'launch_remark', 'launch_line', 'slurm_script', 'shared_count', 'shared_mean',
-           'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
+__all__ = ['starting', 'COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper',
+           'without_script', 'submitted', 'started_jobs', 'launch_remark', 'launch_line', 'slurm_script',
+           'shared_count', 'shared_mean', 'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -91,15 +92,33 @@ def begin_helper(
     os.environ.update(variables)
 
 
+starting = threading.RLock()
+
+
 @contextmanager
 def without_script() -> Iterator[None]:
-    "While processes start, the script at work has no name, so that they do not run it too."
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    "While processes start, the script at work has no name, so that they do not run it too; one thread at a time."
+    with starting:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+
+
+def submitted(
+    pool: ProcessPoolExecutor,
+    function: Callable,
+    job: tuple,
+) -> Future:
+    "The result to come of a job; where a job before it has taken a process with it, that is its result."
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
+        return pool.submit(function, *job)
+    except BrokenProcessPool as error:
+        lost = Future()
+        lost.set_exception(error)
+        return lost
 
 
 @contextmanager
@@ -118,14 +137,14 @@ def started_jobs(
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload([function.__module__])  # imported once, for all of them
+        context.set_forkserver_preload([function.__module__, __name__])  # imported once
     count = max(1, min(workers, len(jobs)))
     place = (os.getcwd(), dict(os.environ))
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(count, context, begin_helper, place)
     try:
         with without_script():
-            results = [pool.submit(function, *job) for job in jobs]
+            results = [submitted(pool, function, job) for job in jobs]
         yield results
     except (KeyboardInterrupt, GeneratorExit):
         for helper in multiprocessing.active_children():

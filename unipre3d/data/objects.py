@@ -6,6 +6,7 @@
 from __future__ import annotations
 import csv, hashlib, io, json, os, zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from itertools import starmap
 from pathlib import Path
 
@@ -227,11 +228,21 @@ def map_jobs(
     jobs: list[tuple],  # arguments of each call
     workers: int,  # processes; 1 works in this one
 ) -> Iterator:  # results in the order of the jobs
-    "Do every job."
+    """Do every job.
+
+    Raises: ChildProcessError where a process was ended from outside.
+    """
     if workers == 1:
         yield from starmap(function, jobs)
     else:
         with started_jobs(function, jobs, workers) as results:
             results.reverse()
             while results:  # none is held longer than needed
-                yield results.pop().result()
+                try:
+                    result = results.pop().result()
+                except BrokenProcessPool as error:
+                    raise ChildProcessError(
+                        "a process that helps was ended from outside, perhaps for want of memory "
+                        "(--workers 1 needs the least)"
+                    ) from error
+                yield result

@@ -192,12 +192,16 @@ def run_jobs(
     if workers == 1:
         yield from ((k, function(*job)) for k, job in enumerate(jobs))
         return
-    done = set()
-    for k, result in _in_pool(function, jobs, range(len(jobs)), workers):
-        done.add(k)
-        yield k, result
-    for k in sorted(set(range(len(jobs))) - done):
-        yield next(_in_pool(function, jobs, [k], 1), (k, None))
+    rest = range(len(jobs))
+    while rest:
+        done = set()
+        for k, result in _in_pool(function, jobs, rest, workers):
+            done.add(k)
+            yield k, result
+        rest = [k for k in rest if k not in done]
+        if rest and workers == 1:
+            yield rest.pop(0), None  # one after the other: the first that is left ended its process
+        workers = 1
 
 
 def _in_pool(function, jobs, chosen, workers):
