@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
 __all__ = ['starting', 'COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper',
-           'without_script', 'submitted', 'started_jobs', 'launch_remark', 'launch_line', 'slurm_script',
+           'without_script', 'submitted', 'lost', 'started_jobs', 'launch_remark', 'launch_line', 'slurm_script',
            'shared_count', 'shared_mean', 'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
@@ -77,6 +77,7 @@ def leave_processes(
 def begin_helper(
     folder: str,  # where relative paths start
     variables: dict[str, str],  # of the environment
+    all_there: Any,  # an event: no job begins before it
 ) -> None:
     "What a helper does first: it takes over the place of its parent, works on one core and ends with its parent."
 
@@ -90,6 +91,7 @@ def begin_helper(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    all_there.wait()  # a pool that loses a process while it starts others may wait for ever
 
 
 starting = threading.RLock()
@@ -116,9 +118,20 @@ def submitted(
     try:
         return pool.submit(function, *job)
     except BrokenProcessPool as error:
-        lost = Future()
-        lost.set_exception(error)
-        return lost
+        result = Future()
+        result.set_exception(error)
+        return result
+
+
+def lost(
+    result: Future,
+) -> bool:
+    "Whether the process of a job was ended."
+    return (
+        result.done()
+        and not result.cancelled()
+        and isinstance(result.exception(), BrokenProcessPool)
+    )
 
 
 @contextmanager
@@ -127,7 +140,7 @@ def started_jobs(
     jobs: list[tuple],  # arguments of each call
     workers: int,  # processes at most
 ) -> Iterator[list[Future]]:  # results to come, in the order of the jobs
-    """Jobs at work in new processes. Those that have not begun are dropped at the end; an interrupt ends all.
+    """Jobs at work in new processes. Those that have not begun are dropped at the end; an interrupt or an error ends all.
 
     Raises: ValueError for a function of the script or notebook at work, which other processes do not know.
     """
@@ -139,19 +152,25 @@ def started_jobs(
     if kind == "forkserver":
         context.set_forkserver_preload([function.__module__, __name__])  # imported once
     count = max(1, min(workers, len(jobs)))
-    place = (os.getcwd(), dict(os.environ))
-    others = multiprocessing.active_children()
+    all_there = context.Event()
+    place = (os.getcwd(), dict(os.environ), all_there)
     pool = ProcessPoolExecutor(count, context, begin_helper, place)
+    helpers, whole = [], False
     try:
         with without_script():
-            results = [submitted(pool, function, job) for job in jobs]
+            others = multiprocessing.active_children()
+            try:
+                results = [submitted(pool, function, job) for job in jobs]
+            finally:
+                children = multiprocessing.active_children()
+                helpers = [child for child in children if child not in others]
+        all_there.set()
         yield results
-    except (KeyboardInterrupt, GeneratorExit):
-        for helper in multiprocessing.active_children():
-            if helper not in others:
-                helper.terminate()
-        raise
+        whole = not any(map(lost, results))
     finally:
+        if not whole:
+            for helper in helpers:
+                helper.terminate()
         pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/04_processes.ipynb #p04launchexp
