@@ -30,7 +30,8 @@ def perform(words, out, err, folder, env, largest):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell in the background
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     out.close()
