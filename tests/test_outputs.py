@@ -230,16 +230,6 @@ def test_helpers_end_with_a_killed_command(tmp_path):
     until(lambda: not any(map(is_running, helpers)), seconds=20)
 
 
-SCRIPT = """
-import torch
-from unipre3d.data.objects import map_jobs
-
-print("at work:", torch.get_num_threads(), torch.ones(2_000_000).exp().numel())
-large = "__import__('torch').ones(2_000_000).exp().numel()"
-print(list(map_jobs(eval, [(large,), (large,)], 2)))
-"""
-
-
 ENDS = ("__import__('os')._exit(9)",)
 
 
@@ -278,6 +268,16 @@ def test_an_interrupt_ends_helpers_at_once(tmp_path):
     assert run.returncode == 130 and said.splitlines()[-1] == "unipre3d: interrupted"
     until(lambda: not any(map(is_running, helpers)), seconds=20)
     assert not list((tmp_path / "rooms").glob("*/room*"))
+
+
+SCRIPT = """
+import torch
+from unipre3d.data.objects import map_jobs
+
+print("at work:", torch.get_num_threads(), torch.ones(2_000_000).exp().numel())
+large = "__import__('torch').ones(2_000_000).exp().numel()"
+print(list(map_jobs(eval, [(large,), (large,)], 2)))
+"""
 
 
 def test_helpers_are_no_copies_of_a_process_with_threads(tmp_path):

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['starting', 'COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper',
-           'without_script', 'submitted', 'lost', 'started_jobs', 'launch_remark', 'launch_line', 'slurm_script',
-           'shared_count', 'shared_mean', 'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
+__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper', 'without_script',
+           'submitted', 'lost', 'started_jobs', 'launch_remark', 'launch_line', 'slurm_script', 'shared_count',
+           'shared_mean', 'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -94,13 +94,13 @@ def begin_helper(
     all_there.wait()  # a pool that loses a process while it starts others may wait for ever
 
 
-starting = threading.RLock()
+_starting = threading.RLock()
 
 
 @contextmanager
 def without_script() -> Iterator[None]:
     "While processes start, the script at work has no name, so that they do not run it too; one thread at a time."
-    with starting:
+    with _starting:
         script = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/17_objects.ipynb #82284b56
 from __future__ import annotations
-import csv, hashlib, io, json, os, zipfile
+import csv, hashlib, io, json, zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from itertools import starmap

@@ -21,7 +21,6 @@ from .cloud import frame_points, fuse_frames, label_points
 from .film import K, film
 from .furnish import ROOM_KINDS, compose_room
 from .light import choose_appearance
-from .models import room_models
 
 # %% auto #0
 __all__ = ['ORDER', 'MODULES', 'TABLES', 'plan_rooms', 'write_room', 'finished_rooms', 'make_rooms', 'RoomsOptions',
