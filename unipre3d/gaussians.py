@@ -115,7 +115,8 @@ class GaussianHead(nn.Module):
         initial_scale: float = 0.05,  # standard deviations before training, world units
         min_scale: float = 0.0,  # floor of them, world units; the released code has exp(-1) = 0.37
         max_scale: float = LARGEST,  # ceiling of them, world units; the recipes have 100
-        hidden: int | None = None,  # width of the hidden layer; None means `width`
+        hidden: int | None = None,  # width of the hidden layers; None means `width`
+        layers: int = 2,  # linear layers, of which the last gives the numbers
     ):
         super().__init__()
         if not 0 < initial_scale <= max_scale <= LARGEST:
@@ -128,14 +129,18 @@ class GaussianHead(nn.Module):
                 f"GaussianHead: expected 0 <= min_scale < max_scale = {max_scale:g} in world units, "
                 f"got {min_scale}"
             )
+        if layers < 2:
+            raise ValueError(f"GaussianHead: expected at least 2 layers, got {layers}")
         self.max_offset = max_offset
         self.sh_degree = sh_degree
         self.min_log_scale = math.log(max(min_scale, math.exp(-20)))
         self.max_log_scale = math.log(max_scale)
         hidden = hidden or width
         numbers = 11 + 3 * (sh_degree + 1) ** 2
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, numbers))
-        last = self.mlp[2]
+        widths = [width, *[hidden] * (layers - 1)]
+        steps = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:])]
+        last = nn.Linear(hidden, numbers)
+        self.mlp = nn.Sequential(*(part for step in steps for part in step), last)
         nn.init.normal_(last.weight, std=1e-2)
         with torch.no_grad():
             last.bias.zero_()

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..image import autoencoder_folder
 from ..recipes import read_recipe
 from ..records import read_record, write_json
+from .more import MORE, plan_more
 from .plan import COMPARISONS, SOURCES, Row, plan, plan_recipe, select
 from .second import EXPLORATORY, PRIMARY, SHORT, plan_second, plan_short
 from ..runs.checkpoint import has_state, is_finished
@@ -155,8 +156,10 @@ def lacks(
     if row.needs and not row.changes["data"]:
         found["data"] = f"{SOURCES[row.needs]}; pass --{row.needs} FOLDER"
     image = getattr(recipe.model, "image", "")
-    if "/" in image and not autoencoder_folder(image, recipe.model.image_subfolder).is_dir():
-        found["weights"] = f"{image}, fetched at first use where there is a network"
+    if image not in ("", "mini", "rgb", "none") and ":" not in image:
+        if not autoencoder_folder(image, recipe.model.image_subfolder).is_dir():
+            at_use = f"{image}, fetched at first use where there is a network"
+            found |= {"weights": at_use} if "/" in image else {"data": f"the folder {image} here"}
     if row.stage == "full" and not torch.cuda.is_available():
         found["machine"] = "a GPU"
     return found
@@ -590,8 +593,8 @@ def planned(
     Raises: ValueError for another budget, or where no row is meant.
     """
     if budget == "second":
-        rows = [*plan_short(), *plan_second()]
-        return select(rows, only, [*SHORT, *PRIMARY, *EXPLORATORY])
+        rows = [*plan_short(), *plan_more(), *plan_second()]
+        return select(rows, only, [*SHORT, *MORE, *PRIMARY, *EXPLORATORY])
     return select(plan(budget, data), only, COMPARISONS)
 
 

@@ -304,7 +304,8 @@ def lost_pairs(
     c: Comparison,
 ) -> int:
     "How many pairs of a comparison a failed run has taken: its own, or the pre-training that it starts from."
-    part = "pre.short" if c.part.endswith(".short") else "pre"
+    _, dot, name = c.part.partition(".")
+    part = f"pre{dot}{name}"
     rows = [record["row"] for record in failed.values()]
     own = [row for row in rows if row["arm"] in (c.arm, c.against) and not is_trial(row["key"])]
     return len({row["seed"] for row in own if row["part"] in (c.part, part)})

@@ -285,6 +285,7 @@ class GaussianModel(Model):
     image: str = "mini"  # frozen image model: "mini" (embedded), "rgb", "none", a folder, a hub id or "module:name"
     image_subfolder: str = ""  # where the autoencoder lies inside a hub id or folder, such as "vae"
     fusion: str = "FeatureFusion"  # "FeatureFusion" (objects), "PointFusion" (scenes) or "NoFusion"
+    head_layers: int = 2  # linear layers of the head that makes Gaussians
     sh_degree: int = 1  # degree of the colour harmonics; 1 makes 23 numbers a point
     max_offset: float = 0.2  # largest distance per axis of a Gaussian from its point, world units
     initial_scale: float = 0.05  # standard deviation of the Gaussians before training, world units
@@ -368,6 +369,7 @@ def build_head(
         initial_scale=model.initial_scale,
         min_scale=model.min_scale,
         max_scale=model.max_scale,
+        layers=model.head_layers,
     )
 
 
@@ -495,6 +497,7 @@ VIEW_LIMITS: dict[str, Limit] = LIMITS | {
         "the name of a recipe of pre-training by rendering",
         lambda name: not name or name in pretrain_recipes,
     ),
+    "head_layers": within(2),
     "sh_degree": within(0, 3),
     "max_offset": within(0),
     "initial_scale": above(0),
@@ -537,7 +540,7 @@ def makes(*scenes: str) -> Condition:
 
 
 VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
-    **dict.fromkeys(("sh_degree", "max_offset", "min_scale", "max_scale"), makes("gaussians")),
+    **dict.fromkeys(("head_layers", "sh_degree", "max_offset", "min_scale", "max_scale"), makes("gaussians")),
     **dict.fromkeys(
         ("corners", "lattice_width", "rays", "ray_samples", "finer_samples"), makes("volume")
     ),
