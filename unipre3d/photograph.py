@@ -19,8 +19,8 @@ from .render import Render
 from .volume import pixel_rays
 
 # %% auto #0
-__all__ = ['HEADS', 'NARROWEST', 'cell_rays', 'CrossAttention', 'Photographer', 'MemoryBatch', 'PhotographHead',
-           'take_photographs']
+__all__ = ['OCTAVES', 'HEADS', 'NARROWEST', 'cell_rays', 'waves', 'wave_layers', 'CrossAttention', 'Photographer', 'MemoryBatch',
+           'PhotographHead', 'take_photographs']
 
 # %% ../nbs/52_photograph.ipynb #52pho007
 def cell_rays(
@@ -34,6 +34,27 @@ def cell_rays(
     direction = F.normalize(direction, dim=-1)
     along = (origin[:, None] * direction).sum(-1, keepdim=True)
     return torch.cat([origin[:, None] - along * direction, direction], -1)
+
+# %% ../nbs/52_photograph.ipynb #52phow02
+OCTAVES = 4  # of waves
+
+
+def waves(
+    x: Float[Tensor, "... c"],  # places or rays, world units
+) -> Float[Tensor, "... d"]:  # nine numbers for each
+    "Numbers with their sines and cosines of doubling frequency."
+    frequency = torch.pi * 2.0 ** torch.arange(OCTAVES, device=x.device, dtype=x.dtype)
+    angle = (x[..., None] * frequency).flatten(-2)
+    return torch.cat([x, angle.sin(), angle.cos()], -1)
+
+
+def wave_layers(
+    numbers: int,  # of a place or a ray
+    width: int,  # that they become
+) -> nn.Sequential:
+    "Two layers that read waves."
+    first = nn.Linear(numbers * (1 + 2 * OCTAVES), width)
+    return nn.Sequential(first, nn.GELU(), nn.Linear(width, width))
 
 # %% ../nbs/52_photograph.ipynb #52pho011
 class CrossAttention(nn.Module):
@@ -83,7 +104,7 @@ class Photographer(nn.Module):
         super().__init__()
         self.edge = edge
         self.nothing = nn.Parameter(0.02 * torch.randn(width))  # what a ray beside all points reads
-        self.embed = nn.Sequential(nn.Linear(6, width), nn.GELU(), nn.Linear(width, width))
+        self.embed = wave_layers(6, width)
         self.read = nn.ModuleList(CrossAttention(width, HEADS) for _ in range(depth))
         self.blocks = nn.ModuleList(TransformerBlock(width, HEADS) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -105,7 +126,7 @@ class Photographer(nn.Module):
         nothing = self.nothing.expand(len(memory), 1, -1)
         memory = torch.cat([nothing, memory], 1)
         mask = F.pad(mask, (1, 0), value=True)
-        x = self.embed(cell_rays(cameras, self.edge))
+        x = self.embed(waves(cell_rays(cameras, self.edge)))
         for read, block in zip(self.read, self.blocks):
             x = block(read(x, memory, mask, cameras.batch))
         h, w = cameras.hw
@@ -137,9 +158,9 @@ class PhotographHead(nn.Module):
         **how: int,  # depth, edge: see `Photographer`
     ):
         super().__init__()
-        self.mix = nn.Sequential(
-            nn.Linear(width + 3, query_width), nn.GELU(), nn.Linear(query_width, query_width)
-        )
+        self.mix = nn.Linear(width, query_width)
+        self.place = wave_layers(3, query_width)
+        self.norm = nn.LayerNorm(query_width)
         self.photographer = Photographer(query_width, **how)
 
     def forward(
@@ -147,7 +168,8 @@ class PhotographHead(nn.Module):
         points: PointBatch,  # with features [n width]
     ) -> MemoryBatch:
         "One memory for each cloud."
-        feat = self.mix(torch.cat([points.feat, points.xyz], 1)).to(points.xyz.dtype)
+        feat = self.norm(self.mix(points.feat) + self.place(waves(points.xyz)))
+        feat = feat.to(points.xyz.dtype)
         own = dict(batch=points.batch, size=points.size)
         return MemoryBatch.trusted(feat=feat, photographer=self.photographer, **own)
 

@@ -540,7 +540,9 @@ def makes(*scenes: str) -> Condition:
 
 
 VIEW_CONDITIONS: dict[str, Condition] = CONDITIONS | {
-    **dict.fromkeys(("head_layers", "sh_degree", "max_offset", "min_scale", "max_scale"), makes("gaussians")),
+    **dict.fromkeys(
+        ("head_layers", "sh_degree", "max_offset", "min_scale", "max_scale"), makes("gaussians")
+    ),
     **dict.fromkeys(
         ("corners", "lattice_width", "rays", "ray_samples", "finer_samples"), makes("volume")
     ),
