@@ -181,7 +181,7 @@ def test_the_shell_offers_choices_and_options():
         assert completion_words([command, "a.ply", "--out"]) == []
     assert "--from" in completion_words(["predict", "a.ply"])
     assert completion_words(["features", "a.ply", "--from"]) == ["objects", "rooms"]
-    assert completion_words(["reproduce"]) == ["mini", "second", "full"]
+    assert completion_words(["reproduce"]) == ["mini", "second", "gpu", "full"]
     for kind in DATA_KINDS:
         assert completion_words(["data", kind], "--"), kind
 

@@ -39,6 +39,7 @@ from unipre3d.reproduce.run import (
     pending,
     plain,
     plan_table,
+    planned,
     read_row,
     recipe_of,
     reproduce,
@@ -248,8 +249,29 @@ def test_full_plan_says_what_is_missing():
     )
 
 
+def test_the_plan_of_a_gpu_needs_no_data():
+    rows = planned("gpu")
+    assert {r.stage for r in rows} == {"full"} and not any(r.needs for r in rows)
+    assert {r.key for r in rows if r.part == "pre"} >= {"pre-unipre3d.large-0", "pre-floor.large-0"}
+    assert set(r.key for r in rows) < set(r.key for r in planned("full"))
+
+
+def test_time_that_is_up_leaves_rows_for_later(tmp_path, here):
+    row = replace(FINE, start="none")
+    first = reproduce([row], tmp_path, minutes=1e-3, say=lambda text: None)
+    assert first == {"done": [], "failed": {}, "left": [row.key]}
+    here()
+    again = reproduce([row], tmp_path, minutes=60, say=lambda text: None)
+    assert again["done"] == [row.key]
+
+
+def test_minutes_are_not_negative():
+    with pytest.raises(ValueError, match="--minutes: expected 0 for no end, or more, got -1"):
+        reproduce_command(["mini"], lambda shape, args, prog: shape(minutes=-1))
+
+
 def test_command_names_mistakes():
-    with pytest.raises(ValueError, match="expected mini, second or full, got nothing"):
+    with pytest.raises(ValueError, match="expected mini, second, gpu or full, got nothing"):
         reproduce_command([], None)
 
 

@@ -631,11 +631,11 @@ def finetune_command(args: list[str]) -> int:
 
 # %% ../nbs/90_cli.ipynb #82dba0eb
 def reproduce_command(args: list[str]) -> int:
-    "unipre3d reproduce mini | second | full [--list] [--only CLAIM]: rows of the study; goes on where it was stopped."
+    "unipre3d reproduce mini | second | gpu | full [--list] [--only CLAIM]: rows of the study; goes on where it was stopped."
     if {"-h", "--help"} & set(args):
         about = "Run the rows of the study that are not recorded, or list them"
         print(
-            option_help("unipre3d reproduce mini | second | full", about, recipe_rows("reproduce"))
+            option_help("unipre3d reproduce mini | second | gpu | full", about, recipe_rows("reproduce"))
         )
         raise SystemExit(0)
     from unipre3d.reproduce import run
@@ -1677,7 +1677,7 @@ def completion_words(
         return [*commands, "--help", "--version"]
     command, *rest = words
     option = current.startswith("-")
-    kinds = {"data": tuple(DATA_KINDS), "reproduce": ("mini", "second", "full")}
+    kinds = {"data": tuple(DATA_KINDS), "reproduce": ("mini", "second", "gpu", "full")}
     kinds |= {"completion": tuple(SHELLS), **{name: tuple(own) for name, own in ABOUT.items()}}
     if command in kinds and not rest and not option:
         return list(kinds[command])

@@ -45,11 +45,11 @@ from unipre3d.tasks.classification import (
 from ..tasks.heads import LabelObjective
 
 # %% auto #0
-__all__ = ['CHILD', 'ONE_THREAD', 'ELSEWHERE', 'PAPER_MEMORY', 'plain', 'row_of', 'recorded', 'record_path', 'run_path',
-           'read_row', 'trial_score', 'chosen_rate', 'recipe_of', 'lacks', 'missing', 'letters', 'AnswersRecipe',
-           'with_answers', 'goes_on', 'run_row', 'pending', 'row_lock', 'is_taken', 'is_done', 'run_file',
-           'visible_gpus', 'log_path', 'start_row', 'last_line', 'reproduce', 'StudyOptions', 'why_not', 'plan_table',
-           'missing_table', 'planned', 'reproduce_command']
+__all__ = ['CHILD', 'ONE_THREAD', 'ELSEWHERE', 'BUDGETS', 'PAPER_MEMORY', 'plain', 'row_of', 'recorded', 'record_path',
+           'run_path', 'read_row', 'trial_score', 'chosen_rate', 'recipe_of', 'lacks', 'missing', 'letters',
+           'AnswersRecipe', 'with_answers', 'goes_on', 'run_row', 'pending', 'row_lock', 'is_taken', 'is_done',
+           'run_file', 'visible_gpus', 'log_path', 'start_row', 'last_line', 'reproduce', 'StudyOptions', 'why_not',
+           'plan_table', 'missing_table', 'planned', 'reproduce_command']
 
 # %% ../../nbs/78_reproduce.ipynb #98cb9c12
 def plain(row: Row) -> dict[str, Any]:
@@ -406,6 +406,7 @@ def reproduce(
     *,
     workers: int = 0,  # rows at a time, one thread each; 0 is one for each GPU, or two without
     force: bool = False,  # go on with interrupted rows although code, threads or data changed
+    minutes: float = 0.0,  # stop after so many, as Ctrl-C does; 0 goes on to the end
     say: Callable[[str], None] = tqdm.write,  # where messages go
     wait: float = 0.2,  # seconds between two checks of the processes
 ) -> dict[str, Any]:  # done: names; failed: name -> why; left: names
@@ -418,7 +419,7 @@ def reproduce(
     running: dict[subprocess.Popen, tuple[Row, str]] = {}
     done: list[str] = []
     failed: dict[str, str] = {}
-    minutes = {r.key: r.minutes for r in rows}
+    cost = {r.key: r.minutes for r in rows}
     began = next_look = time.time()
 
     def fail(row, what, why):
@@ -442,8 +443,8 @@ def reproduce(
             elif not stopping():
                 fail(row, "FAILED", last_line(row, folder))
             if done:
-                left = sum(minutes[key] for key in unrecorded.difference(failed))
-                rate = (time.time() - began) / sum(minutes[key] for key in done)
+                left = sum(cost[key] for key in unrecorded.difference(failed))
+                rate = (time.time() - began) / sum(cost[key] for key in done)
                 bar.set_postfix_str(f"about {rate * left / 3600:.1f} h to go")
 
     def notice_others():
@@ -481,7 +482,7 @@ def reproduce(
         try:
             while waiting or running:
                 collect_ended()
-                if stopping():
+                if stopping() or 0 < minutes < (time.time() - began) / 60:
                     break
                 start_ready()
                 if waiting and free and time.time() > next_look:
@@ -506,6 +507,7 @@ class StudyOptions:
     out: str = "runs/study"  # folder of the study: runs and records
     workers: int = 0  # rows at a time, one thread each; 0 is one for each GPU, or two without
     force: bool = False  # go on with interrupted rows of other code, threads or data too; their records say so
+    minutes: float = 0  # stop after so many, and go on another time; 0 goes on to the end
     list: bool = False  # only print the plan
     shapenet: str = ""  # folder of ShapeNet's rendered views, for the full plan
     scannet: str = ""  # folder of ScanNet, for the full plan
@@ -557,6 +559,7 @@ def plan_table(
     return "\n".join(lines)
 
 
+BUDGETS = ("mini", "second", "gpu", "full")  # plans that the command runs
 PAPER_MEMORY = {
     "pretrain": "24 GB (the paper: one 3090 Ti)",
     "scene": "8 x 24 GB (the paper: 8 3090 Ti)",
@@ -584,7 +587,7 @@ def missing_table(
 
 
 def planned(
-    budget: str,  # "mini", "second" or "full"
+    budget: str,  # one of `BUDGETS`
     only: str = "",  # as for `select`
     data: dict[str, str] | None = None,  # for "full": name of a data set -> folder
 ) -> list[Row]:
@@ -592,6 +595,8 @@ def planned(
 
     Raises: ValueError for another budget, or where no row is meant.
     """
+    if budget == "gpu":  # the larger objects of the full plan, whose data are made here
+        return select([row for row in plan("full") if not row.needs], only, COMPARISONS)
     if budget == "second":
         rows = [*plan_short(), *plan_more(), *plan_second()]
         return select(rows, only, [*SHORT, *MORE, *PRIMARY, *EXPLORATORY])
@@ -599,19 +604,19 @@ def planned(
 
 
 def reproduce_command(
-    args: list[str],  # "mini", "second" or "full", and options
+    args: list[str],  # one of `BUDGETS`, and options
     parse: Callable[..., Any],  # the command line's: (dataclass, arguments, name) -> instance
 ) -> int:  # exit status
-    """unipre3d reproduce mini | second | full [--list] [--only CLAIM] [--key value ...]: run the study; resumes.
+    """unipre3d reproduce mini | second | gpu | full [--list] [--only CLAIM] [--key value ...]: run the study; resumes.
 
     Raises: ValueError for a plan, an option or a row that does not exist.
     """
     if args[:1] in (["-h"], ["--help"]):
-        parse(StudyOptions, ["--help"], "unipre3d reproduce mini | second | full")
+        parse(StudyOptions, ["--help"], f"unipre3d reproduce {' | '.join(BUDGETS)}")
     budget = args[0] if args else "nothing"
-    if budget not in ("mini", "second", "full"):
+    if budget not in BUDGETS:
         raise ValueError(
-            f"reproduce: expected mini, second or full, got {budget}; "
+            f"reproduce: expected {', '.join(BUDGETS[:-1])} or {BUDGETS[-1]}, got {budget}; "
             "as in: unipre3d reproduce mini --list"
         )
     options = parse(StudyOptions, args[1:], f"unipre3d reproduce {budget}")
@@ -619,6 +624,8 @@ def reproduce_command(
         raise ValueError(
             f"--workers: expected at least 1, or 0 for one a GPU, got {options.workers}"
         )
+    if options.minutes < 0:
+        raise ValueError(f"--minutes: expected 0 for no end, or more, got {options.minutes:g}")
     data = {name: getattr(options, name) for name in SOURCES}
     for name, folder in data.items():
         if folder and budget != "full":
@@ -632,7 +639,8 @@ def reproduce_command(
         return 0
     why = why_not(rows, options.out)
     able = [r for r in rows if r.key not in why]
-    outcome = reproduce(able, options.out, workers=options.workers, force=options.force)
+    how = dict(workers=options.workers, force=options.force, minutes=options.minutes)
+    outcome = reproduce(able, options.out, **how)
     counts = ", ".join(f"{len(outcome[name])} {name}" for name in ("failed", "left"))
     print(f"{len(outcome['done'])} rows done, {counts}; records: {options.out}/records")
     if outcome["left"]:
