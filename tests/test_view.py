@@ -27,10 +27,12 @@ from unipre3d.data.clouds import write_cloud
 from unipre3d.data.imports import nearest_points
 from unipre3d.data.scannet import write_box_rooms
 from unipre3d.formats import load_gaussians, save_gaussians
+from unipre3d.gaussians import covariance
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.render import render
 from unipre3d.runs.recipe import change
 from unipre3d.view import (
+    _add_gaussians,
     check_port,
     draw_scenes,
     exhibit_of_file,
@@ -354,6 +356,39 @@ def test_the_switch_shows_one_scene(files):
             assert [node.visible for node in nodes] == wanted
     finally:
         server.stop()
+
+
+@needs_viser
+@pytest.mark.parametrize("sizes", [(1e-4, 1e-4, 1e-4), (0.05, 0.05, 5e-4), (300.0, 200.0, 100.0)])
+def test_viser_gets_gaussians_of_every_size_and_shape(sizes):
+    "It sends variances in half precision, where 0.0001^2 is none and 300^2 infinite."
+    import viser
+
+    rng = torch.Generator().manual_seed(0)
+    gaussians = GaussianBatch(
+        mean=torch.randn(20, 3, generator=rng),
+        scale=torch.tensor(sizes).expand(20, 3),
+        quat=torch.nn.functional.normalize(torch.randn(20, 4, generator=rng)),
+        opacity=torch.full((20,), 0.5),
+        sh=torch.zeros(20, 4, 3),
+        batch=torch.zeros(20, dtype=torch.long),
+        size=1,
+    )
+    server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
+    try:
+        _add_gaussians(server, "/g", gaussians)
+        node = server.scene.get_handle_by_name("/g")
+        rows = node.buffer.copy().view(np.uint8).reshape(20, 32)
+        unit = float(np.ravel(node.scale)[0])
+    finally:
+        server.stop()
+    centres = rows[:, :12].copy().view(np.float32) * unit
+    np.testing.assert_allclose(centres, gaussians.mean, rtol=1e-6)
+    upper = rows[:, 16:28].copy().view(np.float16).astype(np.float64)
+    whole = upper[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(20, 3, 3) * unit**2
+    wanted = covariance(gaussians.scale, gaussians.quat).numpy()
+    np.testing.assert_allclose(whole, wanted, atol=1e-3 * max(sizes) ** 2)
+    assert np.isfinite(whole).all() and (np.linalg.eigvalsh(whole)[:, 1] > 0).all()
 
 
 @needs_viser

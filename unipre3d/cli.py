@@ -635,7 +635,9 @@ def reproduce_command(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         about = "Run the rows of the study that are not recorded, or list them"
         print(
-            option_help("unipre3d reproduce mini | second | gpu | full", about, recipe_rows("reproduce"))
+            option_help(
+                "unipre3d reproduce mini | second | gpu | full", about, recipe_rows("reproduce")
+            )
         )
         raise SystemExit(0)
     from unipre3d.reproduce import run

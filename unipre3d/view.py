@@ -51,7 +51,7 @@ __all__ = ['SPLAT_MARKS', 'SPLAT_HEADER', 'REFERENCE', 'TARGET', 'STEPS', 'PAGE_
            'thinned', 'left_out', 'own_colors', 'as_pictures', 'holds_gaussians', 'rotate_gaussians', 'mean_colors',
            'open_any', 'exhibit_of_file', 'exhibit_of_run', 'cloud_extent', 'camera_points', 'strongest',
            'picture_html', 'page_room', 'points_html', 'views_html', 'exhibit_page', 'page_path', 'write_page',
-           'has_viser', 'check_port', 'scenes_of', 'frustum', 'draw_scenes', 'serve_exhibit']
+           'has_viser', 'check_port', 'scenes_of', 'frustum', 'draw_scenes', 'half_precision_unit', 'serve_exhibit']
 
 # %% ../nbs/66_view.ipynb #v66world
 @dataclass(frozen=True, eq=False)
@@ -559,14 +559,26 @@ def draw_scenes(
     return switch
 
 
+def half_precision_unit(
+    largest: float,  # standard deviation, world units
+) -> float:  # world units, a power of two
+    """The unit in which the variances of Gaussians use the range of half precision, which viser sends them in.
+
+    In it the largest variance lies in 2^12..2^14. In world units a standard deviation of 0.0001 would become none, and one of 256 infinite.
+    """
+    return 2.0 ** (math.floor(math.log2(largest)) - 6) if largest > 0 else 1.0
+
+
 def _add_gaussians(server, name, gaussians):
     g = gaussians.to("cpu")
+    unit = half_precision_unit(float(g.scale.max())) if len(g) else 1.0
     server.scene.add_gaussian_splats(
         name,
-        centers=g.mean.numpy(),
-        covariances=covariance(g.scale, g.quat).numpy(),
+        centers=(g.mean / unit).numpy(),
+        covariances=covariance(g.scale / unit, g.quat).numpy(),
         rgbs=mean_colors(g),
         opacities=g.opacity[:, None].numpy(),
+        scale=unit,
     )
 
 
