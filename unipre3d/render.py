@@ -5,6 +5,7 @@
 # %% ../nbs/52_render.ipynb #4affc90b
 from __future__ import annotations
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,10 +20,10 @@ from .core import CameraBatch, GaussianBatch, offsets, to_padded
 from .gaussians import evaluate_sh, rotation_from_quat, select_rows
 
 # %% auto #0
-__all__ = ['EPS2D', 'ROWS', 'Render', 'project_centres', 'project_gaussians', 'pixel_alpha', 'composite', 'footprints',
+__all__ = ['EPS2D', 'MANY', 'ROWS', 'Render', 'project_centres', 'project_gaussians', 'pixel_alpha', 'composite', 'footprints',
            'from_camera', 'front_to_back', 'render_one', 'render_dense', 'view_strips', 'Ellipses', 'camera_arrays',
-           'project_views', 'Drawing', 'draw_views', 'draw_views_backward', 'project_views_backward', 'Splat',
-           'render_cpu', 'render_gsplat', 'all_plain', 'check_render', 'render']
+           'Projection', 'project_views', 'Drawing', 'draw_views', 'draw_views_backward', 'project_views_backward',
+           'Splat', 'render_cpu', 'render_gsplat', 'all_plain', 'check_render', 'render']
 
 # %% ../nbs/52_render.ipynb #cd60ca16
 EPS2D = 0.3  # pixels^2 added to the diagonal of every 2-D covariance
@@ -216,6 +217,9 @@ def render_dense(
 from .kernels.threads import in_threads
 
 # %% ../nbs/52_render.ipynb #9bab315c
+MANY = 8  # views that keep the threads busy, one view a job
+
+
 def view_strips(
     n_views: int,  # views of the call
     columns: int,  # columns of eight pixels in an image
@@ -224,7 +228,7 @@ def view_strips(
 
     They depend on the number of views, never on that of threads.
     """
-    parts = max(1, min(columns, -(-8 // max(n_views, 1))))
+    parts = max(1, min(columns, -(-MANY // max(n_views, 1))))
     edges = [columns * i // parts for i in range(parts + 1)]
     return list(zip(edges[:-1], edges[1:]))
 
@@ -269,52 +273,86 @@ def camera_arrays(
     return pose.numpy(), K.numpy(), centre.numpy(), *hw
 
 
+class Projection:
+    """The compiled projection in steps that several threads may take.
+
+    A view is done once `project` was called for each of its chunks of Gaussians, and then `settle`.
+    """
+
+    def __init__(
+        self,
+        cloud: tuple,  # mean, quat, scale, covariance (or no rows), opacity, sh: arrays of all clouds
+        camera: tuple,  # as `camera_arrays` made it
+        rules: tuple,  # near, far, eps2d, smallest radius, antialiased, orthographic
+        start: np.ndarray,  # [B + 1] first Gaussian of each cloud
+        owner: np.ndarray,  # [v] whose Gaussians a view shows, rising
+        *,
+        shape: bool = False,  # note factors of opacities and radii, too
+    ):
+        from unipre3d.kernels import splat
+
+        self.first, self.size = start[owner], start[owner + 1] - start[owner]
+        base = np.concatenate([[0], np.cumsum(self.size)])
+        rows = base[-1]
+        self.ellipses = Ellipses(
+            base=base,
+            count=np.zeros(len(owner), np.int64),
+            ids=np.empty(rows, np.int32),
+            rec=np.empty((rows, splat.N_REC)),
+            colour=np.empty((rows, splat.CHANNELS), np.float32),
+            shape=np.empty((rows if shape else 0, 3)),
+            order=np.empty(rows, np.int32),
+            span=np.empty((rows, 2), np.int32),
+        )
+        self.kept = [np.zeros(-(-n // splat.CHUNK), np.int64) for n in self.size]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bits = np.log2(cloud[4], dtype=np.float64)
+        self.inputs = cloud, bits, camera, rules
+
+    def chunks(self, v: int) -> range:
+        "Numbers of the chunks of a view."
+        return range(len(self.kept[v]))
+
+    def project(self, v: int, chunk: int) -> None:
+        "Find the ellipses of one chunk."
+        from unipre3d.kernels import splat
+
+        e = self.ellipses
+        begin = chunk * splat.CHUNK
+        end = min(begin + splat.CHUNK, self.size[v])
+        own = slice(e.base[v] + begin, e.base[v] + end)
+        span = self.first[v] + begin, self.first[v] + end
+        out = e.ids[own], e.rec[own], e.colour[own], e.shape[own]
+        self.kept[v][chunk] = splat.project(v, *span, *self.inputs, *out)
+
+    def settle(self, v: int) -> None:
+        "Sort the ellipses of a view by depth."
+        from unipre3d.kernels import splat
+
+        e = self.ellipses
+        own = slice(e.base[v], e.base[v + 1])
+        out = e.ids[own], e.rec[own], e.colour[own], e.shape[own], e.order[own], e.span[own]
+        *_, camera, _ = self.inputs
+        columns = -(-camera[-1] // splat.TILE_W)
+        e.count[v] = splat.settle(self.kept[v], *out, columns)
+
+    def whole(self, v: int) -> None:
+        "All steps of a view."
+        for chunk in self.chunks(v):
+            self.project(v, chunk)
+        self.settle(v)
+
+
 def project_views(
-    cloud: tuple,  # mean, quat, scale, covariance (or no rows), opacity, sh: arrays of all clouds
-    camera: tuple,  # as `camera_arrays` made it
-    rules: tuple,  # near, far, eps2d, smallest radius, antialiased, orthographic
-    start: np.ndarray,  # [B + 1] first Gaussian of each cloud
-    owner: np.ndarray,  # [v] whose Gaussians a view shows, rising
-    *,
-    shape: bool = False,  # note factors of opacities and radii, too
+    *views: tuple,  # these as in `Projection`
+    shape: bool = False,
 ) -> Ellipses:
     "The compiled projection of every view."
-    from unipre3d.kernels import splat
-
-    first, size = start[owner], start[owner + 1] - start[owner]
-    base = np.concatenate([[0], np.cumsum(size)])
-    rows = base[-1]
-    e = Ellipses(
-        base=base,
-        count=np.zeros(len(owner), np.int64),
-        ids=np.empty(rows, np.int32),
-        rec=np.empty((rows, splat.N_REC)),
-        colour=np.empty((rows, splat.CHANNELS), np.float32),
-        shape=np.empty((rows if shape else 0, 3)),
-        order=np.empty(rows, np.int32),
-        span=np.empty((rows, 2), np.int32),
-    )
-    kept = [np.zeros(-(-n // splat.CHUNK), np.int64) for n in size]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits = np.log2(cloud[4], dtype=np.float64)
-
-    def project(v, chunk):
-        begin = chunk * splat.CHUNK
-        end = min(begin + splat.CHUNK, size[v])
-        own = slice(base[v] + begin, base[v] + end)
-        span = first[v] + begin, first[v] + end
-        out = e.ids[own], e.rec[own], e.colour[own], e.shape[own]
-        kept[v][chunk] = splat.project(v, *span, cloud, bits, camera, rules, *out)
-
-    def settle(v):
-        own = slice(base[v], base[v + 1])
-        out = e.ids[own], e.rec[own], e.colour[own], e.shape[own], e.order[own], e.span[own]
-        columns = -(-camera[-1] // splat.TILE_W)
-        e.count[v] = splat.settle(kept[v], *out, columns)
-
-    in_threads(project, [(v, chunk) for v in range(len(owner)) for chunk in range(len(kept[v]))])
-    in_threads(settle, [(v,) for v in range(len(owner))])
-    return e
+    p = Projection(*views, shape=shape)
+    jobs = [(v, chunk) for v in range(len(p.kept)) for chunk in p.chunks(v)]
+    in_threads(p.project, jobs)
+    in_threads(p.settle, [(v,) for v in range(len(p.kept))])
+    return p.ellipses
 
 # %% ../nbs/52_render.ipynb #5e1a0c73
 @dataclass(frozen=True)
@@ -337,6 +375,8 @@ def draw_views(
     hw: tuple[int, int],  # image height and width
     *,
     expected: bool,  # divide the last channel by alpha
+    before: Callable[[int], None]
+    | None = None,  # of a view that is one strip, just before it is drawn
 ) -> Drawing:
     "The compiled blending of every view, four channels a pass."
     from unipre3d.kernels import splat
@@ -346,7 +386,8 @@ def draw_views(
     shape = (n, hw[0], columns * splat.TILE_W)
 
     def images(*shape):
-        return splat.aligned(math.prod(shape)).reshape(shape)
+        # numpy asks the system for large pages; the compiled function does not
+        return splat.aligned.py_func(math.prod(shape)).reshape(shape)
 
     d = Drawing(
         colours=colours,
@@ -360,6 +401,8 @@ def draw_views(
     table = splat.table()
 
     def draw(v, strip):
+        if before is not None:
+            before(v)
         at = e.rows(v)
         rows = e.rec[at], e.order[at], e.span[at]
         lists = splat.strip_lists(e.count[v], *rows, *strip, hw[0])
@@ -465,10 +508,16 @@ class Splat(torch.autograd.Function):
         cloud = (*arrays[:3], np.empty((0, 3, 3), np.float32), *arrays[3:])
         camera = camera_arrays(cameras.world_to_cam, cameras.K, cameras.hw)
         rules = float(near), float(far), EPS2D, -1.0, antialiased, False
-        ctx.views = cloud, camera, rules, start, cameras.batch.numpy()
-        ctx.ellipses = e = project_views(*ctx.views)
+        ctx.views = views = cloud, camera, rules, start, cameras.batch.numpy()
         behind = F.pad(background.detach(), (0, 1))[:, None].numpy()
-        ctx.drawing = d = draw_views(e, e.colour[None], behind, cameras.hw, expected=True)
+        if len(cameras) < MANY:
+            e, before = project_views(*views), None
+        else:
+            projection = Projection(*views)
+            e, before = projection.ellipses, projection.whole
+        settings = dict(expected=True, before=before)
+        ctx.ellipses = e
+        ctx.drawing = d = draw_views(e, e.colour[None], behind, cameras.hw, **settings)
         images = [torch.from_numpy(image) for image in (d.rgb[0], d.alpha, d.last[0])]
         ctx.save_for_backward(mean, scale, quat, opacity, sh, *images)
         ctx.set_materialize_grads(False)

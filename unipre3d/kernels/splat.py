@@ -321,6 +321,17 @@ def vectors(lanes, digits):
 
         return types.boolean(a), code
 
+    def each(name):
+        "What LLVM calls by this name, of every number of a vector."
+
+        @of_one
+        def apply(builder, a):
+            of_many = ir.FunctionType(kind, [kind])
+            full_name = f"llvm.{name}.v{lanes}f{digits}"
+            return builder.call(builder.module.declare_intrinsic(full_name, (), of_many), [a])
+
+        return apply
+
     @of_two
     def raised(builder, a, power):
         "a * 2^n, where n stands in the last bits of `power`, for what leaves a normal number."
@@ -352,13 +363,15 @@ def vectors(lanes, digits):
 
     memory = load, store, splat, spread
     bits = size, dead, any_alive, raised, scale
-    return memory, (pick, below, keep, unless, smaller, larger, *bits, add_pairs)
+    others = each("sqrt"), each("floor"), each("ceil")
+    return memory, (pick, below, keep, unless, smaller, larger, *bits, add_pairs, *others)
 
 
-(load8, store8, splat8, _), (_, _, _, _, min8, max8, _, _, _, _, scale8, _) = vectors(8, 32)
-(load64, store64, all64, _), (_, _, keep64, unless64, min64, max64, *_) = vectors(GROUP, 64)
+(load8, store8, splat8, _), (_, _, _, _, min8, max8, _, _, _, _, scale8, *_) = vectors(8, 32)
+(load64, store64, all64, _), several = vectors(GROUP, 64)
+_, _, keep64, unless64, min64, max64, *_, sqrt64, floor64, ceil64 = several
 (load, store, all_of, spread_one), several = vectors(LANES, 32)
-pick, below, keep, _, smaller, _, size, dead, any_alive, raised, _, add_pairs = several
+pick, below, keep, _, smaller, _, size, dead, any_alive, raised, _, add_pairs, *_ = several
 
 
 def row_lanes(row):
@@ -979,25 +992,30 @@ def strip_lists(m, rec, order, span, begin, end, H):
 
     Returns own [k], the rows of `rec` that reach any of them, front to back; of those place [2 k], their
     centres, and form [4 k], e, f, h and log2 opacity; starts, ends [columns] and entry [2 ..], pairs of
-    (place in own, first and last row in 16 bits each).
+    (place in own, first and last row in 16 bits each). The rows of GROUP columns are found at once.
     """
-    starts = np.zeros(end - begin + 1, np.int64)
-    ends = np.empty(end - begin, np.int64)
+    starts = np.zeros(end - begin + 1, np.int64)  # at first, how many more than the column before
     k = 0
     for j in range(m):
         c0, c1 = max(span[j, 0], begin), min(span[j, 1], end)
-        for c in range(c0, c1):
-            starts[c - begin + 1] += 1
         if c0 < c1:
+            starts[c0 - begin + 1] += 1
+            if c1 < end:
+                starts[c1 - begin + 1] -= 1
             k += 1
+    reached = 0
     for c in range(end - begin):
-        starts[c + 1] += starts[c]
-    for c in range(end - begin):
-        ends[c] = starts[c]
+        reached += starts[c + 1]
+        starts[c + 1] = starts[c] + reached
+    ends = starts[:-1].copy()
     own = np.empty(k, np.int32)
     place = np.empty(2 * k)
     form = np.empty(4 * k, np.float32)
-    entry = np.empty((starts[end - begin], 2), np.int32)
+    entry = np.empty(2 * starts[end - begin], np.int32)
+    room = aligned(6 * GROUP).view(np.float64)
+    steps, top, bottom = room[:GROUP], room[GROUP : 2 * GROUP], room[2 * GROUP :]
+    steps[:] = np.arange(GROUP) * float(TILE_W)
+    zero, tall = all64(0.0), all64(float(H))
     p = 0
     for j in range(m):
         c0, c1 = max(span[j, 0], begin), min(span[j, 1], end)
@@ -1010,25 +1028,25 @@ def strip_lists(m, rec, order, span, begin, end, H):
         for n in range(4):
             form[4 * p + n] = rec[i, 2 + n]
         wide, tip, slope, aspect = rec[i, 7], rec[i, 8], rec[i, 9], rec[i, 10]
-        for c in range(c0, c1):
-            left = max(c * TILE_W + 0.5 - mx, -wide)
-            right = min(c * TILE_W + (TILE_W - 0.5) - mx, wide)
-            if left > right:
-                continue
-            lo = min(max(-tip, left), right)
-            hi = min(max(tip, left), right)
-            lo = my + slope * lo - aspect * math.sqrt(max(wide * wide - lo * lo, 0.0))
-            hi = my + slope * hi + aspect * math.sqrt(max(wide * wide - hi * hi, 0.0))
-            if not (lo <= H and hi >= 0.0):
-                continue
-            r0 = max(int(math.ceil(max(lo, 0.0) - 0.5)), 0)
-            r1 = min(int(math.floor(min(hi, H + 1.0) - 0.5)) + 1, H)
-            if r0 < r1:
-                at = ends[c - begin]
-                entry[at, 0], entry[at, 1] = p, r0 << 16 | r1
-                ends[c - begin] = at + 1
+        edge, square = all64(wide), all64(wide * wide)
+        for c in range(c0, c1, GROUP):
+            x = (c * TILE_W + 0.5 - mx) + load64(steps, 0)
+            left, right = max64(x, 0.0 - edge), min64(x + (TILE_W - 1.0), edge)
+            lo, hi = min64(max64(all64(-tip), left), right), min64(max64(all64(tip), left), right)
+            lo, hi = (
+                my + slope * lo - aspect * sqrt64(max64(square - lo * lo, zero)),
+                my + slope * hi + aspect * sqrt64(max64(square - hi * hi, zero)),
+            )
+            hi = keep64(right, left, max64(hi, zero))
+            store64(top, 0, min64(ceil64(max64(lo, zero) - 0.5), tall))
+            store64(bottom, 0, min64(floor64(min64(hi, tall + 1.0) - 0.5) + 1.0, tall))
+            for o in range(min(c1 - c, GROUP)):
+                r0, r1 = int(top[o]), int(bottom[o])
+                at = ends[c + o - begin]
+                entry[2 * at], entry[2 * at + 1] = p, r0 << 16 | r1
+                ends[c + o - begin] = at + (r0 < r1)
         p += 1
-    return own, place, form, starts, ends, entry.reshape(-1)
+    return own, place, form, starts, ends, entry
 
 
 @part
@@ -1486,7 +1504,8 @@ def project_backward(
     _, _, eps2d, _, antialiased, ortho = rules
     k = sh.shape[1]
     n_views = view_last - view_first
-    cursor = np.empty(n_views, np.int64)
+    cursor, end = np.empty(n_views, np.int64), np.empty(n_views, np.int64)
+    seen = np.empty(n_views, np.int64)
     Y = np.empty((MOST_SH, 4))
     got = np.empty(N_SUM)
     acc_sh = np.empty((MOST_SH, 3))
@@ -1499,14 +1518,15 @@ def project_backward(
                 lo = mid + 1
             else:
                 hi = mid
-        cursor[o] = lo
+        cursor[o], end[o] = lo, base[v] + count[v]
     for g in range(first, last):
-        drawn = False
+        n_seen = 0
         for o in range(n_views):
             at = cursor[o]
-            if at < base[view_first + o] + count[view_first + o] and ids[at] == g:
-                drawn = True
-        if not drawn:
+            drawn = at < end[o] and ids[at] == g
+            seen[n_seen], cursor[o] = o, at + drawn
+            n_seen += drawn
+        if n_seen == 0:
             continue  # and something of it may not be finite
         if len(cov):
             sigma = upper(cov, g)
@@ -1538,12 +1558,8 @@ def project_backward(
         for i in range(k):
             for j in range(3):
                 acc_sh[i, j] = 0.0
-        for o in range(n_views):
-            v = view_first + o
-            at = cursor[o]
-            if at >= base[v] + count[v] or ids[at] != g:
-                continue
-            cursor[o] = at + 1
+        for o in seen[:n_seen]:
+            v, at = view_first + o, cursor[o] - 1
             for j in range(N_SUM):
                 got[j] = sums[at, j]
             e, f, h = rec[at, 2], rec[at, 3], rec[at, 4]
