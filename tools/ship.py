@@ -2,6 +2,7 @@
 
     python tools/ship.py objects [--steps N] [--run FOLDER]
     python tools/ship.py rooms
+    python tools/ship.py both
 
 A run folder that is finished already is not trained again: its weights are taken. The run of `--run` goes on where it was stopped.
 """
@@ -38,6 +39,12 @@ SHIPPED: dict[str, Recipe] = {
         about="features of rooms: the small SparseUNet",
         augment=Augment(rotate="up", blank=0.25),
         steps=250,
+        workers=0,
+        picture_every=0,
+    ),
+    "both": change(
+        recipes["both-sparseunet-mini"],
+        about="features of objects and of rooms: one small SparseUNet",
         workers=0,
         picture_every=0,
     ),
