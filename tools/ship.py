@@ -66,10 +66,11 @@ def train(name: str, steps: int | None, folder: Path) -> Path:
 
 def ship(name: str, folder: Path, target: Path) -> None:
     "The backbone of a run as shipped weights."
-    backbone, transform, _ = load_weights(folder)
+    kind = "rooms" if SHIPPED[name].data.alternate else ""  # any: all kinds are written
+    backbone, transform, _, kinds = load_weights(folder, kind)
     record = read_record(folder / "record.json")
     kept = {key: record[key] for key in KEPT if key in record}
-    FeatureExtractor(backbone, transform, kept).save_pretrained(target)
+    FeatureExtractor(backbone, transform, kept, kinds).save_pretrained(target)
     size = (target / "model.safetensors").stat().st_size
     if size > LARGEST:
         most = f"expected at most {LARGEST / 2**20:g}; make it smaller"
