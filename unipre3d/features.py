@@ -120,8 +120,9 @@ def choose_kind(
     if "" in kinds:
         know = f"none for {where}, which know one kind of cloud"
         raise refusal("--kind", know, kind, "leave it out")
-    raise refusal("--kind", f"{' or '.join(kinds)}, kinds of cloud that {where} know", kind or "none")
-
+    raise refusal(
+        "--kind", f"{' or '.join(kinds)}, kinds of cloud that {where} know", kind or "none"
+    )
 
 # %% ../nbs/63_features.ipynb #f63tile
 MOST_VOXELS = 120_000  # of a tile, without its margin
