@@ -4,6 +4,8 @@
     python tools/ship.py rooms
     python tools/ship.py both
 
+None of `both` come with the package, because they are not as good on objects (data/records/benchmark_unified_shipped.json).
+
 A run folder that is finished already is not trained again: its weights are taken. The run of `--run` goes on where it was stopped.
 """
 
