@@ -123,7 +123,7 @@ def main():
     paths = sorted(args.data.glob("*.npz"))
     if len(paths) < 2 or args.seeds < 2:
         parser.error(f"expected 2 objects <id>.npz and 2 seeds, found {len(paths)}, {args.seeds}")
-    _, _, trained = load_weights(args.weights)
+    _, _, trained, _ = load_weights(args.weights)
     recipe = from_values(PretrainRecipe, trained["values"])
     how = dict(probe=True, steps=args.steps, ema=0.9, validate_every=0, save_every=args.steps)
     recipe = change(recipe, **how, warmup=args.steps // 10, batch_size=args.batch_size)

@@ -1,6 +1,7 @@
 """One backbone trained on objects and rooms in alternation, beside one on objects and one on rooms: are its features as good?
 
     python benchmarks/unified.py --scans FOLDER [--work FOLDER] [--json PATH] [--seeds N]
+    python benchmarks/unified.py --scans FOLDER --shipped WEIGHTS [--json PATH] [--seeds N]
 
 The same small SparseUNet, the same columns (normals and colours, each left out at times) and equally many steps of
 each kind of cloud; batch k of a kind is the same in both runs. Each run alone has its own recipe's learning rate.
@@ -16,6 +17,14 @@ run on objects alone in `objects`, at most 1 point below the run on rooms alone 
 its PSNR. The rest is for the reader: scans, each kind of weights on the other kind of task, random weights, and `own`, where batch
 normalisation has the statistics of the task's own training clouds, without fusion, instead of those of training.
 FOLDER is that of retrieval.py. A run or a row that is there already is not made again.
+
+With --shipped, WEIGHTS are what tools/ship.py makes of its recipe `both` (a name or a folder) beside the two sets that ship, each at
+its full length, and random weights of the same networks (mean of the seeds). Each set reads a cloud by its own transform, as a
+user's features do: `objects` is the same probe on the summaries of the same generated shapes, `rooms` is that of above, and
+`scans` has normals alone, or normals and colours. Decided before WEIGHTS had any of these scores: they are as good, and ship, if
+they are at most 1 point below the shipped objects in `objects` and at most 1 point below the shipped rooms in `rooms`; scans are
+for the reader. The shipped objects are a Transformer, with coordinates and three times as many features a point: what is compared
+there is what a user would get, not one pre-training with another.
 """
 
 import argparse
@@ -24,7 +33,7 @@ from typing import Any
 
 import torch
 from common import write_record
-from retrieval import POINTS, read_object, sample, scores
+from retrieval import POINTS, random_like, read_object, sample, scores
 from torch import Tensor, nn
 
 from unipre3d.backbones.backbone import Backbone
@@ -35,14 +44,14 @@ from unipre3d.data.readers import Reader
 from unipre3d.data.samples import CloudSamples
 from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.data.transform import Transform
-from unipre3d.features import FeatureExtractor
+from unipre3d.features import FeatureExtractor, find_weights
 from unipre3d.files import read_json
 from unipre3d.recipes import recipes
 from unipre3d.records import data_hash, read_record
 from unipre3d.runs.checkpoint import has_state, is_finished
 from unipre3d.runs.recipe import Recipe, change
 from unipre3d.runs.run import build_backbone, run_recipe
-from unipre3d.runs.starts import start_from
+from unipre3d.runs.starts import WEIGHTS_FILE, start_from
 from unipre3d.tasks.classification import cloud_rows, ridge_by_folds
 from unipre3d.tasks.heads import propagate
 from unipre3d.tasks.metrics import SemanticScore
@@ -63,6 +72,8 @@ LIMITS = {
     "psnr_objects": ("objects", 0.3),
     "psnr_rooms": ("rooms", 0.3),
 }  # score -> the run beside, and how far below it is as good
+SHIPPED = {"objects": LIMITS["objects"], "rooms": LIMITS["rooms"]}  # limits of weights that ship
+SCANNED = {"scans": ("normal",), "scans_colours": ("normal", "color")}  # columns of scanned objects
 PAIR = change(
     recipes["both-sparseunet-mini"],
     workers=0,
@@ -127,11 +138,33 @@ def shape_samples(split: str) -> CloudSamples:
 
 def objects_score(backbone: Backbone, train: CloudSamples, test: CloudSamples) -> float:
     "The fraction of held-out shapes whose class a linear probe finds."
-    rows, label = cloud_rows(backbone, train)
-    fold = torch.arange(len(rows)) % 5
-    layer, _ = ridge_by_folds(rows, label, fold, len(train.source.classes))
-    query, truth = cloud_rows(backbone, test)
+    known, asked = cloud_rows(backbone, train), cloud_rows(backbone, test)
+    return linear_probe(known, asked, len(train.source.classes))
+
+
+def linear_probe(
+    known: tuple[Tensor, Tensor],  # rows of features, classes
+    asked: tuple[Tensor, Tensor],
+    classes: int,
+) -> float:
+    "The fraction of rows asked for that a layer in closed form puts into their class."
+    rows, label = known
+    layer, _ = ridge_by_folds(rows, label, torch.arange(len(rows)) % 5, classes)
+    query, truth = asked
     return float((layer(query).argmax(1) == truth).float().mean())
+
+
+def shape_summaries(extractor: FeatureExtractor, split: str) -> tuple[Tensor, Tensor]:
+    "A summary and the class of each generated shape."
+    path = embedded_shapes(per_category=PER_CLASS, views=2, size=16)
+    reader = ShapeNetViews(path, split=split)
+    rows, labels = [], []
+    for index in range(len(reader)):
+        cloud = reader.rows(index)
+        found = extractor.summary(cloud["xyz"], cloud["color"], cloud["normal"])
+        rows.append(torch.from_numpy(found))
+        labels.append(reader.label(index))
+    return torch.stack(rows), torch.tensor(labels)
 
 
 def scans_score(backbone: Backbone, clouds: list[list[dict]]) -> float:
@@ -241,7 +274,43 @@ def score_row(arm: str, seed: int, work: Path, clouds: list[list[dict]]) -> dict
     return {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}
 
 
-def verdict(rows: list[dict]) -> dict[str, Any]:
+def score_shipped(
+    arm: str,  # "both", "objects" or "rooms"; "random" before it: nobody trained them
+    weights: str,  # of both
+    seed: int,  # of random weights
+    clouds: list[list[dict]],
+) -> dict[str, Any]:
+    "Everything about one set of weights."
+    name = arm.removeprefix("random ")
+    row: dict[str, Any] = {"arm": arm, "seed": seed}
+    for kind in SHIPPED:
+        if name not in ("both", kind):
+            continue
+        where = (weights, kind) if name == "both" else (name,)
+        extractor = FeatureExtractor.from_pretrained(*where)
+        row |= {"network": type(extractor.backbone).__name__, "features": extractor.width}
+        if arm != name:
+            extractor = random_like(extractor, seed)
+        else:
+            row |= {"code": extractor.record["code"], "steps": extractor.record["steps"]}
+        if kind == "objects":
+            known, asked = (shape_summaries(extractor, split) for split in ("train", "test"))
+            row["objects"] = linear_probe(known, asked, int(known[1].max()) + 1)
+            for score, columns in SCANNED.items():
+                top = [found["top1"] for found in scores(extractor, clouds, columns).values()]
+                row[score] = sum(top) / len(top)
+        else:
+            rooms = SceneData(source="rooms", features=PAIR.data.features)
+            train = room_samples(read_rooms(rooms, "train"))
+            held_out = [room_samples(read_rooms(rooms, split)) for split in ("val", "test")]
+            row["rooms"] = rooms_score(extractor.backbone, train, held_out)
+    return {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}
+
+
+def verdict(
+    rows: list[dict],
+    limits: dict[str, tuple[str, float]] = LIMITS,
+) -> dict[str, Any]:
     "Mean differences of both from each alone, and whether all are within their limits."
 
     def mean(arm, score):
@@ -249,35 +318,27 @@ def verdict(rows: list[dict]) -> dict[str, Any]:
         return sum(own) / len(own)
 
     below = {}
-    for score, (other, limit) in LIMITS.items():
+    for score, (other, limit) in limits.items():
         gap = mean("both", score) - mean(other, score)
         below[score] = {"difference": round(gap, 4), "limit": -limit, "as_good": gap >= -limit}
     return {"scores": below, "as_good": all(one["as_good"] for one in below.values())}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scans", type=Path, required=True, help="folder of scanned objects")
-    parser.add_argument("--work", type=Path, default=Path("runs/unified"), help="folder of runs")
-    parser.add_argument("--json", type=Path, default=Path("data/records/benchmark_unified.json"))
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    clouds = []
-    for n, path in enumerate(sorted(args.scans.glob("*.npz"))):
-        mesh = read_object(path)
-        clouds.append([sample(mesh, points, 10 * n + k) for k, points in enumerate(POINTS)])
+def compare_runs(args: argparse.Namespace, clouds: list[list[dict]], scans: dict) -> None:
+    "Short runs on both and on each kind, over seeds."
     facts = dict(
         task="one SparseUNet on objects and rooms in alternation, beside one on each",
         steps=STEPS,
         recipes={arm: dict(lr=r.optimiser.lr, steps=r.run.steps) for arm, r in RUNS.items()},
-        scans={"objects": len(clouds), "sha256": data_hash(args.scans)},
+        scans=scans,
     )
+    path = args.json or Path("data/records/benchmark_unified.json")
     rows = []
-    if args.json.is_file():
-        before = read_json(args.json)
+    if path.is_file():
+        before = read_json(path)
         if before["steps"] != STEPS:
-            parser.error(f"--json: expected a record of {STEPS} steps, found {before['steps']}")
+            found = before["steps"]
+            raise SystemExit(f"unified: --json: expected a record of {STEPS} steps, found {found}")
         rows = before["rows"]
     for seed in range(args.seeds):
         for arm in (*RUNS, "random"):
@@ -286,7 +347,47 @@ def main():
             rows.append(score_row(arm, seed, args.work, clouds))
             print(rows[-1])
             whole = {row["arm"] for row in rows} >= set(RUNS)
-            write_record(args.json, **facts, rows=rows, verdict=verdict(rows) if whole else None)
+            write_record(path, **facts, rows=rows, verdict=verdict(rows) if whole else None)
+
+
+def compare_shipped(args: argparse.Namespace, clouds: list[list[dict]], scans: dict) -> None:
+    "Weights of both beside the two sets that ship."
+    path = args.json or Path("data/records/benchmark_unified_shipped.json")
+    task = "weights of both kinds of cloud beside the two sets that ship"
+    before = read_json(path)["rows"] if path.is_file() else []
+    files = {name: args.shipped if name == "both" else name for name in ("both", *SHIPPED)}
+    held = {name: data_hash(find_weights(file) / WEIGHTS_FILE) for name, file in files.items()}
+    rows = [row for row in before if row["sha256"] == held.get(row["arm"])]  # of the same weights
+    random = [
+        (f"random {name}", seed) for seed in range(args.seeds) for name in ("both", "objects")
+    ]
+    for arm, seed in [("objects", 0), ("rooms", 0), *random, ("both", 0)]:
+        if any(row["arm"] == arm and row["seed"] == seed for row in rows):
+            continue
+        row = score_shipped(arm, args.shipped, seed, clouds)
+        rows.append(row | {"sha256": held.get(arm)})
+        print(rows[-1])
+        whole = {row["arm"] for row in rows} >= {"both", *SHIPPED}
+        said = verdict(rows, SHIPPED) if whole else None
+        write_record(path, task=task, scans=scans, rows=rows, verdict=said)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scans", type=Path, required=True, help="folder of scanned objects")
+    parser.add_argument("--shipped", metavar="WEIGHTS", help="compare these with those that ship")
+    parser.add_argument("--work", type=Path, default=Path("runs/unified"), help="folder of runs")
+    parser.add_argument("--json", type=Path, help="record; default: in data/records")
+    parser.add_argument("--seeds", type=int, default=2, help="runs, or random weights, of each")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    clouds = []
+    for n, path in enumerate(sorted(args.scans.glob("*.npz"))):
+        mesh = read_object(path)
+        clouds.append([sample(mesh, points, 10 * n + k) for k, points in enumerate(POINTS)])
+    scans = {"objects": len(clouds), "sha256": data_hash(args.scans)}
+    compare = compare_shipped if args.shipped else compare_runs
+    compare(args, clouds, scans)
 
 
 if __name__ == "__main__":

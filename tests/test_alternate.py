@@ -184,9 +184,13 @@ def test_the_weights_start_tasks_and_give_features(whole):
         mini = finetune_recipes["cls-furniture-mini"]
         how = dict(backbone="SparseUNet", backbone_options=sizes, features=features)
         assert start_from(build_backbone(change(mini, **how)), whole).coverage == 1
-    extractor = FeatureExtractor.from_pretrained(whole)
     xyz = torch.rand(50, 3)
-    assert extractor(xyz).shape == (50, 8)
+    for kind, size in (
+        ("objects", 0.1),
+        ("object-tiny", 0.05),
+    ):  # two of objects: the second by its recipe
+        extractor = FeatureExtractor.from_pretrained(whole, kind)
+        assert extractor(xyz).shape == (50, 8) and extractor.backbone.voxel_size == size
 
 
 def test_what_cannot_alternate_is_refused(tmp_path, capsys):

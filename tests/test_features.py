@@ -20,7 +20,7 @@ from untrained import save_run
 
 from unipre3d import backbones
 from unipre3d.backbones.adapter import PointAdapter, as_pyg
-from unipre3d.cli import cloud_paths, main
+from unipre3d.cli import cloud_paths, main, next_commands
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment, augment
 from unipre3d.data.clouds import read_cloud, write_cloud
@@ -32,6 +32,7 @@ from unipre3d.features import (
     fetch_weights,
     find_weights,
     in_tiles,
+    kinds_of,
     load_weights,
     shipped_weights,
     transform_of,
@@ -39,7 +40,7 @@ from unipre3d.features import (
 from unipre3d.predictions import Predictor
 from unipre3d.recipes import finetune_recipes, recipes
 from unipre3d.runs.recipe import change, check_changes, from_values
-from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, run_recipe
+from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, build_backbone, run_recipe
 from unipre3d.runs.starts import start_from, start_summary
 from unipre3d.tasks.classification import class_samples, nearest_probabilities, read_clouds
 
@@ -412,8 +413,10 @@ def test_a_hub_that_does_not_answer():
 def test_shipped_weights(name):
     folder = shipped_weights()[name]
     assert (folder / "model.safetensors").stat().st_size <= 4 * 2**20
-    extractor = FeatureExtractor.from_pretrained(name)
+    config = json.loads((folder / "config.json").read_text())
+    extractor = FeatureExtractor.from_pretrained(name, next(iter(config.get("kinds", [""]))))
     assert extractor.transform.optional == ("color", "normal")
+    assert ("transform" in config) == ("" in extractor.kinds)
     card = (folder / "README.md").read_text()
     for words in ("Trained", "Held-out scores", "Data", "CC BY", "Not good for"):
         assert words in card
@@ -425,6 +428,139 @@ def test_shipped_weights(name):
         order = RNG.permutation(len(XYZ))
         mixed = extractor(XYZ[order], CHAIR["color"][order], CHAIR["normal"][order])
         assert np.array_equal(mixed, feat[order]) and feat.std(0).min() > 0
+
+
+# ------------------------------------------------------------------------------------------------ kinds of cloud
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    "The run of a recipe that alternates, and its weights as they are shared."
+    folder = tmp_path_factory.mktemp("kinds")
+    run = untrained("both-sparseunet-mini", folder / "run")
+    extractor = FeatureExtractor.from_pretrained(run, "objects")
+    record = json.loads((shipped_weights()["rooms"] / "record.json").read_text())
+    record["data"] |= {"second_name": "furniture", "second_train": 500}
+    extractor.record = record
+    return run, extractor.save_pretrained(folder / "weights")
+
+
+def test_a_kind_of_cloud_has_its_transform_and_its_voxels(paired):
+    xyz, rgb = box_room(3000)
+    normal = estimate_normals(xyz, inside=True)
+    recipe = recipes["both-sparseunet-mini"]
+    chair = XYZ, CHAIR["color"], CHAIR["normal"]
+    sizes = dict(rooms=0.07, objects=0.04)
+    kinds = kinds_of(recipe, build_backbone(recipe))
+    assert {name: kind.voxel_size for name, kind in kinds.items()} == sizes
+    for where in paired:
+        for kind, cloud in (("objects", chair), ("rooms", (xyz, rgb, normal))):
+            extractor = FeatureExtractor.from_pretrained(where, kind)
+            feat = extractor(*cloud)
+            by_hand = transform_of(
+                recipe if kind == "rooms" else recipes["object-sparseunet-mini"],
+                small("SparseUNet", voxel_size=sizes[kind], in_channels=6),
+            )
+            by_hand = replace(
+                by_hand, features=("normal", "color_signed"), optional=("color", "normal")
+            )
+            assert extractor.transform == by_hand and bool(by_hand.radius) == (kind == "objects")
+            net = small("SparseUNet", voxel_size=sizes[kind], in_channels=6).eval()
+            assert start_from(net, where).coverage == 1
+            assert extractor.backbone.voxel_size == extractor.backbone.config["voxel_size"]
+            assert extractor.backbone.voxel_size == sizes[kind]
+            assert np.array_equal(FeatureExtractor(net, by_hand)(*cloud), feat)
+            net.voxel_size = 0.1
+            assert not np.array_equal(FeatureExtractor(net, by_hand)(*cloud), feat)
+
+
+def test_weights_of_several_kinds_come_back(paired, tmp_path):
+    run, folder = paired
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["kinds"]) == {"objects", "rooms"} and "transform" not in config
+    kept = FeatureExtractor.from_pretrained(folder, "rooms")
+    assert kept.kinds == FeatureExtractor.from_pretrained(run, "objects").kinds
+    again = kept.save_pretrained(tmp_path / "again")
+    for kind in ("objects", "rooms"):
+        first, second = (FeatureExtractor.from_pretrained(f, kind) for f in (folder, again))
+        assert np.array_equal(first(XYZ), second(XYZ)) and first.kinds == second.kinds
+    assert backbones.SparseUNet.from_pretrained(folder).width == kept.width
+    card = (folder / "README.md").read_text()
+    for words in (
+        "# Features of rooms and objects: SparseUNet",
+        'from_pretrained(WHERE, kind="rooms")',
+        '**Rooms**, `kind="rooms"` in metres, z up, voxels of 0.07 m',
+        '**Objects**, `kind="objects"` of any size, z up; 512 points',
+        "and 500 of `furniture` in alternation",
+    ):
+        assert words in card, words
+
+
+def test_a_kind_is_never_guessed(paired, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_cloud(tmp_path / "chair.ply", XYZ[:600], CHAIR["color"][:600])
+    needed = "--kind: expected rooms or objects, kinds of cloud that"
+    for where in paired:
+        for kind, says in (("", "found none"), ("streets", "found streets")):
+            with pytest.raises(ValueError, match=f"{needed} .*{says}") as problem:
+                FeatureExtractor.from_pretrained(where, kind)
+            assert "\n" not in str(problem.value)
+        for command in ("features", "view"):
+            words = (command, "chair.ply", "--from", where, "--out")
+            out = "a.npz" if command == "features" else "a.html"
+            assert run_cli(*words, out) == 2
+            assert needed in capsys.readouterr().err
+            assert run_cli(*words, out, "--kind", "objects") == 0
+        found = np.load(tmp_path / "a.npz")
+        own = FeatureExtractor.from_pretrained(where, "objects")(XYZ[:600], CHAIR["color"][:600])
+        assert np.abs(found["feat"] - own).max() < 1e-5
+    capsys.readouterr()
+    for words in (("features", "chair.ply"), ("view", "chair.ply", "--out", "b.html")):
+        for weights in ("objects", untrained("object-transformer-mini", tmp_path / words[0])):
+            assert run_cli(*words, "--from", weights, "--kind", "objects") == 2
+            said = capsys.readouterr().err
+            assert "--kind: expected none for" in said and "leave it out" in said
+            assert len(said.splitlines()) == 1
+    assert run_cli("view", "chair.ply", "--from", "none", "--kind", "rooms", "--out", "b.html") == 2
+    assert "--kind: expected none without weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [],
+        {"objects": 3},
+        {"objects": {"transform": {}}},
+        {"objects": {"transform": {}, "voxel_size": -1}},
+        {"objects": {"transform": {"flavour": 1}, "voxel_size": 0.1}},
+    ],
+)
+def test_kinds_that_there_are_not(paired, tmp_path, kinds):
+    FeatureExtractor.from_pretrained(paired[1], "rooms").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"kinds": kinds}))
+    with pytest.raises(ValueError, match="config.json: ") as problem:
+        load_weights(tmp_path, "objects")
+    assert "\n" not in str(problem.value)
+
+
+def test_tasks_of_both_kinds_start_from_one_set_of_weights(paired, tmp_path):
+    for where in paired:
+        shapes = change(
+            finetune_recipes["cls-shapes-mini"],
+            backbone="SparseUNet",
+            backbone_options=SMALL_BACKBONES["SparseUNet"] | {"voxel_size": 0.04},
+            features=("normal", "color_signed"),
+        )
+        for recipe, size in ((shapes, 0.04), (finetune_recipes["sem-rooms-mini"], 0.07)):
+            net = build_backbone(recipe)
+            assert start_from(net, where).coverage == 1 and net.voxel_size == size
+    commands = next_commands(recipes["both-sparseunet-mini"], tmp_path)
+    assert [line.rsplit(" ", 1)[1] for line in commands if " --kind " in line] == [
+        "rooms",
+        "objects",
+    ]
+    assert any("finetune sem-rooms-mini" in line for line in commands)
 
 
 # ------------------------------------------------------------------------------------------------ probes

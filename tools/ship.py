@@ -2,6 +2,9 @@
 
     python tools/ship.py objects [--steps N] [--run FOLDER]
     python tools/ship.py rooms
+    python tools/ship.py both
+
+None of `both` come with the package, because they are not as good on objects (data/records/benchmark_unified_shipped.json).
 
 A run folder that is finished already is not trained again: its weights are taken. The run of `--run` goes on where it was stopped.
 """
@@ -41,6 +44,12 @@ SHIPPED: dict[str, Recipe] = {
         workers=0,
         picture_every=0,
     ),
+    "both": change(
+        recipes["both-sparseunet-mini"],
+        about="features of objects and of rooms: one small SparseUNet",
+        workers=0,
+        picture_every=0,
+    ),
 }
 LARGEST = 4 * 2**20  # bytes of the weights
 KEPT = """kind recipe task values code seed steps ended data processes hardware train_seconds
@@ -59,10 +68,11 @@ def train(name: str, steps: int | None, folder: Path) -> Path:
 
 def ship(name: str, folder: Path, target: Path) -> None:
     "The backbone of a run as shipped weights."
-    backbone, transform, _ = load_weights(folder)
+    kind = "rooms" if SHIPPED[name].data.alternate else ""  # any: all kinds are written
+    backbone, transform, _, kinds = load_weights(folder, kind)
     record = read_record(folder / "record.json")
     kept = {key: record[key] for key in KEPT if key in record}
-    FeatureExtractor(backbone, transform, kept).save_pretrained(target)
+    FeatureExtractor(backbone, transform, kept, kinds).save_pretrained(target)
     size = (target / "model.safetensors").stat().st_size
     if size > LARGEST:
         most = f"expected at most {LARGEST / 2**20:g}; make it smaller"

@@ -553,7 +553,9 @@ def next_commands(
     folder: Path,  # of the run
 ) -> list[str]:  # the first is the nearest
     "What a finished run is good for, as commands."
+    from unipre3d.features import kinds_of
     from unipre3d.recipes import finetune_recipes
+    from unipre3d.runs.run import build_backbone
 
     place = shlex.quote(str(folder))
     if recipe.command == "finetune":
@@ -561,7 +563,8 @@ def next_commands(
         return [f"unipre3d predict CLOUD --from {place}{category}"]
     if recipe.task == "autoencoder":
         return []  # an image model: no cloud goes through it
-    found = [f"unipre3d features CLOUD --from {place}"]
+    kinds = [f" --kind {kind}" if kind else "" for kind in kinds_of(recipe, build_backbone(recipe))]
+    found = [f"unipre3d features CLOUD --from {place}{kind}" for kind in kinds]
     for name, more in OWN_START.items():
         if weights_fit(finetune_recipes[name], recipe):
             found.append(f"unipre3d finetune {name}{more} --init {place}")
@@ -837,6 +840,7 @@ class FeatureOptions:
 
     # "objects", "rooms", a run folder, a folder of weights, or owner/name on the hub
     weights: Annotated[str, called("from")] = "objects"
+    kind: str = ""  # of cloud, "objects" or "rooms": for weights that know both
     out: str | None = None  # .npz to write, its .ply beside it; default: CLOUD-features.npz here
     similar: int | None = None  # colour by likeness to this point, counted from 0 as in the file
     nearest: int | None = None  # of a folder: name so many clouds most like each
@@ -987,7 +991,7 @@ def features_command(args: list[str]) -> int:
     )
 
     out = archive_path(options.out or f"{Path(given).expanduser().resolve().stem}-features.npz")
-    extractor = FeatureExtractor.from_pretrained(options.weights)
+    extractor = FeatureExtractor.from_pretrained(options.weights, options.kind)
     how = cloud_words(options, extractor.transform)
     folder_for(out.parent)
     if whole:
@@ -1104,12 +1108,13 @@ class ViewOptions:
     index: int = 0  # of a run, which cloud of the split
     # of a file, whose features: "objects", "rooms", a run, a folder of weights, owner/name; "none"
     weights: Annotated[str, called("from")] = "objects"
+    kind: str = ""  # of a file, "objects" or "rooms": for weights that know both
     unit: str | None = None  # of a file's coordinates: m, cm, mm, in or ft; counts for rooms
     up: str = "z"  # axis that points up in a file: "x", "y" or "z"
     normals: str = "given"  # "estimate": compute those of a file from its points
 
 
-RUN_WORDS, FILE_WORDS = ("split", "index"), ("weights", "unit", "up", "normals")
+RUN_WORDS, FILE_WORDS = ("split", "index"), ("weights", "kind", "unit", "up", "normals")
 
 
 def build_exhibit(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -24,22 +26,24 @@ from .data.clouds import CloudFile, cloud_of, read_cloud, write_cloud
 from .data.readers import RADIUS, found_at
 from .data.samples import STORED
 from .data.transform import Prepared, Transform
-from .files import read_json
+from .files import read_json, reading
 from .recipes import read_recipe
 from .records import write_json, write_weights, written_whole
 from .runs.recipe import Recipe
 from .runs.run import backbone_class, build_backbone
 from .runs.starts import WEIGHTS_FILE, start_from
 from .tasks.heads import pool, propagate
+from .tasks.pretrain import second_recipe
 from .values import refusal
 from .worlds.mesh import on_surface, read_mesh, sample_faces, surface
 
 # %% auto #0
 __all__ = ['MADE_IN_BOX', 'MOST_VOXELS', 'MARGIN', 'STRIDE', 'ARTISTS', 'EMBEDDED', 'ROWS', 'MESH_FILES', 'UNITS', 'ROOM',
-           'transform_of', 'cut_tiles', 'in_tiles', 'shipped_weights', 'fetch_weights', 'find_weights', 'load_weights',
-           'FeatureExtractor', 'answer_places', 'card_text', 'pca_colors', 'check_point', 'likeness', 'scale_colors',
-           'check_nearest', 'nearest_clouds', 'open_cloud', 'check_unit', 'unit_scale', 'sides_text', 'size_text',
-           'file_columns', 'archive_path', 'save_features']
+           'transform_of', 'Kind', 'kinds_of', 'choose_kind', 'cut_tiles', 'in_tiles', 'shipped_weights',
+           'fetch_weights', 'find_weights', 'read_kinds', 'load_weights', 'FeatureExtractor', 'answer_places',
+           'card_text', 'pca_colors', 'check_point', 'likeness', 'scale_colors', 'check_nearest', 'nearest_clouds',
+           'open_cloud', 'check_unit', 'unit_scale', 'sides_text', 'size_text', 'file_columns', 'archive_path',
+           'save_features']
 
 # %% ../nbs/63_features.ipynb #f63recipe
 MADE_IN_BOX = ("shapenet", "furniture", "shapes")  # layouts whose objects are centred by their box
@@ -61,6 +65,64 @@ def transform_of(
     centre = "box" if data.layout in MADE_IN_BOX else "mean"
     radius = getattr(data, "radius", RADIUS)
     return Transform(**how, radius=radius, centre=centre, n_points=data.n_points)
+
+# %% ../nbs/63_features.ipynb #f63kind
+@dataclass(frozen=True)
+class Kind:
+    "A kind of cloud that weights know. Raises: ValueError for voxels without an edge."
+
+    transform: Transform
+    voxel_size: float | None = None  # edge of the backbone's voxels; None: as it was built
+
+    def __post_init__(self):
+        size = self.voxel_size
+        if size is not None and not (isinstance(size, Real) and 0 < size < np.inf):
+            raise ValueError(f"kinds.voxel_size: expected a length above 0, got {size!r}")
+
+    def values(self) -> dict[str, Any]:
+        "Plain values, for a file."
+        return {"transform": self.transform.values(), "voxel_size": self.voxel_size}
+
+    def set_size(self, backbone: Backbone) -> Backbone:
+        "The backbone, changed in place: on voxels of this kind's size."
+        if self.voxel_size is not None:
+            backbone.voxel_size = self.voxel_size
+            backbone.config = backbone.config | {"voxel_size": self.voxel_size}
+        return backbone
+
+
+def kinds_of(
+    recipe: Recipe,
+    backbone: Backbone,  # of the recipe
+) -> dict[str, Kind]:  # by name; one alone is named ""
+    "What clouds a run was trained on: one kind, or two in alternation."
+    kinds = {"": Kind(transform_of(recipe, backbone))}
+    if not getattr(recipe.data, "alternate", ""):
+        return kinds
+    other = second_recipe(recipe)
+    found = {}
+    for own, net in ((recipe, backbone), (other, build_backbone(other))):
+        transform = transform_of(own, net)
+        name = "rooms" if transform.voxel_size else "objects"
+        name = recipe.data.alternate if name in found else name
+        found[name] = Kind(transform, getattr(net, "voxel_size", None))
+    return found
+
+
+def choose_kind(
+    kinds: Mapping[str, Kind],  # of some weights
+    kind: str,  # the name of one; "" for weights of one kind
+    where: str | Path,  # the weights, for messages
+) -> Kind:
+    "The kind of that name. Raises: ValueError of one line for one unknown, missing or not needed."
+    if kind in kinds:
+        return kinds[kind]
+    if "" in kinds:
+        know = f"none for {where}, which know one kind of cloud"
+        raise refusal("--kind", know, kind, "leave it out")
+    raise refusal(
+        "--kind", f"{' or '.join(kinds)}, kinds of cloud that {where} know", kind or "none"
+    )
 
 # %% ../nbs/63_features.ipynb #f63tile
 MOST_VOXELS = 120_000  # of a tile, without its margin
@@ -178,10 +240,29 @@ def find_weights(
     )
 
 
+def read_kinds(
+    config: Mapping[str, Any],  # of weights that `save_pretrained` wrote
+    where: str | Path,  # the file, for messages
+) -> dict[str, Kind]:  # by name; one alone is named ""
+    """The kinds of cloud that a file describes.
+
+    Raises: ValueError of one line.
+    """
+    if "transform" in config:
+        return {"": Kind(Transform.from_values(config["transform"], f"{where}: transform"))}
+    found = {}
+    with reading(where, "kinds of cloud, each with its transform and voxel_size"):
+        for name, values in config["kinds"].items():
+            transform = Transform.from_values(values["transform"], f"{where}: kinds.{name}")
+            found[name] = Kind(transform, values["voxel_size"])
+    return found
+
+
 def load_weights(
     where: str | Path,  # as `find_weights` takes it
-) -> tuple[Backbone, Transform, dict[str, Any]]:  # the last: the record, empty where there is none
-    """A backbone, what clouds it knows, and how it came about.
+    kind: str = "",  # of cloud, which weights of several need: "objects" or "rooms"
+) -> tuple[Backbone, Transform, dict[str, Any], dict[str, Kind]]:  # record: empty without one
+    """A backbone for a kind of cloud, its transform, how it came about, and all kinds that it knows.
 
     Raises: FileNotFoundError or ValueError of one line.
     """
@@ -189,11 +270,11 @@ def load_weights(
     config = read_json(folder / "config.json", what="the config.json of weights or of a run")
     file = folder / "record.json"
     record = read_json(file) if file.is_file() else {}
-    if "transform" in config:
-        kind = backbone_class(config.get("backbone"))
-        values = config["transform"]
-        transform = Transform.from_values(values, f"{folder / 'config.json'}: transform")
-        return kind.from_pretrained(folder), transform, record
+    if "transform" in config or "kinds" in config:
+        kinds = read_kinds(config, folder / "config.json")
+        chosen = choose_kind(kinds, kind, where)
+        backbone = backbone_class(config.get("backbone")).from_pretrained(folder)
+        return chosen.set_size(backbone), chosen.transform, record, kinds
     if "name" not in config:
         raise refusal(
             str(folder / "config.json"),
@@ -205,8 +286,10 @@ def load_weights(
     if not hasattr(recipe.model, "backbone"):
         raise refusal(str(folder), "the run of a backbone", f"one of {recipe.task}")
     backbone = build_backbone(recipe)
+    kinds = kinds_of(recipe, backbone)
+    chosen = choose_kind(kinds, kind, where)
     start_from(backbone, folder)
-    return backbone, transform_of(recipe, backbone), record
+    return chosen.set_size(backbone), chosen.transform, record, kinds
 
 # %% ../nbs/63_features.ipynb #f63extract
 ARTISTS = (
@@ -229,10 +312,12 @@ class FeatureExtractor:
         backbone: Backbone,
         transform: Transform,
         record: dict[str, Any] | None = None,  # of its training, for the card
+        kinds: Mapping[str, Kind] | None = None,  # all that it knows; None: the transform's alone
     ):
         self.backbone = backbone.eval().requires_grad_(False)
         self.transform = transform
         self.record = record or {}
+        self.kinds = dict(kinds or {"": Kind(transform)})
 
     @property
     def width(self) -> int:
@@ -243,9 +328,10 @@ class FeatureExtractor:
     def from_pretrained(
         cls,
         where: str | Path,  # name, run folder, folder of weights, or owner/name on the hub
+        kind: str = "",  # of cloud, which weights of several need: "objects" or "rooms"
     ) -> FeatureExtractor:
         "The features of some weights. Raises: FileNotFoundError or ValueError of one line."
-        return cls(*load_weights(where))
+        return cls(*load_weights(where, kind))
 
     def __call__(
         self,
@@ -302,8 +388,11 @@ class FeatureExtractor:
         "Write `config.json`, `model.safetensors`, `record.json` and the card, `README.md`."
         folder = Path(folder)
         self.backbone.save_pretrained(folder)
-        config = read_json(folder / "config.json") | {"transform": self.transform.values()}
-        write_json(folder / "config.json", config)
+        if "" in self.kinds:
+            more = {"transform": self.transform.values()}
+        else:
+            more = {"kinds": {name: kind.values() for name, kind in self.kinds.items()}}
+        write_json(folder / "config.json", read_json(folder / "config.json") | more)
         if half:
             state = self.backbone.state_dict()
             small = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
@@ -377,7 +466,10 @@ def card_text(
     "What weights are, from their record."
     backbone, transform, record = features.backbone, features.transform, features.record
     size = sum(p.numel() for p in backbone.parameters())
-    kind = "rooms" if transform.voxel_size else "objects"
+    several = "" not in features.kinds
+    own = "rooms" if transform.voxel_size else "objects"
+    names = " and ".join(features.kinds) if several else own
+    first = f', kind="{next(iter(features.kinds))}"' if several else ""
     lines = [
         "---",
         "library_name: unipre3d",
@@ -385,38 +477,46 @@ def card_text(
         "tags: [point-cloud, pre-training, gaussian-splatting]",
         "---",
         "",
-        f"# Features of {kind}: {type(backbone).__name__}, {size:,} parameters",
+        f"# Features of {names}: {type(backbone).__name__}, {size:,} parameters",
         "",
         f"A row of {backbone.width} features for each point of a cloud.",
         "",
         "```python",
         "from unipre3d.features import FeatureExtractor",
-        "feat = FeatureExtractor.from_pretrained(WHERE)(xyz, color, normal)  # [n c]",
+        f"feat = FeatureExtractor.from_pretrained(WHERE{first})(xyz, color, normal)  # [n c]",
         "```",
         "",
         f"- **Reads** {', '.join(transform.features)}; "
         f"may be left out: {', '.join(transform.optional) or 'nothing'}.",
     ]
-    if transform.voxel_size:
-        lines.append(f"- **Rooms** in metres, z up, voxels of {transform.voxel_size:g} m.")
-    else:
-        lines.append(
-            f"- **Objects** of any size, z up; {transform.n_points} points of each are read."
-        )
+    for name, kind in features.kinds.items():
+        word = f', `kind="{name}"`' if several else ""
+        lines.append(_card_of_kind(transform if not several else kind.transform, word))
     if record:
         lines += _card_of_record(record)
     return "\n".join(lines) + "\n"
+
+
+def _card_of_kind(transform, word):
+    "What clouds of a kind are, for a card."
+    if transform.voxel_size:
+        return f"- **Rooms**{word} in metres, z up, voxels of {transform.voxel_size:g} m."
+    return f"- **Objects**{word} of any size, z up; {transform.n_points} points of each are read."
 
 
 def _card_of_record(record):
     "What a record says for a card."
     data, metrics = record["data"], record["metrics"]
     hardware = record["hardware"]
-    known = EMBEDDED.get(data["name"], "")
+    names = [data[key] for key in ("name", "second_name") if key in data]
+    known = "; ".join(EMBEDDED[name] for name in names if name in EMBEDDED)
     scores = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    clouds = f"{data['train']} clouds of `{data['name']}`"
+    if "second_name" in data:
+        clouds += f" and {data['second_train']} of `{data['second_name']}` in alternation"
     return [
         f"- **Trained** by the recipe `{record['recipe']}`: {record['steps']} steps on "
-        f"{data['train']} clouds of `{data['name']}`, {record['train_seconds'] / 60:.0f} minutes, "
+        f"{clouds}, {record['train_seconds'] / 60:.0f} minutes, "
         f"{hardware['cpu']}, {hardware['threads']} threads, {record['code']}.",
         f"- **Held-out scores** ({data['val']} clouds): {scores}.",
         f"- **Data**: {known or 'see the folder or archive of that name'}.",

@@ -207,6 +207,7 @@ def exhibit_of_file(
     path: str | Path,  # a cloud, a mesh or a splat
     weights: str | Path = "objects",  # name, run folder, folder of weights, owner/name; or "none"
     *,
+    kind: str = "",  # of cloud, which weights of several need: "objects" or "rooms"
     points: int = MOST_POINTS,  # that are shown, at most
     unit: str | None = None,  # of its coordinates; counts for weights of rooms
     up: str = "z",  # axis that points up in it
@@ -217,7 +218,9 @@ def exhibit_of_file(
     Raises: FileNotFoundError, OSError or ValueError of one line, as the readers and `FeatureExtractor`.
     """
     path = regular_file(path, "a file of points or of Gaussians, or a run folder")
-    extractor = None if weights == "none" else FeatureExtractor.from_pretrained(weights)
+    if weights == "none" and kind:
+        raise refusal("--kind", "none without weights", kind, "name weights with --from")
+    extractor = None if weights == "none" else FeatureExtractor.from_pretrained(weights, kind)
     transform = Transform() if extractor is None else extractor.transform
     check_unit(unit, transform)
     transform.check_words(up, normals)

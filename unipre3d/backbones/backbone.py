@@ -246,7 +246,8 @@ class Backbone(nn.Module):
             regular_file(file, "a file that save_pretrained wrote")
         config = read_json(config_file)
         kind = config.pop("backbone", None)
-        config.pop("transform", None)  # of the clouds that it knows
+        for name in ("transform", "kinds"):  # of the clouds that it knows
+            config.pop(name, None)
         if kind != cls.__name__:
             raise ValueError(f"{config_file}: expected backbone {cls.__name__!r}, found {kind!r}")
         weights, _ = read_safetensors(weights_file)
