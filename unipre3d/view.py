@@ -565,9 +565,10 @@ def draw_scenes(
 def half_precision_unit(
     largest: float,  # standard deviation, world units
 ) -> float:  # world units, a power of two
-    """The unit in which the variances of Gaussians use the range of half precision, which viser sends them in.
+    """The unit in which variances of Gaussians use the range of half precision, which viser sends them in.
 
-    In it the largest variance lies in 2^12..2^14. In world units a standard deviation of 0.0001 would become none, and one of 256 infinite.
+    The largest variance lies in 2^12..2^14 then. In world units a standard deviation of 0.0001 would become none,
+    and one of 256 infinite.
     """
     return 2.0 ** (math.floor(math.log2(largest)) - 6) if largest > 0 else 1.0
 
