@@ -2,8 +2,9 @@
 
     python benchmarks/arms.py [--repeats 15] [--arms colour outline ...] [--json PATH]
 
-Sixty shapes stand for all. A step is loading, forward and backward of the same 24 shapes, so that decoded images and maps of the image model are cached for all.
-Lengths at equal time follow from the medians (`SECONDS` of unipre3d.reproduce.second).
+Sixty shapes stand for all. A step is loading, forward and backward of the same 24 shapes, so that decoded images and
+maps of the image model are cached for all. Lengths at equal time follow from the medians (`SECONDS` of
+unipre3d.reproduce.second).
 """
 
 import argparse

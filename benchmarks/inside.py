@@ -4,11 +4,14 @@
 
 STUDY is the folder of `unipre3d reproduce second --only more`. Written before its first run.
 
-colour: a linear layer in closed form from the frozen features of a group of points to the mean colour of its points, from the
-shapes of pre-training; R^2 on held-out shapes. The backbone reads places only, so what it knows of colour it has guessed from
-shape. The paper's direction: `none` (no images, colours must be guessed) knows more than `paper` (images bring them).
-size: the median over held-out shapes of the size of Gaussians (the geometric mean of their three standard deviations, world
-units) with 16, 32 and 64 of them. The paper's direction: more points, smaller Gaussians.
+colour: a linear layer in closed form from the frozen features of a group of points to the mean colour of its points,
+from the shapes of pre-training; R^2 on held-out shapes. The backbone reads places only, so what it knows of colour it
+has guessed from shape. The paper's direction: `none` (no images, colours must be guessed) knows more than `paper`
+(images bring them).
+
+size: the median over held-out shapes of the size of Gaussians (the geometric mean of their three standard
+deviations, world units) with 16, 32 and 64 of them. The paper's direction: more points, smaller Gaussians.
+
 Intervals are Student's over pairs of one seed.
 """
 

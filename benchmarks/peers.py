@@ -1,10 +1,11 @@
-"""What the peers of splatting cost, and how they begin: three kinds of scenes on objects, masked blocks beside pictures on rooms.
+"""What the peers of splatting cost, and how they begin: scenes on objects, masked blocks on rooms.
 
     python benchmarks/peers.py [--repeats 12] [--steps 100] [--only KIND] [--json PATH]
 
-One thread. On objects everything but the kind of scene is equal, the network, the rate and the seed too. Steps of all kinds alternate,
-and a time is the median of the processor time of a step without the optimiser. Then each kind of scene is trained for some steps of a
-few objects and scored on whole held-out views. The recipe of rooms by pictures reads one room a step, the masked one two crops: each as it is.
+One thread. On objects everything but the kind of scene is equal, the network, the rate and the seed too. Steps of all
+kinds alternate, and a time is the median of the processor time of a step without the optimiser. Then each kind of
+scene is trained for some steps of a few objects and scored on whole held-out views. The recipe of rooms by pictures
+reads one room a step, the masked one two crops: each as it is.
 """
 
 import argparse

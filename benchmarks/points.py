@@ -2,10 +2,10 @@
 
     python benchmarks/points.py [--workloads knn ball farthest interpolate] [--largest N] [--repeats 5] [--json PATH]
 
-Clouds are points in random order on the surfaces of a room. The rows of 32 clouds of 1,024 points are what a step of the
-default recipe does. A tree is planted anew in every call, also a peer's. `torch` is what graphics cards run; it compares every
-query with every point and is left out where that takes minutes. pykdtree and fpsample are timed where they can be imported.
-All use as many threads as torch does, which OMP_NUM_THREADS sets.
+Clouds are points in random order on the surfaces of a room. The rows of 32 clouds of 1,024 points are what a step of
+the default recipe does. A tree is planted anew in every call, also a peer's. `torch` is what graphics cards run; it
+compares every query with every point and is left out where that takes minutes. pykdtree and fpsample are timed where
+they can be imported. All use as many threads as torch does, which OMP_NUM_THREADS sets.
 """
 
 import argparse

@@ -4,17 +4,18 @@
     python benchmarks/render.py --against REV [--workloads ...] [--repeats ...] [--json RECORD]
     python benchmarks/render.py --parts RECORD [--repeats ...]
 
-Workloads (float32): O is 32 objects x 4 views of 128x128, 1,024 Gaussians in the unit sphere, camera distance 1.75, field of view
-49.134 degrees, harmonics of degree 1; Os, Om, Ol have a median scale of 0.03, 0.1, 0.37; Olt is Ol with faint Gaussians (large and
-transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.03 m, 8 views of 160x120. V is one view of
-1280x720 into that room with 200,000 Gaussians.
+Workloads (float32): O is 32 objects x 4 views of 128x128, 1,024 Gaussians in the unit sphere, camera distance 1.75,
+field of view 49.134 degrees, harmonics of degree 1; Os, Om, Ol have a median scale of 0.03, 0.1, 0.37; Olt is Ol with
+faint Gaussians (large and transparent: the hard case). S is a room of 6 x 5 x 3 m, 50,000 Gaussians of 0.03 m, 8
+views of 160x120. V is one view of 1280x720 into that room with 200,000 Gaussians.
 
-The torch renderer is tiled, vectorised over tiles, Gaussians and pixels, and drops tiles that are opaque; autograd does its backward.
-It is timed on a few views and scaled by the number of views; every row says how many were drawn.
+The torch renderer is tiled, vectorised over tiles, Gaussians and pixels, and drops tiles that are opaque; autograd
+does its backward. It is timed on a few views and scaled by the number of views; every row says how many were drawn.
 
-With --against this checkout and another commit run alternately, each in a process of its own, and ratios of their best times are
-printed, with the distance of their images and gradients; --json adds the ratios of processor times to a record. --parts measures
-again what processor time alone tells: the arithmetic limit, and the time of each compiled function on one thread.
+With --against this checkout and another commit run alternately, each in a process of its own, and ratios of their
+best times are printed, with the distance of their images and gradients; --json adds the ratios of processor times to
+a record. --parts measures again what processor time alone tells: the arithmetic limit, and the time of each compiled
+function on one thread.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python benchmarks/retrieval.py --data FOLDER [--json PATH]
 
-FOLDER holds scanned objects as <id>.npz (vertices, faces, uv) and <id>.jpg (texture). Every object is sampled three times, and the samples
-are rotated about the vertical by angles of their own: the first makes the gallery, the others ask. Chance is one in the number of objects.
+FOLDER holds scanned objects as <id>.npz (vertices, faces, uv) and <id>.jpg (texture). Every object is sampled three
+times, and the samples are rotated about the vertical by angles of their own: the first makes the gallery, the others
+ask. Chance is one in the number of objects.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/rooms_labels.py [--work FOLDER] [--json PATH] [--minutes N]
 
-Written before the first run. 200 rooms are seen in pre-training, without their labels, by four conditions which differ in
-nothing but what is said here; the rates and all else are those of `scene-sparseunet-mini`:
+Written before the first run. 200 rooms are seen in pre-training, without their labels, by four conditions which
+differ in nothing but what is said here; the rates and all else are those of `scene-sparseunet-mini`:
 
     random     no pre-training
     none       the paper's objective without images
@@ -12,15 +12,16 @@ nothing but what is said here; the rates and all else are those of `scene-sparse
 
 Other rooms have labels: 5, 10, 20 or 40 of them, the first ones in an order that the seed draws, and 30 for the test.
 Their frozen features are probed in two ways, neither of which has a rate: `linear`, a layer with the smallest
-cross-entropy and penalty on up to 1,000 labelled voxels of each room, and `nearest`, the class of the most alike voxel
-(cosine) among up to 250 of each. The score is mIoU over all points of the test rooms, of classes that occur, in percent.
+cross-entropy and penalty on up to 1,000 labelled voxels of each room, and `nearest`, the class of the most alike
+voxel (cosine) among up to 250 of each. The score is mIoU over all points of the test rooms, of classes that occur, in
+percent.
 
-Estimand: the mean difference of two conditions over seeds of pre-training and draws of labelled rooms, on these test rooms. Interval:
-Student's over six pairs of one seed, on one computer. Primary, with 20 rooms and the linear probe, at 95 % and at 1 - 0.05/4:
-point - none, feature - none, point - feature, point - random. The paper's directions are all
-above zero. An interval below it is a failure of that direction at this scale; one that holds zero is undecided, or level where it
-lies within two points. No verdict with fewer than four pairs. The rest is for the reader. Seeds go round the conditions, so
-pairs are whole whenever the script is stopped; the same command goes on.
+Estimand: the mean difference of two conditions over seeds of pre-training and draws of labelled rooms, on these test
+rooms. Interval: Student's over six pairs of one seed, on one computer. Primary, with 20 rooms and the linear probe,
+at 95 % and at 1 - 0.05/4: point - none, feature - none, point - feature, point - random. The paper's directions are
+all above zero. An interval below it is a failure of that direction at this scale; one that holds zero is undecided,
+or level where it lies within two points. No verdict with fewer than four pairs. The rest is for the reader. Seeds go
+round the conditions, so pairs are whole whenever the script is stopped; the same command goes on.
 """
 
 import argparse

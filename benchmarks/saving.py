@@ -2,8 +2,9 @@
 
     python benchmarks/saving.py [--against REV] [--rounds 5] [--saves 20] [--json PATH]
 
-A save is what the loop does every `save_every` steps: the state of the run, and the checkpoint. Each process makes a backbone with
-its optimiser's memory and the running average of its weights, and saves it again and again; the median of all saves counts.
+A save is what the loop does every `save_every` steps: the state of the run, and the checkpoint. Each process makes a
+backbone with its optimiser's memory and the running average of its weights, and saves it again and again; the median
+of all saves counts.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--samples 60] [--json data/records/benchmark_scale.json]
 
-Nothing is cached: a data set of a million objects is read once an epoch. The loader is the package's own; its samples sleep for as
-long as a far disk would take, and the step sleeps for as long as a GPU would compute.
+Nothing is cached: a data set of a million objects is read once an epoch. The loader is the package's own; its samples
+sleep for as long as a far disk would take, and the step sleeps for as long as a GPU would compute.
 """
 
 import argparse

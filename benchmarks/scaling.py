@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py [--repeats 7] [--json data/records/benchmark_scaling.json]
 
-Everything is processor time of one thread, which other programs disturb least; medians count. The clouds are sixteen embedded objects, or one
-composed room. Decoded images and maps of the image model are cached; the first two steps, which fill the caches, are not counted.
-Growth is a line through the logarithms: a slope of 1 means twice the time for twice as much.
+Everything is processor time of one thread, which other programs disturb least; medians count. The clouds are sixteen
+embedded objects, or one composed room. Decoded images and maps of the image model are cached; the first two steps,
+which fill the caches, are not counted. Growth is a line through the logarithms: a slope of 1 means twice the time for
+twice as much.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python benchmarks/scan.py [--workloads long object paper] [--repeats 5] [--json PATH]
 
-Workloads (float32, clouds x tokens x channels, states): long is 16 x 1,024 x 192, 16; object is a layer of object-mamba3d-mini,
-16 x 65 x 192, 8; paper a layer of Mamba3D as published, 8 x 129 x 768, 16.
+Workloads (float32, clouds x tokens x channels, states): long is 16 x 1,024 x 192, 16; object is a layer of
+object-mamba3d-mini, 16 x 65 x 192, 8; paper a layer of Mamba3D as published, 8 x 129 x 768, 16.
 
-Beside it: the scan in chunks, in plain torch (what runs on a GPU without mamba-ssm), and mambapy's parallel scan where that package
-can be imported. Runs alternate; the best of each counts. `distance` is the largest one, relative to the norm, of output and gradients
-from float64.
+Beside it: the scan in chunks, in plain torch (what runs on a GPU without mamba-ssm), and mambapy's parallel scan
+where that package can be imported. Runs alternate; the best of each counts. `distance` is the largest one, relative
+to the norm, of output and gradients from float64.
 """
 
 import argparse

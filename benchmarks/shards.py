@@ -2,10 +2,11 @@
 
     python benchmarks/shards.py [--objects 20000] [--rounds 3] [--steps 60] [--json PATH] [--home FOLDER]
 
-Copies of embedded objects stand in a folder under new names, 49 files and 0.3 MB each. Each measurement has a process of its own, folder
-and shards in turn, in the same random order; ratios are of medians. Files are in memory when `samples_a_second` and `files_a_second`
-are measured, of processor time, which other programs disturb least. For `cold_samples_a_second`, of wall-clock time, the system forgets
-what it read before each process; it takes the right to write to DROP, and is left out without.
+Copies of embedded objects stand in a folder under new names, 49 files and 0.3 MB each. Each measurement has a process
+of its own, folder and shards in turn, in the same random order; ratios are of medians. Files are in memory when
+`samples_a_second` and `files_a_second` are measured, of processor time, which other programs disturb least. For
+`cold_samples_a_second`, of wall-clock time, the system forgets what it read before each process; it takes the right
+to write to DROP, and is left out without.
 """
 
 import argparse

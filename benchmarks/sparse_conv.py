@@ -2,15 +2,17 @@
 
     python benchmarks/sparse_conv.py [--workloads M24 M32 M48 S32 S64 S96 stem down U10 U50] [--repeats 7] [--json PATH]
 
-Workloads (float32, rows in random order): S is a sphere of about 50,000 surface voxels; S32, S64 and S96 are submanifold convolutions
-of width 3 with as many channels in and out, stem has width 5 and goes from 6 to 32 channels (its input wants no gradient), down is a
-strided convolution 32 to 64 and the inverse one back. U10 and U50 are a training step of the small SparseUNet in rooms of about
-10,000 and 50,000 voxels, from points to gradients, rulebooks included.
+Workloads (float32, rows in random order): S is a sphere of about 50,000 surface voxels; S32, S64 and S96 are
+submanifold convolutions of width 3 with as many channels in and out, stem has width 5 and goes from 6 to 32 channels
+(its input wants no gradient), down is a strided convolution 32 to 64 and the inverse one back. U10 and U50 are a
+training step of the small SparseUNet in rooms of about 10,000 and 50,000 voxels, from points to gradients, rulebooks
+included.
 
 M24, M32 and M48 are layers of the three levels of scene-sparseunet-mini in a room of 6,000 points.
 
-`products` are the bare matrix products of a layer's forward and backward pass, one for each offset, on rows that lie ready; `share` is
-their time over that of the layer. The obvious one gathers, multiplies and `index_add`s for each offset and leaves the rest to autograd; it is given the same pairs.
+`products` are the bare matrix products of a layer's forward and backward pass, one for each offset, on rows that lie
+ready; `share` is their time over that of the layer. The obvious one gathers, multiplies and `index_add`s for each
+offset and leaves the rest to autograd; it is given the same pairs.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
     python benchmarks/start.py [--repeats 5] [--json PATH] [--old CHECKOUT]
 
-The least of several runs counts, user and system time of the new process. With an older checkout, its runs alternate with ours.
+The least of several runs counts, user and system time of the new process. With an older checkout, its runs alternate
+with ours.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python benchmarks/steps.py [--against REV] [--recipes NAME ...] [--steps 40] [--rounds 3] [--json PATH]
 
-Each run is what a user types, `unipre3d pretrain NAME` or `unipre3d finetune NAME`, in a process of its own; the older commit is unpacked
-into a temporary folder. A step's time is the median over the steps after the first quarter, taken from the run's own metrics.csv; of the
-rounds the median counts. Both sides use the same Python, the same threads and the same cached data. A record that is there keeps the
-rows of recipes that are not named; each row has its own date and code.
+Each run is what a user types, `unipre3d pretrain NAME` or `unipre3d finetune NAME`, in a process of its own; the
+older commit is unpacked into a temporary folder. A step's time is the median over the steps after the first quarter,
+taken from the run's own metrics.csv; of the rounds the median counts. Both sides use the same Python, the same
+threads and the same cached data. A record that is there keeps the rows of recipes that are not named; each row has
+its own date and code.
 """
 
 import argparse

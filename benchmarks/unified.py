@@ -1,4 +1,4 @@
-"""One backbone trained on objects and rooms in alternation, beside one on objects and one on rooms: are its features as good?
+"""One backbone for objects and rooms beside one for each: are its features as good?
 
     python benchmarks/unified.py --scans FOLDER [--work FOLDER] [--json PATH] [--seeds N]
     python benchmarks/unified.py --scans FOLDER --shipped WEIGHTS [--json PATH] [--seeds N]
@@ -12,19 +12,20 @@ What is scored, always on clouds that no run was trained on:
     rooms                      a linear probe on frozen features of voxels: mIoU of the classes of held-out rooms
     scans                      whether another sampling of the same scanned object is nearest, without colours
 
-Decided before the first run: one set of weights is as good if, in the mean over the seeds, it is at most 1 point below the
-run on objects alone in `objects`, at most 1 point below the run on rooms alone in `rooms`, and at most 0.3 dB below either in
-its PSNR. The rest is for the reader: scans, each kind of weights on the other kind of task, random weights, and `own`, where batch
-normalisation has the statistics of the task's own training clouds, without fusion, instead of those of training.
-FOLDER is that of retrieval.py. A run or a row that is there already is not made again.
+Decided before the first run: one set of weights is as good if, in the mean over the seeds, it is at most 1 point
+below the run on objects alone in `objects`, at most 1 point below the run on rooms alone in `rooms`, and at most 0.3
+dB below either in its PSNR. The rest is for the reader: scans, each kind of weights on the other kind of task, random
+weights, and `own`, where batch normalisation has the statistics of the task's own training clouds, without fusion,
+instead of those of training. FOLDER is that of retrieval.py. A run or a row that is there already is not made again.
 
-With --shipped, WEIGHTS are what tools/ship.py makes of its recipe `both` (a name or a folder) beside the two sets that ship, each at
-its full length, and random weights of the same networks (mean of the seeds). Each set reads a cloud by its own transform, as a
-user's features do: `objects` is the same probe on the summaries of the same generated shapes, `rooms` is that of above, and
-`scans` has normals alone, or normals and colours. Decided before WEIGHTS had any of these scores: they are as good, and ship, if
-they are at most 1 point below the shipped objects in `objects` and at most 1 point below the shipped rooms in `rooms`; scans are
-for the reader. The shipped objects are a Transformer, with coordinates and three times as many features a point: what is compared
-there is what a user would get, not one pre-training with another.
+With --shipped, WEIGHTS are what tools/ship.py makes of its recipe `both` (a name or a folder) beside the two sets
+that ship, each at its full length, and random weights of the same networks (mean of the seeds). Each set reads a
+cloud by its own transform, as a user's features do: `objects` is the same probe on the summaries of the same
+generated shapes, `rooms` is that of above, and `scans` has normals alone, or normals and colours. Decided before
+WEIGHTS had any of these scores: they are as good, and ship, if they are at most 1 point below the shipped objects in
+`objects` and at most 1 point below the shipped rooms in `rooms`; scans are for the reader. The shipped objects are a
+Transformer, with coordinates and three times as many features a point: what is compared there is what a user would
+get, not one pre-training with another.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""What a training step costs with a volume renderer (NeRF, as in Ponder) and with Gaussians: time and memory, in one process each.
+"""What a training step costs with a volume renderer (NeRF, as in Ponder) and with Gaussians: time and memory.
 
     python benchmarks/volume.py [--repeats 12] [--only NAME] [--json PATH]
 
-Both kinds have the same backbone, data and views, and one thread. Steps alternate; the ratio of each pair of neighbouring steps counts,
-and its interval is Student's over the logarithms. Memory is the growth of the peak of a process of its own, over a step, three times.
+Both kinds have the same backbone, data and views, and one thread. Steps alternate; the ratio of each pair of
+neighbouring steps counts, and its interval is Student's over the logarithms. Memory is the growth of the peak of a
+process of its own, over a step, three times.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/waiting.py [--seconds 6] [--rounds 5] [--busy 1] [--json PATH]
 
-Each setting gets a new process of the default recipe with two threads; settings alternate, and the median of all its steps counts.
-`--busy 0` is the quiet machine.
+Each setting gets a new process of the default recipe with two threads; settings alternate, and the median of all its
+steps counts. `--busy 0` is the quiet machine.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python tools/build_room_models.py [--deb FILE] [--out FILE] [--work FOLDER] [--workers N]
 
-It needs `fast_simplification`. The embedded archive came from an earlier run, whose models have fewer triangles; rooms are
-composed from that one, so their bytes stay. `near_duplicates` found the twins that data/furniture_classes.csv leaves out.
+It needs `fast_simplification`. The embedded archive came from an earlier run, whose models have fewer triangles;
+rooms are composed from that one, so their bytes stay. `near_duplicates` found the twins that
+data/furniture_classes.csv leaves out.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Build the documentation site into `_docs/` from executed notebooks, in pure Python, so that it reads without a network.
+"""Build the documentation site into `_docs/` from executed notebooks, to be read without a network.
 
     python tools/build_site.py [--no-run] [--keep] [--quarto]
 
-The notebooks are plain nbdev sources. With `--quarto` the Quarto program renders them, as for the published book; every link is checked
-in the same way. Without it, no program is needed that the package index does not have: run the notebooks (tools/run_notebooks.py), let nbdev write the reference entries, number figures and equations,
-render with smalldocs, bring the scripts that pages need beside them, and check every page.
+The notebooks are plain nbdev sources. With `--quarto` the Quarto program renders them, as for the published book;
+every link is checked in the same way. Without it, no program is needed that the package index does not have: run the
+notebooks (tools/run_notebooks.py), let nbdev write the reference entries, number figures and equations, render with
+smalldocs, bring the scripts that pages need beside them, and check every page.
 """
 
 import argparse

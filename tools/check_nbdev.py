@@ -1,10 +1,10 @@
-"""Export the notebooks with the nbdev that is installed, away from the checkout, and compare the modules with the committed ones.
+"""Export the notebooks with the installed nbdev, away from the checkout, and compare the modules.
 
     python tools/check_nbdev.py            in an environment with nbdev 2, or with nbdev 3
 
-Versions 2 and 3 cannot be installed together; the hosted workflow has an environment for each. nbdev 2 reads settings.ini, nbdev 3
-the table [tool.nbdev] of pyproject.toml. This says so, if one of them is changed alone. nbdev 3 also writes the first lines of
-unipre3d/__init__.py, from the docstrings of plain modules; nbdev 2 leaves them.
+Versions 2 and 3 cannot be installed together; the hosted workflow has an environment for each. nbdev 2 reads
+settings.ini, nbdev 3 the table [tool.nbdev] of pyproject.toml. This says so, if one of them is changed alone. nbdev 3
+also writes the first lines of unipre3d/__init__.py, from the docstrings of plain modules; nbdev 2 leaves them.
 """
 
 import shutil

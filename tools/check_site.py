@@ -2,13 +2,15 @@
 
     python tools/check_site.py [folder]        the folder is _docs/ unless told otherwise
 
-On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and described, viewers drawn,
-mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from what is behind them in the light and in the dark
-theme, a visible mark on what the keyboard reaches. No code block is cut and no link is left as Markdown, on a desk and on a phone, and on a
-phone no table is crushed. A page of results holds few screens, and a picture near its top. On the whole site: search, also by keyboard alone, what some words find first, and the theme, also of the search box.
-The browser is the one Playwright installed, or the system's Chromium. Without either the walk is left out, which one
-line says. Two variables of the environment change that: with UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing
-browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser is used even where there is one.
+On each page: no failed request, none to another host, no script error, no broken link or anchor, pictures loaded and
+described, viewers drawn, mathematics rendered, nothing wider than a phone, at most 3 MB, words that stand out from
+what is behind them in the light and in the dark theme, a visible mark on what the keyboard reaches. No code block is
+cut and no link is left as Markdown, on a desk and on a phone, and on a phone no table is crushed. A page of results
+holds few screens, and a picture near its top. On the whole site: search, also by keyboard alone, what some words find
+first, and the theme, also of the search box. The browser is the one Playwright installed, or the system's Chromium.
+Without either the walk is left out, which one line says. Two variables of the environment change that: with
+UNIPRE3D_NEED_BROWSER=1, which .ci/run sets, a missing browser is a failure, and with UNIPRE3D_NO_BROWSER=1 no browser
+is used even where there is one.
 
     python tools/check_site.py --browser       whether a browser starts; nothing is walked
 """

@@ -2,9 +2,9 @@
 
     python tools/same_metrics.py REV_A REV_B --recipes NAME ... [--steps 60] [--edit-b PATCH] [--keep FOLDER]
 
-Each run is what a user types, in a process of its own with one thread, on the processor, with the same Python and the same
-cache. In the place of a commit may stand a folder with runs that were made before, one of each name. `--edit-b` applies a
-patch to the second commit first: changes that were meant are taken back with it, to compare the rest.
+Each run is what a user types, in a process of its own with one thread, on the processor, with the same Python and the
+same cache. In the place of a commit may stand a folder with runs that were made before, one of each name. `--edit-b`
+applies a patch to the second commit first: changes that were meant are taken back with it, to compare the rest.
 """
 
 import argparse

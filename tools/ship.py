@@ -1,12 +1,14 @@
-"""Train the weights that the package ships, from embedded data, and write them to data/weights/NAME with record and card.
+"""Train the weights that the package ships, from embedded data; write them to data/weights/NAME.
 
     python tools/ship.py objects [--steps N] [--run FOLDER]
     python tools/ship.py rooms
     python tools/ship.py both
 
-None of `both` come with the package, because they are not as good on objects (data/records/benchmark_unified_shipped.json).
+None of `both` come with the package, because they are not as good on objects
+(data/records/benchmark_unified_shipped.json).
 
-A run folder that is finished already is not trained again: its weights are taken. The run of `--run` goes on where it was stopped.
+A run folder that is finished already is not trained again: its weights are taken. The run of `--run` goes on where it
+was stopped.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The site's table of contents, nbs/sidebar.yml, from the order of the book below.
 
-Core is an evening; Workshop is everything else. Each page's "Next" leads to the page below it, and the landing page's table has the
-same order (tests/test_structure.py). A notebook that stands in no section is an error, and so is a page without a notebook.
+Core is an evening; Workshop is everything else. Each page's "Next" leads to the page below it, and the landing page's
+table has the same order (tests/test_structure.py). A notebook that stands in no section is an error, and so is a page
+without a notebook.
 
     python tools/sidebar.py            write nbs/sidebar.yml
 """

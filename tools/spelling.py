@@ -1,8 +1,9 @@
-"""Spelling of what a reader reads: the notebooks' text, comments and docstrings, README and its neighbours, tools and tests.
+"""Spelling of what a reader reads: the notebooks, comments and docstrings, README, tools and tests.
 
     python tools/spelling.py          name each doubtful word with its place, and exit 1 if there is one
 
-codespell knows the common misspellings of English. The prose is British; its dictionary of differences, read backwards, finds the rest.
+codespell knows the common misspellings of English. The prose is British; its dictionary of differences, read
+backwards, finds the rest.
 """
 
 import json
