@@ -21,7 +21,7 @@ from untrained import save_run
 from unipre3d import backbones
 from unipre3d.backbones.adapter import PointAdapter, as_pyg
 from unipre3d.cli import cloud_paths, main, next_commands
-from unipre3d.core import PointBatch
+from unipre3d.core import PointBatch, data_dir
 from unipre3d.data.augment import Augment, augment
 from unipre3d.data.clouds import read_cloud, write_cloud
 from unipre3d.data.shapenet import ShapeNetViews
@@ -37,8 +37,10 @@ from unipre3d.features import (
     shipped_weights,
     transform_of,
 )
+from unipre3d.files import read_json
 from unipre3d.predictions import Predictor
 from unipre3d.recipes import finetune_recipes, recipes
+from unipre3d.records import data_hash
 from unipre3d.runs.recipe import change, check_changes, from_values
 from unipre3d.runs.run import SMALL_BACKBONES, backbone_class, build_backbone, run_recipe
 from unipre3d.runs.starts import start_from, start_summary
@@ -528,6 +530,7 @@ def test_a_kind_is_never_guessed(paired, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "kinds",
     [
+        {},
         [],
         {"objects": 3},
         {"objects": {"transform": {}}},
@@ -633,7 +636,7 @@ def test_views_of_scanned_objects(tmp_path, monkeypatch):
     module = load_benchmark("novel_views", monkeypatch)
     write_scans(tmp_path)
     monkeypatch.setattr(module, "VIEWS", 6)
-    _, _, record = load_weights("objects")
+    _, _, record, _ = load_weights("objects")
     recipe = from_values(module.PretrainRecipe, record["values"])
     paths = sorted(tmp_path.glob("*.npz"))
     samples = module.open_samples(module.draw_scans(paths, tmp_path / "scans.zip"), recipe)
@@ -657,6 +660,19 @@ def test_views_of_scanned_objects(tmp_path, monkeypatch):
     found = module.summary(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]))
     assert found["mean"] == 2.5 and found["by_seed"] == [2.0, 3.0]
     assert np.isclose(found["high"] - 2.5, 4.303 / 3**0.5, atol=1e-3)  # Student, two degrees
+
+
+def test_the_verdict_on_weights_of_both_kinds_is_that_of_its_rows(monkeypatch):
+    module = load_benchmark("unified", monkeypatch)
+    for name, limits in (("unified", module.LIMITS), ("unified_shipped", module.SHIPPED)):
+        record = read_json(data_dir() / "records" / f"benchmark_{name}.json")
+        assert module.verdict(record["rows"], limits) == record["verdict"]
+    of = {row["arm"]: row for row in record["rows"] if row["sha256"]}
+    for kind in ("objects", "rooms"):  # the weights that were scored are those that ship
+        assert of[kind]["sha256"] == data_hash(shipped_weights()[kind] / "model.safetensors")
+    rows = torch.eye(3).repeat(10, 1)
+    label = torch.arange(3).repeat(10)
+    assert module.linear_probe((rows, label), (torch.eye(3), torch.arange(3)), 3) == 1
 
 
 def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from .data.clouds import CloudFile, cloud_of, read_cloud, write_cloud
 from .data.readers import RADIUS, found_at
 from .data.samples import STORED
 from .data.transform import Prepared, Transform
-from .files import read_json, reading
+from .files import Found, read_json, reading
 from .recipes import read_recipe
 from .records import write_json, write_weights, written_whole
 from .runs.recipe import Recipe
@@ -255,6 +255,8 @@ def read_kinds(
         for name, values in config["kinds"].items():
             transform = Transform.from_values(values["transform"], f"{where}: kinds.{name}")
             found[name] = Kind(transform, values["voxel_size"])
+        if not found:
+            raise Found("none")
     return found
 
 
