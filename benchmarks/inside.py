@@ -26,7 +26,6 @@ from torch import Tensor
 from unipre3d.backbones.backbone import Backbone
 from unipre3d.core import PointBatch
 from unipre3d.data.augment import Augment
-from unipre3d.data.loading import make_loader
 from unipre3d.data.samples import CloudSamples, ViewSamples
 from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.geometry.pointops import knn
@@ -38,6 +37,7 @@ from unipre3d.reproduce.run import run_path
 from unipre3d.reproduce.second import paired_interval
 from unipre3d.runs.run import build_backbone
 from unipre3d.tasks.classification import ridge
+from unipre3d.tasks.heads import own_batches
 from unipre3d.tasks.pretrain import predict
 from unipre3d.worlds.shapes import embedded_shapes
 
@@ -67,9 +67,9 @@ def backbone_of(arm: str, seed: int, study: Path) -> Backbone:
 @torch.no_grad()
 def feature_rows(backbone: Backbone, reader: ShapeNetViews) -> tuple[Tensor, Tensor]:
     "Features of all groups of all shapes, and the mean colours of their points."
-    how = dict(n_points=POINTS, features=("xyz", "color_signed"), augment=Augment(), sampling="fps")
+    how = dict(n_points=POINTS, features=("xyz", "color_signed"), augment=Augment())
     rows, colours = [], []
-    for batch in make_loader(CloudSamples(reader, **how), 0, batch_size=16):
+    for batch in own_batches(CloudSamples(reader, **how), 16):
         points = batch.points
         places: PointBatch = points.with_feat(points.feat[:, :3])
         found = backbone(places)
