@@ -98,6 +98,18 @@ def test_an_image_counts_by_itself_and_brighter_than_one_stays_so(weights):
     assert not torch.allclose(lpips(2 * pred, target), lpips((2 * pred).clamp(max=1), target))
 
 
+def test_one_call_leaves_nothing_to_the_next(weights):
+    perceptual_net.cache_clear()
+    pred, target = images(40, 33)
+    with torch.inference_mode():
+        first = lpips(pred, target)
+    lpips(pred.bfloat16(), target.bfloat16())  # fewer digits, for itself alone
+    drawn = pred.clone().requires_grad_()
+    again = lpips(drawn, target)
+    again.sum().backward()
+    assert torch.equal(again, first) and drawn.grad.any()
+
+
 @pytest.mark.parametrize("network", PERCEPTUAL)
 def test_the_smallest_image_that_is_taken_is_the_smallest_that_works(weights, network):
     side = PERCEPTUAL[network].side

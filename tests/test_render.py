@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -637,6 +639,30 @@ def test_an_error_in_a_thread_reaches_the_caller():
 
     with pytest.raises(RuntimeError, match="job 3"):
         in_threads(task, [(i,) for i in range(8)])
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_a_stop_ends_what_has_not_begun(threads):
+    import _thread
+
+    from unipre3d.render import in_threads
+
+    begun, before, own = [], torch.get_num_threads(), threading.active_count()
+
+    def task(i):
+        begun.append(i)
+        time.sleep(0.01)
+        if i == 4:
+            _thread.interrupt_main()
+
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_threads(task, [(i,) for i in range(300)])
+            time.sleep(1)
+    finally:
+        torch.set_num_threads(before)
+    assert len(begun) < 200 and threading.active_count() == own
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names registers of x86")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -265,9 +266,12 @@ def test_time_that_is_up_leaves_rows_for_later(tmp_path, here):
     assert again["done"] == [row.key]
 
 
-def test_minutes_are_not_negative():
-    with pytest.raises(ValueError, match="--minutes: expected 0 for no end, or more, got -1"):
-        reproduce_command(["mini"], lambda shape, args, prog: shape(minutes=-1))
+@pytest.mark.parametrize("minutes", (-1, math.nan))
+def test_minutes_are_not_negative(minutes):
+    with pytest.raises(
+        ValueError, match=f"--minutes: expected 0 for no end, or more, got {minutes}"
+    ):
+        reproduce_command(["mini"], lambda shape, args, prog: shape(minutes=minutes))
 
 
 def test_command_names_mistakes():

@@ -104,6 +104,31 @@ def test_linear_maximum():
     assert linear_max(x[:0], layer).shape == (0, 4)
 
 
+def test_linear_maximum_without_a_bias():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 4, bias=False)
+    x = torch.randn(11, 5, 3, requires_grad=True)
+    wanted, inputs = layer(x).amax(1), [x, layer.weight]
+    found, g = linear_max(x, layer), torch.randn(11, 4)
+    torch.testing.assert_close(found, wanted)
+    pair = [torch.autograd.grad(top, inputs, g) for top in (found, wanted)]
+    torch.testing.assert_close(*pair)
+
+
+def test_maximum_of_nothing():
+    layer = torch.nn.Linear(3, 4)
+    for shape in ((5, 0, 3), (0, 0, 3)):
+        with pytest.raises(ValueError, match="at least one row") as error:
+            linear_max(torch.zeros(shape), layer)
+        assert "\n" not in str(error.value)
+    encoder = GroupEncoder(3, 4, (5, 6, 7)).eval()
+    assert encoder(torch.zeros(0, 5, 3)).shape == (0, 4)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    top = LinearMax.apply(x, torch.zeros(0, 3))
+    assert top.shape == (5, 0)
+    assert not torch.autograd.grad(top.sum(), x)[0].any()
+
+
 def test_linear_maximum_in_pieces(monkeypatch):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(3, 4), torch.randn(11, 5, 3)

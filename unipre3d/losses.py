@@ -21,8 +21,8 @@ from .files import Found, check_weights, reading, regular_file
 from .image import IMAGENET
 
 # %% auto #0
-__all__ = ['PERCEPTUAL', 'perceptual_net', 'weighted_mse', 'psnr', 'window_means', 'ssim', 'alexnet_layers', 'vgg16_layers',
-           'Perceptual', 'perceptual_files', 'PerceptualNet', 'lpips', 'best_constant_colour']
+__all__ = ['PERCEPTUAL', 'weighted_mse', 'psnr', 'window_means', 'ssim', 'alexnet_layers', 'vgg16_layers', 'Perceptual',
+           'perceptual_files', 'PerceptualNet', 'perceptual_net', 'lpips', 'best_constant_colour']
 
 # %% ../nbs/53_losses.ipynb #a69caae3
 def weighted_mse(
@@ -212,7 +212,17 @@ class PerceptualNet(nn.Module):
         return found
 
 
-perceptual_net = lru_cache(PerceptualNet)  # each is read once
+@lru_cache
+def perceptual_net(
+    network: str,  # these three as in `PerceptualNet`
+    own: Path,
+    channels: Path,
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype = torch.float32,
+) -> PerceptualNet:
+    "A network, read once for each device and type; what was rounded for one type is not what another gets."
+    with torch.inference_mode(False):  # its tensors may be met by a gradient later
+        return PerceptualNet(network, own, channels).to(device, dtype)
 
 
 def lpips(
@@ -226,7 +236,7 @@ def lpips(
     Raises: ValueError of one line, where shapes differ or a side is too short; as `perceptual_files`.
     """
     size = check_shapes("lpips", pred=(pred, "v 3 h w"), target=(target, "v 3 h w"))
-    net = perceptual_net(network, *perceptual_files(network, weights)).to(pred.device, pred.dtype)
+    net = perceptual_net(network, *perceptual_files(network, weights), pred.device, pred.dtype)
     side = PERCEPTUAL[network].side
     if min(size["h"], size["w"]) < side:
         raise ValueError(

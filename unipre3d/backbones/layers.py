@@ -119,7 +119,7 @@ class LinearMax(torch.autograd.Function):
         m, k, _ = x.shape
         top = x.new_empty(m, len(weight))
         row = torch.empty_like(top, dtype=torch.int32)
-        some = max(1, NEAR // (k * len(weight)))
+        some = max(1, NEAR // max(1, k * len(weight)))
         for part in range(0, m, some):
             rows = F.linear(x[part : part + some], weight)
             found = top[part : part + some], row[part : part + some]
@@ -142,12 +142,20 @@ class LinearMax(torch.autograd.Function):
 
 
 def linear_max(
-    x: Float[Tensor, "m k d"],
+    x: Float[Tensor, "m k d"],  # at least one row in a group
     layer: nn.Linear,  # to c columns
 ) -> Float[Tensor, "m c"]:
-    "The maximum over each group of a linear layer's rows."
+    """The maximum over each group of a linear layer's rows; [0 c] of no groups.
+
+    Raises: ValueError of one line for groups without rows.
+    """
+    if not x.shape[1]:
+        raise ValueError(
+            f"linear_max: x: expected groups of at least one row, got {list(x.shape)}; drop empty groups"
+        )
     if is_compiled(x):
-        return LinearMax.apply(x.contiguous(), layer.weight) + layer.bias
+        top = LinearMax.apply(x.contiguous(), layer.weight)
+        return top if layer.bias is None else top + layer.bias
     return GroupMax.apply(layer(x))
 
 
@@ -167,13 +175,13 @@ class GroupEncoder(nn.Module):
 
     def forward(self, groups: Float[Tensor, "m k c"]) -> Float[Tensor, "m o"]:
         m, k, _ = groups.shape
-        local = self.first(groups.flatten(0, 1)).view(m, k, -1)
+        local = self.first(groups.flatten(0, 1)).unflatten(0, (m, k))
         join = self.second[0]
         from_summary, from_point = join.weight.chunk(2, 1)
         summary = F.linear(GroupMax.apply(local), from_summary, join.bias)
         x = F.linear(local, from_point).add_(summary[:, None])
         x = self.second[1:-1](x.flatten(0, 1))
-        return linear_max(x.view(m, k, -1), self.second[-1])
+        return linear_max(x.unflatten(0, (m, k)), self.second[-1])
 
 # %% ../../nbs/backbones/39_layers.ipynb #1f5c0a1e
 def drop_path(

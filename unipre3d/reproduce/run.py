@@ -624,7 +624,7 @@ def reproduce_command(
         raise ValueError(
             f"--workers: expected at least 1, or 0 for one a GPU, got {options.workers}"
         )
-    if options.minutes < 0:
+    if not options.minutes >= 0:
         raise ValueError(f"--minutes: expected 0 for no end, or more, got {options.minutes:g}")
     data = {name: getattr(options, name) for name in SOURCES}
     for name, folder in data.items():
