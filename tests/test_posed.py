@@ -519,6 +519,48 @@ def test_a_wrong_reading_is_named_and_its_option_mends_it(tmp_path, frames, opti
     assert np.abs(poses - WALK).max() < 1e-6
 
 
+AS_WRITTEN = {
+    "--poses world-to-camera": lambda pose: np.linalg.inv(pose @ FLIP),
+    "--poses world-to-camera --axes flipped": lambda pose: np.linalg.inv(pose),
+}
+
+
+@pytest.mark.parametrize("option", AS_WRITTEN)
+def test_matrices_from_world_to_camera_are_named_and_mended(tmp_path, frames, option):
+    folder = transforms_folder(tmp_path / "film", frames)
+    data = json.loads((folder / "transforms.json").read_text())
+    for row, pose in zip(data["frames"], WALK):
+        row["transform_matrix"] = AS_WRITTEN[option](pose).tolist()
+    (folder / "transforms.json").write_text(json.dumps(data))
+    cloud = tmp_path / "cloud.npy"
+    np.save(cloud, box_cloud()["coord"])
+    options = how(tmp_path / "out", cloud=str(cloud))
+    refuses(lambda: import_posed(folder, options, progress=False), f"{option} would fit")
+    words = option.replace("--", "").split()
+    mended = replace(options, **dict(zip(words[::2], words[1::2])))
+    import_posed(folder, mended, progress=False)
+    poses = np.linalg.inv(ScanNetFrames(tmp_path / "out", split="train").world_to_cam(0))
+    assert np.abs(poses - WALK).max() < 1e-6
+
+
+def test_matrices_that_were_right_are_named_again(tmp_path, frames):
+    folder = transforms_folder(tmp_path / "film", frames)
+    options = how(tmp_path / "out", poses="world-to-camera")
+    refuses(
+        lambda: import_posed(folder, options, progress=False),
+        "--poses layout would fit",
+    )
+
+
+def test_of_units_of_depth_the_right_one_is_named(tmp_path, frames):
+    folder = transforms_folder(tmp_path / "film", frames)
+    options = how(tmp_path / "out", depth_scale=5000.0)
+    refuses(
+        lambda: import_posed(folder, options, progress=False),
+        "--depth-scale 1000 would fit",
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "option"),
     [

@@ -656,7 +656,7 @@ ROWS = [('about', 'str', '20 classes in composed rooms: the small PTv3 of scene-
  ('points', 'int', '4096', 'of each cloud'),
  ('points', 'int', '60000', 'of the cloud that are shown, at most'),
  ('port', 'int', '8080', 'of the live viewer; 0: any that is free'),
- ('poses', 'str', 'layout', 'or "inverted": the inverse of what the layout says'),
+ ('poses', 'str', 'layout', 'or "inverted", in OpenCV\'s axes; "world-to-camera": as in the file'),
  ('resume', 'bool', 'False', 'go on with the interrupted run in --out (default: the newest of this recipe)'),
  ('rooms', 'int', '60', 'over all splits: of each 15, 10 train, 2 val and 3 test'),
  ('run.accumulate', 'int', '1', 'parts that a process takes its clouds of a step in; more need less memory'),

@@ -392,16 +392,33 @@ def file_readings(
     own_cloud: bool = False,  # whether the points are of a file of their own
     moved: Float[np.ndarray, "4 4"] | None = None,  # what was done to the poses' world before
     given: Sequence[str] = (),  # which of VALUES they were read with
+    opengl: bool = False,  # whether the files hold poses in OpenGL's axes
+    turned: bool = False,  # whether they were read as world to camera
 ) -> dict[Choice, tuple]:  # what to pass -> cloud and views as they would be
     "The same files read in other ways."
     found = {}
     other_way = {name: "layout" if name in given else VALUES[name] for name in VALUES}
     for reading, other in other_readings(views).items():
+        if turned and reading.inverted:
+            continue
         changed = dict(poses=reading.inverted, axes=reading.flipped)
         choice = [(name, other_way[name]) for name in VALUES if changed[name]]
         if reading.factor != 1:
             choice.append(("depth-scale", f"{depth_scale / reading.factor:g}"))
         found[tuple(choice)] = cloud, other
+    if opengl and "poses" not in given:
+        choice = ("poses", "layout" if turned else "world-to-camera")
+        poses = FLIP @ np.linalg.inv(views.world_to_cam) @ FLIP
+        found[choice,] = cloud, replace(views, world_to_cam=poses)
+        if "axes" not in given:
+            flipped = replace(views, world_to_cam=FLIP @ poses)
+            found[choice, ("axes", "flipped")] = cloud, flipped
+    if views.depth is not None:
+        for unit in UNITS:
+            if unit == depth_scale:
+                continue
+            other = scaled_depth(views, unit / depth_scale)
+            found.setdefault((("depth-scale", f"{unit:g}"),), (cloud, other))
     if moved is not None:
         pose = np.linalg.inv(views.world_to_cam)
         back = np.linalg.inv(moved) @ pose
@@ -505,7 +522,7 @@ class ImportOptions:
     far: float = 10.0  # metres; depth beyond makes no points
     scale: float = 0.0  # metres in a unit of the poses; 0: as the layout says, or found
     depth_scale: float = 0.0  # stored units of depth in a metre; 0: as the layout says, or found
-    poses: str = "layout"  # or "inverted": the inverse of what the layout says
+    poses: str = "layout"  # or "inverted", in OpenCV's axes; "world-to-camera": as in the file
     axes: str = "layout"  # or "flipped": the cameras' y and z the other way
     world: str = "layout"  # or "original": undo the applied_transform of transforms.json
     up: str = "auto"  # upward axis of the world: "z", "y", "y-down" ..., or "cameras"
@@ -517,7 +534,7 @@ class ImportOptions:
         "Raises: ValueError of one line for a value that has no meaning."
         words = dict(
             split=("auto", "train", "val", "test"),
-            poses=("layout", "inverted"),
+            poses=("layout", "inverted", "world-to-camera"),
             axes=("layout", "flipped"),
             world=("layout", "original"),
             up=("auto", "cameras", *UPS),
@@ -580,6 +597,7 @@ def settle(
     moved = capture.moved if options.world == "layout" else None
     stated = bool(options.depth_scale or capture.depth_scale)
     more = dict(own_cloud=own, moved=moved, given=given, stated=stated)
+    more |= dict(opengl=capture.opengl, turned=options.poses == "world-to-camera")
     metres = scaled_depth(views, unit)
     fit, what = check_fit(where, cloud, metres, unit, dense, **more)
     lines.append(f"cameras and points fit: {fit:.0%} ({what})")
@@ -681,7 +699,9 @@ def _chosen(capture, options):
         back = np.linalg.inv(capture.moved)
     settled = []
     for one in images:
-        pose = np.linalg.inv(one.pose) if options.poses == "inverted" else one.pose
+        pose = one.pose if options.poses == "layout" else np.linalg.inv(one.pose)
+        if options.poses == "world-to-camera" and capture.opengl:
+            pose = FLIP @ pose @ FLIP
         pose = pose @ FLIP if options.axes == "flipped" else pose
         settled.append(replace(one, pose=back @ pose))
     return replace(capture, images=settled), lines

@@ -203,6 +203,7 @@ class Capture:
     split: str | None = None  # where the layout says so
     remarks: tuple[str, ...] = ()  # what was left out, one line each
     moved: Float[np.ndarray, "4 4"] | None = None  # what its program did to the world before
+    opengl: bool = False  # whether the files hold poses in OpenGL's axes
 
 
 def rigid(
@@ -620,6 +621,7 @@ def read_transforms(
         split=split,
         remarks=tuple(remarks),
         moved=moved,
+        opengl=True,
     )
 
 
