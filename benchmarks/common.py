@@ -33,3 +33,17 @@ def write_record(path, **values):
         return
     facts = {"kind": "benchmark", "date": datetime.date.today().isoformat(), "code": code_version()}
     write_json(path, facts | {"load_before": LOAD, "hardware": hardware()} | values)
+
+
+def finished_run(name, recipe, folder):
+    "The folder of a finished run, which is made, or gone on with, where it is not there."
+    from unipre3d.runs.checkpoint import has_state, is_finished
+    from unipre3d.runs.run import run_recipe
+
+    if not is_finished(folder):
+        done = run_recipe(name, recipe, folder, resume=has_state(folder))
+        if done.ended != "finished":
+            raise SystemExit(
+                f"{name}: expected a finished run, the one in {folder} is {done.ended}"
+            )
+    return folder

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import write_record
+from common import finished_run, write_record
 from torch import Tensor, nn
 from unified import logistic
 
@@ -44,9 +44,8 @@ from unipre3d.files import read_json
 from unipre3d.recipes import recipes
 from unipre3d.records import data_hash, hardware, read_record
 from unipre3d.reproduce.second import judge, paired_interval
-from unipre3d.runs.checkpoint import has_state, is_finished
 from unipre3d.runs.recipe import Recipe, change
-from unipre3d.runs.run import build_backbone, run_recipe
+from unipre3d.runs.run import build_backbone
 from unipre3d.runs.starts import start_from
 from unipre3d.tasks.heads import propagate
 from unipre3d.tasks.metrics import SemanticScore
@@ -84,13 +83,8 @@ VOXEL_SIZE = BASE.model.backbone_options["voxel_size"]
 
 def trained(arm: str, seed: int, work: Path) -> Path:
     "A finished run."
-    folder = work / f"{arm}-{seed}"
-    if not is_finished(folder):
-        recipe = change(RUNS[arm], seed=seed)
-        done = run_recipe(f"rooms-{arm}", recipe, folder, resume=has_state(folder))
-        if done.ended != "finished":
-            raise SystemExit(f"rooms_labels: the run in {folder} is {done.ended}")
-    return folder
+    recipe = change(RUNS[arm], seed=seed)
+    return finished_run(f"rooms-{arm}", recipe, work / f"{arm}-{seed}")
 
 
 def frozen(folder: Path | None, seed: int) -> Backbone:

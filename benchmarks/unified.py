@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_record
+from common import finished_run, write_record
 from retrieval import POINTS, random_like, read_object, sample, scores
 from torch import Tensor, nn
 
@@ -49,9 +49,8 @@ from unipre3d.features import FeatureExtractor, find_weights
 from unipre3d.files import read_json
 from unipre3d.recipes import recipes
 from unipre3d.records import data_hash, read_record
-from unipre3d.runs.checkpoint import has_state, is_finished
 from unipre3d.runs.recipe import Recipe, change
-from unipre3d.runs.run import build_backbone, run_recipe
+from unipre3d.runs.run import build_backbone
 from unipre3d.runs.starts import WEIGHTS_FILE, start_from
 from unipre3d.tasks.classification import cloud_rows, ridge_by_folds
 from unipre3d.tasks.heads import propagate
@@ -96,13 +95,8 @@ SIZES = {kind: RUNS[kind].model.backbone_options["voxel_size"] for kind in ("obj
 
 def trained(arm: str, seed: int, work: Path) -> Path:
     "A finished run."
-    folder = work / f"{arm}-{seed}"
-    if not is_finished(folder):
-        recipe = change(RUNS[arm], seed=seed)
-        done = run_recipe(f"unified-{arm}", recipe, folder, resume=has_state(folder))
-        if done.ended != "finished":
-            raise SystemExit(f"unified: the run in {folder} is {done.ended}")
-    return folder
+    recipe = change(RUNS[arm], seed=seed)
+    return finished_run(f"unified-{arm}", recipe, work / f"{arm}-{seed}")
 
 
 def frozen(folder: Path | None, kind: str, seed: int) -> Backbone:

@@ -5,7 +5,6 @@
 # %% ../../nbs/77_more.ipynb #77m00004
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -23,15 +22,15 @@ from unipre3d.reproduce.second import (
     SHORT_DATA,
     SHORT_LEAST,
     SHORT_NET,
-    checkpoint_of,
-    on_shapes,
+    by_seed,
     paired_interval,
     read_second,
     ridge_row,
+    rows_left,
     second_effects,
     train_row,
 )
-from .statistics import paired, runs_of, scores
+from .statistics import paired
 
 # %% auto #0
 __all__ = ['MORE_SEED', 'MORE_PAIRS', 'COUNTS', 'COUNTS_PAIRS', 'MORE_ARMS', 'MORE_BLOCKS', 'MORE_STEPS', 'MORE_PRIMARY', 'MORE',
@@ -173,22 +172,12 @@ def more_seeds(
 ) -> pd.DataFrame:  # condition x seed -> percent (PSNR in dB)
     "What every run scored."
     records = read_second() if records is None else records
-    found = {}
-    for arm in sum(MORE_BLOCKS, ()):
-        runs = scores(records, part, arm, metric)
-        found[arm] = {seed: float(value.mean()) for seed, value in sorted(runs.items())}
     seeds = range(MORE_SEED, MORE_SEED + MORE_PAIRS)
-    return pd.DataFrame(found, index=seeds).T.round(1)
+    return by_seed(records, sum(MORE_BLOCKS, ()), seeds, part, metric)
 
 
 def more_left(
     records: dict[str, dict] | None = None,  # default: the committed ones
 ) -> str:
     "Which rows have no record, and the command for them; empty where there are none."
-    records = read_second() if records is None else records
-    left = [row for row in plan_more() if row.key not in records]
-    if not left:
-        return ""
-    hours = sum(row.minutes for row in left) / 60
-    command = f"unipre3d reproduce second --only more ({hours:.1f} core hours)"
-    return f"{len(left)} of {len(plan_more())} rows are not run: {command}"
+    return rows_left(plan_more(), "more", records)

@@ -37,7 +37,7 @@ __all__ = ['QUESTIONS', 'STEPS', 'SECONDS', 'OUTLINE', 'GEOMETRY', 'PAIRS', 'ARM
            'coverage', 'judge', 'same_computer', 'read_second', 'read_failed', 'lost_pairs', 'second_effects',
            'made_again', 'ridge_row', 'tune_row', 'train_row', 'checkpoint_of', 'trial_names', 'rate_trials',
            'seed_rows', 'tune_rates', 'tuned', 'again_row', 'plan_second', 'short_train', 'short_ridge', 'plan_short',
-           'short_comparisons', 'short_effects', 'short_seeds', 'short_answer', 'short_left']
+           'short_comparisons', 'short_effects', 'by_seed', 'rows_left', 'short_seeds', 'short_answer', 'short_left']
 
 # %% ../../nbs/77_study2.ipynb #77s20007
 QUESTIONS = {
@@ -583,18 +583,44 @@ def short_effects(
     return second_effects(records, SHORT, SHORT_PAIRS, SHORT_LEAST, failed)
 
 
+def by_seed(
+    records: dict[str, dict],
+    arms: Sequence[str],  # conditions
+    seeds: Sequence[int],
+    part: str,  # measurement
+    metric: str = "oa_ridge",  # of the part's records
+) -> pd.DataFrame:  # condition x seed -> percent (PSNR in dB)
+    "What every run of some conditions scored."
+    found = {}
+    for arm in arms:
+        runs = scores(records, part, arm, metric)
+        found[arm] = {seed: float(value.mean()) for seed, value in sorted(runs.items())}
+    return pd.DataFrame(found, index=seeds).T.round(1)
+
+
+def rows_left(
+    rows: Sequence[Row],  # of a part of the plan
+    only: str,  # its name
+    records: dict[str, dict] | None = None,  # default: the committed ones
+) -> str:
+    "Which rows have no record, and the command for them; empty where there are none."
+    records = read_second() if records is None else records
+    left = [row for row in rows if row.key not in records]
+    if not left:
+        return ""
+    hours = sum(row.minutes for row in left) / 60
+    command = f"unipre3d reproduce second --only {only} ({hours:.1f} core hours)"
+    return f"{len(left)} of {len(rows)} rows are not run: {command}"
+
+
 def short_seeds(
     records: dict[str, dict] | None = None,  # default: the committed ones
     shots: int = 80,  # key of SHORT_DRAWS
 ) -> pd.DataFrame:  # condition x seed -> percent of the test scans that are right
     "What every run of the short part scored."
     records = read_second() if records is None else records
-    found = {}
-    for arm in SHORT_ARMS:
-        runs = scores(records, f"ridge{shots}.short", arm, "oa_ridge")
-        found[arm] = {seed: float(value.mean()) for seed, value in sorted(runs.items())}
     seeds = range(SHORT_SEED, SHORT_SEED + SHORT_PAIRS)
-    return pd.DataFrame(found, index=seeds).T.round(1)
+    return by_seed(records, SHORT_ARMS, seeds, f"ridge{shots}.short")
 
 
 def short_answer(
@@ -615,10 +641,4 @@ def short_left(
     records: dict[str, dict] | None = None,  # default: the committed ones
 ) -> str:
     "Which rows have no record, and the command for them; empty where there are none."
-    records = read_second() if records is None else records
-    left = [row for row in plan_short() if row.key not in records]
-    if not left:
-        return ""
-    hours = sum(row.minutes for row in left) / 60
-    command = f"unipre3d reproduce second --only short ({hours:.1f} core hours)"
-    return f"{len(left)} of {len(plan_short())} rows are not run: {command}"
+    return rows_left(plan_short(), "short", records)
