@@ -31,7 +31,7 @@ from unipre3d.data.shapenet import ShapeNetViews
 from unipre3d.geometry.pointops import knn
 from unipre3d.recipes import load_predictor
 from unipre3d.records import hardware
-from unipre3d.reproduce.more import COUNTS, COUNTS_PAIRS, MORE_PAIRS, MORE_SEED, more_train
+from unipre3d.reproduce.more import COUNTS, COUNTS_PAIRS, MORE
 from unipre3d.reproduce.plan import SEEN_KINDS, plan_recipe
 from unipre3d.reproduce.run import run_path
 from unipre3d.reproduce.second import paired_interval
@@ -58,7 +58,7 @@ def readers() -> tuple[ShapeNetViews, ShapeNetViews]:
 def backbone_of(arm: str, seed: int, study: Path) -> Backbone:
     "The backbone of a run, or a random one."
     if arm == "random":
-        row = more_train("paper", seed)
+        row = MORE.train("paper", seed)
         return build_backbone(plan_recipe(row.recipe, row.changes | {"seed": seed})).eval()
     model = load_predictor(run_path(f"more-pre-{arm}-{seed}", study))[1]
     return model.backbone.eval()
@@ -123,13 +123,13 @@ def main():
     torch.set_num_threads(1)
     train, test = readers()
     rows: list[dict] = []
-    for seed in range(MORE_SEED, MORE_SEED + MORE_PAIRS):
+    for seed in MORE.seeds:
         for arm in dict.fromkeys((*COLOUR_ARMS, *COUNTS)):
             row: dict = {"arm": arm, "seed": seed, "cpu": hardware()["cpu"]}
             if arm in COLOUR_ARMS:
                 score = colour_score(backbone_of(arm, seed, args.study), train, test)
                 row["colour_r2"] = round(score, 4)
-            if arm in SIZES and seed < MORE_SEED + COUNTS_PAIRS:
+            if arm in SIZES and seed in MORE.seeds[:COUNTS_PAIRS]:
                 row["median_size"] = round(median_size(arm, seed, args.study, test), 5)
             if len(row) > 3:
                 rows.append(row)

@@ -108,7 +108,15 @@ WORKSHOP = {
         "tasks/67_autoencoder",
     ],
     "Your own clouds": ["63_features", "64_predict", "66_view"],
-    "Study": ["62_compare", "76_study", "77_statistics", "77_study2", "77_more", "78_reproduce"],
+    "Study": [
+        "62_compare",
+        "76_study",
+        "77_statistics",
+        "77_study2",
+        "77_more",
+        "77_sizes",
+        "78_reproduce",
+    ],
     "Results in full": [
         "80_results_paper",
         "80_results_objects",

@@ -5,7 +5,7 @@
 # %% ../../nbs/77_more.ipynb #77m00004
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,20 +22,19 @@ from unipre3d.reproduce.second import (
     SHORT_DATA,
     SHORT_LEAST,
     SHORT_NET,
+    again_row,
     by_seed,
     paired_interval,
     read_second,
     ridge_row,
-    rows_left,
     second_effects,
     train_row,
 )
 from .statistics import paired
 
 # %% auto #0
-__all__ = ['MORE_SEED', 'MORE_PAIRS', 'COUNTS', 'COUNTS_PAIRS', 'MORE_ARMS', 'MORE_BLOCKS', 'MORE_STEPS', 'MORE_PRIMARY', 'MORE',
-           'DRAWN', 'random_convolutions', 'more_train', 'more_ridge', 'plan_more', 'more_effects', 'drawn_effects',
-           'more_seeds', 'more_left']
+__all__ = ['ABLATION_STEPS', 'COUNTS', 'COUNTS_PAIRS', 'MORE', 'DRAWN', 'random_convolutions', 'Ablation', 'plan_more',
+           'drawn_effects', 'draw_effects']
 
 # %% ../../nbs/77_more.ipynb #77m00007
 @lru_cache(maxsize=1)
@@ -65,96 +64,149 @@ def random_convolutions(
 random_convolutions.width = 32
 
 # %% ../../nbs/77_more.ipynb #77m00010
-MORE_SEED = 40  # the first one
-MORE_PAIRS = 6  # seeds
+@dataclass(frozen=True)
+class Ablation:
+    "Conditions that differ from the paper's recipe in one thing each, and what is compared."
+
+    name: str  # of its rows, as `--only` takes it
+    first_seed: int
+    pairs: int  # seeds, one after the other from the first
+    arms: dict[str, dict[str, Any]]  # condition -> what it changes
+    blocks: tuple[tuple[str, ...], ...]  # conditions: every seed of a block before the next block
+    primary: dict[str, tuple[str, str]]  # comparison of frozen features -> its two conditions
+    kinds: dict[str, str] = field(default_factory=dict)  # condition -> key of ARMS, if not "colour"
+
+    @property
+    def seeds(self) -> range:
+        "All of them."
+        return range(self.first_seed, self.first_seed + self.pairs)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        "Those with a score of frozen features, in order."
+        return sum(self.blocks, ())
+
+    def comparisons(
+        self,
+        part: str = "ridge80",  # measurement, or "pre"
+        metric: str = "oa_ridge",  # of its records
+    ) -> list[Comparison]:
+        "The primary comparisons, or the same pairs in another measurement."
+        part = f"{part}.{self.name}"
+        return [
+            Comparison(self.name, what, part, *arms, metric, metric == "oa_ridge")
+            for what, arms in self.primary.items()
+        ]
+
+    def train(
+        self,
+        arm: str,  # key of `arms`
+        seed: int,
+    ) -> Row:
+        "A pre-training: the short part's, but for what the condition changes."
+        values = SHORT_NET | SHORT_DATA | dict(steps=ABLATION_STEPS, lr=1e-3) | self.arms[arm]
+        kind = self.kinds.get(arm, "colour")
+        row = train_row(f"{self.name}-pre-{arm}-{seed}", self.name, kind, seed, **values)
+        return replace(row, part=f"pre.{self.name}", arm=arm, minutes=1.5)
+
+    def ridge(
+        self,
+        arm: str,  # of `conditions`; those that begin with "random" start from no checkpoint
+        seed: int,
+    ) -> Row:
+        "Frozen features in closed form, with all labels."
+        start = "none" if arm.startswith(RANDOM) else f"{self.name}-pre-{arm}-{seed}"
+        values = SHORT_NET | dict(shots=80, ridge=2)
+        if "backbone_options" in self.arms.get(arm, {}):
+            values["backbone_options"] = self.arms[arm]["backbone_options"]
+        row = ridge_row(f"{self.name}-ridge80-{arm}-{seed}", self.name, arm, seed, start, **values)
+        return replace(row, part=f"ridge80.{self.name}", minutes=0.3)
+
+    def plan(self) -> list[Row]:
+        "For each block of conditions seed after seed."
+        rows = []
+        for arms in self.blocks:
+            for seed in self.seeds:
+                for arm in arms:
+                    rows += [] if arm.startswith(RANDOM) else [self.train(arm, seed)]
+                    rows.append(self.ridge(arm, seed))
+        return rows
+
+    def effects(
+        self,
+        records: dict[str, dict] | None = None,  # default: the committed ones
+        failed: dict[str, dict] | None = None,  # default: the committed ones
+    ) -> pd.DataFrame:
+        "The primary comparisons, with the pairs that are there."
+        return second_effects(records, self.comparisons(), self.pairs, SHORT_LEAST, failed)
+
+    def scores(
+        self,
+        records: dict[str, dict] | None = None,  # default: the committed ones
+        part: str = "ridge80",  # or "pre"
+        metric: str = "oa_ridge",  # of the part's records
+    ) -> pd.DataFrame:  # condition x seed -> percent (PSNR in dB)
+        "What every run scored."
+        records = read_second() if records is None else records
+        return by_seed(records, self.conditions, self.seeds, f"{part}.{self.name}", metric)
+
+
+ABLATION_STEPS = 600  # of a pre-training
 COUNTS = {"groups16": 16, "groups64": 64}  # of Gaussians, beside the 32 of the others
 COUNTS_PAIRS = 3  # seeds
-MORE_ARMS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "none": dict(fusion="NoFusion"),
-    "colours": dict(image="rgb"),
-    "convolutions": dict(image="unipre3d.reproduce.more:random_convolutions"),
-    "unweighted": dict(foreground_weight=1.0, background_weight=1.0),
-    "deep": dict(head_layers=4),
-    "taef2": dict(image="taef2"),
-    "references": dict(n_ref=4),
-} | {arm: dict(backbone_options=NET | dict(num_groups=n)) for arm, n in COUNTS.items()}
-MORE_BLOCKS = (
-    (RANDOM, "paper", "none", "colours", "convolutions"),
-    ("unweighted", "deep"),
-    ("taef2",),
-    ("references",),
-)  # every seed of a block before the next
-MORE_STEPS = 600  # of a pre-training
-MORE_PRIMARY = {
-    "images - none": ("paper", "none"),
-    "autoencoder - colours themselves": ("paper", "colours"),
-    "autoencoder - random convolutions": ("paper", "convolutions"),
-    "foreground 4:1 - 1:1": ("paper", "unweighted"),
-    "head of four layers - two": ("deep", "paper"),
-    "TAEF2 - small autoencoder": ("taef2", "paper"),
-    "four references - one": ("references", "paper"),
-}
-MORE = [
-    Comparison("more", what, "ridge80.more", *arms, "oa_ridge", True)
-    for what, arms in MORE_PRIMARY.items()
-]
-DRAWN = [Comparison("more", what, "pre.more", *arms, "psnr") for what, arms in MORE_PRIMARY.items()]
+MORE = Ablation(
+    name="more",
+    first_seed=40,
+    pairs=6,
+    arms={
+        "paper": {},
+        "none": dict(fusion="NoFusion"),
+        "colours": dict(image="rgb"),
+        "convolutions": dict(image="unipre3d.reproduce.more:random_convolutions"),
+        "unweighted": dict(foreground_weight=1.0, background_weight=1.0),
+        "deep": dict(head_layers=4),
+        "taef2": dict(image="taef2"),
+        "references": dict(n_ref=4),
+    }
+    | {arm: dict(backbone_options=NET | dict(num_groups=n)) for arm, n in COUNTS.items()},
+    blocks=(
+        (RANDOM, "paper", "none", "colours", "convolutions"),
+        ("unweighted", "deep"),
+        ("taef2",),
+        ("references",),
+    ),
+    primary={
+        "images - none": ("paper", "none"),
+        "autoencoder - colours themselves": ("paper", "colours"),
+        "autoencoder - random convolutions": ("paper", "convolutions"),
+        "foreground 4:1 - 1:1": ("paper", "unweighted"),
+        "head of four layers - two": ("deep", "paper"),
+        "TAEF2 - small autoencoder": ("taef2", "paper"),
+        "four references - one": ("references", "paper"),
+    },
+)
+DRAWN = MORE.comparisons("pre", "psnr")
 DRAWN += [
     Comparison("more", "foreground 4:1 - 1:1", "pre.more", "paper", "unweighted", "psnr_foreground")
 ]
 
 # %% ../../nbs/77_more.ipynb #77m00013
-def more_train(
-    arm: str,  # key of MORE_ARMS
-    seed: int,
-) -> Row:
-    "A pre-training: the short part's, but for what the condition changes."
-    values = SHORT_NET | SHORT_DATA | dict(steps=MORE_STEPS, lr=1e-3) | MORE_ARMS[arm]
-    row = train_row(f"more-pre-{arm}-{seed}", "more", "colour", seed, **values)
-    return replace(row, part="pre.more", arm=arm, minutes=1.5)
-
-
-def more_ridge(
-    arm: str,  # of MORE_BLOCKS
-    seed: int,
-) -> Row:
-    "Frozen features in closed form, with all labels."
-    start = "none" if arm == RANDOM else f"more-pre-{arm}-{seed}"
-    values = SHORT_NET | dict(shots=80, ridge=2)
-    row = ridge_row(f"more-ridge80-{arm}-{seed}", "more", arm, seed, start, **values)
-    return replace(row, part="ridge80.more", minutes=0.3)
-
-
 def plan_more() -> list[Row]:
-    "For each block of conditions seed after seed; then other counts of Gaussians, and one repetition."
-    rows = []
-    for arms in MORE_BLOCKS:
-        for seed in range(MORE_SEED, MORE_SEED + MORE_PAIRS):
-            for arm in arms:
-                rows += [more_train(arm, seed)] if arm != RANDOM else []
-                rows.append(more_ridge(arm, seed))
-    for seed in range(MORE_SEED, MORE_SEED + COUNTS_PAIRS):
-        rows += [more_train(arm, seed) for arm in COUNTS]
-    first = more_train("paper", MORE_SEED)
-    return [*rows, replace(first, key=f"again-{first.key}", part="again.more")]
+    "The rows of `MORE`; then other counts of Gaussians, and one repetition."
+    rows = MORE.plan()
+    for seed in MORE.seeds[:COUNTS_PAIRS]:
+        rows += [MORE.train(arm, seed) for arm in COUNTS]
+    return [*rows, again_row(MORE.train("paper", MORE.first_seed))]
 
 # %% ../../nbs/77_more.ipynb #77m00016
-def more_effects(
-    records: dict[str, dict] | None = None,  # default: the committed ones
-    failed: dict[str, dict] | None = None,  # default: the committed ones
-) -> pd.DataFrame:
-    "The comparisons, with the pairs that are there."
-    return second_effects(records, MORE, MORE_PAIRS, SHORT_LEAST, failed)
-
-
 def drawn_effects(
     records: dict[str, dict] | None = None,  # default: the committed ones
+    comparisons: list[Comparison] = DRAWN,
 ) -> pd.DataFrame:
-    "How the same pairs draw held-out views: differences of PSNR in dB."
+    "How pairs draw held-out views: differences of PSNR in dB."
     records = read_second() if records is None else records
     rows = []
-    for c in DRAWN:
+    for c in comparisons:
         d = paired(records, c)[0]
         row = {"comparison": c.what, "of": c.metric, "pairs": len(d)}
         if len(d) >= SHORT_LEAST:
@@ -165,19 +217,21 @@ def drawn_effects(
     return pd.DataFrame(rows, columns=columns).round(2)
 
 
-def more_seeds(
+def draw_effects(
+    ax: Any,  # of matplotlib
+    ablation: Ablation,
     records: dict[str, dict] | None = None,  # default: the committed ones
-    part: str = "ridge80.more",  # or "pre.more"
-    metric: str = "oa_ridge",  # of the part's records
-) -> pd.DataFrame:  # condition x seed -> percent (PSNR in dB)
-    "What every run scored."
+) -> None:
+    "Its primary comparisons: a small dot is a pair of one seed, a large one their mean, a bar the 95 % interval."
     records = read_second() if records is None else records
-    seeds = range(MORE_SEED, MORE_SEED + MORE_PAIRS)
-    return by_seed(records, sum(MORE_BLOCKS, ()), seeds, part, metric)
-
-
-def more_left(
-    records: dict[str, dict] | None = None,  # default: the committed ones
-) -> str:
-    "Which rows have no record, and the command for them; empty where there are none."
-    return rows_left(plan_more(), "more", records)
+    comparisons = ablation.comparisons()
+    for y, (c, row) in enumerate(zip(comparisons, ablation.effects(records).itertuples())):
+        d, _ = paired(records, c)
+        ax.plot(d.mean(1) if len(d) else [], [y] * len(d), ".", color="0.6", ms=5)
+        if row.low == row.low:
+            ax.plot([row.low, row.high], [y, y], lw=2.5, color="C0")
+            ax.plot(row.mean, y, "o", color="C0", ms=5)
+    ax.axvline(0, color="0.4", lw=0.8)
+    ax.set_yticks(range(len(comparisons)), [c.what for c in comparisons], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel("first minus second (points)", fontsize=8)

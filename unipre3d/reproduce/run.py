@@ -29,6 +29,7 @@ from ..records import read_record, write_json
 from .more import MORE, plan_more
 from .plan import COMPARISONS, SOURCES, Row, plan, plan_recipe, select
 from .second import EXPLORATORY, PRIMARY, SHORT, plan_second, plan_short
+from .sizes import SIZES, plan_sizes
 from ..runs.checkpoint import has_state, is_finished
 from ..runs.fit import Task, stop_requests
 from ..runs.recipe import Optimiser, Recipe, change, freeze, to_values
@@ -598,8 +599,9 @@ def planned(
     if budget == "gpu":  # the larger objects of the full plan, whose data are made here
         return select([row for row in plan("full") if not row.needs], only, COMPARISONS)
     if budget == "second":
-        rows = [*plan_short(), *plan_more(), *plan_second()]
-        return select(rows, only, [*SHORT, *MORE, *PRIMARY, *EXPLORATORY])
+        rows = [*plan_short(), *plan_more(), *plan_sizes(), *plan_second()]
+        parts = [*SHORT, *MORE.comparisons(), *SIZES.comparisons()]
+        return select(rows, only, [*parts, *PRIMARY, *EXPLORATORY])
     return select(plan(budget, data), only, COMPARISONS)
 
 
