@@ -35,15 +35,24 @@ def write_record(path, **values):
     write_json(path, facts | {"load_before": LOAD, "hardware": hardware()} | values)
 
 
-def finished_run(name, recipe, folder):
-    "The folder of a finished run, which is made, or gone on with, where it is not there."
+class NotFinished(SystemExit):
+    "A run that did not reach its last step; `ended` says how."
+
+    def __init__(self, name, folder, ended):
+        self.ended = ended
+        super().__init__(f"{name}: expected a finished run, the one in {folder} is {ended}")
+
+
+def finished_run(name, recipe, folder, init="none"):
+    "The folder of a finished run, which is made, or gone on with, where it is not there. Raises: NotFinished."
+    from unipre3d.records import read_record
     from unipre3d.runs.checkpoint import has_state, is_finished
     from unipre3d.runs.run import run_recipe
 
-    if not is_finished(folder):
-        done = run_recipe(name, recipe, folder, resume=has_state(folder))
-        if done.ended != "finished":
-            raise SystemExit(
-                f"{name}: expected a finished run, the one in {folder} is {done.ended}"
-            )
+    if is_finished(folder):
+        ended = read_record(folder / "record.json")["ended"]
+    else:
+        ended = run_recipe(name, recipe, folder, init=init, resume=has_state(folder)).ended
+    if ended != "finished":
+        raise NotFinished(name, folder, ended)
     return folder

@@ -26,6 +26,7 @@ round the conditions, so pairs are whole whenever the script is stopped; the sam
 
 import argparse
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,7 @@ PAIRS = 6  # seeds
 FIRST_SEED = 50
 LABELLED = (5, 10, 20, 40)  # rooms with labels
 VOXELS = {"linear": 1000, "nearest": 250}  # of a labelled room that a probe reads
-BASE = change(
-    recipes["scene-sparseunet-mini"],
+HOW: dict[str, Any] = dict(
     rooms=300,  # 200 of them to train on
     steps=300,
     warmup=20,
@@ -65,7 +65,8 @@ BASE = change(
     picture_every=0,
     validate_every=0,
     save_every=100,
-)
+)  # what the recipe of a small backbone on rooms is changed to
+BASE = change(recipes["scene-sparseunet-mini"], **HOW)
 OTHER_ROOMS = (
     60,
     1,
@@ -78,18 +79,20 @@ RUNS: dict[str, Recipe] = {
 }
 ARMS = ("random", *RUNS)
 PRIMARY = (("point", "none"), ("feature", "none"), ("point", "feature"), ("point", "random"))
+COMPARED = (*PRIMARY, ("none", "random"), ("feature", "random"))
+SCORES = (*(f"{probe}_{count}" for probe in VOXELS for count in LABELLED), "psnr")
 VOXEL_SIZE = BASE.model.backbone_options["voxel_size"]
 
 
-def trained(arm: str, seed: int, work: Path) -> Path:
+def trained(arm: str, seed: int, work: Path, runs: dict[str, Recipe] = RUNS) -> Path:
     "A finished run."
-    recipe = change(RUNS[arm], seed=seed)
+    recipe = change(runs[arm], seed=seed)
     return finished_run(f"rooms-{arm}", recipe, work / f"{arm}-{seed}")
 
 
-def frozen(folder: Path | None, seed: int) -> Backbone:
+def frozen(folder: Path | None, seed: int, recipe: Recipe = BASE) -> Backbone:
     "The backbone of a run, or a random one."
-    backbone = build_backbone(change(BASE, seed=seed))
+    backbone = build_backbone(change(recipe, seed=seed))
     if folder is not None:
         start_from(backbone, folder)
     return backbone.eval()
@@ -171,13 +174,17 @@ def rooms_of(how: tuple[int, int], splits: tuple[str, ...]) -> list[ScenePoints]
     return [whole_rooms(ScanNetFrames(root, split=split, labels=20)) for split in splits]
 
 
-def effects(rows: list[dict]) -> list[dict]:
-    "Every comparison: both probes, every number of rooms, and PSNR."
+def effects(
+    rows: list[dict],
+    compared: Sequence[tuple[str, str]] = COMPARED,  # conditions: first - second
+    primary: Mapping[tuple[str, str], str] = dict.fromkeys(PRIMARY, "linear_20"),  # by which score
+    scores: Sequence[str] = SCORES,
+) -> list[dict]:
+    "Every comparison by every score that both conditions have."
     by = {(row["arm"], row["seed"]): row for row in rows}
-    scores = [f"{probe}_{count}" for probe in VOXELS for count in LABELLED]
     found = []
-    for first, second in (*PRIMARY, ("none", "random"), ("feature", "random")):
-        for score in (*scores, "psnr"):
+    for first, second in compared:
+        for score in scores:
             seeds = sorted({seed for _, seed in by})
             pairs = [(by.get((first, s), {}), by.get((second, s), {})) for s in seeds]
             d = np.array([a[score] - b[score] for a, b in pairs if score in a and score in b])
@@ -185,8 +192,8 @@ def effects(rows: list[dict]) -> list[dict]:
                 continue
             row: dict[str, Any] = {"first": first, "second": second, "score": score}
             row |= {"pairs": len(d), "mean": round(float(d.mean()), 3)}
-            row["primary"] = (first, second) in PRIMARY and score == "linear_20"
-            for name, level in (("", 0.95), ("_strict", 1 - 0.05 / len(PRIMARY))):
+            row["primary"] = primary.get((first, second)) == score
+            for name, level in (("", 0.95), ("_strict", 1 - 0.05 / len(primary))):
                 if len(d) >= 4:
                     i = paired_interval(d, level)
                     row |= {f"low{name}": round(i.low, 3), f"high{name}": round(i.high, 3)}

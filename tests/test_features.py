@@ -675,6 +675,70 @@ def test_the_verdict_on_weights_of_both_kinds_is_that_of_its_rows(monkeypatch):
     assert module.linear_probe((rows, label), (torch.eye(3), torch.arange(3)), 3) == 1
 
 
+def test_comparisons_of_rooms_are_those_of_their_rows(monkeypatch):
+    module = load_benchmark("rooms_labels", monkeypatch)
+    record = read_json(data_dir() / "records" / "benchmark_rooms.json")
+    assert module.effects(record["rows"]) == record["effects"]
+
+
+def test_more_of_rooms_chooses_compares_and_goes_on(tmp_path, monkeypatch):
+    "Trials choose the weight, a run that diverged stays a row, and a second call makes nothing again."
+    module = load_benchmark("rooms_more", monkeypatch)
+    assert (
+        module.choose_weight([dict(weight=0.2, linear_20=1), dict(weight=0.02, linear_20=1)]) == 0.2
+    )
+    assert (
+        module.choose_weight([dict(weight=0.2, failed="?"), dict(weight=0.02, linear_20=1)]) == 0.02
+    )
+    with pytest.raises(SystemExit, match="both did"):
+        module.choose_weight([dict(weight=0.2, failed="?")])
+    made = []
+
+    def probed(arm, seed, work, runs, train, tests):
+        made.append((arm, seed))
+        if (arm, seed) == ("none", 60) or (arm == "far" and seed < 62):
+            raise module.NotFinished(arm, work, "diverged")
+        if len(made) == 5:
+            raise module.NotFinished(arm, work, "interrupted")
+        better = runs["point.depth"].objective.terms["depth"] == 0.02
+        return {"linear_20": 1.0 + better + (arm == "point.depth") + seed / 100}
+
+    def tuned(arm, seed, work, runs, rooms):
+        made.append((arm, seed))
+        return {"miou": 3.0, "miou_half": 2.5 if arm.startswith("tuned_20") else 1.0}
+
+    for name, value in dict(probed_row=probed, tuned_row=tuned).items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "rooms_of", lambda how, splits: [[0] * 40])
+    monkeypatch.setattr(module, "embedded_rooms", lambda *how: None)
+    monkeypatch.setattr(module, "data_hash", lambda path: "")
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["rooms_more.py", "--json", str(path)])
+    with pytest.raises(module.NotFinished, match="is interrupted"):  # that is no result
+        module.main()
+    assert made == [("point.depth", 90)] * 2 + [("random", 60), ("none", 60), ("point", 60)]
+    assert [row["arm"] for row in read_json(path)["rows"]] == ["random", "none"]
+    module.main()
+    record = read_json(path)
+    assert record["depth_weight"] == 0.02 and len(record["trials"]) == 2
+    rows = [(row["arm"], row["seed"]) for row in record["rows"]]
+    assert rows == [(arm, seed) for seed in range(60, 66) for arm in module.ARMS]
+    assert "is diverged" in record["rows"][1]["failed"] and len(made) == 2 + len(rows) + 1
+    found = {(row["first"], row["second"]): row for row in record["effects"] if row["primary"]}
+    assert set(found) == set(module.PRIMARY)
+    assert found["point.depth", "point"]["verdict"] == "first ahead"
+    assert found["none.depth", "none"]["pairs"] == 5 and found["none.depth", "none"]["failed"] == 1
+    assert found["near", "far"]["verdict"] == "void: 2 pairs failed"
+    assert [row["plateau"] for row in record["plateaus"]] == [False] * 3 + [True] * 3
+    module.main()
+    assert len(made) == 2 + len(rows) + 1 and read_json(path)["rows"] == record["rows"]
+    arms = {arm.split(".")[1] for arm in module.ARMS if arm.startswith("tuned")}
+    assert arms == set(module.STARTS) and set(module.runs_of(0.2)) < set(module.ARMS)
+    order = np.random.default_rng(61).permutation(40)
+    assert module.tuning(5, 61, 40).data.places == tuple(order[:5])
+    assert set(module.tuning(5, 61, 40).data.places) < set(module.tuning(20, 61, 40).data.places)
+
+
 def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):
     write_scans(tmp_path)
     module = load_benchmark("retrieval", monkeypatch)
