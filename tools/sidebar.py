@@ -115,6 +115,7 @@ WORKSHOP = {
         "77_study2",
         "77_more",
         "77_sizes",
+        "77_paradigms",
         "78_reproduce",
     ],
     "Results in full": [

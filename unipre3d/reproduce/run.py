@@ -27,6 +27,7 @@ from ..image import autoencoder_folder
 from ..recipes import read_recipe
 from ..records import read_record, write_json
 from .more import MORE, plan_more
+from .paradigms import PARADIGMS, plan_paradigms
 from .plan import COMPARISONS, SOURCES, Row, plan, plan_recipe, select
 from .second import EXPLORATORY, PRIMARY, SHORT, plan_second, plan_short
 from .sizes import SIZES, plan_sizes
@@ -599,8 +600,10 @@ def planned(
     if budget == "gpu":  # the larger objects of the full plan, whose data are made here
         return select([row for row in plan("full") if not row.needs], only, COMPARISONS)
     if budget == "second":
-        rows = [*plan_short(), *plan_more(), *plan_sizes(), *plan_second()]
-        parts = [*SHORT, *MORE.comparisons(), *SIZES.comparisons()]
+        rows = [*plan_short(), *plan_more(), *plan_sizes(), *plan_paradigms(), *plan_second()]
+        parts = [*SHORT]
+        for ablation in (MORE, SIZES, PARADIGMS):
+            parts += ablation.comparisons()
         return select(rows, only, [*parts, *PRIMARY, *EXPLORATORY])
     return select(plan(budget, data), only, COMPARISONS)
 
