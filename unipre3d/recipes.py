@@ -15,7 +15,7 @@ from .runs.recipe import Recipe
 from .runs.run import load_model, read_run
 from .tasks.autoencoder import AutoencoderRecipe, autoencoder_recipes
 from .tasks.classification import ClassificationRecipe, classification_recipes
-from .tasks.contrast import ContrastRecipe, contrast_recipes
+from .tasks.contrast import ContrastRecipe, ContrastRoomRecipe, contrast_recipes
 from .tasks.instances import InstanceRecipe, instance_recipes
 from .tasks.masked import MaskedRecipe, MaskedRoomRecipe, masked_recipes
 from .tasks.parts import PartRecipe, part_recipes
@@ -39,6 +39,7 @@ KINDS: dict[str, type[Recipe]] = {
         MaskedRecipe,
         MaskedRoomRecipe,
         ContrastRecipe,
+        ContrastRoomRecipe,
         AutoencoderRecipe,
         ClassificationRecipe,
         PartRecipe,

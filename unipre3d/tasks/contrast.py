@@ -6,22 +6,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
-from ..core import PointBatch, offsets
-from ..data.augment import Augment
+from ..core import PointBatch, offsets, to_device
+from ..data.augment import Augment, Cloud, augment
+from ..data.readers import Reader
 from ..data.samples import CloudSamples
-from ..geometry.pointops import interpolate
+from ..geometry.pointops import interpolate, voxelize
 from ..processes import gathered, shared_count, shared_rows
 from ..runs.fit import Task
 from unipre3d.runs.recipe import (
+    NEVER,
     Condition,
     Limit,
     Model,
@@ -31,6 +35,7 @@ from unipre3d.runs.recipe import (
     Run,
     above,
     change,
+    reads,
     within,
 )
 from ..runs.run import SMALL_BACKBONES, build_backbone
@@ -41,9 +46,23 @@ from unipre3d.tasks.heads import (
     own_batches,
     read_shapes,
 )
+from unipre3d.tasks.scenes import (
+    ROOM_MINI,
+    SCENE_CONDITIONS,
+    SCENE_LIMITS,
+    PointModel,
+    SceneData,
+    ScenePoints,
+    crop_rows,
+    describe_rooms,
+    read_rooms,
+)
+from ..values import refusal
 
 # %% auto #0
-__all__ = ['contrast_recipes', 'contrast', 'lowest_rows', 'part_of', 'changed', 'ContrastModel', 'Contrasted', 'ContrastRecipe']
+__all__ = ['contrast_recipes', 'ROOM_LIMITS', 'contrast', 'lowest_rows', 'part_of', 'changed', 'projector', 'ContrastModel',
+           'Contrasted', 'ContrastRecipe', 'matched_rows', 'TwoViews', 'TwiceRead', 'ContrastRoomModel',
+           'ContrastedRooms', 'ContrastRoomRecipe', 'contrast_rooms']
 
 # %% ../../nbs/tasks/68_contrast.ipynb #68con008
 def contrast(
@@ -99,6 +118,14 @@ def changed(
     return PointBatch.trusted(xyz=xyz, feat=xyz, batch=batch, size=points.size)
 
 
+def projector(
+    width: int,  # of the backbone's features
+    projection: int,  # of the features that are compared
+) -> nn.Sequential:
+    "A small projection, which is thrown away after pre-training."
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection))
+
+
 class ContrastModel(nn.Module):
     "A backbone and a small projection, which is thrown away afterwards."
 
@@ -110,13 +137,10 @@ class ContrastModel(nn.Module):
         kept: float = 0.6,  # of a cloud in each view
     ):
         super().__init__()
-        width = backbone.width
         self.backbone = backbone
         self.anchors = anchors
         self.kept = kept
-        self.project = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection)
-        )
+        self.project = projector(backbone.width, projection)
 
     def forward(
         self,
@@ -209,7 +233,7 @@ class ContrastRecipe(Recipe):
         )
 
 
-contrast_recipes: dict[str, ContrastRecipe] = {
+contrast_recipes: dict[str, Recipe] = {
     "contrast-shapes-mini": change(
         ContrastRecipe(),
         about="baseline: two views of generated shapes, a small Transformer",
@@ -221,3 +245,226 @@ contrast_recipes: dict[str, ContrastRecipe] = {
         batch_size=24,
     )
 }
+
+# %% ../../nbs/tasks/68_contrast.ipynb #68conr3
+def matched_rows(
+    first: Int[np.ndarray, "n"],  # the row of each point in one view, -1 = not there
+    second: Int[np.ndarray, "n"],  # in the other
+    rng: np.random.Generator,  # draws the points that are tried first
+) -> Int[np.ndarray, "m 2"]:  # a row of each view
+    "Rows of two views that hold the same point; no row is in two pairs."
+    point = rng.permutation(len(first))
+    point = point[(first[point] >= 0) & (second[point] >= 0)]
+    for row in (first, second):
+        point = point[np.unique(row[point], return_index=True)[1]]
+    return np.stack([first[point], second[point]], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class TwoViews:
+    "Crops of rooms that are read twice, and which rows hold the same place."
+
+    points: PointBatch  # the first view of each room, then the second of each
+    pairs: Int[Tensor, "m 2"]  # rows of `points`, in the first and in the second view of a room
+
+
+class TwiceRead(ScenePoints):
+    "Crops of rooms in two views, each changed and voxelised by itself; a batch is a `TwoViews`."
+
+    def __init__(
+        self,
+        source: Reader,
+        anchors: int,  # pairs of each room, at most
+        kept: float,  # of the voxels of the crop in each view, above 0 and at most 1
+        **how: Any,  # of `ScenePoints`; `augment` changes each view
+    ):
+        super().__init__(source, **how)
+        self.anchors = anchors
+        self.kept = kept
+
+    def crop_of(self, index: int, rng: np.random.Generator) -> Cloud:
+        "All points in some voxels of a room, as they are."
+        cloud = self.room(index)
+        if self.n_points is None:
+            return cloud
+        cells, voxel = self.cells(cloud)
+        middle = (cells[:, 1:] + 0.5) * self.voxel_size
+        held = np.isin(voxel, crop_rows(middle, self.n_points, rng, self.crop))
+        return {name: column[held] for name, column in cloud.items()}
+
+    def cells(self, cloud: Cloud) -> tuple[Int[np.ndarray, "v 4"], Int[np.ndarray, "n"]]:
+        "The voxels of a cloud, and the voxel of each point."
+        xyz = torch.from_numpy(cloud["xyz"])
+        one_cloud = torch.zeros(len(xyz), dtype=torch.long)
+        cells, voxel = voxelize(xyz, one_cloud, self.voxel_size)
+        return cells.numpy(), voxel.numpy()
+
+    def view(
+        self,
+        crop: Cloud,
+        rng: np.random.Generator,
+    ) -> tuple[Cloud, Int[np.ndarray, "n"]]:
+        "One view: a point of each voxel; and the row of the voxel that holds each point of the crop, -1 = none."
+        n = len(crop["xyz"])
+        cloud = augment(crop | dict(place=np.arange(n)), rng, self.augment)
+        place = cloud.pop("place")
+        cells, voxel = self.cells(cloud)
+        order = rng.permutation(len(place))
+        keep = np.empty(len(cells), dtype=np.int64)
+        keep[voxel[order]] = order  # a random point of each voxel
+        count = max(1, round(self.kept * len(keep)))
+        part = crop_rows(cloud["xyz"][keep], count, rng, self.crop)
+        number = np.full(len(keep), -1)
+        number[part] = np.arange(len(part))
+        row = np.full(n, -1)
+        row[place] = number[voxel]
+        return {name: column[keep[part]] for name, column in cloud.items()}, row
+
+    def pair(self, index: int, draw: int) -> tuple[list[Cloud], Int[np.ndarray, "m 2"]]:
+        "Two views of one crop, and the rows of some matched voxels."
+        rng = self.rng(index, draw)
+        crop = self.crop_of(index, rng)
+        (first, row), (second, other) = (self.view(crop, rng) for _ in range(2))
+        pairs = matched_rows(row, other, rng)
+        drawn = np.sort(rng.permutation(len(pairs))[: self.anchors])
+        if not len(drawn):
+            warnings.warn(f"{self.name(index)}: two views share no voxel, left out", stacklevel=2)
+        return [first, second], pairs[drawn]
+
+    def batch(self, keys: list[tuple[int, int]]) -> TwoViews:
+        "The packed views of several `(index, draw)`."
+        views, pairs = zip(*(self.pair(*key) for key in keys))
+        clouds = [two[k] for k in range(2) for two in views]
+        points = self.pack([index for index, _ in keys] * 2, clouds)
+        start = offsets(points.batch, points.size)[:-1].view(2, len(keys)).T
+        rows = [torch.from_numpy(two) + first for two, first in zip(pairs, start)]
+        return TwoViews(points, torch.cat(rows))
+
+
+class ContrastRoomModel(PointModel):
+    "A backbone on voxels and a small projection, which is thrown away afterwards."
+
+    def __init__(
+        self,
+        backbone: Backbone,  # a SparseUNet or a PTv3
+        projection: int = 64,  # width of the features that are compared
+    ):
+        if not hasattr(backbone, "voxel_size"):
+            raise ValueError(
+                "backbone: two views of rooms match voxels, expected SparseUNet or PTv3, "
+                f"got {type(backbone).__name__}"
+            )
+        super().__init__(backbone, projection)
+        self.head = projector(backbone.width, projection)
+
+    def forward(
+        self,
+        points: PointBatch,
+        pairs: Int[Tensor, "m 2"],  # rows of the points
+    ) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
+        "Unit features of the first and of the second row of each pair."
+        features = self.features(points)
+        first, second = (F.normalize(self.head(features[row]), dim=1) for row in pairs.T)
+        return first, second
+
+# %% ../../nbs/tasks/68_contrast.ipynb #68conr6
+@dataclass(frozen=True)
+class ContrastedRooms(Model):
+    "A backbone on voxels and a projection."
+
+    backbone: str = "SparseUNet"
+    projection: int = 64  # width of the features that are compared
+    anchors: int = 512  # matched voxels of each room, at most; told from all others of the step
+    kept: float = 0.6  # fraction of a crop's voxels in each view, above 0.5
+    temperature: float = 0.4  # of the likeness
+
+
+ROOM_LIMITS: dict[str, Limit] = {
+    name: limit
+    for name, limit in SCENE_LIMITS.items()
+    if name not in ("smoothing", "lovasz", "votes")
+}
+ROOM_LIMITS |= {
+    name: ContrastRecipe.limits[name]
+    for name in ("accumulate", "projection", "anchors", "kept", "temperature")
+}
+
+
+@dataclass(frozen=True)
+class ContrastRoomRecipe(Recipe):
+    "One pre-training by two views of rooms, as plain values."
+
+    data: SceneData = SceneData()
+    model: ContrastedRooms = ContrastedRooms()
+
+    task: ClassVar[str] = "two views of rooms"
+    command: ClassVar[str] = "pretrain"
+    limits: ClassVar[dict[str, Limit]] = ROOM_LIMITS
+    conditions: ClassVar[dict[str, Condition]] = SCENE_CONDITIONS | {
+        **dict.fromkeys(("labels", "validation", "validation_fraction", "test_split"), NEVER),
+        **dict.fromkeys(("validate_every", "patience", "picture_every"), NEVER),
+        "val_area": reads("s3dis"),
+    }
+
+    def build_model(self, classes: int = 0) -> ContrastRoomModel:
+        "Backbone and projection, with weights drawn from the seed."
+        return ContrastRoomModel(build_backbone(self), self.model.projection)
+
+    def build_task(self, device: str | torch.device = "cpu") -> Task:
+        "Readers, model, loss and scores of two views of rooms."
+        d, m = self.data, self.model
+        model = self.build_model()
+        train = read_rooms(d, "train", labelled=False)
+        held_out = read_rooms(d, "val", labelled=False)
+
+        def samples(reader, seed):
+            how = dict(n_points=d.n_points or None, crop=d.crop, augment=d.augment, seed=seed)
+            how |= dict(voxel_size=d.voxel_size, features=d.features)
+            return TwiceRead(reader, m.anchors, m.kept, **how)
+
+        validation = samples(held_out, 0)
+
+        def loss(model, batch):
+            return contrast(*model(batch.points, batch.pairs), m.temperature), {}
+
+        @torch.no_grad()
+        def test(model, folder) -> tuple[dict[str, float], dict[str, Any]]:
+            model.eval()
+            own = []
+            for batch in own_batches(validation, batch_size=1):
+                batch = to_device(batch, device)
+                count = len(batch.pairs)
+                if not count:  # which a warning has said
+                    continue
+                a, b = model(batch.points, batch.pairs)
+                hit = (a @ b.T).argmax(1) == torch.arange(count, device=a.device)
+                scores = contrast(a, b, m.temperature), hit.float().mean(), a.new_tensor(1 / count)
+                own.append(torch.stack([score.float().cpu() for score in scores]))
+            own = gathered(own)
+            if not own:
+                expected = "rooms of which two views share a voxel"
+                raise refusal("validation", expected, "none", "raise kept or n_points")
+            scores = torch.stack(own).mean(0).tolist()
+            return dict(zip(("contrast", "matched", "chance"), scores)), {}
+
+        data = describe_rooms(d, train, held_out, held_out)
+        return Task(self.task, model, samples(train, self.run.seed), loss, test, data=data)
+
+
+def contrast_rooms(backbone: str) -> ContrastRoomRecipe:
+    "Composed rooms with a small backbone."
+    crops = {name: value for name, value in ROOM_MINI.items() if name != "lovasz"}
+    changes = replace(ROOM_MINI["augment"], drop=0.4, color=0.3)
+    return change(
+        ContrastRoomRecipe(),
+        about=f"baseline: two views of composed rooms, a small {backbone}",
+        **crops | dict(augment=changes, n_points=4500, warmup=40),
+        backbone=backbone,
+        backbone_options=SMALL_BACKBONES[backbone] | dict(voxel_size=ROOM_MINI["voxel_size"]),
+        clip=1.0,
+        ema=0.99,
+        steps=800,
+    )
+
+
+contrast_recipes |= {"contrast-rooms-mini": contrast_rooms("SparseUNet")}
