@@ -85,7 +85,9 @@ def room_paradigms() -> list[dict[str, Any]]:
     path = data_dir() / "records" / "benchmark_rooms_paradigms.json"
     effects = read_json(path)["effects"] if path.is_file() else []
     return [
-        row | {"comparison": f"{row['first']} - {row['second']}"} for row in effects if row["primary"]
+        row | {"comparison": f"{row['first']} - {row['second']}"}
+        for row in effects
+        if row["primary"]
     ]
 
 
