@@ -171,7 +171,8 @@ class FewRooms(SemanticRecipe):
             scene_samples(self.data, train, self.run.seed),
             loss,
             test,
-            data=describe_rooms(self.data, train, None, tests[0].source),
+            data=describe_rooms(self.data, train, None, tests[0].source)
+            | {"test": sum(len(rooms) for rooms in tests)},
             classes=train.classes,
             columns=("train_allacc", "val_miou"),
             validate=validate,
