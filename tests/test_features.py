@@ -739,6 +739,54 @@ def test_more_of_rooms_chooses_compares_and_goes_on(tmp_path, monkeypatch):
     assert set(module.tuning(5, 61, 40).data.places) < set(module.tuning(20, 61, 40).data.places)
 
 
+def test_three_tasks_on_rooms_try_equally_many_rates(tmp_path, monkeypatch):
+    module = load_benchmark("rooms_paradigms", monkeypatch)
+    made = []
+
+    def finished(arm, seed, work, runs):
+        made.append((arm, seed, runs[arm].optimiser.lr))
+        if runs[arm].optimiser.lr == 0.008 or (arm, seed) == ("contrast", 71):
+            raise module.NotFinished(arm, work, "diverged")
+        return tmp_path
+
+    def probed(backbone, train, tests, seed):
+        best = made and made[-1][2] == 0.004
+        return {"linear_20": 10.0 + (made[-1][2] if best and seed == 91 else 0) + seed / 100}
+
+    for name, value in dict(trained=finished, probes=probed).items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "rooms_of", lambda how, splits: [[0] * 40])
+    monkeypatch.setattr(module, "embedded_rooms", lambda *how: None)
+    monkeypatch.setattr(module, "data_hash", lambda path: "")
+    monkeypatch.setattr(module, "frozen", lambda folder, seed: None)
+    monkeypatch.setattr(module, "read_record", lambda path: {"cpu_seconds": 1.0})
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["rooms_paradigms.py", "--json", str(path)])
+    module.main()
+    record = read_json(path)
+    tried = [(row["arm"], row["lr"], row["seed"]) for row in record["tries"]]
+    assert tried == [(arm, rate, 91) for arm in module.BASES for rate in module.RATES]
+    assert {arm: found["lr"] for arm, found in record["recipes"].items()} == dict.fromkeys(
+        module.BASES, 0.004
+    )
+    rows = [(row["arm"], row["seed"]) for row in record["rows"]]
+    assert rows == [(arm, seed) for seed in range(70, 76) for arm in module.ARMS]
+    found = {(row["first"], row["second"]): row for row in record["effects"] if row["primary"]}
+    assert {pair: row["pairs"] for pair, row in found.items()} == {
+        ("colour", "random"): 6,
+        ("masked", "contrast"): 5,
+        ("colour", "masked"): 6,
+        ("colour", "contrast"): 5,
+    }
+    before = len(made)
+    module.main()
+    assert len(made) == before
+    equal = [dict(arm=arm, lr=lr, linear_20=1.0) for arm in module.BASES for lr in module.RATES]
+    assert set(module.chosen_rates(equal).values()) == {0.002}
+    with pytest.raises(SystemExit, match="masked: expected a rate that does not diverge"):
+        module.chosen_rates([row for row in equal if row["arm"] != "masked"])
+
+
 def test_retrieval_of_scanned_objects(tmp_path, monkeypatch, capsys):
     write_scans(tmp_path)
     module = load_benchmark("retrieval", monkeypatch)

@@ -8,14 +8,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 from ..core import data_dir
 from ..files import read_json
 from .more import Ablation
 from .plan import SEEN_KINDS, Row
-from .second import RANDOM, RATES, TRIAL_SEED, again_row, trial_names
+from unipre3d.reproduce.second import (
+    RANDOM,
+    RATES,
+    SHORT_LEAST,
+    TRIAL_SEED,
+    again_row,
+    paired_interval,
+    trial_names,
+)
 
 # %% auto #0
-__all__ = ['PARADIGMS', 'LEVEL_WITHIN', 'PARTS', 'plan_paradigms', 'room_paradigms', 'claim_parts']
+__all__ = ['PARADIGMS', 'LEVEL_WITHIN', 'PARTS', 'TASKS', 'plan_paradigms', 'room_paradigms', 'room_scores', 'claim_parts',
+           'draw_gains']
 
 # %% ../../nbs/77_paradigms.ipynb #77p00007
 PARADIGMS = Ablation(
@@ -80,15 +90,30 @@ PARTS: dict[str, tuple[tuple[str, str, int], ...]] = {
 }  # of the claim: scale, comparison, and its side of zero; 0: at least level
 
 
-def room_paradigms() -> list[dict[str, Any]]:
-    "The committed comparisons of rooms; none where there are no records."
+def _rooms(part: str) -> list[dict[str, Any]]:
+    "Rows of the committed record of rooms; none where it is not there."
     path = data_dir() / "records" / "benchmark_rooms_paradigms.json"
-    effects = read_json(path)["effects"] if path.is_file() else []
+    return read_json(path)[part] if path.is_file() else []
+
+
+def room_paradigms() -> list[dict[str, Any]]:
+    "The committed primary comparisons of rooms."
+    effects = _rooms("effects")
     return [
         row | {"comparison": f"{row['first']} - {row['second']}"}
         for row in effects
         if row["primary"]
     ]
+
+
+def room_scores(
+    score: str = "linear_20",  # of the record
+) -> pd.DataFrame:  # condition x seed -> mIoU (percent)
+    "What every run on rooms scored."
+    found = {arm: {} for arm in PARADIGMS.conditions}
+    for row in _rooms("rows"):
+        found[row["arm"]][row["seed"]] = row.get(score)
+    return pd.DataFrame(found, index=PARADIGMS.seeds, dtype=float).T
 
 
 def _says(row: dict[str, Any], side: int) -> str:
@@ -118,3 +143,25 @@ def claim_parts(
         worst = ("fails", "not measured", "undecided", "holds")
         answers[part] = next(word for word in worst if word in said)
     return answers
+
+
+TASKS = {"colour": "rendering", "masked": "masked reconstruction", "contrast": "two views"}
+
+
+def draw_gains(
+    ax: Any,  # of matplotlib
+    scores: pd.DataFrame,  # condition x seed
+    unit: str,  # of the scores
+) -> None:
+    "What each task adds to random features: a small dot is a seed, a large one the mean, a bar the 95 % interval."
+    for y, arm in enumerate(TASKS):
+        d = (scores.loc[arm] - scores.loc[RANDOM]).dropna().to_numpy()
+        ax.plot(d, [y] * len(d), ".", color="0.6", ms=5)
+        if len(d) >= SHORT_LEAST:
+            i = paired_interval(d)
+            ax.plot([i.low, i.high], [y, y], lw=2.5, color="C0")
+            ax.plot(i.mean, y, "o", color="C0", ms=5)
+    ax.set_yticks(range(len(TASKS)), TASKS.values(), fontsize=8)
+    ax.set_ylim(len(TASKS) - 0.5, -0.5)
+    ax.axvline(0, color="0.4", lw=0.8)
+    ax.set_xlabel(f"above random features ({unit})", fontsize=8)
