@@ -1,4 +1,4 @@
-"""Two views of rooms: pairs hold the same point, the loss is its definition, a run stops, goes on and starts other tasks."""
+"""Two views of rooms: pairs hold the same point; the loss is its definition; a run stops, goes on and starts other tasks."""
 
 import csv
 import os
