@@ -27,6 +27,7 @@ VOLUME = ("rays", "corners", "ray_samples", "finer_samples")
 ROOMS = {
     "by pictures": "scene-sparseunet-mini",
     "masked blocks": "masked-rooms-mini",
+    "two views": "contrast-rooms-mini",
 }
 
 
