@@ -175,7 +175,7 @@ ROWS = [('about', 'str', '20 classes in composed rooms: the small PTv3 of scene-
  ('data.augment.color', 'float', '0.0', 'largest change of contrast and brightness'),
  ('data.augment.color', 'float', '0.05', 'largest change of contrast and brightness'),
  ('data.augment.color', 'float', '0.1', 'largest change of contrast and brightness'),
- ('data.augment.color', 'float', '0.2', 'largest change of contrast and brightness'),
+ ('data.augment.color', 'float', '0.3', 'largest change of contrast and brightness'),
  ('data.augment.drop', 'float', '0.0', 'largest fraction of points to drop'),
  ('data.augment.drop', 'float', '0.4', 'largest fraction of points to drop'),
  ('data.augment.jitter', 'float', '0.0',

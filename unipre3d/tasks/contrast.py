@@ -454,7 +454,7 @@ class ContrastRoomRecipe(Recipe):
 def contrast_rooms(backbone: str) -> ContrastRoomRecipe:
     "Composed rooms with a small backbone."
     crops = {name: value for name, value in ROOM_MINI.items() if name != "lovasz"}
-    changes = replace(ROOM_MINI["augment"], drop=0.4, color=0.2)
+    changes = replace(ROOM_MINI["augment"], drop=0.4, color=0.3)
     return change(
         ContrastRoomRecipe(),
         about=f"baseline: two views of composed rooms, a small {backbone}",
