@@ -1,12 +1,16 @@
 """The frozen image branch: parity with the released one, freezing, sizes, sources and their errors."""
 
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from warm import Command, script
 
 from unipre3d.image import (
     CachedFeatures,
@@ -363,8 +367,9 @@ print(wrong, file.hits)
 
 
 def test_processes_share_a_file(tmp_path):
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "shared.bin")]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    writer = tmp_path / "writer.py"
+    writer.write_text(WRITER)
+    running = [Command(writer, tmp_path / "shared.bin", entry=script) for _ in range(3)]
     for process in running:
-        wrong, hits = process.communicate()[0].split()
+        wrong, hits = process.communicate(timeout=300)[0].split()
         assert process.returncode == 0 and int(wrong) == 0 and int(hits) > 0
