@@ -7,10 +7,11 @@ import datetime
 import json
 import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from warm import Command, script
 
 from unipre3d.records import code_version, hardware, write_json
 
@@ -63,12 +64,11 @@ RECIPES = {
 
 def held_by(name, steps, values, folder):
     "Megabytes and open files at each step of a run, over all its processes."
-    program = folder.with_suffix(".py")
-    program.write_text(PROGRAM)
-    run = Command(program, name, steps, json.dumps(values), folder, entry=script)
-    said, errors = run.communicate()
-    assert run.returncode == 0, errors[-3000:]
-    return json.loads(said.splitlines()[-1])
+    words = [sys.executable, "-c", PROGRAM, name, str(steps), json.dumps(values), str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def growth(held, warm):

@@ -43,6 +43,7 @@ def command_line(words):
 
 def script(words):
     "Run a file as Python does that is given it and its arguments."
+    multiprocessing.set_start_method(None, force=True)  # as on this platform
     sys.argv = words
     sys.path.insert(0, os.path.dirname(words[0]))
     runpy.run_path(words[0], run_name="__main__")
