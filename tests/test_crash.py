@@ -17,7 +17,7 @@ import crash
 import numpy as np
 import pytest
 import torch
-from warm import Command
+from warm import Command, script
 
 import unipre3d.runs.fit as loop
 from unipre3d.recipes import finetune_recipes
@@ -54,9 +54,9 @@ SMALL = dict(
 def outcomes(folder, *words):
     "The rows that crash.py writes."
     path = folder / "outcomes.json"
-    command = [sys.executable, str(HERE / "crash.py"), str(folder), "--record", str(path), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run = Command(HERE / "crash.py", folder, "--record", path, *words, entry=script)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors[-2000:]
     return json.loads(path.read_text())["rows"]
 
 

@@ -8,11 +8,11 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import Launch
 
 from unipre3d.data.loading import StepSampler
 from unipre3d.data.readers import Store
@@ -49,10 +49,10 @@ def launched(words, processes=2, **how):
 
 def finished(run, timeout=300):
     try:
-        text = run.communicate(timeout=timeout)[0]
+        texts = run.communicate(timeout=timeout)
     finally:
         run.kill()
-    return text
+    return "".join(text or "" for text in texts)
 
 
 def course(folder):
@@ -69,12 +69,6 @@ def wait_for_rows(run, folder, count):
         time.sleep(0.05)
 
 
-def children(pid):
-    "The processes that a process has started."
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True)
-    return [int(word) for word in listing.stdout.split()]
-
-
 def same_weights(a, b):
     weights, others = (load_tensors(run / "checkpoint.safetensors")[0] for run in (a, b))
     return all(torch.equal(value, others[key]) for key, value in weights.items())
@@ -84,20 +78,18 @@ def test_two_processes_killed_in_an_epoch_go_on_from_shards_to_the_same_end(shar
     words = f"{WORDS} --data {shards} --shard-window 2 --steps 30 --save-every 4 --keep 2"
     words += " --validate-every 8 --tracker tensorboard"
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run = launched(f"{words} --out {straight}")
+    run = Launch(2, *words.split(), "--out", straight)
     said = finished(run)
     assert run.returncode == 0, said[-3000:]
-    run = launched(f"{words} --out {killed}")
+    run = Launch(2, *words.split(), "--out", killed)
     wait_for_rows(run, killed, 9)
-    for pid in children(run.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    run.kill()
     finished(run)
-    assert run.returncode != 0
+    assert run.returncode == -signal.SIGKILL
     step = load_state(killed)[1]["step"]
     assert 4 <= step < 30
     again = "pretrain object-transformer-mini --device cpu --tracker tensorboard"
-    run = launched(f"{again} --out {killed} --resume")
+    run = Launch(2, *again.split(), "--out", killed, "--resume")
     said = finished(run)
     assert run.returncode == 0, said[-3000:]
     assert course(killed) == course(straight) and same_weights(killed, straight)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from warm import Command
+from warm import Command, script
 
 from unipre3d.backbones import StandardTransformer
 from unipre3d.cli import main
@@ -353,9 +353,9 @@ def kill_everywhere(name, home):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("name", ["convert", "few", "prepare"])
 def test_a_killed_command_is_repeated_and_nothing_is_left_over(tmp_path, name):
-    program = [sys.executable, __file__, name, str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = Command(__file__, name, tmp_path, entry=script)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors[-3000:]
 
 
 if __name__ == "__main__":

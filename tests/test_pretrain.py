@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import Command, Launch, script
 
 from unipre3d.cli import main
 from unipre3d.recipes import load_run, recipes
@@ -40,27 +41,21 @@ SMALL = [
 ]
 
 
-def command(*args):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from unipre3d.cli import main; sys.exit(main())",
-            *map(str, args),
-        ],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
 def finish(process, status=0):
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, err
     return out
+
+
+def launched(world, path, *words):
+    "What a script in several processes printed."
+    run = Launch(world, path, *words, entry=script)
+    try:
+        said, errors = run.communicate(timeout=300)
+    finally:
+        run.kill()
+    assert run.returncode == 0, errors[-6000:]
+    return said
 
 
 def column(folder, name):
@@ -69,7 +64,7 @@ def column(folder, name):
 
 
 def run_here(*args):
-    "The command in this process, with one thread as in `command`, where no other process is needed."
+    "The command in this process, with one thread as in `Command`, where no other process is needed."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -113,7 +108,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path):
     folder = tmp_path / "parts"
-    process = command("pretrain", *SMALL, "--out", folder)
+    process = Command("pretrain", *SMALL, "--out", folder)
     for _ in range(1200):
         time.sleep(0.1)
         if process.poll() is not None:
@@ -175,32 +170,14 @@ leave_processes()
 
 
 def test_several_processes_stop_together_go_on_and_hold_the_same_weights(tmp_path):
-    script, folder = tmp_path / "two.py", tmp_path / "run"
-    script.write_text(TWO)
+    path, folder = tmp_path / "two.py", tmp_path / "run"
+    path.write_text(TWO)
 
     def launch(*more):
-        words = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(script),
-            str(folder),
-            *more,
-        ]
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
+        said = launched(2, path, folder, *more)
         for rank in (0, 1):
-            assert f"process {rank}: 2 steps, equal weights" in done.stdout
-        return done.stdout
+            assert f"process {rank}: 2 steps, equal weights" in said
+        return said
 
     assert "stopped after step 2 of 4" in launch()
     assert column(folder, "step") == ["1", "2"] and not (folder / "record.json").exists()
@@ -215,6 +192,7 @@ def test_a_run_can_be_loaded_and_rendered(whole, capsys):
     assert recipe.run.steps == 10 and not model.training and classes == []
     assert main(["render", str(whole), "--frames", "3", "--size", "48"]) == 0
     from PIL import Image
+
     from unipre3d.gaussians import load_ply
 
     assert Image.open(whole / "film-val-0.gif").n_frames == 3
@@ -368,14 +346,10 @@ with open(f"{sys.argv[1]}/{world}-{rank}.json", "w") as file:
 
 
 def test_scores_of_two_processes_are_those_of_one(tmp_path):
-    script = tmp_path / "evaluation.py"
-    script.write_text(EVALUATION)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for world in ("1", "2"):
-        words = ["torch.distributed.run", "--standalone", "--nproc_per_node", world]
-        words = [sys.executable, "-m", *words, str(script), str(tmp_path)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
-        assert done.returncode == 0, done.stderr[-6000:]
+    path = tmp_path / "evaluation.py"
+    path.write_text(EVALUATION)
+    for world in (1, 2):
+        launched(world, path, tmp_path)
     one, first, second = (
         json.loads((tmp_path / f"{k}.json").read_text()) for k in ("1-0", "2-0", "2-1")
     )

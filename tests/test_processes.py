@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import several
 import torch
+from warm import Launch, script
 
 from unipre3d.runs.checkpoint import load_tensors, with_prefix
 
@@ -16,13 +17,15 @@ HERE = Path(__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
-def launched(world, script, *words):
-    "What a launch of several processes printed."
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), script]
-    command = [sys.executable, "-m", *map(str, [*launch, *words])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENV)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+def launched(world, path, *words):
+    "What a script in several processes printed."
+    run = Launch(world, path, *words, entry=script)
+    try:
+        said, errors = run.communicate(timeout=600)
+    finally:
+        run.kill()
+    assert run.returncode == 0, errors[-6000:]
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +115,9 @@ torch.distributed.destroy_process_group()
 
 
 def test_shared_normalisation_is_the_usual_one_over_all_rows(tmp_path):
-    script = tmp_path / "norms.py"
-    script.write_text(NORMS)
-    said = launched(2, script)
+    path = tmp_path / "norms.py"
+    path.write_text(NORMS)
+    said = launched(2, path)
     assert said.count("expected at least 2 rows over all processes, got 1") == 2
 
 
@@ -149,9 +152,9 @@ torch.distributed.destroy_process_group()
 
 
 def test_anchors_are_told_from_those_of_all_processes(tmp_path):
-    script = tmp_path / "anchors.py"
-    script.write_text(ANCHORS)
-    assert launched(2, script).count("equal") == 2
+    path = tmp_path / "anchors.py"
+    path.write_text(ANCHORS)
+    assert launched(2, path).count("equal") == 2
 
 
 def test_batches_are_of_unlike_sizes():
@@ -175,11 +178,11 @@ sys.exit(main([*words.split(), sys.argv[1]]))
 
 
 def test_a_launch_that_starts_fewer_processes_says_so(tmp_path):
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH)
+    path = tmp_path / "launch.py"
+    path.write_text(LAUNCH)
     words = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", *words, str(script), str(tmp_path / "run")]
+    command = [sys.executable, "-m", *words, str(path), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "this run works with 1 of the processes that were wanted (accelerate" in done.stdout

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import renderings
+from warm import Command, script
 
 HERE = Path(__file__).parent
 RECORD = HERE.parent / "data" / "records" / "outcomes" / "renderings.json"
@@ -16,10 +15,10 @@ LONG = int(os.environ.get("UNIPRE3D_RENDERINGS", 0))  # scenes of the long run: 
 
 def written(path, scenes, checked):
     "The rows that renderings.py writes."
-    words = [str(path), "--scenes", str(scenes), "--checked", str(checked)]
-    command = [sys.executable, str(HERE / "renderings.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [path, "--scenes", scenes, "--checked", checked]
+    run = Command(HERE / "renderings.py", *words, entry=script)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors[-3000:]
     return json.loads(path.read_text())["rows"]
 
 

@@ -3,19 +3,18 @@
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 
 import pytest
+from warm import Launch, script
 
 from unipre3d.cli import newest_run, prepare_command
 from unipre3d.data.augment import Augment
 from unipre3d.data.shapenet import ShapeNetViews, export_objects
 from unipre3d.recipes import KINDS, finetune_recipes, read_recipe, recipes
 from unipre3d.records import contents_hash, read_record, write_config, write_json
-from unipre3d.runs.recipe import change, from_values, to_values
 from unipre3d.runs.checkpoint import save_state
+from unipre3d.runs.recipe import change, from_values, to_values
 from unipre3d.runs.run import claim_folder, held, is_held, own_folder, run_recipe
 from unipre3d.tasks.autoencoder import AutoencoderRecipe
 from unipre3d.tasks.classification import ClassificationRecipe
@@ -317,15 +316,16 @@ sys.exit(status)
 def test_where_the_first_process_refuses_the_others_end_too(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH)
-    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    (tmp_path / "ended").mkdir()
-    run = [sys.executable, "-m", *words, str(tmp_path / "taken"), str(tmp_path / "ended")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=240, env=env)
-    refusals = [line for line in done.stderr.splitlines() if line.startswith("unipre3d: --out")]
-    assert done.returncode and len(refusals) == 2, done.stderr[-3000:]
+    path, ended = tmp_path / "launch.py", tmp_path / "ended"
+    path.write_text(LAUNCH)
+    ended.mkdir()
+    run = Launch(2, path, tmp_path / "taken", ended, entry=script)
+    try:
+        _, errors = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    refusals = [line for line in errors.splitlines() if line.startswith("unipre3d: --out")]
+    assert run.returncode and len(refusals) == 2, errors[-3000:]
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
 
 

@@ -1,5 +1,6 @@
 "A command that only prints, or that is mistyped, does not wait for torch."
 
+import functools
 import json
 import os
 import subprocess
@@ -7,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -99,38 +99,53 @@ def test_recipes_do_not_import_plotting_and_signal_processing():
     assert done.stdout.split() == [], done.stderr
 
 
-SPIN = "import os; from unipre3d.cli import main; main(['doctor']); print(os.environ.get('GOMP_SPINCOUNT'))"
+BEGIN = """
+import mmap, os
+from unipre3d.cli import main
+
+main(["doctor"])
+import torch
+
+print(os.environ.get("GOMP_SPINCOUNT"), torch.empty(2**23, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE)
+"""
+CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+
+
+@functools.cache
+def begun(**given):
+    "What a new process with these choices of the user prints: of variables and tensors, and of libgomp."
+    env = {k: v for k, v in os.environ.items() if k not in CHOICES}
+    env |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    run = [sys.executable, "-c", BEGIN]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    return *done.stdout.split()[-2:], done.stderr
 
 
 @pytest.mark.parametrize(
     "given, spins",
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7", "THP_MEM_ALLOC_ENABLE": "0"}, "7"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+    ],
 )
 def test_waiting_threads_give_way_unless_the_user_says_otherwise(given, spins):
     "What libgomp itself reports when torch loads it."
-    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    env |= given | {"OMP_DISPLAY_ENV": "verbose"}
-    run = [sys.executable, "-c", SPIN]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
-    if "GOMP_SPINCOUNT" not in done.stderr:
+    variable, _, said = begun(**given)
+    if "GOMP_SPINCOUNT" not in said:
         pytest.skip("another OpenMP than libgomp")
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
-    assert done.stdout.split()[-1] == str(given.get("GOMP_SPINCOUNT", None if given else "1000"))
-
-
-PLACE = (
-    "import mmap; from unipre3d.cli import main; main(['doctor']); import torch; "
-    "print(torch.empty(2**23, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE)"
-)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said, said
+    assert variable == str(given.get("GOMP_SPINCOUNT", None if given else "1000"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has large pages on Linux alone")
-@pytest.mark.parametrize("given, large", [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+@pytest.mark.parametrize(
+    "given, large", [({}, True), ({"GOMP_SPINCOUNT": "7", "THP_MEM_ALLOC_ENABLE": "0"}, False)]
+)
 def test_large_tensors_begin_at_a_page_unless_the_user_says_otherwise(given, large):
-    env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | given
-    run = [sys.executable, "-c", PLACE]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
-    assert (done.stdout.split()[-1] == "0") == large, done.stderr
+    _, place, said = begun(**given)
+    assert (place == "0") == large, said
 
 
 def test_a_run_that_goes_on_takes_no_value_not_even_the_usual_one(tmp_path):

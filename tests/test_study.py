@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from warm import Command, script
 
 from unipre3d.cli import parse
 from unipre3d.data.labelled import ScanObjectNN
@@ -495,15 +495,18 @@ def test_two_processes_share_a_study(tmp_path):
     rows = [replace(FINE, key=f"cls-toy-{k}", start="none", seed=k) for k in range(4)]
     (tmp_path / "rows.json").write_text(json.dumps([plain(row) for row in rows]))
 
-    def started(program):
-        words = [sys.executable, "-c", program, str(tmp_path)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    def started(name, program):
+        (tmp_path / name).write_text(program)
+        return Command(tmp_path / name, tmp_path, entry=script)
 
-    owner = started(OWNER)
+    owner = started("owner.py", OWNER)
     both = []
     try:
-        assert owner.stdout.readline() == "has it\n"
-        both += [started(SHARED), started(SHARED)]
+        until = time.time() + 300
+        while owner.readers[0].text != "has it\n":
+            assert owner.poll() is None and time.time() < until
+            time.sleep(0.05)
+        both += [started("first.py", SHARED), started("second.py", SHARED)]
         until = time.time() + 300
         while any(read_row(row, tmp_path) is None for row in rows[1:]):
             assert time.time() < until

@@ -6,6 +6,7 @@ Help and mistakes read this file, so that they need not import torch. A test com
 """
 
 import ast
+import functools
 import inspect
 import io
 import re
@@ -45,6 +46,7 @@ def comment_lines(text):
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
+@functools.cache
 def comments(kind):
     "Name of a field -> the comments beside it, over all classes that a dataclass inherits from."
     found = {}
@@ -62,6 +64,7 @@ def comments(kind):
     return found
 
 
+@functools.cache
 def keyword_comments(backbone):
     "Keyword of a backbone's constructor -> the comment beside it."
     from unipre3d.runs.run import backbone_class

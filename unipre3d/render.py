@@ -266,9 +266,9 @@ def camera_arrays(
     K: Float[Tensor, "v 3 3"],  # intrinsics, pixels
     hw: tuple[int, int],  # image height and width
 ) -> tuple:  # pose, K, centre in the world [v 3], height, width
-    "The views as the compiled functions take them, in float64."
+    "The views as the compiled functions take them, in float64; each layout would be compiled anew."
     pose = pose.detach().double().contiguous()
-    centre = torch.linalg.solve(pose[:, :3, :3], -pose[:, :3, 3])
+    centre = torch.linalg.solve(pose[:, :3, :3], -pose[:, :3, 3]).contiguous()
     K = K.detach().double().contiguous()
     return pose.numpy(), K.numpy(), centre.numpy(), *hw
 
