@@ -417,32 +417,15 @@ def read_array(
     return decode_array(read_file(path, ARRAY), path)
 
 # %% ../nbs/02_files.ipynb #f02zip
-class _ListedZip(zipfile.ZipFile):
-    "An archive whose table of contents may have been read before."
-
-    def __init__(self, path: Path, like: zipfile.ZipFile | None):
-        self.like = like
-        super().__init__(path)
-        self.like = None
-
-    def _RealGetContents(self):  # by this name `ZipFile` reads the table
-        if self.like is None:
-            super()._RealGetContents()
-            return
-        self.filelist, self.NameToInfo = self.like.filelist, self.like.NameToInfo
-        self.start_dir, self._comment = self.like.start_dir, self.like.comment
-
-
 def open_zip(
     path: str | Path,
     expected: str = "a zip archive",
-    like: zipfile.ZipFile | None = None,  # the same file, opened before: its table is taken over
 ) -> zipfile.ZipFile:
     """An archive to read from.
 
     Raises: OSError or ValueError that names the file."""
     with reading(path, expected):
-        return _ListedZip(regular_file(path, expected), like)
+        return zipfile.ZipFile(regular_file(path, expected))
 
 
 def read_member(

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/19_readers.ipynb #r19imports
 from __future__ import annotations
-import functools, hashlib, io, json, os, zipfile
+import hashlib, io, json, os, zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -467,13 +467,6 @@ class FolderFiles:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
 
 
-@functools.lru_cache(maxsize=2)
-def _listed(path, size, time, number):
-    "The archive as it was at that size and time, closed: its table of contents."
-    with open_zip(path, "a folder or a zip archive") as archive:
-        return archive
-
-
 class ZipFiles:
     "Files of a zip, which each process opens for itself."
 
@@ -489,10 +482,7 @@ class ZipFiles:
     def zip(self) -> zipfile.ZipFile:
         "The archive, opened once in each process."
         if self._pid != os.getpid():
-            facts = regular_file(self.root, "a folder or a zip archive").stat()
-            stamp = (facts.st_size, facts.st_mtime_ns, facts.st_ino)
-            listed = _listed(self.root.resolve(), *stamp)
-            self._zip = open_zip(self.root, "a folder or a zip archive", like=listed)
+            self._zip = open_zip(self.root, "a folder or a zip archive")
             self._pid = os.getpid()
         return self._zip
 
