@@ -524,6 +524,11 @@ def train_command(
         resume=options.resume,
         force=options.force,
         device=options.device,
+        if getattr(recipe.data, "alternate", "") == name:
+            raise ValueError(
+                f"alternate: expected another recipe than {name}, which the run trains on anyway; "
+                "name one of other data, or leave the option out"
+            )
         tracker=options.tracker,
     )
     done = run_recipe(name, recipe, folder, **how)
