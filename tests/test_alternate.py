@@ -195,6 +195,7 @@ def test_the_weights_start_tasks_and_give_features(whole):
 def test_what_cannot_alternate_is_refused(tmp_path, capsys):
     run = ["pretrain", "both-sparseunet-mini", "--device", "cpu", "--out", str(tmp_path / "run")]
     for words, expected in {
+        "--alternate both-sparseunet-mini": "alternate: expected another recipe than both-sparseunet-mini",
         "--alternate object-unicorn": "alternate: expected the name of a recipe",
         "--alternate object-transformer": "data: this recipe needs the ShapeNet multi-view folder",
         "--accumulate 2": "accumulate: expected a divisor of the 1 clouds",

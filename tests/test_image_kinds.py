@@ -256,6 +256,16 @@ def test_weights_that_are_not_to_be_had_are_one_line(monkeypatch, tmp_path):
     )
 
 
+def test_a_folder_is_never_an_id_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    one_line(
+        lambda: load_image_encoder("models/own", subfolder="vae"),
+        "found no folder models/own/vae",
+        kind=FileNotFoundError,
+    )
+
+
 def test_any_callable_of_a_module(tmp_path, monkeypatch, images):
     text = "def half(rgb):\n    return rgb[..., ::2, ::2] * 2\n\n\nhalf.width = 3\n\n\ndef none(rgb):\n    return rgb\n"
     (tmp_path / "own_encoder.py").write_text(text)

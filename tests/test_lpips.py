@@ -11,7 +11,14 @@ import torch
 from test_objective import object_recipe, one_step, rooms, scene_recipe  # noqa: F401
 
 from unipre3d.cli import main
-from unipre3d.losses import PERCEPTUAL, lpips, perceptual_files, perceptual_net
+from unipre3d.losses import (
+    PERCEPTUAL,
+    PerceptualNet,
+    _kept_net,
+    lpips,
+    perceptual_files,
+    perceptual_net,
+)
 from unipre3d.objective import TERMS, RenderObjective, check_objective
 from unipre3d.runs.recipe import change, check_changes
 from unipre3d.tasks.pretrain import check_terms, pretrain_task
@@ -99,7 +106,7 @@ def test_an_image_counts_by_itself_and_brighter_than_one_stays_so(weights):
 
 
 def test_one_call_leaves_nothing_to_the_next(weights):
-    perceptual_net.cache_clear()
+    _kept_net.cache_clear()
     pred, target = images(40, 33)
     with torch.inference_mode():
         first = lpips(pred, target)
@@ -237,6 +244,41 @@ def test_a_file_of_something_else_is_named(weights, tmp_path):
     ):
         recipe = change(object_recipe(lpips=1.0), lpips_network=network, lpips_weights=str(file))
         one_line(lambda: check_terms(recipe), ValueError, str(file), words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_named(weights, tmp_path, dtype):
+    state = torch.load(weights / PERCEPTUAL["alex"].file)
+    state["features.3.weight"] = state["features.3.weight"].to(dtype)
+    torch.save(state, tmp_path / "other.pth")
+    wrong = change(object_recipe(lpips=1.0), lpips_weights=str(tmp_path / "other.pth"))
+    words = str(tmp_path / "other.pth"), f"found features.3.weight of {dtype}"
+    one_line(lambda: check_terms(wrong), ValueError, *words)
+
+
+def test_what_is_no_file_of_tensors_is_named(weights, tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    wrong = change(object_recipe(lpips=1.0), lpips_weights=str(tmp_path / "list.pth"))
+    one_line(lambda: check_terms(wrong), ValueError, "list.pth", "found a list in it")
+    wrong = change(wrong, lpips_weights=["one.pth", "two.pth"])
+    expected = "lpips_weights: expected the path of one file, got ['one.pth', 'two.pth']"
+    one_line(lambda: check_terms(wrong), ValueError, expected)
+
+
+def test_the_network_is_read_once(weights, monkeypatch):
+    reads = []
+    read = PerceptualNet.__init__
+
+    def noted(net, *how):
+        reads.append(how)
+        read(net, *how)
+
+    monkeypatch.setattr(PerceptualNet, "__init__", noted)
+    _kept_net.cache_clear()
+    check_terms(object_recipe(lpips=1.0))
+    lpips(*images(40, 40))
+    lpips(*images(40, 40).double())
+    assert len(reads) == 1
 
 
 def test_without_torchmetrics_one_line_names_the_extra(weights, monkeypatch):

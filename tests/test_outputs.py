@@ -270,6 +270,40 @@ def test_an_interrupt_ends_helpers_at_once(tmp_path):
     assert not list((tmp_path / "rooms").glob("*/room*"))
 
 
+SLOW = """
+import sys, time
+
+if "forkserver" in " ".join(sys.orig_argv):
+    print("importing", flush=True)
+    time.sleep(5)
+
+
+def double(k):
+    return 2 * k
+"""
+STARTS = """
+import signal, sys, slow
+from unipre3d import cli
+from unipre3d.data.objects import map_jobs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell in the background
+cli.commands["double"] = lambda args: list(map_jobs(slow.double, [(1,), (2,)], 2))
+sys.exit(cli.main(["double"]))
+"""
+
+
+def test_an_interrupt_while_helpers_start_is_one_line(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", STARTS], cwd=tmp_path, env=ENV, start_new_session=True, **pipes
+    )
+    assert run.stdout.readline() == "importing\n"
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert (run.returncode, said) == (130, "unipre3d: interrupted\n")
+
+
 SCRIPT = """
 import torch
 from unipre3d.data.objects import map_jobs

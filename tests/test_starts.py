@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from unipre3d.backbones import StandardTransformer
+from unipre3d.backbones import PointNet2, StandardTransformer
+from unipre3d.recipes import finetune_recipes
 from unipre3d.records import data_hash
 from unipre3d.runs.checkpoint import save_tensors
+from unipre3d.runs.recipe import change
+from unipre3d.runs.run import build_backbone
 from unipre3d.runs.starts import check_init, percent, start_from, start_released, start_summary
 
 SMALL = dict(
@@ -66,6 +69,42 @@ def test_a_start_that_covers_too_little_is_refused_and_changes_nothing(tmp_path,
         and str(tmp_path) in str(error.value)
     )
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def refusal_of(net, init):
+    with pytest.raises(ValueError) as error:
+        start_from(net, init)
+    assert "\n" not in str(error.value) and str(init) in str(error.value)
+    return str(error.value)
+
+
+def test_weights_of_another_backbone_are_named(tmp_path):
+    save_run(tmp_path, transformer(0))
+    values = {"name": "object-tiny", "backbone": "StandardTransformer", "features": ["xyz"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    said = refusal_of(PointNet2(), tmp_path)
+    assert "they are of a StandardTransformer, and this run has a PointNet2" in said
+    assert "--backbone StandardTransformer" in said and "weights of a PointNet2 with --init" in said
+    assert refusal_of(PointNet2(), tmp_path / "checkpoint.safetensors").endswith("with --init")
+    assert start_from(PointNet2(), tmp_path, min_coverage=0).coverage < 1
+    assert "use the sizes of the checkpoint" in refusal_of(transformer(1, width=32), tmp_path)
+    columns = refusal_of(transformer(1, in_channels=6), tmp_path)
+    assert "they read 3 columns of a point, and this run has 6: pass --data.features xyz" in columns
+
+
+@pytest.mark.parametrize(
+    "name, wanted", [("objects", "xyz normal color_signed"), ("rooms", "normal color_signed")]
+)
+def test_shipped_weights_name_their_columns(name, wanted):
+    kind = {"objects": "cls-folder-mini", "rooms": "sem-folder-mini"}[name]
+    net = build_backbone(change(finetune_recipes[kind], features=("xyz",)))
+    assert f"pass --data.features {wanted}, or" in refusal_of(net, name)
+
+
+def test_a_config_of_something_else_is_named(tmp_path):
+    save_run(tmp_path, transformer(0))
+    (tmp_path / "config.json").write_text('{"features": 3}')
+    assert "config.json: expected what a run or weights say" in refusal_of(transformer(1), tmp_path)
 
 
 def test_a_partial_start_reports_each_tensor(tmp_path):

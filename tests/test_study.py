@@ -35,6 +35,7 @@ from unipre3d.reproduce.plan import (
 from unipre3d.reproduce.run import (
     chosen_rate,
     goes_on,
+    lacks,
     letters,
     missing,
     pending,
@@ -248,6 +249,21 @@ def test_full_plan_says_what_is_missing():
         "0 recorded" in plan_table(FULL, "nowhere")
         and "cannot be run here" in plan_table(FULL, "nowhere").splitlines()[-1]
     )
+
+
+def test_an_image_model_is_fetched_or_a_folder_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def lacked(image, subfolder=""):
+        changes = PRE.changes | dict(image=image, image_subfolder=subfolder)
+        return lacks(replace(PRE, changes=changes))
+
+    assert "fetched at first use" in lacked("owner/name")["weights"]
+    for image in ("weights", "./weights/one", "weights/one/two", str(tmp_path / "weights")):
+        assert lacked(image) == {"data": f"the folder {Path(image)} of the image model"}
+    (tmp_path / "weights" / "one").mkdir(parents=True)
+    assert lacked("weights/one") == {}
+    assert lacked("weights/one", "vae") == {"data": "the folder weights/one/vae of the image model"}
 
 
 def test_the_plan_of_a_gpu_needs_no_data():

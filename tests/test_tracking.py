@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import several
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unipre3d.recipes import recipes
@@ -38,6 +39,30 @@ def test_curves_are_those_of_metrics_csv(tmp_path):
         expected = [(int(row["step"]), pytest.approx(float(row[column]))) for row in rows]
         assert scalars[column] == expected
     assert [step for step, _ in scalars["test/psnr"]] == [4]
+
+
+@pytest.mark.parametrize(
+    "task, picture",
+    [
+        ("classification", "confusion"),
+        ("parts", "parts"),
+        ("semantic", "room"),
+        ("instances", "instances"),
+    ],
+)
+def test_fine_tuning_shows_pictures_of_its_validations_and_its_test(task, picture, tmp_path):
+    recipe = change(several.cases()[task], steps=4, validate_every=2)
+    run = tmp_path / "run"
+    followed = run_recipe(
+        task, recipe, run, device="cpu", tracker="tensorboard", say=lambda _: None
+    )
+    _, pictures = curves(run)
+    assert pictures == {f"val_{picture}": [2, 4], picture: [4]}
+    assert [path.name for path in run.glob("*.png")] == [f"{picture}.png"]
+    if task == "classification":  # following a run changes no number
+        alone = run_recipe(task, recipe, tmp_path / "alone", device="cpu", say=lambda _: None)
+        assert alone.record["metrics"] == followed.record["metrics"]
+        assert alone.record["details"] == followed.record["details"]
 
 
 def test_a_run_that_goes_on_drops_what_came_after_its_save(tmp_path):

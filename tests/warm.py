@@ -57,6 +57,7 @@ def perform(entry, words, out, err, folder, env, largest):
     os.environ.update(env)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell in the background
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # or a server that is deaf to it
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     out.close()

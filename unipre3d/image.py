@@ -28,10 +28,10 @@ from .records import ArrayFile, code_hash, open_arrays
 
 # %% auto #0
 __all__ = ['TAEF2_FILES', 'TAEF2', 'IMAGENET', 'KINDS', 'check_images', 'download_autoencoder', 'check_autoencoder_folder',
-           'autoencoder_folder', 'load_autoencoder', 'last_up_block', 'downscale_factor', 'pad_to_multiple',
-           'FrozenEncoder', 'KLImageEncoder', 'TinyImageEncoder', 'GlobalBlock', 'TAEF2ImageEncoder', 'load_taef2',
-           'PatchImageEncoder', 'load_patches', 'image_config', 'kind_of', 'load_image_encoder', 'find_callable',
-           'model_hash', 'LazyEncoder', 'CachedFeatures', 'rgb_features']
+           'autoencoder_folder', 'names_hub', 'load_autoencoder', 'last_up_block', 'downscale_factor',
+           'pad_to_multiple', 'FrozenEncoder', 'KLImageEncoder', 'TinyImageEncoder', 'GlobalBlock', 'TAEF2ImageEncoder',
+           'load_taef2', 'PatchImageEncoder', 'load_patches', 'image_config', 'kind_of', 'load_image_encoder',
+           'find_callable', 'model_hash', 'LazyEncoder', 'CachedFeatures', 'rgb_features']
 
 # %% ../nbs/30_image.ipynb #ec3e72ae
 def check_images(
@@ -118,9 +118,12 @@ def autoencoder_folder(
     return folder / subfolder
 
 
-def _names_hub(source):
-    "Whether it can be an id on the model hub."
-    return isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
+def names_hub(
+    source: str | os.PathLike,  # as `load_autoencoder` takes it
+) -> bool:
+    "Whether it can be an id on the model hub: an owner and a name, and no folder here."
+    named = isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
+    return named and not source.endswith("/") and not Path(source).exists()
 
 
 def load_autoencoder(
@@ -151,12 +154,12 @@ def load_autoencoder(
             if lack := [name for name, tensor in vae.state_dict().items() if tensor.is_meta]:
                 raise Found(f"no {lack[0]} in it")
         check_weights(vae.state_dict(), weights)
-    elif _names_hub(source):
+    elif names_hub(source):
         vae = download_autoencoder(source, kind, subfolder=subfolder, torch_dtype=torch.float32)
     else:
         raise FileNotFoundError(
             f'autoencoder {str(source)!r}: expected "mini", an existing folder or a hub id '
-            '"owner/name", found no such folder; check the path'
+            f'"owner/name", found no folder {folder}; check the path'
         )
     if vae.config.in_channels != 3:
         raise ValueError(
@@ -487,10 +490,10 @@ def image_config(
             return TAEF2
     if source == "mini" or folder.is_dir():
         return read_json(regular_file(folder / "config.json", "the config.json of an image model"))
-    if not _names_hub(source):
+    if not names_hub(source):
         raise FileNotFoundError(
             f'image {str(source)!r}: expected "mini", an existing folder, a hub id "owner/name" or '
-            '"module:name", found no such folder; check the path'
+            f'"module:name", found no folder {folder}; check the path'
         )
     from huggingface_hub import hf_hub_download
 

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,14 +149,17 @@ PERCEPTUAL = {
 # %% ../nbs/53_losses.ipynb #53lpips5
 def perceptual_files(
     network: str = "alex",  # of `PERCEPTUAL`
-    weights: str = "",  # a file; "" is that of torchvision in torch's cache
+    weights: str | os.PathLike = "",  # a file; "" is that of torchvision in torch's cache
 ) -> tuple[Path, Path]:  # weights of the network, weights of the channels
     """The two files of LPIPS.
 
-    Raises: ValueError for another network, ImportError or FileNotFoundError of one line for what is not here.
+    Raises: ValueError for another network or what is no path, ImportError or FileNotFoundError of one line for what
+    is not here.
     """
     if network not in PERCEPTUAL:
         raise ValueError(f"lpips_network: expected one of {', '.join(PERCEPTUAL)}; got {network!r}")
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(f"lpips_weights: expected the path of one file, got {weights!r}")
     package = importlib.util.find_spec("torchmetrics")
     if package is None:
         raise ImportError(
@@ -171,6 +177,21 @@ def perceptual_files(
     return own, regular_file(channels, "the weights of LPIPS", "install torchmetrics again")
 
 
+def _floats(
+    state: Any,  # what a file holds
+    names: Iterable[str],  # of the tensors that are wanted
+) -> list[Tensor]:
+    if not isinstance(state, Mapping):
+        raise Found(f"a {type(state).__name__} in it, not tensors by name")
+    if missing := sorted(set(names) - state.keys()):
+        raise Found(f"no {missing[0]} in it")
+    for name in names:
+        if not torch.is_tensor(state[name]) or not state[name].is_floating_point():
+            kind = getattr(state[name], "dtype", type(state[name]).__name__)
+            raise Found(f"{name} of {kind}, which is no real number")
+    return [state[name] for name in names]
+
+
 class PerceptualNet(nn.Module):
     "A frozen network with the weights of its channels."
 
@@ -186,15 +207,15 @@ class PerceptualNet(nn.Module):
         self.layers, self.compared = kind.layers(), kind.compared
         with reading(own, f"the weights of {kind.model} as torchvision saves them"):
             state = torch.load(own, map_location="cpu", weights_only=True)
-            wanted = {f"features.{name}": name for name in self.layers.state_dict()}
-            if missing := sorted(wanted.keys() - state.keys()):
-                raise Found(f"no {missing[0]} in it")
-            self.layers.load_state_dict({wanted[name]: state[name] for name in wanted})
+            names = list(self.layers.state_dict())
+            found = _floats(state, [f"features.{name}" for name in names])
+            self.layers.load_state_dict(dict(zip(names, found)))
         check_weights(self.layers.state_dict(), own)
         with reading(channels, "the weights of LPIPS"):
-            rows = torch.load(channels, map_location="cpu", weights_only=True)
-            for n in range(len(self.compared)):
-                self.register_buffer(f"row{n}", rows[f"lin{n}.model.1.weight"])
+            state = torch.load(channels, map_location="cpu", weights_only=True)
+            names = [f"lin{n}.model.1.weight" for n in range(len(self.compared))]
+            for n, row in enumerate(_floats(state, names)):
+                self.register_buffer(f"row{n}", row)
         for name, value in zip(("mean", "deviation"), IMAGENET):
             self.register_buffer(name, torch.tensor(value)[:, None, None])
         self.requires_grad_(False).eval()
@@ -213,6 +234,14 @@ class PerceptualNet(nn.Module):
 
 
 @lru_cache
+def _kept_net(network, own, channels, *how):
+    as_read = torch.device("cpu"), torch.float32
+    with torch.inference_mode(False):  # its tensors may be met by a gradient later
+        if how == as_read:
+            return PerceptualNet(network, own, channels).to(*how)
+        return deepcopy(_kept_net(network, own, channels, *as_read)).to(*how)
+
+
 def perceptual_net(
     network: str,  # these three as in `PerceptualNet`
     own: Path,
@@ -220,16 +249,15 @@ def perceptual_net(
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype = torch.float32,
 ) -> PerceptualNet:
-    "A network, read once for each device and type; what was rounded for one type is not what another gets."
-    with torch.inference_mode(False):  # its tensors may be met by a gradient later
-        return PerceptualNet(network, own, channels).to(device, dtype)
+    "A network, read once, with a copy for each other device and type: what is rounded for one is not what another gets."
+    return _kept_net(network, own, channels, device, dtype)
 
 
 def lpips(
     pred: Float[Tensor, "v 3 h w"],  # rendered colour, not clamped
     target: Float[Tensor, "v 3 h w"],  # true colour, 0..1
     network: str = "alex",  # of `PERCEPTUAL`
-    weights: str = "",  # a file; "" is that of torchvision in torch's cache
+    weights: str | os.PathLike = "",  # a file; "" is that of torchvision in torch's cache
 ) -> Float[Tensor, "v"]:  # 0 for equal images
     """Perceptual distance of each image (Zhang et al., 2018); only `pred` has a gradient.
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper', 'without_script',
-           'submitted', 'lost', 'started_jobs', 'launch_remark', 'launch_line', 'slurm_script', 'shared_count',
-           'shared_mean', 'SumOfProcesses', 'shared_rows', 'SharedBatchNorm', 'share_norms']
+__all__ = ['COUNTS', 'SLURM', 'processes', 'own_part', 'gathered', 'leave_processes', 'begin_helper', 'start_server',
+           'held_interrupt', 'without_script', 'submitted', 'lost', 'started_jobs', 'launch_remark', 'launch_line',
+           'slurm_script', 'shared_count', 'shared_mean', 'SumOfProcesses', 'shared_rows', 'SharedBatchNorm',
+           'share_norms']
 
 # %% ../nbs/04_processes.ipynb #p04part
 def processes() -> tuple[int, int]:  # rank, world size
@@ -94,6 +95,39 @@ def begin_helper(
     all_there.wait()  # a pool that loses a process while it starts others may wait for ever
 
 
+def start_server(
+    context: Any,  # of multiprocessing, whose start method is "forkserver"
+) -> None:
+    "Start the process that helpers are copied from, deaf to Ctrl-C as they are, and wait until it has imported."
+    from multiprocessing import forkserver, resource_tracker  # which Windows has not
+
+    resource_tracker.ensure_running()  # its own start would end what is blocked here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    first = context.Process(target=int)  # it needs nothing of this process, which may end before it
+    first.start()
+    first.join()
+
+
+@contextmanager
+def held_interrupt() -> Iterator[None]:
+    "Within it Ctrl-C waits for the end."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *call: came.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
+
+
 _starting = threading.RLock()
 
 
@@ -151,13 +185,15 @@ def started_jobs(
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload([function.__module__, __name__])  # imported once
+        with without_script():
+            start_server(context)
     count = max(1, min(workers, len(jobs)))
     all_there = context.Event()
     place = (os.getcwd(), dict(os.environ), all_there)
     pool = ProcessPoolExecutor(count, context, begin_helper, place)
     helpers, whole = [], False
     try:
-        with without_script():
+        with without_script(), held_interrupt():  # a helper is either not begun, or known
             others = multiprocessing.active_children()
             try:
                 results = [submitted(pool, function, job) for job in jobs]

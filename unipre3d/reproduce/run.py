@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..image import autoencoder_folder
+from ..image import autoencoder_folder, names_hub
 from ..recipes import read_recipe
 from ..records import read_record, write_json
 from .more import MORE, plan_more
@@ -159,9 +159,11 @@ def lacks(
         found["data"] = f"{SOURCES[row.needs]}; pass --{row.needs} FOLDER"
     image = getattr(recipe.model, "image", "")
     if image not in ("", "mini", "rgb", "none") and ":" not in image:
-        if not autoencoder_folder(image, recipe.model.image_subfolder).is_dir():
-            at_use = f"{image}, fetched at first use where there is a network"
-            found |= {"weights": at_use} if "/" in image else {"data": f"the folder {image} here"}
+        folder = autoencoder_folder(image, recipe.model.image_subfolder)
+        if not folder.is_dir() and names_hub(image):
+            found["weights"] = f"{image}, fetched at first use where there is a network"
+        elif not folder.is_dir():
+            found["data"] = f"the folder {folder} of the image model"
     if row.stage == "full" and not torch.cuda.is_available():
         found["machine"] = "a GPU"
     return found

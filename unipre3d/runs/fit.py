@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -71,6 +72,9 @@ class Task:
     score: str = ""  # score of validate by which best.safetensors is kept where nothing is chosen
     draw: Callable[[nn.Module, int, Path], None] | None = (
         None  # model, step, folder: writes a picture
+    )
+    show: Callable[[nn.Module, Path], None] | None = (
+        None  # model, folder: writes pictures of what was validated, which only a tracker gets
     )
     min_clouds: int = 1  # clouds that a batch of one process needs
     whole: bool = False  # an item of `samples` is a whole batch, of which a step takes one
@@ -558,7 +562,12 @@ def fit(
             measured = torch.stack(list(means.values()))
             shown = dict(zip(means, accelerator.reduce(measured, "mean").tolist()))
             mean_loss = shown.pop("loss")
-            shown |= validate()
+            scores = validate()
+            shown |= scores
+            if scores and task.show is not None and tracker is not None:
+                with tempfile.TemporaryDirectory() as drawn:
+                    task.show(kept, Path(drawn))
+                    tracker.pictures(now.step, sorted(Path(drawn).glob("*.png")))
             if task.draw is not None and is_due(now.step, run.picture_every, run.steps) and main:
                 task.draw(kept, now.step, folder)
                 if tracker is not None:

@@ -608,6 +608,8 @@ def run_recipe(
         if rank:
             return Outcome(folder, None, done.ended)
         if follow is not None:
+            if task.draw is None:  # what it draws is there already
+                follow.pictures(done.step, sorted(folder.glob("*.png")))
             follow.log(done.step, {f"test/{key}": value for key, value in metrics.items()})
         backend = getattr(recipe.objective, "backend", "auto")
         usual = "gsplat" if accelerator.device.type == "cuda" else "cpu"

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone, match_released
 from ..core import data_dir
-from ..files import check_weights, read_json, read_safetensors
+from ..data.samples import FEATURES
+from ..files import check_weights, read_json, read_safetensors, reading
 from ..records import data_hash
 from .checkpoint import load_tensors
 
 # %% auto #0
-__all__ = ['WEIGHTS_FILE', 'percent', 'Start', 'own_tensors', 'start_table', 'load_weights', 'shipped', 'backbone_tensors',
-           'start_released', 'check_init', 'start_from', 'start_summary']
+__all__ = ['WEIGHTS_FILE', 'percent', 'Start', 'own_tensors', 'start_table', 'Origin', 'load_weights', 'shipped',
+           'backbone_tensors', 'origin_of', 'start_released', 'check_init', 'start_from', 'start_summary']
 
 # %% ../../nbs/tasks/70_transfer.ipynb #9274e44e
 def percent(
@@ -77,6 +78,34 @@ def start_table(
     )
 
 
+@dataclass(frozen=True)
+class Origin:
+    "What the config.json beside weights says of their backbone."
+
+    backbone: str = ""  # name of its class; "" where nothing is said
+    features: tuple[str, ...] = ()  # columns that it reads; () where nothing is said
+
+    def remedy(
+        self,
+        backbone: nn.Module,  # which they do not fill
+    ) -> str:  # the end of a message
+        "What a user can do about it: name the same backbone, the same columns or the same sizes."
+        kind = type(backbone).__name__
+        if self.backbone not in ("", kind):
+            return (
+                f"they are of a {self.backbone}, and this run has a {kind}: name the run's backbone "
+                f"with --backbone {self.backbone} and its sizes, or weights of a {kind} with --init"
+            )
+        columns = sum(FEATURES.get(name, 0) for name in self.features)
+        own = getattr(backbone, "config", {}).get("in_channels", columns)
+        if columns not in (0, own):
+            return (
+                f"they read {columns} columns of a point, and this run has {own}: pass "
+                f"--data.features {' '.join(self.features)}, or a lower --min-coverage"
+            )
+        return "use the sizes of the checkpoint, or a lower --min-coverage"
+
+
 def load_weights(
     backbone: nn.Module,  # changed in place
     state: Mapping[str, Tensor],  # tensors of a checkpoint under the backbone's own names
@@ -87,6 +116,7 @@ def load_weights(
     misfit: Mapping[str, str] = {},  # what else the checkpoint has, and why it does not fit
     unexpected: Sequence[str]
     | None = None,  # tensors without a place; None: what is over of `state`
+    origin: Origin = Origin(),  # what is known of their backbone, for messages
 ) -> Start:
     """Load what fits, or nothing at all.
 
@@ -108,7 +138,7 @@ def load_weights(
         raise ValueError(
             f"{init}: expected at least {min_coverage:.1%} of the {type(backbone).__name__}, "
             f"found {percent(start.coverage)}; {first.name}: {first.found or 'not in the file'}; "
-            "use the sizes of the checkpoint, or a lower --min-coverage"
+            f"{origin.remedy(backbone)}"
         )
     counters = {k: v for k, v in state.items() if k.endswith("num_batches_tracked")}
     backbone.load_state_dict(counters | match.weights, strict=False)
@@ -154,6 +184,24 @@ def backbone_tensors(
             f"{path}: expected tensors named backbone.*, found {', '.join(parts) or 'none'}"
         )
     return found
+
+
+def origin_of(
+    checkpoint: str | Path,  # as of `backbone_tensors`
+) -> Origin:
+    """What lies beside weights of this package.
+
+    Raises: ValueError for a config.json that is none.
+    """
+    path = Path(checkpoint)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return Origin()
+    with reading(file, "what a run or weights say of their backbone"):
+        values = read_json(file)
+        kinds = [*values.get("kinds", {}).values(), values]  # of cloud; all read the same columns
+        features = values.get("features", kinds[0].get("transform", {}).get("features", ()))
+        return Origin(str(values.get("backbone", "")), tuple(map(str, features)))
 
 
 def start_released(
@@ -206,7 +254,8 @@ def start_from(
     path = Path(shipped(init))
     if path.is_file() and path.name != "checkpoint.safetensors":
         return start_released(backbone, path, min_coverage)
-    return load_weights(backbone, backbone_tensors(path), init=str(init), min_coverage=min_coverage)
+    how = dict(init=str(init), min_coverage=min_coverage, origin=origin_of(path))
+    return load_weights(backbone, backbone_tensors(path), **how)
 
 
 def start_summary(

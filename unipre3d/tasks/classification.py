@@ -464,7 +464,7 @@ def save_confusion(
     path: str | Path,  # PNG to write
     title: str = "",
 ) -> Path:
-    "Write `confusion.png`."
+    "Write a confusion matrix as a picture."
     from matplotlib.figure import Figure  # no global state, no display
 
     side = 1.8 + 0.34 * len(names)
@@ -579,9 +579,15 @@ class ClassificationRecipe(Recipe):
             scores = {"train_oa": accuracy(logits.argmax(1), batch.label)}
             return label_loss(logits, batch.label, self.objective.smoothing), scores
 
+        last: dict[str, Any] = {}  # scores of the last validation
+
         def validate(model):
-            scores = evaluate_classes(model, validation, device=device)
-            return {"val_oa": scores["oa"], "val_macc": scores["macc"]}
+            last.update(evaluate_classes(model, validation, device=device))
+            return {"val_oa": last["oa"], "val_macc": last["macc"]}
+
+        def show(model, folder):
+            title = f"validation: oa {last['oa']:.1%}, macc {last['macc']:.1%}"
+            save_confusion(last["confusion"], train.classes, folder / "val_confusion.png", title)
 
         def test(model, folder):
             scores = evaluate_classes(model, class_samples(self.data, final), device=device)
@@ -618,6 +624,7 @@ class ClassificationRecipe(Recipe):
             columns=("train_oa", "val_oa", "val_macc"),
             validate=validate if val else None,
             choose="val_oa" if val else "",
+            show=show,
             min_clouds=2,
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,8 +61,8 @@ from ..viewer import label_palette
 # %% auto #0
 __all__ = ['FULL', 'instance_recipes', 'center_offsets', 'offset_losses', 'components', 'radius_groups', 'proposals', 'mask_iou',
            'suppress', 'InstanceModel', 'thing_classes', 'thing_points', 'instance_loss', 'find_instances',
-           'check_things', 'evaluate_instances', 'partners', 'save_instances', 'thing_details', 'save_example',
-           'InstanceHeads', 'InstanceRecipe', 'score_rooms', 'final_scores']
+           'check_things', 'evaluate_instances', 'partners', 'save_instances', 'thing_details', 'most_things',
+           'save_example', 'InstanceHeads', 'InstanceRecipe', 'score_rooms', 'draw_room', 'final_scores']
 
 # %% ../../nbs/tasks/75_instances.ipynb #45d6a4af
 def center_offsets(
@@ -378,18 +379,25 @@ def thing_details(
     return {"classes": classes}
 
 
+def most_things(
+    reader: Reader,  # of rooms with instances
+) -> int:
+    "Which room has most things."
+    counts = [len(np.unique(reader.rows(i)["instance"])) for i in range(len(reader))]
+    return counts.index(max(counts))
+
+
 def save_example(
     model: nn.Module,  # points -> logits, offsets
     samples: ScenePoints,
+    which: int,  # room
     things: Bool[Tensor, "k"],  # classes that have instances
     path: Path,  # PNG to write
     scores: dict[str, Any],  # of all rooms, for the title
     **how,  # as in `find_instances`
 ) -> str:  # name of the room
-    "The test room with most things as a picture."
+    "One room as a picture."
     reader = samples.source
-    counts = [len(np.unique(reader.rows(i)["instance"])) for i in range(len(reader))]
-    which = counts.index(max(counts))
     scene = samples.scene(which)
     truth = thing_points(scene.label, scene.instance, things)
     shown = partners(find_instances(model, scene, things, **how), scene.label, truth)
@@ -457,9 +465,15 @@ class InstanceRecipe(SceneRecipe):
         def loss(model, batch: LabelledScenes):
             return instance_loss(model, batch, things, self.objective)
 
+        last: dict[str, Any] = {}  # scores of the last validation
+        room = cache(partial(most_things, val))
+
         def validate(model):
-            scores = score_rooms(model, self, val, device)
-            return {f"val_{name}": scores[name] for name in ("map", "ap50", "ap25")}
+            last.update(score_rooms(model, self, val, device))
+            return {f"val_{name}": last[name] for name in ("map", "ap50", "ap25")}
+
+        def show(model, folder):
+            draw_room(model, self, val, room(), folder / "val_instances.png", last, device)
 
         def test(model, folder):
             return final_scores(model, self, final, Path(folder), device)
@@ -482,6 +496,7 @@ class InstanceRecipe(SceneRecipe):
             ),
             validate=validate if val else None,
             choose="val_ap50" if val else "",
+            show=show,
         )
 
 
@@ -496,6 +511,22 @@ def score_rooms(
     return evaluate_instances(model, samples, labels, **recipe.grouping(), device=device)
 
 
+def draw_room(
+    model: nn.Module,  # points -> logits, offsets
+    recipe: InstanceRecipe,
+    reader: Reader,
+    which: int,  # room
+    path: Path,  # PNG to write
+    scores: dict[str, Any],  # of all rooms, for the title
+    device: str | torch.device = "cpu",
+) -> str:  # name of the room
+    "As `save_example`, with the values of a recipe."
+    samples = scene_samples(recipe.data, reader)
+    things = thing_classes(scannet_labels(recipe.data.labels))
+    how = recipe.grouping() | {"device": device}
+    return save_example(model, samples, which, things, path, scores, **how)
+
+
 def final_scores(
     model: nn.Module,  # points -> logits, offsets
     recipe: InstanceRecipe,
@@ -507,11 +538,8 @@ def final_scores(
     scores = score_rooms(model, recipe, reader, device)
     details = thing_details(reader.classes, scores)
     if processes()[0] == 0:
-        samples = scene_samples(recipe.data, reader)
-        things = thing_classes(scannet_labels(recipe.data.labels))
-        how = recipe.grouping() | {"device": device}
-        path = folder / "instances.png"
-        details["room"] = save_example(model, samples, things, path, scores, **how)
+        which, path = most_things(reader), folder / "instances.png"
+        details["room"] = draw_room(model, recipe, reader, which, path, scores, device)
     metrics = {k: v for k, v in scores.items() if isinstance(v, float) and math.isfinite(v)}
     return metrics, details
 

@@ -605,15 +605,21 @@ class PartRecipe(Recipe):
             found = evaluate(model, val)
             return {"val_miou_c": found["miou_c"], "val_miou_i": found["miou_i"]}
 
+        def draw(model, reader, path):
+            if processes() == (0, 1):  # several processes have no picture in common
+                shown = part_samples(self.data, Subset(reader, spread(len(reader), 8)))
+                save_parts(model, shown, parts, path, device=device)
+
+        def show(model, folder):
+            draw(model, val, folder / "val_parts.png")
+
         def test(model, folder):
             found = evaluate(model, final)
             floor = evaluate(Majority(train, len(classes)), final)
             keys = ("miou_c", "miou_i", "acc")
             details = {"category": found["category"], "parts": found["table"].compute(classes)}
             details["floor"] = {k: floor[k] for k in (*keys, "category")}
-            if processes() == (0, 1):  # several processes have no picture in common
-                shown = part_samples(self.data, Subset(final, spread(len(final), 8)))
-                save_parts(model, shown, parts, folder / "parts.png", device=device)
+            draw(model, final, folder / "parts.png")
             return {k: found[k] for k in keys}, details
 
         data = {"name": self.data.source, "sha256": train.fingerprint()}
@@ -629,6 +635,7 @@ class PartRecipe(Recipe):
             columns=("train_acc", "val_miou_c", "val_miou_i"),
             validate=validate if val else None,
             choose="val_miou_c" if val else "",
+            show=show,
         )
 
 

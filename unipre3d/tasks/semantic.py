@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,7 +57,8 @@ from ..viewer import MOST_POINTS, label_palette, point_viewer
 
 # %% auto #0
 __all__ = ['MINI', 'FULL', 'semantic_recipes', 'semantic_loss', 'point_probabilities', 'evaluate_semantic', 'save_room',
-           'save_voxels', 'show_voxels', 'class_details', 'save_example', 'final_scores', 'PointHead', 'SemanticRecipe']
+           'save_voxels', 'show_voxels', 'class_details', 'most_classes', 'save_example', 'final_scores', 'PointHead',
+           'SemanticRecipe']
 
 # %% ../../nbs/tasks/74_semantic.ipynb #2c07fcca
 def semantic_loss(
@@ -224,25 +226,32 @@ def class_details(
     return found
 
 
+def most_classes(
+    reader: Reader,  # of rooms with labels
+) -> int:
+    "Which room has most classes."
+    kinds = [len(np.unique(reader.rows(i)["segment"])) for i in range(len(reader))]
+    return kinds.index(max(kinds))
+
+
 def save_example(
     model: nn.Module,  # points -> logits
     samples: ScenePoints,
-    folder: Path,  # gets room.png and room.npz
+    which: int,  # room
+    path: Path,  # PNG to write; voxels lie beside it
     miou: float,  # of all rooms, for the title
     device: str | torch.device = "cpu",
 ) -> str:  # name of the room
-    "One test room as a picture and as voxels: the one with most classes."
+    "One room as a picture and as voxels."
     reader = samples.source
-    kinds = [len(np.unique(reader.rows(i)["segment"])) for i in range(len(reader))]
-    which = kinds.index(max(kinds))
     cloud = samples.room(which)
     found = point_probabilities(model, samples, which, device=device).argmax(1).numpy()
     right = (found == cloud["segment"])[cloud["segment"] >= 0].mean()
     name = reader.name(which)
     title = f"{name}: {right:.1%} of its points right; all {len(reader)} rooms: mIoU {miou:.1%}"
-    save_room(cloud, found, reader.classes, folder / "room.png", title)
+    save_room(cloud, found, reader.classes, path, title)
     if {"color", "normal"} <= set(cloud):
-        save_voxels(cloud, found, max(samples.voxel_size, 0.05), folder / "room.npz")
+        save_voxels(cloud, found, max(samples.voxel_size, 0.05), path.with_suffix(".npz"))
     return name
 
 
@@ -260,7 +269,8 @@ def final_scores(
     scores = evaluate_semantic(model, samples, **how)
     details = class_details(reader.classes, scores)
     if processes()[0] == 0:
-        details["room"] = save_example(model, samples, folder, scores["miou"], device)
+        which, path = most_classes(reader), folder / "room.png"
+        details["room"] = save_example(model, samples, which, path, scores["miou"], device)
     if recipe.run.votes:
         scores |= evaluate_semantic(model, samples, votes=recipe.run.votes, **how)
     metrics = {k: v for k, v in scores.items() if isinstance(v, float) and math.isfinite(v)}
@@ -298,9 +308,16 @@ class SemanticRecipe(SceneRecipe):
         def loss(model, batch: Labelled):
             return semantic_loss(model, batch, self.objective)
 
+        last: dict[str, Any] = {}  # scores of the last validation
+        room = cache(partial(most_classes, val))
+
         def validate(model):
-            scores = evaluate_semantic(model, scene_samples(self.data, val), device=device)
-            return {f"val_{name}": scores[name] for name in ("miou", "macc", "allacc")}
+            last.update(evaluate_semantic(model, scene_samples(self.data, val), device=device))
+            return {f"val_{name}": last[name] for name in ("miou", "macc", "allacc")}
+
+        def show(model, folder):
+            samples, path = scene_samples(self.data, val), folder / "val_room.png"
+            save_example(model, samples, room(), path, last["miou"], device)
 
         def test(model, folder):
             return final_scores(model, self, final, Path(folder), device)
@@ -316,6 +333,7 @@ class SemanticRecipe(SceneRecipe):
             columns=("train_allacc", "val_miou", "val_macc", "val_allacc"),
             validate=validate if val else None,
             choose="val_miou" if val else "",
+            show=show,
         )
 
 
