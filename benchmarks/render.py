@@ -43,10 +43,11 @@ from unipre3d.render import EPS2D, project_gaussians, render
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["mean", "scale", "quat", "opacity", "sh"]
-FLOPS_PER_PAIR = 88  # forward and backward arithmetic of one Gaussian at one pixel: 2 x (quadratic form, 2^x, transmittance) + sums
+# Forward and backward arithmetic of one Gaussian at one pixel: 2 x (quadratic form, 2^x, transmittance) + sums.
+FLOPS_PER_PAIR = 88
 
 
-# ------------------------------------------------------------------------------------------------------------------ workloads
+# ------------------------------------------------------------------------------------------------------------ workloads
 
 
 def gaussians_at(mean, batch, size, *, scale, opacity, generator, degree=1):
@@ -126,7 +127,7 @@ def image_gradient(cameras, device="cpu", seed=1):
     ).to(device)
 
 
-# ------------------------------------------------------------------------------------------------------ the plain torch renderer
+# --------------------------------------------------------------------------------------------- the plain torch renderer
 
 
 def torch_view(gaussians, cameras, v, gradient, tile=16, chunk=32):
@@ -210,7 +211,7 @@ def torch_view(gaussians, cameras, v, gradient, tile=16, chunk=32):
     return image.detach()
 
 
-# ------------------------------------------------------------------------------------------------------------------------ timing
+# --------------------------------------------------------------------------------------------------------------- timing
 
 
 def with_threads(threads, function, *args):
@@ -342,7 +343,7 @@ def spinning():
 
 
 def peak_gflops():
-    "Arithmetic limit of the threads in use, GFLOP/s: from the processor time of one, so that other programs do not count."
+    "Arithmetic limit of the threads in use, GFLOP/s, from the processor time of one: other programs do not count."
     (spin, flops), turns, seconds = spinning(), 1_000_000, []
     spin(1)
     for _ in range(5):
@@ -456,7 +457,7 @@ def warm_start():
 
 
 def memory_growth(name):
-    "Megabytes that forward and backward of a workload add to a process that holds its inputs and the gradient of its images."
+    "Megabytes that forward and backward of a workload add to a process with its inputs and gradients of images."
     code = (
         TINY.format(here=str(Path(__file__).resolve().parent))
         + f"""
@@ -474,7 +475,7 @@ print((now("VmHWM") - before) / 1024)"""
     return run_python(code)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ another build
+# -------------------------------------------------------------------------------------------------------- another build
 
 WORKER = """import sys
 sys.path[:0] = [{root!r}, {here!r}]
@@ -483,7 +484,9 @@ render.work()"""
 
 
 def work():
-    "Of a child process: one run for every line `workload threads [path]`, its times as an answer, images and gradients at the path."
+    """Of a child process: one run for every line `workload threads [path]`.
+
+    Its times are the answer; images and gradients lie at the path."""
     ready = {}
     for line in sys.stdin:
         name, threads, *path = line.split()
@@ -580,7 +583,7 @@ def write_ratios(path, against, ratios):
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ record
+# --------------------------------------------------------------------------------------------------------------- record
 
 
 def processor():
@@ -660,13 +663,16 @@ def main():
         "rows": [],
     }
     print(
-        f"{record['hardware']['processor']}, {many} threads, {record['peak_gflops']:.0f} GFLOP/s at most. Seconds; limit: {FLOPS_PER_PAIR} flops a pair;"
+        f"{record['hardware']['processor']}, {many} threads, {record['peak_gflops']:.0f} GFLOP/s at most. "
+        f"Seconds; limit: {FLOPS_PER_PAIR} flops a pair;"
     )
     print(
-        f"ratio: torch with the best of {sorted({1, *args.torch_threads})} threads over ours; processor: the same from processor time with 1 thread each"
+        f"ratio: torch with the best of {sorted({1, *args.torch_threads})} threads over ours; processor: the same "
+        "from processor time with 1 thread each"
     )
     print(
-        f"{'':4} {'forward':>8} {'backward':>9} {'sum':>7} {'1 thread':>9} {'processor':>10} {'limit':>7} {'pair':>8} {'torch':>8} {'ratio':>6} {'processor':>10} {'memory':>8}"
+        f"{'':4} {'forward':>8} {'backward':>9} {'sum':>7} {'1 thread':>9} {'processor':>10} {'limit':>7} "
+        f"{'pair':>8} {'torch':>8} {'ratio':>6} {'processor':>10} {'memory':>8}"
     )
     for name in args.workloads:
         gaussians, cameras = WORKLOADS[name]()
@@ -706,8 +712,11 @@ def main():
         row["memory_growth_mb"] = memory_growth(name)
         record["rows"].append(row)
         print(
-            f"{name:4} {forward:8.3f} {backward:9.3f} {row['total_s']:7.3f} {row['one_thread_s']:9.3f} {row['one_thread_processor_s']:10.3f} {row['limit_s']:7.3f} {row['pair_ns']:5.2f} ns "
-            f"{min(row['torch_s'].values()) if args.torch_views else float('nan'):8.1f} {row.get('ratio', float('nan')):6.0f} {row.get('ratio_processor', float('nan')):10.0f} {row['memory_growth_mb']:5.0f} MB",
+            f"{name:4} {forward:8.3f} {backward:9.3f} {row['total_s']:7.3f} {row['one_thread_s']:9.3f} "
+            f"{row['one_thread_processor_s']:10.3f} {row['limit_s']:7.3f} {row['pair_ns']:5.2f} ns "
+            f"{min(row['torch_s'].values()) if args.torch_views else float('nan'):8.1f} "
+            f"{row.get('ratio', float('nan')):6.0f} {row.get('ratio_processor', float('nan')):10.0f} "
+            f"{row['memory_growth_mb']:5.0f} MB",
             flush=True,
         )
     record["warm_start"] = warm_start()

@@ -1,6 +1,8 @@
-"""Runs are compared bit by bit, so they train on the processor also where there is a GPU; tests of a GPU move their tensors themselves.
+"""Runs are compared bit by bit, so they train on the processor also where there is a GPU; tests of a GPU move their
+tensors themselves.
 
-Where several processes share the tests (`make test`), each computes with one thread, and each test file stays in one process.
+Where several processes share the tests (`make test`), each computes with one thread, and each test file stays in one
+process.
 """
 
 import os

@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 tests/several.py FOLDER [CASE ...]
 
-The first process keeps of each case: losses of each step, gradients and buffers of the first, scores at the end. Draws that
-depend on the process are off: dropout, drop path, the order of PTv3's curves. So is the Lovász loss, which is no ratio of sums.
+The first process keeps of each case: losses of each step, gradients and buffers of the first, scores at the end. Draws
+that depend on the process are off: dropout, drop path, the order of PTv3's curves. So is the Lovász loss, which is no
+ratio of sums.
 """
 
 import csv

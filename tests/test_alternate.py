@@ -1,4 +1,4 @@
-"""One backbone on two kinds of clouds: batches in alternation, each kind with its own fusion, head and weights of the loss."""
+"""One backbone on two kinds of clouds: batches in alternation, each kind with its own fusion, head and loss weights."""
 
 import csv
 import json

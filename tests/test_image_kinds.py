@@ -103,7 +103,7 @@ def test_a_tiny_autoencoder_by_its_folder(tmp_path, images):
 
 
 def save_taef2(folder):
-    "Files with TAEF2's names and layers, and numbers that nobody trained: half of AutoencoderTiny's blocks get a branch."
+    "Files with TAEF2's names and layers and untrained numbers: half of AutoencoderTiny's blocks get a branch."
     from diffusers import AutoencoderTiny
     from safetensors.torch import save_file
 

@@ -13,8 +13,8 @@ from unipre3d.runs.recipe import change, check_changes, check_recipe, groups, va
 EVERY = recipes | finetune_recipes
 MINI = {name: recipe for name, recipe in EVERY.items() if "mini" in name}
 
-# Values that no table needs: a name that a reader, a backbone or the objective looks up and refuses itself, or one with an
-# effect whatever it is.
+# Values that no table needs: a name that a reader, a backbone or the objective looks up and refuses itself, or one with
+# an effect whatever it is.
 FREE = {
     "source",
     "layout",
@@ -135,21 +135,31 @@ def test_a_change_with_an_effect_is_accepted(name, before, values):
 
 
 REFUSED = {
-    "pretrain object-transformer-mini --per-class 2 2 2": "per-class: counts only with --layout shapenet and --data shapes",
+    "pretrain object-transformer-mini --per-class 2 2 2": (
+        "per-class: counts only with --layout shapenet and --data shapes"
+    ),
     "pretrain object-transformer-mini --max-gap 3": "max-gap: counts only with --layout scannet",
     "pretrain object-transformer-mini --decay .5": "decay: counts only with --schedule step",
     "pretrain object-transformer-mini --background 255 255 255": "background: expected three fractions in 0..1",
     "pretrain object-transformer-mini --ema 2": "ema: expected a decay, at least 0 and below 1, got 2.0",
-    "pretrain object-transformer-mini --mixed-precision fp16": 'mixed-precision: expected "no" or "bf16" on a processor',
+    "pretrain object-transformer-mini --mixed-precision fp16": (
+        'mixed-precision: expected "no" or "bf16" on a processor'
+    ),
     "pretrain object-transformer-mini --steps": "unipre3d: Missing value for argument '--run.steps'",
     "pretrain object-transformer-mini --layer-decay 2": "layer-decay: expected above 0 and at most 1, got 2.0",
     "pretrain object-transformer-mini --foreground-weight -1": "foreground-weight: expected at least 0",
     "pretrain object-transformer-mini --head-layers 1": "head-layers: expected at least 2, got 1",
-    "pretrain object-transformer-mini --foreground-weight 0 --background-weight 0": "foreground-weight, background-weight: expected",
+    "pretrain object-transformer-mini --foreground-weight 0 --background-weight 0": (
+        "foreground-weight, background-weight: expected"
+    ),
     "pretrain object-transformer-mini --embed-width 5": "--embed-width: there is no such option",
     "pretrain object-transformer-mini --min-coverage .5": "min-coverage: counts only with --init",
-    "pretrain object-transformer-mini --terms.colour 0 --terms.alpha 1 --foreground-weight 2": "counts only with a colour term",
-    "pretrain scene-sparseunet-mini --background-weight 2": "background-weight: counts only with a colour term and views with masks",
+    "pretrain object-transformer-mini --terms.colour 0 --terms.alpha 1 --foreground-weight 2": (
+        "counts only with a colour term"
+    ),
+    "pretrain scene-sparseunet-mini --background-weight 2": (
+        "background-weight: counts only with a colour term and views with masks"
+    ),
     "pretrain object-volume-mini --backend dense": "backend: counts only with --scene gaussians",
     "pretrain masked-shapes-mini --layout odd": "layout: counts only with other recipes",
     "finetune cls-furniture-mini --variant OBJ_BG": "variant: counts only with --layout scans or scanobjectnn",

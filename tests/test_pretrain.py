@@ -144,13 +144,15 @@ from unipre3d.recipes import recipes
 from unipre3d.runs.recipe import change
 
 folder, again = Path(sys.argv[1]), sys.argv[2:] == ["again"]
-small = dict(steps=4, batch_size=4, n_points=256, resolution=32, workers=0, picture_every=9, validate_every=9, image="rgb")
+small = dict(steps=4, batch_size=4, n_points=256, resolution=32, workers=0, image="rgb")
+small |= dict(picture_every=9, validate_every=9)
 recipe = change(recipes["object-transformer-mini"], **small)
 seen, calls, train, take_step = {}, [], runner.fit, loop.take_step
 
 def interrupt(*args):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2 and not again: os.kill(os.getpid(), signal.SIGINT)      # one of the two, before its second step ends
+    if os.environ["RANK"] == "1" and len(calls) == 2 and not again:
+        os.kill(os.getpid(), signal.SIGINT)  # one of the two, before its second step ends
     return take_step(*args)
 
 def spy(task, *args, **kw):
@@ -160,7 +162,8 @@ def spy(task, *args, **kw):
 
 loop.take_step, runner.fit = interrupt, spy
 runner.run_recipe("object-transformer-mini", recipe, folder, resume=again, device="cpu")
-flat = torch.cat([v.flatten().float() for k, v in sorted(seen.items()) if "running" not in k and "num_batches" not in k])
+kept = [k for k in sorted(seen) if "running" not in k and "num_batches" not in k]
+flat = torch.cat([seen[k].flatten().float() for k in kept])
 both = [torch.empty_like(flat) for _ in range(2)]
 torch.distributed.all_gather(both, flat)
 assert torch.equal(*both), "the processes drifted apart"

@@ -1,4 +1,4 @@
-"""The renderer: every rule of its semantics, gradients against the float64 reference, ragged batches, repeatability, vector code."""
+"""The renderer: rules of its semantics, gradients against the float64 reference, ragged batches, repeatability."""
 
 import importlib.util
 import json
@@ -90,7 +90,7 @@ def leaves(gaussians, dtype=torch.float32):
 
 
 def clear_pixels(gaussians, cameras, antialiased=False, near=0.01):
-    "False where some alpha is so close to 1/255, 0.999 or the last transmittance that rounding decides which side it is on."
+    "False where some alpha is so close to 1/255, 0.999 or the last transmittance that rounding decides its side."
     masks = []
     for v, b in enumerate(cameras.batch.tolist()):
         mean, scale, quat, opacity = (
@@ -135,7 +135,7 @@ def gap(a, b):
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
-# ---------------------------------------------------------------------------------------------------------- the rules, one by one
+# ------------------------------------------------------------------------------------------------ the rules, one by one
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -265,7 +265,7 @@ def test_background_per_view_and_expected_depth(backend):
     assert float(out.depth[:, 0, 0].abs().max()) == 0
 
 
-# ------------------------------------------------------------------------------------------- values and gradients, random scenes
+# ---------------------------------------------------------------------------------- values and gradients, random scenes
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_close_and_wide_gaussians_outside_the_frustum():
 
 
 def room_of_gaussians(n, hw, voxel=0.08, seed=0):
-    "Flat Gaussians of about a voxel's size on the six sides of a room of 4 x 5 x 2.5 metres, and two cameras inside it."
+    "Flat Gaussians of about a voxel's size on the six sides of a room of 4 x 5 x 2.5 m, and two cameras inside it."
     g = torch.Generator().manual_seed(seed)
     box = torch.tensor([4.0, 5.0, 2.5])
     mean, axis = torch.rand(n, 3, generator=g) * box, torch.randint(3, (n,), generator=g)
@@ -382,7 +382,7 @@ def room_of_gaussians(n, hw, voxel=0.08, seed=0):
 
 
 def test_a_room_of_twenty_thousand_gaussians():
-    "Scene scale: a camera among the Gaussians, 4:3 images, near and far; values and gradients against the float64 reference."
+    "Scene scale: a camera among the Gaussians, 4:3 images, near and far; against the float64 reference."
     gaussians, cameras = room_of_gaussians(20_000, (12, 16))
     clear = clear_pixels(gaussians, cameras, near=0.1)
     assert clear.double().mean() > 0.5
@@ -422,7 +422,7 @@ def test_only_what_is_asked_for_needs_gradients():
     assert back.grad.shape == (3,) and float(back.grad.min()) > 0
 
 
-# --------------------------------------------------------------------------------------------------------- batches and hard inputs
+# ---------------------------------------------------------------------------------------------- batches and hard inputs
 
 
 def test_a_batch_is_its_clouds_one_by_one():
@@ -553,7 +553,7 @@ def test_wrong_arguments_are_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------ repeatability and machinery
+# ------------------------------------------------------------------------------------------ repeatability and machinery
 
 
 def bits(gaussians, cameras, threads):
@@ -717,7 +717,7 @@ def test_two_to_the_power_is_exact_to_float32():
     assert np.abs(found / wanted - 1).max() < 1.6e-7
 
 
-# -------------------------------------------------------------------------------------------------------- an independent reference
+# --------------------------------------------------------------------------------------------- an independent reference
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
@@ -761,7 +761,7 @@ def test_against_gsplat_written_in_torch(degree):
             assert gap(got.alpha[v], 1 - T) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------ the benchmark scripts
+# ------------------------------------------------------------------------------------------------ the benchmark scripts
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

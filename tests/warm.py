@@ -1,7 +1,7 @@
 """Command lines and scripts in processes of their own, without the seconds in which each imports torch.
 
-A server has imported everything and forks for each. Exit status, output, process group, signals and limits are those of a process;
-what a new Python does before `main`, and a launcher beside its processes, is not tested here.
+A server has imported everything and forks for each. Exit status, output, process group, signals and limits are those of
+a process; what a new Python does before `main`, and a launcher beside its processes, is not tested here.
 """
 
 import atexit

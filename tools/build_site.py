@@ -410,7 +410,8 @@ def library(name):
     if not folder.exists():
         if not shutil.which("npm"):
             fail(
-                f"{name} {version} is needed for the pages and comes from npm, which was not found; install Node.js, or unpack the package's dist/ into {folder.relative_to(ROOT)}"
+                f"{name} {version} is needed for the pages and comes from npm, which was not found; install "
+                f"Node.js, or unpack the package's dist/ into {folder.relative_to(ROOT)}"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
@@ -694,7 +695,8 @@ def quarto():
     "Render the staged sources with the Quarto program, as `nbdev_docs` does."
     if not shutil.which("quarto"):
         fail(
-            "--quarto needs the program quarto, which was not found; leave the option away, or install it from quarto.org"
+            "--quarto needs the program quarto, which was not found; leave the option away, or install it from "
+            "quarto.org"
         )
     folder = STAGE / "_proc"
     subprocess.run(["quarto", "render", "--no-cache"], cwd=folder, check=True)

@@ -462,7 +462,8 @@ class Walk:
         self.page.wait_for_load_state("load")
         if self.page.url != hits[0]:
             self.note(
-                f"a click on the first result for {name} leads to {self.short(self.page.url)}, not {self.short(hits[0])}"
+                f"a click on the first result for {name} leads to {self.short(self.page.url)}, not "
+                f"{self.short(hits[0])}"
             )
 
     def keyboard(self, name):

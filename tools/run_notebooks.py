@@ -240,7 +240,8 @@ def main():
                 failed.append(str(jobs[job]))
                 print(error, file=sys.stderr, flush=True)
     print(
-        f"notebooks: {len(paths) - len(failed)} passed, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}"
+        f"notebooks: {len(paths) - len(failed)} passed, {len(failed)} "
+        f"failed{': ' + ', '.join(failed) if failed else ''}"
         f" ({total:.0f} s of processor time)"
     )
     sys.exit(bool(failed))
