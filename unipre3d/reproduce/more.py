@@ -227,11 +227,11 @@ def draw_effects(
     comparisons = ablation.comparisons()
     for y, (c, row) in enumerate(zip(comparisons, ablation.effects(records).itertuples())):
         d, _ = paired(records, c)
-        ax.plot(d.mean(1) if len(d) else [], [y] * len(d), ".", color="0.6", ms=5)
+        ax.plot(d.mean(1) if len(d) else [], [y] * len(d), ".", color="0.35", ms=4, zorder=3)
         if row.low == row.low:
-            ax.plot([row.low, row.high], [y, y], lw=2.5, color="C0")
-            ax.plot(row.mean, y, "o", color="C0", ms=5)
+            ax.plot([row.low, row.high], [y, y], lw=5, alpha=0.4, color="C0", solid_capstyle="butt")
+            ax.plot(row.mean, y, "o", color="C0", ms=7)
     ax.axvline(0, color="0.4", lw=0.8)
     ax.set_yticks(range(len(comparisons)), [c.what for c in comparisons], fontsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(comparisons) - 0.5, -0.5)
     ax.set_xlabel("first minus second (points)", fontsize=8)

@@ -156,11 +156,11 @@ def draw_gains(
     "What each task adds to random features: a small dot is a seed, a large one the mean, a bar the 95 % interval."
     for y, arm in enumerate(TASKS):
         d = (scores.loc[arm] - scores.loc[RANDOM]).dropna().to_numpy()
-        ax.plot(d, [y] * len(d), ".", color="0.6", ms=5)
+        ax.plot(d, [y] * len(d), ".", color="0.35", ms=4, zorder=3)
         if len(d) >= SHORT_LEAST:
             i = paired_interval(d)
-            ax.plot([i.low, i.high], [y, y], lw=2.5, color="C0")
-            ax.plot(i.mean, y, "o", color="C0", ms=5)
+            ax.plot([i.low, i.high], [y, y], lw=5, alpha=0.4, color="C0", solid_capstyle="butt")
+            ax.plot(i.mean, y, "o", color="C0", ms=7)
     ax.set_yticks(range(len(TASKS)), TASKS.values(), fontsize=8)
     ax.set_ylim(len(TASKS) - 0.5, -0.5)
     ax.axvline(0, color="0.4", lw=0.8)
