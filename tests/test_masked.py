@@ -181,8 +181,8 @@ def test_the_fine_tunings_that_fit_are_proposed(tmp_path):
 
 REFUSED = {
     "masked-rooms-mini --features normal": "features: expected normal, and color or color_signed",
-    "masked-rooms-mini --masked-fraction 0": "masked-fraction: expected above 0 and at most 1",
-    "masked-rooms-mini --block-size 0": "block-size: expected above 0, got 0.0",
+    "masked-rooms-mini --masked-fraction 0": "masked_fraction: expected above 0 and at most 1",
+    "masked-rooms-mini --block-size 0": "block_size: expected above 0, got 0.0",
     "masked-rooms-mini --backbone PointMLP": "features: PointMLP reads coordinates first",
     "masked-rooms-mini --labels 200": "labels: counts only with other recipes",
     "masked-rooms-mini --test-area 2": "test-area: counts only with --layout s3dis",

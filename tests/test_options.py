@@ -143,14 +143,14 @@ REFUSED = {
     "pretrain object-transformer-mini --background 255 255 255": "background: expected three fractions in 0..1",
     "pretrain object-transformer-mini --ema 2": "ema: expected a decay, at least 0 and below 1, got 2.0",
     "pretrain object-transformer-mini --mixed-precision fp16": (
-        'mixed-precision: expected "no" or "bf16" on a processor'
+        'mixed_precision: expected "no" or "bf16" on a processor'
     ),
     "pretrain object-transformer-mini --steps": "unipre3d: Missing value for argument '--run.steps'",
-    "pretrain object-transformer-mini --layer-decay 2": "layer-decay: expected above 0 and at most 1, got 2.0",
-    "pretrain object-transformer-mini --foreground-weight -1": "foreground-weight: expected at least 0",
-    "pretrain object-transformer-mini --head-layers 1": "head-layers: expected at least 2, got 1",
+    "pretrain object-transformer-mini --layer-decay 2": "layer_decay: expected above 0 and at most 1, got 2.0",
+    "pretrain object-transformer-mini --foreground-weight -1": "foreground_weight: expected at least 0",
+    "pretrain object-transformer-mini --head-layers 1": "head_layers: expected at least 2, got 1",
     "pretrain object-transformer-mini --foreground-weight 0 --background-weight 0": (
-        "foreground-weight, background-weight: expected"
+        "foreground_weight, background_weight: expected"
     ),
     "pretrain object-transformer-mini --embed-width 5": "--embed-width: there is no such option",
     "pretrain object-transformer-mini --min-coverage .5": "min-coverage: counts only with --init",

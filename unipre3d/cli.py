@@ -30,15 +30,15 @@ __all__ = ['default_recipe', 'Row', 'GOES_ON', 'OWN_START', 'RUN_WORDS', 'FILE_W
            'SHELLS', 'NO_FILE', 'commands', 'python_warning', 'one_line', 'did_you_mean', 'called', 'parse',
            'parse_after', 'option_paths', 'full_options', 'backbone_keywords', 'recipe_shape', 'recipe_of_shape',
            'with_all_terms', 'with_own_terms', 'typed_value', 'recipe_rows', 'value_words', 'option_help',
-           'check_options', 'as_typed', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable',
-           'refuse_changes', 'unknown_recipe', 'train_command', 'next_commands', 'weights_fit', 'describe_result',
-           'pretrain_command', 'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for',
-           'reach', 'film_file', 'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths',
-           'holds_no_cloud', 'cloud_words', 'each_cloud', 'name_refused', 'features_command', 'folder_features',
-           'predict_command', 'ViewOptions', 'build_exhibit', 'view_command', 'FurnitureOptions', 'AutoencoderOptions',
-           'PrepareOptions', 'why_not', 'prepare_command', 'shipped_start', 'import_command', 'CheckOptions',
-           'check_command', 'rooms_command', 'ShardOptions', 'shard_command', 'data_help', 'data_command', 'cache_text',
-           'install_line', 'extras', 'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command',
+           'check_options', 'help_or_check', 'RunOptions', 'newest_run', 'parse_recipe', 'resumable', 'refuse_changes',
+           'unknown_recipe', 'train_command', 'next_commands', 'weights_fit', 'describe_result', 'pretrain_command',
+           'finetune_command', 'reproduce_command', 'RenderOptions', 'write_film', 'folder_for', 'reach', 'film_file',
+           'render_command', 'convert_command', 'FeatureOptions', 'PredictOptions', 'cloud_paths', 'holds_no_cloud',
+           'cloud_words', 'each_cloud', 'name_refused', 'features_command', 'folder_features', 'predict_command',
+           'ViewOptions', 'build_exhibit', 'view_command', 'FurnitureOptions', 'AutoencoderOptions', 'PrepareOptions',
+           'why_not', 'prepare_command', 'shipped_start', 'import_command', 'CheckOptions', 'check_command',
+           'rooms_command', 'ShardOptions', 'shard_command', 'data_help', 'data_command', 'cache_text', 'install_line',
+           'extras', 'doctor_command', 'changed_values', 'value_text', 'run_state_text', 'info_command',
            'option_choices', 'completion_words', 'completion_command', 'usage', 'prepare_torch', 'one_line_warning',
            'main']
 
@@ -335,18 +335,6 @@ def check_options(
         raise ValueError(f"--{name}: there is no such option ({prog} --help lists them){hint}")
 
 
-def as_typed(
-    text: str,  # an error's
-) -> str:
-    "The same text, where it begins with values of a recipe, with their options: head-layers for head_layers."
-    from unipre3d._options import ROWS
-
-    names, colon, rest = text.partition(":")
-    options = names.replace("_", "-")
-    known = {path.rpartition(".")[2] for path, *_ in ROWS}
-    return options + colon + rest if known.issuperset(options.split(", ")) else text
-
-
 def help_or_check(
     prog: str,  # how the command is called
     about: str,
@@ -524,11 +512,6 @@ def train_command(
             )
     else:
         check_recipe(recipe)
-        if getattr(recipe.data, "alternate", "") == name:
-            raise ValueError(
-                f"alternate: expected another recipe than {name}, which the run trains on anyway; "
-                "name one of other data, or leave the option out"
-            )
         check_changes(recipe, usual)
         coverage = [getattr(r.model, "min_coverage", 1.0) for r in (usual, recipe)]
         if options.init == "none" and coverage[0] != coverage[1]:
@@ -541,6 +524,11 @@ def train_command(
         resume=options.resume,
         force=options.force,
         device=options.device,
+        if getattr(recipe.data, "alternate", "") == name:
+            raise ValueError(
+                f"alternate: expected another recipe than {name}, which the run trains on anyway; "
+                "name one of other data, or leave the option out"
+            )
         tracker=options.tracker,
     )
     done = run_recipe(name, recipe, folder, **how)
@@ -1818,7 +1806,7 @@ def _answer(
         os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError) as error:
-        print(f"unipre3d: {as_typed(str(error))}", file=sys.stderr)
+        print(f"unipre3d: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unipre3d: interrupted", file=sys.stderr)
