@@ -512,6 +512,11 @@ def train_command(
             )
     else:
         check_recipe(recipe)
+        if getattr(recipe.data, "alternate", "") == name:
+            raise ValueError(
+                f"alternate: expected another recipe than {name}, which the run trains on anyway; "
+                "name one of other data, or leave the option out"
+            )
         check_changes(recipe, usual)
         coverage = [getattr(r.model, "min_coverage", 1.0) for r in (usual, recipe)]
         if options.init == "none" and coverage[0] != coverage[1]:
@@ -524,11 +529,6 @@ def train_command(
         resume=options.resume,
         force=options.force,
         device=options.device,
-        if getattr(recipe.data, "alternate", "") == name:
-            raise ValueError(
-                f"alternate: expected another recipe than {name}, which the run trains on anyway; "
-                "name one of other data, or leave the option out"
-            )
         tracker=options.tracker,
     )
     done = run_recipe(name, recipe, folder, **how)
