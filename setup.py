@@ -14,10 +14,10 @@ cfg = parser["DEFAULT"]
 
 
 def only_for_the_book(folder, names):
-    "Pictures and arrays beside the committed records, which no code reads: the book is built from a checkout."
+    "Pictures and arrays beside the committed records, and those of the second study: the book is built from a checkout."
     if "records" not in Path(folder).relative_to(root).parts:
         return []
-    return [name for name in names if name.endswith((".png", ".npz"))]
+    return [name for name in names if name.endswith((".png", ".npz")) or name == "study2"]
 
 
 def left_out(folder, names):

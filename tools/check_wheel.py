@@ -1,6 +1,7 @@
 """Build the wheel, install it into an empty folder and ask it for its version, its command and its embedded data.
 
-It may weigh 50 MB. Pictures beside the committed records stay in the checkout: no code reads them, the book shows them.
+It may weigh 50 MB. Pictures beside the committed records stay in the checkout, as do the records of the second study:
+the book shows them.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = 50  # MB of 2^20 bytes
-FOR_THE_BOOK = re.compile(r"records/.*\.(png|npz)")  # as setup.py leaves them out
+FOR_THE_BOOK = re.compile(r"records/(study2/.*|.*\.(png|npz))")  # as setup.py leaves them out
 ASK = "import unipre3d, unipre3d.core as c; print(unipre3d.__version__); print(unipre3d.__file__); print(c.data_dir())"
 
 

@@ -290,8 +290,13 @@ def same_computer(
 
 
 def read_second() -> dict[str, dict]:  # name of a row -> its record
-    "The committed records of the second study."
-    return read_study(data_dir() / "records" / "study2")
+    "The committed records of the second study. Raises: FileNotFoundError where they are not, as in an installed wheel."
+    folder = data_dir() / "records" / "study2"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: expected the second study's records; they lie in a checkout only"
+        )
+    return read_study(folder)
 
 
 def read_failed() -> dict[str, dict]:  # name of a row -> its record
